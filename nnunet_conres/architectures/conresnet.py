@@ -1,0 +1,829 @@
+"""ConResNet: two decoders side by side, one for the segmentation and one for its inter-slice residual.
+
+Source: Zhang et al., "Inter-slice Context Residual Learning for 3D Medical Image Segmentation", IEEE TMI 2021,
+arXiv 2011.14155.
+
+Two topologies share the context residual module and the order of computation:
+
+- ``dynamic``, whatever stages, features, kernels and strides nnU-Net's plans hold, in nnU-Net's own building blocks;
+- ``paper``, what the authors' published code computes.
+
+Shapes are (batch, channel, X, Y, Z), X being the slice axis of an nnU-Net patch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim, get_matching_convtransp
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_conres.architectures.blocks import (
+    PreActivationBlock,
+    PreActivationConv,
+    WeightStandardizedConv3d,
+    crop,
+    per_stage,
+    resize,
+)
+from nnunet_conres.residuals import inter_slice_residual
+
+RESIDUAL_INPUTS = ("decoder", "shared_encoder")
+TOPOLOGIES = ("dynamic", "paper")
+
+PAPER_FEATURES = (32, 64, 128, 256)
+PAPER_BLOCKS = (1, 2, 2, 4)  # the last two blocks of the last stage are dilated
+PAPER_STRIDES = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+PAPER_DIVISOR = 8  # three halvings; the authors' graph is defined for patches that all three divide
+PAPER_GROUPS = 8
+PAPER_BOTTLENECK = 128
+PAPER_DECODER_FEATURES = (64, 32, 32)  # at quarter, half and full resolution
+
+
+class ContextResidualModule(nn.Module):
+    """What happens at one resolution of the two decoders.
+
+    F = segmentation(segmentation stream), G = feature_residual(inter-slice residual of sigmoid(F)),
+    S = merge(project(residual stream) + G); the segmentation stream goes on as F * (1 + sigmoid(S)), the residual
+    stream as S.
+
+    Args:
+        segmentation: Maps the segmentation stream (with its skip) to F.
+        feature_residual: 1x1x1 convolution that keeps the channels of F.
+        project: Maps the residual stream to the channels of F, or None where it has them.
+        merge: Maps S + G to S.
+        slice_axis: Spatial axis along which slices follow each other.
+
+    Source: Zhang et al. 2021, section III-C and figure 3.
+    """
+
+    def __init__(
+        self,
+        segmentation: nn.Module,
+        feature_residual: nn.Module,
+        project: nn.Module | None,
+        merge: nn.Module,
+        slice_axis: int,
+    ) -> None:
+        super().__init__()
+        self.segmentation = segmentation
+        self.feature_residual = feature_residual
+        self.project = project
+        self.merge = merge
+        self.slice_axis = slice_axis
+
+    def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes and returns the two streams, (B, C, X, Y, Z) each, of one spatial size."""
+        features = self.segmentation(segmentation)
+        feature_residual = self.feature_residual(inter_slice_residual(torch.sigmoid(features), self.slice_axis))
+        if self.project is not None:
+            residual = self.project(residual)
+        residual = self.merge(residual + feature_residual)
+        return features * (1 + torch.sigmoid(residual)), residual
+
+    def compute_conv_feature_map_size(self, size: Sequence[int]) -> np.int64:
+        """Number of output elements of the module's convolutions, as nnU-Net's planner counts them."""
+        parts = [self.segmentation, self.feature_residual, self.merge]
+        if self.project is not None:
+            parts.append(self.project)
+        return sum((_elements(part, size) for part in parts), start=np.int64(0))
+
+
+class _Heads(nn.Module):
+    """All layers whose shape depends on the number of classes.
+
+    They must be known as ``seg_layers``: nnU-Net leaves out what is called so when it loads pretrained weights.
+    """
+
+    def __init__(self, segmentation: Sequence[nn.Module], residual: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.segmentation = nn.ModuleList(segmentation)
+        self.residual = nn.ModuleList(residual)
+
+
+class ContextResidualDecoder(nn.Module):
+    """Both decoders: context residual modules from the coarsest resolution to full size, and the heads.
+
+    Subclasses say in ``lift`` how the streams go up by one level.
+
+    Args:
+        stages: Context residual modules, coarsest first.
+        segmentation_heads: 1x1x1 convolutions to the classes; for all stages, or only for the last ones.
+        residual_heads: 1x1x1 convolutions to the classes, one per stage.
+        deep_supervision: Whether all segmentation heads are computed, or only that of full size.
+        residual_outputs: Whether the residual heads are computed and returned.
+        full_size_residuals: Whether residual maps are resized to full size.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[ContextResidualModule],
+        segmentation_heads: Sequence[nn.Module],
+        residual_heads: Sequence[nn.Module],
+        deep_supervision: bool,
+        residual_outputs: bool,
+        full_size_residuals: bool,
+    ) -> None:
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        self.residual_outputs = residual_outputs
+        self.full_size_residuals = full_size_residuals
+        self.stages = nn.ModuleList(stages)
+        self.seg_layers = _Heads(segmentation_heads, residual_heads)
+
+    def lift(
+        self, level: int, segmentation: Tensor, residual: Tensor, skip: Tensor, residual_skip: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Brings both streams to the resolution of ``skip`` and adds the skips."""
+        raise NotImplementedError
+
+    def forward(
+        self, skips: Sequence[Tensor], residual: Tensor, residual_skips: Sequence[Tensor] | None
+    ) -> Tensor | list[Tensor]:
+        """Decodes.
+
+        Args:
+            skips: Encoder features of the image, full resolution first, bottleneck last.
+            residual: What the residual stream starts from: image residual or encoder features of it.
+            residual_skips: Encoder features of the image residual, ordered as ``skips``, or None.
+
+        Returns:
+            Logits as described at ``ConResNet.forward``.
+        """
+        segmentation_heads, residual_heads = self.seg_layers.segmentation, self.seg_layers.residual
+        last = len(self.stages) - 1
+        first_head = len(self.stages) - len(segmentation_heads)
+        full_size = skips[0].shape[2:]
+
+        segmentation = skips[-1]
+        segmentation_maps: list[Tensor] = []
+        residual_maps: list[Tensor] = []
+        for level, stage in enumerate(self.stages):
+            skip = skips[-(level + 2)]
+            residual_skip = None if residual_skips is None else residual_skips[-(level + 2)]
+            segmentation, residual = stage(*self.lift(level, segmentation, residual, skip, residual_skip))
+            if level == last or (self.deep_supervision and level >= first_head):
+                segmentation_maps.insert(0, segmentation_heads[level - first_head](segmentation))
+            if self.residual_outputs:
+                residual_map = residual_heads[level](residual)
+                # a 1x1x1 convolution and trilinear resizing commute: the head runs on the small map
+                residual_maps.insert(0, resize(residual_map, full_size) if self.full_size_residuals else residual_map)
+
+        if self.residual_outputs:
+            return segmentation_maps + residual_maps
+        return segmentation_maps if self.deep_supervision else segmentation_maps[0]
+
+    def compute_conv_feature_map_size(self, sizes: Sequence[Sequence[int]]) -> np.int64:
+        """Number of output elements of the decoders' convolutions.
+
+        Args:
+            sizes: Spatial size (x, y, z) of every encoder stage, full resolution first.
+        """
+        output = np.int64(0)
+        for level, stage in enumerate(self.stages):
+            output += _elements(stage, sizes[-(level + 2)])
+        segmentation_heads = list(self.seg_layers.segmentation)
+        heads = [segmentation_heads if self.deep_supervision else segmentation_heads[-1:]]
+        if self.residual_outputs:
+            heads.append(list(self.seg_layers.residual))
+        for of_one_kind in heads:
+            for head, size in zip(reversed(of_one_kind), sizes, strict=False):
+                output += _elements(head, size)
+        return output
+
+
+class DynamicDecoder(ContextResidualDecoder):
+    """Transposed convolutions with the plans' strides and concatenated skips, as in nnU-Net's U-Net.
+
+    The residual stream starts from the image residual, averaged down to the coarsest level, or, with a shared encoder,
+    from the residual's own features, whose skips are then added on every level.
+    """
+
+    def __init__(
+        self,
+        encoder: ResidualEncoder,
+        input_channels: int,
+        num_classes: int,
+        n_conv_per_stage: Sequence[int],
+        deep_supervision: bool,
+        residual_outputs: bool,
+        residual_input: str,
+        slice_axis: int,
+    ) -> None:
+        conv_op = encoder.conv_op
+        transposed_conv_op = get_matching_convtransp(conv_op=conv_op)
+        bias = encoder.conv_bias
+
+        def optional(op: Any, *args: Any, kwargs: dict[str, Any] | None) -> nn.Module | None:
+            return None if op is None else op(*args, **(kwargs or {}))
+
+        stages, segmentation_up, residual_up, segmentation_heads, residual_heads = [], [], [], [], []
+        for level in range(len(encoder.output_channels) - 1):
+            below, features = encoder.output_channels[-(level + 1)], encoder.output_channels[-(level + 2)]
+            stride, kernel_size = encoder.strides[-(level + 1)], encoder.kernel_sizes[-(level + 2)]
+            padding = [(k - 1) // 2 for k in kernel_size]
+            starts_from_image = level == 0 and residual_input == "decoder"
+
+            segmentation_up.append(transposed_conv_op(below, features, stride, stride, bias=bias))
+            residual_up.append(
+                nn.Identity() if starts_from_image else transposed_conv_op(below, features, stride, stride, bias=bias)
+            )
+            stages.append(
+                ContextResidualModule(
+                    segmentation=StackedConvBlocks(
+                        n_conv_per_stage[level],
+                        conv_op,
+                        2 * features,
+                        features,
+                        kernel_size,
+                        1,
+                        bias,
+                        encoder.norm_op,
+                        encoder.norm_op_kwargs,
+                        encoder.dropout_op,
+                        encoder.dropout_op_kwargs,
+                        encoder.nonlin,
+                        encoder.nonlin_kwargs,
+                    ),
+                    feature_residual=conv_op(features, features, 1, bias=bias),
+                    project=(
+                        conv_op(input_channels, features, kernel_size, padding=padding, bias=bias)
+                        if starts_from_image
+                        else None
+                    ),
+                    merge=PreActivationConv(
+                        conv_op(features, features, kernel_size, padding=padding, bias=bias),
+                        norm=optional(encoder.norm_op, features, kwargs=encoder.norm_op_kwargs),
+                        nonlin=optional(encoder.nonlin, kwargs=encoder.nonlin_kwargs),
+                        dropout=optional(encoder.dropout_op, kwargs=encoder.dropout_op_kwargs),
+                    ),
+                    slice_axis=slice_axis,
+                )
+            )
+            # The heads of all levels are always built, so that a checkpoint trained with deep supervision loads for
+            # prediction without it.
+            segmentation_heads.append(conv_op(features, num_classes, 1, bias=True))
+            residual_heads.append(conv_op(features, num_classes, 1, bias=True))
+        super().__init__(
+            stages,
+            segmentation_heads,
+            residual_heads,
+            deep_supervision,
+            residual_outputs,
+            full_size_residuals=False,
+        )
+        self.segmentation_up = nn.ModuleList(segmentation_up)
+        self.residual_up = nn.ModuleList(residual_up)
+
+    def lift(
+        self, level: int, segmentation: Tensor, residual: Tensor, skip: Tensor, residual_skip: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        size = skip.shape[2:]
+        segmentation = torch.cat((crop(self.segmentation_up[level](segmentation), size), skip), 1)
+        if level == 0 and residual_skip is None:
+            # averaged, not sampled: the coarsest level may be 32 times smaller than the image
+            return segmentation, F.adaptive_avg_pool3d(residual, (size[0], size[1], size[2]))
+        residual = crop(self.residual_up[level](residual), size)
+        return segmentation, residual if residual_skip is None else residual + residual_skip
+
+    def compute_conv_feature_map_size(self, sizes: Sequence[Sequence[int]]) -> np.int64:
+        output = super().compute_conv_feature_map_size(sizes)
+        for ups in (self.segmentation_up, self.residual_up):
+            for level, up in enumerate(ups):
+                if not isinstance(up, nn.Identity):
+                    output += _elements(up, sizes[-(level + 2)])
+        return output
+
+
+def _paper_conv(in_channels: int, out_channels: int, kernel_size: int = 3, **kwargs: Any) -> WeightStandardizedConv3d:
+    """Weight-standardised convolution that keeps the size at stride 1; without bias unless asked for."""
+    padding = kwargs.get("dilation", 1) * (kernel_size - 1) // 2
+    kwargs.setdefault("bias", False)
+    return WeightStandardizedConv3d(in_channels, out_channels, kernel_size, padding=padding, **kwargs)
+
+
+def _paper_preactivation(
+    in_channels: int, out_channels: int, dropout: nn.Module | None = None, **kwargs: Any
+) -> PreActivationConv:
+    """Group norm, ReLU, (dropout,) weight-standardised 3x3x3 convolution."""
+    return PreActivationConv(
+        _paper_conv(in_channels, out_channels, **kwargs),
+        norm=nn.GroupNorm(PAPER_GROUPS, in_channels, eps=1e-5),
+        nonlin=nn.ReLU(inplace=True),
+        dropout=dropout,
+    )
+
+
+class PaperEncoder(nn.Module):
+    """Strided convolutions and pre-activation residual blocks; the last two blocks are dilated by 2.
+
+    Returns features at full, half and quarter resolution (32, 64, 128 channels) and the bottleneck at an eighth
+    (128 channels).
+
+    Source: Zhang et al. 2021, section III-D, as the authors' code computes it.
+    """
+
+    def __init__(self, input_channels: int) -> None:
+        super().__init__()
+        self.stem = _paper_conv(input_channels, PAPER_FEATURES[0])
+        stages = []
+        for stage, (features, n_blocks) in enumerate(zip(PAPER_FEATURES, PAPER_BLOCKS, strict=True)):
+            modules: list[nn.Module] = []
+            if stage > 0:
+                modules.append(_paper_preactivation(PAPER_FEATURES[stage - 1], features, stride=2))
+            for block in range(n_blocks):
+                dilation = 2 if block >= 2 else 1
+                modules.append(
+                    PreActivationBlock(
+                        _paper_preactivation(features, features, dilation=dilation),
+                        _paper_preactivation(features, features, dilation=dilation),
+                    )
+                )
+            stages.append(nn.Sequential(*modules))
+        self.stages = nn.ModuleList(stages)
+        self.fusion = _paper_preactivation(PAPER_FEATURES[-1], PAPER_BOTTLENECK, dropout=nn.Dropout3d(0.1))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps (B, C, X, Y, Z) to the four feature maps, full resolution first."""
+        x = self.stem(x)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return [*features[:-1], self.fusion(x)]
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """Number of output elements of the encoder's convolutions for a spatial input size (x, y, z)."""
+        size = list(input_size)
+        output = _elements(self.stem, size)
+        for stage, stride in zip(self.stages, PAPER_STRIDES, strict=True):
+            for module in stage.children():
+                output += _elements(module, size)
+                if isinstance(module, PreActivationConv):
+                    size = _strided_size(size, stride)
+        return output + _elements(self.fusion, size)
+
+
+class PaperDecoder(ContextResidualDecoder):
+    """Trilinear, corner-aligned resizing of both streams, and skips that are added to the segmentation stream.
+
+    The residual stream starts from the image residual, resized to quarter resolution, or, with a shared encoder, from
+    the residual's own features, whose skips are then added as well.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool,
+        residual_outputs: bool,
+        residual_input: str,
+        slice_axis: int,
+    ) -> None:
+        stages = []
+        below = PAPER_BOTTLENECK
+        for level, features in enumerate(PAPER_DECODER_FEATURES):
+            project: nn.Module | None = None
+            if level == 0 and residual_input == "decoder":
+                project = _paper_conv(input_channels, features)
+            elif below != features:
+                project = _paper_preactivation(below, features)
+            stages.append(
+                ContextResidualModule(
+                    segmentation=_paper_preactivation(below, features),
+                    feature_residual=_paper_conv(features, features, kernel_size=1),
+                    project=project,
+                    merge=_paper_preactivation(features, features),
+                    slice_axis=slice_axis,
+                )
+            )
+            below = features
+        super().__init__(
+            stages,
+            [_paper_conv(PAPER_DECODER_FEATURES[-1], num_classes, kernel_size=1, bias=True)],
+            [_paper_conv(features, num_classes, kernel_size=1, bias=True) for features in PAPER_DECODER_FEATURES],
+            deep_supervision,
+            residual_outputs,
+            full_size_residuals=True,
+        )
+
+    def lift(
+        self, level: int, segmentation: Tensor, residual: Tensor, skip: Tensor, residual_skip: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        size = skip.shape[2:]
+        segmentation = resize(segmentation, size) + skip
+        residual = resize(residual, size)
+        return segmentation, residual if residual_skip is None else residual + residual_skip
+
+
+class ConResNet(nn.Module):
+    """Encoder-decoder network with a second decoder that predicts the inter-slice residual of the segmentation.
+
+    Takes the arguments that nnU-Net writes into plans, so that a plans file alone can instantiate it.
+
+    Args:
+        input_channels: Number of image channels.
+        n_stages: Number of resolutions, at least 2.
+        features_per_stage: Channels of every stage, one number or one per stage.
+        conv_op: ``torch.nn.Conv3d``; the network needs a slice axis.
+        kernel_sizes: Odd kernel sizes, one number or (kx, ky, kz) per stage.
+        strides: Strides, one number or (sx, sy, sz) per stage; those of the first stage are 1.
+        num_classes: Number of output channels per head.
+        n_blocks_per_stage: Residual blocks (two convolutions each) per encoder stage. None: half of
+            ``n_conv_per_stage``.
+        n_conv_per_stage_decoder: Convolutions of the segmentation stream per decoder level.
+        conv_bias: Whether convolutions have a bias.
+        norm_op: Norm class, or None, and its arguments ``norm_op_kwargs``.
+        norm_op_kwargs: See ``norm_op``.
+        dropout_op: Dropout class, or None, and its arguments ``dropout_op_kwargs``.
+        dropout_op_kwargs: See ``dropout_op``.
+        nonlin: Nonlinearity class, or None, and its arguments ``nonlin_kwargs``.
+        nonlin_kwargs: See ``nonlin``.
+        deep_supervision: Whether the segmentation is returned at all of the plans' scales; can be switched later at
+            ``decoder.deep_supervision``.
+        n_conv_per_stage: What plans of nnU-Net's PlainConvUNet carry; two convolutions make a residual block.
+        residual_outputs: Whether residual maps are returned too; can be switched later at the attribute of this name.
+        residual_input: ``"decoder"``, the residual stream starts from the image residual at the coarsest decoder level
+            (the authors' form), or ``"shared_encoder"``, image and image residual both pass through the encoder.
+        slice_axis: Spatial axis along which slices follow each other, 0 (in nnU-Net), 1 or 2.
+        topology: ``"dynamic"``, built from the arguments above, or ``"paper"``, which is fixed: stages, features,
+            kernels and strides must be its own, norm, nonlinearity and dropout are.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the others.
+
+    Source: Zhang et al. 2021, section III.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        n_stages: int,
+        features_per_stage: int | Sequence[int],
+        conv_op: type[nn.Module],
+        kernel_sizes: int | Sequence[int | Sequence[int]],
+        strides: int | Sequence[int | Sequence[int]],
+        num_classes: int,
+        n_blocks_per_stage: int | Sequence[int] | None = None,
+        n_conv_per_stage_decoder: int | Sequence[int] = 1,
+        conv_bias: bool = False,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: dict[str, Any] | None = None,
+        dropout_op: type[nn.Module] | None = None,
+        dropout_op_kwargs: dict[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = None,
+        nonlin_kwargs: dict[str, Any] | None = None,
+        deep_supervision: bool = False,
+        *,
+        n_conv_per_stage: int | Sequence[int] | None = None,
+        residual_outputs: bool = False,
+        residual_input: str = "decoder",
+        slice_axis: int = 0,
+        topology: str = "dynamic",
+    ) -> None:
+        super().__init__()
+        if convert_conv_op_to_dim(conv_op) != 3:
+            raise ValueError(
+                f"ConResNet needs a slice axis: conv_op must be torch.nn.Conv3d, not {conv_op.__name__}. Use a 3D "
+                f"configuration such as 3d_fullres."
+            )
+        if n_stages < 2:
+            raise ValueError(f"n_stages must be at least 2 (one downsampling), got {n_stages}.")
+        if residual_input not in RESIDUAL_INPUTS:
+            raise ValueError(f"residual_input must be one of {RESIDUAL_INPUTS}, got {residual_input!r}.")
+        if topology not in TOPOLOGIES:
+            raise ValueError(f"topology must be one of {TOPOLOGIES}, got {topology!r}.")
+        if slice_axis not in (0, 1, 2):
+            raise ValueError(f"slice_axis must be 0, 1 or 2, got {slice_axis}.")
+        features = per_stage("features_per_stage", features_per_stage, n_stages)
+        kernels = [_triple(k) for k in per_stage("kernel_sizes", kernel_sizes, n_stages)]
+        self.strides = [_triple(s) for s in per_stage("strides", strides, n_stages)]
+        if self.strides[0] != [1, 1, 1]:
+            raise ValueError(
+                f"The strides of the first stage must be 1, got {self.strides[0]}: the logits have its resolution and "
+                f"must have that of the patch."
+            )
+        if any(k % 2 == 0 for kernel in kernels for k in kernel):
+            raise ValueError(f"kernel_sizes must be odd, so that convolutions keep the size; got {kernels}.")
+        self.topology = topology
+        self.residual_input = residual_input
+        self.slice_axis = slice_axis
+
+        self.encoder: nn.Module
+        self.decoder: ContextResidualDecoder
+        if topology == "paper":
+            _check_paper_arguments(features, kernels, self.strides)
+            self.encoder = PaperEncoder(input_channels)
+            self.decoder = PaperDecoder(
+                input_channels, num_classes, deep_supervision, residual_outputs, residual_input, slice_axis
+            )
+            return
+
+        if n_blocks_per_stage is None:
+            convs = per_stage("n_conv_per_stage", 2 if n_conv_per_stage is None else n_conv_per_stage, n_stages)
+            n_blocks_per_stage = [max(1, n // 2) for n in convs]
+        encoder = ResidualEncoder(
+            input_channels,
+            n_stages,
+            features,
+            conv_op,
+            kernels,
+            self.strides,
+            per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages),
+            conv_bias,
+            norm_op,
+            norm_op_kwargs,
+            dropout_op,
+            dropout_op_kwargs,
+            nonlin,
+            nonlin_kwargs,
+            return_skips=True,
+        )
+        for module in encoder.modules():
+            if isinstance(module, nn.AvgPool3d):
+                # The pooled shortcut of a strided block rounds odd sizes down, its convolution rounds up.
+                module.ceil_mode = True
+        self.encoder = encoder
+        self.decoder = DynamicDecoder(
+            encoder,
+            input_channels,
+            num_classes,
+            per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1),
+            deep_supervision,
+            residual_outputs,
+            residual_input,
+            slice_axis,
+        )
+
+    @classmethod
+    def paper(cls, input_channels: int, num_classes: int, **kwargs: Any) -> ConResNet:
+        """The network of the authors' published code.
+
+        Args:
+            input_channels: Number of image channels, 4 in the paper.
+            num_classes: Number of output channels per head, 3 in the paper (one per region).
+            **kwargs: ``deep_supervision``, ``residual_outputs``, ``residual_input``, ``slice_axis``.
+
+        Returns:
+            The network; 19,018,732 parameters with 4 channels and 3 classes.
+        """
+        return cls(input_channels=input_channels, num_classes=num_classes, **paper_arguments(), **kwargs)
+
+    @property
+    def residual_outputs(self) -> bool:
+        """Whether forward returns residual maps behind the segmentation, in training and evaluation alike."""
+        return self.decoder.residual_outputs
+
+    @residual_outputs.setter
+    def residual_outputs(self, value: bool) -> None:
+        self.decoder.residual_outputs = value
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Computes logits.
+
+        Args:
+            x: Images, shape (B, input_channels, X, Y, Z).
+
+        Returns:
+            - supervision off: segmentation logits, (B, num_classes, X, Y, Z);
+            - ``decoder.deep_supervision``: a list of them at the plans' scales, largest first (the paper topology has
+              one scale);
+            - ``residual_outputs``: a list, the segmentation logits as above (only full size without deep supervision)
+              followed by the residual logits of every decoder level, finest first: at their own resolution in the
+              dynamic topology; in the paper topology at full size, making [segmentation, residual, residual/2,
+              residual/4].
+        """
+        image_residual = inter_slice_residual(x, self.slice_axis)
+        if self.residual_input == "decoder":
+            return self.decoder(self.encoder(x), image_residual, None)
+        # one pass over a doubled batch, so that both see the same weights and keep the device busy
+        features = [f.chunk(2) for f in self.encoder(torch.cat((x, image_residual)))]
+        return self.decoder([image for image, _ in features], features[-1][1], [residual for _, residual in features])
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """Number of feature map elements, as nnU-Net's planner counts them for its memory estimate.
+
+        Args:
+            input_size: Spatial patch size (x, y, z), without batch and channels.
+
+        Raises:
+            ValueError: If ``input_size`` has not three entries.
+        """
+        if len(input_size) != 3:
+            raise ValueError(f"Give the spatial patch size (x, y, z) only, got {tuple(input_size)}.")
+        sizes, size = [], list(input_size)
+        for stride in self.strides:
+            size = _strided_size(size, stride)
+            sizes.append(size)
+        passes = 2 if self.residual_input == "shared_encoder" else 1
+        return passes * _elements(self.encoder, input_size) + self.decoder.compute_conv_feature_map_size(sizes)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in ``nn.Module``; an error says that the checkpoint belongs to another topology, and how they differ.
+
+        Raises:
+            RuntimeError: If ``strict`` and names or shapes differ.
+        """
+        if strict:
+            own = self.state_dict()
+            differences = [
+                _listing("missing in the checkpoint", sorted(own.keys() - state_dict.keys())),
+                _listing("not in this network", sorted(state_dict.keys() - own.keys())),
+                _listing(
+                    "of another shape",
+                    [
+                        f"{k} {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}"
+                        for k in own
+                        if k in state_dict and state_dict[k].shape != own[k].shape
+                    ],
+                ),
+            ]
+            if any(differences):
+                raise RuntimeError(
+                    f"The checkpoint belongs to another network than this one ({self._summary()}). "
+                    + " ".join(d for d in differences if d)
+                    + " Use the plans.json saved with that checkpoint, or train anew."
+                )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _summary(self) -> str:
+        channels = [head.in_channels for head in self.decoder.seg_layers.residual.children()]
+        return f"{self.topology} topology, decoder channels {channels}, strides {self.strides}, {self.residual_input}"
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Initialises one module as nnU-Net does: He normal; residual blocks of nnU-Net's start as the identity."""
+        InitWeights_He(1e-2)(module)
+        if isinstance(module, BasicBlockD) and hasattr(module.conv2, "norm"):
+            nn.init.zeros_(module.conv2.norm.weight)
+            nn.init.zeros_(module.conv2.norm.bias)
+
+
+def paper_arguments() -> dict[str, Any]:
+    """The constructor arguments of the paper topology, but for channels and classes, as plans would hold them."""
+    return {
+        "n_stages": len(PAPER_FEATURES),
+        "features_per_stage": list(PAPER_FEATURES),
+        "conv_op": nn.Conv3d,
+        "kernel_sizes": [[3, 3, 3] for _ in PAPER_FEATURES],
+        "strides": [list(stride) for stride in PAPER_STRIDES],
+        "topology": "paper",
+    }
+
+
+def _check_paper_arguments(features: list[int], kernels: list[list[int]], strides: list[list[int]]) -> None:
+    expected = paper_arguments()
+    found = {"features_per_stage": features, "kernel_sizes": kernels, "strides": strides}
+    wrong = [f"{name} {value} instead of {expected[name]}" for name, value in found.items() if value != expected[name]]
+    if wrong:
+        raise ValueError(f"The paper topology is fixed; these arguments contradict it: {'; '.join(wrong)}.")
+
+
+def _triple(value: int | Sequence[int]) -> list[int]:
+    triple = [value] * 3 if isinstance(value, int) else [int(v) for v in value]
+    if len(triple) != 3:
+        raise ValueError(f"Kernel sizes and strides have three entries in 3D, got {value!r}.")
+    return triple
+
+
+def _elements(module: nn.Module, size: Sequence[int]) -> np.int64:
+    """Number of output elements of a module's convolutions; of a plain one, ``size`` is that of its output."""
+    if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+        return np.prod([module.out_channels, *size], dtype=np.int64)
+    return module.compute_conv_feature_map_size(size)  # type: ignore[operator]
+
+
+def _strided_size(size: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Spatial size behind a strided convolution with "same" padding."""
+    return [-(-extent // step) for extent, step in zip(size, stride, strict=True)]
+
+
+def _listing(what: str, names: Sequence[str], most: int = 3) -> str:
+    if not names:
+        return ""
+    more = f", ... {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} entries {what}: {', '.join(names[:most])}{more}."
+
+
+# How the authors' names map to ours. Their module holds layers that no output depends on; those are listed by name, so
+# that anything else unknown is an error.
+_AUTHORS_CONV = {"gn_seg": "segmentation.norm", "conv_seg": "segmentation.conv", "conv_res": "feature_residual"} | {
+    "gn_res1": "merge.norm",
+    "conv_res1": "merge.conv",
+}
+_AUTHORS_LEVELS = {
+    "seg_x4": (0, {"conv_mp_first": "project"}),
+    "seg_x2": (1, {"gn_mp": "project.norm", "conv_mp": "project.conv"}),
+    "seg_x1": (2, {}),
+}
+_AUTHORS_UNUSED = re.compile(
+    r"seg_x[124]\.0\.(gn_res|gn_res2|conv_res2)\.(weight|bias)"
+    r"|seg_x4\.0\.(gn_mp|conv_mp)\.(weight|bias)"
+    r"|seg_x2\.0\.conv_mp_first\.weight"
+    r"|seg_x1\.0\.(conv_mp_first|gn_mp|conv_mp)\.(weight|bias)"
+)
+
+
+def _authors_modules() -> dict[str, str]:
+    """Names of the authors' modules (without .weight and .bias) and of ours."""
+    names = {
+        "conv_4_32.0": "encoder.stem",
+        "fusionConv.0": "encoder.fusion.norm",
+        "fusionConv.3": "encoder.fusion.conv",
+    }
+    for stage in range(1, len(PAPER_FEATURES)):
+        theirs = f"conv_{PAPER_FEATURES[stage - 1]}_{PAPER_FEATURES[stage]}"
+        names[f"{theirs}.0"] = f"encoder.stages.{stage}.0.norm"
+        names[f"{theirs}.2"] = f"encoder.stages.{stage}.0.conv"
+    for layer, (stage, first, n_blocks) in enumerate([(0, 0, 1), (1, 1, 2), (2, 1, 2), (3, 1, 2), (3, 3, 2)]):
+        for block in range(n_blocks):
+            for number in (1, 2):
+                ours = f"encoder.stages.{stage}.{first + block}.conv{number}"
+                names[f"layer{layer}.{block}.gn{number}"] = f"{ours}.norm"
+                names[f"layer{layer}.{block}.conv{number}"] = f"{ours}.conv"
+    for theirs, (level, projection) in _AUTHORS_LEVELS.items():
+        for name, ours in (_AUTHORS_CONV | projection).items():
+            names[f"{theirs}.0.{name}"] = f"decoder.stages.{level}.{ours}"
+    heads = {"seg_cls": "segmentation.0", "resx4_cls": "residual.0", "resx2_cls": "residual.1", "res_cls": "residual.2"}
+    return names | {f"{theirs}.0": f"decoder.seg_layers.{ours}" for theirs, ours in heads.items()}
+
+
+def from_authors_state_dict(
+    state_dict: Mapping[str, Tensor] | str | os.PathLike[str], residual_outputs: bool = False
+) -> ConResNet:
+    """Builds the paper topology from a checkpoint of the authors' published code.
+
+    Args:
+        state_dict: State dictionary of the authors' network, or the path of a file that holds one (read with
+            ``torch.load(weights_only=True)``, so that it cannot run code). Keys may carry a ``module.`` prefix. Layers
+            that no output of the authors' network depends on are left out.
+        residual_outputs: Passed on to ``ConResNet.paper``.
+
+    Returns:
+        The network, numerically the same function as the authors', in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If entries are missing, unknown or of the wrong shape; the message names them.
+
+    Example:
+        >>> network = from_authors_state_dict("conresnet_brats.pth")  # doctest: +SKIP
+    """
+    if isinstance(state_dict, (str, os.PathLike)):
+        state_dict = torch.load(state_dict, map_location="cpu", weights_only=True)
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"Expected a state dictionary of name and tensor, got {type(state_dict).__name__}.")
+
+    modules = _authors_modules()
+    renamed: dict[str, Tensor] = {}
+    unexpected: list[str] = []
+    for full_name, tensor in state_dict.items():
+        name = full_name.removeprefix("module.")
+        if _AUTHORS_UNUSED.fullmatch(name):
+            continue
+        module, _, parameter = name.rpartition(".")
+        if module in modules and parameter in ("weight", "bias") and isinstance(tensor, Tensor):
+            renamed[f"{modules[module]}.{parameter}"] = tensor
+        else:
+            unexpected.append(full_name)
+
+    problems = [_listing("of the checkpoint are not known", unexpected, most=10)]
+    stem, head = renamed.get("encoder.stem.weight"), renamed.get("decoder.seg_layers.segmentation.0.weight")
+    # The shapes of stem and head say how many channels and classes there are.
+    network = ConResNet.paper(
+        input_channels=stem.shape[1] if stem is not None and stem.ndim == 5 else 4,
+        num_classes=head.shape[0] if head is not None and head.ndim == 5 else 3,
+        residual_outputs=residual_outputs,
+    )
+    own = network.state_dict()
+    theirs = {ours: name for name, ours in modules.items()}
+
+    def authors_name(name: str) -> str:
+        module, _, parameter = name.rpartition(".")
+        return f"{theirs[module]}.{parameter}"
+
+    problems.append(
+        _listing("are missing in the checkpoint", [authors_name(k) for k in own if k not in renamed], most=10)
+    )
+    wrong_shapes = [
+        f"{authors_name(k)} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
+        for k, v in renamed.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    problems.append(_listing("have another shape", wrong_shapes, most=10))
+    # a bias where the authors' layer has none
+    problems.append(_listing("are not known", [authors_name(k) for k in renamed if k not in own], most=10))
+    if any(problems):
+        raise ValueError("This is not a checkpoint of the authors' ConResNet. " + " ".join(p for p in problems if p))
+    network.load_state_dict(renamed)
+    return network.eval()

@@ -1,0 +1,183 @@
+"""Objectives: nnU-Net's own segmentation loss, and the supervision of inter-slice residual maps beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+
+from nnunet_conres.residuals import LabelOrRegion, label_residual, residual_pyramid
+
+# Share of the residual maps in the objective of nnUNetTrainerConResNet, relative to the segmentation's.
+RESIDUAL_WEIGHT = 0.5
+# The paper sums its three scales 1 : 0.5 : 0.5; this weight undoes their normalisation to a sum of 1.
+PAPER_RESIDUAL_WEIGHT = 2.0
+
+
+def residual_scale_weights(n_scales: int) -> list[float]:
+    """Weights 1, 1/2, 1/2, ... of the residual maps from finest to coarsest, normalised to a sum of 1.
+
+    Source: Zhang et al. 2021, section III-E (full, half and quarter resolution).
+    """
+    weights = [1.0] + [0.5] * (n_scales - 1)
+    return [weight / sum(weights) for weight in weights]
+
+
+class ResidualMapLoss(nn.Module):
+    """Binary cross-entropy with logits between residual maps and the inter-slice residual of the annotation.
+
+    The rare positive class of every channel is weighted by log(N / (P + 1)), with P positive among N defined voxels of
+    the whole batch, at each scale for itself. Scales are weighted 1, 1/2, 1/2, ..., normalised.
+
+    Where processes train together (``ddp``), P and N are summed over all of them, so that the average of their
+    gradients is the gradient of one process on the joined batch.
+
+    Args:
+        classes: Foreground labels of a label map, or None when targets are regions.
+        ignore_label: Label of unannotated voxels, None where everything is annotated. For region targets any value but
+            None says that their last channel marks such voxels.
+        slice_axis: Spatial axis along which slices follow each other.
+        background_channel: Whether the first channel of the maps belongs to the background, which has no residual
+            target: it is left out. True with label maps, where heads have one channel per label.
+        ddp: Whether to reduce counts over the processes of the default group.
+
+    Source: Zhang et al. 2021, section III-E. The authors' released code feeds raw outputs to the cross-entropy after
+        clamping them as if they were probabilities; the form with logits is what the paper describes.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[LabelOrRegion] | None,
+        ignore_label: int | None = None,
+        slice_axis: int = 0,
+        background_channel: bool = False,
+        ddp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.classes = None if classes is None else list(classes)
+        self.ignore_label = ignore_label
+        self.slice_axis = slice_axis
+        self.background_channel = background_channel
+        self.ddp = ddp
+
+    def forward(self, residual_logits: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes the loss.
+
+        Args:
+            residual_logits: Residual maps, finest first, shape (B, C, x, y, z) each, at full or lower resolution.
+            target: Annotation at full resolution, (B, 1, X, Y, Z) labels or (B, R[+1], X, Y, Z) regions.
+
+        Returns:
+            The loss, a scalar >= 0 (0 where no residual is defined), and the number of voxels at the finest scale on
+            which a residual is defined.
+
+        Raises:
+            ValueError: If the maps have another number of channels than there are classes or regions.
+        """
+        with torch.no_grad():
+            residual, mask = label_residual(
+                target, classes=self.classes, ignore_label=self.ignore_label, slice_axis=self.slice_axis
+            )
+            targets = residual_pyramid(residual, mask, [logits.shape[2:] for logits in residual_logits])
+            counts = torch.stack([self._counts(*scale) for scale in targets])
+            world_size = 1
+            if self.ddp:
+                distributed.all_reduce(counts)
+                world_size = distributed.get_world_size()
+
+        loss = counts.new_zeros(())
+        for weight, logits, (scale_target, scale_mask), count in zip(
+            residual_scale_weights(len(residual_logits)), residual_logits, targets, counts, strict=True
+        ):
+            logits = logits[:, 1:] if self.background_channel else logits
+            if logits.shape[1] != scale_target.shape[1]:
+                raise ValueError(
+                    f"Residual maps have {logits.shape[1]} foreground channels, the annotation has "
+                    f"{scale_target.shape[1]} classes or regions."
+                )
+            defined, positive = count[0].clamp(min=1), count[1:]
+            # Negative where nearly all voxels are positive; a weight must not be.
+            positive_weight = torch.log(defined / (positive + 1)).clamp(min=0)
+            summed = F.binary_cross_entropy_with_logits(
+                logits.float(),
+                scale_target.float(),
+                weight=None if scale_mask is None else scale_mask.float(),
+                pos_weight=positive_weight.view(-1, 1, 1, 1),
+                reduction="sum",
+            )
+            loss = loss + weight * summed * (world_size / (defined * len(positive)))
+        return loss, counts[0, 0]
+
+    @staticmethod
+    def _counts(residual: Tensor, mask: Tensor | None) -> Tensor:
+        """Number of defined voxels, then the positive ones of every channel; float32, shape (1 + C,)."""
+        dims = (0, *range(2, residual.ndim))
+        positive = residual.sum(dims, dtype=torch.float32)
+        if mask is None:
+            defined = positive.new_full((1,), residual.numel() / residual.shape[1])
+        else:
+            defined = mask.sum(dtype=torch.float32).view(1)
+        return torch.cat((defined, positive))
+
+
+class ConResLoss(nn.Module):
+    """Objective of ConResNet: a segmentation loss plus the weighted residual-map loss.
+
+    Args:
+        segmentation: Takes the lists of segmentation logits and targets, largest first; nnU-Net's
+            ``DeepSupervisionWrapper`` around Dice and cross-entropy.
+        residual: Takes residual maps and the full-resolution target.
+        n_segmentation_outputs: How many of the network's outputs, from the front, are segmentation logits.
+        residual_weight: Weight of the residual part.
+
+    Attributes:
+        parts: After a call, its parts by name, detached: ``segmentation``, and ``residual`` before weighting, NaN where
+            no residual is defined in the whole batch.
+
+    Source: Zhang et al. 2021, section III-E.
+    """
+
+    def __init__(
+        self,
+        segmentation: nn.Module,
+        residual: ResidualMapLoss,
+        n_segmentation_outputs: int,
+        residual_weight: float = RESIDUAL_WEIGHT,
+    ) -> None:
+        super().__init__()
+        self.segmentation = segmentation
+        self.residual = residual
+        self.n_segmentation_outputs = n_segmentation_outputs
+        self.residual_weight = residual_weight
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Computes the objective.
+
+        Args:
+            outputs: What ConResNet returns with ``residual_outputs``: segmentation logits, then residual maps.
+            targets: Annotations at the plans' scales, full resolution first.
+
+        Returns:
+            Scalar; finite also for a batch without annotation, without foreground, or with a single slice.
+        """
+        # Half-precision logits are small beside the features; float32 keeps sums over a patch exact enough.
+        logits = [output.float() for output in outputs[: self.n_segmentation_outputs]]
+        matching = [
+            target if target.shape[2:] == output.shape[2:] else _shrink_labels(targets[0], output.shape[2:])
+            for output, target in zip(logits, targets, strict=False)
+        ]
+        segmentation = self.segmentation(logits, matching)
+        residual, defined = self.residual(outputs[self.n_segmentation_outputs :], targets[0])
+        self.parts = {
+            "segmentation": segmentation.detach(),
+            "residual": torch.where(defined > 0, residual.detach(), torch.nan),
+        }
+        return segmentation + self.residual_weight * residual
+
+
+def _shrink_labels(target: Tensor, size: Sequence[int]) -> Tensor:
+    """Nearest-neighbour shrinking, for strides that do not divide the patch: convolutions round up, nnU-Net down."""
+    return F.interpolate(target.float(), size=tuple(size), mode="nearest-exact").to(target.dtype)

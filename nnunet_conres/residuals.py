@@ -1,0 +1,215 @@
+"""The inter-slice residual of images, feature maps and label maps.
+
+For a volume ``v`` with slices ``v[0] ... v[D-1]`` along the slice axis the inter-slice residual is ``r[0] = 0`` and
+``r[k] = |v[k] - v[k-1]|``. Of a binary mask it is 1 where the mask changes from one slice to the next: the borders of
+objects, and most of all where their shape changes fastest.
+
+Source: Zhang et al., "Inter-slice Context Residual Learning for 3D Medical Image Segmentation", IEEE TMI 2021,
+arXiv 2011.14155, section III.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# A class is one label; a region is the union of several.
+LabelOrRegion: TypeAlias = "int | Sequence[int]"
+
+
+def _slice_dimension(tensor: Tensor, slice_axis: int) -> int:
+    """Turns a spatial axis (0, 1, 2 or -1, ...) of a (B, C, X, Y, Z) tensor into the tensor's dimension."""
+    spatial_axes = tensor.ndim - 2
+    if not -spatial_axes <= slice_axis < spatial_axes:
+        raise ValueError(
+            f"slice_axis {slice_axis} is out of range: a tensor of shape {tuple(tensor.shape)} has "
+            f"{max(spatial_axes, 0)} spatial axes. Expected (batch, channel, *spatial)."
+        )
+    return slice_axis % spatial_axes + 2
+
+
+def inter_slice_residual(volume: Tensor, slice_axis: int = 0) -> Tensor:
+    """Absolute difference of every slice to the previous one; 0 in the first slice.
+
+    Differentiable for floating-point input, and traced by ``torch.compile`` without a graph break.
+
+    Args:
+        volume: Images, feature maps or masks, shape (B, C, *spatial), any dtype and device.
+        slice_axis: Spatial axis along which slices follow each other; 0 is the first axis of an nnU-Net patch, the one
+            with the largest spacing.
+
+    Returns:
+        Tensor of the shape, dtype and device of ``volume``. Values are >= 0; of a boolean mask, True where it changes.
+
+    Raises:
+        ValueError: If ``volume`` has no such spatial axis.
+
+    Source: Zhang et al. 2021, section III-B.
+    """
+    dim = _slice_dimension(volume, slice_axis)
+    depth = volume.shape[dim]
+    if depth < 2:
+        return torch.zeros_like(volume)
+    current = volume.narrow(dim, 1, depth - 1)
+    previous = volume.narrow(dim, 0, depth - 1)
+
+    if volume.is_floating_point():
+        # One subtraction of two views, then one padded copy; F.pad counts from the last dimension backwards.
+        padding = [0, 0] * (volume.ndim - dim - 1) + [1, 0]
+        return F.pad((current - previous).abs(), padding)
+
+    residual = torch.zeros_like(volume)
+    if volume.dtype == torch.bool:
+        difference = current ^ previous
+    elif volume.dtype.is_signed:
+        difference = (current - previous).abs()
+    else:
+        # unsigned integers wrap below zero
+        difference = torch.maximum(current, previous) - torch.minimum(current, previous)
+    residual.narrow(dim, 1, depth - 1).copy_(difference)
+    return residual
+
+
+def residual_mask(annotated: Tensor, slice_axis: int = 0) -> Tensor:
+    """Where the residual of a partly annotated label map is defined: where both slices are annotated.
+
+    In the first slice it is defined nowhere, since there is no previous slice to be annotated.
+
+    Args:
+        annotated: True where a voxel carries an annotation, boolean, shape (B, 1, *spatial).
+        slice_axis: Spatial axis along which slices follow each other.
+
+    Returns:
+        Boolean tensor of the same shape.
+
+    Raises:
+        ValueError: If ``annotated`` has no such spatial axis.
+    """
+    dim = _slice_dimension(annotated, slice_axis)
+    mask = torch.zeros_like(annotated)
+    depth = annotated.shape[dim]
+    if depth > 1:
+        both = annotated.narrow(dim, 1, depth - 1) & annotated.narrow(dim, 0, depth - 1)
+        mask.narrow(dim, 1, depth - 1).copy_(both)
+    return mask
+
+
+def label_residual(
+    target: Tensor,
+    *,
+    classes: Sequence[LabelOrRegion] | None = None,
+    ignore_label: int | None = None,
+    slice_axis: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Inter-slice residual of an annotation, one binary channel per foreground class or region.
+
+    Takes both forms in which nnU-Net hands targets to a loss: label maps (one integer channel) and regions (one 0/1
+    channel per region, the ignore label being one more channel at the end). Where everything is annotated the residual
+    of the first slice is 0 by definition.
+
+    Args:
+        target: Label map, shape (B, 1, *spatial), any integer or floating dtype, when ``classes`` is given; otherwise
+            regions, shape (B, R, *spatial) or (B, R + 1, *spatial) with the ignore label last, bool or 0/1.
+        classes: Foreground labels, or regions as sequences of labels. None when the channels of ``target`` are regions
+            already.
+        ignore_label: Label of unannotated voxels; for region targets any value but None says that the last channel
+            marks them. None where everything is annotated.
+        slice_axis: Spatial axis along which slices follow each other.
+
+    Returns:
+        The residual, boolean, shape (B, number of classes or regions, *spatial), False where undefined, and the mask of
+        defined voxels, boolean, shape (B, 1, *spatial), or None where everything is annotated.
+
+    Raises:
+        ValueError: If a label map has more than one channel, or the slice axis is out of range.
+    """
+    if classes is None:
+        if ignore_label is None:
+            return inter_slice_residual(target.bool(), slice_axis), None
+        annotated: Tensor | None = ~target[:, -1:].bool()
+        membership = target[:, :-1].bool()
+    else:
+        if target.shape[1] != 1:
+            raise ValueError(
+                f"A label map has one channel, this target has shape {tuple(target.shape)}. Leave `classes` out if its "
+                f"channels are regions."
+            )
+        annotated = target != ignore_label if ignore_label is not None else None
+        membership = torch.cat([_belongs_to(target, labels) for labels in classes], 1)
+    residual = inter_slice_residual(membership, slice_axis)
+    if annotated is None:
+        return residual, None
+    mask = residual_mask(annotated, slice_axis)
+    return residual & mask, mask
+
+
+def _belongs_to(labels: Tensor, members: LabelOrRegion) -> Tensor:
+    """Boolean mask of the voxels that carry one of the given labels; a loop of == keeps it free of graph breaks."""
+    # a single label may be a NumPy integer, as nnU-Net's label manager has them
+    first, *others = members if isinstance(members, Sequence) else [members]
+    mask = torch.eq(labels, first)
+    for label in others:
+        mask = mask | torch.eq(labels, label)
+    return mask
+
+
+def max_pool_to(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """Shrinks a binary volume by maximum: a coarse voxel is set if any voxel it covers is.
+
+    Nearest-neighbour shrinking, as nnU-Net does it with label maps, would lose most of a border that is one voxel wide.
+
+    Args:
+        mask: Binary volume, bool or 0/1, shape (B, C, X, Y, Z).
+        size: Wanted spatial size (x, y, z), each between 1 and that of ``mask``. Sizes that strided convolutions
+            produce, ceil(X / stride), are pooled over non-overlapping blocks aligned with the first voxel.
+
+    Returns:
+        Tensor of shape (B, C, *size), same dtype as ``mask``.
+
+    Raises:
+        ValueError: If a wanted size is larger than the volume.
+    """
+    size = list(size)
+    full = list(mask.shape[2:])
+    if size == full:
+        return mask
+    if len(size) != len(full) or any(not 0 < s <= f for s, f in zip(size, full, strict=True)):
+        raise ValueError(f"Cannot shrink a volume of size {full} to {size}: it must not be larger, nor empty.")
+    # bfloat16 holds 0 and 1 exactly and is half of what float32 would move through memory
+    floating = mask if mask.is_floating_point() else mask.to(torch.bfloat16)
+    window = [-(-f // s) for f, s in zip(full, size, strict=True)]
+    if all(-(-f // w) == s for f, w, s in zip(full, window, size, strict=True)):
+        pooled = F.max_pool3d(floating, window, window, ceil_mode=True)
+    else:
+        pooled = F.adaptive_max_pool3d(floating, size)
+    return pooled.to(mask.dtype)
+
+
+def residual_pyramid(
+    residual: Tensor, mask: Tensor | None, sizes: Sequence[Sequence[int]]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Max-pooled copies of a full-resolution residual target, one per wanted size.
+
+    A coarse voxel is defined where at least one voxel it covers is; its target is the maximum over those.
+
+    Args:
+        residual: Binary residual at full resolution, shape (B, C, X, Y, Z), False where undefined.
+        mask: Where it is defined, shape (B, 1, X, Y, Z), or None for everywhere.
+        sizes: Wanted spatial sizes, in any order; equal sizes share one tensor.
+
+    Returns:
+        Pairs (residual, mask) in the order of ``sizes``.
+
+    Raises:
+        ValueError: If a wanted size is larger than the volume.
+    """
+    pooled: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+    for size in (tuple(int(extent) for extent in wanted) for wanted in sizes):
+        if size not in pooled:
+            # always from the full-resolution target: pooling a pooled volume again would misalign odd sizes
+            pooled[size] = max_pool_to(residual, size), None if mask is None else max_pool_to(mask, size)
+    return [pooled[tuple(int(extent) for extent in wanted)] for wanted in sizes]

@@ -1,0 +1,287 @@
+"""What all trainers of this package share: plans, checkpoints, precision on a CPU, parts of the loss in the log."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_conres import __version__
+from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
+from nnunet_conres.trainers.plans import TOPOLOGY_ARGUMENTS, configuration_of, with_configuration
+from nnunet_conres.trainers.precision import cpu_autocast
+
+
+class PluginTrainer(nnUNetTrainer):
+    """nnU-Net's trainer plus what every network of this package needs of it.
+
+    Subclasses say which network they train in ``resolve``, and how it is built in ``build_network_architecture``.
+
+    Attributes:
+        training_epochs: Number of epochs; nnU-Net's own 1000.
+        checkpoint_interval_minutes: At least this often checkpoint_latest.pth is written, also in mid-epoch; a training
+            that is killed loses no more than that when it is continued with ``--c``.
+        loss_parts: Names of the parts of the objective that are logged apart.
+    """
+
+    training_epochs: int = 1000
+    checkpoint_interval_minutes: float = 5.0
+    loss_parts: tuple[str, ...] = ()
+
+    # set by nnU-Net's constructor, which carries no types
+    num_iterations_per_epoch: int
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's own signature)
+    ) -> None:
+        # nnU-Net's constructor makes the output folder: whatever can be refused is refused before it.
+        _check_device(device)
+        resolved = self.resolve(configuration_of(plans, configuration), configuration)
+        plans = with_configuration(plans, configuration, **resolved)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.training_epochs
+        self.logger.local_logger = LossPartsLogger(
+            self.loss_parts, self.region_names, verbose=self.logger.local_logger.verbose
+        )
+        self._full_epoch_iterations = self.num_iterations_per_epoch
+        self._earlier_outputs: list[dict[str, Any]] = []
+        self._epoch_outputs: list[dict[str, Any]] = []
+        self._epoch_started = self._last_checkpoint = time.monotonic()
+
+    # --- plans and network ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
+        """What this trainer writes into its configuration of the plans.
+
+        Args:
+            configuration: The configuration, inheritance resolved.
+            name: Its name, for messages.
+
+        Returns:
+            Entries such as ``architecture``, ``patch_size``, ``batch_size``.
+
+        Raises:
+            ValueError: If this trainer can't train that configuration.
+        """
+        raise NotImplementedError
+
+    def _unwrapped_network(self) -> nn.Module:
+        network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    @property
+    def region_names(self) -> list[str]:
+        """Names of the foreground classes or regions, in the order of nnU-Net's Dice."""
+        wanted = (
+            self.label_manager.foreground_regions
+            if self.label_manager.has_regions
+            else self.label_manager.foreground_labels
+        )
+
+        def key(value: Any) -> tuple[int, ...]:
+            return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+
+        names = {key(value): name for name, value in self.dataset_json["labels"].items()}
+        return [names.get(key(value), str(value)) for value in wanted]
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        with cpu_autocast(self.device):
+            outputs = super().train_step(batch)
+        outputs |= self._loss_part_values()
+        self._epoch_outputs.append(outputs)
+        self._maybe_checkpoint_in_mid_epoch()
+        return outputs
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        with cpu_autocast(self.device):
+            outputs = super().validation_step(batch)
+        return outputs | self._loss_part_values()
+
+    def _loss_part_values(self) -> dict[str, np.ndarray]:
+        if not self.loss_parts:
+            return {}
+        parts = self.loss.parts
+        return {f"{name}_loss": parts[name].float().cpu().numpy() for name in self.loss_parts}
+
+    def _log_loss_parts(self, phase: str, outputs: Sequence[dict[str, Any]]) -> None:
+        for part in self.loss_parts:
+            values = [float(output[f"{part}_loss"]) for output in outputs]
+            if self.is_ddp:
+                gathered: list[list[float]] = [[] for _ in range(distributed.get_world_size())]
+                distributed.all_gather_object(gathered, values)
+                values = [value for one in gathered for value in one]
+            # NaN marks batches in which the part was not defined
+            defined = [value for value in values if not math.isnan(value)]
+            mean = float(np.mean(defined)) if defined else math.nan
+            self.logger.log(loss_part_key(phase, part), mean, self.current_epoch)
+
+    # --- epochs -----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._last_checkpoint = time.monotonic()
+
+    def on_epoch_start(self) -> None:
+        unfinished = self._local_logger.unfinished_epoch
+        self._earlier_outputs = []
+        elapsed = 0.0
+        if unfinished is not None and unfinished["epoch"] == self.current_epoch:
+            self._earlier_outputs = unfinished["outputs"]
+            elapsed = unfinished["seconds"]
+        self._local_logger.unfinished_epoch = None
+        self._epoch_started = time.monotonic() - elapsed
+        super().on_epoch_start()
+        self.logger.local_logger.my_fantastic_logging["epoch_start_timestamps"][-1] -= elapsed
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._epoch_outputs = list(self._earlier_outputs)
+        # nnU-Net counts the iterations of an epoch after this call: a continued epoch has fewer to go.
+        self._full_epoch_iterations = self.num_iterations_per_epoch
+        self.num_iterations_per_epoch = max(0, self._full_epoch_iterations - len(self._earlier_outputs))
+        if self._earlier_outputs:
+            self.print_to_log_file(
+                f"Continuing this epoch behind iteration {len(self._earlier_outputs)} of {self._full_epoch_iterations}"
+            )
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        self.num_iterations_per_epoch = self._full_epoch_iterations
+        train_outputs = self._earlier_outputs + train_outputs
+        super().on_train_epoch_end(train_outputs)
+        self._log_loss_parts("train", train_outputs)
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        self._log_loss_parts("val", val_outputs)
+
+    def on_epoch_end(self) -> None:
+        for part in self.loss_parts:
+            train, val = (self.logger.get_value(loss_part_key(phase, part), step=-1) for phase in ("train", "val"))
+            self.print_to_log_file(f"{part} loss: train {train:.4f}, val {val:.4f}")
+        dice = self.logger.get_value("dice_per_class_or_region", step=-1)
+        named = ", ".join(f"{name} {value:.4f}" for name, value in zip(self.region_names, dice, strict=True))
+        self.print_to_log_file(f"Pseudo Dice by name: {named}")
+        super().on_epoch_end()
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    @property
+    def _local_logger(self) -> LossPartsLogger:
+        return self.logger.local_logger
+
+    def _maybe_checkpoint_in_mid_epoch(self) -> None:
+        """Writes checkpoint_latest.pth when the last one is too old, with what there is of this epoch."""
+        done = len(self._epoch_outputs)
+        age = time.monotonic() - self._last_checkpoint
+        if age < self.checkpoint_interval_minutes * 60 or done >= self._full_epoch_iterations:
+            return
+        self._local_logger.unfinished_epoch = {
+            "epoch": self.current_epoch,
+            "outputs": list(self._epoch_outputs),
+            "seconds": time.monotonic() - self._epoch_started,
+        }
+        # nnU-Net notes the epoch after the current one as the next to train; here the current one is not done yet.
+        self.current_epoch -= 1
+        try:
+            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+        finally:
+            self.current_epoch += 1
+            self._local_logger.unfinished_epoch = None
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Writes a checkpoint to a temporary name and renames it, so that a killed training leaves none in halves."""
+        partial = f"{filename}.partial"
+        super().save_checkpoint(partial)
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            os.replace(partial, filename)
+        self._last_checkpoint = time.monotonic()
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """As nnU-Net's; the network is the one that the checkpoint was trained with.
+
+        Raises:
+            RuntimeError: If the checkpoint belongs to another topology than plans and trainer ask for.
+        """
+        if not self.was_initialized:
+            self._take_architecture_from(filename_or_checkpoint)
+        super().load_checkpoint(filename_or_checkpoint)
+        self.my_init_kwargs["plans"]["nnunet_conres"] = {"version": __version__}
+
+    def _take_architecture_from(self, filename: str) -> None:
+        """Adopts the architecture arguments of a checkpoint, so that a changed default doesn't break ``--c``.
+
+        What comes from the plans must agree: continuing with other strides would be another network.
+        """
+        # memory-mapped: reads the plans, not the weights
+        checkpoint = torch.load(filename, map_location="cpu", weights_only=False, mmap=True)
+        plans = checkpoint["init_args"]["plans"]
+        if checkpoint["init_args"]["configuration"] != self.configuration_name:
+            raise RuntimeError(
+                f"{filename} was trained in configuration {checkpoint['init_args']['configuration']}, this training is "
+                f"in {self.configuration_name}."
+            )
+        theirs = configuration_of(plans, self.configuration_name).configuration["architecture"]
+        ours = self.configuration_manager.configuration["architecture"]
+        different = [
+            f"{argument}: {theirs['arch_kwargs'].get(argument)} there, {ours['arch_kwargs'].get(argument)} here"
+            for argument in TOPOLOGY_ARGUMENTS
+            if theirs["arch_kwargs"].get(argument) != ours["arch_kwargs"].get(argument)
+        ]
+        if theirs["network_class_name"] != ours["network_class_name"]:
+            different = [f"{theirs['network_class_name']} there, {ours['network_class_name']} here"]
+        if different:
+            raise RuntimeError(
+                f"{filename} belongs to another topology than these plans and this trainer: {'; '.join(different)}. "
+                f"Continue it with the plans it was started with, or start a new training without --c."
+            )
+        self.plans_manager = PlansManager(
+            with_configuration(self.plans_manager.plans, self.configuration_name, architecture=deepcopy(theirs))
+        )
+        self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("There is no CUDA device here that torch can use. To train on the CPU add: -device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RuntimeError("There is no MPS device here that torch can use. To train on the CPU add: -device cpu")
+
+
+def check_slice_axis(configuration: ConfigurationManager, name: str, network: str) -> None:
+    """Refuses configurations without a slice axis to take residuals along.
+
+    Raises:
+        ValueError: If the patch is 2D, or a single slice.
+    """
+    patch_size = [int(extent) for extent in configuration.patch_size]
+    if len(patch_size) != 3:
+        raise ValueError(
+            f"{network} needs a slice axis, but configuration {name} is 2D (patch {patch_size}). Use a 3D "
+            f"configuration such as 3d_fullres, or a stock trainer such as nnUNetTrainer."
+        )
+    if patch_size[0] < 2:
+        raise ValueError(
+            f"{network} learns from differences between slices, but the patch {patch_size} of configuration {name} is "
+            f"a single slice. Plan a patch of at least 2 slices along its first axis."
+        )

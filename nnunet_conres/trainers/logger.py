@@ -1,0 +1,104 @@
+"""nnU-Net's training log with the parts of the objective beside it, and a figure of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+FIGURE_NAME = "progress_conres.png"
+
+
+def loss_part_key(phase: str, part: str) -> str:
+    """Name under which a part of the objective is logged; ``phase`` is "train" or "val"."""
+    return f"{phase}_{part}_losses"
+
+
+class LossPartsLogger(LocalLogger):
+    """Keeps one value per epoch of every part of the objective, for training and validation apart.
+
+    Args:
+        parts: Names of the parts of the objective.
+        region_names: Names of the foreground classes or regions, in the order of the logged Dice.
+        verbose: As in nnU-Net's logger.
+
+    Attributes:
+        unfinished_epoch: State of an epoch whose training is under way, saved with the next checkpoint and there after
+            loading one; None between epochs.
+    """
+
+    def __init__(self, parts: Sequence[str], region_names: Sequence[str], verbose: bool = False) -> None:
+        super().__init__(verbose)
+        self.parts = list(parts)
+        self.region_names = list(region_names)
+        self.unfinished_epoch: dict[str, Any] | None = None
+        for key in self._own_keys():
+            self.my_fantastic_logging[key] = []
+
+    def _own_keys(self) -> list[str]:
+        return [loss_part_key(phase, part) for part in self.parts for phase in ("train", "val")]
+
+    def get_checkpoint(self) -> dict[str, Any]:
+        """The log as it goes into a checkpoint: finished epochs only, and what there is of an unfinished one."""
+        if self.unfinished_epoch is None:
+            return super().get_checkpoint()
+        finished = self.unfinished_epoch["epoch"]
+        lists = {key: values[:finished] for key, values in self.my_fantastic_logging.items()}
+        return lists | {"unfinished_epoch": self.unfinished_epoch}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over a log. One that lacks our keys (from a stock trainer or an older version) is padded with NaN."""
+        checkpoint = dict(checkpoint)
+        self.unfinished_epoch = checkpoint.pop("unfinished_epoch", None)
+        super().load_checkpoint(checkpoint)
+        epochs = len(checkpoint["train_losses"])
+        for key in self._own_keys():
+            values = self.my_fantastic_logging.setdefault(key, [])
+            # nnU-Net draws as many epochs as the shortest list has: a missing value would blank progress.png
+            self.my_fantastic_logging[key] = [math.nan] * (epochs - len(values)) + values
+
+    def plot_progress_png(self, output_folder: str) -> None:
+        """Draws nnU-Net's progress.png, and progress_conres.png beside it."""
+        super().plot_progress_png(output_folder)
+        if self.parts:
+            figure = loss_parts_figure(self.my_fantastic_logging, self.parts, self.region_names)
+            figure.savefig(f"{output_folder}/{FIGURE_NAME}", dpi=100)
+
+
+def loss_parts_figure(logging: dict[str, list[Any]], parts: Sequence[str], region_names: Sequence[str]) -> Figure:
+    """Curves of the parts of the objective, training and validation, and of the Dice per class or region.
+
+    Args:
+        logging: Lists with one entry per epoch, as nnU-Net's logger keeps them.
+        parts: Names of the parts of the objective; one panel each.
+        region_names: Names of the entries of ``dice_per_class_or_region``; a last panel.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(9, 3.2 * (len(parts) + 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(parts) + 1, 1, sharex=True, squeeze=False)[:, 0]
+    for axis, part in zip(axes, parts, strict=False):
+        for phase, colour, style in (("train", "#0072B2", "-"), ("val", "#D55E00", "--")):
+            values = logging[loss_part_key(phase, part)]
+            axis.plot(values, style, color=colour, marker="o", markersize=4, label=f"{phase} {part} loss")
+        axis.set_ylabel(f"{part} loss")
+    dice = np.asarray(logging["dice_per_class_or_region"], dtype=float)
+    colours = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#000000")
+    for index in range(dice.shape[1] if dice.ndim == 2 else 0):
+        name = region_names[index] if index < len(region_names) else f"class {index + 1}"
+        colour = colours[index % len(colours)]
+        axes[-1].plot(dice[:, index], color=colour, marker="o", markersize=4, label=name)
+    axes[-1].set(ylabel="pseudo Dice", xlabel="epoch", ylim=(0, 1))
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="best", fontsize="small")
+    return figure

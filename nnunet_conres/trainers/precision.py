@@ -1,0 +1,41 @@
+"""Mixed precision of training steps on a CPU; on CUDA nnU-Net has its own."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+# Set to 0, false or f to train in float32 on a CPU.
+CPU_BFLOAT16_VARIABLE = "nnUNet_conres_cpu_bf16"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16)."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    # releases of torch before get_capabilities know the answers under private names
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def wants_cpu_bfloat16() -> bool:
+    """Whether bfloat16 steps are not switched off by the environment variable ``nnUNet_conres_cpu_bf16``."""
+    return os.environ.get(CPU_BFLOAT16_VARIABLE, "1").strip().lower() not in ("0", "false", "f")
+
+
+def cpu_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Context of a training or validation step.
+
+    Args:
+        device: Device of the training.
+
+    Returns:
+        bfloat16 autocast on a CPU that has it in hardware, unless switched off; otherwise a context that does nothing
+        (nnU-Net opens its own on CUDA).
+    """
+    if device.type == "cpu" and cpu_has_bfloat16() and wants_cpu_bfloat16():
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return nullcontext()
