@@ -1,7 +1,6 @@
 """A tiny data set, planned and preprocessed by nnU-Net itself, in three readings: labels, regions, ignore label."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,11 +78,14 @@ def preprocessed(_folders: Path) -> Callable[[str], Path]:
         name = DATASETS[kind]
         number = int(name[7:10])
         _write_raw(_folders / "raw" / name, kind)
-        extract_fingerprints([number], num_processes=1, check_dataset_integrity=True)
-        plan_experiments([number])
         folder = _folders / "preprocessed" / name
-        _shrink_plans(folder / "nnUNetPlans.json")
-        preprocess([number], configurations=["3d_fullres", "3d_lowres"], num_processes=[1, 1])
+        with pytest.MonkeyPatch.context() as patch:
+            # nnU-Net's planner takes this for torch's number of threads, which must not be 0
+            patch.setenv("nnUNet_n_proc_DA", "1")
+            extract_fingerprints([number], num_processes=1, check_dataset_integrity=True)
+            plan_experiments([number])
+            _shrink_plans(folder / "nnUNetPlans.json")
+            preprocess([number], configurations=["3d_fullres", "3d_lowres"], num_processes=[1, 1])
         done[kind] = folder
         return folder
 
@@ -155,8 +157,3 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def environment() -> dict[str, str]:
-    """Environment for a stock command: that of the test, with its folders and settings."""
-    return dict(os.environ)
