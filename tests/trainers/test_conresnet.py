@@ -141,7 +141,9 @@ class TestTraining:
         assert trainer.inference_allowed_mirroring_axes is None
 
     def test_training_lengths(self) -> None:
-        lengths = {name: getattr(nnunet_conres.trainers, name).training_epochs for name in nnunet_conres.trainers.__all__}
+        lengths = {
+            name: getattr(nnunet_conres.trainers, name).training_epochs for name in nnunet_conres.trainers.__all__
+        }
         for name, epochs in lengths.items():
             if name.endswith(("epoch", "epochs")):
                 assert name.rsplit("_", 1)[1].removesuffix("s").removesuffix("epoch") == str(epochs)
@@ -168,7 +170,7 @@ class TestPaperTrainer:
         assert trainer.configuration_manager.batch_size == 2
         network = trainer.network
         assert network.topology == "paper"
-        assert [tuple(p.shape) for p in network.decoder.seg_layers.parameters()][0][0] == 3
+        assert network.decoder.seg_layers.segmentation[0].out_channels == 3
         assert trainer.loss.residual_weight * 0.5 == 1  # 1 : 0.5 : 0.5, unnormalised
 
     def test_augments_by_scaling_and_mirroring_only(self, make_trainer: Callable[..., Any]) -> None:
@@ -276,7 +278,8 @@ class TestContinuing:
             assert resumed.current_epoch == 1
             for name, value in trainer.network.state_dict().items():
                 assert torch.equal(value, resumed.network.state_dict()[name])
-            first_epoch = {key: list(values) for key, values in resumed.logger.local_logger.my_fantastic_logging.items()}
+            log = resumed.logger.local_logger.my_fantastic_logging
+            first_epoch = {key: list(values) for key, values in log.items()}
             resumed.run_training()
         assert len(seen) == 6  # 3 + 2, and the one that was missing
         assert all(len(values) == 1 for values in first_epoch.values())

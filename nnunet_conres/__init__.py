@@ -1,0 +1,34 @@
+"""ConResNet for nnU-Net v2: inter-slice context residual learning as trainers that nnU-Net finds by itself.
+
+Importing this package imports nothing else, so that `nnunet-conres --help` and `info` answer at once; the names below
+are loaded on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnunet_conres.architectures.conresnet import ConResNet, from_authors_state_dict
+    from nnunet_conres.residuals import inter_slice_residual
+
+__version__ = "0.1.0"
+
+__all__ = ["ConResNet", "__version__", "from_authors_state_dict", "inter_slice_residual"]
+
+_HOMES = {
+    "ConResNet": "nnunet_conres.architectures.conresnet",
+    "from_authors_state_dict": "nnunet_conres.architectures.conresnet",
+    "inter_slice_residual": "nnunet_conres.residuals",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

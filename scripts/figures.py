@@ -1,0 +1,120 @@
+"""Draws the pictures in docs/images from made-up cases: python scripts/figures.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nnunet_conres.datasets.phantom import make_phantom
+from nnunet_conres.residuals import inter_slice_residual, label_residual
+
+IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+T1CE = 2
+# Okabe-Ito, safe for colour-blind readers: whole tumour, tumour core, enhancing tumour
+REGIONS = (("whole tumour", (1, 2, 4), "#0072B2"), ("core", (1, 4), "#E69F00"), ("enhancing", 4, "#CC79A7"))
+
+
+def residual_figure(seed: int = 8) -> Figure:
+    """Neighbouring slices of a case, what changes between them in the image, and in the annotation."""
+    images, labels = make_phantom((96, 128, 128), seed)
+    image = torch.from_numpy(images[T1CE].astype(np.float32))[None, None]
+    annotation = torch.from_numpy(labels.astype(np.int16))[None, None]
+    image_residual = inter_slice_residual(image)[0, 0].numpy()
+    regions = [members for _, members, _ in REGIONS]
+    region_residual = label_residual(annotation, classes=regions)[0][0].numpy()
+    k = int(region_residual[2].sum((1, 2)).argmax())
+
+    figure = Figure(figsize=(11, 3.1), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 4)
+    axes[0].imshow(images[T1CE, k - 1], cmap="gray")
+    axes[0].set_title(f"slice {k - 1}")
+    axes[1].imshow(images[T1CE, k], cmap="gray")
+    axes[1].set_title(f"slice {k}")
+    axes[2].imshow(image_residual[k], cmap="magma")
+    axes[2].set_title("image residual")
+    axes[3].imshow(np.full((*labels.shape[1:], 3), 0.07))
+    axes[3].set_title("annotation residual")
+    for axis in axes[:2]:
+        for _, members, colour in REGIONS:
+            mask = np.isin(labels[k - 1 if axis is axes[0] else k], members)
+            axis.contour(mask, levels=[0.5], colors=[colour], linewidths=1.2)
+    for (name, _, colour), changed in zip(REGIONS, region_residual[:, k], strict=True):
+        rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        axes[3].imshow(np.dstack([np.full(changed.shape, c) for c in rgb] + [changed * 1.0]), interpolation="nearest")
+        axes[3].plot([], [], "s", color=colour, label=name)
+    axes[3].legend(loc="lower right", fontsize="x-small", framealpha=0.9)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure
+
+
+def network_figure() -> Figure:
+    """The two decoders and one context residual module, as boxes."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.set(xlim=(0, 22.2), ylim=(0, 9.4))
+    axis.axis("off")
+    blue, orange, grey = "#cfe3f3", "#fbe3b8", "#e8e8e8"
+
+    def box(x: float, y: float, width: float, height: float, text: str, colour: str) -> None:
+        from matplotlib.patches import FancyBboxPatch
+
+        patch = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.05", facecolor=colour, edgecolor="#444444")
+        axis.add_patch(patch)
+        axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], text: str = "", style: str = "-") -> None:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "linestyle": style, "color": "#222222"})
+        if text:
+            axis.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.12, text, ha="center", fontsize=8)
+
+    levels = [(7.2, 3.0, "full"), (4.9, 2.5, "1/2"), (2.6, 2.0, "1/4")]
+    for y, width, name in levels:
+        box(0.3, y, width, 1.1, f"encoder {name}", grey)
+        box(4.6, y, 2.5, 1.1, f"segmentation {name}", blue)
+        box(8.2, y, 2.5, 1.1, f"residual {name}", orange)
+        arrow((0.3 + width + 0.1, y + 0.55), (4.5, y + 0.55), "skip")
+        arrow((7.2, y + 0.8), (8.1, y + 0.8))
+        arrow((8.1, y + 0.3), (7.2, y + 0.3))
+    box(0.3, 0.3, 1.6, 1.1, "bottleneck", grey)
+    for (low, _, _), (high, _, _) in ((levels[1], levels[0]), (levels[2], levels[1])):
+        arrow((1.0, high - 0.1), (1.0, low + 1.25))
+        arrow((5.85, low + 1.2), (5.85, high - 0.1))
+        arrow((9.45, low + 1.2), (9.45, high - 0.1))
+    arrow((1.0, 2.5), (1.0, 1.55))
+    arrow((2.0, 0.85), (5.85, 2.5))
+    arrow((9.45, 1.35), (9.45, 2.5))
+    axis.text(9.45, 0.85, "residual of the image", ha="center", va="center", fontsize=9, style="italic")
+    axis.text(5.85, 8.75, "segmentation logits", ha="center", fontsize=9, style="italic")
+    axis.text(9.45, 8.75, "residual maps (supervised)", ha="center", fontsize=9, style="italic")
+
+    axis.text(16.9, 8.75, "context residual module", ha="center", fontsize=10, weight="bold")
+    box(11.7, 6.9, 4.2, 1.1, "F = conv(segmentation)", blue)
+    box(11.7, 4.5, 4.2, 1.5, "G = conv 1x1x1 of\n|sigmoid(F)[k] - sigmoid(F)[k-1]|", "#dcefdc")
+    box(11.7, 2.1, 4.2, 1.1, "S = conv(residual + G)", orange)
+    box(17.3, 6.9, 4.6, 1.1, "segmentation <- F (1 + sigmoid(S))", blue)
+    box(17.3, 2.1, 4.6, 1.1, "residual <- S", orange)
+    arrow((13.8, 6.8), (13.8, 6.1))
+    arrow((13.8, 4.4), (13.8, 3.3))
+    arrow((16.0, 7.45), (17.2, 7.45))
+    arrow((16.0, 2.65), (17.2, 2.65))
+    arrow((16.0, 3.2), (18.8, 6.8), "attention", style="--")
+    return figure
+
+
+def main() -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for name, figure in (("residual.png", residual_figure()), ("network.png", network_figure())):
+        figure.savefig(IMAGES / name, dpi=110)
+        print(IMAGES / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Checks the whole project in an environment of its own: formatting and lint (ruff), types (mypy), tests (pytest).
+#
+#   scripts/test.sh [--all] [pytest arguments]
+#
+# --all   also the tests marked slow, which train for some minutes
+#
+# With pytest arguments, for example a file or -k NAME, only pytest runs. The environment is .venv-test in the
+# repository's root; the first run creates it (see _environment.sh for what can be chosen).
+set -euo pipefail
+
+. "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
+
+run_all=false
+if [ "${1:-}" = "--all" ]; then
+    run_all=true
+    shift
+fi
+
+setup_environment .venv-test dev
+cd "$REPOSITORY_ROOT"
+
+# Small networks on a few cores: more threads or worker processes than cores only wait for one another.
+cores="$("$VENV_PYTHON" -c 'import os; print(min(os.cpu_count() or 1, 4))')"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-$cores}"
+export nnUNet_n_proc_DA="${nnUNet_n_proc_DA:-2}" nnUNet_def_n_proc="${nnUNet_def_n_proc:-2}"
+# No window, and nothing to draw on, on a server.
+export MPLBACKEND=Agg
+
+if [ "$#" -eq 0 ]; then
+    "$VENV_PYTHON" -m ruff check .
+    "$VENV_PYTHON" -m ruff format --check .
+    "$VENV_PYTHON" -m mypy
+fi
+if "$run_all"; then
+    set -- -m "" "$@"
+fi
+"$VENV_PYTHON" -m pytest "$@"
