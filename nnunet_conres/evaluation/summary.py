@@ -1,0 +1,219 @@
+"""nnU-Net's summary.json as a table with the data set's own names for its labels and regions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+Key = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores of one label or region, of one case or averaged over cases as nnU-Net does it.
+
+    Attributes:
+        dice: 0 to 1; NaN where neither reference nor prediction has a voxel of it.
+        iou: 0 to 1 or NaN, as `dice`.
+        false_positives: Voxels predicted but not in the reference.
+        false_negatives: Voxels in the reference but not predicted.
+    """
+
+    dice: float
+    iou: float
+    false_positives: float
+    false_negatives: float
+
+    def as_json(self) -> dict[str, float | None]:
+        """JSON has no NaN: None takes its place."""
+        return {
+            "Dice": _none_if_nan(self.dice),
+            "IoU": _none_if_nan(self.iou),
+            "FP": _none_if_nan(self.false_positives),
+            "FN": _none_if_nan(self.false_negatives),
+        }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What nnU-Net's evaluation found.
+
+    Attributes:
+        source: The file it was read from.
+        mean: Score of every label or region by name, averaged over the cases in which it is not NaN.
+        foreground: Mean of `mean`.
+        cases: Scores by name for every case.
+        scored: Number of cases in the mean Dice, by name: those in which it is not NaN.
+    """
+
+    source: Path
+    mean: Mapping[str, Score]
+    foreground: Score
+    cases: Mapping[str, Mapping[str, Score]]
+    scored: Mapping[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        """The summary for programs; NaN becomes None."""
+        return {
+            "source": str(self.source),
+            "number_of_cases": len(self.cases),
+            "foreground_mean": self.foreground.as_json(),
+            "mean": {name: {**score.as_json(), "cases": self.scored[name]} for name, score in self.mean.items()},
+            "cases": {
+                case: {name: score.as_json() for name, score in scores.items()} for case, scores in self.cases.items()
+            },
+        }
+
+
+def read_summary(summary_file: str | Path, dataset_json: str | Path | None = None) -> Summary:
+    """Read nnU-Net's summary.json.
+
+    Args:
+        summary_file: What nnUNetv2_evaluate_folder or a training's validation wrote.
+        dataset_json: The data set's dataset.json, for the names. By default the one beside the summary or up to two
+            folders above, where nnU-Net puts it; without one, labels go by their numbers.
+
+    Returns:
+        The scores, labels and regions in the order of dataset.json.
+
+    Raises:
+        FileNotFoundError: A file named does not exist.
+        ValueError: A file is not what it should be.
+    """
+    source = Path(summary_file)
+    content = _load(source)
+    names_from = Path(dataset_json) if dataset_json is not None else _dataset_json_near(source)
+    names = _names(names_from) if names_from is not None else {}
+    try:
+        keys = sorted((_key(text) for text in content["mean"]), key=lambda key: _order(key, names))
+        mean = {_name(key, names): _score(content["mean"][str(key)]) for key in keys}
+        cases: dict[str, dict[str, Score]] = {}
+        for case in content["metric_per_case"]:
+            metrics = {_key(text): _score(values) for text, values in case["metrics"].items()}
+            cases[_case_id(case["prediction_file"])] = {_name(key, names): metrics[key] for key in keys}
+        foreground = _score(content["foreground_mean"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{source} is not a summary of nnU-Net's evaluation ({error!r}); expected the summary.json that "
+            f"nnUNetv2_evaluate_folder writes."
+        ) from error
+    scored = {name: sum(not math.isnan(case[name].dice) for case in cases.values()) for name in mean}
+    return Summary(source, mean, foreground, dict(sorted(cases.items())), scored)
+
+
+def format_table(summary: Summary) -> str:
+    """Lay a summary out as text: the means, then the Dice of every case.
+
+    Args:
+        summary: The summary.
+
+    Returns:
+        Lines without a final line break. A dash stands for NaN: neither reference nor prediction has such a voxel.
+    """
+    total = len(summary.cases)
+    rows: list[tuple[str, ...]] = [("", "Dice", "IoU", "FP voxels", "FN voxels", "cases")]
+    for name, score in summary.mean.items():
+        rows.append((name, *_cells(score), f"{summary.scored[name]} of {total}"))
+    if len(summary.mean) > 1:
+        rows.append(("mean", *_cells(summary.foreground), ""))
+    case_rows: list[tuple[str, ...]] = [("Dice per case", *summary.mean)]
+    for case, scores in summary.cases.items():
+        case_rows.append((case, *(_fraction(score.dice) for score in scores.values())))
+    return f"{_aligned(rows)}\n\n{_aligned(case_rows)}"
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a JSON file.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+
+
+def _dataset_json_near(summary: Path) -> Path | None:
+    for folder in list(summary.resolve().parents)[:3]:
+        if (folder / "dataset.json").is_file():
+            return folder / "dataset.json"
+    return None
+
+
+def _names(dataset_json: Path) -> dict[frozenset[int], str]:
+    """Name of every label and region, in the file's order; the label numbers of a region identify it in any order."""
+    content = _load(dataset_json)
+    names: dict[frozenset[int], str] = {}
+    try:
+        for name, labels in content["labels"].items():
+            names[frozenset(labels if isinstance(labels, list) else [int(labels)])] = name
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{dataset_json} has no usable labels ({error!r}); expected the dataset.json of an nnU-Net data set."
+        ) from error
+    return names
+
+
+def _key(text: str) -> Key:
+    """The label or region behind a key of summary.json: "3" or "(1, 2, 3)"."""
+    if text.startswith("("):
+        return tuple(int(part) for part in text.strip("()").split(",") if part.strip())
+    return int(text)
+
+
+def _labels(key: Key) -> frozenset[int]:
+    return frozenset({key} if isinstance(key, int) else key)
+
+
+def _order(key: Key, names: Mapping[frozenset[int], str]) -> tuple[int, list[int]]:
+    labels = _labels(key)
+    known = list(names)
+    return (known.index(labels) if labels in names else len(known), sorted(labels))
+
+
+def _name(key: Key, names: Mapping[frozenset[int], str]) -> str:
+    fallback = f"label {key}" if isinstance(key, int) else f"region {', '.join(map(str, key))}"
+    return names.get(_labels(key), fallback)
+
+
+def _score(values: Mapping[str, Any]) -> Score:
+    def number(name: str) -> float:
+        value = values[name]
+        return math.nan if value is None else float(value)
+
+    return Score(number("Dice"), number("IoU"), number("FP"), number("FN"))
+
+
+def _case_id(prediction_file: str) -> str:
+    """File name without folder and ending; the summary may come from another operating system."""
+    name = PureWindowsPath(prediction_file).name
+    return name[: -len(".nii.gz")] if name.endswith(".nii.gz") else name.rpartition(".")[0] or name
+
+
+def _none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _fraction(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _cells(score: Score) -> tuple[str, ...]:
+    voxels = ("-" if math.isnan(v) else f"{v:.1f}" for v in (score.false_positives, score.false_negatives))
+    return (_fraction(score.dice), _fraction(score.iou), *voxels)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        first, *others = (
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join((first, *others)).rstrip())
+        if number == 0:
+            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join(lines)
