@@ -118,3 +118,15 @@ def per_stage(name: str, value: Any, n_stages: int) -> list[Any]:
     if len(values) != n_stages:
         raise ValueError(f"{name} must be one value or have {n_stages} entries, one per stage; got {value!r}.")
     return values
+
+
+def count_elements(module: nn.Module, size: Sequence[int]) -> np.int64:
+    """Number of output elements of a module's convolutions; of a plain one, ``size`` is that of its output."""
+    if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+        return np.prod([module.out_channels, *size], dtype=np.int64)
+    return module.compute_conv_feature_map_size(size)  # type: ignore[operator]
+
+
+def strided_size(size: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Spatial size behind a strided convolution with "same" padding."""
+    return [-(-extent // step) for extent, step in zip(size, stride, strict=True)]

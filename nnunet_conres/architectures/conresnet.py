@@ -28,178 +28,19 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_conres.architectures.blocks import (
-    PreActivationBlock,
-    PreActivationConv,
-    WeightStandardizedConv3d,
-    crop,
-    per_stage,
-    resize,
+from nnunet_conres.architectures.blocks import PreActivationConv, count_elements, crop, per_stage, strided_size
+from nnunet_conres.architectures.conresnet_paper import (
+    PAPER_FEATURES,
+    PaperDecoder,
+    PaperEncoder,
+    check_paper_arguments,
+    paper_arguments,
 )
+from nnunet_conres.architectures.context_residual import ContextResidualDecoder, ContextResidualModule
 from nnunet_conres.residuals import inter_slice_residual
 
 RESIDUAL_INPUTS = ("decoder", "shared_encoder")
 TOPOLOGIES = ("dynamic", "paper")
-
-PAPER_FEATURES = (32, 64, 128, 256)
-PAPER_BLOCKS = (1, 2, 2, 4)  # the last two blocks of the last stage are dilated
-PAPER_STRIDES = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
-PAPER_DIVISOR = 8  # three halvings; the authors' graph is defined for patches that all three divide
-PAPER_GROUPS = 8
-PAPER_BOTTLENECK = 128
-PAPER_DECODER_FEATURES = (64, 32, 32)  # at quarter, half and full resolution
-
-
-class ContextResidualModule(nn.Module):
-    """What happens at one resolution of the two decoders.
-
-    F = segmentation(segmentation stream), G = feature_residual(inter-slice residual of sigmoid(F)),
-    S = merge(project(residual stream) + G); the segmentation stream goes on as F * (1 + sigmoid(S)), the residual
-    stream as S.
-
-    Args:
-        segmentation: Maps the segmentation stream (with its skip) to F.
-        feature_residual: 1x1x1 convolution that keeps the channels of F.
-        project: Maps the residual stream to the channels of F, or None where it has them.
-        merge: Maps S + G to S.
-        slice_axis: Spatial axis along which slices follow each other.
-
-    Source: Zhang et al. 2021, section III-C and figure 3.
-    """
-
-    def __init__(
-        self,
-        segmentation: nn.Module,
-        feature_residual: nn.Module,
-        project: nn.Module | None,
-        merge: nn.Module,
-        slice_axis: int,
-    ) -> None:
-        super().__init__()
-        self.segmentation = segmentation
-        self.feature_residual = feature_residual
-        self.project = project
-        self.merge = merge
-        self.slice_axis = slice_axis
-
-    def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes and returns the two streams, (B, C, X, Y, Z) each, of one spatial size."""
-        features = self.segmentation(segmentation)
-        feature_residual = self.feature_residual(inter_slice_residual(torch.sigmoid(features), self.slice_axis))
-        if self.project is not None:
-            residual = self.project(residual)
-        residual = self.merge(residual + feature_residual)
-        return features * (1 + torch.sigmoid(residual)), residual
-
-    def compute_conv_feature_map_size(self, size: Sequence[int]) -> np.int64:
-        """Number of output elements of the module's convolutions, as nnU-Net's planner counts them."""
-        parts = [self.segmentation, self.feature_residual, self.merge]
-        if self.project is not None:
-            parts.append(self.project)
-        return sum((_elements(part, size) for part in parts), start=np.int64(0))
-
-
-class _Heads(nn.Module):
-    """All layers whose shape depends on the number of classes.
-
-    They must be known as ``seg_layers``: nnU-Net leaves out what is called so when it loads pretrained weights.
-    """
-
-    def __init__(self, segmentation: Sequence[nn.Module], residual: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.segmentation = nn.ModuleList(segmentation)
-        self.residual = nn.ModuleList(residual)
-
-
-class ContextResidualDecoder(nn.Module):
-    """Both decoders: context residual modules from the coarsest resolution to full size, and the heads.
-
-    Subclasses say in ``lift`` how the streams go up by one level.
-
-    Args:
-        stages: Context residual modules, coarsest first.
-        segmentation_heads: 1x1x1 convolutions to the classes; for all stages, or only for the last ones.
-        residual_heads: 1x1x1 convolutions to the classes, one per stage.
-        deep_supervision: Whether all segmentation heads are computed, or only that of full size.
-        residual_outputs: Whether the residual heads are computed and returned.
-        full_size_residuals: Whether residual maps are resized to full size.
-    """
-
-    def __init__(
-        self,
-        stages: Sequence[ContextResidualModule],
-        segmentation_heads: Sequence[nn.Module],
-        residual_heads: Sequence[nn.Module],
-        deep_supervision: bool,
-        residual_outputs: bool,
-        full_size_residuals: bool,
-    ) -> None:
-        super().__init__()
-        self.deep_supervision = deep_supervision
-        self.residual_outputs = residual_outputs
-        self.full_size_residuals = full_size_residuals
-        self.stages = nn.ModuleList(stages)
-        self.seg_layers = _Heads(segmentation_heads, residual_heads)
-
-    def lift(
-        self, level: int, segmentation: Tensor, residual: Tensor, skip: Tensor, residual_skip: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Brings both streams to the resolution of ``skip`` and adds the skips."""
-        raise NotImplementedError
-
-    def forward(
-        self, skips: Sequence[Tensor], residual: Tensor, residual_skips: Sequence[Tensor] | None
-    ) -> Tensor | list[Tensor]:
-        """Decodes.
-
-        Args:
-            skips: Encoder features of the image, full resolution first, bottleneck last.
-            residual: What the residual stream starts from: image residual or encoder features of it.
-            residual_skips: Encoder features of the image residual, ordered as ``skips``, or None.
-
-        Returns:
-            Logits as described at ``ConResNet.forward``.
-        """
-        segmentation_heads, residual_heads = self.seg_layers.segmentation, self.seg_layers.residual
-        last = len(self.stages) - 1
-        first_head = len(self.stages) - len(segmentation_heads)
-        full_size = skips[0].shape[2:]
-
-        segmentation = skips[-1]
-        segmentation_maps: list[Tensor] = []
-        residual_maps: list[Tensor] = []
-        for level, stage in enumerate(self.stages):
-            skip = skips[-(level + 2)]
-            residual_skip = None if residual_skips is None else residual_skips[-(level + 2)]
-            segmentation, residual = stage(*self.lift(level, segmentation, residual, skip, residual_skip))
-            if level == last or (self.deep_supervision and level >= first_head):
-                segmentation_maps.insert(0, segmentation_heads[level - first_head](segmentation))
-            if self.residual_outputs:
-                residual_map = residual_heads[level](residual)
-                # a 1x1x1 convolution and trilinear resizing commute: the head runs on the small map
-                residual_maps.insert(0, resize(residual_map, full_size) if self.full_size_residuals else residual_map)
-
-        if self.residual_outputs:
-            return segmentation_maps + residual_maps
-        return segmentation_maps if self.deep_supervision else segmentation_maps[0]
-
-    def compute_conv_feature_map_size(self, sizes: Sequence[Sequence[int]]) -> np.int64:
-        """Number of output elements of the decoders' convolutions.
-
-        Args:
-            sizes: Spatial size (x, y, z) of every encoder stage, full resolution first.
-        """
-        output = np.int64(0)
-        for level, stage in enumerate(self.stages):
-            output += _elements(stage, sizes[-(level + 2)])
-        segmentation_heads = list(self.seg_layers.segmentation)
-        heads = [segmentation_heads if self.deep_supervision else segmentation_heads[-1:]]
-        if self.residual_outputs:
-            heads.append(list(self.seg_layers.residual))
-        for of_one_kind in heads:
-            for head, size in zip(reversed(of_one_kind), sizes, strict=False):
-                output += _elements(head, size)
-        return output
 
 
 class DynamicDecoder(ContextResidualDecoder):
@@ -301,129 +142,8 @@ class DynamicDecoder(ContextResidualDecoder):
         for ups in (self.segmentation_up, self.residual_up):
             for level, up in enumerate(ups):
                 if not isinstance(up, nn.Identity):
-                    output += _elements(up, sizes[-(level + 2)])
+                    output += count_elements(up, sizes[-(level + 2)])
         return output
-
-
-def _paper_conv(in_channels: int, out_channels: int, kernel_size: int = 3, **kwargs: Any) -> WeightStandardizedConv3d:
-    """Weight-standardised convolution that keeps the size at stride 1; without bias unless asked for."""
-    padding = kwargs.get("dilation", 1) * (kernel_size - 1) // 2
-    kwargs.setdefault("bias", False)
-    return WeightStandardizedConv3d(in_channels, out_channels, kernel_size, padding=padding, **kwargs)
-
-
-def _paper_preactivation(
-    in_channels: int, out_channels: int, dropout: nn.Module | None = None, **kwargs: Any
-) -> PreActivationConv:
-    """Group norm, ReLU, (dropout,) weight-standardised 3x3x3 convolution."""
-    return PreActivationConv(
-        _paper_conv(in_channels, out_channels, **kwargs),
-        norm=nn.GroupNorm(PAPER_GROUPS, in_channels, eps=1e-5),
-        nonlin=nn.ReLU(inplace=True),
-        dropout=dropout,
-    )
-
-
-class PaperEncoder(nn.Module):
-    """Strided convolutions and pre-activation residual blocks; the last two blocks are dilated by 2.
-
-    Returns features at full, half and quarter resolution (32, 64, 128 channels) and the bottleneck at an eighth
-    (128 channels).
-
-    Source: Zhang et al. 2021, section III-D, as the authors' code computes it.
-    """
-
-    def __init__(self, input_channels: int) -> None:
-        super().__init__()
-        self.stem = _paper_conv(input_channels, PAPER_FEATURES[0])
-        stages = []
-        for stage, (features, n_blocks) in enumerate(zip(PAPER_FEATURES, PAPER_BLOCKS, strict=True)):
-            modules: list[nn.Module] = []
-            if stage > 0:
-                modules.append(_paper_preactivation(PAPER_FEATURES[stage - 1], features, stride=2))
-            for block in range(n_blocks):
-                dilation = 2 if block >= 2 else 1
-                modules.append(
-                    PreActivationBlock(
-                        _paper_preactivation(features, features, dilation=dilation),
-                        _paper_preactivation(features, features, dilation=dilation),
-                    )
-                )
-            stages.append(nn.Sequential(*modules))
-        self.stages = nn.ModuleList(stages)
-        self.fusion = _paper_preactivation(PAPER_FEATURES[-1], PAPER_BOTTLENECK, dropout=nn.Dropout3d(0.1))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps (B, C, X, Y, Z) to the four feature maps, full resolution first."""
-        x = self.stem(x)
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return [*features[:-1], self.fusion(x)]
-
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Number of output elements of the encoder's convolutions for a spatial input size (x, y, z)."""
-        size = list(input_size)
-        output = _elements(self.stem, size)
-        for stage, stride in zip(self.stages, PAPER_STRIDES, strict=True):
-            for module in stage.children():
-                output += _elements(module, size)
-                if isinstance(module, PreActivationConv):
-                    size = _strided_size(size, stride)
-        return output + _elements(self.fusion, size)
-
-
-class PaperDecoder(ContextResidualDecoder):
-    """Trilinear, corner-aligned resizing of both streams, and skips that are added to the segmentation stream.
-
-    The residual stream starts from the image residual, resized to quarter resolution, or, with a shared encoder, from
-    the residual's own features, whose skips are then added as well.
-    """
-
-    def __init__(
-        self,
-        input_channels: int,
-        num_classes: int,
-        deep_supervision: bool,
-        residual_outputs: bool,
-        residual_input: str,
-        slice_axis: int,
-    ) -> None:
-        stages = []
-        below = PAPER_BOTTLENECK
-        for level, features in enumerate(PAPER_DECODER_FEATURES):
-            project: nn.Module | None = None
-            if level == 0 and residual_input == "decoder":
-                project = _paper_conv(input_channels, features)
-            elif below != features:
-                project = _paper_preactivation(below, features)
-            stages.append(
-                ContextResidualModule(
-                    segmentation=_paper_preactivation(below, features),
-                    feature_residual=_paper_conv(features, features, kernel_size=1),
-                    project=project,
-                    merge=_paper_preactivation(features, features),
-                    slice_axis=slice_axis,
-                )
-            )
-            below = features
-        super().__init__(
-            stages,
-            [_paper_conv(PAPER_DECODER_FEATURES[-1], num_classes, kernel_size=1, bias=True)],
-            [_paper_conv(features, num_classes, kernel_size=1, bias=True) for features in PAPER_DECODER_FEATURES],
-            deep_supervision,
-            residual_outputs,
-            full_size_residuals=True,
-        )
-
-    def lift(
-        self, level: int, segmentation: Tensor, residual: Tensor, skip: Tensor, residual_skip: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        size = skip.shape[2:]
-        segmentation = resize(segmentation, size) + skip
-        residual = resize(residual, size)
-        return segmentation, residual if residual_skip is None else residual + residual_skip
 
 
 class ConResNet(nn.Module):
@@ -522,7 +242,7 @@ class ConResNet(nn.Module):
         self.encoder: nn.Module
         self.decoder: ContextResidualDecoder
         if topology == "paper":
-            _check_paper_arguments(features, kernels, self.strides)
+            check_paper_arguments(features, kernels, self.strides)
             self.encoder = PaperEncoder(input_channels)
             self.decoder = PaperDecoder(
                 input_channels, num_classes, deep_supervision, residual_outputs, residual_input, slice_axis
@@ -623,10 +343,10 @@ class ConResNet(nn.Module):
             raise ValueError(f"Give the spatial patch size (x, y, z) only, got {tuple(input_size)}.")
         sizes, size = [], list(input_size)
         for stride in self.strides:
-            size = _strided_size(size, stride)
+            size = strided_size(size, stride)
             sizes.append(size)
         passes = 2 if self.residual_input == "shared_encoder" else 1
-        return passes * _elements(self.encoder, input_size) + self.decoder.compute_conv_feature_map_size(sizes)
+        return passes * count_elements(self.encoder, input_size) + self.decoder.compute_conv_feature_map_size(sizes)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in ``nn.Module``; an error says that the checkpoint belongs to another topology, and how they differ.
@@ -669,43 +389,11 @@ class ConResNet(nn.Module):
             nn.init.zeros_(module.conv2.norm.bias)
 
 
-def paper_arguments() -> dict[str, Any]:
-    """The constructor arguments of the paper topology, but for channels and classes, as plans would hold them."""
-    return {
-        "n_stages": len(PAPER_FEATURES),
-        "features_per_stage": list(PAPER_FEATURES),
-        "conv_op": nn.Conv3d,
-        "kernel_sizes": [[3, 3, 3] for _ in PAPER_FEATURES],
-        "strides": [list(stride) for stride in PAPER_STRIDES],
-        "topology": "paper",
-    }
-
-
-def _check_paper_arguments(features: list[int], kernels: list[list[int]], strides: list[list[int]]) -> None:
-    expected = paper_arguments()
-    found = {"features_per_stage": features, "kernel_sizes": kernels, "strides": strides}
-    wrong = [f"{name} {value} instead of {expected[name]}" for name, value in found.items() if value != expected[name]]
-    if wrong:
-        raise ValueError(f"The paper topology is fixed; these arguments contradict it: {'; '.join(wrong)}.")
-
-
 def _triple(value: int | Sequence[int]) -> list[int]:
     triple = [value] * 3 if isinstance(value, int) else [int(v) for v in value]
     if len(triple) != 3:
         raise ValueError(f"Kernel sizes and strides have three entries in 3D, got {value!r}.")
     return triple
-
-
-def _elements(module: nn.Module, size: Sequence[int]) -> np.int64:
-    """Number of output elements of a module's convolutions; of a plain one, ``size`` is that of its output."""
-    if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
-        return np.prod([module.out_channels, *size], dtype=np.int64)
-    return module.compute_conv_feature_map_size(size)  # type: ignore[operator]
-
-
-def _strided_size(size: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """Spatial size behind a strided convolution with "same" padding."""
-    return [-(-extent // step) for extent, step in zip(size, stride, strict=True)]
 
 
 def _listing(what: str, names: Sequence[str], most: int = 3) -> str:

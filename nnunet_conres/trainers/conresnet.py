@@ -17,7 +17,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunet_conres.architectures.conresnet import PAPER_DIVISOR, ConResNet
+from nnunet_conres.architectures.conresnet import ConResNet
+from nnunet_conres.architectures.conresnet_paper import PAPER_DIVISOR
 from nnunet_conres.losses import PAPER_RESIDUAL_WEIGHT, RESIDUAL_WEIGHT, ConResLoss, ResidualMapLoss
 from nnunet_conres.trainers.base import PluginTrainer, check_slice_axis
 from nnunet_conres.trainers.plans import (

@@ -13,7 +13,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_conres import __version__
-from nnunet_conres.architectures.conresnet import paper_arguments
+from nnunet_conres.architectures.conresnet_paper import paper_arguments
 
 CONRESNET = "nnunet_conres.architectures.conresnet.ConResNet"
 
