@@ -157,7 +157,8 @@ class ConResLoss(nn.Module):
         """Computes the objective.
 
         Args:
-            outputs: What ConResNet returns with ``residual_outputs``: segmentation logits, then residual maps.
+            outputs: What ConResNet returns with ``residual_outputs``: segmentation logits, as many as targets, then
+                residual maps.
             targets: Annotations at the plans' scales, full resolution first.
 
         Returns:
@@ -167,7 +168,7 @@ class ConResLoss(nn.Module):
         logits = [output.float() for output in outputs[: self.n_segmentation_outputs]]
         matching = [
             target if target.shape[2:] == output.shape[2:] else _shrink_labels(targets[0], output.shape[2:])
-            for output, target in zip(logits, targets, strict=False)
+            for output, target in zip(logits, targets, strict=True)
         ]
         segmentation = self.segmentation(logits, matching)
         residual, defined = self.residual(outputs[self.n_segmentation_outputs :], targets[0])
@@ -179,5 +180,5 @@ class ConResLoss(nn.Module):
 
 
 def _shrink_labels(target: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest-neighbour shrinking, for strides that do not divide the patch: convolutions round up, nnU-Net down."""
+    """Nearest-neighbour shrinking, for strides that don't divide the patch: nnU-Net rounds other than convolutions."""
     return F.interpolate(target.float(), size=tuple(size), mode="nearest-exact").to(target.dtype)

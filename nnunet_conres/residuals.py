@@ -38,7 +38,8 @@ def inter_slice_residual(volume: Tensor, slice_axis: int = 0) -> Tensor:
     Differentiable for floating-point input, and traced by ``torch.compile`` without a graph break.
 
     Args:
-        volume: Images, feature maps or masks, shape (B, C, *spatial), any dtype and device.
+        volume: Images, feature maps or masks, shape (B, C, *spatial), on any device; floating, boolean, or integer with
+            differences that the type can hold.
         slice_axis: Spatial axis along which slices follow each other; 0 is the first axis of an nnU-Net patch, the one
             with the largest spacing.
 
@@ -65,11 +66,10 @@ def inter_slice_residual(volume: Tensor, slice_axis: int = 0) -> Tensor:
     residual = torch.zeros_like(volume)
     if volume.dtype == torch.bool:
         difference = current ^ previous
-    elif volume.dtype.is_signed:
-        difference = (current - previous).abs()
     else:
-        # unsigned integers wrap below zero
-        difference = torch.maximum(current, previous) - torch.minimum(current, previous)
+        # unsigned integers would wrap below zero, small ones beyond their range
+        wide = torch.int64 if volume.dtype.itemsize > 2 else torch.int32
+        difference = (current.to(wide) - previous.to(wide)).abs()
     residual.narrow(dim, 1, depth - 1).copy_(difference)
     return residual
 
@@ -164,8 +164,8 @@ def max_pool_to(mask: Tensor, size: Sequence[int]) -> Tensor:
 
     Args:
         mask: Binary volume, bool or 0/1, shape (B, C, X, Y, Z).
-        size: Wanted spatial size (x, y, z), each between 1 and that of ``mask``. Sizes that strided convolutions
-            produce, ceil(X / stride), are pooled over non-overlapping blocks aligned with the first voxel.
+        size: Wanted spatial size (x, y, z), each between 1 and that of ``mask``. Sizes that a convolution with strides
+            of 1 or 2 produces, ceil(X / stride), are pooled over the blocks of voxels that it strides over.
 
     Returns:
         Tensor of shape (B, C, *size), same dtype as ``mask``.
@@ -194,22 +194,24 @@ def residual_pyramid(
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Max-pooled copies of a full-resolution residual target, one per wanted size.
 
-    A coarse voxel is defined where at least one voxel it covers is; its target is the maximum over those.
+    A coarse voxel is defined where at least one voxel it covers is; its target is the maximum over those. Each size is
+    pooled from the next finer one, as strided convolutions follow each other, so that odd sizes stay aligned with the
+    feature maps; the maximum of maxima is that of the full-resolution residual.
 
     Args:
         residual: Binary residual at full resolution, shape (B, C, X, Y, Z), False where undefined.
         mask: Where it is defined, shape (B, 1, X, Y, Z), or None for everywhere.
-        sizes: Wanted spatial sizes, in any order; equal sizes share one tensor.
+        sizes: Wanted spatial sizes, none larger than the one before; equal sizes share one tensor.
 
     Returns:
         Pairs (residual, mask) in the order of ``sizes``.
 
     Raises:
-        ValueError: If a wanted size is larger than the volume.
+        ValueError: If a wanted size is larger than the one before, or than the volume.
     """
-    pooled: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
-    for size in (tuple(int(extent) for extent in wanted) for wanted in sizes):
-        if size not in pooled:
-            # always from the full-resolution target: pooling a pooled volume again would misalign odd sizes
-            pooled[size] = max_pool_to(residual, size), None if mask is None else max_pool_to(mask, size)
-    return [pooled[tuple(int(extent) for extent in wanted)] for wanted in sizes]
+    levels = []
+    for size in sizes:
+        residual = max_pool_to(residual, size)
+        mask = None if mask is None else max_pool_to(mask, size)
+        levels.append((residual, mask))
+    return levels

@@ -158,7 +158,7 @@ class TestConResLoss:
         assert math.isnan(objective.parts["residual"].item()) == undefined
 
     def test_targets_of_strides_that_do_not_divide_the_patch(self) -> None:
-        """nnU-Net rounds the target's size down, a convolution rounds up."""
+        """nnU-Net rounds the target's size to the nearest even number, a convolution rounds up."""
         patch = (5, 7, 9)
         target = torch.rand(2, 2, *patch) > 0.5
         targets = [target, torch.zeros(2, 2, 2, 4, 4, dtype=torch.bool)]
@@ -211,6 +211,18 @@ def _gradients(network: nn.Module, images: torch.Tensor, target: torch.Tensor, d
     return [parameter.grad for parameter in network.parameters()]
 
 
+def _residual_gradients(ddp: bool, rank: int | None = None) -> list[torch.Tensor]:
+    """Gradients of the residual part alone, for label maps of which the ranks have annotated unequal shares."""
+    labels = torch.randint(0, 3, (4, 1, *PATCH), generator=torch.Generator().manual_seed(7), dtype=torch.int16)
+    labels[1::2, :, 2:] = 3
+    maps = [torch.randn(4, 3, *PATCH, generator=torch.Generator().manual_seed(8)) for _ in range(2)]
+    share = slice(None) if rank is None else slice(rank, None, 2)
+    scale = torch.ones(3, requires_grad=True)  # stands for a network: one parameter that all voxels share
+    loss = ResidualMapLoss(classes=[1, 2], ignore_label=3, background_channel=True, ddp=ddp)
+    loss([one[share] * scale.view(1, 3, 1, 1, 1) for one in maps], labels[share])[0].backward()
+    return [scale.grad]
+
+
 def _ddp_worker(rank: int, port: int, result: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -221,8 +233,10 @@ def _ddp_worker(rank: int, port: int, result: str) -> None:
     for _ in range(2):  # an unused parameter shows in the second step
         network.zero_grad()
         gradients = _gradients(network, images[rank::2], target[rank::2], ddp=True)
+    partial = _residual_gradients(ddp=True, rank=rank)[0]
+    torch.distributed.all_reduce(partial)  # what DistributedDataParallel does: average over the processes
     if rank == 0:
-        torch.save(gradients, result)
+        torch.save([*gradients, partial / 2], result)
     torch.distributed.destroy_process_group()
 
 
@@ -232,6 +246,6 @@ def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path: Pa
         port = probe.getsockname()[1]
     result = str(tmp_path / "gradients.pt")
     torch.multiprocessing.spawn(_ddp_worker, args=(port, result), nprocs=2)
-    expected = _gradients(_small_network(), *_batch(), ddp=False)
+    expected = _gradients(_small_network(), *_batch(), ddp=False) + _residual_gradients(ddp=False)
     for ours, theirs in zip(torch.load(result, weights_only=True), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

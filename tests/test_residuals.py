@@ -40,6 +40,11 @@ class TestInterSliceResidual:
         assert residual.dtype == dtype
         np.testing.assert_array_equal(residual.double().numpy(), expected)
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint16])
+    def test_integers_do_not_wrap(self, dtype: torch.dtype) -> None:
+        volume = torch.tensor([100, 3, 90]).to(dtype).view(1, 1, 3, 1, 1)
+        assert inter_slice_residual(volume).flatten().tolist() == [0, 97, 87]
+
     def test_single_slice_is_zero(self) -> None:
         assert not inter_slice_residual(torch.rand(1, 2, 1, 4, 4)).any()
 
@@ -177,9 +182,18 @@ class TestMaxPool:
 
     def test_pyramid_pools_residual_and_mask_and_shares_equal_sizes(self) -> None:
         residual, mask = torch.rand(1, 2, 8, 8, 8) > 0.9, torch.rand(1, 1, 8, 8, 8) > 0.5
-        levels = residual_pyramid(residual, mask, [(8, 8, 8), (4, 4, 4), (8, 8, 8)])
+        levels = residual_pyramid(residual, mask, [(8, 8, 8), (8, 8, 8), (4, 4, 4), (2, 4, 4)])
         assert levels[0][0] is residual
-        assert levels[2][0] is residual
-        assert torch.equal(levels[1][0], max_pool_to(residual, (4, 4, 4)))
-        assert torch.equal(levels[1][1], max_pool_to(mask, (4, 4, 4)))
+        assert levels[1][0] is residual
+        assert torch.equal(levels[2][0], max_pool_to(residual, (4, 4, 4)))
+        assert torch.equal(levels[2][1], max_pool_to(mask, (4, 4, 4)))
+        assert torch.equal(levels[3][0], max_pool_to(residual, (2, 4, 4)))
         assert residual_pyramid(residual, None, [(2, 2, 2)])[0][1] is None
+
+    def test_pyramid_of_odd_sizes_covers_what_strided_convolutions_cover(self) -> None:
+        """9 -> 5 -> 3 voxels at stride 2: coarse voxel i covers voxels 4i to 4i + 3."""
+        for border in range(9):
+            residual = torch.zeros(1, 1, 9, 9, 9, dtype=torch.bool)
+            residual[:, :, border] = True
+            coarse = residual_pyramid(residual, None, [(9, 9, 9), (5, 5, 5), (3, 3, 3)])[2][0]
+            assert torch.nonzero(coarse[0, 0, :, 0, 0]).flatten().tolist() == [border // 4]

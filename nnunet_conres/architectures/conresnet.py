@@ -385,8 +385,8 @@ class ConResNet(nn.Module):
         """Initialises one module as nnU-Net does: He normal; residual blocks of nnU-Net's start as the identity."""
         InitWeights_He(1e-2)(module)
         if isinstance(module, BasicBlockD) and hasattr(module.conv2, "norm"):
-            nn.init.zeros_(module.conv2.norm.weight)
-            nn.init.zeros_(module.conv2.norm.bias)
+            for parameter in module.conv2.norm.parameters():
+                nn.init.zeros_(parameter)
 
 
 def _triple(value: int | Sequence[int]) -> list[int]:
@@ -415,10 +415,9 @@ _AUTHORS_LEVELS = {
     "seg_x1": (2, {}),
 }
 _AUTHORS_UNUSED = re.compile(
-    r"seg_x[124]\.0\.(gn_res|gn_res2|conv_res2)\.(weight|bias)"
-    r"|seg_x4\.0\.(gn_mp|conv_mp)\.(weight|bias)"
-    r"|seg_x2\.0\.conv_mp_first\.weight"
-    r"|seg_x1\.0\.(conv_mp_first|gn_mp|conv_mp)\.(weight|bias)"
+    r"seg_x[124]\.0\.((gn_res|gn_res2)\.(weight|bias)|conv_res2\.weight)"
+    r"|seg_x[14]\.0\.(gn_mp\.(weight|bias)|conv_mp\.weight)"
+    r"|seg_x[12]\.0\.conv_mp_first\.weight"
 )
 
 
@@ -480,8 +479,10 @@ def from_authors_state_dict(
         if _AUTHORS_UNUSED.fullmatch(name):
             continue
         module, _, parameter = name.rpartition(".")
-        if module in modules and parameter in ("weight", "bias") and isinstance(tensor, Tensor):
-            renamed[f"{modules[module]}.{parameter}"] = tensor
+        known = module in modules and parameter in ("weight", "bias") and isinstance(tensor, Tensor)
+        ours = f"{modules[module]}.{parameter}" if known else ""
+        if known and ours not in renamed:  # with and without the prefix would be one entry too many
+            renamed[ours] = tensor
         else:
             unexpected.append(full_name)
 

@@ -141,16 +141,22 @@ class ContextResidualDecoder(nn.Module):
             if level == last or (self.deep_supervision and level >= first_head):
                 segmentation_maps.insert(0, segmentation_heads[level - first_head](segmentation))
             if self.residual_outputs:
-                residual_map = residual_heads[level](residual)
-                # a 1x1x1 convolution and trilinear resizing commute: the head runs on the small map
-                residual_maps.insert(0, resize(residual_map, full_size) if self.full_size_residuals else residual_map)
+                residual_maps.insert(0, self._residual_map(residual_heads[level], residual, full_size))
 
         if self.residual_outputs:
             return segmentation_maps + residual_maps
         return segmentation_maps if self.deep_supervision else segmentation_maps[0]
 
+    def _residual_map(self, head: nn.Module, residual: Tensor, full_size: torch.Size) -> Tensor:
+        if not self.full_size_residuals:
+            return head(residual)
+        # A 1x1x1 convolution and trilinear resizing commute but for rounding. In training the head comes first, on the
+        # small map, which takes a fraction of the memory; in evaluation last, so that the logits, which reach hundreds,
+        # agree with those of the authors' code in all digits.
+        return resize(head(residual), full_size) if self.training else head(resize(residual, full_size))
+
     def compute_conv_feature_map_size(self, sizes: Sequence[Sequence[int]]) -> np.int64:
-        """Number of output elements of the decoders' convolutions.
+        """Number of output elements of the decoders' convolutions in training.
 
         Args:
             sizes: Spatial size (x, y, z) of every encoder stage, full resolution first.

@@ -218,7 +218,7 @@ def convert_brats(
     faults += [fault for finding in findings for fault in finding.faults]
     if faults or raw is None:
         raise ConversionError(faults)
-    warnings = [warning for finding in findings for warning in finding.warnings]
+    warnings = [warning for finding in findings for warning in finding.warnings] + _doubts(cases)
 
     target = raw / _folder_name(dataset_id, dataset_name)
     partial = raw / f".{target.name}.partial"
@@ -254,6 +254,33 @@ def convert_brats(
         transfers=transfers,
         warnings=tuple(warnings),
     )
+
+
+def _doubts(cases: Sequence[Case]) -> list[str]:
+    """What may have been meant otherwise, seen over all cases."""
+    doubts = []
+    labelled_2023 = [case.case_id for case in cases if case.scheme == "2023" and case.labels is not None]
+    other = [case_id for case_id in labelled_2023 if not case_id.upper().startswith("BRATS-GLI-")]
+    if other:
+        doubts.append(
+            f"{_some(other)}: not named BraTS-GLI-... Other challenges since 2023 use the same file names with other "
+            f"meanings of the labels; these were taken for adult glioma (1 necrosis, 2 oedema, 3 enhancing)."
+        )
+    labelled_folders = {_collection(case) for case in cases if case.trains}
+    unlabelled = [case.case_id for case in cases if case.labels is None and _collection(case) in labelled_folders]
+    if unlabelled:
+        doubts.append(f"{_some(unlabelled)}: no labels, beside cases that have them. Went to imagesTs.")
+    return doubts
+
+
+def _collection(case: Case) -> Path:
+    """The folder that holds the case's own folder, or its files where it has none."""
+    folder = next(iter(case.images.values())).parent
+    return folder.parent if folder.name == case.case_id else folder
+
+
+def _some(ids: Sequence[str], most: int = 5) -> str:
+    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
 def find_cases(
@@ -335,7 +362,7 @@ def check_case(case: Case) -> Findings:
 
     Returns:
         Faults: a file that is unreadable, truncated or not three-dimensional; voxels that are not finite; geometry that
-        differs between files; labels outside the scheme. Warnings: labels that are all background.
+        differs between files; labels outside the scheme. Warnings: labels that are all background, images that are 0.
     """
     faults: list[str] = []
     warnings: list[str] = []
@@ -372,6 +399,8 @@ def check_case(case: Case) -> Findings:
                 faults.append(_label_message(path, strange, SCHEMES[case.scheme]))
             elif not voxels.any():
                 warnings.append(f"{path} is all background: the case has no tumour.")
+        elif not voxels.any():
+            warnings.append(f"{path} is 0 everywhere: the modality is empty.")
     return Findings(tuple(faults), tuple(warnings))
 
 

@@ -134,11 +134,11 @@ def overlay_figure(
                 # Inner regions often share a border with outer ones: thinner, they leave an edge of both to be seen.
                 within = sum(set(other) < set(values) for other in regions.values())
                 if reference is not None:
-                    width = 1.6 + 0.8 * min(within, 3)
-                    _outline(panel, np.isin(reference[z], values), colours[name], width, dashed=False)
+                    line_width = 1.6 + 0.8 * min(within, 3)
+                    _outline(panel, np.isin(reference[z], values), colours[name], line_width, dashed=False)
                 # Thin, so that on a solid outline of the same colour both are seen.
-                width = 1.3 if reference is None else 0.9
-                _outline(panel, np.isin(prediction[z], values), colours[name], width, dashed=True)
+                line_width = 1.3 if reference is None else 0.9
+                _outline(panel, np.isin(prediction[z], values), colours[name], line_width, dashed=True)
             panel.set_xlim(left_column - 0.5, right_column - 0.5)
             panel.set_ylim(bottom_row - 0.5, top_row - 0.5)
             label = f"{channels[channel]}, " if channel < len(channels) else ""

@@ -40,8 +40,12 @@ def version_problem() -> str | None:
 
 
 def warn_if_too_old_for(command: str) -> None:
-    """Tells on stderr if a command line names one of our trainers and the installed nnU-Net is too old to find it."""
-    if any(name in command for name in TRAINERS):
+    """Tells on stderr if a command line names one of our trainers and the installed nnU-Net is too old to find it.
+
+    Says nothing where no nnU-Net is found: this runs while Python starts, and the folder that holds it may be added to
+    the path later.
+    """
+    if any(name in command for name in TRAINERS) and installed_version("nnunetv2") is not None:
         problem = version_problem()
         if problem is not None:
             print(f"nnunet-conres: error: {problem}", file=sys.stderr)

@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed, nn
@@ -19,8 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_conres import __version__
 from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
-from nnunet_conres.trainers.plans import TOPOLOGY_ARGUMENTS, configuration_of, with_configuration
+from nnunet_conres.trainers.plans import configuration_of, differences_in_topology, with_configuration
 from nnunet_conres.trainers.precision import cpu_autocast
+
+LATEST_CHECKPOINT = "checkpoint_latest.pth"
 
 
 class PluginTrainer(nnUNetTrainer):
@@ -30,8 +34,8 @@ class PluginTrainer(nnUNetTrainer):
 
     Attributes:
         training_epochs: Number of epochs; nnU-Net's own 1000.
-        checkpoint_interval_minutes: At least this often checkpoint_latest.pth is written, also in mid-epoch; a training
-            that is killed loses no more than that when it is continued with ``--c``.
+        checkpoint_interval_minutes: At least this often checkpoint_latest.pth is written, in mid-epoch and in mid-
+            validation as well; a training that is killed loses no more steps than that when it goes on with ``--c``.
         loss_parts: Names of the parts of the objective that are logged apart.
     """
 
@@ -55,6 +59,7 @@ class PluginTrainer(nnUNetTrainer):
         # nnU-Net's constructor makes the output folder: whatever can be refused is refused before it.
         _check_device(device)
         resolved = self.resolve(configuration_of(plans, configuration), configuration)
+        resolved = self._as_in_other_folds(resolved, plans, configuration, fold)
         plans = with_configuration(plans, configuration, **resolved)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.training_epochs
@@ -84,6 +89,36 @@ class PluginTrainer(nnUNetTrainer):
         """
         raise NotImplementedError
 
+    @classmethod
+    def _as_in_other_folds(
+        cls, resolved: dict[str, Any], plans: dict[str, Any], configuration: str, fold: int | str
+    ) -> dict[str, Any]:
+        """Takes over what other folds of the same model were trained with.
+
+        All folds share one plans.json, from which the network is rebuilt for prediction: a fold trained after a default
+        changed would change what the earlier ones predict.
+
+        Raises:
+            RuntimeError: If they were trained in another topology.
+        """
+        results = os.environ.get("nnUNet_results")
+        if results is None:
+            return resolved  # nnU-Net says so itself
+        model = Path(results) / plans["dataset_name"] / f"{cls.__name__}__{plans['plans_name']}__{configuration}"
+        others = [folder for folder in model.glob("fold_*") if folder.name != f"fold_{fold}"]
+        trained = sorted(folder.name for folder in others if any(folder.glob("checkpoint_*.pth")))
+        if not trained or not (model / "plans.json").is_file():
+            return resolved
+        existing = configuration_of(load_json(str(model / "plans.json")), configuration).configuration
+        different = differences_in_topology(existing["architecture"], resolved["architecture"])
+        if different:
+            raise RuntimeError(
+                f"{', '.join(trained)} in {model} were trained in another topology than this fold would be: "
+                f"{'; '.join(different)}. All folds of a model share one plans.json. Train all folds with the plans "
+                f"that the existing ones have, or under another plans name, or move the existing ones away."
+            )
+        return resolved | {key: existing[key] for key in resolved if key != "batch_size"}
+
     def _unwrapped_network(self) -> nn.Module:
         network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
         return network._orig_mod if isinstance(network, OptimizedModule) else network
@@ -110,19 +145,19 @@ class PluginTrainer(nnUNetTrainer):
             outputs = super().train_step(batch)
         outputs |= self._loss_part_values()
         self._epoch_outputs.append(outputs)
-        self._maybe_checkpoint_in_mid_epoch()
+        self._maybe_save_latest()
         return outputs
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         with cpu_autocast(self.device):
             outputs = super().validation_step(batch)
+        self._maybe_save_latest()
         return outputs | self._loss_part_values()
 
     def _loss_part_values(self) -> dict[str, np.ndarray]:
-        if not self.loss_parts:
-            return {}
-        parts = self.loss.parts
-        return {f"{name}_loss": parts[name].float().cpu().numpy() for name in self.loss_parts}
+        parts = getattr(self.loss, "parts", {})  # a trainer of the user's own may have another loss
+        undefined = torch.tensor(math.nan)
+        return {f"{name}_loss": parts.get(name, undefined).float().cpu().numpy() for name in self.loss_parts}
 
     def _log_loss_parts(self, phase: str, outputs: Sequence[dict[str, Any]]) -> None:
         for part in self.loss_parts:
@@ -140,6 +175,9 @@ class PluginTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.local_rank == 0:
+            for leftover in Path(self.output_folder).glob("checkpoint_*.pth.partial"):
+                leftover.unlink()  # of a training that was killed while it wrote
         self._last_checkpoint = time.monotonic()
 
     def on_epoch_start(self) -> None:
@@ -190,11 +228,9 @@ class PluginTrainer(nnUNetTrainer):
     def _local_logger(self) -> LossPartsLogger:
         return self.logger.local_logger
 
-    def _maybe_checkpoint_in_mid_epoch(self) -> None:
-        """Writes checkpoint_latest.pth when the last one is too old, with what there is of this epoch."""
-        done = len(self._epoch_outputs)
-        age = time.monotonic() - self._last_checkpoint
-        if age < self.checkpoint_interval_minutes * 60 or done >= self._full_epoch_iterations:
+    def _maybe_save_latest(self) -> None:
+        """Writes checkpoint_latest.pth in mid-epoch when it is too old, with what there is of this epoch."""
+        if time.monotonic() - self._last_checkpoint < self.checkpoint_interval_minutes * 60:
             return
         self._local_logger.unfinished_epoch = {
             "epoch": self.current_epoch,
@@ -204,7 +240,7 @@ class PluginTrainer(nnUNetTrainer):
         # nnU-Net notes the epoch after the current one as the next to train; here the current one is not done yet.
         self.current_epoch -= 1
         try:
-            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+            self.save_checkpoint(os.path.join(self.output_folder, LATEST_CHECKPOINT))
         finally:
             self.current_epoch += 1
             self._local_logger.unfinished_epoch = None
@@ -215,7 +251,9 @@ class PluginTrainer(nnUNetTrainer):
         super().save_checkpoint(partial)
         if self.local_rank == 0 and not self.disable_checkpointing:
             os.replace(partial, filename)
-        self._last_checkpoint = time.monotonic()
+        # Only the latest counts: --c prefers it to the best, however old it is.
+        if os.path.basename(filename) == LATEST_CHECKPOINT:
+            self._last_checkpoint = time.monotonic()
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """As nnU-Net's; the network is the one that the checkpoint was trained with.
@@ -226,7 +264,9 @@ class PluginTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self._take_architecture_from(filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
-        self.my_init_kwargs["plans"]["nnunet_conres"] = {"version": __version__}
+        versions = self.my_init_kwargs["plans"].setdefault("nnunet_conres", {"version": "unknown"})
+        if versions["version"] != __version__:
+            versions["continued_with"] = __version__
 
     def _take_architecture_from(self, filename: str) -> None:
         """Adopts the architecture arguments of a checkpoint, so that a changed default doesn't break ``--c``.
@@ -243,13 +283,7 @@ class PluginTrainer(nnUNetTrainer):
             )
         theirs = configuration_of(plans, self.configuration_name).configuration["architecture"]
         ours = self.configuration_manager.configuration["architecture"]
-        different = [
-            f"{argument}: {theirs['arch_kwargs'].get(argument)} there, {ours['arch_kwargs'].get(argument)} here"
-            for argument in TOPOLOGY_ARGUMENTS
-            if theirs["arch_kwargs"].get(argument) != ours["arch_kwargs"].get(argument)
-        ]
-        if theirs["network_class_name"] != ours["network_class_name"]:
-            different = [f"{theirs['network_class_name']} there, {ours['network_class_name']} here"]
+        different = differences_in_topology(theirs, ours)
         if different:
             raise RuntimeError(
                 f"{filename} belongs to another topology than these plans and this trainer: {'; '.join(different)}. "
@@ -280,8 +314,9 @@ def check_slice_axis(configuration: ConfigurationManager, name: str, network: st
             f"{network} needs a slice axis, but configuration {name} is 2D (patch {patch_size}). Use a 3D "
             f"configuration such as 3d_fullres, or a stock trainer such as nnUNetTrainer."
         )
-    if patch_size[0] < 2:
+    slice_axis = configuration.network_arch_init_kwargs.get("slice_axis", 0)
+    if patch_size[slice_axis] < 2:
         raise ValueError(
             f"{network} learns from differences between slices, but the patch {patch_size} of configuration {name} is "
-            f"a single slice. Plan a patch of at least 2 slices along its first axis."
+            f"a single slice. Plan a patch of at least 2 slices along axis {slice_axis}."
         )

@@ -42,6 +42,8 @@ class nnUNetTrainerConResNet(PluginTrainer):
     @classmethod
     def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
         check_slice_axis(configuration, name, "ConResNet")
+        if names_paper_topology(configuration):
+            check_paper_patch(configuration, name)
         return {"architecture": conresnet_architecture(configuration, cls.residual_input)}
 
     @staticmethod
@@ -56,6 +58,11 @@ class nnUNetTrainerConResNet(PluginTrainer):
         architecture = conresnet_architecture(configuration_manager)
         return _build(architecture, num_input_channels, num_output_channels, enable_deep_supervision)
 
+    def _get_deep_supervision_scales(self) -> list[list[float]]:
+        if names_paper_topology(self.configuration_manager):
+            return [[1.0, 1.0, 1.0]]  # one segmentation head, at full size
+        return super()._get_deep_supervision_scales()
+
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         super().set_deep_supervision_enabled(enabled)
         network = self._unwrapped_network()
@@ -63,6 +70,11 @@ class nnUNetTrainerConResNet(PluginTrainer):
         network.residual_outputs = enabled
 
     def _build_loss(self) -> nn.Module:
+        if not self.enable_deep_supervision:
+            raise ValueError(
+                "ConResNet's residual maps are supervised where nnU-Net's deep supervision is: leave "
+                "enable_deep_supervision on, or train plans that name ConResNet with a stock trainer."
+            )
         scales = self._get_deep_supervision_scales()
         # nnU-Net gives the coarsest scale no weight; with a single scale it divides 0 by 0
         with np.errstate(invalid="ignore"):
@@ -78,6 +90,21 @@ class nnUNetTrainerConResNet(PluginTrainer):
             ddp=self.is_ddp,
         )
         return ConResLoss(segmentation, residual, len(scales), self.residual_weight)
+
+
+def check_paper_patch(configuration: ConfigurationManager, name: str) -> None:
+    """Refuses patches that the paper topology can't take.
+
+    Raises:
+        ValueError: If a side of the patch is not divisible by 8.
+    """
+    patch_size = [int(extent) for extent in configuration.patch_size]
+    if any(extent % PAPER_DIVISOR for extent in patch_size):
+        fitting = [-(-extent // PAPER_DIVISOR) * PAPER_DIVISOR for extent in patch_size]
+        raise ValueError(
+            f"The paper topology halves the resolution three times: every side of the patch must be divisible by "
+            f"{PAPER_DIVISOR}, but configuration {name} has {patch_size}. {fitting} would do."
+        )
 
 
 def _build(
@@ -152,18 +179,12 @@ class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
     def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
         check_slice_axis(configuration, name, "ConResNet")
         entries: dict[str, Any] = {"architecture": conresnet_paper_architecture(configuration)}
-        if not names_paper_topology(configuration):
-            median_shape = configuration.median_image_size_in_voxels
+        if names_paper_topology(configuration):
+            check_paper_patch(configuration, name)
+        else:
+            median_shape = configuration.configuration.get("median_image_size_in_voxels", configuration.patch_size)
             entries["patch_size"] = paper_patch_size(PAPER_PATCH_SIZE, median_shape, PAPER_DIVISOR)
             entries["batch_size"] = PAPER_BATCH_SIZE
-            return entries
-        patch_size = [int(extent) for extent in configuration.patch_size]
-        if any(extent % PAPER_DIVISOR for extent in patch_size):
-            fitting = [-(-extent // PAPER_DIVISOR) * PAPER_DIVISOR for extent in patch_size]
-            raise ValueError(
-                f"The paper topology halves the resolution three times: every side of the patch must be divisible by "
-                f"{PAPER_DIVISOR}, but configuration {name} has {patch_size}. {fitting} would do."
-            )
         return entries
 
     @staticmethod
@@ -176,10 +197,6 @@ class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
     ) -> nn.Module:
         architecture = conresnet_paper_architecture(configuration_manager)
         return _build(architecture, num_input_channels, num_output_channels, enable_deep_supervision)
-
-    def _get_deep_supervision_scales(self) -> list[list[float]]:
-        # one segmentation head, at full size
-        return [[1.0, 1.0, 1.0]]
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
@@ -200,8 +217,8 @@ class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
             initial_patch_size[0] = patch_size[0]
         return no_rotation, dummy_2d, initial_patch_size, mirror_axes
 
-    @staticmethod
-    def get_training_transforms(*args: Any, **kwargs: Any) -> BasicTransform:
+    @classmethod
+    def get_training_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
         """nnU-Net's pipeline without rotation and intensity transforms; scaling by 0.9 to 1.1, always.
 
         Takes the arguments of nnU-Net's method of this name.
@@ -214,7 +231,7 @@ class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
             if isinstance(transform, SpatialTransform):
                 transform.p_rotation = 0
                 transform.p_scaling = 1
-                transform.scaling = nnUNetTrainerConResNetPaper.scaling
+                transform.scaling = cls.scaling
             transforms.append(transform)
         return ComposeTransforms(transforms)
 

@@ -39,15 +39,17 @@ _IMPORTED_ARGUMENTS = ["conv_op", "norm_op", "dropout_op", "nonlin"]
 # that name ConResNet means what it meant when they were written. A better default goes into the functions below.
 _CONSTRUCTOR_DEFAULTS = {"residual_input": "decoder", "slice_axis": 0, "topology": "dynamic"}
 
-# What decides which tensors a network has; a checkpoint that differs here can't be continued.
+# What plans and trainer ask for by name; a checkpoint that differs here can't be continued. In all other arguments a
+# continued training follows its checkpoint.
 TOPOLOGY_ARGUMENTS = ("n_stages", "features_per_stage", "kernel_sizes", "strides", "topology", "residual_input")
 
 
 def conresnet_architecture(configuration: ConfigurationManager, residual_input: str | None = None) -> dict[str, Any]:
-    """The ``architecture`` entry of a configuration for the dynamic ConResNet, every argument spelled out.
+    """The ``architecture`` entry of a configuration for ConResNet, every argument spelled out.
 
     Args:
-        configuration: Configuration of stock plans, or of plans that name ConResNet already.
+        configuration: Configuration of stock plans, which becomes the dynamic topology, or of plans that name ConResNet
+            already, which keep their topology and arguments.
         residual_input: ``"decoder"`` or ``"shared_encoder"``; None keeps what the plans say, else "decoder".
 
     Returns:
@@ -56,15 +58,16 @@ def conresnet_architecture(configuration: ConfigurationManager, residual_input: 
     Raises:
         ValueError: If the plans name a network whose topology can't be carried over.
     """
+    if names_paper_topology(configuration):
+        return conresnet_paper_architecture(configuration, residual_input)
     given = deepcopy(configuration.network_arch_init_kwargs)
     name = configuration.network_arch_class_name
-    if name != CONRESNET:
-        missing = [argument for argument in _REQUIRED_ARGUMENTS if argument not in given]
-        if missing:
-            raise ValueError(
-                f"Cannot derive ConResNet from these plans: their network {name} has no {', '.join(missing)}. Use "
-                f"plans of a U-Net, such as nnUNetPlans or nnUNetResEncUNetMPlans."
-            )
+    missing = [argument for argument in _REQUIRED_ARGUMENTS if argument not in given]
+    if missing:
+        raise ValueError(
+            f"Cannot derive ConResNet from these plans: their network {name} has no {', '.join(missing)}. Use plans of "
+            f"a U-Net, such as nnUNetPlans or nnUNetResEncUNetMPlans."
+        )
     arguments = {argument: given.get(argument) for argument in _SHARED_ARGUMENTS}
     arguments["conv_bias"] = bool(given.get("conv_bias", False))
     arguments |= _CONSTRUCTOR_DEFAULTS
@@ -85,17 +88,22 @@ def conresnet_architecture(configuration: ConfigurationManager, residual_input: 
     return _architecture(arguments)
 
 
-def conresnet_paper_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
+def conresnet_paper_architecture(
+    configuration: ConfigurationManager, residual_input: str | None = None
+) -> dict[str, Any]:
     """The ``architecture`` entry of a configuration for the paper topology.
 
     Args:
         configuration: Any configuration; one that names the paper topology itself keeps its other arguments.
+        residual_input: As for ``conresnet_architecture``.
     """
     arguments = paper_arguments()
     arguments["conv_op"] = f"{arguments['conv_op'].__module__}.{arguments['conv_op'].__name__}"
     arguments |= _CONSTRUCTOR_DEFAULTS | {"topology": "paper"}
     if names_paper_topology(configuration):
         arguments |= configuration.network_arch_init_kwargs
+    if residual_input is not None:
+        arguments["residual_input"] = residual_input
     return _architecture(arguments)
 
 
@@ -110,6 +118,22 @@ def names_paper_topology(configuration: ConfigurationManager) -> bool:
         configuration.network_arch_class_name == CONRESNET
         and configuration.network_arch_init_kwargs.get("topology") == "paper"
     )
+
+
+def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Where two ``architecture`` entries ask for different networks, in words; empty where they agree.
+
+    Args:
+        theirs: Entry of an existing checkpoint or model.
+        ours: Entry of the training at hand.
+    """
+    if theirs["network_class_name"] != ours["network_class_name"]:
+        return [f"{theirs['network_class_name']} there, {ours['network_class_name']} here"]
+    return [
+        f"{argument}: {theirs['arch_kwargs'].get(argument)} there, {ours['arch_kwargs'].get(argument)} here"
+        for argument in TOPOLOGY_ARGUMENTS
+        if theirs["arch_kwargs"].get(argument) != ours["arch_kwargs"].get(argument)
+    ]
 
 
 def paper_patch_size(paper: tuple[int, int, int], median_shape: list[float], divisor: int) -> list[int]:

@@ -253,6 +253,18 @@ class TestConvert:
         assert str(files["seg"]) in warning
         assert "all background" in warning
 
+    def test_doubts_are_warnings(self, source: Path) -> None:
+        write_case(source / "BraTS-PED-00001-000", "BraTS-PED-00001-000", "2023")
+        write_case(source / "BraTS-GLI-00002-000", "BraTS-GLI-00002-000", "2023", labelled=False)
+        write_case(source / "elsewhere" / "BraTS-GLI-00003-000", "BraTS-GLI-00003-000", "2023", labelled=False)
+        files = write_case(source / "BraTS-GLI-00004-000", "BraTS-GLI-00004-000", "2023")
+        save(files["t1c"], np.zeros(SHAPE, np.int16))
+        warnings = convert(source).warnings
+        assert len(warnings) == 3
+        assert "BraTS-GLI-00004-000-t1c.nii.gz is 0 everywhere" in warnings[0]
+        assert warnings[1].startswith("BraTS-PED-00001-000: not named BraTS-GLI-")
+        assert warnings[2].startswith("BraTS-GLI-00002-000: no labels")
+
 
 def _remove(files: dict[str, Path]) -> str:
     files["t1ce"].unlink()

@@ -20,6 +20,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
 
 import nnunet_conres.trainers
 from nnunet_conres import __version__
@@ -42,6 +43,15 @@ def checkpoint_of(trainer: nnUNetTrainer, name: str = "checkpoint_final.pth") ->
 def saved_architecture(trainer: nnUNetTrainer) -> dict[str, Any]:
     plans = json.loads((Path(trainer.output_folder_base) / "plans.json").read_text())
     return plans["configurations"][trainer.configuration_name]["architecture"]
+
+
+def conresnet_paper_plans() -> dict[str, Any]:
+    """How the documentation has users name the paper topology in plans."""
+    return {
+        "network_class_name": "nnunet_conres.architectures.conresnet.ConResNet",
+        "arch_kwargs": {"topology": "paper"},
+        "_kw_requires_import": [],
+    }
 
 
 class TestTraining:
@@ -110,6 +120,49 @@ class TestTraining:
         trainer.run_training()
         assert isinstance(trainer.network, ConResNet)
         assert math.isfinite(trainer.logger.get_value("train_losses", -1))
+
+    def test_without_deep_supervision_says_so(self, make_trainer: Callable[..., Any]) -> None:
+        trainer = make_trainer(nnUNetTrainerConResNet)
+        trainer.enable_deep_supervision = False
+        with pytest.raises(ValueError, match="enable_deep_supervision"):
+            trainer.initialize()
+
+    def test_with_a_loss_of_the_users_own(self, make_trainer: Callable[..., Any]) -> None:
+        class OnlySegmentation(nn.Module):
+            def __init__(self, segmentation: nn.Module) -> None:
+                super().__init__()
+                self.segmentation = segmentation
+
+            def forward(self, outputs: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
+                return self.segmentation(outputs[: len(targets)], targets)
+
+        class Own(nnUNetTrainerConResNet):
+            def _build_loss(self) -> nn.Module:
+                return OnlySegmentation(super()._build_loss().segmentation)
+
+        trainer = make_trainer(Own)
+        trainer.num_epochs = 1
+        trainer.run_training()
+        assert math.isnan(trainer.logger.get_value("train_residual_losses", -1))
+        assert math.isfinite(trainer.logger.get_value("train_losses", -1))
+
+    def test_pretrained_weights_and_val(self, make_trainer: Callable[..., Any]) -> None:
+        """From three classes to two, and --val afterwards, as nnUNetv2_train calls them."""
+        source = make_trainer(nnUNetTrainerConResNet, "labels")
+        source.num_epochs = 1
+        source.run_training()
+        file = str(Path(source.output_folder) / "checkpoint_final.pth")
+        target = make_trainer(nnUNetTrainerConResNet, "ignore")
+        maybe_load_checkpoint(target, False, False, pretrained_weights_file=file)
+        assert torch.equal(
+            target.network.encoder.stem.convs[0].conv.weight, source.network.encoder.stem.convs[0].conv.weight
+        )
+        target.num_epochs = 1
+        target.run_training()
+        again = make_trainer(nnUNetTrainerConResNet, "ignore")
+        maybe_load_checkpoint(again, False, True)
+        again.perform_actual_validation()
+        assert (Path(again.output_folder) / "validation" / "summary.json").is_file()
 
     def test_two_stages(self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any]) -> None:
         """nnU-Net leaves out the coarsest scale of deep supervision, which is the only one here."""
@@ -202,17 +255,38 @@ class TestPaperTrainer:
         self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any]
     ) -> None:
         fullres = stock_plans["configurations"]["3d_fullres"]
-        fullres["architecture"] = {
-            "network_class_name": "nnunet_conres.architectures.conresnet.ConResNet",
-            "arch_kwargs": {"topology": "paper"},
-            "_kw_requires_import": [],
-        }
+        fullres["architecture"] = conresnet_paper_plans()
         fullres["patch_size"] = [8, 16, 16]
         trainer = make_trainer(nnUNetTrainerConResNetPaper, plans=stock_plans)
         assert trainer.configuration_manager.patch_size == [8, 16, 16]
         fullres["patch_size"] = [10, 16, 16]
         with pytest.raises(ValueError, match=r"divisible by 8.*\[10, 16, 16\]. \[16, 16, 16\] would do"):
             make_trainer(nnUNetTrainerConResNetPaper, plans=stock_plans)
+
+    def test_scaling_of_a_subclass(self, make_trainer: Callable[..., Any]) -> None:
+        class Stronger(nnUNetTrainerConResNetPaper):
+            scaling = (0.5, 2.0)
+
+        pipeline = Stronger.get_training_transforms((16, 24, 24), (0.0, 0.0), [[1, 1, 1]], (0, 1, 2), False)
+        assert pipeline.transforms[0].scaling == (0.5, 2.0)
+
+    def test_paper_topology_in_plans_under_the_other_trainers(
+        self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any]
+    ) -> None:
+        """One segmentation output and three residual maps, whichever trainer reads such plans."""
+        fullres = stock_plans["configurations"]["3d_fullres"]
+        fullres["architecture"] = conresnet_paper_plans()
+        fullres["patch_size"] = [8, 16, 16]
+        trainer = make_trainer(nnUNetTrainerConResNetSharedEncoder, plans=stock_plans)
+        assert trainer.configuration_manager.network_arch_init_kwargs["residual_input"] == "shared_encoder"
+        trainer.num_epochs = trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
+        trainer.run_training()
+        assert trainer.loss.n_segmentation_outputs == 1
+        assert trainer.network.topology == "paper"
+        assert math.isfinite(trainer.logger.get_value("val_residual_losses", -1))
+        fullres["patch_size"] = [8, 16, 18]
+        with pytest.raises(ValueError, match="divisible by 8"):
+            make_trainer(nnUNetTrainerConResNet, plans=stock_plans)
 
 
 class TestRefusals:
@@ -312,6 +386,82 @@ class TestContinuing:
         resumed.run_training()  # saves its plans again
         assert saved_architecture(resumed)["arch_kwargs"]["n_blocks_per_stage"][0] == 1
 
+    def test_other_folds_share_what_the_first_was_trained_with(
+        self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All folds of a model have one plans.json, from which nnU-Net rebuilds the network."""
+        first = make_trainer(nnUNetTrainerConResNet, fold=0)
+        first.num_epochs = 1
+        first.run_training()
+        today = saved_architecture(first)
+        tomorrow = nnUNetTrainerConResNet.resolve.__func__
+
+        def without_bias(cls: type, configuration: Any, name: str) -> dict[str, Any]:
+            entries = tomorrow(cls, configuration, name)
+            entries["architecture"]["arch_kwargs"]["conv_bias"] = False
+            return entries
+
+        monkeypatch.setattr(nnUNetTrainerConResNet, "resolve", classmethod(without_bias))
+        second = make_trainer(nnUNetTrainerConResNet, fold=1)
+        assert second.configuration_manager.configuration["architecture"] == today
+        again = make_trainer(nnUNetTrainerConResNet, fold=0)  # from scratch: nothing else depends on it
+        assert again.configuration_manager.network_arch_init_kwargs["conv_bias"] is False
+        stock_plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"][0] = 8
+        with pytest.raises(RuntimeError, match=r"fold_0 in .* another topology.*features_per_stage"):
+            make_trainer(nnUNetTrainerConResNet, fold=1, plans=stock_plans)
+
+    def test_the_latest_checkpoint_never_gets_old(
+        self, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also while every epoch is shorter than the interval and writes a new best checkpoint."""
+        clock = 0.0
+        monkeypatch.setattr("nnunet_conres.trainers.base.time.monotonic", lambda: clock)
+        trainer = make_trainer(nnUNetTrainerConResNet)
+        trainer.num_epochs = 6
+        latest = Path(trainer.output_folder) / "checkpoint_latest.pth"
+        written: list[float] = [0.0]
+        save, step = trainer.save_checkpoint, nnUNetTrainer.train_step
+
+        def saving(filename: str) -> None:
+            save(filename)
+            if filename == str(latest):
+                written.append(clock)
+
+        def ticking(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+            nonlocal clock
+            clock += 60.0
+            self._best_ema = -1.0  # the next epoch is the best so far, as in most of the first ones
+            return step(self, batch)
+
+        trainer.save_checkpoint = saving
+        monkeypatch.setattr(nnUNetTrainer, "train_step", ticking)
+        trainer.run_training()
+        assert clock == 18 * 60
+        assert np.diff([*written, clock]).max() <= trainer.checkpoint_interval_minutes * 60
+
+    def test_in_mid_validation(self, make_trainer: Callable[..., Any]) -> None:
+        trainer = make_trainer(nnUNetTrainerConResNet)
+        trainer.num_epochs = 1
+        trainer.checkpoint_interval_minutes = math.inf
+
+        def killed(self: Any, outputs: Any) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                nnUNetTrainer, "on_validation_epoch_start", lambda self: setattr(self, "checkpoint_interval_minutes", 0)
+            )
+            patch.setattr(nnUNetTrainer, "on_validation_epoch_end", killed)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.run_training()
+        resumed = make_trainer(nnUNetTrainerConResNet, continue_training=True)
+        resumed.num_epochs = 1
+        maybe_load_checkpoint(resumed, True, False)
+        weights = {k: v.clone() for k, v in resumed.network.state_dict().items()}
+        resumed.run_training()
+        assert all(torch.equal(v, weights[k]) for k, v in resumed.network.state_dict().items())  # no step was repeated
+        assert all(len(v) == 1 for v in resumed.logger.local_logger.my_fantastic_logging.values())
+
     def test_checkpoint_of_another_topology(
         self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any]
     ) -> None:
@@ -405,6 +555,26 @@ class TestPrecision:
         trainer.validation_step(next(trainer.dataloader_val))
         assert seen == {dtype}
         assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
+
+    def test_autocast_around_the_whole_step_gives_the_gradients_of_one_around_forward_and_loss(
+        self, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """PyTorch advises against backward passes under autocast; here they change nothing."""
+        monkeypatch.setattr("nnunet_conres.trainers.precision.cpu_has_bfloat16", lambda: True)
+        trainer = make_trainer(nnUNetTrainerConResNet)
+        trainer.on_train_start()
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+        batch = next(trainer.dataloader_train)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = trainer.loss(trainer.network(batch["data"]), batch["target"])
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainer.network.parameters(), 12)
+        expected = {name: p.grad.clone() for name, p in trainer.network.named_parameters() if p.grad is not None}
+        trainer.train_step(batch)
+        for name, parameter in trainer.network.named_parameters():
+            if name in expected:
+                torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_without_foreground_leaves_everything_finite(make_trainer: Callable[..., Any]) -> None:
