@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -66,8 +67,10 @@ class LossPartsLogger(LocalLogger):
         """Draws nnU-Net's progress.png, and progress_conres.png beside it."""
         super().plot_progress_png(output_folder)
         if self.parts:
-            figure = loss_parts_figure(self.my_fantastic_logging, self.parts, self.region_names)
-            figure.savefig(f"{output_folder}/{FIGURE_NAME}", dpi=100)
+            # nnU-Net's figure changes matplotlib's settings for the whole process, to letters of four times the size
+            with matplotlib.style.context("default"):
+                figure = loss_parts_figure(self.my_fantastic_logging, self.parts, self.region_names)
+                figure.savefig(f"{output_folder}/{FIGURE_NAME}", dpi=100)
 
 
 def loss_parts_figure(logging: dict[str, list[Any]], parts: Sequence[str], region_names: Sequence[str]) -> Figure:

@@ -465,6 +465,35 @@ class TestInNnUNet:
         network.residual_outputs = network.decoder.deep_supervision = False
         torch.testing.assert_close(compiled(image), network(image))
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("residual_input", ["decoder", "shared_encoder"])
+    def test_compiled_code_trains_the_same(self, residual_input: str) -> None:
+        """Generated code, forward and backward, on anisotropic stages and odd sizes."""
+        network = ConResNet(
+            **arguments(strides=[1, [1, 2, 2], 2], kernel_sizes=[[1, 3, 3], 3, 3], residual_input=residual_input),
+            deep_supervision=True,
+            residual_outputs=True,
+        )
+        image = torch.randn(2, 2, 5, 12, 10)
+        gradients = []
+        for module in (network, torch.compile(network, fullgraph=True)):
+            network.zero_grad()
+            sum(output.square().mean() for output in module(image)).backward()
+            gradients.append([p.grad.clone() for p in network.parameters()])
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("topology", ["dynamic", "paper"])
+    def test_compiled_mixed_precision_on_a_gpu(self, topology: str) -> None:
+        network = ConResNet(**arguments()) if topology == "dynamic" else ConResNet.paper(2, 3)
+        network.residual_outputs = network.decoder.deep_supervision = True
+        compiled = torch.compile(network.cuda(), fullgraph=True)
+        with torch.autocast("cuda"):
+            outputs = compiled(torch.randn(1, 2, 16, 32, 32, device="cuda"))
+        sum(output.float().square().mean() for output in outputs).backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
     @pytest.mark.parametrize("topology", ["dynamic", "paper"])
     def test_works_under_bfloat16_autocast(self, topology: str) -> None:
         network = ConResNet(**arguments()) if topology == "dynamic" else ConResNet.paper(2, 3)

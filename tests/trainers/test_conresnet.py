@@ -55,9 +55,21 @@ def conresnet_paper_plans() -> dict[str, Any]:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("kind", ["labels", "regions", "ignore", "ignored_regions"])
-    def test_trains_validates_and_predicts(self, make_trainer: Callable[..., Any], kind: str) -> None:
-        trainer = make_trainer(nnUNetTrainerConResNet, kind)
+    @pytest.mark.parametrize(
+        ("kind", "trainer_class"),
+        [
+            ("labels", nnUNetTrainerConResNet),
+            ("regions", nnUNetTrainerConResNet),
+            ("ignore", nnUNetTrainerConResNet),
+            pytest.param("ignored_regions", nnUNetTrainerConResNet, marks=pytest.mark.slow),
+            pytest.param("labels", nnUNetTrainerConResNetSharedEncoder, marks=pytest.mark.slow),
+            pytest.param("regions", nnUNetTrainerConResNetPaper, marks=pytest.mark.slow),
+        ],
+    )
+    def test_trains_validates_and_predicts(
+        self, make_trainer: Callable[..., Any], kind: str, trainer_class: type
+    ) -> None:
+        trainer = make_trainer(trainer_class, kind)
         trainer.run_training()
         for curve in CURVES:
             values = trainer.logger.get_value(curve, None)

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import matplotlib.style
+import numpy as np
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
-from nnunet_conres.trainers.logger import FIGURE_NAME, LossPartsLogger
+from nnunet_conres.trainers.logger import FIGURE_NAME, LossPartsLogger, loss_parts_figure
 
 STOCK_KEYS = (
     "mean_fg_dice",
@@ -56,6 +58,17 @@ def test_missing_curves_are_padded_so_that_progress_is_still_drawn(tmp_path: Pat
     for name in ("progress.png", FIGURE_NAME):
         picture = matplotlib.image.imread(tmp_path / name)
         assert picture.std() > 0.01  # something is drawn
+
+
+def test_the_figure_does_not_take_over_the_style_of_nnunets(tmp_path: Path) -> None:
+    log = logger()
+    fill(log, 3, STOCK_KEYS + OWN_KEYS)
+    log.plot_progress_png(str(tmp_path))
+    with matplotlib.style.context("default"):
+        figure = loss_parts_figure(log.my_fantastic_logging, log.parts, log.region_names)
+        figure.savefig(tmp_path / "alone.png", dpi=100)
+    drawn, expected = (matplotlib.image.imread(tmp_path / name) for name in (FIGURE_NAME, "alone.png"))
+    np.testing.assert_array_equal(drawn, expected)
 
 
 def test_an_unfinished_epoch_is_kept_apart_from_the_finished_ones() -> None:
