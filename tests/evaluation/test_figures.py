@@ -177,7 +177,11 @@ class TestOverlayFigure:
 
     def test_empty_image(self, tmp_path: Path) -> None:
         images, _, prediction = case()
-        overlay_figure(np.zeros_like(images), prediction, regions=REGIONS).savefig(tmp_path / "a.png")
+        figure = overlay_figure(np.zeros_like(images), prediction, regions=REGIONS)
+        figure.savefig(tmp_path / "a.png")
+        shown = [image.get_array() for panel in figure.axes for image in panel.get_images()]
+        assert shown
+        assert all(np.isfinite(one).all() for one in shown)
 
     def test_shapes_must_fit(self) -> None:
         images, reference, prediction = case()
