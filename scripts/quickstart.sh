@@ -280,7 +280,7 @@ report() {
     printf '\nHeld-out cases, scores per region:\n\n'
     nnunet-conres summary "$SUMMARY" -djfile "$MODEL/dataset.json" | sed 's/^/    /'
     printf '\nFigures:\n'
-    for file in "$FIGURES"/*.png "$MODEL/fold_$FOLD"/progress*.png; do
+    for file in "$FIGURES"/*.png "$MODEL/fold_$FOLD"/progress_conres.png; do
         [ ! -e "$file" ] || printf '    %s\n' "$file"
     done
     printf '\nModel:       %s\nPredictions: %s\nScores:      %s\n' "$MODEL" "$PREDICTIONS" "$SUMMARY"

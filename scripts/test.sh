@@ -9,6 +9,11 @@
 # repository's root; the first run creates it (see _environment.sh for what can be chosen).
 set -euo pipefail
 
+if [ "${1:-}" = "-h" ] || [ "${1:-}" = "--help" ]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+fi
+
 . "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 
 run_all=false

@@ -33,6 +33,22 @@ class WeightStandardizedConv3d(nn.Conv3d):
         return self._conv_forward(input, weight / deviation.view(-1, 1, 1, 1, 1), self.bias)
 
 
+class CeilAvgPool3d(nn.AvgPool3d):
+    """Average pooling that makes ceil(n / stride) voxels of n, as a strided convolution does.
+
+    What is missing in the last window is repeated from the border. (``ceil_mode`` would do, but code that torch.compile
+    generates for it on a CPU has wrong gradients where the size is odd; seen with PyTorch 2.15.)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pools (B, C, X, Y, Z)."""
+        kernel = maybe_convert_scalar_to_list(nn.Conv3d, self.kernel_size)
+        missing = [-extent % k for extent, k in zip(input.shape[2:], kernel, strict=True)]
+        if any(missing):
+            input = F.pad(input, [0, missing[2], 0, missing[1], 0, missing[0]], mode="replicate")
+        return super().forward(input)
+
+
 class PreActivationConv(nn.Module):
     """Norm, nonlinearity, dropout, convolution, in this order; each but the convolution may be absent.
 

@@ -14,6 +14,7 @@ Shapes are (batch, channel, X, Y, Z), X being the slice axis of an nnU-Net patch
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +29,14 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_conres.architectures.blocks import PreActivationConv, count_elements, crop, per_stage, strided_size
+from nnunet_conres.architectures.blocks import (
+    CeilAvgPool3d,
+    PreActivationConv,
+    count_elements,
+    crop,
+    per_stage,
+    strided_size,
+)
 from nnunet_conres.architectures.conresnet_paper import (
     PAPER_FEATURES,
     PaperDecoder,
@@ -270,9 +278,10 @@ class ConResNet(nn.Module):
             return_skips=True,
         )
         for module in encoder.modules():
-            if isinstance(module, nn.AvgPool3d):
-                # The pooled shortcut of a strided block rounds odd sizes down, its convolution rounds up.
-                module.ceil_mode = True
+            if isinstance(module, BasicBlockD) and isinstance(module.skip, nn.Sequential):
+                for index, shortcut in enumerate(module.skip):
+                    if isinstance(shortcut, nn.AvgPool3d):
+                        module.skip[index] = CeilAvgPool3d(shortcut.kernel_size, shortcut.stride)
         self.encoder = encoder
         self.decoder = DynamicDecoder(
             encoder,
@@ -461,13 +470,20 @@ def from_authors_state_dict(
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If entries are missing, unknown or of the wrong shape; the message names them.
+        ValueError: If a file holds anything but tensors, or entries are missing, unknown or of the wrong shape; the
+            message names them.
 
     Example:
         >>> network = from_authors_state_dict("conresnet_brats.pth")  # doctest: +SKIP
     """
     if isinstance(state_dict, (str, os.PathLike)):
-        state_dict = torch.load(state_dict, map_location="cpu", weights_only=True)
+        try:
+            state_dict = torch.load(state_dict, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{state_dict} is not a state dictionary that can be read safely (torch.load with weights_only=True). "
+                f"Expected a file written with torch.save(network.state_dict(), ...)."
+            ) from error
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"Expected a state dictionary of name and tensor, got {type(state_dict).__name__}.")
 

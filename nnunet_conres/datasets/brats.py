@@ -456,13 +456,13 @@ def _raw_folder(raw_folder: str | Path | None) -> Path | None:
 def _target_faults(raw: Path, dataset_id: int, dataset_name: str) -> Iterator[str]:
     target = _folder_name(dataset_id, dataset_name)
     if (raw / target).exists():
-        yield f"{raw / target} exists already; remove it, or choose another -d or -name."
+        yield f"{raw / target} exists already; remove it, or choose another -d."
     # nnU-Net takes the number for the data set and stops when two names share it, also among its results.
     others = [raw, *(Path(v) for n in _FOLDER_VARIABLES[1:] if (v := os.environ.get(n)))]
     for folder in others:
         for taken in sorted(folder.glob(f"Dataset{dataset_id:03d}_*")):
             if taken.is_dir() and taken.name != target:
-                yield f"Data set id {dataset_id} is taken by {taken}; choose another -d, or the same name."
+                yield f"Data set id {dataset_id} is taken by {taken}; choose another -d."
 
 
 def _nifti_files(root: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -59,6 +60,7 @@ class PluginTrainer(nnUNetTrainer):
         # nnU-Net's constructor makes the output folder: whatever can be refused is refused before it.
         _check_device(device)
         resolved = self.resolve(configuration_of(plans, configuration), configuration)
+        _check_preprocessed(plans, configuration)
         resolved = self._as_in_other_folds(resolved, plans, configuration, fold)
         plans = with_configuration(plans, configuration, **resolved)
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -273,8 +275,14 @@ class PluginTrainer(nnUNetTrainer):
 
         What comes from the plans must agree: continuing with other strides would be another network.
         """
-        # memory-mapped: reads the plans, not the weights
-        checkpoint = torch.load(filename, map_location="cpu", weights_only=False, mmap=True)
+        try:
+            # memory-mapped: reads the plans, not the weights
+            checkpoint = torch.load(filename, map_location="cpu", weights_only=False, mmap=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise RuntimeError(
+                f"{filename} is damaged and cannot be loaded ({str(error).splitlines()[0]}). Move it away: --c then "
+                f"takes another checkpoint of its folder if there is one, or starts anew."
+            ) from error
         plans = checkpoint["init_args"]["plans"]
         if checkpoint["init_args"]["configuration"] != self.configuration_name:
             raise RuntimeError(
@@ -300,6 +308,19 @@ def _check_device(device: torch.device) -> None:
         raise RuntimeError("There is no CUDA device here that torch can use. To train on the CPU add: -device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise RuntimeError("There is no MPS device here that torch can use. To train on the CPU add: -device cpu")
+
+
+def _check_preprocessed(plans: dict[str, Any], configuration: str) -> None:
+    """Refuses to train on data that were not preprocessed for these plans."""
+    root = os.environ.get("nnUNet_preprocessed")
+    if root is None:
+        return  # nnU-Net says so itself
+    folder = Path(root) / plans["dataset_name"] / configuration_of(plans, configuration).data_identifier
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"There are no preprocessed data for configuration {configuration}: {folder} does not exist. Run: "
+            f"nnUNetv2_preprocess -d {plans['dataset_name']} -plans_name {plans['plans_name']} -c {configuration}"
+        )
 
 
 def check_slice_axis(configuration: ConfigurationManager, name: str, network: str) -> None:

@@ -10,6 +10,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
 FIGURE_NAME = "progress_conres.png"
@@ -99,9 +100,10 @@ def loss_parts_figure(logging: dict[str, list[Any]], parts: Sequence[str], regio
         colour = colours[index % len(colours)]
         axes[-1].plot(dice[:, index], color=colour, marker="o", markersize=4, label=name)
     axes[-1].set(ylabel="pseudo Dice", xlabel="epoch", ylim=(0, 1))
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].set_xlim(-0.5, max(len(dice), 1) - 0.5)  # a single epoch has no extent of its own
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(loc="best", fontsize="small")
+            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
     return figure

@@ -322,6 +322,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match="single slice"):
             make_trainer(trainer_class, plans=stock_plans)
 
+    def test_data_that_were_not_preprocessed(
+        self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any]
+    ) -> None:
+        stock_plans["configurations"]["3d_fullres"]["data_identifier"] = "nnUNetPlans_5G_3d_fullres"
+        with pytest.raises(
+            FileNotFoundError, match=r"nnUNetPlans_5G_3d_fullres does not exist. Run: nnUNetv2_preprocess"
+        ):
+            make_trainer(nnUNetTrainerConResNet, plans=stock_plans)
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_cuda_where_there_is_none(self, stock_plans: dict[str, Any]) -> None:
         with pytest.raises(RuntimeError, match="-device cpu"):
@@ -397,6 +406,13 @@ class TestContinuing:
         assert resumed.configuration_manager.network_arch_init_kwargs["n_blocks_per_stage"][0] == 1
         resumed.run_training()  # saves its plans again
         assert saved_architecture(resumed)["arch_kwargs"]["n_blocks_per_stage"][0] == 1
+
+    def test_damaged_checkpoint(self, make_trainer: Callable[..., Any]) -> None:
+        trainer = make_trainer(nnUNetTrainerConResNet)
+        file = Path(trainer.output_folder) / "checkpoint_latest.pth"
+        file.write_bytes(b"PK\x03\x04 cut off")
+        with pytest.raises(RuntimeError, match=r"checkpoint_latest.pth is damaged.*Move it away"):
+            maybe_load_checkpoint(trainer, True, False)
 
     def test_other_folds_share_what_the_first_was_trained_with(
         self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any], monkeypatch: pytest.MonkeyPatch
