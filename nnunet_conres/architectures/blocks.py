@@ -1,4 +1,4 @@
-"""Building blocks that dynamic_network_architectures does not have: pre-activation and weight standardisation."""
+"""Building blocks that dynamic_network_architectures does not have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from dynamic_network_architectures.building_blocks.helper import maybe_convert_scalar_to_list
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,11 +41,39 @@ class CeilAvgPool3d(nn.AvgPool3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Pools (B, C, X, Y, Z)."""
-        kernel = maybe_convert_scalar_to_list(nn.Conv3d, self.kernel_size)
-        missing = [-extent % k for extent, k in zip(input.shape[2:], kernel, strict=True)]
-        if any(missing):
-            input = F.pad(input, [0, missing[2], 0, missing[1], 0, missing[0]], mode="replicate")
-        return super().forward(input)
+        return super().forward(pad_to_multiple(input, triple(self.kernel_size)))
+
+
+class CeilMaxPool3d(nn.MaxPool3d):
+    """Max pooling that makes ceil(n / stride) voxels of n, as a strided convolution does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pools (B, C, X, Y, Z)."""
+        return super().forward(pad_to_multiple(input, triple(self.kernel_size)))
+
+
+class CeilStridedConv3d(nn.Conv3d):
+    """Convolution whose kernel is as large as its stride, which makes ceil(n / stride) voxels of n.
+
+    Every voxel is seen once; what is missing in the last window is repeated from the border. Its counterpart on the way
+    up is a transposed convolution of the same kernel and stride.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: (sx, sy, sz), the kernel size as well.
+        bias: Whether there is a bias.
+
+    Source: Springenberg et al., "Striving for Simplicity", arXiv 1412.6806; V-Net (arXiv 1606.04797, section 2).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int], bias: bool = True) -> None:
+        step = (int(stride[0]), int(stride[1]), int(stride[2]))
+        super().__init__(in_channels, out_channels, step, step, bias=bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (B, C_in, X, Y, Z) to (B, C_out, ceil(X / sx), ceil(Y / sy), ceil(Z / sz))."""
+        return super().forward(pad_to_multiple(input, self.stride))
 
 
 class PreActivationConv(nn.Module):
@@ -81,7 +108,7 @@ class PreActivationConv(nn.Module):
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
         """Number of output elements for a spatial input size (x, y, z), as nnU-Net's planner counts them."""
-        stride = maybe_convert_scalar_to_list(nn.Conv3d, self.conv.stride)
+        stride = triple(self.conv.stride)
         size = [-(-i // s) for i, s in zip(input_size, stride, strict=True)]
         return np.prod([self.conv.out_channels, *size], dtype=np.int64)
 
@@ -122,6 +149,26 @@ def crop(x: Tensor, size: Sequence[int]) -> Tensor:
         if x.shape[dim] != extent:
             x = x.narrow(dim, 0, extent)
     return x
+
+
+def pad_to_multiple(x: Tensor, divisor: Sequence[int]) -> Tensor:
+    """Repeats the last voxels of (B, C, X, Y, Z) until every axis is divisible; itself if it fits."""
+    missing = [-extent % d for extent, d in zip(x.shape[2:], divisor, strict=True)]
+    if any(missing):
+        x = F.pad(x, [0, missing[2], 0, missing[1], 0, missing[0]], mode="replicate")
+    return x
+
+
+def triple(value: int | Sequence[int]) -> list[int]:
+    """One number for the three spatial axes, or three of them, as a list.
+
+    Raises:
+        ValueError: If a sequence has not three entries.
+    """
+    values = [value] * 3 if isinstance(value, int) else [int(v) for v in value]
+    if len(values) != 3:
+        raise ValueError(f"Kernel sizes and strides have three entries in 3D, got {value!r}.")
+    return values
 
 
 def per_stage(name: str, value: Any, n_stages: int) -> list[Any]:

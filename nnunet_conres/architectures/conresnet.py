@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim, get_matching_convtransp
+from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
@@ -35,7 +35,6 @@ from nnunet_conres.architectures.blocks import (
     count_elements,
     crop,
     per_stage,
-    strided_size,
 )
 from nnunet_conres.architectures.conresnet_paper import (
     PAPER_FEATURES,
@@ -45,6 +44,7 @@ from nnunet_conres.architectures.conresnet_paper import (
     paper_arguments,
 )
 from nnunet_conres.architectures.context_residual import ContextResidualDecoder, ContextResidualModule
+from nnunet_conres.architectures.network import PlansNetwork, listing
 from nnunet_conres.residuals import inter_slice_residual
 
 RESIDUAL_INPUTS = ("decoder", "shared_encoder")
@@ -154,7 +154,7 @@ class DynamicDecoder(ContextResidualDecoder):
         return output
 
 
-class ConResNet(nn.Module):
+class ConResNet(PlansNetwork):
     """Encoder-decoder network with a second decoder that predicts the inter-slice residual of the segmentation.
 
     Takes the arguments that nnU-Net writes into plans, so that a plans file alone can instantiate it.
@@ -219,30 +219,13 @@ class ConResNet(nn.Module):
         slice_axis: int = 0,
         topology: str = "dynamic",
     ) -> None:
-        super().__init__()
-        if convert_conv_op_to_dim(conv_op) != 3:
-            raise ValueError(
-                f"ConResNet needs a slice axis: conv_op must be torch.nn.Conv3d, not {conv_op.__name__}. Use a 3D "
-                f"configuration such as 3d_fullres."
-            )
-        if n_stages < 2:
-            raise ValueError(f"n_stages must be at least 2 (one downsampling), got {n_stages}.")
+        super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides)
         if residual_input not in RESIDUAL_INPUTS:
             raise ValueError(f"residual_input must be one of {RESIDUAL_INPUTS}, got {residual_input!r}.")
         if topology not in TOPOLOGIES:
             raise ValueError(f"topology must be one of {TOPOLOGIES}, got {topology!r}.")
         if slice_axis not in (0, 1, 2):
             raise ValueError(f"slice_axis must be 0, 1 or 2, got {slice_axis}.")
-        features = per_stage("features_per_stage", features_per_stage, n_stages)
-        kernels = [_triple(k) for k in per_stage("kernel_sizes", kernel_sizes, n_stages)]
-        self.strides = [_triple(s) for s in per_stage("strides", strides, n_stages)]
-        if self.strides[0] != [1, 1, 1]:
-            raise ValueError(
-                f"The strides of the first stage must be 1, got {self.strides[0]}: the logits have its resolution and "
-                f"must have that of the patch."
-            )
-        if any(k % 2 == 0 for kernel in kernels for k in kernel):
-            raise ValueError(f"kernel_sizes must be odd, so that convolutions keep the size; got {kernels}.")
         self.topology = topology
         self.residual_input = residual_input
         self.slice_axis = slice_axis
@@ -250,7 +233,7 @@ class ConResNet(nn.Module):
         self.encoder: nn.Module
         self.decoder: ContextResidualDecoder
         if topology == "paper":
-            check_paper_arguments(features, kernels, self.strides)
+            check_paper_arguments(self.features, self.kernel_sizes, self.strides)
             self.encoder = PaperEncoder(input_channels)
             self.decoder = PaperDecoder(
                 input_channels, num_classes, deep_supervision, residual_outputs, residual_input, slice_axis
@@ -263,9 +246,9 @@ class ConResNet(nn.Module):
         encoder = ResidualEncoder(
             input_channels,
             n_stages,
-            features,
+            self.features,
             conv_op,
-            kernels,
+            self.kernel_sizes,
             self.strides,
             per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages),
             conv_bias,
@@ -348,44 +331,12 @@ class ConResNet(nn.Module):
         Raises:
             ValueError: If ``input_size`` has not three entries.
         """
-        if len(input_size) != 3:
-            raise ValueError(f"Give the spatial patch size (x, y, z) only, got {tuple(input_size)}.")
-        sizes, size = [], list(input_size)
-        for stride in self.strides:
-            size = strided_size(size, stride)
-            sizes.append(size)
+        sizes = self.feature_map_sizes(input_size)
         passes = 2 if self.residual_input == "shared_encoder" else 1
         return passes * count_elements(self.encoder, input_size) + self.decoder.compute_conv_feature_map_size(sizes)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in ``nn.Module``; an error says that the checkpoint belongs to another topology, and how they differ.
-
-        Raises:
-            RuntimeError: If ``strict`` and names or shapes differ.
-        """
-        if strict:
-            own = self.state_dict()
-            differences = [
-                _listing("missing in the checkpoint", sorted(own.keys() - state_dict.keys())),
-                _listing("not in this network", sorted(state_dict.keys() - own.keys())),
-                _listing(
-                    "of another shape",
-                    [
-                        f"{k} {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}"
-                        for k in own
-                        if k in state_dict and state_dict[k].shape != own[k].shape
-                    ],
-                ),
-            ]
-            if any(differences):
-                raise RuntimeError(
-                    f"The checkpoint belongs to another network than this one ({self._summary()}). "
-                    + " ".join(d for d in differences if d)
-                    + " Use the plans.json saved with that checkpoint, or train anew."
-                )
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """The topology in a few words, for messages."""
         channels = [head.in_channels for head in self.decoder.seg_layers.residual.children()]
         return f"{self.topology} topology, decoder channels {channels}, strides {self.strides}, {self.residual_input}"
 
@@ -396,20 +347,6 @@ class ConResNet(nn.Module):
         if isinstance(module, BasicBlockD) and hasattr(module.conv2, "norm"):
             for parameter in module.conv2.norm.parameters():
                 nn.init.zeros_(parameter)
-
-
-def _triple(value: int | Sequence[int]) -> list[int]:
-    triple = [value] * 3 if isinstance(value, int) else [int(v) for v in value]
-    if len(triple) != 3:
-        raise ValueError(f"Kernel sizes and strides have three entries in 3D, got {value!r}.")
-    return triple
-
-
-def _listing(what: str, names: Sequence[str], most: int = 3) -> str:
-    if not names:
-        return ""
-    more = f", ... {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} entries {what}: {', '.join(names[:most])}{more}."
 
 
 # How the authors' names map to ours. Their module holds layers that no output depends on; those are listed by name, so
@@ -502,7 +439,7 @@ def from_authors_state_dict(
         else:
             unexpected.append(full_name)
 
-    problems = [_listing("of the checkpoint are not known", unexpected, most=10)]
+    problems = [listing("of the checkpoint are not known", unexpected, most=10)]
     stem, head = renamed.get("encoder.stem.weight"), renamed.get("decoder.seg_layers.segmentation.0.weight")
     # The shapes of stem and head say how many channels and classes there are.
     network = ConResNet.paper(
@@ -518,16 +455,16 @@ def from_authors_state_dict(
         return f"{theirs[module]}.{parameter}"
 
     problems.append(
-        _listing("are missing in the checkpoint", [authors_name(k) for k in own if k not in renamed], most=10)
+        listing("are missing in the checkpoint", [authors_name(k) for k in own if k not in renamed], most=10)
     )
     wrong_shapes = [
         f"{authors_name(k)} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
         for k, v in renamed.items()
         if k in own and v.shape != own[k].shape
     ]
-    problems.append(_listing("have another shape", wrong_shapes, most=10))
+    problems.append(listing("have another shape", wrong_shapes, most=10))
     # a bias where the authors' layer has none
-    problems.append(_listing("are not known", [authors_name(k) for k in renamed if k not in own], most=10))
+    problems.append(listing("are not known", [authors_name(k) for k in renamed if k not in own], most=10))
     if any(problems):
         raise ValueError("This is not a checkpoint of the authors' ConResNet. " + " ".join(p for p in problems if p))
     network.load_state_dict(renamed)

@@ -357,7 +357,7 @@ class TestDynamicTopology:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"conv_op": nn.Conv2d}, "slice axis"),
+            ({"conv_op": nn.Conv2d}, "3D network"),
             ({"n_stages": 1, "features_per_stage": [4], "strides": [1], "kernel_sizes": [3]}, "at least 2"),
             ({"strides": [[2, 2, 2], [2, 2, 2], [2, 2, 2]]}, "first stage must be 1"),
             ({"kernel_sizes": [2, 3, 3]}, "odd"),

@@ -1,0 +1,112 @@
+"""What all networks of this package share: checks of their arguments, and errors that explain a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
+from torch import nn
+
+from nnunet_conres.architectures.blocks import per_stage, strided_size, triple
+
+
+class PlansNetwork(nn.Module):
+    """A network that a plans file alone can instantiate.
+
+    Args:
+        n_stages: Number of resolutions, at least 2.
+        features_per_stage: Channels of every stage, one number or one per stage.
+        conv_op: Must be ``torch.nn.Conv3d``.
+        kernel_sizes: Odd kernel sizes, one number or (kx, ky, kz) per stage.
+        strides: Strides, one number or (sx, sy, sz) per stage; those of the first stage are 1.
+
+    Attributes:
+        features: Channels, one number per stage.
+        kernel_sizes: [kx, ky, kz] per stage.
+        strides: [sx, sy, sz] per stage.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        n_stages: int,
+        features_per_stage: int | Sequence[int],
+        conv_op: type[nn.Module],
+        kernel_sizes: int | Sequence[int | Sequence[int]],
+        strides: int | Sequence[int | Sequence[int]],
+    ) -> None:
+        super().__init__()
+        if convert_conv_op_to_dim(conv_op) != 3:
+            raise ValueError(
+                f"{type(self).__name__} is a 3D network: conv_op must be torch.nn.Conv3d, not {conv_op.__name__}. Use "
+                f"a 3D configuration such as 3d_fullres."
+            )
+        if n_stages < 2:
+            raise ValueError(f"n_stages must be at least 2 (one downsampling), got {n_stages}.")
+        self.features: list[int] = per_stage("features_per_stage", features_per_stage, n_stages)
+        self.kernel_sizes = [triple(k) for k in per_stage("kernel_sizes", kernel_sizes, n_stages)]
+        self.strides = [triple(s) for s in per_stage("strides", strides, n_stages)]
+        if self.strides[0] != [1, 1, 1]:
+            raise ValueError(
+                f"The strides of the first stage must be 1, got {self.strides[0]}: the logits have its resolution and "
+                f"must have that of the patch."
+            )
+        if any(k % 2 == 0 for kernel in self.kernel_sizes for k in kernel):
+            raise ValueError(f"kernel_sizes must be odd, so that convolutions keep the size; got {self.kernel_sizes}.")
+
+    def summary(self) -> str:
+        """The topology in a few words, for messages."""
+        return f"features {self.features}, kernels {self.kernel_sizes}, strides {self.strides}"
+
+    def feature_map_sizes(self, input_size: Sequence[int]) -> list[list[int]]:
+        """Spatial size at every stage, for a spatial input size (x, y, z).
+
+        Raises:
+            ValueError: If ``input_size`` has not three entries.
+        """
+        if len(input_size) != 3:
+            raise ValueError(f"Give the spatial patch size (x, y, z) only, got {tuple(input_size)}.")
+        sizes, size = [], list(input_size)
+        for stride in self.strides:
+            size = strided_size(size, stride)
+            sizes.append(size)
+        return sizes
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in ``nn.Module``; an error says that the checkpoint belongs to another topology, and how they differ.
+
+        Raises:
+            RuntimeError: If ``strict`` and names or shapes differ.
+        """
+        if strict:
+            own = self.state_dict()
+            differences = [
+                listing("missing in the checkpoint", sorted(own.keys() - state_dict.keys())),
+                listing("not in this network", sorted(state_dict.keys() - own.keys())),
+                listing(
+                    "of another shape",
+                    [
+                        f"{k} {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}"
+                        for k in own
+                        if k in state_dict and state_dict[k].shape != own[k].shape
+                    ],
+                ),
+            ]
+            if any(differences):
+                raise RuntimeError(
+                    f"The checkpoint belongs to another network than this one ({self.summary()}). "
+                    + " ".join(d for d in differences if d)
+                    + " Use the plans.json saved with that checkpoint, or train anew."
+                )
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def listing(what: str, names: Sequence[str], most: int = 3) -> str:
+    """A sentence with the first names, or nothing where there are none."""
+    if not names:
+        return ""
+    more = f", ... {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} entries {what}: {', '.join(names[:most])}{more}."

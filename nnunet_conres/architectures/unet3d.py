@@ -1,0 +1,208 @@
+"""3D U-Net: channels are doubled before each downsampling, inside the convolution pair.
+
+Source: Çiçek et al., "3D U-Net: Learning Dense Volumetric Segmentation from Sparse Annotation", MICCAI 2016,
+arXiv 1606.06650.
+
+Shapes are (batch, channel, X, Y, Z).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
+
+from nnunet_conres.architectures.blocks import CeilMaxPool3d, CeilStridedConv3d, per_stage
+from nnunet_conres.architectures.encoder_decoder import ConcatDecoder, Encoder
+from nnunet_conres.architectures.network import PlansNetwork
+
+DOWNSAMPLINGS = ("strided_conv", "max_pool")
+
+PAPER_FEATURES = (64, 128, 256, 512)
+
+
+def paper_arguments() -> dict[str, Any]:
+    """The constructor arguments of the paper's network, but for channels and classes, as plans would hold them."""
+    n_stages = len(PAPER_FEATURES)
+    return {
+        "n_stages": n_stages,
+        "features_per_stage": list(PAPER_FEATURES),
+        "conv_op": nn.Conv3d,
+        "kernel_sizes": [[3, 3, 3]] * n_stages,
+        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (n_stages - 1),
+        "n_conv_per_stage": [2] * n_stages,
+        "n_conv_per_stage_decoder": [2] * (n_stages - 1),
+        "conv_bias": True,
+        "norm_op": nn.BatchNorm3d,
+        "norm_op_kwargs": {},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": nn.ReLU,
+        "nonlin_kwargs": {"inplace": True},
+        "downsampling": "strided_conv",
+        "auxiliary_heads": False,
+    }
+
+
+class UNet3D(PlansNetwork):
+    """Encoder-decoder of convolution pairs whose channels double before the resolution is lowered.
+
+    The first convolutions of a stage keep the channels that come from above, its last one makes them ``features``: a
+    representation is never squeezed in space and channels at once. (The first stage, which has images above it, makes
+    half of its features first.) Transposed convolutions keep the channels, and have no bias.
+
+    Takes the arguments that nnU-Net writes in plans, so that a plans file alone can instantiate it.
+
+    Args:
+        input_channels: Number of image channels.
+        n_stages: Number of resolutions, at least 2.
+        features_per_stage: Channels that leave every stage, one number or one per stage.
+        conv_op: ``torch.nn.Conv3d``.
+        kernel_sizes: Odd kernel sizes, one number or (kx, ky, kz) per stage.
+        strides: Strides, one number or (sx, sy, sz) per stage; those of the first stage are 1.
+        num_classes: Number of output channels.
+        n_conv_per_stage: Convolutions per encoder stage.
+        n_conv_per_stage_decoder: Convolutions per decoder level, lowest resolution first.
+        conv_bias: Whether convolutions have a bias (transposed ones have none).
+        norm_op: Norm class, or None, and its arguments ``norm_op_kwargs``.
+        norm_op_kwargs: See ``norm_op``.
+        dropout_op: Dropout class, or None, and its arguments ``dropout_op_kwargs``.
+        dropout_op_kwargs: See ``dropout_op``.
+        nonlin: Nonlinearity class, or None, and its arguments ``nonlin_kwargs``.
+        nonlin_kwargs: See ``nonlin``.
+        deep_supervision: Whether logits are returned at all of the plans' scales; can be switched later at
+            ``decoder.deep_supervision``.
+        downsampling: ``"strided_conv"``, a convolution as large as its stride, or ``"max_pool"``, as in the paper.
+        auxiliary_heads: Whether decoder levels below full resolution have heads for deep supervision.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the others.
+
+    Source: Çiçek et al. 2016, section 2.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        n_stages: int,
+        features_per_stage: int | Sequence[int],
+        conv_op: type[nn.Module],
+        kernel_sizes: int | Sequence[int | Sequence[int]],
+        strides: int | Sequence[int | Sequence[int]],
+        num_classes: int,
+        n_conv_per_stage: int | Sequence[int] = 2,
+        n_conv_per_stage_decoder: int | Sequence[int] = 2,
+        conv_bias: bool = False,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: dict[str, Any] | None = None,
+        dropout_op: type[nn.Module] | None = None,
+        dropout_op_kwargs: dict[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = None,
+        nonlin_kwargs: dict[str, Any] | None = None,
+        deep_supervision: bool = False,
+        *,
+        downsampling: str = "strided_conv",
+        auxiliary_heads: bool = True,
+    ) -> None:
+        super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides)
+        if downsampling not in DOWNSAMPLINGS:
+            raise ValueError(f"downsampling must be one of {DOWNSAMPLINGS}, got {downsampling!r}.")
+        self.downsampling = downsampling
+        features, kernels = self.features, self.kernel_sizes
+
+        def pair(in_channels: int, channels: list[int], kernel_size: list[int]) -> nn.Module:
+            return StackedConvBlocks(
+                len(channels),
+                conv_op,
+                in_channels,
+                channels,
+                kernel_size,
+                1,
+                conv_bias,
+                norm_op,
+                norm_op_kwargs,
+                dropout_op,
+                dropout_op_kwargs,
+                nonlin,
+                nonlin_kwargs,
+            )
+
+        stages: list[nn.Module] = []
+        down: list[nn.Module] = []
+        for stage, n_conv in enumerate(per_stage("n_conv_per_stage", n_conv_per_stage, n_stages)):
+            above = features[stage - 1] if stage > 0 else input_channels
+            kept = features[stage - 1] if stage > 0 else max(1, features[0] // 2)
+            stages.append(pair(above, [kept] * (n_conv - 1) + [features[stage]], kernels[stage]))
+            if stage > 0:
+                stride = self.strides[stage]
+                down.append(
+                    CeilMaxPool3d(tuple(stride), tuple(stride))
+                    if downsampling == "max_pool"
+                    else CeilStridedConv3d(above, above, stride, conv_bias)
+                )
+        self.encoder = Encoder(stages, down)
+
+        transposed_conv_op = get_matching_convtransp(conv_op=conv_op)
+        up: list[nn.Module] = []
+        stages, heads = [], []
+        n_convs = per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1)
+        for level, n_conv in enumerate(n_convs):
+            stage = n_stages - 2 - level
+            below, stride = features[stage + 1], self.strides[stage + 1]
+            up.append(transposed_conv_op(below, below, stride, stride, bias=False))
+            stages.append(pair(below + features[stage], [features[stage]] * n_conv, kernels[stage]))
+            if auxiliary_heads or stage == 0:
+                heads.append(nn.Conv3d(features[stage], num_classes, 1))
+        self.decoder = ConcatDecoder(up, stages, heads, deep_supervision)
+
+    @classmethod
+    def paper(cls, input_channels: int, num_classes: int, **kwargs: Any) -> UNet3D:
+        """The paper's network, with padded convolutions.
+
+        Args:
+            input_channels: Number of image channels, 3 in the paper.
+            num_classes: Number of output channels, 3 in the paper.
+            **kwargs: ``downsampling``, ``deep_supervision``.
+
+        Returns:
+            The network. With ``downsampling="max_pool"``, 3 channels and 3 classes its convolutions have the 19,069,955
+            weights and biases that the paper states.
+        """
+        return cls(input_channels=input_channels, num_classes=num_classes, **(paper_arguments() | kwargs))
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Computes logits.
+
+        Args:
+            x: Images, shape (B, input_channels, X, Y, Z).
+
+        Returns:
+            Logits, (B, num_classes, X, Y, Z); with ``decoder.deep_supervision`` a list of them, largest first.
+        """
+        return self.decoder(self.encoder(x))
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """Number of feature map elements, as nnU-Net's planner counts them for its memory estimate.
+
+        Args:
+            input_size: Spatial patch size (x, y, z), without batch and channels.
+
+        Raises:
+            ValueError: If ``input_size`` has not three entries.
+        """
+        sizes = self.feature_map_sizes(input_size)
+        return self.encoder.compute_conv_feature_map_size(sizes) + self.decoder.compute_conv_feature_map_size(sizes)
+
+    def summary(self) -> str:
+        """The topology in a few words, for messages."""
+        return f"{super().summary()}, {self.downsampling}"
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Initialises one module as nnU-Net does: He normal."""
+        InitWeights_He(1e-2)(module)

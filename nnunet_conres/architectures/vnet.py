@@ -1,0 +1,296 @@
+"""V-Net: residual stages of large convolutions, strided convolutions instead of pooling.
+
+Source: Milletari et al., "V-Net: Fully Convolutional Neural Networks for Volumetric Medical Image Segmentation", 3DV
+2016, arXiv 1606.04797.
+
+Shapes are (batch, channel, X, Y, Z).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
+
+from nnunet_conres.architectures.blocks import CeilStridedConv3d, count_elements, per_stage
+from nnunet_conres.architectures.encoder_decoder import ConcatDecoder, Encoder
+from nnunet_conres.architectures.network import PlansNetwork
+
+PAPER_FEATURES = (16, 32, 64, 128, 256)
+PAPER_CONVOLUTIONS = (1, 2, 3, 3, 3)
+PAPER_DIVISOR = 16  # four halvings
+
+# torch.nn.PReLU's slope at the start, for He's initialisation
+_PRELU_SLOPE = 0.25
+
+
+def convolutions_per_stage(n_stages: int) -> list[int]:
+    """The paper's 1, 2, 3, 3, 3 convolutions, for any number of stages."""
+    return [min(stage + 1, max(PAPER_CONVOLUTIONS)) for stage in range(n_stages)]
+
+
+def paper_arguments() -> dict[str, Any]:
+    """The constructor arguments of the paper's network, but for channels and classes, as plans would hold them."""
+    n_stages = len(PAPER_FEATURES)
+    return {
+        "n_stages": n_stages,
+        "features_per_stage": list(PAPER_FEATURES),
+        "conv_op": nn.Conv3d,
+        "kernel_sizes": [[5, 5, 5]] * n_stages,
+        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (n_stages - 1),
+        "n_conv_per_stage": list(PAPER_CONVOLUTIONS),
+        "n_conv_per_stage_decoder": list(PAPER_CONVOLUTIONS[-2::-1]),
+        "conv_bias": True,
+        "norm_op": None,
+        "norm_op_kwargs": None,
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": nn.PReLU,
+        "nonlin_kwargs": {},
+        "auxiliary_heads": False,
+    }
+
+
+class RepeatChannels(nn.Module):
+    """Repeats the channels of (B, C, X, Y, Z) a number of times, without copying where there is one."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, X, Y, Z) to (B, times * C, X, Y, Z)."""
+        if x.shape[1] == 1:
+            return x.expand(-1, self.times, -1, -1, -1)
+        return x.repeat(1, self.times, 1, 1, 1)
+
+
+class ResidualStage(nn.Module):
+    """Convolutions whose last output has the stage's input added before its nonlinearity.
+
+    Args:
+        convolutions: Applied one after the other; the last one without nonlinearity.
+        shortcut: What brings the input to the channels of the output.
+        nonlin: Applied to the sum, or None.
+
+    Source: Milletari et al. 2016, section 2.
+    """
+
+    def __init__(self, convolutions: Sequence[nn.Module], shortcut: nn.Module, nonlin: nn.Module | None) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(*convolutions)
+        self.shortcut = shortcut
+        self.nonlin = nn.Identity() if nonlin is None else nonlin
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C_in, X, Y, Z) to (B, C_out, X, Y, Z)."""
+        return self.nonlin(self.convolutions(x) + self.shortcut(x))
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """Number of output elements of the convolutions."""
+        modules = [m for m in (*self.convolutions, self.shortcut) if isinstance(m, (ConvDropoutNormReLU, nn.Conv3d))]
+        return np.int64(sum(count_elements(module, input_size) for module in modules))
+
+
+class ResolutionChange(nn.Module):
+    """A strided or transposed convolution, then norm and nonlinearity where there are any."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module | None, nonlin: nn.Module | None) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = norm
+        self.nonlin = nonlin
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C_in, X, Y, Z) to (B, C_out, X', Y', Z')."""
+        x = self.conv(x)
+        for module in (self.norm, self.nonlin):
+            if module is not None:
+                x = module(x)
+        return x
+
+    def compute_conv_feature_map_size(self, output_size: Sequence[int]) -> np.int64:
+        """Number of output elements, given the spatial size of the output."""
+        return count_elements(self.conv, output_size)
+
+
+class VNet(PlansNetwork):
+    """Residual encoder-decoder whose resolution changes by convolutions of kernel and stride 2.
+
+    A stage's channels double at the strided convolution that leads to it. On the way up, transposed convolutions make
+    the channels of the skip, and the stage works on both: twice the encoder's channels at that resolution. PReLU has a
+    slope for each channel.
+
+    Takes the arguments that nnU-Net writes in plans, so that a plans file alone can instantiate it.
+
+    Args:
+        input_channels: Number of image channels.
+        n_stages: Number of resolutions, at least 2.
+        features_per_stage: Channels of every encoder stage, one number or one per stage.
+        conv_op: ``torch.nn.Conv3d``.
+        kernel_sizes: Odd kernel sizes, one number or (kx, ky, kz) per stage.
+        strides: Strides, one number or (sx, sy, sz) per stage; those of the first stage are 1.
+        num_classes: Number of output channels.
+        n_conv_per_stage: Convolutions per encoder stage. None: 1, 2, 3, 3, 3, ...
+        n_conv_per_stage_decoder: Convolutions per decoder level, lowest resolution first. None: as many as the
+            encoder has at that resolution.
+        conv_bias: Whether convolutions have a bias.
+        norm_op: Norm class, or None, and its arguments ``norm_op_kwargs``.
+        norm_op_kwargs: See ``norm_op``.
+        dropout_op: Dropout class, or None, and its arguments ``dropout_op_kwargs``.
+        dropout_op_kwargs: See ``dropout_op``.
+        nonlin: Nonlinearity class, or None, and its arguments ``nonlin_kwargs``.
+        nonlin_kwargs: See ``nonlin``.
+        deep_supervision: Whether logits are returned at all of the plans' scales; can be switched later at
+            ``decoder.deep_supervision``.
+        auxiliary_heads: Whether decoder levels below full resolution have heads for deep supervision.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the others.
+
+    Source: Milletari et al. 2016, section 2.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        n_stages: int,
+        features_per_stage: int | Sequence[int],
+        conv_op: type[nn.Module],
+        kernel_sizes: int | Sequence[int | Sequence[int]],
+        strides: int | Sequence[int | Sequence[int]],
+        num_classes: int,
+        n_conv_per_stage: int | Sequence[int] | None = None,
+        n_conv_per_stage_decoder: int | Sequence[int] | None = None,
+        conv_bias: bool = True,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: dict[str, Any] | None = None,
+        dropout_op: type[nn.Module] | None = None,
+        dropout_op_kwargs: dict[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = nn.PReLU,
+        nonlin_kwargs: dict[str, Any] | None = None,
+        deep_supervision: bool = False,
+        *,
+        auxiliary_heads: bool = True,
+    ) -> None:
+        super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides)
+        features = self.features
+        if n_conv_per_stage is None:
+            n_conv_per_stage = convolutions_per_stage(n_stages)
+        n_convs = per_stage("n_conv_per_stage", n_conv_per_stage, n_stages)
+        if n_conv_per_stage_decoder is None:
+            n_conv_per_stage_decoder = n_convs[-2::-1]
+
+        def norm(channels: int) -> nn.Module | None:
+            return None if norm_op is None else norm_op(channels, **(norm_op_kwargs or {}))
+
+        def nonlinearity_arguments(channels: int) -> dict[str, Any]:
+            given = dict(nonlin_kwargs or {})
+            if nonlin is not None and issubclass(nonlin, nn.PReLU):
+                given.setdefault("num_parameters", channels)
+            return given
+
+        def nonlinearity(channels: int) -> nn.Module | None:
+            return None if nonlin is None else nonlin(**nonlinearity_arguments(channels))
+
+        def residual_stage(in_channels: int, channels: int, n_conv: int, kernel_size: list[int]) -> ResidualStage:
+            convolutions = [
+                ConvDropoutNormReLU(
+                    conv_op,
+                    in_channels if number == 0 else channels,
+                    channels,
+                    kernel_size,
+                    1,
+                    conv_bias,
+                    norm_op,
+                    norm_op_kwargs,
+                    dropout_op,
+                    dropout_op_kwargs,
+                    None if number == n_conv - 1 else nonlin,
+                    nonlinearity_arguments(channels),
+                )
+                for number in range(n_conv)
+            ]
+            shortcut: nn.Module
+            if in_channels == channels:
+                shortcut = nn.Identity()
+            elif channels % in_channels == 0:
+                shortcut = RepeatChannels(channels // in_channels)
+            else:
+                shortcut = nn.Conv3d(in_channels, channels, 1, bias=conv_bias)
+            return ResidualStage(convolutions, shortcut, nonlinearity(channels))
+
+        stages: list[nn.Module] = []
+        down: list[nn.Module] = []
+        for stage, n_conv in enumerate(n_convs):
+            in_channels = features[stage] if stage > 0 else input_channels
+            stages.append(residual_stage(in_channels, features[stage], n_conv, self.kernel_sizes[stage]))
+            if stage > 0:
+                conv = CeilStridedConv3d(features[stage - 1], features[stage], self.strides[stage], conv_bias)
+                down.append(ResolutionChange(conv, norm(features[stage]), nonlinearity(features[stage])))
+        self.encoder = Encoder(stages, down)
+
+        transposed_conv_op = get_matching_convtransp(conv_op=conv_op)
+        up: list[nn.Module] = []
+        stages, heads = [], []
+        below = features[-1]
+        decoder_convs = per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1)
+        for level, n_conv in enumerate(decoder_convs):
+            stage = n_stages - 2 - level
+            skip, stride = features[stage], self.strides[stage + 1]
+            transposed = transposed_conv_op(below, skip, stride, stride, bias=conv_bias)
+            up.append(ResolutionChange(transposed, norm(skip), nonlinearity(skip)))
+            below = 2 * skip
+            stages.append(residual_stage(below, below, n_conv, self.kernel_sizes[stage]))
+            if auxiliary_heads or stage == 0:
+                heads.append(nn.Conv3d(below, num_classes, 1))
+        self.decoder = ConcatDecoder(up, stages, heads, deep_supervision)
+
+    @classmethod
+    def paper(cls, input_channels: int, num_classes: int, **kwargs: Any) -> VNet:
+        """The paper's network: 5x5x5 convolutions, 16 to 256 channels, no norm.
+
+        Args:
+            input_channels: Number of image channels, 1 in the paper.
+            num_classes: Number of output channels, 2 in the paper (background and foreground).
+            **kwargs: ``deep_supervision``.
+        """
+        return cls(input_channels=input_channels, num_classes=num_classes, **(paper_arguments() | kwargs))
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Computes logits.
+
+        Args:
+            x: Images, shape (B, input_channels, X, Y, Z).
+
+        Returns:
+            Logits, (B, num_classes, X, Y, Z); with ``decoder.deep_supervision`` a list of them, largest first.
+        """
+        return self.decoder(self.encoder(x))
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """Number of feature map elements, as nnU-Net's planner counts them for its memory estimate.
+
+        Args:
+            input_size: Spatial patch size (x, y, z), without batch and channels.
+
+        Raises:
+            ValueError: If ``input_size`` has not three entries.
+        """
+        sizes = self.feature_map_sizes(input_size)
+        return self.encoder.compute_conv_feature_map_size(sizes) + self.decoder.compute_conv_feature_map_size(sizes)
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Initialises one module: He normal for PReLU; residual stages with a norm start as their shortcut."""
+        InitWeights_He(_PRELU_SLOPE)(module)
+        if isinstance(module, ResidualStage):
+            norm = getattr(module.convolutions[-1], "norm", None)
+            if norm is not None:
+                for parameter in norm.parameters():
+                    nn.init.zeros_(parameter)
