@@ -1,4 +1,4 @@
-"""Objectives: nnU-Net's own segmentation loss, and the supervision of inter-slice residual maps beside it."""
+"""Objectives: inter-slice residual maps beside nnU-Net's segmentation loss, V-Net's Dice, 3D U-Net's cross-entropy."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ class ConResLoss(nn.Module):
     """Objective of ConResNet: a segmentation loss plus the weighted residual-map loss.
 
     Args:
-        segmentation: Takes the lists of segmentation logits and targets, largest first; nnU-Net's
-            ``DeepSupervisionWrapper`` around Dice and cross-entropy.
+        segmentation: Takes the lists of segmentation logits and targets, largest first; `SegmentationLoss` around
+            nnU-Net's own.
         residual: Takes residual maps and the full-resolution target.
         n_segmentation_outputs: How many of the network's outputs, from the front, are segmentation logits.
         residual_weight: Weight of the residual part.
@@ -164,13 +164,7 @@ class ConResLoss(nn.Module):
         Returns:
             Scalar; finite also for a batch without annotation, without foreground, or with a single slice.
         """
-        # Half-precision logits are small beside the features; float32 keeps sums over a patch exact enough.
-        logits = [output.float() for output in outputs[: self.n_segmentation_outputs]]
-        matching = [
-            target if target.shape[2:] == output.shape[2:] else _shrink_labels(targets[0], output.shape[2:])
-            for output, target in zip(logits, targets, strict=True)
-        ]
-        segmentation = self.segmentation(logits, matching)
+        segmentation = self.segmentation(outputs[: self.n_segmentation_outputs], targets)
         residual, defined = self.residual(outputs[self.n_segmentation_outputs :], targets[0])
         self.parts = {
             "segmentation": segmentation.detach(),
@@ -179,6 +173,160 @@ class ConResLoss(nn.Module):
         return segmentation + self.residual_weight * residual
 
 
+class SegmentationLoss(nn.Module):
+    """A loss on logits in float32, with targets at the logits' sizes.
+
+    Args:
+        loss: Takes logits and target, or the lists of them where nnU-Net's ``DeepSupervisionWrapper`` is around it.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor]) -> Tensor:
+        """Computes the loss.
+
+        Args:
+            outputs: Logits (B, C, X, Y, Z), or with deep supervision a list of them, full resolution first.
+            targets: Annotation, or a list of as many, at the plans' scales.
+
+        Returns:
+            What the loss returns, a scalar.
+        """
+        # Half-precision logits are small beside the features; float32 keeps sums over a patch exact enough.
+        if isinstance(outputs, Tensor):
+            return self.loss(outputs.float(), targets)
+        logits = [output.float() for output in outputs]
+        matching = [
+            target if target.shape[2:] == output.shape[2:] else _shrink_labels(targets[0], output.shape[2:])
+            for output, target in zip(logits, targets, strict=True)
+        ]
+        return self.loss(logits, matching)
+
+
 def _shrink_labels(target: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest-neighbour shrinking, for strides that don't divide the patch: nnU-Net rounds other than convolutions."""
     return F.interpolate(target.float(), size=tuple(size), mode="nearest-exact").to(target.dtype)
+
+
+def _split_target(target: Tensor, regions: bool, ignore_label: int | None) -> tuple[Tensor, Tensor | None]:
+    """The annotation without its ignore label, and where it is annotated (B, 1, ...), None where it is everywhere.
+
+    Labels stay one channel, (B, 1, ...) int64, unannotated voxels becoming background; regions become (B, R, ...)
+    float32.
+    """
+    if regions:
+        if ignore_label is None:
+            return target.float(), None
+        return target[:, :-1].float(), ~target[:, -1:].bool()
+    if ignore_label is None:
+        return target.long(), None
+    annotated = target != ignore_label
+    return torch.where(annotated, target, 0).long(), annotated
+
+
+class SquaredDiceLoss(nn.Module):
+    """V-Net's objective: minus the Dice coefficient with squared denominators, 2 sum(p g) / (sum(p^2) + sum(g^2)).
+
+    It is taken for every volume of the batch and every foreground class or region by itself, over annotated voxels,
+    then averaged. A class that neither prediction nor annotation has counts as 1.
+
+    Args:
+        regions: Whether targets are regions (a sigmoid each) rather than labels (a softmax over all).
+        ignore_label: Label of unannotated voxels, None where everything is annotated. For region targets any value but
+            None says that their last channel marks such voxels.
+        smooth: Added to numerator and denominator, so that neither is 0.
+
+    Source: Milletari et al. 2016, section 3.
+    """
+
+    def __init__(self, regions: bool, ignore_label: int | None = None, smooth: float = 1e-5) -> None:
+        super().__init__()
+        self.regions = regions
+        self.ignore_label = ignore_label
+        self.smooth = smooth
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Computes the loss, a scalar from -1 (perfect) to 0.
+
+        Args:
+            logits: (B, C, X, Y, Z), with labels the background first.
+            target: (B, 1, X, Y, Z) labels, or (B, R[+1], X, Y, Z) regions.
+        """
+        target, annotated = _split_target(target, self.regions, self.ignore_label)
+        if self.regions:
+            probabilities, truth = torch.sigmoid(logits), target
+        else:
+            probabilities = torch.softmax(logits, 1)[:, 1:]
+            truth = torch.zeros_like(logits).scatter_(1, target, 1)[:, 1:]
+        if annotated is not None:
+            probabilities, truth = probabilities * annotated, truth * annotated
+        axes = tuple(range(2, logits.ndim))
+        overlap = (probabilities * truth).sum(axes)
+        squares = probabilities.square().sum(axes) + truth.sum(axes)  # of 0 and 1, the square is the number itself
+        return -((2 * overlap + self.smooth) / (squares + self.smooth)).mean()
+
+
+class VoxelWeightedCrossEntropyLoss(nn.Module):
+    """3D U-Net's objective: cross-entropy with a weight for every voxel, 0 where nothing is annotated.
+
+    The sum over voxels is divided by the sum of their weights. Where processes train together (``ddp``) that sum is
+    taken over all of them, so that the average of their gradients is the gradient of one process on the joined batch.
+
+    Args:
+        regions: Whether targets are regions (a sigmoid each, their mean is taken) rather than labels (a softmax).
+        ignore_label: Label of unannotated voxels, None where everything is annotated. For region targets any value but
+            None says that their last channel marks such voxels.
+        background_weight: Weight of voxels annotated as background.
+        foreground_weight: Weight of voxels of any other label, or of any region.
+        ddp: Whether to reduce the weights over the processes of the default group.
+
+    Raises:
+        ValueError: If a weight is negative or both are 0.
+
+    Source: Çiçek et al. 2016, section 2 (weighted softmax) and 3.2 (reduced background weight).
+    """
+
+    def __init__(
+        self,
+        regions: bool,
+        ignore_label: int | None = None,
+        background_weight: float = 1.0,
+        foreground_weight: float = 1.0,
+        ddp: bool = False,
+    ) -> None:
+        super().__init__()
+        if min(background_weight, foreground_weight) < 0 or background_weight == foreground_weight == 0:
+            raise ValueError(
+                f"Weights must not be negative, nor all 0; got background {background_weight}, foreground "
+                f"{foreground_weight}."
+            )
+        self.regions = regions
+        self.ignore_label = ignore_label
+        self.background_weight = background_weight
+        self.foreground_weight = foreground_weight
+        self.ddp = ddp
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Computes the loss, a scalar >= 0 (0 where nothing is annotated).
+
+        Args:
+            logits: (B, C, X, Y, Z), with labels the background first.
+            target: (B, 1, X, Y, Z) labels, or (B, R[+1], X, Y, Z) regions.
+        """
+        target, annotated = _split_target(target, self.regions, self.ignore_label)
+        if self.regions:
+            entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1, keepdim=True)
+            foreground = target.amax(1, keepdim=True) > 0
+        else:
+            entropy = F.cross_entropy(logits, target[:, 0], reduction="none")[:, None]
+            foreground = target > 0
+        weights = torch.where(foreground, self.foreground_weight, self.background_weight)
+        if annotated is not None:
+            weights = weights * annotated
+        total, world_size = weights.sum(), 1
+        if self.ddp:
+            distributed.all_reduce(total)
+            world_size = distributed.get_world_size()
+        return (entropy * weights).sum() * world_size / total.clamp(min=torch.finfo(total.dtype).tiny)

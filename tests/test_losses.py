@@ -14,7 +14,16 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 
 from nnunet_conres.architectures.conresnet import ConResNet
-from nnunet_conres.losses import ConResLoss, ResidualMapLoss, residual_scale_weights
+from nnunet_conres.architectures.unet3d import UNet3D
+from nnunet_conres.architectures.vnet import VNet
+from nnunet_conres.losses import (
+    ConResLoss,
+    ResidualMapLoss,
+    SegmentationLoss,
+    SquaredDiceLoss,
+    VoxelWeightedCrossEntropyLoss,
+    residual_scale_weights,
+)
 
 PATCH = (6, 8, 8)
 
@@ -52,7 +61,7 @@ def blob_regions(batch: int = 2) -> torch.Tensor:
 
 
 def segmentation_loss(regions: bool, n_scales: int, ignore: bool = False, **dice: bool) -> nn.Module:
-    """nnU-Net's own loss, as its trainer builds it."""
+    """nnU-Net's own loss, as its trainer builds it and ours wrap it."""
     dice_kwargs = {"batch_dice": False, "smooth": 1e-5, "ddp": False} | dice
     if regions:
         loss = DC_and_BCE_loss(
@@ -66,7 +75,7 @@ def segmentation_loss(regions: bool, n_scales: int, ignore: bool = False, **dice
             dice_class=MemoryEfficientSoftDiceLoss,
         )
     weights = [0.5**i for i in range(n_scales)]
-    return DeepSupervisionWrapper(loss, [w / sum(weights) for w in weights])
+    return SegmentationLoss(DeepSupervisionWrapper(loss, [w / sum(weights) for w in weights]))
 
 
 class TestResidualMapLoss:
@@ -176,6 +185,121 @@ class TestConResLoss:
         assert total.item() == pytest.approx(objective([h.float() for h in half], targets).item(), rel=1e-5)
 
 
+def targets_and_logits(regions: bool, ignore: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two labels or two nested regions, the second case without the second; with or without unannotated slices."""
+    labels = torch.randint(0, 3, (2, 1, *PATCH), dtype=torch.int16)
+    labels[1][labels[1] == 2] = 0
+    if ignore:
+        labels[:, :, ::2] = 3
+    if not regions:
+        return labels, torch.randn(2, 3, *PATCH, requires_grad=True)
+    channels = [(labels == 1) | (labels == 2), labels == 2] + ([labels == 3] if ignore else [])
+    return torch.cat(channels, 1), torch.randn(2, 2, *PATCH, requires_grad=True)
+
+
+def unannotated(target: torch.Tensor, regions: bool) -> torch.Tensor:
+    return target[:, -1:].bool() if regions else target == 3
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("ignore", [False, True])
+class TestPaperLosses:
+    """V-Net's Dice and 3D U-Net's cross-entropy, each from its definition, voxel by voxel."""
+
+    def test_squared_dice(self, regions: bool, ignore: bool) -> None:
+        target, logits = targets_and_logits(regions, ignore)
+        x, t = logits.detach().double().numpy(), target.numpy()
+        dice = []
+        for b in range(2):
+            for c in range(2):
+                overlap = squares = 0.0
+                for index in np.ndindex(*PATCH):
+                    voxel = (b, slice(None), *index)
+                    if ignore and (t[voxel][-1] if regions else t[voxel][0] == 3):
+                        continue
+                    if regions:
+                        p, g = 1 / (1 + math.exp(-x[voxel][c])), float(t[voxel][c])
+                    else:
+                        e = np.exp(x[voxel])
+                        p, g = e[c + 1] / e.sum(), float(t[voxel][0] == c + 1)
+                    overlap, squares = overlap + p * g, squares + p * p + g * g
+                dice.append((2 * overlap + 1e-5) / (squares + 1e-5))
+        loss = SquaredDiceLoss(regions, 3 if ignore else None)(logits, target)
+        assert loss.item() == pytest.approx(-np.mean(dice), rel=1e-5)
+
+    def test_voxel_weighted_cross_entropy(self, regions: bool, ignore: bool) -> None:
+        target, logits = targets_and_logits(regions, ignore)
+        x, t = logits.detach().double().numpy(), target.numpy()
+        total = weights = 0.0
+        for b, *index in np.ndindex(2, *PATCH):
+            voxel = (b, slice(None), *index)
+            if ignore and (t[voxel][-1] if regions else t[voxel][0] == 3):
+                continue
+            if regions:
+                p = 1 / (1 + np.exp(-x[voxel]))
+                entropy = -np.mean(np.log(np.where(t[voxel][:2], p, 1 - p)))
+                weight = 3.0 if t[voxel][:2].any() else 0.2
+            else:
+                label = int(t[voxel][0])
+                entropy = -math.log(np.exp(x[voxel])[label] / np.exp(x[voxel]).sum())
+                weight = 3.0 if label else 0.2
+            total, weights = total + weight * entropy, weights + weight
+        loss = VoxelWeightedCrossEntropyLoss(regions, 3 if ignore else None, 0.2, 3.0)(logits, target)
+        assert loss.item() == pytest.approx(total / weights, rel=1e-5)
+
+    def test_nothing_annotated_or_nothing_there_is_finite(self, regions: bool, ignore: bool) -> None:
+        target, logits = targets_and_logits(regions, ignore)
+        target = torch.zeros_like(target)
+        if ignore:
+            target[:, -1:] = 1 if regions else 3
+        for loss in (
+            SquaredDiceLoss(regions, 3 if ignore else None),
+            VoxelWeightedCrossEntropyLoss(regions, 3 if ignore else None),
+        ):
+            logits.grad = None
+            value = loss(logits, target)
+            value.backward()
+            assert torch.isfinite(value)
+            assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("kind", ["nnU-Net", "V-Net", "3D U-Net", "ConResNet"])
+def test_unannotated_voxels_get_no_gradient_at_all(regions: bool, kind: str) -> None:
+    """Exactly none: sparse annotation rests on it."""
+    target, logits = targets_and_logits(regions, ignore=True)
+    nnunet = segmentation_loss(regions, 1, ignore=True)
+    losses = {
+        "nnU-Net": nnunet,
+        "V-Net": SegmentationLoss(DeepSupervisionWrapper(SquaredDiceLoss(regions, 3), [1.0])),
+        "3D U-Net": SegmentationLoss(DeepSupervisionWrapper(VoxelWeightedCrossEntropyLoss(regions, 3), [1.0])),
+    }
+    if kind == "ConResNet":
+        # two annotated slices that follow each other, so that a residual is defined somewhere
+        target[:, :, 3] = target[:, :, 4] = target[:, :, 1]
+        residual_logits = torch.randn_like(logits, requires_grad=True)
+        residual = ResidualMapLoss(classes=None if regions else [1, 2], ignore_label=3, background_channel=not regions)
+        ConResLoss(nnunet, residual, 1)([logits, residual_logits], [target]).backward()
+        hidden = unannotated(target, regions)
+        previous_hidden = torch.ones_like(hidden)
+        previous_hidden[:, :, 1:] = hidden[:, :, :-1]
+        undefined = (hidden | previous_hidden).expand_as(residual_logits)
+        assert (residual_logits.grad[undefined] == 0).all()
+        assert (residual_logits.grad[~undefined] != 0).any()
+    else:
+        losses[kind]([logits], [target]).backward()
+    mask = unannotated(target, regions).expand_as(logits)
+    assert mask.any()
+    assert (logits.grad[mask] == 0).all()
+    assert (logits.grad[~mask] != 0).any()
+
+
+@pytest.mark.parametrize("weights", [(-1.0, 1.0), (0.0, 0.0)])
+def test_weights_out_of_range_are_refused(weights: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="must not be negative, nor all 0"):
+        VoxelWeightedCrossEntropyLoss(False, None, *weights)
+
+
 def _small_network() -> ConResNet:
     torch.manual_seed(3)
     return ConResNet(
@@ -223,6 +347,34 @@ def _residual_gradients(ddp: bool, rank: int | None = None) -> list[torch.Tensor
     return [scale.grad]
 
 
+def _sparse_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Label maps of which the ranks have annotated unequal shares."""
+    generator = torch.Generator().manual_seed(9)
+    labels = torch.randint(0, 2, (4, 1, *PATCH), generator=generator, dtype=torch.int16)
+    labels[1::2, :, 1:] = 3
+    return torch.randn(4, 1, *PATCH, generator=generator), labels
+
+
+def _strided_networks() -> list[nn.Module]:
+    torch.manual_seed(4)
+    given = {
+        "n_stages": 2,
+        "features_per_stage": [4, 8],
+        "conv_op": nn.Conv3d,
+        "kernel_sizes": 3,
+        "strides": [1, 2],
+        "norm_op": nn.InstanceNorm3d,
+        "deep_supervision": True,
+    }
+    return [VNet(1, num_classes=2, **given), UNet3D(1, num_classes=2, **given)]
+
+
+def _sparse_gradients(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, ddp: bool) -> list[torch.Tensor]:
+    loss = VoxelWeightedCrossEntropyLoss(False, 3, 0.5, 2.0, ddp=ddp)
+    SegmentationLoss(DeepSupervisionWrapper(loss, [1.0]))(network(images), [labels]).backward()
+    return [parameter.grad for parameter in network.parameters()]
+
+
 def _ddp_worker(rank: int, port: int, result: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -235,8 +387,16 @@ def _ddp_worker(rank: int, port: int, result: str) -> None:
         gradients = _gradients(network, images[rank::2], target[rank::2], ddp=True)
     partial = _residual_gradients(ddp=True, rank=rank)[0]
     torch.distributed.all_reduce(partial)  # what DistributedDataParallel does: average over the processes
+    gradients = [*gradients, partial / 2]
+    images, labels = _sparse_batch()
+    for strided in _strided_networks():
+        network = nn.parallel.DistributedDataParallel(strided)
+        for _ in range(2):
+            network.zero_grad()
+            found = _sparse_gradients(network, images[rank::2], labels[rank::2], ddp=True)
+        gradients += found
     if rank == 0:
-        torch.save([*gradients, partial / 2], result)
+        torch.save(gradients, result)
     torch.distributed.destroy_process_group()
 
 
@@ -247,5 +407,7 @@ def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path: Pa
     result = str(tmp_path / "gradients.pt")
     torch.multiprocessing.spawn(_ddp_worker, args=(port, result), nprocs=2)
     expected = _gradients(_small_network(), *_batch(), ddp=False) + _residual_gradients(ddp=False)
+    for network in _strided_networks():
+        expected += _sparse_gradients(network, *_sparse_batch(), ddp=False)
     for ours, theirs in zip(torch.load(result, weights_only=True), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
