@@ -9,6 +9,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nnunet_conres.augmentation.bspline import BSplineGrid
 from nnunet_conres.datasets.phantom import make_phantom
 from nnunet_conres.residuals import inter_slice_residual, label_residual
 
@@ -109,11 +110,58 @@ def network_figure() -> Figure:
     return figure
 
 
+def deformation_figure(seed: int = 3) -> Figure:
+    """Where a slice of a patch is sampled from under three B-spline deformations, and how volumes change there."""
+    size = (128, 128, 128)
+    rng = np.random.default_rng(seed)
+
+    def draw(grid: BSplineGrid, sigma: float) -> torch.Tensor:
+        return torch.from_numpy(rng.normal(0, sigma, (*grid.shape, 3)).astype(np.float32))
+
+    coarse, fine = BSplineGrid(size, grid_spacing=32), BSplineGrid(size, grid_spacing=16)
+    folding = draw(fine, 12)
+    panels = [
+        ("spacing 32, sigma 4", coarse, draw(coarse, 4)),
+        ("spacing 16, sigma 12", fine, folding),
+        ("the same draw, fold_free=True", fine, fine.without_folds(folding)),
+    ]
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    voxels = np.arange(128)
+    # the folding deformation and its damped form are shown in one slice, that of the strongest fold
+    k_fold = int(fine.jacobian_determinant(folding).amin((1, 2)).argmin())
+    for axis, (title, grid, displacements) in zip(axes, panels, strict=True):
+        determinant = grid.jacobian_determinant(displacements).numpy()
+        k = k_fold if grid is fine else size[0] // 2
+        u = grid.evaluate(displacements)[k].numpy()
+        y, x = voxels[:, None] + u[..., 1], voxels[None] + u[..., 2]
+        mesh = axis.pcolormesh(x, y, determinant[k], shading="gouraud", cmap="PuOr", vmin=-1, vmax=3, rasterized=True)
+        folds = np.where(determinant[k] <= 0)
+        axis.plot(x[folds], y[folds], "s", color="#D00000", markersize=1.3, markeredgewidth=0, zorder=3)
+        axis.plot([], [], "s", color="#D00000", label="folded (determinant <= 0)")
+        for line in (*range(0, 127, 4), 127):
+            axis.plot(x[line], y[line], color="#222222", linewidth=0.5)
+            axis.plot(x[:, line], y[:, line], color="#222222", linewidth=0.5)
+        axis.set(xlim=(-14, 141), ylim=(141, -14), aspect="equal", xticks=[], yticks=[])
+        corners = np.array([(-0.5, -0.5), (127.5, -0.5), (127.5, 127.5), (-0.5, 127.5), (-0.5, -0.5)])
+        axis.plot(*corners.T, "--", color="#0072B2", linewidth=1, label="border of the patch")
+        axis.set_title(
+            f"{title}\nsmallest Jacobian determinant {determinant.min():.2f}".replace("-", "\N{MINUS SIGN}"),
+            fontsize=10,
+        )
+    axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize="small", frameon=False)
+    figure.colorbar(mesh, ax=axes, shrink=0.9, label="Jacobian determinant", ticks=[-1, 0, 1, 2, 3], extend="both")
+    return figure
+
+
 def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for name, figure in (("residual.png", residual_figure()), ("network.png", network_figure())):
-        figure.savefig(IMAGES / name, dpi=110)
-        print(IMAGES / name)
+    figures = {"residual": residual_figure, "network": network_figure, "deformation": deformation_figure}
+    for name, draw in figures.items():
+        path = IMAGES / f"{name}.png"
+        draw().savefig(path, dpi=110)
+        print(path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Augmentation: batchgeneratorsv2 transforms for B-spline deformation and histogram matching."""
