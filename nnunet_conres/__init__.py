@@ -1,4 +1,4 @@
-"""ConResNet for nnU-Net v2: inter-slice context residual learning as trainers that nnU-Net finds by itself.
+"""ConResNet, V-Net and 3D U-Net for nnU-Net v2, as trainers that nnU-Net finds by itself.
 
 Importing this package imports nothing else, so that `nnunet-conres --help` and `info` answer at once; the names below
 are loaded on first use.
@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nnunet_conres.architectures.conresnet import ConResNet, from_authors_state_dict
+    from nnunet_conres.architectures.unet3d import UNet3D
+    from nnunet_conres.architectures.vnet import VNet
     from nnunet_conres.residuals import inter_slice_residual
 
 __version__ = "0.1.0"
 
-__all__ = ["ConResNet", "__version__", "from_authors_state_dict", "inter_slice_residual"]
+__all__ = ["ConResNet", "UNet3D", "VNet", "__version__", "from_authors_state_dict", "inter_slice_residual"]
 
 _HOMES = {
     "ConResNet": "nnunet_conres.architectures.conresnet",
+    "UNet3D": "nnunet_conres.architectures.unet3d",
+    "VNet": "nnunet_conres.architectures.vnet",
     "from_authors_state_dict": "nnunet_conres.architectures.conresnet",
     "inter_slice_residual": "nnunet_conres.residuals",
 }

@@ -20,20 +20,35 @@ TRAINER_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "exter
 MINIMUM_NNUNET = (2, 8)
 """The oldest nnU-Net whose search of external folders these trainers can rely on."""
 
+TRAINING_LENGTHS: dict[str, int] = {
+    "1epoch": 1,
+    "5epochs": 5,
+    "10epochs": 10,
+    "20epochs": 20,
+    "50epochs": 50,
+    "100epochs": 100,
+    "250epochs": 250,
+    "500epochs": 500,
+    "2000epochs": 2000,
+}
+"""Endings of the names of trainers with another number of epochs."""
+
+_FAMILIES = ("nnUNetTrainerConResNet", "nnUNetTrainerVNet", "nnUNetTrainerUNet3D")
+
 TRAINERS: dict[str, str] = {
     "nnUNetTrainerConResNet": "ConResNet under nnU-Net's own recipe",
     "nnUNetTrainerConResNetPaper": "ConResNet in the paper's topology, loss, optimiser, schedule and augmentation",
     "nnUNetTrainerConResNetSharedEncoder": "ConResNet with one encoder over the image and the image residual",
+    "nnUNetTrainerConResNetBSpline": "nnUNetTrainerConResNet with B-spline deformations in the augmentation",
     "nnUNetTrainerConResNet_NoMirroring": "nnUNetTrainerConResNet without mirroring, in training and in prediction",
-    "nnUNetTrainerConResNet_1epoch": "nnUNetTrainerConResNet for 1 epoch, to try the pipeline",
-    "nnUNetTrainerConResNet_5epochs": "nnUNetTrainerConResNet for 5 epochs",
-    "nnUNetTrainerConResNet_10epochs": "nnUNetTrainerConResNet for 10 epochs",
-    "nnUNetTrainerConResNet_20epochs": "nnUNetTrainerConResNet for 20 epochs",
-    "nnUNetTrainerConResNet_50epochs": "nnUNetTrainerConResNet for 50 epochs",
-    "nnUNetTrainerConResNet_100epochs": "nnUNetTrainerConResNet for 100 epochs",
-    "nnUNetTrainerConResNet_250epochs": "nnUNetTrainerConResNet for 250 epochs",
-    "nnUNetTrainerConResNet_500epochs": "nnUNetTrainerConResNet for 500 epochs",
-    "nnUNetTrainerConResNet_2000epochs": "nnUNetTrainerConResNet for 2000 epochs",
+    "nnUNetTrainerVNet": "V-Net under nnU-Net's own recipe",
+    "nnUNetTrainerVNetPaper": "V-Net in the paper's topology, loss, optimiser, schedule and augmentation",
+    "nnUNetTrainerUNet3D": "3D U-Net under nnU-Net's own recipe",
+    "nnUNetTrainerUNet3DPaper": "3D U-Net in the paper's topology, loss, batch norm and augmentation",
+} | {
+    f"{family}_{ending}": f"{family} for {epochs} epoch" + ("s" if epochs > 1 else ", to try the pipeline")
+    for family in _FAMILIES
+    for ending, epochs in TRAINING_LENGTHS.items()
 }
 """What ``-tr`` can be, with a line on each: all that `nnunet_conres.trainers` exports."""
 

@@ -1,33 +1,30 @@
-"""Trainers that nnU-Net finds by name (see nnunet_conres.registration)."""
+"""Trainers that nnU-Net finds by name (see nnunet_conres.registration).
 
+The lengths of a training, such as nnUNetTrainerConResNet_5epochs, are made in nnunet_conres.trainers.lengths.
+"""
+
+from nnunet_conres.trainers import lengths
 from nnunet_conres.trainers.conresnet import (
     nnUNetTrainerConResNet,
-    nnUNetTrainerConResNet_1epoch,
-    nnUNetTrainerConResNet_5epochs,
-    nnUNetTrainerConResNet_10epochs,
-    nnUNetTrainerConResNet_20epochs,
-    nnUNetTrainerConResNet_50epochs,
-    nnUNetTrainerConResNet_100epochs,
-    nnUNetTrainerConResNet_250epochs,
-    nnUNetTrainerConResNet_500epochs,
-    nnUNetTrainerConResNet_2000epochs,
     nnUNetTrainerConResNet_NoMirroring,
+    nnUNetTrainerConResNetBSpline,
     nnUNetTrainerConResNetPaper,
     nnUNetTrainerConResNetSharedEncoder,
 )
+from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D, nnUNetTrainerUNet3DPaper
+from nnunet_conres.trainers.vnet import nnUNetTrainerVNet, nnUNetTrainerVNetPaper
+
+globals().update(lengths.ALL)
 
 __all__ = [
     "nnUNetTrainerConResNet",
+    "nnUNetTrainerConResNetBSpline",
     "nnUNetTrainerConResNetPaper",
     "nnUNetTrainerConResNetSharedEncoder",
-    "nnUNetTrainerConResNet_1epoch",
-    "nnUNetTrainerConResNet_5epochs",
-    "nnUNetTrainerConResNet_10epochs",
-    "nnUNetTrainerConResNet_20epochs",
-    "nnUNetTrainerConResNet_50epochs",
-    "nnUNetTrainerConResNet_100epochs",
-    "nnUNetTrainerConResNet_250epochs",
-    "nnUNetTrainerConResNet_500epochs",
-    "nnUNetTrainerConResNet_2000epochs",
     "nnUNetTrainerConResNet_NoMirroring",
+    "nnUNetTrainerUNet3D",
+    "nnUNetTrainerUNet3DPaper",
+    "nnUNetTrainerVNet",
+    "nnUNetTrainerVNetPaper",
+    *lengths.ALL,
 ]

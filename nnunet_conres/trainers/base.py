@@ -14,15 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_conres import __version__
+from nnunet_conres.losses import SegmentationLoss
+from nnunet_conres.planning.architectures import has_auxiliary_heads
 from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
-from nnunet_conres.trainers.plans import configuration_of, differences_in_topology, with_configuration
+from nnunet_conres.trainers.plans import (
+    configuration_of,
+    differences_in_topology,
+    paper_patch_size,
+    with_configuration,
+)
 from nnunet_conres.trainers.precision import cpu_autocast
 
 LATEST_CHECKPOINT = "checkpoint_latest.pth"
@@ -31,15 +40,17 @@ LATEST_CHECKPOINT = "checkpoint_latest.pth"
 class PluginTrainer(nnUNetTrainer):
     """nnU-Net's trainer plus what every network of this package needs of it.
 
-    Subclasses say which network they train in ``resolve``, and how it is built in ``build_network_architecture``.
+    Subclasses say which network they train in ``architecture``, and what else they write into the plans in ``resolve``.
 
     Attributes:
+        network_name: What messages call the network.
         training_epochs: Number of epochs; nnU-Net's own 1000.
         checkpoint_interval_minutes: At least this often checkpoint_latest.pth is written, in mid-epoch and in mid-
             validation as well; a training that is killed loses no more steps than that when it goes on with ``--c``.
         loss_parts: Names of the parts of the objective that are logged apart.
     """
 
+    network_name: str = "This network"
     training_epochs: int = 1000
     checkpoint_interval_minutes: float = 5.0
     loss_parts: tuple[str, ...] = ()
@@ -48,6 +59,7 @@ class PluginTrainer(nnUNetTrainer):
     num_iterations_per_epoch: int
     plans_manager: PlansManager
     configuration_manager: ConfigurationManager
+    enable_deep_supervision: bool
 
     def __init__(
         self,
@@ -60,6 +72,7 @@ class PluginTrainer(nnUNetTrainer):
         # nnU-Net's constructor makes the output folder: whatever can be refused is refused before it.
         _check_device(device)
         resolved = self.resolve(configuration_of(plans, configuration), configuration)
+        _check_network(resolved["architecture"], configuration)
         _check_preprocessed(plans, configuration)
         resolved = self._as_in_other_folds(resolved, plans, configuration, fold)
         plans = with_configuration(plans, configuration, **resolved)
@@ -76,6 +89,15 @@ class PluginTrainer(nnUNetTrainer):
     # --- plans and network ------------------------------------------------------------------------------------------
 
     @classmethod
+    def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
+        """The ``architecture`` entry of plans for the network that this trainer makes of a configuration.
+
+        Raises:
+            ValueError: If it can't make one of it.
+        """
+        raise NotImplementedError
+
+    @classmethod
     def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
         """What this trainer writes into its configuration of the plans.
 
@@ -89,7 +111,21 @@ class PluginTrainer(nnUNetTrainer):
         Raises:
             ValueError: If this trainer can't train that configuration.
         """
-        raise NotImplementedError
+        check_is_3d(configuration, name, cls.network_name)
+        return {"architecture": cls.architecture(configuration)}
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Builds the network that the plans name, or derives it from stock plans; also called for prediction."""
+        architecture = cls.architecture(configuration_manager)
+        return build_network(architecture, num_input_channels, num_output_channels, enable_deep_supervision)
 
     @classmethod
     def _as_in_other_folds(
@@ -120,6 +156,28 @@ class PluginTrainer(nnUNetTrainer):
                 f"that the existing ones have, or under another plans name, or move the existing ones away."
             )
         return resolved | {key: existing[key] for key in resolved if key != "batch_size"}
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        if self.enable_deep_supervision and not has_auxiliary_heads(self.configuration_manager):
+            return [[1.0, 1.0, 1.0]]  # one segmentation head, at full size
+        return super()._get_deep_supervision_scales()
+
+    def _build_loss(self) -> nn.Module:
+        return SegmentationLoss(self._build_segmentation_loss())
+
+    def _build_segmentation_loss(self) -> nn.Module:
+        """nnU-Net's own; of logits and target, or with deep supervision of the lists of them."""
+        # nnU-Net gives the coarsest scale no weight; with a single scale it divides 0 by 0
+        with np.errstate(invalid="ignore"):
+            loss = super()._build_loss()
+        if isinstance(loss, DeepSupervisionWrapper) and len(loss.weight_factors) == 1:
+            loss.weight_factors = (1.0,)
+        return loss
+
+    def _at_all_scales(self, loss: nn.Module) -> nn.Module:
+        """A loss of our own wrapped as nnU-Net's is, with weight 1 for every scale that there is."""
+        scales = self._get_deep_supervision_scales()
+        return loss if scales is None else DeepSupervisionWrapper(loss, [1 / len(scales)] * len(scales))
 
     def _unwrapped_network(self) -> nn.Module:
         network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
@@ -303,11 +361,76 @@ class PluginTrainer(nnUNetTrainer):
         self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
 
 
+def build_network(
+    architecture: dict[str, Any], num_input_channels: int, num_output_channels: int, enable_deep_supervision: bool
+) -> nn.Module:
+    """The network that an ``architecture`` entry of plans describes, its weights drawn anew."""
+    return get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        num_input_channels,
+        num_output_channels,
+        allow_init=True,
+        deep_supervision=enable_deep_supervision,
+    )
+
+
 def _check_device(device: torch.device) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("There is no CUDA device here that torch can use. To train on the CPU add: -device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise RuntimeError("There is no MPS device here that torch can use. To train on the CPU add: -device cpu")
+
+
+def _check_network(architecture: dict[str, Any], name: str) -> None:
+    """Refuses what the network's constructor would, while there is nothing to clean up yet.
+
+    Raises:
+        ValueError: With the constructor's own message.
+    """
+    try:
+        with torch.device("meta"):  # shapes only: no memory, no time
+            build_network(architecture, 1, 2, enable_deep_supervision=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The network that configuration {name} asks for can't be built: {error} Its architecture in the plans: "
+            f"{architecture['network_class_name']}."
+        ) from error
+
+
+def check_is_3d(configuration: ConfigurationManager, name: str, network: str) -> None:
+    """Refuses 2D configurations.
+
+    Raises:
+        ValueError: If the patch is 2D.
+    """
+    patch_size = [int(extent) for extent in configuration.patch_size]
+    if len(patch_size) != 3:
+        raise ValueError(
+            f"{network} is a 3D network, but configuration {name} is 2D (patch {patch_size}). Use a 3D configuration "
+            f"such as 3d_fullres, or a stock trainer such as nnUNetTrainer."
+        )
+
+
+def with_paper_patch(
+    entries: dict[str, Any],
+    configuration: ConfigurationManager,
+    patch_size: tuple[int, int, int],
+    batch_size: int,
+    divisor: int,
+) -> dict[str, Any]:
+    """Entries for the plans with the paper's patch, on every axis no larger than the images need, and its batch.
+
+    Args:
+        entries: What the trainer writes into the plans besides.
+        configuration: Configuration of stock plans.
+        patch_size: The paper's patch in voxels.
+        batch_size: The paper's batch.
+        divisor: What the network's strides multiply to; sides of the patch are rounded up to it.
+    """
+    median_shape = configuration.configuration.get("median_image_size_in_voxels", configuration.patch_size)
+    return entries | {"patch_size": paper_patch_size(patch_size, median_shape, divisor), "batch_size": batch_size}
 
 
 def _check_preprocessed(plans: dict[str, Any], configuration: str) -> None:
@@ -329,12 +452,8 @@ def check_slice_axis(configuration: ConfigurationManager, name: str, network: st
     Raises:
         ValueError: If the patch is 2D, or a single slice.
     """
+    check_is_3d(configuration, name, network)
     patch_size = [int(extent) for extent in configuration.patch_size]
-    if len(patch_size) != 3:
-        raise ValueError(
-            f"{network} needs a slice axis, but configuration {name} is 2D (patch {patch_size}). Use a 3D "
-            f"configuration such as 3d_fullres, or a stock trainer such as nnUNetTrainer."
-        )
     slice_axis = configuration.network_arch_init_kwargs.get("slice_axis", 0)
     if patch_size[slice_axis] < 2:
         raise ValueError(

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnunet_conres.architectures.conresnet import ConResNet
 from nnunet_conres.architectures.conresnet_paper import PAPER_DIVISOR
 from nnunet_conres.losses import PAPER_RESIDUAL_WEIGHT, RESIDUAL_WEIGHT, ConResLoss, ResidualMapLoss
-from nnunet_conres.trainers.base import PluginTrainer, check_slice_axis
-from nnunet_conres.trainers.plans import (
+from nnunet_conres.planning.architectures import (
     conresnet_architecture,
     conresnet_paper_architecture,
     names_paper_topology,
-    paper_patch_size,
 )
+from nnunet_conres.trainers.augmentation import with_deformation, with_spatial, without_intensity_transforms
+from nnunet_conres.trainers.base import PluginTrainer, check_slice_axis, with_paper_patch
+from nnunet_conres.trainers.logger import loss_part_key
 
 PAPER_PATCH_SIZE = (80, 160, 160)
 PAPER_BATCH_SIZE = 2
@@ -35,33 +33,39 @@ PAPER_BATCH_SIZE = 2
 class nnUNetTrainerConResNet(PluginTrainer):
     """ConResNet under nnU-Net's own recipe, its topology derived from the plans."""
 
+    network_name = "ConResNet"
     loss_parts = ("segmentation", "residual")
     residual_weight: float = RESIDUAL_WEIGHT
     residual_input: str | None = None
 
     @classmethod
+    def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
+        return conresnet_architecture(configuration, cls.residual_input)
+
+    @classmethod
     def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
-        check_slice_axis(configuration, name, "ConResNet")
+        entries = super().resolve(configuration, name)
+        check_slice_axis(configuration, name, cls.network_name)
         if names_paper_topology(configuration):
             check_paper_patch(configuration, name)
-        return {"architecture": conresnet_architecture(configuration, cls.residual_input)}
+        return entries
 
-    @staticmethod
+    @classmethod
     def build_network_architecture(
+        cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
         num_input_channels: int,
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Builds the network that the plans name, or derives it from stock plans; also called for prediction."""
-        architecture = conresnet_architecture(configuration_manager)
-        return _build(architecture, num_input_channels, num_output_channels, enable_deep_supervision)
-
-    def _get_deep_supervision_scales(self) -> list[list[float]]:
-        if names_paper_topology(self.configuration_manager):
-            return [[1.0, 1.0, 1.0]]  # one segmentation head, at full size
-        return super()._get_deep_supervision_scales()
+        network = super().build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        assert isinstance(network, ConResNet)
+        # Residual maps are supervised with the segmentation, and left out with it.
+        network.residual_outputs = enable_deep_supervision
+        return network
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         super().set_deep_supervision_enabled(enabled)
@@ -76,11 +80,7 @@ class nnUNetTrainerConResNet(PluginTrainer):
                 "enable_deep_supervision on, or train plans that name ConResNet with a stock trainer."
             )
         scales = self._get_deep_supervision_scales()
-        # nnU-Net gives the coarsest scale no weight; with a single scale it divides 0 by 0
-        with np.errstate(invalid="ignore"):
-            segmentation = super()._build_loss()
-        if len(scales) == 1:
-            segmentation.weight_factors = (1.0,)
+        assert scales is not None
         labels = self.label_manager
         residual = ResidualMapLoss(
             classes=None if labels.has_regions else labels.foreground_labels,
@@ -89,7 +89,18 @@ class nnUNetTrainerConResNet(PluginTrainer):
             background_channel=not labels.has_regions,
             ddp=self.is_ddp,
         )
-        return ConResLoss(segmentation, residual, len(scales), self.residual_weight)
+        return ConResLoss(super()._build_loss(), residual, len(scales), self.residual_weight)
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        *earlier, latest = self.logger.get_value(loss_part_key("train", "residual"), None)
+        if math.isnan(latest) and not any(map(math.isnan, earlier)) and self.label_manager.has_ignore_label:
+            self.print_to_log_file(
+                "WARNING: nowhere in this epoch were two neighbouring slices annotated, so no residual between slices "
+                "is defined. Its loss is NaN in the log and takes no part in the training, which goes on with the "
+                "segmentation alone. Annotate slabs of at least 2 slices along the first axis of the patch "
+                "(nnunet-conres sparsify --slab 2), or train another network, such as nnUNetTrainerUNet3D."
+            )
 
 
 def check_paper_patch(configuration: ConfigurationManager, name: str) -> None:
@@ -107,38 +118,10 @@ def check_paper_patch(configuration: ConfigurationManager, name: str) -> None:
         )
 
 
-def _build(
-    architecture: dict[str, Any], num_input_channels: int, num_output_channels: int, enable_deep_supervision: bool
-) -> nn.Module:
-    network = get_network_from_plans(
-        architecture["network_class_name"],
-        architecture["arch_kwargs"],
-        architecture["_kw_requires_import"],
-        num_input_channels,
-        num_output_channels,
-        allow_init=True,
-        deep_supervision=enable_deep_supervision,
-    )
-    # Residual maps are supervised with the segmentation, and left out with it.
-    network.residual_outputs = enable_deep_supervision
-    return network
-
-
 class nnUNetTrainerConResNetSharedEncoder(nnUNetTrainerConResNet):
     """One encoder, with the same weights, runs over the image and over its inter-slice residual."""
 
     residual_input = "shared_encoder"
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        architecture = conresnet_architecture(configuration_manager, "shared_encoder")
-        return _build(architecture, num_input_channels, num_output_channels, enable_deep_supervision)
 
 
 class nnUNetTrainerConResNet_NoMirroring(nnUNetTrainerConResNet):
@@ -176,27 +159,15 @@ class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
         self.weight_decay = 5e-4
 
     @classmethod
-    def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
-        check_slice_axis(configuration, name, "ConResNet")
-        entries: dict[str, Any] = {"architecture": conresnet_paper_architecture(configuration)}
-        if names_paper_topology(configuration):
-            check_paper_patch(configuration, name)
-        else:
-            median_shape = configuration.configuration.get("median_image_size_in_voxels", configuration.patch_size)
-            entries["patch_size"] = paper_patch_size(PAPER_PATCH_SIZE, median_shape, PAPER_DIVISOR)
-            entries["batch_size"] = PAPER_BATCH_SIZE
-        return entries
+    def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
+        return conresnet_paper_architecture(configuration)
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        architecture = conresnet_paper_architecture(configuration_manager)
-        return _build(architecture, num_input_channels, num_output_channels, enable_deep_supervision)
+    @classmethod
+    def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
+        entries = super().resolve(configuration, name)
+        if names_paper_topology(configuration):
+            return entries
+        return with_paper_patch(entries, configuration, PAPER_PATCH_SIZE, PAPER_BATCH_SIZE, PAPER_DIVISOR)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
@@ -223,79 +194,34 @@ class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
 
         Takes the arguments of nnU-Net's method of this name.
         """
-        pipeline = nnUNetTrainer.get_training_transforms(*args, **kwargs)
-        transforms = []
-        for transform in pipeline.transforms:
-            if isinstance(transform, RandomTransform) and _is_intensity_transform(transform.transform):
-                continue
-            if isinstance(transform, SpatialTransform):
-                transform.p_rotation = 0
-                transform.p_scaling = 1
-                transform.scaling = cls.scaling
-            transforms.append(transform)
-        return ComposeTransforms(transforms)
+        pipeline = without_intensity_transforms(nnUNetTrainer.get_training_transforms(*args, **kwargs))
+
+        def scaling_only(transform: SpatialTransform) -> SpatialTransform:
+            transform.p_rotation = 0
+            transform.p_scaling = 1
+            transform.scaling = cls.scaling
+            return transform
+
+        return with_spatial(pipeline, scaling_only)
 
 
-def _is_intensity_transform(transform: BasicTransform) -> bool:
-    """Whether a transform changes grey values: all of nnU-Net's that do live in these packages."""
-    return transform.__class__.__module__.startswith(
-        (
-            "batchgeneratorsv2.transforms.intensity",
-            "batchgeneratorsv2.transforms.noise",
-            "batchgeneratorsv2.transforms.spatial.low_resolution",
+class nnUNetTrainerConResNetBSpline(nnUNetTrainerConResNet):
+    """B-spline deformations beside nnU-Net's rotations and scalings, as often as those; in one resampling.
+
+    Source: 3D U-Net's deformation (Çiçek et al. 2016, section 2): control points 32 voxels apart, displacements of 4
+        voxels standard deviation.
+    """
+
+    p_deformation = 0.2
+    grid_spacing = 32.0
+    sigma = 4.0
+
+    @classmethod
+    def get_training_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
+        """nnU-Net's pipeline with the deformation. Takes the arguments of nnU-Net's method of this name."""
+        return with_spatial(
+            nnUNetTrainer.get_training_transforms(*args, **kwargs),
+            lambda transform: with_deformation(
+                transform, p_deformation=cls.p_deformation, grid_spacing=cls.grid_spacing, sigma=cls.sigma
+            ),
         )
-    )
-
-
-class nnUNetTrainerConResNet_1epoch(nnUNetTrainerConResNet):
-    """1 epoch, to try a pipeline."""
-
-    training_epochs = 1
-
-
-class nnUNetTrainerConResNet_5epochs(nnUNetTrainerConResNet):
-    """5 epochs."""
-
-    training_epochs = 5
-
-
-class nnUNetTrainerConResNet_10epochs(nnUNetTrainerConResNet):
-    """10 epochs."""
-
-    training_epochs = 10
-
-
-class nnUNetTrainerConResNet_20epochs(nnUNetTrainerConResNet):
-    """20 epochs."""
-
-    training_epochs = 20
-
-
-class nnUNetTrainerConResNet_50epochs(nnUNetTrainerConResNet):
-    """50 epochs."""
-
-    training_epochs = 50
-
-
-class nnUNetTrainerConResNet_100epochs(nnUNetTrainerConResNet):
-    """100 epochs."""
-
-    training_epochs = 100
-
-
-class nnUNetTrainerConResNet_250epochs(nnUNetTrainerConResNet):
-    """250 epochs."""
-
-    training_epochs = 250
-
-
-class nnUNetTrainerConResNet_500epochs(nnUNetTrainerConResNet):
-    """500 epochs."""
-
-    training_epochs = 500
-
-
-class nnUNetTrainerConResNet_2000epochs(nnUNetTrainerConResNet):
-    """2000 epochs."""
-
-    training_epochs = 2000

@@ -13,111 +13,19 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_conres import __version__
-from nnunet_conres.architectures.conresnet_paper import paper_arguments
-
-CONRESNET = "nnunet_conres.architectures.conresnet.ConResNet"
-
-# Arguments of nnU-Net's U-Nets that mean the same for our networks.
-_SHARED_ARGUMENTS = (
-    "n_stages",
-    "features_per_stage",
-    "conv_op",
-    "kernel_sizes",
-    "strides",
-    "conv_bias",
-    "norm_op",
-    "norm_op_kwargs",
-    "dropout_op",
-    "dropout_op_kwargs",
-    "nonlin",
-    "nonlin_kwargs",
-)
-_REQUIRED_ARGUMENTS = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides")
-_IMPORTED_ARGUMENTS = ["conv_op", "norm_op", "dropout_op", "nonlin"]
-
-# What ConResNet's constructor does with an argument that is left out. These never change: an argument missing in plans
-# that name ConResNet means what it meant when they were written. A better default goes into the functions below.
-_CONSTRUCTOR_DEFAULTS = {"residual_input": "decoder", "slice_axis": 0, "topology": "dynamic"}
 
 # What plans and trainer ask for by name; a checkpoint that differs here can't be continued. In all other arguments a
 # continued training follows its checkpoint.
-TOPOLOGY_ARGUMENTS = ("n_stages", "features_per_stage", "kernel_sizes", "strides", "topology", "residual_input")
-
-
-def conresnet_architecture(configuration: ConfigurationManager, residual_input: str | None = None) -> dict[str, Any]:
-    """The ``architecture`` entry of a configuration for ConResNet, every argument spelled out.
-
-    Args:
-        configuration: Configuration of stock plans, which becomes the dynamic topology, or of plans that name ConResNet
-            already, which keep their topology and arguments.
-        residual_input: ``"decoder"`` or ``"shared_encoder"``; None keeps what the plans say, else "decoder".
-
-    Returns:
-        Dictionary with ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, as plans hold it.
-
-    Raises:
-        ValueError: If the plans name a network whose topology can't be carried over.
-    """
-    if names_paper_topology(configuration):
-        return conresnet_paper_architecture(configuration, residual_input)
-    given = deepcopy(configuration.network_arch_init_kwargs)
-    name = configuration.network_arch_class_name
-    missing = [argument for argument in _REQUIRED_ARGUMENTS if argument not in given]
-    if missing:
-        raise ValueError(
-            f"Cannot derive ConResNet from these plans: their network {name} has no {', '.join(missing)}. Use plans of "
-            f"a U-Net, such as nnUNetPlans or nnUNetResEncUNetMPlans."
-        )
-    arguments = {argument: given.get(argument) for argument in _SHARED_ARGUMENTS}
-    arguments["conv_bias"] = bool(given.get("conv_bias", False))
-    arguments |= _CONSTRUCTOR_DEFAULTS
-    n_stages = given["n_stages"]
-    blocks = given.get("n_blocks_per_stage")
-    if blocks is None:
-        # a residual block has two convolutions: as many as the plans ask for
-        convs = given.get("n_conv_per_stage", 2)
-        blocks = [max(1, n // 2) for n in (convs if isinstance(convs, (list, tuple)) else [convs] * n_stages)]
-    arguments["n_blocks_per_stage"] = blocks
-    # Stock plans have two convolutions per decoder level; here one is the segmentation's and one the residual's.
-    arguments["n_conv_per_stage_decoder"] = [1] * (n_stages - 1)
-    if name == CONRESNET:
-        arguments |= {argument: value for argument, value in given.items() if argument != "n_conv_per_stage"}
-        arguments["n_blocks_per_stage"] = blocks
-    if residual_input is not None:
-        arguments["residual_input"] = residual_input
-    return _architecture(arguments)
-
-
-def conresnet_paper_architecture(
-    configuration: ConfigurationManager, residual_input: str | None = None
-) -> dict[str, Any]:
-    """The ``architecture`` entry of a configuration for the paper topology.
-
-    Args:
-        configuration: Any configuration; one that names the paper topology itself keeps its other arguments.
-        residual_input: As for ``conresnet_architecture``.
-    """
-    arguments = paper_arguments()
-    arguments["conv_op"] = f"{arguments['conv_op'].__module__}.{arguments['conv_op'].__name__}"
-    arguments |= _CONSTRUCTOR_DEFAULTS | {"topology": "paper"}
-    if names_paper_topology(configuration):
-        arguments |= configuration.network_arch_init_kwargs
-    if residual_input is not None:
-        arguments["residual_input"] = residual_input
-    return _architecture(arguments)
-
-
-def _architecture(arguments: dict[str, Any]) -> dict[str, Any]:
-    imports = [argument for argument in _IMPORTED_ARGUMENTS if argument in arguments]
-    return {"network_class_name": CONRESNET, "arch_kwargs": arguments, "_kw_requires_import": imports}
-
-
-def names_paper_topology(configuration: ConfigurationManager) -> bool:
-    """Whether a configuration asks for the paper topology itself."""
-    return (
-        configuration.network_arch_class_name == CONRESNET
-        and configuration.network_arch_init_kwargs.get("topology") == "paper"
-    )
+TOPOLOGY_ARGUMENTS = (
+    "n_stages",
+    "features_per_stage",
+    "kernel_sizes",
+    "strides",
+    "topology",
+    "residual_input",
+    "downsampling",
+    "auxiliary_heads",
+)
 
 
 def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -25,9 +25,11 @@ from torch import nn
 import nnunet_conres.trainers
 from nnunet_conres import __version__
 from nnunet_conres.architectures.conresnet import ConResNet
+from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
 from nnunet_conres.trainers import (
     nnUNetTrainerConResNet,
     nnUNetTrainerConResNet_NoMirroring,
+    nnUNetTrainerConResNetBSpline,
     nnUNetTrainerConResNetPaper,
     nnUNetTrainerConResNetSharedEncoder,
 )
@@ -216,6 +218,60 @@ class TestTraining:
         assert lengths["nnUNetTrainerConResNetPaper"] * 250 == 40_000
 
 
+class TestSparseAnnotation:
+    @pytest.fixture
+    def single_slices(self, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+        """A training that sees every other slice annotated: no two neighbours."""
+        trainer = make_trainer(nnUNetTrainerConResNet, "ignore")
+        steps = nnUNetTrainer.train_step, nnUNetTrainer.validation_step
+
+        def hiding(step: Callable[..., Any]) -> Callable[..., Any]:
+            def hidden(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+                for target in batch["target"]:
+                    target[:, :, ::2] = self.label_manager.ignore_label
+                return step(self, batch)
+
+            return hidden
+
+        monkeypatch.setattr(nnUNetTrainer, "train_step", hiding(steps[0]))
+        monkeypatch.setattr(nnUNetTrainer, "validation_step", hiding(steps[1]))
+        return trainer
+
+    def test_without_neighbouring_slices_says_so_once_and_logs_nan(self, single_slices: Any) -> None:
+        single_slices.run_training()
+        log = single_slices.logger.local_logger.my_fantastic_logging
+        for phase in ("train", "val"):
+            assert np.isnan(log[f"{phase}_residual_losses"]).tolist() == [True, True]
+            assert np.isfinite(log[f"{phase}_segmentation_losses"]).all()
+        assert np.isfinite(log["train_losses"]).all()
+        assert Path(single_slices.log_file).read_text().count("two neighbouring slices annotated") == 1
+
+    def test_with_neighbouring_slices_says_nothing(self, make_trainer: Callable[..., Any]) -> None:
+        trainer = make_trainer(nnUNetTrainerConResNet, "ignore")
+        trainer.num_epochs = 1
+        trainer.run_training()
+        assert "neighbouring slices" not in Path(trainer.log_file).read_text()
+
+
+def test_bspline_variant_deforms_as_often_as_nnunet_rotates(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(nnUNetTrainerConResNetBSpline)
+    trainer.num_epochs = 1
+    trainer.run_training()
+    for dummy_2d in (False, True):
+        stock = nnUNetTrainer.get_training_transforms((16, 24, 24), (-0.5, 0.5), [[1, 1, 1]], (0,), dummy_2d)
+        ours = nnUNetTrainerConResNetBSpline.get_training_transforms(
+            (16, 24, 24), (-0.5, 0.5), [[1, 1, 1]], (0,), dummy_2d
+        )
+        assert len(ours.transforms) == len(stock.transforms)
+        (before,) = [t for t in stock.transforms if isinstance(t, SpatialTransform)]
+        (after,) = [t for t in ours.transforms if isinstance(t, SpatialTransform)]
+        assert isinstance(after, BSplineSpatialTransform)
+        assert len(after.patch_size) == (2 if dummy_2d else 3)
+        assert after.p_deformation == before.p_rotation == 0.2
+        for name in ("rotation", "scaling", "p_scaling", "border_mode_seg", "padding_value_seg", "patch_size"):
+            assert getattr(after, name) == getattr(before, name), name
+
+
 class TestPaperTrainer:
     def test_is_the_papers(self, make_trainer: Callable[..., Any]) -> None:
         trainer = make_trainer(nnUNetTrainerConResNetPaper, "regions")
@@ -311,7 +367,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet, nnUNetTrainerConResNetPaper])
     def test_2d(self, make_trainer: Callable[..., Any], trainer_class: type) -> None:
-        with pytest.raises(ValueError, match="needs a slice axis, but configuration 2d is 2D"):
+        with pytest.raises(ValueError, match="ConResNet is a 3D network, but configuration 2d is 2D"):
             make_trainer(trainer_class, configuration="2d")
 
     @pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet, nnUNetTrainerConResNetPaper])

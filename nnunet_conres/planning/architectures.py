@@ -1,0 +1,228 @@
+"""From the ``architecture`` entry of nnU-Net's plans to that of our networks, every argument spelled out.
+
+What plans say of a topology (stages, features, kernels, strides, norm) is carried over. Plans that name one of our
+networks already keep its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+from nnunet_conres.architectures import conresnet_paper, unet3d, vnet
+
+CONRESNET = "nnunet_conres.architectures.conresnet.ConResNet"
+VNET = "nnunet_conres.architectures.vnet.VNet"
+UNET3D = "nnunet_conres.architectures.unet3d.UNet3D"
+
+# Arguments of nnU-Net's U-Nets that mean the same for our networks.
+_SHARED_ARGUMENTS = (
+    "n_stages",
+    "features_per_stage",
+    "conv_op",
+    "kernel_sizes",
+    "strides",
+    "conv_bias",
+    "norm_op",
+    "norm_op_kwargs",
+    "dropout_op",
+    "dropout_op_kwargs",
+    "nonlin",
+    "nonlin_kwargs",
+)
+_REQUIRED_ARGUMENTS = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides")
+_IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
+
+# What ConResNet's constructor does with an argument that is left out. These never change: an argument missing in plans
+# that name ConResNet means what it meant when they were written. A better default goes into the functions below.
+_CONSTRUCTOR_DEFAULTS = {"residual_input": "decoder", "slice_axis": 0, "topology": "dynamic"}
+
+
+def conresnet_architecture(configuration: ConfigurationManager, residual_input: str | None = None) -> dict[str, Any]:
+    """The ``architecture`` entry of a configuration for ConResNet.
+
+    Args:
+        configuration: Configuration of stock plans, which becomes the dynamic topology, or of plans that name ConResNet
+            already, which keep their topology and arguments.
+        residual_input: ``"decoder"`` or ``"shared_encoder"``; None keeps what the plans say, else "decoder".
+
+    Returns:
+        Dictionary with ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, as plans hold it.
+
+    Raises:
+        ValueError: If the plans name a network whose topology can't be carried over.
+    """
+    if names_paper_topology(configuration):
+        return conresnet_paper_architecture(configuration, residual_input)
+    given = deepcopy(configuration.network_arch_init_kwargs)
+    arguments = _shared_arguments(configuration, "ConResNet")
+    arguments["conv_bias"] = bool(given.get("conv_bias", False))
+    arguments |= _CONSTRUCTOR_DEFAULTS
+    n_stages = given["n_stages"]
+    blocks = given.get("n_blocks_per_stage")
+    if blocks is None:
+        # a residual block has two convolutions: as many as the plans ask for
+        convs = given.get("n_conv_per_stage", 2)
+        blocks = [max(1, n // 2) for n in (convs if isinstance(convs, (list, tuple)) else [convs] * n_stages)]
+    arguments["n_blocks_per_stage"] = blocks
+    # Stock plans have two convolutions per decoder level; here one is the segmentation's and one the residual's.
+    arguments["n_conv_per_stage_decoder"] = [1] * (n_stages - 1)
+    if configuration.network_arch_class_name == CONRESNET:
+        arguments |= {argument: value for argument, value in given.items() if argument != "n_conv_per_stage"}
+        arguments["n_blocks_per_stage"] = blocks
+    if residual_input is not None:
+        arguments["residual_input"] = residual_input
+    return _entry(CONRESNET, arguments)
+
+
+def conresnet_paper_architecture(
+    configuration: ConfigurationManager, residual_input: str | None = None
+) -> dict[str, Any]:
+    """The ``architecture`` entry of a configuration for ConResNet's paper topology.
+
+    Args:
+        configuration: Any configuration; one that names the paper topology itself keeps its other arguments.
+        residual_input: As for ``conresnet_architecture``.
+    """
+    arguments = _as_plans(conresnet_paper.paper_arguments()) | _CONSTRUCTOR_DEFAULTS | {"topology": "paper"}
+    if names_paper_topology(configuration):
+        arguments |= configuration.network_arch_init_kwargs
+    if residual_input is not None:
+        arguments["residual_input"] = residual_input
+    return _entry(CONRESNET, arguments)
+
+
+def vnet_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
+    """The ``architecture`` entry of a configuration for V-Net.
+
+    Kernels grow from 3 to 5. Features are half of the plans': V-Net's decoder works on twice its encoder's, so that it
+    has those of nnU-Net's U-Net, and its encoder starts with the paper's 16 where plans say 32.
+
+    Args:
+        configuration: Configuration of stock plans, or of plans that name V-Net already, which keep its arguments.
+
+    Raises:
+        ValueError: If the plans name a network whose topology can't be carried over.
+    """
+    if configuration.network_arch_class_name == VNET:
+        return _entry(VNET, deepcopy(configuration.network_arch_init_kwargs))
+    arguments = _shared_arguments(configuration, "VNet")
+    n_stages = arguments["n_stages"]
+    features = _per_stage(arguments["features_per_stage"], n_stages)
+    kernel_sizes = _per_stage(arguments["kernel_sizes"], n_stages)
+    convolutions = vnet.convolutions_per_stage(n_stages)
+    arguments |= {
+        "features_per_stage": [max(1, f // 2) for f in features],
+        "kernel_sizes": [[5 if k == 3 else k for k in _triple(kernel)] for kernel in kernel_sizes],
+        "n_conv_per_stage": convolutions,
+        "n_conv_per_stage_decoder": convolutions[-2::-1],
+        "nonlin": "torch.nn.PReLU",
+        "nonlin_kwargs": {},
+        "auxiliary_heads": True,
+    }
+    return _entry(VNET, arguments)
+
+
+def vnet_paper_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
+    """The ``architecture`` entry for V-Net as the paper has it, whatever the configuration."""
+    return _entry(VNET, _as_plans(vnet.paper_arguments()))
+
+
+def unet3d_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
+    """The ``architecture`` entry of a configuration for 3D U-Net.
+
+    A stage's features are what leaves it: where plans say 32, 64 the first makes 16, then 32, the second 32, then 64.
+
+    Args:
+        configuration: Configuration of stock plans, or of plans that name 3D U-Net already, which keep its arguments.
+
+    Raises:
+        ValueError: If the plans name a network whose topology can't be carried over.
+    """
+    given = deepcopy(configuration.network_arch_init_kwargs)
+    if configuration.network_arch_class_name == UNET3D:
+        return _entry(UNET3D, given)
+    arguments = _shared_arguments(configuration, "UNet3D")
+    n_stages = arguments["n_stages"]
+    # Pairs, as the paper has them; plans of a residual encoder count blocks instead, and decode by single convolutions.
+    counts_convolutions = "n_conv_per_stage" in given
+    arguments |= {
+        "n_conv_per_stage": given["n_conv_per_stage"] if counts_convolutions else [2] * n_stages,
+        "n_conv_per_stage_decoder": (
+            given.get("n_conv_per_stage_decoder", 2) if counts_convolutions else [2] * (n_stages - 1)
+        ),
+        "downsampling": "strided_conv",
+        "auxiliary_heads": True,
+    }
+    return _entry(UNET3D, arguments)
+
+
+def unet3d_paper_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
+    """The ``architecture`` entry for 3D U-Net as the paper has it, but for ``downsampling``, which plans may choose.
+
+    Args:
+        configuration: Any configuration; one that names 3D U-Net keeps its way of downsampling, others get strided
+            convolutions.
+    """
+    arguments = _as_plans(unet3d.paper_arguments())
+    if configuration.network_arch_class_name == UNET3D:
+        given = configuration.network_arch_init_kwargs
+        arguments["downsampling"] = given.get("downsampling", arguments["downsampling"])
+    return _entry(UNET3D, arguments)
+
+
+def names_paper_topology(configuration: ConfigurationManager) -> bool:
+    """Whether a configuration asks for ConResNet's paper topology itself."""
+    return (
+        configuration.network_arch_class_name == CONRESNET
+        and configuration.network_arch_init_kwargs.get("topology") == "paper"
+    )
+
+
+def has_auxiliary_heads(configuration: ConfigurationManager) -> bool:
+    """Whether the network of a configuration puts out a segmentation at every scale; if not, at full size only."""
+    if names_paper_topology(configuration):
+        return False
+    return bool(configuration.network_arch_init_kwargs.get("auxiliary_heads", True))
+
+
+def _shared_arguments(configuration: ConfigurationManager, network: str) -> dict[str, Any]:
+    """What plans say of a network and means the same for ours.
+
+    Raises:
+        ValueError: If they say too little.
+    """
+    given = deepcopy(configuration.network_arch_init_kwargs)
+    missing = [argument for argument in _REQUIRED_ARGUMENTS if argument not in given]
+    if missing:
+        raise ValueError(
+            f"Cannot derive {network} from these plans: their network {configuration.network_arch_class_name} has no "
+            f"{', '.join(missing)}. Use plans of a U-Net, such as nnUNetPlans or nnUNetResEncUNetMPlans."
+        )
+    arguments = {argument: given.get(argument) for argument in _SHARED_ARGUMENTS}
+    arguments["conv_bias"] = bool(given.get("conv_bias", True))
+    return arguments
+
+
+def _entry(class_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    imports = [argument for argument in _IMPORTED_ARGUMENTS if argument in arguments]
+    return {"network_class_name": class_name, "arch_kwargs": arguments, "_kw_requires_import": imports}
+
+
+def _as_plans(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with classes named by where they are imported from, as JSON can hold them."""
+    return {
+        argument: f"{value.__module__}.{value.__name__}" if isinstance(value, type) else value
+        for argument, value in arguments.items()
+    }
+
+
+def _per_stage(value: Any, n_stages: int) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value] * n_stages
+
+
+def _triple(value: Any) -> list[int]:
+    return list(value) if isinstance(value, (list, tuple)) else [value] * 3
