@@ -5,21 +5,33 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
 import struct
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nnunet_conres.datasets.raw import (
+    FOLDER_VARIABLES,
+    RAW_NOT_SET,
+    InputError,
+    folder_from_environment,
+    folder_name,
+    id_faults,
+    link_or_copy,
+    map_cases,
+    short_message,
+    some,
+    target_faults,
+)
 
 ImageMode = Literal["link", "copy"]
 Transfer = Literal["linked", "copied", "compressed"]
@@ -38,9 +50,6 @@ REGIONS: Final[Mapping[str, int | list[int]]] = {
 }
 REGIONS_CLASS_ORDER: Final = (TISSUES["oedema"], TISSUES["necrosis"], TISSUES["enhancing"])
 
-
-# nnU-Net's own folders; the first holds the raw data sets.
-_FOLDER_VARIABLES: Final = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 _NIFTI_HEADER_SIZE: Final = 348
 # NIfTI's codes of the voxel types that can hold NaN.
@@ -97,18 +106,8 @@ SCHEMES: Final[Mapping[str, Scheme]] = {
 }
 
 
-class ConversionError(ValueError):
-    """The input or the target does not allow a conversion; nothing was written.
-
-    Attributes:
-        faults: One message per fault, each with the file or value at fault.
-    """
-
-    def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
-        noun = "fault" if len(faults) == 1 else "faults"
-        lines = "\n".join(f"  - {fault}" for fault in faults)
-        super().__init__(f"Nothing was written: {len(faults)} {noun} found.\n{lines}")
+class ConversionError(InputError):
+    """The input or the target does not allow a conversion; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -203,24 +202,22 @@ def convert_brats(
         ConversionError: Something is wrong with the input or the target. Lists all that was found.
     """
     faults = list(_argument_faults(dataset_id, dataset_name, schemes, image_mode, processes))
-    raw = _raw_folder(raw_folder)
+    raw = folder_from_environment(FOLDER_VARIABLES[0]) if raw_folder is None else Path(raw_folder)
     if raw is None:
-        faults.append(
-            "The environment variable nnUNet_raw is not set; set it to the folder that holds nnU-Net's raw data sets."
-        )
+        faults.append(RAW_NOT_SET)
     else:
-        faults += _target_faults(raw, dataset_id, dataset_name)
+        faults += target_faults(raw, dataset_id, dataset_name)
     cases, found = find_cases(input_folders, held_out_folders=held_out_folders, schemes=schemes)
     faults += found
 
     # Faulty arguments do not keep the files from being looked at: whoever has to repair both learns of both at once.
-    findings = list(_map_cases(check_case, cases, max(1, processes), "Checking", progress))
+    findings = list(map_cases(check_case, cases, max(1, processes), "Checking", progress))
     faults += [fault for finding in findings for fault in finding.faults]
     if faults or raw is None:
         raise ConversionError(faults)
     warnings = [warning for finding in findings for warning in finding.warnings] + _doubts(cases)
 
-    target = raw / _folder_name(dataset_id, dataset_name)
+    target = raw / folder_name(dataset_id, dataset_name)
     partial = raw / f".{target.name}.partial"
     raw.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
@@ -233,7 +230,7 @@ def convert_brats(
     transfers: dict[Transfer, int] = {"linked": 0, "copied": 0, "compressed": 0}
     try:
         jobs = [(case, partial, image_mode) for case in cases]
-        for done in _map_cases(_write_case, jobs, processes, "Writing", progress):
+        for done in map_cases(_write_case, jobs, processes, "Writing", progress):
             for transfer in done:
                 transfers[transfer] += 1
         _write_dataset_json(partial, target.name, cases)
@@ -263,13 +260,13 @@ def _doubts(cases: Sequence[Case]) -> list[str]:
     other = [case_id for case_id in labelled_2023 if not case_id.upper().startswith("BRATS-GLI-")]
     if other:
         doubts.append(
-            f"{_some(other)}: not named BraTS-GLI-... Other challenges since 2023 use the same file names with other "
+            f"{some(other)}: not named BraTS-GLI-... Other challenges since 2023 use the same file names with other "
             f"meanings of the labels; these were taken for adult glioma (1 necrosis, 2 oedema, 3 enhancing)."
         )
     labelled_folders = {_collection(case) for case in cases if case.trains}
     unlabelled = [case.case_id for case in cases if case.labels is None and _collection(case) in labelled_folders]
     if unlabelled:
-        doubts.append(f"{_some(unlabelled)}: no labels, beside cases that have them. Went to imagesTs.")
+        doubts.append(f"{some(unlabelled)}: no labels, beside cases that have them. Went to imagesTs.")
     return doubts
 
 
@@ -277,10 +274,6 @@ def _collection(case: Case) -> Path:
     """The folder that holds the case's own folder, or its files where it has none."""
     folder = next(iter(case.images.values())).parent
     return folder.parent if folder.name == case.case_id else folder
-
-
-def _some(ids: Sequence[str], most: int = 5) -> str:
-    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
 def find_cases(
@@ -374,7 +367,7 @@ def check_case(case: Case) -> Findings:
             image = _read(path)
             voxels = _voxels(image)
         except (OSError, EOFError, zlib.error, RuntimeError, ValueError) as error:
-            faults.append(f"{path} cannot be read: {_short(error)}. Get the file anew, or leave the case out.")
+            faults.append(f"{path} cannot be read: {short_message(error)}. Get the file anew, or leave the case out.")
             continue
         if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
             faults.append(
@@ -429,10 +422,7 @@ def to_nnunet_labels(labels: NDArray[Any], scheme: str) -> NDArray[np.uint8]:
 def _argument_faults(
     dataset_id: int, dataset_name: str, schemes: Sequence[str], image_mode: str, processes: int
 ) -> Iterator[str]:
-    if not 1 <= dataset_id <= 999:
-        yield f"The data set id is {dataset_id}; expected 1 to 999 (nnU-Net's own are below 500)."
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", dataset_name):
-        yield f"The data set name is {dataset_name!r}; expected letters, digits, - and _ only."
+    yield from id_faults(dataset_id, dataset_name)
     unknown = [name for name in schemes if name != "auto" and name not in SCHEMES]
     if unknown or not schemes:
         yield f"The scheme is {' '.join(unknown) or 'missing'}; expected auto or any of {', '.join(SCHEMES)}."
@@ -442,27 +432,6 @@ def _argument_faults(
         yield f"The image mode is {image_mode!r}; expected link or copy."
     if processes < 1:
         yield f"The number of processes is {processes}; expected 1 or more."
-
-
-def _folder_name(dataset_id: int, dataset_name: str) -> str:
-    return f"Dataset{dataset_id:03d}_{dataset_name}"
-
-
-def _raw_folder(raw_folder: str | Path | None) -> Path | None:
-    value = os.environ.get(_FOLDER_VARIABLES[0]) if raw_folder is None else raw_folder
-    return Path(value) if value else None
-
-
-def _target_faults(raw: Path, dataset_id: int, dataset_name: str) -> Iterator[str]:
-    target = _folder_name(dataset_id, dataset_name)
-    if (raw / target).exists():
-        yield f"{raw / target} exists already; remove it, or choose another -d."
-    # nnU-Net takes the number for the data set and stops when two names share it, also among its results.
-    others = [raw, *(Path(v) for n in _FOLDER_VARIABLES[1:] if (v := os.environ.get(n)))]
-    for folder in others:
-        for taken in sorted(folder.glob(f"Dataset{dataset_id:03d}_*")):
-            if taken.is_dir() and taken.name != target:
-                yield f"Data set id {dataset_id} is taken by {taken}; choose another -d."
 
 
 def _nifti_files(root: Path) -> Iterator[Path]:
@@ -560,12 +529,6 @@ def _voxels(image: Any) -> NDArray[Any]:
     return voxels
 
 
-def _short(error: BaseException) -> str:
-    """The last line of an error's message: ITK puts its source file before it, and the reason at the end."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).rstrip(".")
-
-
 def _geometry_difference(first: Any, second: Any) -> str:
     """What differs between two images' voxel grids, or an empty string."""
     # nnU-Net compares spacings with this tolerance and stops at more; NIfTI stores them, and the origin, as float32.
@@ -601,37 +564,6 @@ def _label_message(where: Path | str, strange: Mapping[float, int], scheme: Sche
     )
 
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
-
-def _map_cases(
-    function: Callable[[_Item], _Result], items: Sequence[_Item], processes: int, title: str, progress: bool
-) -> Iterator[_Result]:
-    """Results of a function for all items, in the items' order, with a progress bar."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=len(items), desc=title, unit="case", disable=not progress or not items)
-    with bar:
-        if processes == 1 or len(items) < 2:
-            for item in items:
-                result = function(item)
-                bar.update()
-                yield result
-            return
-        # Spawned on every system: a fork after ITK has started its threads can hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(processes, len(items)), mp_context=context) as pool:
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                for _ in as_completed(futures):
-                    bar.update()
-                yield from (future.result() for future in futures)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
 def _write_case(job: tuple[Case, Path, ImageMode]) -> list[Transfer]:
     case, dataset, mode = job
     part = "Tr" if case.trains else "Ts"
@@ -651,14 +583,7 @@ def _transfer_image(source: Path, target: Path, mode: ImageMode) -> Transfer:
             shutil.copyfileobj(read, write, 1 << 20)
         return "compressed"
     if mode == "link":
-        try:
-            # Resolved, because a hard link to a symbolic link would be a second symbolic link.
-            os.link(source.resolve(), target)
-        except OSError:
-            # Another drive, a file system without links, or another owner's file.
-            pass
-        else:
-            return "linked"
+        return link_or_copy(source, target)
     shutil.copyfile(source, target)
     return "copied"
 

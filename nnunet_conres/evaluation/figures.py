@@ -1,4 +1,4 @@
-"""Pictures of a case's slices with the outlines of its reference and its prediction."""
+"""Pictures of a case's slices with its reference and its prediction, also where only some slices are annotated."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ _COLOURS: Final = ("#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#009E73", "#E69F
 _PREFERRED_CHANNELS: Final = (("flair", "t2f", "t2-flair"), ("t1ce", "t1c", "t1gd", "t1-ce"))
 
 _LEGEND_COLUMNS: Final = 5
+
+# A veil of a colour that no image has.
+_NOT_ANNOTATED: Final = "#1D2B4A"
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,311 @@ def write_overlays(
     return written
 
 
+def sparse_annotation_figure(
+    image: NDArray[Any],
+    sparse: NDArray[Any],
+    dense: NDArray[Any],
+    *,
+    ignore_label: int,
+    regions: Mapping[str, Sequence[int]],
+    truth: NDArray[Any] | None = None,
+    axis: int = 0,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    reverse: Sequence[bool] = (False, False, False),
+    title: str = "",
+) -> Figure:
+    """Draw which slices are annotated, what a network makes of them and, if it is known, the truth, side by side.
+
+    The rows are a cut across the slices, where the annotated ones are bands; the slice that is farthest from an
+    annotated one, of those with foreground; and the annotated slice with most foreground.
+
+    Args:
+        image: One channel with three axes, any intensities.
+        sparse: Label map of the same shape, as annotated.
+        dense: Label map of the same shape, the annotation completed.
+        ignore_label: Value in `sparse` of voxels that are not annotated.
+        regions: Label values of every label or region to show, by name, the outermost first.
+        truth: Label map of the same shape, if there is one.
+        axis: Axis of the slices.
+        spacing: Voxel size along the three axes in mm.
+        reverse: For each axis, whether to show it from its end to its beginning.
+        title: Shown on top, with the Dice of every region below if there is a truth: of what is not annotated.
+
+    Returns:
+        The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
+
+    Raises:
+        ValueError: Shapes do not fit each other.
+    """
+    from matplotlib.figure import Figure
+
+    if image.ndim != 3:
+        raise ValueError(f"The image has shape {image.shape}; expected three axes.")
+    columns = {"annotated": sparse, "completed": dense} | ({} if truth is None else {"truth": truth})
+    for name, labels in columns.items():
+        if labels.shape != image.shape:
+            raise ValueError(f"The labels {name!r} have shape {labels.shape}; expected {image.shape} like the image.")
+
+    across, along = (other for other in range(3) if other != axis)
+    reference = dense if truth is None else truth
+    foreground = np.isin(reference, sorted({value for values in regions.values() for value in values}))
+    known = sparse != ignore_label
+    annotated = np.flatnonzero(known.any(axis=(across, along)))
+    # Of the two cuts across the slices, the one that shows more.
+    cuts = [
+        _View(cut, _busiest(foreground, cut, np.arange(image.shape[cut])), axis, other)
+        for cut, other in ((across, along), (along, across))
+    ]
+    views = [max(cuts, key=lambda view: int(view.of(foreground).sum()))]
+    missing, present = _slices_of_interest(foreground, axis, annotated)
+    views += [_View(axis, index, across, along) for index in (missing, present) if index is not None]
+
+    limits = _content(image)
+    ratios = []
+    for view in views:
+        rows, width = ((limits[a][1] - limits[a][0]) * spacing[a] for a in (view.rows, view.columns))
+        ratios.append(float(np.clip(rows / width, 0.25, 2.0)))
+    panel_width = 3.0
+    legend_rows = -(-(len(regions) + 2) // _LEGEND_COLUMNS)
+    top, bottom = 0.6 if truth is None else 0.8, 0.15 + 0.2 * legend_rows
+    figure_size = (panel_width * len(columns), panel_width * sum(ratios) + top + bottom)
+    figure = Figure(figsize=figure_size, facecolor="black")
+    axes = figure.subplots(
+        len(views), len(columns), squeeze=False, gridspec_kw={"height_ratios": ratios, "wspace": 0.02, "hspace": 0.03}
+    )
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - top / figure_size[1], bottom=bottom / figure_size[1])
+
+    occupied = image[image != image.flat[0]]
+    low, high = np.percentile(occupied if occupied.size else image, (0.5, 99.7))
+    colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(regions)}
+    for row, view in enumerate(views):
+        for column, (name, labels) in enumerate(columns.items()):
+            panel: Axes = axes[row, column]
+            panel.imshow(
+                view.of(image),
+                cmap="gray",
+                vmin=low,
+                vmax=high,
+                aspect=spacing[view.rows] / spacing[view.columns],
+                interpolation="nearest",
+            )
+            panel.set_axis_off()
+            if name == "annotated":
+                _tint(panel, ~view.of(known), _NOT_ANNOTATED, 0.75)
+            for region, values in regions.items():
+                mask = np.isin(view.of(labels), values)
+                _tint(panel, mask, colours[region], 0.4)
+                # Around bands of a voxel or two there would be nothing but outline.
+                if name != "annotated" or view.axis == axis:
+                    _outline(panel, mask, colours[region], 1.2, dashed=False)
+            for limit, shown, set_limit in (
+                (limits[view.columns], view.columns, panel.set_xlim),
+                (limits[view.rows][::-1], view.rows, panel.set_ylim),
+            ):
+                first, last = limit[0] - 0.5, limit[1] - 0.5
+                set_limit(*((last, first) if reverse[shown] else (first, last)))
+            if view.axis != axis:
+                _mark_slices(panel, annotated)
+                text = "cut across the slices"
+            else:
+                text = f"slice {view.index}, {'annotated' if view.index in annotated else 'not annotated'}"
+            if column == 0:
+                label = panel.text(0.04, 0.96, text, transform=panel.transAxes, va="top", color="white", fontsize=8)
+                label.set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.5})
+            if row == 0:
+                panel.set_title(name, color="white", fontsize=10, pad=3)
+    heading = f"{title}{': ' if title else ''}{len(annotated)} of {image.shape[axis]} slices annotated"
+    figure.text(0.5, 1 - 0.2 / figure_size[1], heading, ha="center", va="center", color="white", fontsize=11)
+    if truth is not None:
+        scores = _dice_text(np.where(known, 0, dense), np.where(known, 0, truth), regions)
+        text = f"Dice where not annotated: {scores}"
+        figure.text(0.5, 1 - 0.45 / figure_size[1], text, ha="center", va="center", color="lightgrey", fontsize=9)
+    _write_sparse_legend(figure, colours)
+    return figure
+
+
+@dataclass(frozen=True)
+class SparseCase:
+    """The files of one case for `write_sparse_annotation_figures`.
+
+    Attributes:
+        case_id: Names the picture.
+        images: One file per channel.
+        sparse: Labels as annotated.
+        dense: Labels completed.
+        truth: Labels of all voxels, if there are any.
+    """
+
+    case_id: str
+    images: tuple[Path, ...]
+    sparse: Path
+    dense: Path
+    truth: Path | None = None
+
+
+def write_sparse_annotation_figures(
+    cases: Sequence[SparseCase], output_folder: str | Path, *, dataset_json: str | Path, progress: bool = True
+) -> list[Path]:
+    """Write a picture per case with annotation, completed labels and truth side by side.
+
+    Args:
+        cases: The cases to draw.
+        output_folder: Gets CASE.png for every case; created if need be.
+        dataset_json: The sparsely annotated data set's, for names and for the ignore label.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: The files of a case do not fit each other, or dataset.json has no ignore label.
+    """
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+    from tqdm import tqdm
+
+    legend = read_legend(dataset_json)
+    content = json.loads(Path(dataset_json).read_text(encoding="utf-8"))
+    ignore_label = content["labels"].get("ignore")
+    if ignore_label is None:
+        raise ValueError(f"{dataset_json} has no label 'ignore'; expected that of a sparsely annotated data set.")
+    output = Path(output_folder)
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for case in tqdm(cases, desc="Drawing", unit="case", disable=not progress):
+        files = [str(path) for path in case.images]
+        reader = determine_reader_writer_from_dataset_json(content, files[0], verbose=False)()
+        images, properties = reader.read_images(files)
+        sparse = reader.read_seg(str(case.sparse))[0][0]
+        try:
+            figure = sparse_annotation_figure(
+                images[_channels_to_show(legend.channels, len(images))[0]],
+                sparse,
+                reader.read_seg(str(case.dense))[0][0],
+                ignore_label=ignore_label,
+                regions=legend.regions,
+                truth=None if case.truth is None else reader.read_seg(str(case.truth))[0][0],
+                axis=_annotated_axis(sparse != ignore_label),
+                spacing=properties["spacing"],
+                reverse=_reversed_axes(properties),
+                title=case.case_id,
+            )
+        except ValueError as error:
+            raise ValueError(f"{case.sparse}, its images and its completion do not fit: {error}") from error
+        path = output / f"{case.case_id}.png"
+        partial = output / f".{case.case_id}.partial.png"
+        figure.savefig(partial, dpi=150, facecolor=figure.get_facecolor())
+        partial.replace(path)
+        written.append(path)
+    return written
+
+
+@dataclass(frozen=True)
+class _View:
+    """A plane through a volume: at an index of an axis, with two others as rows and columns of the picture."""
+
+    axis: int
+    index: int
+    rows: int
+    columns: int
+
+    def of(self, volume: NDArray[Any]) -> NDArray[Any]:
+        plane = np.take(volume, self.index, axis=self.axis)
+        return plane if self.rows < self.columns else plane.T
+
+
+def _busiest(foreground: NDArray[np.bool_], axis: int, indices: NDArray[np.intp]) -> int:
+    """That of some slices with most foreground; the middle one of them if there is none."""
+    area = foreground.sum(axis=tuple({0, 1, 2} - {axis}))[indices]
+    return int(indices[np.argmax(area)] if area.any() else indices[len(indices) // 2])
+
+
+def _slices_of_interest(
+    foreground: NDArray[np.bool_], axis: int, annotated: NDArray[np.intp]
+) -> tuple[int | None, int | None]:
+    """A slice far from all annotated ones, and an annotated one; None where there is none."""
+    present = _busiest(foreground, axis, annotated) if annotated.size else None
+    missing = np.setdiff1d(np.arange(foreground.shape[axis]), annotated)
+    if not missing.size:
+        return None, present
+    occupied = np.flatnonzero(foreground.any(axis=tuple({0, 1, 2} - {axis})))
+    candidates = np.intersect1d(missing, occupied) if np.isin(missing, occupied).any() else missing
+    if annotated.size:
+        distance = np.abs(candidates[:, None] - annotated[None]).min(axis=1)
+        candidates = candidates[distance == distance.max()]
+    return _busiest(foreground, axis, candidates), present
+
+
+def _content(image: NDArray[Any]) -> list[tuple[int, int]]:
+    """Indices (first, one past the last) along each axis of all that is not background, and a margin around."""
+    content = image != image.flat[0]
+    if not content.any():
+        return [(0, size) for size in image.shape]
+    ranges = []
+    for axis, size in enumerate(image.shape):
+        occupied = np.flatnonzero(content.any(axis=tuple({0, 1, 2} - {axis})))
+        margin = max(2, size // 25)
+        ranges.append((max(0, int(occupied[0]) - margin), min(size, int(occupied[-1]) + 1 + margin)))
+    return ranges
+
+
+def _annotated_axis(known: NDArray[np.bool_]) -> int:
+    """The axis with the smallest share of slices in which anything is annotated; the first of several."""
+    shares = [known.any(axis=tuple({0, 1, 2} - {axis})).mean() for axis in range(3)]
+    return int(np.argmin(shares))
+
+
+def _tint(panel: Axes, mask: NDArray[np.bool_], colour: str, opacity: float) -> None:
+    from matplotlib.colors import to_rgb
+
+    layer = np.zeros((*mask.shape, 4))
+    layer[mask] = (*to_rgb(colour), opacity)
+    panel.imshow(layer, aspect=panel.get_aspect(), interpolation="nearest")
+
+
+def _mark_slices(panel: Axes, rows: NDArray[np.intp]) -> None:
+    """White bars at both sides of a cut, beside the annotated slices."""
+    sides = panel.get_xlim()
+    segments = [[(side, row - 0.5), (side, row + 0.5)] for row in rows for side in sides]
+    from matplotlib.collections import LineCollection
+
+    panel.add_collection(LineCollection(segments, colors="white", linewidths=5, capstyle="butt"), autolim=False)
+
+
+def _reversed_axes(properties: Mapping[str, Any]) -> tuple[bool, ...]:
+    """For each axis of an array of nnU-Net's readers, whether a viewer from the feet, face up, reads it backwards."""
+    if "sitk_stuff" in properties and len(properties["sitk_stuff"]["direction"]) == 9:
+        directions = np.reshape(properties["sitk_stuff"]["direction"], (3, 3))
+    elif "nibabel_stuff" in properties:
+        stuff = properties["nibabel_stuff"]
+        affine = np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]))
+        directions = np.diag([-1.0, -1.0, 1.0]) @ affine[:3, :3]
+    else:
+        return (False, False, False)
+    # Towards the left and the back, and downwards, is how pictures are read.
+    read = np.array([1.0, 1.0, -1.0])
+    reverse = []
+    for direction in directions.T[::-1]:
+        main = int(np.argmax(np.abs(direction)))
+        reverse.append(bool(direction[main] * read[main] < 0))
+    return tuple(reverse)
+
+
+def _write_sparse_legend(figure: Figure, colours: Mapping[str, str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, linewidth=4, label=name) for name, colour in colours.items()]
+    handles.append(Line2D([], [], color="white", linewidth=4, label="annotated slices"))
+    handles.append(Line2D([], [], color=_NOT_ANNOTATED, linewidth=8, label="not annotated"))
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=min(len(handles), _LEGEND_COLUMNS),
+        frameon=False,
+        labelcolor="white",
+        fontsize=8,
+    )
+
+
 def _read_standing(path: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
     """Voxels (z, y, x) and their spacing, turned so that slices are seen from the feet with the face up."""
     import SimpleITK
@@ -354,14 +662,18 @@ def _write_title(
     figure.text(0.5, 1 - middle * height, title, ha="center", va="center", color="white", fontsize=11)
     if reference is None:
         return
+    text = f"Dice: {_dice_text(prediction, reference, regions)}"
+    figure.text(0.5, 1 - 0.7 * height, text, ha="center", va="center", color="lightgrey", fontsize=9)
+
+
+def _dice_text(prediction: NDArray[Any], reference: NDArray[Any], regions: Mapping[str, Sequence[int]]) -> str:
     scores = []
     for name, values in regions.items():
         true, predicted = np.isin(reference, values), np.isin(prediction, values)
         total = int(true.sum()) + int(predicted.sum())
         scores.append(f"{name} {2 * int((true & predicted).sum()) / total:.3f}" if total else f"{name} -")
     # More than a handful would not fit on a line.
-    text = "Dice: " + ",  ".join(scores[:6]) + (", ..." if len(scores) > 6 else "")
-    figure.text(0.5, 1 - 0.7 * height, text, ha="center", va="center", color="lightgrey", fontsize=9)
+    return ",  ".join(scores[:6]) + (", ..." if len(scores) > 6 else "")
 
 
 def _write_legend(figure: Figure, colours: Mapping[str, str], *, with_reference: bool) -> None:

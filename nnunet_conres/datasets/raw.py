@@ -1,0 +1,360 @@
+"""nnU-Net's folder of raw data sets: which ids are taken, which files a case has, and work over many cases."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import numpy as np
+
+# nnU-Net's own folders; the first holds the raw data sets.
+FOLDER_VARIABLES: Final = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+RAW_NOT_SET: Final = (
+    "The environment variable nnUNet_raw is not set; set it to the folder that holds nnU-Net's raw data sets."
+)
+
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class InputError(ValueError):
+    """The input or the target does not allow what was asked for; nothing was written.
+
+    Attributes:
+        faults: One message per fault, each with the file or value at fault.
+    """
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        noun = "fault" if len(faults) == 1 else "faults"
+        lines = "\n".join(f"  - {fault}" for fault in faults)
+        super().__init__(f"Nothing was written: {len(faults)} {noun} found.\n{lines}")
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """The files of one training case.
+
+    Attributes:
+        case_id: As nnU-Net knows it.
+        images: One file per channel, in order.
+        labels: The label file.
+    """
+
+    case_id: str
+    images: tuple[Path, ...]
+    labels: Path
+
+
+# --- folders and ids ------------------------------------------------------------------------------------------------
+
+
+def folder_name(dataset_id: int, dataset_name: str) -> str:
+    """Name of a data set's folder, from its number and the part after it."""
+    return f"Dataset{dataset_id:03d}_{dataset_name}"
+
+
+def folder_from_environment(variable: str) -> Path | None:
+    """The folder that one of nnU-Net's environment variables names, None where it is not set."""
+    value = os.environ.get(variable)
+    return Path(value) if value else None
+
+
+def id_faults(dataset_id: int, dataset_name: str) -> Iterator[str]:
+    """What is wrong with the number and the name of a data set to be made."""
+    if not 1 <= dataset_id <= 999:
+        yield f"The data set id is {dataset_id}; expected 1 to 999 (nnU-Net's own are below 500)."
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", dataset_name):
+        yield f"The data set name is {dataset_name!r}; expected letters, digits, - and _ only."
+
+
+def target_faults(
+    raw: Path, dataset_id: int, dataset_name: str, *, option: str = "-d", may_have_been_used: bool = True
+) -> Iterator[str]:
+    """What stands in the way of a new data set.
+
+    Args:
+        raw: nnU-Net's raw folder.
+        dataset_id: Number of the new data set.
+        dataset_name: The part of its name after the number.
+        option: The option that chooses the number, for messages.
+        may_have_been_used: Whether preprocessed data and results of a data set of the very same name are no fault:
+            they are none where the same data are made once more.
+    """
+    target = folder_name(dataset_id, dataset_name)
+    if (raw / target).exists():
+        yield f"{raw / target} exists already; remove it, or choose another {option}."
+    # nnU-Net takes the number for the data set and stops when two names share it, also among its results.
+    others = [folder for name in FOLDER_VARIABLES[1:] if (folder := folder_from_environment(name)) is not None]
+    for folder in (raw, *others):
+        for taken in sorted(folder.glob(f"Dataset{dataset_id:03d}_*")):
+            if not taken.is_dir():
+                continue
+            if taken.name != target:
+                yield f"Data set id {dataset_id} is taken by {taken}; choose another {option}."
+            elif folder != raw and not may_have_been_used:
+                yield f"{taken} is of an earlier data set of that name; remove it, or choose another {option}."
+
+
+def find_dataset(dataset: int | str) -> Path:
+    """The folder of a raw data set.
+
+    Args:
+        dataset: Its number or its whole name, as nnU-Net's commands take them.
+
+    Returns:
+        The folder in nnUNet_raw, with a dataset.json in it.
+
+    Raises:
+        InputError: There is none, or more than one.
+    """
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    raw = folder_from_environment(FOLDER_VARIABLES[0])
+    if raw is None:
+        raise InputError([RAW_NOT_SET])
+    try:
+        name = str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError) as error:
+        raise InputError([f"{dataset!r} is no data set: {error}"]) from error
+    if not (raw / name).is_dir():
+        raise InputError([f"{raw / name} does not exist; expected a raw data set there."])
+    if not (raw / name / "dataset.json").is_file():
+        raise InputError([f"{raw / name / 'dataset.json'} is missing; expected an nnU-Net data set in {raw / name}."])
+    return raw / name
+
+
+# --- files of a data set --------------------------------------------------------------------------------------------
+
+
+def find_training_cases(dataset_folder: Path, dataset_json: Mapping[str, Any]) -> tuple[list[TrainingCase], list[str]]:
+    """The training cases as nnU-Net finds them: listed in dataset.json, or by the names in imagesTr and labelsTr.
+
+    Args:
+        dataset_folder: Folder of the raw data set.
+        dataset_json: Content of its dataset.json.
+
+    Returns:
+        The complete cases sorted by id, and a message for every fault.
+    """
+    ending = str(dataset_json["file_ending"])
+    if "dataset" in dataset_json:
+        return _listed_cases(dataset_folder, dataset_json, ending)
+
+    faults: list[str] = []
+    images: dict[str, dict[int, Path]] = defaultdict(dict)
+    labels: dict[str, Path] = {}
+    for folder in (dataset_folder / "imagesTr", dataset_folder / "labelsTr"):
+        if not folder.is_dir():
+            faults.append(f"{folder} does not exist; expected the training cases there.")
+            continue
+        for path in sorted(folder.iterdir()):
+            if not path.name.endswith(ending) or path.name.startswith(".") or not path.is_file():
+                continue
+            stem = path.name[: -len(ending)]
+            if folder.name == "labelsTr":
+                labels[stem] = path
+                continue
+            match = re.fullmatch(r"(.+)_(\d{4})", stem)
+            if match is None:
+                faults.append(f"{path} is not named as nnU-Net expects; expected CASE_0000{ending} and so on.")
+            else:
+                images[match[1]][int(match[2])] = path
+
+    channels = sorted({channel for files in images.values() for channel in files})
+    cases = []
+    for case_id in sorted({*images, *labels}):
+        missing = [
+            dataset_folder / "imagesTr" / f"{case_id}_{channel:04d}{ending}"
+            for channel in (channels or [0])
+            if channel not in images.get(case_id, {})
+        ]
+        if case_id not in labels:
+            missing.append(dataset_folder / "labelsTr" / f"{case_id}{ending}")
+        faults += [f"{path} is missing; case {case_id} needs it." for path in missing]
+        if not missing:
+            cases.append(
+                TrainingCase(case_id, tuple(images[case_id][channel] for channel in channels), labels[case_id])
+            )
+    if not cases and not faults:
+        faults.append(f"{dataset_folder / 'imagesTr'} has no file that ends in {ending}; expected training cases.")
+    return cases, faults
+
+
+def _listed_cases(
+    dataset_folder: Path, dataset_json: Mapping[str, Any], ending: str
+) -> tuple[list[TrainingCase], list[str]]:
+    from copy import deepcopy
+
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    # nnU-Net resolves the paths in place.
+    listed = get_filenames_of_train_images_and_targets(str(dataset_folder), deepcopy(dict(dataset_json)))
+    faults: list[str] = []
+    cases = []
+    for case_id, files in sorted(listed.items()):
+        paths = [Path(path) for path in (*files["images"], files["label"])]
+        found = [f"{path} is missing; case {case_id} of dataset.json needs it." for path in paths if not path.is_file()]
+        found += [
+            f"{path} does not end in {ending}, the file_ending of dataset.json."
+            for path in paths
+            if not path.name.endswith(ending)
+        ]
+        faults += found
+        if not found:
+            cases.append(TrainingCase(case_id, tuple(paths[:-1]), paths[-1]))
+    if not listed:
+        faults.append(f"{dataset_folder / 'dataset.json'} lists no case under 'dataset'.")
+    return cases, faults
+
+
+def read_dataset_json(dataset_folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """Content of a raw data set's dataset.json, None if it is not one, and a message for every fault."""
+    path = dataset_folder / "dataset.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return None, [f"{path} cannot be read: {error}"]
+    missing = [key for key in ("labels", "file_ending") if not isinstance(content, dict) or key not in content]
+    if missing:
+        return None, [f"{path} has no {' and no '.join(missing)}; expected the dataset.json of an nnU-Net data set."]
+    return content, []
+
+
+def reader_writer_class(dataset_json: Mapping[str, Any], cases: Sequence[TrainingCase]) -> type | None:
+    """nnU-Net's reader and writer for a data set, chosen as nnU-Net does when it plans.
+
+    Args:
+        dataset_json: Content of dataset.json.
+        cases: The cases; nnU-Net takes a class that can read the first. Where none can, the next case is asked.
+
+    Returns:
+        A subclass of nnU-Net's BaseReaderWriter, None if no image can be read.
+    """
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+    for case in cases:
+        # What nnU-Net prints about classes that do not fit looks like an error.
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(RuntimeError):
+            return determine_reader_writer_from_dataset_json(dict(dataset_json), str(case.images[0]), verbose=False)
+    return None
+
+
+@dataclass(frozen=True)
+class CaseLook:
+    """What a look into a case's files showed.
+
+    Attributes:
+        case_id: The case.
+        shape: Number of voxels along the three axes.
+        spacing: Voxel size along them, mm, of the images: those are what nnU-Net plans with.
+        faults: A message for every fault; shape and spacing are zeros where the files cannot be read.
+    """
+
+    case_id: str
+    shape: tuple[int, ...] = (0, 0, 0)
+    spacing: tuple[float, ...] = (0.0, 0.0, 0.0)
+    faults: tuple[str, ...] = ()
+
+
+def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
+    """Read a case's first channel and its labels, and check the labels' values and shape.
+
+    Args:
+        job: The case, nnU-Net's reader for it, and the label values that may occur.
+
+    Returns:
+        Shape and spacing, and what is wrong.
+    """
+    case, reader_class, allowed = job
+    reader: Any = reader_class()
+    faults = []
+    try:
+        image, properties = reader.read_images([str(case.images[0])])
+    except Exception as error:  # each of nnU-Net's readers has its own
+        return CaseLook(case.case_id, faults=(f"{case.images[0]} cannot be read: {short_message(error)}.",))
+    try:
+        labels, _ = reader.read_seg(str(case.labels))
+    except Exception as error:
+        return CaseLook(case.case_id, faults=(f"{case.labels} cannot be read: {short_message(error)}.",))
+    if labels.shape[1:] != image.shape[1:]:
+        faults.append(f"{case.labels} has shape {labels.shape[1:]}; expected {image.shape[1:]} like its image.")
+    values = np.unique(labels)
+    strange = values[~np.isin(values, allowed)]
+    if strange.size:
+        listed = some([f"{float(value):g}" for value in strange])
+        what = "values that are no integers" if (strange % 1 != 0).any() else "labels that dataset.json does not name"
+        faults.append(f"{case.labels} has {what}: {listed}; expected {', '.join(map(str, allowed))}.")
+    spacing = tuple(float(value) for value in properties["spacing"])
+    return CaseLook(case.case_id, tuple(image.shape[1:]), spacing, tuple(faults))
+
+
+# --- work over cases ------------------------------------------------------------------------------------------------
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many there are beyond."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def short_message(error: BaseException) -> str:
+    """The last line of an error's message: ITK puts its source file before it, and the reason at the end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).rstrip(".")
+
+
+def map_cases(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], processes: int, title: str, progress: bool
+) -> Iterator[_Result]:
+    """Results of a function for all items, in the items' order, with a progress bar."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(items), desc=title, unit="case", disable=not progress or not items)
+    with bar:
+        if processes == 1 or len(items) < 2:
+            for item in items:
+                result = function(item)
+                bar.update()
+                yield result
+            return
+        # Spawned on every system: a fork after ITK has started its threads can hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(processes, len(items)), mp_context=context) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            try:
+                for _ in as_completed(futures):
+                    bar.update()
+                yield from (future.result() for future in futures)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def link_or_copy(source: Path, target: Path) -> Literal["linked", "copied"]:
+    """Make a hard link where the file system can, else a copy.
+
+    Returns:
+        "linked" or "copied".
+    """
+    import shutil
+
+    try:
+        # Resolved, because a hard link to a symbolic link would be a second symbolic link.
+        os.link(source.resolve(), target)
+    except OSError:
+        # Another drive, a file system without links, or another owner's file.
+        shutil.copyfile(source, target)
+        return "copied"
+    return "linked"

@@ -1,0 +1,448 @@
+"""Sparse annotation: a data set in which only some slices keep their labels, as if nobody had outlined the others.
+
+Source: Çiçek et al., 3D U-Net, MICCAI 2016, which trains on volumes with few annotated slices. There the slices are
+single ones; here they come in slabs of neighbours, because a difference between slices needs two that are annotated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_conres.datasets.raw import (
+    InputError,
+    TrainingCase,
+    find_dataset,
+    find_training_cases,
+    folder_name,
+    id_faults,
+    link_or_copy,
+    look_at_case,
+    map_cases,
+    read_dataset_json,
+    reader_writer_class,
+    short_message,
+    some,
+    target_faults,
+)
+
+Axis = Literal["slice", 0, 1, 2]
+
+SIDECAR: Final = "sparse_annotation.json"
+"""File in the new data set's folder that tells which slices are annotated."""
+
+IGNORE: Final = "ignore"
+"""What dataset.json calls the label of voxels that nobody annotated."""
+
+DEFAULT_SLAB: Final = 2
+
+
+@dataclass(frozen=True)
+class SlabRule:
+    """Which slices of a case are annotated. Exactly one of `every`, `slices` and `fraction` is given.
+
+    The slices depend on the rule, the case's id and its number of slices and on nothing else: neither on the other
+    cases, nor on the order in which they come.
+
+    Attributes:
+        every: One slab in each so many slices, the first one at a place drawn for the case; more than `slab`.
+        slices: Exactly so many slices per case, or all of a case that has no more; `slab` or more. They make
+            slices // slab slabs; where that leaves a remainder, the first slabs are a slice thicker.
+        fraction: About this share of a case's slices, above 0 and below 1, rounded to whole slabs, at least one.
+        slab: Number of neighbouring slices that are annotated together, 1 or more.
+        seed: Another seed, 0 or more, draws other places.
+    """
+
+    every: int | None = None
+    slices: int | None = None
+    fraction: float | None = None
+    slab: int = DEFAULT_SLAB
+    seed: int = 0
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the rule itself, whatever the cases."""
+        given = [name for name in ("every", "slices", "fraction") if getattr(self, name) is not None]
+        if len(given) != 1:
+            yield f"{', '.join(given) or 'None'} given; expected exactly one of every, slices and fraction."
+        if self.slab < 1:
+            yield f"The slab is {self.slab} slices; expected 1 or more."
+        if self.seed < 0:
+            yield f"The seed is {self.seed}; expected 0 or more."
+        if self.every is not None and self.every <= max(1, self.slab):
+            yield (
+                f"One slab of {self.slab} in every {self.every} slices leaves no slice out; expected more than "
+                f"{max(1, self.slab)} for every, or a thinner slab."
+            )
+        if self.slices is not None and self.slices < max(1, self.slab):
+            yield (
+                f"{self.slices} slices per case do not make a slab of {self.slab}; expected {max(1, self.slab)} or "
+                f"more, or a thinner slab."
+            )
+        if self.fraction is not None and not 0 < self.fraction < 1:
+            yield f"The fraction is {self.fraction:g}; expected above 0 and below 1."
+
+    def annotated_slices(self, case_id: str, depth: int) -> tuple[int, ...]:
+        """The slices of a case that are annotated.
+
+        Args:
+            case_id: The case's id.
+            depth: Number of its slices, 1 or more.
+
+        Returns:
+            Indices in ascending order: one slab at least, or all slices where there are no more than a slab has.
+
+        Raises:
+            ValueError: The rule is not valid.
+        """
+        faults = list(self.faults())
+        if faults:
+            raise ValueError(" ".join(faults))
+        if depth <= self.slab:
+            return tuple(range(depth))
+        if self.every is not None:
+            # Whole slabs only. Between two lie every - slab slices, before the first and after the last fewer than
+            # every.
+            first = self._draw(case_id, 0, min(self.every, depth - self.slab + 1))
+            starts = range(first, depth - self.slab + 1, self.every)
+            return tuple(start + offset for start in starts for offset in range(self.slab))
+        if self.slices is not None:
+            total = min(self.slices, depth)
+            slabs = total // self.slab
+        else:
+            assert self.fraction is not None
+            slabs = int(np.clip(np.floor(self.fraction * depth / self.slab + 0.5), 1, depth // self.slab))
+            total = slabs * self.slab
+        return tuple(self._spread(case_id, depth, total, slabs))
+
+    def _spread(self, case_id: str, depth: int, total: int, slabs: int) -> Iterator[int]:
+        """Slabs one after the other, each at a place drawn from its share of the slices that are left over."""
+        places = depth - total + 1
+        before = 0
+        for number in range(slabs):
+            low, high = number * places // slabs, (number + 1) * places // slabs
+            # From the middle half of it, so that gaps stay alike.
+            margin = (high - low) // 4
+            start = before + low + margin + self._draw(case_id, number, max(1, high - low - 2 * margin))
+            thickness = total // slabs + (number < total % slabs)
+            yield from range(start, start + thickness)
+            before += thickness
+
+    def _draw(self, case_id: str, number: int, below: int) -> int:
+        # Taken from a hash instead of a generator: the same with every version of Python and NumPy.
+        digest = hashlib.sha256(f"{self.seed}/{number}/{case_id}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") % below
+
+
+@dataclass(frozen=True)
+class Sparsification:
+    """What `sparsify` wrote.
+
+    Attributes:
+        dataset_folder: The new folder in nnUNet_raw.
+        axis: Axis of the slices, in arrays as nnU-Net's reader gives them.
+        axis_reason: Why that one.
+        annotated: Annotated slices per case.
+        depths: Number of all slices per case.
+        ignore_label: Label value of all other voxels.
+        transfers: Number of files linked and copied.
+        warnings: What the user should know and nnU-Net does not mind.
+    """
+
+    dataset_folder: Path
+    axis: int
+    axis_reason: str
+    annotated: Mapping[str, tuple[int, ...]]
+    depths: Mapping[str, int]
+    ignore_label: int
+    transfers: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def sparsify(
+    source: int | str,
+    target_id: int,
+    rule: SlabRule,
+    *,
+    target_name: str | None = None,
+    axis: Axis = "slice",
+    processes: int = 1,
+    progress: bool = True,
+) -> Sparsification:
+    """Make a data set whose training cases are annotated on some slices only; all other voxels have the ignore label.
+
+    Images, imagesTs and labelsTs are those of the source, as hard links where the file system allows. Everything is
+    checked before anything is written, and the data set gets its name only when complete.
+
+    Args:
+        source: Number or name of a data set in nnUNet_raw that is labelled throughout.
+        target_id: nnU-Net's number for the new data set, 1 to 999.
+        rule: Which slices keep their labels.
+        target_name: The part of the new data set's name after the number; the source's with Sparse behind by default.
+        axis: Axis of the slices in arrays as nnU-Net's reader gives them, for SimpleITK's and nibabel's z, y, x.
+            "slice" is the axis that nnU-Net's planner brings to the front: the one of the largest median spacing, the
+            first of several.
+        processes: Number of processes, 1 or more.
+        progress: Whether to show progress bars on stderr.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: Something is wrong with the source, the target or the arguments. Lists all that was found.
+    """
+    source_folder = find_dataset(source)
+    raw = source_folder.parent
+    if target_name is None:
+        target_name = source_folder.name.split("_", 1)[-1] + "Sparse"
+    faults = [*id_faults(target_id, target_name), *rule.faults()]
+    faults += target_faults(raw, target_id, target_name, option="-o", may_have_been_used=False)
+    if axis not in ("slice", 0, 1, 2):
+        faults.append(f"The axis is {axis!r}; expected slice, 0, 1 or 2.")
+    if processes < 1:
+        faults.append(f"The number of processes is {processes}; expected 1 or more.")
+
+    dataset_json, found = read_dataset_json(source_folder)
+    faults += found
+    if dataset_json is None:
+        raise InputError(faults)
+    allowed, found = _labels_of(source_folder, dataset_json)
+    faults += found
+    cases, found = find_training_cases(source_folder, dataset_json)
+    faults += found
+    # Faulty arguments do not keep the files from being looked at: whoever has to repair both learns of both at once.
+    reader = reader_writer_class(dataset_json, cases)
+    if reader is None and cases:
+        faults.append(f"No image of {source_folder} can be read; expected files of the kind that their ending tells.")
+    jobs = [(case, reader, allowed) for case in cases if reader is not None and allowed]
+    looks = list(map_cases(look_at_case, jobs, max(1, processes), "Checking", progress))
+    faults += [fault for look in looks for fault in look.faults]
+    if faults or reader is None:
+        raise InputError(faults)
+
+    spacings = [look.spacing for look in looks]
+    chosen = slice_axis(spacings) if axis == "slice" else int(axis)
+    depths = {look.case_id: look.shape[chosen] for look in looks}
+    annotated = {case_id: rule.annotated_slices(case_id, depth) for case_id, depth in depths.items()}
+    dense = [case_id for case_id, slices in annotated.items() if len(slices) == depths[case_id]]
+    if len(dense) == len(cases):
+        raise InputError([_nothing_left_out(chosen, depths)])
+
+    ignore_label, ending = max(allowed) + 1, str(dataset_json["file_ending"])
+    target = raw / folder_name(target_id, target_name)
+    partial = raw / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    for folder in ("imagesTr", "labelsTr"):
+        (partial / folder).mkdir(parents=True)
+    transfers: dict[str, int] = {"linked": 0, "copied": 0}
+    try:
+        writes = [
+            _Write(case, reader, ending, partial, chosen, annotated[case.case_id], ignore_label) for case in cases
+        ]
+        without_foreground = []
+        for case, written in zip(cases, map_cases(_write_case, writes, processes, "Writing", progress), strict=True):
+            for transfer in written.transfers:
+                transfers[transfer] += 1
+            if written.lost_foreground:
+                without_foreground.append(case.case_id)
+        for transfer in _transfer_test_cases(source_folder, partial):
+            transfers[transfer] += 1
+        content = _sparse_dataset_json(dataset_json, target.name, ignore_label, len(cases))
+        _write_json(partial / "dataset.json", content)
+        _write_json(
+            partial / SIDECAR, _sidecar(source_folder.name, rule, axis, chosen, ignore_label, annotated, depths)
+        )
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    median = ", ".join(f"{value:g}" for value in np.median(spacings, axis=0))
+    return Sparsification(
+        dataset_folder=target,
+        axis=chosen,
+        axis_reason=f"the first with the largest median spacing ({median} mm)" if axis == "slice" else "as asked for",
+        annotated=annotated,
+        depths=depths,
+        ignore_label=ignore_label,
+        transfers=transfers,
+        warnings=tuple(_warnings(rule, dense, without_foreground, len(cases))),
+    )
+
+
+def slice_axis(spacings: Sequence[Sequence[float]]) -> int:
+    """The axis that nnU-Net's planner brings to the front.
+
+    Args:
+        spacings: Voxel size along the three axes of each case, mm.
+
+    Returns:
+        Axis of the largest median spacing; the first of several.
+    """
+    # ExperimentPlanner.determine_transpose. For very anisotropic data it lowers the largest value, but not below the
+    # others.
+    return int(np.argmax(np.percentile(np.asarray(spacings, dtype=np.float64), 50, axis=0)))
+
+
+def _labels_of(dataset_folder: Path, dataset_json: Mapping[str, Any]) -> tuple[tuple[int, ...], list[str]]:
+    """The label values of a data set without ignore label, and a message for every fault."""
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    path = dataset_folder / "dataset.json"
+    if dataset_json["labels"].get(IGNORE) is not None:
+        return (), [
+            f"{path} has the label {IGNORE!r} already: the data set is annotated sparsely as it is. Expected one that "
+            f"is labelled throughout."
+        ]
+    try:
+        manager = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        return (), [f"{path} does not define its labels as nnU-Net wants them: {short_message(error)}."]
+    labels = tuple(int(label) for label in manager.all_labels)
+    if labels != tuple(range(len(labels))):
+        return (), [f"{path} has the labels {', '.join(map(str, labels))}; nnU-Net wants 0, 1, 2 and so on, no gaps."]
+    return labels, []
+
+
+@dataclass(frozen=True)
+class _Write:
+    """What one process needs to write one case."""
+
+    case: TrainingCase
+    reader: type
+    file_ending: str
+    dataset_folder: Path
+    axis: int
+    annotated: tuple[int, ...]
+    ignore_label: int
+
+
+@dataclass(frozen=True)
+class _Written:
+    transfers: tuple[str, ...]
+    lost_foreground: bool
+
+
+def _write_case(write: _Write) -> _Written:
+    case, ending = write.case, write.file_ending
+    transfers = [
+        link_or_copy(image, write.dataset_folder / "imagesTr" / f"{case.case_id}_{channel:04d}{ending}")
+        for channel, image in enumerate(case.images)
+    ]
+    # nnU-Net keeps the spacing of TIFF images in a file beside them.
+    first = case.images[0].name
+    spacing_file = case.images[0].with_name(first[: -(len(ending) + len("_0000"))] + ".json")
+    if spacing_file.is_file():
+        link_or_copy(spacing_file, write.dataset_folder / "imagesTr" / f"{case.case_id}.json")
+
+    reader: Any = write.reader()
+    labels, properties = reader.read_seg(str(case.labels))
+    dense = labels[0].astype(np.uint16)
+    sparse = keep_slices(dense, write.axis, write.annotated, write.ignore_label)
+    reader.write_seg(sparse, str(write.dataset_folder / "labelsTr" / f"{case.case_id}{ending}"), properties)
+    kept = np.take(dense, write.annotated, axis=write.axis)
+    return _Written(tuple(transfers), bool(dense.any() and not kept.any()))
+
+
+def keep_slices(labels: NDArray[Any], axis: int, annotated: Sequence[int], ignore_label: int) -> NDArray[Any]:
+    """A label map in which all slices but the annotated ones have the ignore label.
+
+    Args:
+        labels: Label map with three axes.
+        axis: Axis of the slices, 0 to 2.
+        annotated: Indices of the slices that keep their labels.
+        ignore_label: What all other voxels get.
+
+    Returns:
+        A new array of the same shape and type.
+    """
+    sparse = np.full_like(labels, ignore_label)
+    index = [slice(None)] * 3
+    for position in annotated:
+        index[axis] = slice(position, position + 1)
+        sparse[tuple(index)] = labels[tuple(index)]
+    return sparse
+
+
+def _transfer_test_cases(source: Path, target: Path) -> Iterator[str]:
+    for name in ("imagesTs", "labelsTs"):
+        if not (source / name).is_dir():
+            continue
+        (target / name).mkdir()
+        for path in sorted((source / name).iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                yield link_or_copy(path, target / name / path.name)
+
+
+def _nothing_left_out(axis: int, depths: Mapping[str, int]) -> str:
+    deepest = max(depths.values())
+    if deepest == 1:
+        return f"All cases have a single slice along axis {axis}: the images are 2D. Choose another --axis."
+    return (
+        f"All slices of all cases would keep their labels: no case has more than {deepest} slices along axis {axis}. "
+        f"Ask for fewer."
+    )
+
+
+def _warnings(rule: SlabRule, dense: Sequence[str], without_foreground: Sequence[str], cases: int) -> Iterator[str]:
+    if rule.slab == 1:
+        yield (
+            "Slabs of a single slice: ConResNet's residual loss needs two annotated neighbours and is undefined on "
+            "this data set. It is fine for the other networks; for ConResNet use --slab 2 or more."
+        )
+    if dense:
+        yield f"{len(dense)} of {cases} cases keep all their labels, having too few slices: {some(dense)}."
+    if without_foreground:
+        yield (
+            f"{len(without_foreground)} of {cases} cases have foreground, but none on their annotated slices: "
+            f"{some(without_foreground)}."
+        )
+
+
+def _sparse_dataset_json(dataset_json: Mapping[str, Any], name: str, ignore_label: int, cases: int) -> dict[str, Any]:
+    # The files of the new data set are found by their names, whatever the source's were called.
+    content = {key: value for key, value in dataset_json.items() if key != "dataset"}
+    content["labels"] = {key: value for key, value in content["labels"].items() if key != IGNORE}
+    content["labels"][IGNORE] = ignore_label
+    content["numTraining"] = cases
+    if "name" in content:
+        content["name"] = name
+    return content
+
+
+def _sidecar(
+    source: str,
+    rule: SlabRule,
+    axis: Axis,
+    chosen: int,
+    ignore_label: int,
+    annotated: Mapping[str, tuple[int, ...]],
+    depths: Mapping[str, int],
+) -> dict[str, Any]:
+    from nnunet_conres import __version__
+
+    return {
+        "source": source,
+        "written_by": f"nnunet-conres {__version__}",
+        "arguments": asdict(rule) | {"axis": axis},
+        "axis": chosen,
+        "ignore_label": ignore_label,
+        "cases": {
+            case_id: {"slices": depths[case_id], "annotated": list(slices)} for case_id, slices in annotated.items()
+        },
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    # Lists of numbers on one line each. A line break after the bracket cannot be within a string.
+    text = re.sub(
+        r"\[\n[\d,\s]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", json.dumps(content, indent=2)
+    )
+    path.write_text(text + "\n", encoding="utf-8")
