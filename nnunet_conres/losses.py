@@ -329,4 +329,5 @@ class VoxelWeightedCrossEntropyLoss(nn.Module):
         if self.ddp:
             distributed.all_reduce(total)
             world_size = distributed.get_world_size()
-        return (entropy * weights).sum() * world_size / total.clamp(min=torch.finfo(total.dtype).tiny)
+        # not clamped to something tiny: gradients that a GradScaler has scaled up would overflow, and inf * 0 is NaN
+        return (entropy * weights).sum() * world_size / torch.where(total > 0, total, 1)

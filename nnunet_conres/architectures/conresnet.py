@@ -34,7 +34,6 @@ from nnunet_conres.architectures.blocks import (
     PreActivationConv,
     count_elements,
     crop,
-    per_stage,
 )
 from nnunet_conres.architectures.conresnet_paper import (
     PAPER_FEATURES,
@@ -44,7 +43,7 @@ from nnunet_conres.architectures.conresnet_paper import (
     paper_arguments,
 )
 from nnunet_conres.architectures.context_residual import ContextResidualDecoder, ContextResidualModule
-from nnunet_conres.architectures.network import PlansNetwork, listing
+from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage, listing
 from nnunet_conres.residuals import inter_slice_residual
 
 RESIDUAL_INPUTS = ("decoder", "shared_encoder")
@@ -241,7 +240,7 @@ class ConResNet(PlansNetwork):
             return
 
         if n_blocks_per_stage is None:
-            convs = per_stage("n_conv_per_stage", 2 if n_conv_per_stage is None else n_conv_per_stage, n_stages)
+            convs = counts_per_stage("n_conv_per_stage", 2 if n_conv_per_stage is None else n_conv_per_stage, n_stages)
             n_blocks_per_stage = [max(1, n // 2) for n in convs]
         encoder = ResidualEncoder(
             input_channels,
@@ -250,7 +249,7 @@ class ConResNet(PlansNetwork):
             conv_op,
             self.kernel_sizes,
             self.strides,
-            per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages),
+            counts_per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages),
             conv_bias,
             norm_op,
             norm_op_kwargs,
@@ -270,7 +269,7 @@ class ConResNet(PlansNetwork):
             encoder,
             input_channels,
             num_classes,
-            per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1),
+            counts_per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1),
             deep_supervision,
             residual_outputs,
             residual_input,

@@ -54,8 +54,12 @@ class PlansNetwork(nn.Module):
                 f"The strides of the first stage must be 1, got {self.strides[0]}: the logits have its resolution and "
                 f"must have that of the patch."
             )
-        if any(k % 2 == 0 for kernel in self.kernel_sizes for k in kernel):
-            raise ValueError(f"kernel_sizes must be odd, so that convolutions keep the size; got {self.kernel_sizes}.")
+        positive("features_per_stage", self.features)
+        positive("strides", [s for stride in self.strides for s in stride])
+        if any(k < 1 or k % 2 == 0 for kernel in self.kernel_sizes for k in kernel):
+            raise ValueError(
+                f"kernel_sizes must be odd, and 1 or more, so that convolutions keep the size; got {self.kernel_sizes}."
+            )
 
     def summary(self) -> str:
         """The topology in a few words, for messages."""
@@ -102,6 +106,27 @@ class PlansNetwork(nn.Module):
                     + " Use the plans.json saved with that checkpoint, or train anew."
                 )
         return super().load_state_dict(state_dict, strict, assign)
+
+
+def positive(name: str, values: Sequence[int]) -> None:
+    """Refuses numbers of channels, convolutions and the like below 1.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if any(value < 1 for value in values):
+        raise ValueError(f"{name} must be 1 or more, got {list(values)}.")
+
+
+def counts_per_stage(name: str, value: int | Sequence[int], n_stages: int) -> list[int]:
+    """One number of convolutions for all stages, or one for each, as a list.
+
+    Raises:
+        ValueError: If there are too many or too few, or one is below 1.
+    """
+    counts = per_stage(name, value, n_stages)
+    positive(name, counts)
+    return counts
 
 
 def listing(what: str, names: Sequence[str], most: int = 3) -> str:

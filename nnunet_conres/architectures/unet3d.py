@@ -17,9 +17,9 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Sta
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
-from nnunet_conres.architectures.blocks import CeilMaxPool3d, CeilStridedConv3d, per_stage
+from nnunet_conres.architectures.blocks import CeilMaxPool3d, CeilStridedConv3d
 from nnunet_conres.architectures.encoder_decoder import ConcatDecoder, Encoder
-from nnunet_conres.architectures.network import PlansNetwork
+from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage
 
 DOWNSAMPLINGS = ("strided_conv", "max_pool")
 
@@ -134,7 +134,7 @@ class UNet3D(PlansNetwork):
 
         stages: list[nn.Module] = []
         down: list[nn.Module] = []
-        for stage, n_conv in enumerate(per_stage("n_conv_per_stage", n_conv_per_stage, n_stages)):
+        for stage, n_conv in enumerate(counts_per_stage("n_conv_per_stage", n_conv_per_stage, n_stages)):
             above = features[stage - 1] if stage > 0 else input_channels
             kept = features[stage - 1] if stage > 0 else max(1, features[0] // 2)
             stages.append(pair(above, [kept] * (n_conv - 1) + [features[stage]], kernels[stage]))
@@ -150,7 +150,7 @@ class UNet3D(PlansNetwork):
         transposed_conv_op = get_matching_convtransp(conv_op=conv_op)
         up: list[nn.Module] = []
         stages, heads = [], []
-        n_convs = per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1)
+        n_convs = counts_per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1)
         for level, n_conv in enumerate(n_convs):
             stage = n_stages - 2 - level
             below, stride = features[stage + 1], self.strides[stage + 1]

@@ -17,9 +17,9 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Con
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
-from nnunet_conres.architectures.blocks import CeilStridedConv3d, count_elements, per_stage
+from nnunet_conres.architectures.blocks import CeilStridedConv3d, count_elements
 from nnunet_conres.architectures.encoder_decoder import ConcatDecoder, Encoder
-from nnunet_conres.architectures.network import PlansNetwork
+from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage
 
 PAPER_FEATURES = (16, 32, 64, 128, 256)
 PAPER_CONVOLUTIONS = (1, 2, 3, 3, 3)
@@ -182,7 +182,7 @@ class VNet(PlansNetwork):
         features = self.features
         if n_conv_per_stage is None:
             n_conv_per_stage = convolutions_per_stage(n_stages)
-        n_convs = per_stage("n_conv_per_stage", n_conv_per_stage, n_stages)
+        n_convs = counts_per_stage("n_conv_per_stage", n_conv_per_stage, n_stages)
         if n_conv_per_stage_decoder is None:
             n_conv_per_stage_decoder = n_convs[-2::-1]
 
@@ -239,7 +239,7 @@ class VNet(PlansNetwork):
         up: list[nn.Module] = []
         stages, heads = [], []
         below = features[-1]
-        decoder_convs = per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1)
+        decoder_convs = counts_per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1)
         for level, n_conv in enumerate(decoder_convs):
             stage = n_stages - 2 - level
             skip, stride = features[stage], self.strides[stage + 1]

@@ -13,6 +13,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.architectures import conresnet_paper, unet3d, vnet
+from nnunet_conres.architectures.blocks import per_stage, triple
 
 CONRESNET = "nnunet_conres.architectures.conresnet.ConResNet"
 VNET = "nnunet_conres.architectures.vnet.VNet"
@@ -36,9 +37,31 @@ _SHARED_ARGUMENTS = (
 _REQUIRED_ARGUMENTS = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides")
 _IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 
-# What ConResNet's constructor does with an argument that is left out. These never change: an argument missing in plans
-# that name ConResNet means what it meant when they were written. A better default goes into the functions below.
+# What the constructors do with an argument that is left out. These never change: an argument missing in plans that name
+# one of our networks means what it meant when they were written. A better default goes into the functions below.
 _CONSTRUCTOR_DEFAULTS = {"residual_input": "decoder", "slice_axis": 0, "topology": "dynamic"}
+_NO_LAYERS = {
+    "norm_op": None,
+    "norm_op_kwargs": None,
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin_kwargs": None,
+}
+_VNET_DEFAULTS = _NO_LAYERS | {
+    "n_conv_per_stage": None,
+    "n_conv_per_stage_decoder": None,
+    "conv_bias": True,
+    "nonlin": "torch.nn.PReLU",
+    "auxiliary_heads": True,
+}
+_UNET3D_DEFAULTS = _NO_LAYERS | {
+    "n_conv_per_stage": 2,
+    "n_conv_per_stage_decoder": 2,
+    "conv_bias": False,
+    "nonlin": None,
+    "downsampling": "strided_conv",
+    "auxiliary_heads": True,
+}
 
 
 def conresnet_architecture(configuration: ConfigurationManager, residual_input: str | None = None) -> dict[str, Any]:
@@ -65,8 +88,8 @@ def conresnet_architecture(configuration: ConfigurationManager, residual_input: 
     blocks = given.get("n_blocks_per_stage")
     if blocks is None:
         # a residual block has two convolutions: as many as the plans ask for
-        convs = given.get("n_conv_per_stage", 2)
-        blocks = [max(1, n // 2) for n in (convs if isinstance(convs, (list, tuple)) else [convs] * n_stages)]
+        convs = per_stage("n_conv_per_stage", given.get("n_conv_per_stage", 2), n_stages)
+        blocks = [max(1, n // 2) for n in convs]
     arguments["n_blocks_per_stage"] = blocks
     # Stock plans have two convolutions per decoder level; here one is the segmentation's and one the residual's.
     arguments["n_conv_per_stage_decoder"] = [1] * (n_stages - 1)
@@ -108,15 +131,15 @@ def vnet_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
         ValueError: If the plans name a network whose topology can't be carried over.
     """
     if configuration.network_arch_class_name == VNET:
-        return _entry(VNET, deepcopy(configuration.network_arch_init_kwargs))
+        return _entry(VNET, _VNET_DEFAULTS | deepcopy(configuration.network_arch_init_kwargs))
     arguments = _shared_arguments(configuration, "VNet")
     n_stages = arguments["n_stages"]
-    features = _per_stage(arguments["features_per_stage"], n_stages)
-    kernel_sizes = _per_stage(arguments["kernel_sizes"], n_stages)
+    features = per_stage("features_per_stage", arguments["features_per_stage"], n_stages)
+    kernel_sizes = per_stage("kernel_sizes", arguments["kernel_sizes"], n_stages)
     convolutions = vnet.convolutions_per_stage(n_stages)
     arguments |= {
         "features_per_stage": [max(1, f // 2) for f in features],
-        "kernel_sizes": [[5 if k == 3 else k for k in _triple(kernel)] for kernel in kernel_sizes],
+        "kernel_sizes": [[5 if k == 3 else k for k in triple(kernel)] for kernel in kernel_sizes],
         "n_conv_per_stage": convolutions,
         "n_conv_per_stage_decoder": convolutions[-2::-1],
         "nonlin": "torch.nn.PReLU",
@@ -127,7 +150,13 @@ def vnet_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
 
 
 def vnet_paper_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
-    """The ``architecture`` entry for V-Net as the paper has it, whatever the configuration."""
+    """The ``architecture`` entry for V-Net as the paper has it.
+
+    Args:
+        configuration: Any configuration; one that names V-Net with a single head itself keeps its arguments.
+    """
+    if names_single_headed(configuration, VNET):
+        return vnet_architecture(configuration)
     return _entry(VNET, _as_plans(vnet.paper_arguments()))
 
 
@@ -144,7 +173,7 @@ def unet3d_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
     """
     given = deepcopy(configuration.network_arch_init_kwargs)
     if configuration.network_arch_class_name == UNET3D:
-        return _entry(UNET3D, given)
+        return _entry(UNET3D, _UNET3D_DEFAULTS | given)
     arguments = _shared_arguments(configuration, "UNet3D")
     n_stages = arguments["n_stages"]
     # Pairs, as the paper has them; plans of a residual encoder count blocks instead, and decode by single convolutions.
@@ -164,9 +193,11 @@ def unet3d_paper_architecture(configuration: ConfigurationManager) -> dict[str, 
     """The ``architecture`` entry for 3D U-Net as the paper has it, but for ``downsampling``, which plans may choose.
 
     Args:
-        configuration: Any configuration; one that names 3D U-Net keeps its way of downsampling, others get strided
-            convolutions.
+        configuration: Any configuration; one that names 3D U-Net with a single head itself keeps its arguments, one
+            that names 3D U-Net at all its way of downsampling; others get strided convolutions.
     """
+    if names_single_headed(configuration, UNET3D):
+        return unet3d_architecture(configuration)
     arguments = _as_plans(unet3d.paper_arguments())
     if configuration.network_arch_class_name == UNET3D:
         given = configuration.network_arch_init_kwargs
@@ -179,6 +210,19 @@ def names_paper_topology(configuration: ConfigurationManager) -> bool:
     return (
         configuration.network_arch_class_name == CONRESNET
         and configuration.network_arch_init_kwargs.get("topology") == "paper"
+    )
+
+
+def names_single_headed(configuration: ConfigurationManager, class_name: str) -> bool:
+    """Whether a configuration asks for V-Net or 3D U-Net with a head at full size only, as the papers have them.
+
+    Args:
+        configuration: Any configuration.
+        class_name: Which of the two.
+    """
+    return (
+        configuration.network_arch_class_name == class_name
+        and configuration.network_arch_init_kwargs.get("auxiliary_heads", True) is False
     )
 
 
@@ -202,12 +246,23 @@ def _shared_arguments(configuration: ConfigurationManager, network: str) -> dict
             f"Cannot derive {network} from these plans: their network {configuration.network_arch_class_name} has no "
             f"{', '.join(missing)}. Use plans of a U-Net, such as nnUNetPlans or nnUNetResEncUNetMPlans."
         )
+    if given.get("nonlin") is None or given.get("auxiliary_heads") is False:
+        raise ValueError(
+            f"Cannot derive {network} from these plans: their network {configuration.network_arch_class_name} is a "
+            f"paper's own, or has no nonlinearity. Train it with its own trainer, or use plans of a U-Net, such as "
+            f"nnUNetPlans."
+        )
     arguments = {argument: given.get(argument) for argument in _SHARED_ARGUMENTS}
     arguments["conv_bias"] = bool(given.get("conv_bias", True))
     return arguments
 
 
 def _entry(class_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    # nnU-Net takes the scales of deep supervision from the strides, and wants three numbers for each stage
+    for argument in ("kernel_sizes", "strides"):
+        if argument in arguments and "n_stages" in arguments:
+            values = per_stage(argument, arguments[argument], arguments["n_stages"])
+            arguments[argument] = [triple(value) for value in values]
     imports = [argument for argument in _IMPORTED_ARGUMENTS if argument in arguments]
     return {"network_class_name": class_name, "arch_kwargs": arguments, "_kw_requires_import": imports}
 
@@ -218,11 +273,3 @@ def _as_plans(arguments: Mapping[str, Any]) -> dict[str, Any]:
         argument: f"{value.__module__}.{value.__name__}" if isinstance(value, type) else value
         for argument, value in arguments.items()
     }
-
-
-def _per_stage(value: Any, n_stages: int) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value] * n_stages
-
-
-def _triple(value: Any) -> list[int]:
-    return list(value) if isinstance(value, (list, tuple)) else [value] * 3

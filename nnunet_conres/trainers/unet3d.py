@@ -17,7 +17,6 @@ from torch import nn
 
 from nnunet_conres.losses import VoxelWeightedCrossEntropyLoss
 from nnunet_conres.planning.architectures import (
-    has_auxiliary_heads,
     unet3d_architecture,
     unet3d_paper_architecture,
 )
@@ -65,8 +64,6 @@ class nnUNetTrainerUNet3DPaper(nnUNetTrainerUNet3D):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        if not has_auxiliary_heads(configuration):
-            return unet3d_architecture(configuration)
         return unet3d_paper_architecture(configuration)
 
     def _build_segmentation_loss(self) -> nn.Module:

@@ -16,7 +16,12 @@ from torch import nn
 from nnunet_conres.architectures.vnet import PAPER_DIVISOR
 from nnunet_conres.augmentation.histogram import HistogramMatchingTransform
 from nnunet_conres.losses import SquaredDiceLoss
-from nnunet_conres.planning.architectures import has_auxiliary_heads, vnet_architecture, vnet_paper_architecture
+from nnunet_conres.planning.architectures import (
+    VNET,
+    names_single_headed,
+    vnet_architecture,
+    vnet_paper_architecture,
+)
 from nnunet_conres.trainers.augmentation import with_deformation, with_spatial, without_intensity_transforms
 from nnunet_conres.trainers.base import PluginTrainer, with_paper_patch
 from nnunet_conres.trainers.schedules import StepLRScheduler
@@ -66,14 +71,12 @@ class nnUNetTrainerVNetPaper(nnUNetTrainerVNet):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        if not has_auxiliary_heads(configuration):
-            return vnet_architecture(configuration)
         return vnet_paper_architecture(configuration)
 
     @classmethod
     def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
         entries = super().resolve(configuration, name)
-        if not has_auxiliary_heads(configuration):
+        if names_single_headed(configuration, VNET):
             return entries
         return with_paper_patch(entries, configuration, PAPER_PATCH_SIZE, PAPER_BATCH_SIZE, PAPER_DIVISOR)
 
@@ -85,7 +88,7 @@ class nnUNetTrainerVNetPaper(nnUNetTrainerVNet):
         optimizer = torch.optim.SGD(
             self.network.parameters(), self.initial_lr, momentum=0.99, weight_decay=self.weight_decay
         )
-        step_epochs = PAPER_STEP_ITERATIONS / self._full_epoch_iterations
+        step_epochs = PAPER_STEP_ITERATIONS / self.num_iterations_per_epoch
         return optimizer, StepLRScheduler(optimizer, self.initial_lr, step_epochs)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802

@@ -126,6 +126,11 @@ class TestNetwork:
             ({"kernel_sizes": [2, 3, 3]}, "odd"),
             ({"features_per_stage": [4, 8]}, "features_per_stage .* 3 entries"),
             ({"strides": [1, 2, [2, 2]]}, "three entries"),
+            ({"features_per_stage": [4, 0, 8]}, "features_per_stage must be 1 or more"),
+            ({"strides": [1, 0, 2]}, "strides must be 1 or more"),
+            ({"kernel_sizes": -1}, "1 or more"),
+            ({"n_conv_per_stage": [1, 0, 2]}, "n_conv_per_stage must be 1 or more"),
+            ({"n_conv_per_stage_decoder": 0}, "n_conv_per_stage_decoder must be 1 or more"),
             ({"n_conv_per_stage": [2, 2]}, "n_conv_per_stage .* 3 entries"),
             ({"n_conv_per_stage_decoder": [2, 2, 2]}, "n_conv_per_stage_decoder .* 2 entries"),
         ],
@@ -172,3 +177,23 @@ def test_max_pooling_with_odd_sizes_equals_ceil_mode() -> None:
     image = torch.randn(1, 2, 5, 7, 9)
     torch.testing.assert_close(pool(image), nn.functional.max_pool3d(image, 2, ceil_mode=True))
     assert network.compute_conv_feature_map_size((4, 8, 8)) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("network_class", NETWORKS)
+def test_compiled_mixed_precision_on_a_gpu(network_class: type[PlansNetwork]) -> None:
+    torch.compiler.reset()
+    network = network_class(**arguments(deep_supervision=True)).cuda()
+    network.apply(network.initialize)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01)
+    scaler = torch.amp.GradScaler("cuda")
+    compiled = torch.compile(network)
+    for size in ((8, 16, 16), (5, 7, 9)):
+        with torch.autocast("cuda"):
+            outputs = compiled(torch.randn(2, 2, *size, device="cuda"))
+            loss = sum(output.float().square().mean() for output in outputs)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.isfinite(loss)

@@ -1,5 +1,6 @@
 """What our networks make of nnU-Net's plans."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -199,3 +200,65 @@ def test_papers_have_a_single_head() -> None:
         assert not heads(paper(configuration))
     for dynamic in (vnet_architecture, unet3d_architecture, conresnet_architecture):
         assert heads(dynamic(configuration))
+
+
+def naming(entry: dict[str, Any], **patch: Any) -> Any:
+    """A configuration whose plans hold this architecture."""
+    return fullres(with_configuration(plans(), "3d_fullres", architecture=entry, **patch))
+
+
+PAPERS = {
+    VNET: vnet_paper_architecture,
+    UNET3D: unet3d_paper_architecture,
+    CONRESNET: conresnet_paper_architecture,
+}
+
+
+class TestPlansOfOtherFamilies:
+    @pytest.mark.parametrize("theirs", list(PAPERS))
+    @pytest.mark.parametrize("ours", list(PAPERS))
+    def test_papers_are_the_papers_whatever_the_plans_name(self, theirs: str, ours: str) -> None:
+        stock = PAPERS[ours](fullres(plans()))
+        assert PAPERS[ours](naming(PAPERS[theirs](fullres(plans())))) == stock
+
+    @pytest.mark.parametrize(
+        ("derive", "theirs"),
+        [
+            (vnet_architecture, UNET3D),
+            (vnet_architecture, CONRESNET),
+            (unet3d_architecture, VNET),
+            (unet3d_architecture, CONRESNET),
+            (conresnet_architecture, VNET),
+            (conresnet_architecture, UNET3D),
+        ],
+    )
+    def test_nothing_is_derived_from_another_networks_paper_form(self, derive: Any, theirs: str) -> None:
+        with pytest.raises(ValueError, match=r"Cannot derive .*a paper's own, or has no nonlinearity"):
+            derive(naming(PAPERS[theirs](fullres(plans()))))
+
+    def test_single_headed_plans_of_the_own_network_keep_their_arguments(self) -> None:
+        for derive, paper in ((vnet_architecture, PAPERS[VNET]), (unet3d_architecture, PAPERS[UNET3D])):
+            entry = derive(fullres(plans()))
+            entry["arch_kwargs"]["auxiliary_heads"] = False
+            assert paper(naming(entry)) == entry
+
+
+@pytest.mark.parametrize(("derive", "class_name"), [(vnet_architecture, VNET), (unet3d_architecture, UNET3D)])
+def test_what_plans_leave_out_is_spelled_out_as_the_constructor_has_it(derive: Any, class_name: str) -> None:
+    partial = {
+        "n_stages": 2,
+        "features_per_stage": [4, 8],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": 3,
+        "strides": [1, 2],
+    }
+    given = {"network_class_name": class_name, "arch_kwargs": partial, "_kw_requires_import": ["conv_op"]}
+    entry = derive(naming(given))
+    assert entry["arch_kwargs"]["strides"] == [[1, 1, 1], [2, 2, 2]]  # as nnU-Net reads them
+    assert entry["arch_kwargs"]["kernel_sizes"] == [[3, 3, 3]] * 2
+    networks = [
+        get_network_from_plans(class_name, e["arch_kwargs"], e["_kw_requires_import"], 1, 2) for e in (given, entry)
+    ]
+    assert str(networks[0]) == str(networks[1])
+    signature = inspect.signature(type(networks[0]).__init__).parameters
+    assert set(signature) - {"self", "input_channels", "num_classes", "deep_supervision"} == set(entry["arch_kwargs"])

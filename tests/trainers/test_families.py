@@ -247,7 +247,7 @@ class TestRefusals:
     ) -> None:
         arguments = stock_plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
         arguments["kernel_sizes"] = [[4, 4, 4]] * arguments["n_stages"]
-        with pytest.raises(ValueError, match=r"3d_fullres asks for can't be built: kernel_sizes must be odd"):
+        with pytest.raises(ValueError, match=r"3d_fullres asks for can't be built: kernel_sizes must be odd, and 1"):
             make_trainer(trainer_class, plans=stock_plans)
 
     def test_arguments_that_the_network_does_not_have(
