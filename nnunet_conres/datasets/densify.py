@@ -32,6 +32,7 @@ from nnunet_conres.datasets.raw import (
     map_cases,
     read_dataset_json,
     short_message,
+    write_json,
 )
 from nnunet_conres.datasets.sparse import IGNORE
 
@@ -157,6 +158,12 @@ def densify(
     faults += _model_faults(model, name, dataset_json)
     cases, found = find_training_cases(dataset_folder, dataset_json)
     faults += found
+    expected = dataset_json.get("numTraining", len(cases))
+    if not found and expected != len(cases):
+        faults.append(
+            f"{dataset_folder} has {len(cases)} training cases, but its dataset.json says numTraining {expected}. Put "
+            f"the missing files back, or correct dataset.json."
+        )
     ending = str(dataset_json["file_ending"])
     groups: dict[tuple[Fold, ...], list[TrainingCase]] = {model.folds: list(cases)}
     if cross_validation:
@@ -172,6 +179,8 @@ def densify(
         "mirroring": mirroring,
         "step_size": step_size,
         "cross_validation": cross_validation,
+        "previous_stage": None if previous_stage_folder is None else str(Path(previous_stage_folder).resolve()),
+        "trained": _checkpoint_times(model, name),
     }
     faults += _output_faults(output, dataset_folder, cases, existing, record)
     faults += _companion_faults(model, dataset_folder, cases, ending, previous_stage_folder, reference_folder)
@@ -203,9 +212,13 @@ def densify(
         shutil.rmtree(leftover, ignore_errors=True)
     written: list[str] = []
     try:
-        _write_json(output / RECORD, record)
+        if existing == "overwrite":
+            # What is left of another model would pass for this one's if this run were interrupted and continued.
+            for case in cases:
+                (output / f"{case.case_id}{ending}").unlink(missing_ok=True)
+        write_json(output / RECORD, record)
         shutil.copyfile(model_folder / "plans.json", output / "plans.json")
-        _write_json(output / "dataset.json", _dense_dataset_json(dataset_json, len(cases)))
+        write_json(output / "dataset.json", _dense_dataset_json(dataset_json, len(cases)))
         for case_id in _with_bar(
             _predict_groups(
                 predictors,
@@ -577,7 +590,14 @@ def _dense_dataset_json(dataset_json: Mapping[str, Any], cases: int) -> dict[str
     return content
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.new")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+def _checkpoint_times(model: Model, name: str) -> dict[str, str]:
+    """When each fold's checkpoint was written: a model trained anew under the same name is another one."""
+    from datetime import datetime, timezone
+
+    folder = model.folder(name)
+    files = {} if folder is None else {str(fold): folder / f"fold_{fold}" / model.checkpoint for fold in model.folds}
+    return {
+        fold: datetime.fromtimestamp(file.stat().st_mtime, timezone.utc).isoformat(timespec="seconds")
+        for fold, file in files.items()
+        if file.is_file()
+    }

@@ -230,7 +230,16 @@ def read_dataset_json(dataset_folder: Path) -> tuple[dict[str, Any] | None, list
     missing = [key for key in ("labels", "file_ending") if not isinstance(content, dict) or key not in content]
     if missing:
         return None, [f"{path} has no {' and no '.join(missing)}; expected the dataset.json of an nnU-Net data set."]
+    if not isinstance(content["labels"], dict):
+        return None, [f"{path} has labels {content['labels']!r}; expected their names, each with its value."]
     return content, []
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file; whoever looks finds it whole or not at all."""
+    partial = path.with_name(f".{path.name}.new")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def reader_writer_class(dataset_json: Mapping[str, Any], cases: Sequence[TrainingCase]) -> type | None:

@@ -7,8 +7,6 @@ single ones; here they come in slabs of neighbours, because a difference between
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,6 +31,7 @@ from nnunet_conres.datasets.raw import (
     short_message,
     some,
     target_faults,
+    write_json,
 )
 
 Axis = Literal["slice", 0, 1, 2]
@@ -256,10 +255,8 @@ def sparsify(
         for transfer in _transfer_test_cases(source_folder, partial):
             transfers[transfer] += 1
         content = _sparse_dataset_json(dataset_json, target.name, ignore_label, len(cases))
-        _write_json(partial / "dataset.json", content)
-        _write_json(
-            partial / SIDECAR, _sidecar(source_folder.name, rule, axis, chosen, ignore_label, annotated, depths)
-        )
+        write_json(partial / "dataset.json", content)
+        write_json(partial / SIDECAR, _sidecar(source_folder.name, rule, axis, chosen, ignore_label, annotated, depths))
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -438,11 +435,3 @@ def _sidecar(
             case_id: {"slices": depths[case_id], "annotated": list(slices)} for case_id, slices in annotated.items()
         },
     }
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    # Lists of numbers on one line each. A line break after the bracket cannot be within a string.
-    text = re.sub(
-        r"\[\n[\d,\s]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", json.dumps(content, indent=2)
-    )
-    path.write_text(text + "\n", encoding="utf-8")

@@ -10,11 +10,13 @@ from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrig
 from batchgeneratorsv2.transforms.intensity.contrast import ContrastTransform
 from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
+from nnunet_conres.augmentation.mirror_outside import MirrorOutsideTransform
 from nnunet_conres.losses import VoxelWeightedCrossEntropyLoss
 from nnunet_conres.planning.architectures import (
     unet3d_architecture,
@@ -92,7 +94,7 @@ class nnUNetTrainerUNet3DPaper(nnUNetTrainerUNet3D):
     def get_training_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
         """Rotation, scaling and deformation, always, and nnU-Net's changes of brightness, contrast and gamma.
 
-        No noise, blur, low resolution or mirroring. Outside of what nnU-Net's loader hands over the data are mirrored.
+        No noise, blur, low resolution or flipping. Outside of the volume the data are mirrored.
         Takes the arguments of nnU-Net's method of this name.
         """
         pipeline = without_intensity_transforms(
@@ -114,4 +116,5 @@ class nnUNetTrainerUNet3DPaper(nnUNetTrainerUNet3D):
                 border_mode_seg="reflection",
             )
 
-        return with_spatial(pipeline, all_of_them)
+        deformed = with_spatial(pipeline, all_of_them)
+        return ComposeTransforms([MirrorOutsideTransform(), *deformed.transforms])

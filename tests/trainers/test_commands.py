@@ -14,10 +14,10 @@ import SimpleITK as sitk  # noqa: N813
 
 # Two steps instead of 250, in a folder of the user's own: what is there must be found, and be searched first.
 USER_TRAINER = """
-from nnunet_conres.trainers import nnUNetTrainerConResNet
+from nnunet_conres.trainers import BASE
 
 
-class nnUNetTrainerConResNet_TwoSteps(nnUNetTrainerConResNet):
+class BASE_TwoSteps(BASE):
     training_epochs = 1
 
     def initialize(self):
@@ -41,30 +41,33 @@ def run(command: str, *arguments: str, check: bool = True, **environment: str) -
     return result.stdout
 
 
-@pytest.fixture
-def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.mark.parametrize(
+    "base",
+    [
+        "nnUNetTrainerConResNet",
+        pytest.param("nnUNetTrainerVNet", marks=pytest.mark.slow),
+        pytest.param("nnUNetTrainerUNet3D", marks=pytest.mark.slow),
+    ],
+)
+def test_train_predict_find_best_and_move_elsewhere(
+    preprocessed: Callable[[str], Path], results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
     folder = tmp_path / "my trainers"
     folder.mkdir()
-    (folder / "two_steps.py").write_text(USER_TRAINER)
+    (folder / "two_steps.py").write_text(USER_TRAINER.replace("BASE", base))
     monkeypatch.setenv("nnUNet_extTrainer", str(folder))
-    return folder
-
-
-@pytest.mark.usefixtures("user_folder")
-def test_train_predict_find_best_and_move_elsewhere(
-    preprocessed: Callable[[str], Path], results: Path, tmp_path: Path
-) -> None:
+    name = f"{base}_TwoSteps"
     dataset = preprocessed("regions").name
     images = Path(os.environ["nnUNet_raw"]) / dataset / "imagesTr"
     one_case = tmp_path / "images"
     one_case.mkdir()
     for file in images.glob("case_0_*"):
         shutil.copy(file, one_case)
-    trainer = ["-tr", "nnUNetTrainerConResNet_TwoSteps"]
+    trainer = ["-tr", name]
     few_processes = ["-npp", "1", "-nps", "1", "-device", "cpu"]
 
     run("nnUNetv2_train", dataset, "3d_fullres", "0", *trainer, "-device", "cpu", "--npz")
-    model = results / dataset / "nnUNetTrainerConResNet_TwoSteps__nnUNetPlans__3d_fullres"
+    model = results / dataset / f"{name}__nnUNetPlans__3d_fullres"
     assert (model / "fold_0" / "validation" / "summary.json").is_file()
 
     here, there, moved = tmp_path / "here", tmp_path / "there", tmp_path / "elsewhere"
@@ -78,7 +81,7 @@ def test_train_predict_find_best_and_move_elsewhere(
 
     run("nnUNetv2_find_best_configuration", dataset, "-c", "3d_fullres", *trainer, "-f", "0", "-np", "1")
     best = json.loads((results / dataset / "inference_information.json").read_text())
-    assert "nnUNetTrainerConResNet_TwoSteps" in json.dumps(best["best_model_or_ensemble"])
+    assert name in json.dumps(best["best_model_or_ensemble"])
 
     archive = tmp_path / "model.zip"
     run("nnUNetv2_export_model_to_zip", "-d", dataset, "-c", "3d_fullres", "-f", "0", *trainer, "-o", str(archive))

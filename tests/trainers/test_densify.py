@@ -212,6 +212,21 @@ def test_interrupted_and_continued(
     assert not list(output.glob(".*"))
     assert run(dataset, output, existing="continue").written == ()
 
+    # Overwriting removes the old files first: continuing must not take them for its own.
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_case", full)
+        with pytest.raises(OSError, match="No space"):
+            run(dataset, output, existing="overwrite")
+    assert [path.name for path in sorted(output.glob("case_*"))] == ["case_0.nii.gz", "case_1.nii.gz"]
+    # A model that was trained anew under the same name is another one.
+    checkpoint = trained[1] / "fold_0" / "checkpoint_final.pth"
+    written = checkpoint.stat().st_mtime
+    os.utime(checkpoint, (written + 60, written + 60))
+    assert "trained {" in faults_of(dataset, output, existing="continue")
+    os.utime(checkpoint, (written, written))
+    assert len(run(dataset, output, existing="continue").written) == 4
+
     # As the command, with other processes, over all that is there, and with pictures.
     command = ["densify", "-d", dataset, "-o", str(output), "-tr", NAME, "-c", "3d_fullres", "-f", "0"]
     options = ["-device", "cpu", "--overwrite", "--disable_tta", "-npp", "1", "-nps", "1"]
@@ -312,6 +327,18 @@ class TestBadInput:
         ):
             assert part in faults
         assert not (tmp_path / "dense").exists()
+
+    def test_a_case_that_is_gone_altogether(self, trained: tuple[str, Path], tmp_path: Path) -> None:
+        raw = Path(os.environ["nnUNet_raw"]) / trained[0]
+        hidden = [*raw.glob("imagesTr/case_3_*"), raw / "labelsTr/case_3.nii.gz"]
+        for path in hidden:
+            path.rename(tmp_path / path.name)
+        try:
+            faults = faults_of(trained[0], tmp_path / "dense")
+        finally:
+            for path in hidden:
+                (tmp_path / path.name).rename(path)
+        assert "has 5 training cases, but its dataset.json says numTraining 6" in faults
 
     def test_no_cuda(self, trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

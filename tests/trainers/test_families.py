@@ -19,6 +19,7 @@ from nnunet_conres.architectures.unet3d import UNet3D
 from nnunet_conres.architectures.vnet import VNet
 from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
 from nnunet_conres.augmentation.histogram import HistogramMatchingTransform
+from nnunet_conres.augmentation.mirror_outside import MirrorOutsideTransform
 from nnunet_conres.losses import SquaredDiceLoss, VoxelWeightedCrossEntropyLoss
 from nnunet_conres.trainers import (
     nnUNetTrainerUNet3D,
@@ -224,6 +225,7 @@ class TestUNet3DPaper:
         assert spatial.p_rotation == spatial.p_scaling == spatial.p_deformation == 1
         assert spatial.sigma == (4.0, 4.0, 4.0)
         assert spatial.padding_mode_image == spatial.border_mode_seg == "reflection"
+        assert isinstance(others[0], MirrorOutsideTransform)
         kept = {type(t.transform).__name__ for t in others if isinstance(t, RandomTransform)}
         assert kept == {"MultiplicativeBrightnessTransform", "ContrastTransform", "GammaTransform"}
 
