@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_conres.architectures.blocks import count_elements, crop
+from nnunet_conres.architectures.network import PlansNetwork
 
 
 class Encoder(nn.Module):
@@ -94,3 +95,33 @@ class ConcatDecoder(nn.Module):
             if is_last or (self.deep_supervision and level >= first_head):
                 output += count_elements(self.seg_layers[level - first_head], size)
         return output
+
+
+class EncoderDecoder(PlansNetwork):
+    """A network of these two; subclasses fill in ``encoder`` and ``decoder``."""
+
+    encoder: Encoder
+    decoder: ConcatDecoder
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Computes logits.
+
+        Args:
+            x: Images, shape (B, input_channels, X, Y, Z).
+
+        Returns:
+            Logits, (B, num_classes, X, Y, Z); with ``decoder.deep_supervision`` a list of them, largest first.
+        """
+        return self.decoder(self.encoder(x))
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """Number of feature map elements, as nnU-Net's planner counts them for its memory estimate.
+
+        Args:
+            input_size: Spatial patch size (x, y, z), without batch and channels.
+
+        Raises:
+            ValueError: If ``input_size`` has not three entries.
+        """
+        sizes = self.feature_map_sizes(input_size)
+        return self.encoder.compute_conv_feature_map_size(sizes) + self.decoder.compute_conv_feature_map_size(sizes)

@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
-from torch import Tensor, nn
+from torch import nn
 
 from nnunet_conres.architectures.blocks import CeilMaxPool3d, CeilStridedConv3d
-from nnunet_conres.architectures.encoder_decoder import ConcatDecoder, Encoder
-from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage
+from nnunet_conres.architectures.encoder_decoder import ConcatDecoder, Encoder, EncoderDecoder
+from nnunet_conres.architectures.network import counts_per_stage
 
 DOWNSAMPLINGS = ("strided_conv", "max_pool")
 
@@ -49,7 +48,7 @@ def paper_arguments() -> dict[str, Any]:
     }
 
 
-class UNet3D(PlansNetwork):
+class UNet3D(EncoderDecoder):
     """Encoder-decoder of convolution pairs whose channels double before the resolution is lowered.
 
     The first convolutions of a stage keep the channels that come from above, its last one makes them ``features``: a
@@ -174,29 +173,6 @@ class UNet3D(PlansNetwork):
             weights and biases that the paper states.
         """
         return cls(input_channels=input_channels, num_classes=num_classes, **(paper_arguments() | kwargs))
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Computes logits.
-
-        Args:
-            x: Images, shape (B, input_channels, X, Y, Z).
-
-        Returns:
-            Logits, (B, num_classes, X, Y, Z); with ``decoder.deep_supervision`` a list of them, largest first.
-        """
-        return self.decoder(self.encoder(x))
-
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Number of feature map elements, as nnU-Net's planner counts them for its memory estimate.
-
-        Args:
-            input_size: Spatial patch size (x, y, z), without batch and channels.
-
-        Raises:
-            ValueError: If ``input_size`` has not three entries.
-        """
-        sizes = self.feature_map_sizes(input_size)
-        return self.encoder.compute_conv_feature_map_size(sizes) + self.decoder.compute_conv_feature_map_size(sizes)
 
     def summary(self) -> str:
         """The topology in a few words, for messages."""

@@ -18,8 +18,8 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 
 from nnunet_conres.architectures.blocks import CeilStridedConv3d, count_elements
-from nnunet_conres.architectures.encoder_decoder import ConcatDecoder, Encoder
-from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage
+from nnunet_conres.architectures.encoder_decoder import ConcatDecoder, Encoder, EncoderDecoder
+from nnunet_conres.architectures.network import counts_per_stage
 
 PAPER_FEATURES = (16, 32, 64, 128, 256)
 PAPER_CONVOLUTIONS = (1, 2, 3, 3, 3)
@@ -119,7 +119,7 @@ class ResolutionChange(nn.Module):
         return count_elements(self.conv, output_size)
 
 
-class VNet(PlansNetwork):
+class VNet(EncoderDecoder):
     """Residual encoder-decoder whose resolution changes by convolutions of kernel and stride 2.
 
     A stage's channels double at the strided convolution that leads to it. On the way up, transposed convolutions make
@@ -261,29 +261,6 @@ class VNet(PlansNetwork):
             **kwargs: ``deep_supervision``.
         """
         return cls(input_channels=input_channels, num_classes=num_classes, **(paper_arguments() | kwargs))
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Computes logits.
-
-        Args:
-            x: Images, shape (B, input_channels, X, Y, Z).
-
-        Returns:
-            Logits, (B, num_classes, X, Y, Z); with ``decoder.deep_supervision`` a list of them, largest first.
-        """
-        return self.decoder(self.encoder(x))
-
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Number of feature map elements, as nnU-Net's planner counts them for its memory estimate.
-
-        Args:
-            input_size: Spatial patch size (x, y, z), without batch and channels.
-
-        Raises:
-            ValueError: If ``input_size`` has not three entries.
-        """
-        sizes = self.feature_map_sizes(input_size)
-        return self.encoder.compute_conv_feature_map_size(sizes) + self.decoder.compute_conv_feature_map_size(sizes)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

@@ -14,32 +14,10 @@ from nnunet_conres.trainers.plans import (
     with_configuration,
 )
 
-STOCK = {
-    "n_stages": 3,
-    "features_per_stage": [32, 64, 128],
-    "conv_op": "torch.nn.modules.conv.Conv3d",
-    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-    "n_conv_per_stage": [2, 2, 2],
-    "n_conv_per_stage_decoder": [2, 2],
-    "conv_bias": True,
-    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-    "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-    "dropout_op": None,
-    "dropout_op_kwargs": None,
-    "nonlin": "torch.nn.LeakyReLU",
-    "nonlin_kwargs": {"inplace": True},
-}
 
-
-def plans(class_name: str = "dynamic_network_architectures.architectures.unet.PlainConvUNet", **arguments: Any) -> dict:
-    given = {k: v for k, v in (STOCK | arguments).items() if v != "left out"}
-    architecture = {
-        "network_class_name": class_name,
-        "arch_kwargs": given,
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
-    fullres = {"patch_size": [20, 64, 64], "batch_size": 2, "architecture": architecture}
+def plans() -> dict[str, Any]:
+    """Plans as far as they matter here: a configuration, and one that inherits from it."""
+    fullres = {"patch_size": [20, 64, 64], "batch_size": 2, "architecture": {"network_class_name": "a.UNet"}}
     cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     return {"configurations": {"3d_fullres": fullres, "3d_cascade_fullres": cascade}}
 
