@@ -329,7 +329,7 @@ def _add_densify(subparsers: "Subparsers") -> None:
         "--continue", dest="go_on", action="store_true", help="go on where the same command was interrupted"
     )
     parser.add_argument(
-        "--figures", metavar="N", type=int, default=0, help="draw the first N cases, to figures in the output folder"
+        "--figures", metavar="N", type=_count, default=0, help="draw the first N cases, to figures in the output folder"
     )
     parser.add_argument("-ref", "--ref", metavar="FOLDER", help="dense labels to draw beside, if there are any")
     parser.add_argument(
@@ -339,6 +339,12 @@ def _add_densify(subparsers: "Subparsers") -> None:
         "-nps", metavar="N", type=int, default=3, help="processes for writing, 0 for none (default: %(default)s)"
     )
     parser.set_defaults(handler=_densify)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of cases; expected 0 or more")
+    return int(text)
 
 
 def _fold(text: str) -> int | str:
@@ -403,8 +409,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; `handler` of what it returns is the function to call."""
     parser = argparse.ArgumentParser(
         prog="nnunet-conres",
-        description="Tools around the ConResNet trainers for nnU-Net. Training and prediction are nnU-Net's own "
-        "commands, for example: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerConResNet",
+        description="Tools around the ConResNet, V-Net and 3D U-Net trainers for nnU-Net. Training and prediction are "
+        "nnU-Net's own commands, for example: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerConResNet",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

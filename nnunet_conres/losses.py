@@ -135,6 +135,8 @@ class ConResLoss(nn.Module):
     Attributes:
         parts: After a call, its parts by name, detached: ``segmentation``, and ``residual`` before weighting, NaN where
             no residual is defined in the whole batch.
+        has_residuals: False where the annotation defines no residual at all, whatever batches seem to say: that part is
+            then NaN among the parts and adds nothing.
 
     Source: Zhang et al. 2021, section III-E.
     """
@@ -152,6 +154,7 @@ class ConResLoss(nn.Module):
         self.n_segmentation_outputs = n_segmentation_outputs
         self.residual_weight = residual_weight
         self.parts: dict[str, Tensor] = {}
+        self.has_residuals = True
 
     def forward(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Computes the objective.
@@ -168,8 +171,10 @@ class ConResLoss(nn.Module):
         residual, defined = self.residual(outputs[self.n_segmentation_outputs :], targets[0])
         self.parts = {
             "segmentation": segmentation.detach(),
-            "residual": torch.where(defined > 0, residual.detach(), torch.nan),
+            "residual": torch.where((defined > 0) & self.has_residuals, residual.detach(), torch.nan),
         }
+        if not self.has_residuals:
+            residual = 0 * residual  # and no gradients but zeros, which every parameter has to have on several GPUs
         return segmentation + self.residual_weight * residual
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -96,6 +97,17 @@ def residual_mask(annotated: Tensor, slice_axis: int = 0) -> Tensor:
         both = annotated.narrow(dim, 1, depth - 1) & annotated.narrow(dim, 0, depth - 1)
         mask.narrow(dim, 1, depth - 1).copy_(both)
     return mask
+
+
+def has_neighbours(annotated: np.ndarray, slice_axis: int = 0) -> bool:
+    """Whether a voxel and the one before it along the slice axis are annotated anywhere: else no residual is defined.
+
+    Args:
+        annotated: True where a voxel carries an annotation, boolean, any number of axes.
+        slice_axis: Axis along which slices follow each other.
+    """
+    first_to_last = np.moveaxis(annotated, slice_axis, 0)
+    return bool((first_to_last[1:] & first_to_last[:-1]).any())
 
 
 def label_residual(

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nnunet_conres.residuals import (
+    has_neighbours,
     inter_slice_residual,
     label_residual,
     max_pool_to,
@@ -197,3 +198,24 @@ class TestMaxPool:
             residual[:, :, border] = True
             coarse = residual_pyramid(residual, None, [(9, 9, 9), (5, 5, 5), (3, 3, 3)])[2][0]
             assert torch.nonzero(coarse[0, 0, :, 0, 0]).flatten().tolist() == [border // 4]
+
+
+@pytest.mark.parametrize("slice_axis", [0, 1, 2])
+def test_has_neighbours_equals_looking_at_every_pair(slice_axis: int) -> None:
+    rng = np.random.default_rng(0)
+    found = []
+    for density in (0.0, 0.005, 0.02, 0.5, 1.0):
+        for _ in range(20):
+            annotated = rng.random((4, 5, 6)) < density
+            slices = np.moveaxis(annotated, slice_axis, 0)
+            expected = any((slices[k] & slices[k - 1]).any() for k in range(1, len(slices)))
+            assert has_neighbours(annotated, slice_axis) == expected
+            found.append(expected)
+    assert any(found)
+    assert not all(found)
+
+
+def test_has_neighbours_along_another_axis_do_not_count() -> None:
+    annotated = np.zeros((4, 5, 6), dtype=bool)
+    annotated[2] = True
+    assert [has_neighbours(annotated, axis) for axis in range(3)] == [False, True, True]

@@ -305,7 +305,9 @@ def _model_faults(model: Model, name: str, dataset_json: Mapping[str, Any]) -> I
     for fold in missing:
         others = sorted(path.name for path in (folder / f"fold_{fold}").glob("checkpoint_*.pth"))
         command = model.training_command(name, fold)
-        if others:
+        if others and DEFAULT_CHECKPOINT in others:
+            yield f"Fold {fold} has no {model.checkpoint} in {folder}, only {', '.join(others)}; choose with -chk."
+        elif others:
             yield (
                 f"Fold {fold} has no {model.checkpoint} in {folder}, only {', '.join(others)}: its training has not "
                 f"come to the end. Finish it with {command} --c, or take another checkpoint with -chk {others[-1]}."
@@ -369,8 +371,9 @@ def _output_faults(
         yield f"{output} is not a folder; expected one to write to."
         return
     inputs = {path.parent.resolve() for case in cases for path in (case.labels, *case.images)}
-    if output.resolve() in {*inputs, dataset_folder.resolve()}:
-        yield f"{output} holds the data set's own files; choose another -o."
+    raw = dataset_folder.resolve().parent
+    if output.resolve() in inputs or raw in (output.resolve(), *output.resolve().parents):
+        yield f"{output} holds files of a data set in {raw}; choose another -o."
         return
     if not output.is_dir() or not any(path for path in output.iterdir() if not path.name.endswith(".partial")):
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import multiprocessing
@@ -279,7 +280,7 @@ class CaseLook:
 
 
 def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
-    """Read a case's first channel and its labels, and check the labels' values and shape.
+    """Read a case's images and labels, and check the labels' values and shape.
 
     Args:
         job: The case, nnU-Net's reader for it, and the label values that may occur.
@@ -291,13 +292,14 @@ def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
     reader: Any = reader_class()
     faults = []
     try:
-        image, properties = reader.read_images([str(case.images[0])])
+        for path in (*case.images, case.labels):
+            _read_to_the_end(path)
+        for path in case.images:
+            image, properties = reader.read_images([str(path)])
+        path = case.labels
+        labels, _ = reader.read_seg(str(path))
     except Exception as error:  # each of nnU-Net's readers has its own
-        return CaseLook(case.case_id, faults=(f"{case.images[0]} cannot be read: {short_message(error)}.",))
-    try:
-        labels, _ = reader.read_seg(str(case.labels))
-    except Exception as error:
-        return CaseLook(case.case_id, faults=(f"{case.labels} cannot be read: {short_message(error)}.",))
+        return CaseLook(case.case_id, faults=(f"{path} cannot be read: {short_message(error)}.",))
     if labels.shape[1:] != image.shape[1:]:
         faults.append(f"{case.labels} has shape {labels.shape[1:]}; expected {image.shape[1:]} like its image.")
     values = np.unique(labels)
@@ -308,6 +310,14 @@ def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
         faults.append(f"{case.labels} has {what}: {listed}; expected {', '.join(map(str, allowed))}.")
     spacing = tuple(float(value) for value in properties["spacing"])
     return CaseLook(case.case_id, tuple(image.shape[1:]), spacing, tuple(faults))
+
+
+def _read_to_the_end(path: Path) -> None:
+    """Raises if a compressed file is cut short or damaged: ITK puts zeros in place of what is missing, unasked."""
+    if path.name.lower().endswith(".gz"):
+        with gzip.open(path, "rb") as stream:
+            while stream.read(1 << 20):
+                pass
 
 
 # --- work over cases ------------------------------------------------------------------------------------------------

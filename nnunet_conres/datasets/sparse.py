@@ -270,7 +270,7 @@ def sparsify(
         depths=depths,
         ignore_label=ignore_label,
         transfers=transfers,
-        warnings=tuple(_warnings(rule, dense, without_foreground, len(cases))),
+        warnings=tuple(_warnings(rule, chosen == slice_axis(spacings), dense, without_foreground, len(cases))),
     )
 
 
@@ -388,8 +388,10 @@ def _nothing_left_out(axis: int, depths: Mapping[str, int]) -> str:
     )
 
 
-def _warnings(rule: SlabRule, dense: Sequence[str], without_foreground: Sequence[str], cases: int) -> Iterator[str]:
-    if rule.slab == 1:
+def _warnings(
+    rule: SlabRule, along_slice_axis: bool, dense: Sequence[str], without_foreground: Sequence[str], cases: int
+) -> Iterator[str]:
+    if rule.slab == 1 and along_slice_axis:
         yield (
             "Slabs of a single slice: ConResNet's residual loss needs two annotated neighbours and is undefined on "
             "this data set. It is fine for the other networks; for ConResNet use --slab 2 or more."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -22,9 +22,9 @@ from nnunet_conres.planning.architectures import (
     conresnet_paper_architecture,
     names_paper_topology,
 )
+from nnunet_conres.residuals import has_neighbours
 from nnunet_conres.trainers.augmentation import with_deformation, with_spatial, without_intensity_transforms
 from nnunet_conres.trainers.base import PluginTrainer, check_slice_axis, with_paper_patch
-from nnunet_conres.trainers.logger import loss_part_key
 
 PAPER_PATCH_SIZE = (80, 160, 160)
 PAPER_BATCH_SIZE = 2
@@ -91,16 +91,31 @@ class nnUNetTrainerConResNet(PluginTrainer):
         )
         return ConResLoss(super()._build_loss(), residual, len(scales), self.residual_weight)
 
-    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        super().on_train_epoch_end(train_outputs)
-        *earlier, latest = self.logger.get_value(loss_part_key("train", "residual"), None)
-        if math.isnan(latest) and not any(map(math.isnan, earlier)) and self.label_manager.has_ignore_label:
-            self.print_to_log_file(
-                "WARNING: nowhere in this epoch were two neighbouring slices annotated, so no residual between slices "
-                "is defined. Its loss is NaN in the log and takes no part in the training, which goes on with the "
-                "segmentation alone. Annotate slabs of at least 2 slices along the first axis of the patch "
-                "(nnunet-conres sparsify --slab 2), or train another network, such as nnUNetTrainerUNet3D."
-            )
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
+        datasets = super().get_tr_and_val_datasets()
+        if self.label_manager.has_ignore_label and isinstance(self.loss, ConResLoss):
+            self._check_neighbours(datasets[0], self.loss)
+        return datasets
+
+    def _check_neighbours(self, dataset: Any, loss: ConResLoss) -> None:
+        """Leaves residuals out where no case has two neighbouring annotated slices, and says so.
+
+        Batches can't tell: nnU-Net makes background of what lies beyond the volume, and rotation spreads a slice over
+        its neighbours, so that pairs would seem to be there.
+        """
+        slice_axis = self.configuration_manager.network_arch_init_kwargs["slice_axis"]
+        for identifier in dataset.identifiers:
+            annotation = np.asarray(dataset.load_case(identifier)[1][0])
+            annotated = (annotation != self.label_manager.ignore_label) & (annotation >= 0)
+            if has_neighbours(annotated, slice_axis):
+                return
+        loss.has_residuals = False
+        self.print_to_log_file(
+            f"WARNING: in none of the {len(dataset.identifiers)} training cases are two neighbouring slices annotated, "
+            f"so no residual between slices is defined. Its loss is NaN in the log and takes no part in the training, "
+            f"which goes on with the segmentation alone. Annotate slabs of at least 2 slices along the first axis of "
+            f"the patch (nnunet-conres sparsify --slab 2), or train another network, such as nnUNetTrainerUNet3D."
+        )
 
 
 def check_paper_patch(configuration: ConfigurationManager, name: str) -> None:

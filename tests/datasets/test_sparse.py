@@ -389,6 +389,10 @@ class TestSparsify:
         assert "1 of 3 cases keep all their labels, having too few slices: case_2" in warnings[1]
         assert "1 of 3 cases have foreground, but none on their annotated slices: case_0" in warnings[2]
 
+    def test_single_slices_across_the_slice_axis_have_neighbours_along_it(self, raw: Path) -> None:
+        write_source(raw)
+        assert run(SlabRule(every=5, slab=1), axis=2).warnings == ()
+
 
 class TestBadInput:
     @pytest.fixture(autouse=True)
@@ -446,6 +450,7 @@ class TestBadInput:
             ("{", "cannot be read"),
             ("[]", "has no labels and no file_ending"),
             ('{"labels": {"a": 1}, "file_ending": ".nii.gz"}', "Background label not declared"),
+            ('{"labels": ["background", "a"], "file_ending": ".nii.gz"}', "expected their names, each with its value"),
             ('{"labels": {"background": 0, "a": 2}, "file_ending": ".nii.gz"}', "no gaps"),
             ('{"labels": {"background": 0, "a": [1, 2]}, "file_ending": ".nii.gz"}', "regions_class_order"),
         ],
@@ -462,7 +467,14 @@ class TestBadInput:
         write_volume(source / "labelsTr/case_1.nii.gz", np.zeros((14, 12, 9), np.uint8))
         assert "case_1.nii.gz has shape (14, 12, 9); expected (14, 12, 10)" in faults_of()
 
-    @pytest.mark.parametrize("file", ["imagesTr/case_0_0000", "labelsTr/case_1"])
+    @pytest.mark.parametrize("file", ["imagesTr/case_0_0001", "labelsTr/case_1"])
+    def test_truncated_file(self, source: Path, file: str) -> None:
+        """ITK reads such files without a word, and makes zeros of what is missing: annotated background."""
+        path = source / f"{file}.nii.gz"
+        path.write_bytes(path.read_bytes()[:-20])
+        assert f"{file}.nii.gz cannot be read: Compressed file ended" in faults_of()
+
+    @pytest.mark.parametrize("file", ["imagesTr/case_0_0000", "imagesTr/case_0_0001", "labelsTr/case_1"])
     def test_damaged_file(self, source: Path, file: str, capfd: pytest.CaptureFixture[str]) -> None:
         (source / f"{file}.nii.gz").write_bytes(b"no image")
         assert f"{file}.nii.gz cannot be read" in faults_of()

@@ -19,6 +19,7 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
@@ -219,38 +220,44 @@ class TestTraining:
 
 
 class TestSparseAnnotation:
-    @pytest.fixture
-    def single_slices(self, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-        """A training that sees every other slice annotated: no two neighbours."""
-        trainer = make_trainer(nnUNetTrainerConResNet, "ignore")
-        steps = nnUNetTrainer.train_step, nnUNetTrainer.validation_step
+    """With nnU-Net's own loader, whose patches reach beyond the volume: what lies there must not pass for annotated."""
 
-        def hiding(step: Callable[..., Any]) -> Callable[..., Any]:
-            def hidden(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
-                for target in batch["target"]:
-                    target[:, :, ::2] = self.label_manager.ignore_label
-                return step(self, batch)
+    @staticmethod
+    def annotate(monkeypatch: pytest.MonkeyPatch, trainer: Any, slices: list[int]) -> None:
+        load_case = nnUNetDatasetBlosc2.load_case
 
-            return hidden
+        def sparse(self: Any, identifier: str) -> tuple[Any, ...]:
+            data, labels, previous, properties = load_case(self, identifier)
+            labels = np.array(labels)
+            hidden = [index for index in range(labels.shape[1]) if index not in slices]
+            labels[:, hidden] = trainer.label_manager.ignore_label
+            return data, labels, previous, properties
 
-        monkeypatch.setattr(nnUNetTrainer, "train_step", hiding(steps[0]))
-        monkeypatch.setattr(nnUNetTrainer, "validation_step", hiding(steps[1]))
-        return trainer
+        monkeypatch.setattr(nnUNetDatasetBlosc2, "load_case", sparse)
 
-    def test_without_neighbouring_slices_says_so_once_and_logs_nan(self, single_slices: Any) -> None:
-        single_slices.run_training()
-        log = single_slices.logger.local_logger.my_fantastic_logging
+    def test_without_neighbouring_slices_says_so_once_and_logs_nan(
+        self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stock_plans["configurations"]["3d_fullres"]["patch_size"] = [24, 24, 24]  # the images have 16 slices
+        trainer = make_trainer(nnUNetTrainerConResNet, "ignore", plans=stock_plans)
+        self.annotate(monkeypatch, trainer, [3, 8, 12])
+        trainer.run_training()
+        log = trainer.logger.local_logger.my_fantastic_logging
         for phase in ("train", "val"):
             assert np.isnan(log[f"{phase}_residual_losses"]).tolist() == [True, True]
             assert np.isfinite(log[f"{phase}_segmentation_losses"]).all()
-        assert np.isfinite(log["train_losses"]).all()
-        assert Path(single_slices.log_file).read_text().count("two neighbouring slices annotated") == 1
+        assert log["train_losses"] == pytest.approx(log["train_segmentation_losses"], rel=1e-3)
+        assert Path(trainer.log_file).read_text().count("two neighbouring slices annotated") == 1
 
-    def test_with_neighbouring_slices_says_nothing(self, make_trainer: Callable[..., Any]) -> None:
+    def test_with_neighbouring_slices_says_nothing(
+        self, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         trainer = make_trainer(nnUNetTrainerConResNet, "ignore")
+        self.annotate(monkeypatch, trainer, [7, 8])
         trainer.num_epochs = 1
         trainer.run_training()
         assert "neighbouring slices" not in Path(trainer.log_file).read_text()
+        assert math.isfinite(trainer.logger.get_value("train_residual_losses", -1))
 
 
 def test_bspline_variant_deforms_as_often_as_nnunet_rotates(make_trainer: Callable[..., Any]) -> None:

@@ -328,6 +328,11 @@ class TestBadInput:
             assert part in faults
         assert not (tmp_path / "dense").exists()
 
+    def test_output_in_the_raw_folder(self, trained: tuple[str, Path]) -> None:
+        other = Path(os.environ["nnUNet_raw"]) / "Dataset001_Other" / "labelsTr"
+        assert "holds files of a data set" in faults_of(trained[0], other, existing="overwrite")
+        assert not other.exists()
+
     def test_a_case_that_is_gone_altogether(self, trained: tuple[str, Path], tmp_path: Path) -> None:
         raw = Path(os.environ["nnUNet_raw"]) / trained[0]
         hidden = [*raw.glob("imagesTr/case_3_*"), raw / "labelsTr/case_3.nii.gz"]
