@@ -236,10 +236,14 @@ class TestSparseAnnotation:
         monkeypatch.setattr(nnUNetDatasetBlosc2, "load_case", sparse)
 
     def test_without_neighbouring_slices_says_so_once_and_logs_nan(
-        self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+        self,
+        make_trainer: Callable[..., Any],
+        preprocessed: Callable[[str], Path],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        stock_plans["configurations"]["3d_fullres"]["patch_size"] = [24, 24, 24]  # the images have 16 slices
-        trainer = make_trainer(nnUNetTrainerConResNet, "ignore", plans=stock_plans)
+        plans = json.loads((preprocessed("ignore") / "nnUNetPlans.json").read_text())
+        plans["configurations"]["3d_fullres"]["patch_size"] = [24, 24, 24]  # the images have 16 slices
+        trainer = make_trainer(nnUNetTrainerConResNet, "ignore", plans=plans)
         self.annotate(monkeypatch, trainer, [3, 8, 12])
         trainer.run_training()
         log = trainer.logger.local_logger.my_fantastic_logging
