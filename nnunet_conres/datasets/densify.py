@@ -196,11 +196,11 @@ def densify(
     }
     pending = {folds: group for folds, group in pending.items() if group}
     predictors = [_predictor(model, model_folder, folds, device, mirroring, step_size) for folds in pending]
-    todo = [case for group in pending.values() for case in group]
+    unpredicted = [case for group in pending.values() for case in group]
     if predictors:
         first = predictors[0]
         labels = (*first.label_manager.all_labels, first.label_manager.ignore_label)
-        jobs = [(case, first.plans_manager.image_reader_writer_class, labels) for case in todo]
+        jobs = [(case, first.plans_manager.image_reader_writer_class, labels) for case in unpredicted]
         looks = list(map_cases(look_at_case, jobs, max(1, preprocessing_processes), "Checking", progress))
         faults = [fault for look in looks for fault in look.faults]
         if faults:
@@ -229,7 +229,7 @@ def densify(
                 preprocessing_processes,
                 export_processes,
             ),
-            len(todo),
+            len(unpredicted),
             progress,
         ):
             written.append(case_id)

@@ -45,6 +45,8 @@ class PluginTrainer(nnUNetTrainer):
     Attributes:
         network_name: What messages call the network.
         training_epochs: Number of epochs; nnU-Net's own 1000.
+        training_lr: Learning rate at the start; None for nnU-Net's own.
+        training_weight_decay: Weight decay; None for nnU-Net's own.
         checkpoint_interval_minutes: At least this often checkpoint_latest.pth is written, in mid-epoch and in mid-
             validation as well; a training that is killed loses no more steps than that when it goes on with ``--c``.
         loss_parts: Names of the parts of the objective that are logged apart.
@@ -52,11 +54,15 @@ class PluginTrainer(nnUNetTrainer):
 
     network_name: str = "This network"
     training_epochs: int = 1000
+    training_lr: float | None = None
+    training_weight_decay: float | None = None
     checkpoint_interval_minutes: float = 5.0
     loss_parts: tuple[str, ...] = ()
 
     # set by nnU-Net's constructor, which carries no types
     num_iterations_per_epoch: int
+    initial_lr: float
+    weight_decay: float
     plans_manager: PlansManager
     configuration_manager: ConfigurationManager
     enable_deep_supervision: bool
@@ -78,6 +84,10 @@ class PluginTrainer(nnUNetTrainer):
         plans = with_configuration(plans, configuration, **resolved)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.training_epochs
+        if self.training_lr is not None:
+            self.initial_lr = self.training_lr
+        if self.training_weight_decay is not None:
+            self.weight_decay = self.training_weight_decay
         self.logger.local_logger = LossPartsLogger(
             self.loss_parts, self.region_names, verbose=self.logger.local_logger.verbose
         )

@@ -158,20 +158,10 @@ class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
     """
 
     training_epochs = 160  # of 250 iterations: 40,000
+    training_lr = 1e-4
+    training_weight_decay = 5e-4
     residual_weight = PAPER_RESIDUAL_WEIGHT
     scaling = (0.9, 1.1)
-
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's own signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = 1e-4
-        self.weight_decay = 5e-4
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:

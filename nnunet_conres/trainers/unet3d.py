@@ -18,15 +18,8 @@ from torch import nn
 
 from nnunet_conres.augmentation.mirror_outside import MirrorOutsideTransform
 from nnunet_conres.losses import VoxelWeightedCrossEntropyLoss
-from nnunet_conres.planning.architectures import (
-    unet3d_architecture,
-    unet3d_paper_architecture,
-)
-from nnunet_conres.trainers.augmentation import (
-    with_deformation,
-    with_spatial,
-    without_intensity_transforms,
-)
+from nnunet_conres.planning.architectures import unet3d_architecture, unet3d_paper_architecture
+from nnunet_conres.trainers.augmentation import with_deformation, with_spatial, without_intensity_transforms
 from nnunet_conres.trainers.base import PluginTrainer
 
 

@@ -55,19 +55,9 @@ class nnUNetTrainerVNetPaper(nnUNetTrainerVNet):
     """
 
     training_epochs = 120  # of 250 iterations: 30,000, as far as the paper trained
+    training_lr = 1e-4
     grid_size = 2
     sigma = 15 / 64
-
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's own signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = 1e-4
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:

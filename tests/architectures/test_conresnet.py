@@ -357,12 +357,6 @@ class TestDynamicTopology:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"conv_op": nn.Conv2d}, "3D network"),
-            ({"n_stages": 1, "features_per_stage": [4], "strides": [1], "kernel_sizes": [3]}, "at least 2"),
-            ({"strides": [[2, 2, 2], [2, 2, 2], [2, 2, 2]]}, "first stage must be 1"),
-            ({"kernel_sizes": [2, 3, 3]}, "odd"),
-            ({"features_per_stage": [4, 8]}, "features_per_stage .* 3 entries"),
-            ({"strides": [1, 2, [2, 2]]}, "three entries"),
             ({"residual_input": "encoder"}, "residual_input"),
             ({"topology": "small"}, "topology"),
             ({"slice_axis": 3}, "slice_axis"),

@@ -59,7 +59,11 @@ class TestNetwork:
             torch.testing.assert_close(network.eval()(image), first)
 
     def test_a_checkpoint_with_deep_supervision_loads_without(self, network_class: type[PlansNetwork]) -> None:
-        network_class(**arguments()).load_state_dict(network_class(**arguments(deep_supervision=True)).state_dict())
+        with_supervision, without = network_class(**arguments(deep_supervision=True)), network_class(**arguments())
+        without.load_state_dict(with_supervision.state_dict())
+        image = torch.randn(1, 2, 4, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(without(image), with_supervision(image)[0], rtol=0, atol=0)
 
     def test_without_auxiliary_heads_there_is_one_output(self, network_class: type[PlansNetwork]) -> None:
         network = network_class(**arguments(deep_supervision=True, auxiliary_heads=False))
@@ -120,15 +124,6 @@ class TestNetwork:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"conv_op": nn.Conv2d}, "3D network"),
-            ({"n_stages": 1, "features_per_stage": [4], "strides": [1], "kernel_sizes": [3]}, "at least 2"),
-            ({"strides": [[2, 2, 2], [2, 2, 2], [2, 2, 2]]}, "first stage must be 1"),
-            ({"kernel_sizes": [2, 3, 3]}, "odd"),
-            ({"features_per_stage": [4, 8]}, "features_per_stage .* 3 entries"),
-            ({"strides": [1, 2, [2, 2]]}, "three entries"),
-            ({"features_per_stage": [4, 0, 8]}, "features_per_stage must be 1 or more"),
-            ({"strides": [1, 0, 2]}, "strides must be 1 or more"),
-            ({"kernel_sizes": -1}, "1 or more"),
             ({"n_conv_per_stage": [1, 0, 2]}, "n_conv_per_stage must be 1 or more"),
             ({"n_conv_per_stage_decoder": 0}, "n_conv_per_stage_decoder must be 1 or more"),
             ({"n_conv_per_stage": [2, 2]}, "n_conv_per_stage .* 3 entries"),

@@ -544,7 +544,17 @@ class TestCommand:
         assert "annotated slices: 15 of 30 (50.0%)" in output
         assert "6 linked, 0 copied" in output
         assert "nnUNetv2_plan_and_preprocess -d 8" in output
-        assert "warning: Slabs of a single slice" in errors
+        assert "warning" not in errors
+
+    @pytest.mark.parametrize(("axis", "warned"), [("slice", True), ("2", False)])
+    def test_warns_of_slices_without_neighbours(
+        self, axis: str, warned: bool, raw: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        # Slices across another axis do have neighbours along the one that ConResNet's residuals are taken along.
+        write_source(raw)
+        command = ["sparsify", "-d", "7", "-o", "8", "--slices", "2", "--slab", "1", "-np", "1"]
+        assert cli.main([*command, "--axis", axis]) == 0
+        assert ("warning: Slabs of a single slice" in capsys.readouterr().err) == warned
 
     def test_a_fault_is_told(self, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_source(raw)

@@ -118,6 +118,13 @@ def results(_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def nothing_is_written(results: Path) -> Iterator[None]:
+    """Checks behind the test that it has left no results folder."""
+    yield
+    assert not results.exists()
+
+
+@pytest.fixture
 def make_trainer(preprocessed: Callable[[str], Path], results: Path) -> Callable[..., Any]:
     """Function that makes a trainer of a class for a reading of the data set, for two tiny epochs."""
 

@@ -368,13 +368,9 @@ class TestPaperTrainer:
             make_trainer(nnUNetTrainerConResNet, plans=stock_plans)
 
 
+@pytest.mark.usefixtures("nothing_is_written")
 class TestRefusals:
     """What can't be trained is refused before a folder is made."""
-
-    @pytest.fixture(autouse=True)
-    def _nothing_is_written(self, results: Path) -> Any:
-        yield
-        assert not results.exists()
 
     @pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet, nnUNetTrainerConResNetPaper])
     def test_2d(self, make_trainer: Callable[..., Any], trainer_class: type) -> None:

@@ -230,13 +230,9 @@ class TestUNet3DPaper:
         assert kept == {"MultiplicativeBrightnessTransform", "ContrastTransform", "GammaTransform"}
 
 
+@pytest.mark.usefixtures("nothing_is_written")
 class TestRefusals:
     """What can't be trained is refused before a folder is made."""
-
-    @pytest.fixture(autouse=True)
-    def _nothing_is_written(self, results: Path) -> Any:
-        yield
-        assert not results.exists()
 
     @pytest.mark.parametrize("trainer_class", [nnUNetTrainerVNetPaper, nnUNetTrainerUNet3D])
     def test_2d(self, make_trainer: Callable[..., Any], trainer_class: type) -> None:
