@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 
 class WeightStandardizedConv3d(nn.Conv3d):
@@ -133,10 +136,13 @@ class PreActivationBlock(nn.Module):
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Trilinear resizing with aligned corners of (B, C, X, Y, Z) to the spatial size (x, y, z); itself if it fits."""
+    """Trilinear resizing with aligned corners of (B, C, X, Y, Z) to the spatial size (x, y, z); itself if it fits.
+
+    The result has the type of ``x``: CUDA's autocast computes it in float32, which need not be kept.
+    """
     if list(x.shape[2:]) == list(size):
         return x
-    return F.interpolate(x, size=list(size), mode="trilinear", align_corners=True)
+    return F.interpolate(x, size=list(size), mode="trilinear", align_corners=True).to(x.dtype)
 
 
 def crop(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -157,6 +163,45 @@ def pad_to_multiple(x: Tensor, divisor: Sequence[int]) -> Tensor:
     if any(missing):
         x = F.pad(x, [0, missing[2], 0, missing[1], 0, missing[0]], mode="replicate")
     return x
+
+
+def maybe_checkpoint(enabled: bool, owner: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function; when enabled, what it computes on the way is computed again for backward instead of being kept.
+
+    Args:
+        enabled: Whether to do so.
+        owner: Holds all modules that the function calls.
+        function: Takes and returns tensors.
+        *args: Its arguments.
+
+    Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
+    """
+    if not (enabled and torch.is_grad_enabled()):
+        return function(*args)
+    norms = [module for module in owner.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    # a compiled graph has one update of the statistics, however often it computes their input
+    if not norms or torch.compiler.is_compiling():
+        return checkpoint(function, *args, use_reentrant=False)
+    return checkpoint(
+        function,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _unchanged_running_statistics(norms)),
+    )
+
+
+@contextlib.contextmanager
+def _unchanged_running_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within, batch norms see the same batch a second time, which must not count twice."""
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
 
 
 def triple(value: int | Sequence[int]) -> list[int]:

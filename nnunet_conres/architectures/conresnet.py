@@ -34,6 +34,7 @@ from nnunet_conres.architectures.blocks import (
     PreActivationConv,
     count_elements,
     crop,
+    maybe_checkpoint,
 )
 from nnunet_conres.architectures.conresnet_paper import (
     PAPER_FEATURES,
@@ -50,6 +51,34 @@ RESIDUAL_INPUTS = ("decoder", "shared_encoder")
 TOPOLOGIES = ("dynamic", "paper")
 
 
+class DynamicEncoder(ResidualEncoder):
+    """nnU-Net's residual encoder, for odd sizes as well, and with checkpointing. Takes its arguments.
+
+    Attributes:
+        checkpointing: Whether stages are computed again for backward instead of being kept.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, return_skips=True)
+        self.checkpointing = False
+        for module in self.modules():
+            if isinstance(module, BasicBlockD) and isinstance(module.skip, nn.Sequential):
+                for index, shortcut in enumerate(module.skip):
+                    if isinstance(shortcut, nn.AvgPool3d):
+                        module.skip[index] = CeilAvgPool3d(shortcut.kernel_size, shortcut.stride)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps images (B, C, X, Y, Z) to the features of all stages, highest resolution first."""
+        features = []
+        for stage in range(len(self.stages)):
+            x = maybe_checkpoint(self.checkpointing, self, self._stage, stage, x)
+            features.append(x)
+        return features
+
+    def _stage(self, stage: int, x: Tensor) -> Tensor:
+        return self.stages[stage](self.stem(x) if stage == 0 else x)
+
+
 class DynamicDecoder(ContextResidualDecoder):
     """Transposed convolutions with the plans' strides and concatenated skips, as in nnU-Net's U-Net.
 
@@ -59,7 +88,7 @@ class DynamicDecoder(ContextResidualDecoder):
 
     def __init__(
         self,
-        encoder: ResidualEncoder,
+        encoder: DynamicEncoder,
         input_channels: int,
         num_classes: int,
         n_conv_per_stage: Sequence[int],
@@ -185,6 +214,8 @@ class ConResNet(PlansNetwork):
         slice_axis: Spatial axis along which slices follow each other, 0 (in nnU-Net), 1 or 2.
         topology: ``"dynamic"``, built from the arguments above, or ``"paper"``, which is fixed: stages, features,
             kernels and strides must be its own, norm, nonlinearity and dropout are.
+        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
+            ``"decoder"``, or the ``"full"`` network. For memory; changes no result.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -217,8 +248,9 @@ class ConResNet(PlansNetwork):
         residual_input: str = "decoder",
         slice_axis: int = 0,
         topology: str = "dynamic",
+        checkpointing: str = "none",
     ) -> None:
-        super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides)
+        super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides, checkpointing)
         if residual_input not in RESIDUAL_INPUTS:
             raise ValueError(f"residual_input must be one of {RESIDUAL_INPUTS}, got {residual_input!r}.")
         if topology not in TOPOLOGIES:
@@ -233,16 +265,17 @@ class ConResNet(PlansNetwork):
         self.decoder: ContextResidualDecoder
         if topology == "paper":
             check_paper_arguments(self.features, self.kernel_sizes, self.strides)
-            self.encoder = PaperEncoder(input_channels)
+            self.encoder = PaperEncoder(input_channels, checkpointing == "full")
             self.decoder = PaperDecoder(
                 input_channels, num_classes, deep_supervision, residual_outputs, residual_input, slice_axis
             )
+            self.decoder.checkpointing = checkpointing != "none"
             return
 
         if n_blocks_per_stage is None:
             convs = counts_per_stage("n_conv_per_stage", 2 if n_conv_per_stage is None else n_conv_per_stage, n_stages)
             n_blocks_per_stage = [max(1, n // 2) for n in convs]
-        encoder = ResidualEncoder(
+        encoder = DynamicEncoder(
             input_channels,
             n_stages,
             self.features,
@@ -257,13 +290,8 @@ class ConResNet(PlansNetwork):
             dropout_op_kwargs,
             nonlin,
             nonlin_kwargs,
-            return_skips=True,
         )
-        for module in encoder.modules():
-            if isinstance(module, BasicBlockD) and isinstance(module.skip, nn.Sequential):
-                for index, shortcut in enumerate(module.skip):
-                    if isinstance(shortcut, nn.AvgPool3d):
-                        module.skip[index] = CeilAvgPool3d(shortcut.kernel_size, shortcut.stride)
+        encoder.checkpointing = checkpointing == "full"
         self.encoder = encoder
         self.decoder = DynamicDecoder(
             encoder,
@@ -275,6 +303,7 @@ class ConResNet(PlansNetwork):
             residual_input,
             slice_axis,
         )
+        self.decoder.checkpointing = checkpointing != "none"
 
     @classmethod
     def paper(cls, input_channels: int, num_classes: int, **kwargs: Any) -> ConResNet:
@@ -283,7 +312,7 @@ class ConResNet(PlansNetwork):
         Args:
             input_channels: Number of image channels, 4 in the paper.
             num_classes: Number of output channels per head, 3 in the paper (one per region).
-            **kwargs: ``deep_supervision``, ``residual_outputs``, ``residual_input``, ``slice_axis``.
+            **kwargs: ``deep_supervision``, ``residual_outputs``, ``residual_input``, ``slice_axis``, ``checkpointing``.
 
         Returns:
             The network; 19,018,732 parameters with 4 channels and 3 classes.

@@ -17,10 +17,12 @@ from nnunet_conres.architectures.blocks import (
     PreActivationConv,
     WeightStandardizedConv3d,
     count_elements,
+    maybe_checkpoint,
     resize,
     strided_size,
 )
 from nnunet_conres.architectures.context_residual import ContextResidualDecoder, ContextResidualModule
+from nnunet_conres.architectures.frugal import GroupNormReLU
 
 PAPER_FEATURES = (32, 64, 128, 256)
 PAPER_BLOCKS = (1, 2, 2, 4)  # the last two blocks of the last stage are dilated
@@ -64,8 +66,7 @@ def _paper_preactivation(
     """Group norm, ReLU, (dropout,) weight-standardised 3x3x3 convolution."""
     return PreActivationConv(
         _paper_conv(in_channels, out_channels, **kwargs),
-        norm=nn.GroupNorm(PAPER_GROUPS, in_channels, eps=1e-5),
-        nonlin=nn.ReLU(inplace=True),
+        norm=GroupNormReLU(PAPER_GROUPS, in_channels, eps=1e-5),
         dropout=dropout,
     )
 
@@ -79,8 +80,9 @@ class PaperEncoder(nn.Module):
     Source: Zhang et al. 2021, section III-D, as the authors' code computes it.
     """
 
-    def __init__(self, input_channels: int) -> None:
+    def __init__(self, input_channels: int, checkpointing: bool = False) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.stem = _paper_conv(input_channels, PAPER_FEATURES[0])
         stages = []
         for stage, (features, n_blocks) in enumerate(zip(PAPER_FEATURES, PAPER_BLOCKS, strict=True)):
@@ -101,12 +103,14 @@ class PaperEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps (B, C, X, Y, Z) to the four feature maps, full resolution first."""
-        x = self.stem(x)
         features = []
-        for stage in self.stages:
-            x = stage(x)
+        for stage in range(len(self.stages)):
+            x = maybe_checkpoint(self.checkpointing, self, self._stage, stage, x)
             features.append(x)
         return [*features[:-1], self.fusion(x)]
+
+    def _stage(self, stage: int, x: Tensor) -> Tensor:
+        return self.stages[stage](self.stem(x) if stage == 0 else x)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
         """Number of output elements of the encoder's convolutions for a spatial input size (x, y, z)."""

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnunet_conres.architectures.blocks import count_elements, resize
-from nnunet_conres.residuals import inter_slice_residual
+from nnunet_conres.architectures.blocks import count_elements, maybe_checkpoint, resize
+from nnunet_conres.architectures.frugal import attend, residual_of_sigmoid
 
 
 class ContextResidualModule(nn.Module):
@@ -51,11 +51,11 @@ class ContextResidualModule(nn.Module):
     def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Takes and returns the two streams, (B, C, X, Y, Z) each, of one spatial size."""
         features = self.segmentation(segmentation)
-        feature_residual = self.feature_residual(inter_slice_residual(torch.sigmoid(features), self.slice_axis))
+        feature_residual = self.feature_residual(residual_of_sigmoid(features, self.slice_axis))
         if self.project is not None:
             residual = self.project(residual)
         residual = self.merge(residual + feature_residual)
-        return features * (1 + torch.sigmoid(residual)), residual
+        return attend(features, residual), residual
 
     def compute_conv_feature_map_size(self, size: Sequence[int]) -> np.int64:
         """Number of output elements of the module's convolutions, as nnU-Net's planner counts them."""
@@ -89,6 +89,9 @@ class ContextResidualDecoder(nn.Module):
         deep_supervision: Whether all segmentation heads are computed, or only that of full size.
         residual_outputs: Whether the residual heads are computed and returned.
         full_size_residuals: Whether residual maps are resized to full size.
+
+    Attributes:
+        checkpointing: Whether what a level computes is computed again for backward instead of being kept.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class ContextResidualDecoder(nn.Module):
         self.deep_supervision = deep_supervision
         self.residual_outputs = residual_outputs
         self.full_size_residuals = full_size_residuals
+        self.checkpointing = False
         self.stages = nn.ModuleList(stages)
         self.seg_layers = _Heads(segmentation_heads, residual_heads)
 
@@ -134,10 +138,12 @@ class ContextResidualDecoder(nn.Module):
         segmentation = skips[-1]
         segmentation_maps: list[Tensor] = []
         residual_maps: list[Tensor] = []
-        for level, stage in enumerate(self.stages):
+        for level in range(len(self.stages)):
             skip = skips[-(level + 2)]
             residual_skip = None if residual_skips is None else residual_skips[-(level + 2)]
-            segmentation, residual = stage(*self.lift(level, segmentation, residual, skip, residual_skip))
+            segmentation, residual = maybe_checkpoint(
+                self.checkpointing, self, self._level, level, segmentation, residual, skip, residual_skip
+            )
             if level == last or (self.deep_supervision and level >= first_head):
                 segmentation_maps.insert(0, segmentation_heads[level - first_head](segmentation))
             if self.residual_outputs:
@@ -146,6 +152,11 @@ class ContextResidualDecoder(nn.Module):
         if self.residual_outputs:
             return segmentation_maps + residual_maps
         return segmentation_maps if self.deep_supervision else segmentation_maps[0]
+
+    def _level(
+        self, level: int, segmentation: Tensor, residual: Tensor, skip: Tensor, residual_skip: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.stages[level](*self.lift(level, segmentation, residual, skip, residual_skip))
 
     def _residual_map(self, head: nn.Module, residual: Tensor, full_size: torch.Size) -> Tensor:
         if not self.full_size_residuals:

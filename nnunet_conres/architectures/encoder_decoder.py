@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnunet_conres.architectures.blocks import count_elements, crop
+from nnunet_conres.architectures.blocks import count_elements, crop, maybe_checkpoint
 from nnunet_conres.architectures.network import PlansNetwork
 
 
@@ -21,19 +21,24 @@ class Encoder(nn.Module):
     Args:
         stages: One module per resolution, highest first.
         down: What leads from a stage to the next, one module fewer.
+        checkpointing: Whether stages are computed again for backward instead of being kept.
     """
 
-    def __init__(self, stages: Sequence[nn.Module], down: Sequence[nn.Module]) -> None:
+    def __init__(self, stages: Sequence[nn.Module], down: Sequence[nn.Module], checkpointing: bool = False) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.down = nn.ModuleList(down)
+        self.checkpointing = checkpointing
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps images (B, C, X, Y, Z) to the features of all stages, highest resolution first."""
-        features = [self.stages[0](x)]
-        for down, stage in zip(self.down, self.stages[1:], strict=True):
-            features.append(stage(down(features[-1])))
+        features = [maybe_checkpoint(self.checkpointing, self.stages[0], self.stages[0], x)]
+        for stage in range(1, len(self.stages)):
+            features.append(maybe_checkpoint(self.checkpointing, self, self._stage, stage, features[-1]))
         return features
+
+    def _stage(self, stage: int, x: Tensor) -> Tensor:
+        return self.stages[stage](self.down[stage - 1](x))
 
     def compute_conv_feature_map_size(self, sizes: Sequence[Sequence[int]]) -> np.int64:
         """Number of elements that convolutions put out, given the spatial size at every stage."""
@@ -50,6 +55,7 @@ class ConcatDecoder(nn.Module):
         stages: Modules that take the raised features and the encoder's, in this order along the channels.
         heads: 1x1x1 convolutions to the classes, for all levels, or for the highest resolution only.
         deep_supervision: Whether all heads are evaluated; can be switched later at the attribute of this name.
+        checkpointing: Whether levels are computed again for backward instead of being kept.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class ConcatDecoder(nn.Module):
         stages: Sequence[nn.Module],
         heads: Sequence[nn.Module],
         deep_supervision: bool,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.up = nn.ModuleList(up)
@@ -65,6 +72,7 @@ class ConcatDecoder(nn.Module):
         # what depends on the number of classes is called seg_layers: -pretrained_weights leaves it out
         self.seg_layers = nn.ModuleList(heads)
         self.deep_supervision = deep_supervision
+        self.checkpointing = checkpointing
 
     def forward(self, features: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Computes logits from the features of all stages, highest resolution first.
@@ -76,13 +84,15 @@ class ConcatDecoder(nn.Module):
         x = features[-1]
         logits: list[Tensor] = []
         first_head = len(self.stages) - len(self.seg_layers)
-        for level, (up, stage) in enumerate(zip(self.up, self.stages, strict=True)):
-            skip = features[-(level + 2)]
-            x = stage(torch.cat((crop(up(x), skip.shape[2:]), skip), 1))
+        for level in range(len(self.stages)):
+            x = maybe_checkpoint(self.checkpointing, self, self._level, level, x, features[-(level + 2)])
             is_last = level == len(self.stages) - 1
             if is_last or (self.deep_supervision and level >= first_head):
                 logits.append(self.seg_layers[level - first_head](x))
         return logits[::-1] if self.deep_supervision else logits[-1]
+
+    def _level(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
+        return self.stages[level](torch.cat((crop(self.up[level](x), skip.shape[2:]), skip), 1))
 
     def compute_conv_feature_map_size(self, sizes: Sequence[Sequence[int]]) -> np.int64:
         """Number of elements that convolutions put out, given the spatial size at every stage."""

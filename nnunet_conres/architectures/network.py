@@ -10,6 +10,8 @@ from torch import nn
 
 from nnunet_conres.architectures.blocks import per_stage, strided_size, triple
 
+CHECKPOINTINGS = ("none", "decoder", "full")
+
 
 class PlansNetwork(nn.Module):
     """A network that a plans file alone can instantiate.
@@ -20,6 +22,8 @@ class PlansNetwork(nn.Module):
         conv_op: Must be ``torch.nn.Conv3d``.
         kernel_sizes: Odd kernel sizes, one number or (kx, ky, kz) per stage.
         strides: Strides, one number or (sx, sy, sz) per stage; those of the first stage are 1.
+        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
+            ``"decoder"``, or the ``"full"`` network, encoder stages as well.
 
     Attributes:
         features: Channels, one number per stage.
@@ -37,6 +41,7 @@ class PlansNetwork(nn.Module):
         conv_op: type[nn.Module],
         kernel_sizes: int | Sequence[int | Sequence[int]],
         strides: int | Sequence[int | Sequence[int]],
+        checkpointing: str = "none",
     ) -> None:
         super().__init__()
         if convert_conv_op_to_dim(conv_op) != 3:
@@ -54,6 +59,9 @@ class PlansNetwork(nn.Module):
                 f"The strides of the first stage must be 1, got {self.strides[0]}: the logits have its resolution and "
                 f"must have that of the patch."
             )
+        if checkpointing not in CHECKPOINTINGS:
+            raise ValueError(f"checkpointing must be one of {CHECKPOINTINGS}, got {checkpointing!r}.")
+        self.checkpointing = checkpointing
         positive("features_per_stage", self.features)
         positive("strides", [s for stride in self.strides for s in stride])
         if any(k < 1 or k % 2 == 0 for kernel in self.kernel_sizes for k in kernel):

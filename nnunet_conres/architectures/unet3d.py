@@ -45,6 +45,7 @@ def paper_arguments() -> dict[str, Any]:
         "nonlin_kwargs": {"inplace": True},
         "downsampling": "strided_conv",
         "auxiliary_heads": False,
+        "checkpointing": "none",
     }
 
 
@@ -78,6 +79,8 @@ class UNet3D(EncoderDecoder):
             ``decoder.deep_supervision``.
         downsampling: ``"strided_conv"``, a convolution as large as its stride, or ``"max_pool"``, as in the paper.
         auxiliary_heads: Whether decoder levels below full resolution have heads for deep supervision.
+        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
+            ``"decoder"``, or the ``"full"`` network. For memory; changes no result.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -107,8 +110,9 @@ class UNet3D(EncoderDecoder):
         *,
         downsampling: str = "strided_conv",
         auxiliary_heads: bool = True,
+        checkpointing: str = "none",
     ) -> None:
-        super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides)
+        super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides, checkpointing)
         if downsampling not in DOWNSAMPLINGS:
             raise ValueError(f"downsampling must be one of {DOWNSAMPLINGS}, got {downsampling!r}.")
         self.downsampling = downsampling
@@ -144,7 +148,7 @@ class UNet3D(EncoderDecoder):
                     if downsampling == "max_pool"
                     else CeilStridedConv3d(above, above, stride, conv_bias)
                 )
-        self.encoder = Encoder(stages, down)
+        self.encoder = Encoder(stages, down, checkpointing == "full")
 
         transposed_conv_op = get_matching_convtransp(conv_op=conv_op)
         up: list[nn.Module] = []
@@ -157,7 +161,7 @@ class UNet3D(EncoderDecoder):
             stages.append(pair(below + features[stage], [features[stage]] * n_conv, kernels[stage]))
             if auxiliary_heads or stage == 0:
                 heads.append(nn.Conv3d(features[stage], num_classes, 1))
-        self.decoder = ConcatDecoder(up, stages, heads, deep_supervision)
+        self.decoder = ConcatDecoder(up, stages, heads, deep_supervision, checkpointing != "none")
 
     @classmethod
     def paper(cls, input_channels: int, num_classes: int, **kwargs: Any) -> UNet3D:
@@ -166,7 +170,7 @@ class UNet3D(EncoderDecoder):
         Args:
             input_channels: Number of image channels, 3 in the paper.
             num_classes: Number of output channels, 3 in the paper.
-            **kwargs: ``downsampling``, ``deep_supervision``.
+            **kwargs: ``downsampling``, ``deep_supervision``, ``checkpointing``.
 
         Returns:
             The network. With ``downsampling="max_pool"``, 3 channels and 3 classes its convolutions have the 19,069,955

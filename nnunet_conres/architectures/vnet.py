@@ -53,6 +53,7 @@ def paper_arguments() -> dict[str, Any]:
         "nonlin": nn.PReLU,
         "nonlin_kwargs": {},
         "auxiliary_heads": False,
+        "checkpointing": "none",
     }
 
 
@@ -149,6 +150,8 @@ class VNet(EncoderDecoder):
         deep_supervision: Whether logits are returned at all of the plans' scales; can be switched later at
             ``decoder.deep_supervision``.
         auxiliary_heads: Whether decoder levels below full resolution have heads for deep supervision.
+        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
+            ``"decoder"``, or the ``"full"`` network. For memory; changes no result.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -177,8 +180,9 @@ class VNet(EncoderDecoder):
         deep_supervision: bool = False,
         *,
         auxiliary_heads: bool = True,
+        checkpointing: str = "none",
     ) -> None:
-        super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides)
+        super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides, checkpointing)
         features = self.features
         if n_conv_per_stage is None:
             n_conv_per_stage = convolutions_per_stage(n_stages)
@@ -233,7 +237,7 @@ class VNet(EncoderDecoder):
             if stage > 0:
                 conv = CeilStridedConv3d(features[stage - 1], features[stage], self.strides[stage], conv_bias)
                 down.append(ResolutionChange(conv, norm(features[stage]), nonlinearity(features[stage])))
-        self.encoder = Encoder(stages, down)
+        self.encoder = Encoder(stages, down, checkpointing == "full")
 
         transposed_conv_op = get_matching_convtransp(conv_op=conv_op)
         up: list[nn.Module] = []
@@ -249,7 +253,7 @@ class VNet(EncoderDecoder):
             stages.append(residual_stage(below, below, n_conv, self.kernel_sizes[stage]))
             if auxiliary_heads or stage == 0:
                 heads.append(nn.Conv3d(below, num_classes, 1))
-        self.decoder = ConcatDecoder(up, stages, heads, deep_supervision)
+        self.decoder = ConcatDecoder(up, stages, heads, deep_supervision, checkpointing != "none")
 
     @classmethod
     def paper(cls, input_channels: int, num_classes: int, **kwargs: Any) -> VNet:
@@ -258,7 +262,7 @@ class VNet(EncoderDecoder):
         Args:
             input_channels: Number of image channels, 1 in the paper.
             num_classes: Number of output channels, 2 in the paper (background and foreground).
-            **kwargs: ``deep_supervision``.
+            **kwargs: ``deep_supervision``, ``checkpointing``.
         """
         return cls(input_channels=input_channels, num_classes=num_classes, **(paper_arguments() | kwargs))
 

@@ -39,7 +39,7 @@ _IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 
 # What the constructors do with an argument that is left out. These never change: an argument missing in plans that name
 # one of our networks means what it meant when they were written. A better default goes into the functions below.
-_CONSTRUCTOR_DEFAULTS = {"residual_input": "decoder", "slice_axis": 0, "topology": "dynamic"}
+_CONSTRUCTOR_DEFAULTS = {"residual_input": "decoder", "slice_axis": 0, "topology": "dynamic", "checkpointing": "none"}
 _NO_LAYERS = {
     "norm_op": None,
     "norm_op_kwargs": None,
@@ -53,6 +53,7 @@ _VNET_DEFAULTS = _NO_LAYERS | {
     "conv_bias": True,
     "nonlin": "torch.nn.PReLU",
     "auxiliary_heads": True,
+    "checkpointing": "none",
 }
 _UNET3D_DEFAULTS = _NO_LAYERS | {
     "n_conv_per_stage": 2,
@@ -61,6 +62,7 @@ _UNET3D_DEFAULTS = _NO_LAYERS | {
     "nonlin": None,
     "downsampling": "strided_conv",
     "auxiliary_heads": True,
+    "checkpointing": "none",
 }
 
 
@@ -113,6 +115,7 @@ def conresnet_paper_architecture(
     arguments = _as_plans(conresnet_paper.paper_arguments()) | _CONSTRUCTOR_DEFAULTS | {"topology": "paper"}
     if names_paper_topology(configuration):
         arguments |= configuration.network_arch_init_kwargs
+    arguments["checkpointing"] = _checkpointing_of(configuration, CONRESNET)
     if residual_input is not None:
         arguments["residual_input"] = residual_input
     return _entry(CONRESNET, arguments)
@@ -145,6 +148,7 @@ def vnet_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
         "nonlin": "torch.nn.PReLU",
         "nonlin_kwargs": {},
         "auxiliary_heads": True,
+        "checkpointing": "none",
     }
     return _entry(VNET, arguments)
 
@@ -157,7 +161,9 @@ def vnet_paper_architecture(configuration: ConfigurationManager) -> dict[str, An
     """
     if names_single_headed(configuration, VNET):
         return vnet_architecture(configuration)
-    return _entry(VNET, _as_plans(vnet.paper_arguments()))
+    arguments = _as_plans(vnet.paper_arguments())
+    arguments["checkpointing"] = _checkpointing_of(configuration, VNET)
+    return _entry(VNET, arguments)
 
 
 def unet3d_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
@@ -185,6 +191,7 @@ def unet3d_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
         ),
         "downsampling": "strided_conv",
         "auxiliary_heads": True,
+        "checkpointing": "none",
     }
     return _entry(UNET3D, arguments)
 
@@ -202,7 +209,15 @@ def unet3d_paper_architecture(configuration: ConfigurationManager) -> dict[str, 
     if configuration.network_arch_class_name == UNET3D:
         given = configuration.network_arch_init_kwargs
         arguments["downsampling"] = given.get("downsampling", arguments["downsampling"])
+    arguments["checkpointing"] = _checkpointing_of(configuration, UNET3D)
     return _entry(UNET3D, arguments)
+
+
+def _checkpointing_of(configuration: ConfigurationManager, class_name: str) -> str:
+    """What plans of a network say of its checkpointing, which the network's other topology takes over."""
+    if configuration.network_arch_class_name != class_name:
+        return "none"
+    return str(configuration.network_arch_init_kwargs.get("checkpointing", "none"))
 
 
 def names_paper_topology(configuration: ConfigurationManager) -> bool:
