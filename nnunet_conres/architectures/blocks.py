@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from nnunet_conres.architectures.frugal import standardized_weight
+
 
 class WeightStandardizedConv3d(nn.Conv3d):
     """3D convolution whose filters are standardised before every use.
@@ -25,14 +27,8 @@ class WeightStandardizedConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves (B, C, X, Y, Z) with the standardised filters."""
-        # Rounded as published implementations do it, axis by axis: ConResNet's logits reach hundreds, and another order
-        # of these operations shows in their third decimal.
-        mean = self.weight
-        for dim in (1, 2, 3, 4):
-            mean = mean.mean(dim, keepdim=True)
-        weight = self.weight - mean
-        deviation = torch.sqrt(torch.var(weight.flatten(1), dim=1, correction=1) + 1e-12)
-        return self._conv_forward(input, weight / deviation.view(-1, 1, 1, 1, 1), self.bias)
+        weight = standardized_weight(self.weight, exact=not self.training)
+        return self._conv_forward(input, weight, self.bias)
 
 
 class CeilAvgPool3d(nn.AvgPool3d):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_conres.architectures.frugal import GroupNormReLU, attend, residual_of_sigmoid
+from nnunet_conres.architectures.frugal import GroupNormReLU, attend, residual_of_sigmoid, standardized_weight
 from nnunet_conres.residuals import inter_slice_residual
 
 
@@ -67,6 +67,24 @@ class TestAttend:
     def test_keeps_its_inputs_only(self) -> None:
         features, residual = leaf(1, 2, 3, 4, 5), leaf(1, 2, 3, 4, 5, seed=1)
         assert number_kept(lambda: attend(features, residual)) == 2
+
+
+class TestStandardizedWeight:
+    def reference(self, weight: Tensor) -> Tensor:
+        dims = tuple(range(1, weight.ndim))
+        variance, mean = torch.var_mean(weight, dims, correction=1, keepdim=True)
+        return (weight - mean) / torch.sqrt(variance + 1e-12)
+
+    @pytest.mark.parametrize("shape", [(4, 3, 3, 3, 3), (3, 8, 1, 1, 1)])
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_gradient(self, shape: tuple[int, ...], exact: bool) -> None:
+        weight = leaf(*shape)
+        assert torch.autograd.gradcheck(lambda weight: standardized_weight(weight, exact), (weight,))
+        torch.testing.assert_close(standardized_weight(weight, exact), self.reference(weight))
+
+    def test_keeps_its_result_only(self) -> None:
+        weight = leaf(4, 3, 3, 3, 3)
+        assert number_kept(lambda: standardized_weight(weight, exact=False)) == 2  # and the deviation of every filter
 
 
 class TestGroupNormReLU:
