@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from nnunet_conres.architectures.frugal import standardized_weight
 
@@ -174,22 +174,24 @@ def maybe_checkpoint(enabled: bool, owner: nn.Module, function: Callable[..., An
     """
     if not (enabled and torch.is_grad_enabled()):
         return function(*args)
-    norms = [module for module in owner.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    # a compiled graph has one update of the statistics, however often it computes their input
-    if not norms or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # there each tensor is kept as long as it is needed, and statistics change once
         return checkpoint(function, *args, use_reentrant=False)
-    return checkpoint(
-        function,
-        *args,
-        use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _unchanged_running_statistics(norms)),
-    )
+    norms = [module for module in owner.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    # Stopping early, at the last tensor that is needed, is done by an exception. Where our own autograd functions raise
+    # it, its frames are garbage that holds on to large tensors until Python collects it.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(
+            function,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), _unchanged_running_statistics(norms)),
+        )
 
 
 @contextlib.contextmanager
 def _unchanged_running_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Within, batch norms see the same batch a second time, which must not count twice."""
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    before = [(norm.momentum, _batches(norm).clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -197,7 +199,12 @@ def _unchanged_running_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]
     finally:
         for norm, (momentum, batches) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+            _batches(norm).copy_(batches)
+
+
+def _batches(norm: _BatchNorm) -> Tensor:
+    assert norm.num_batches_tracked is not None  # where running statistics are
+    return norm.num_batches_tracked
 
 
 def triple(value: int | Sequence[int]) -> list[int]:

@@ -51,10 +51,10 @@ class ContextResidualModule(nn.Module):
     def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Takes and returns the two streams, (B, C, X, Y, Z) each, of one spatial size."""
         features = self.segmentation(segmentation)
-        feature_residual = self.feature_residual(residual_of_sigmoid(features, self.slice_axis))
         if self.project is not None:
             residual = self.project(residual)
-        residual = self.merge(residual + feature_residual)
+        # in one expression, which leaves no name behind that would keep what is in between
+        residual = self.merge(residual + self.feature_residual(residual_of_sigmoid(features, self.slice_axis)))
         return attend(features, residual), residual
 
     def compute_conv_feature_map_size(self, size: Sequence[int]) -> np.int64:

@@ -59,7 +59,7 @@ class _GroupNormReLU(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(_norm_dtype(x))
             parameters = _as_norm_takes(weight, wide), _as_norm_takes(bias, wide)
-            normed, mean, deviation = torch.native_group_norm(wide, *parameters, *ctx.geometry, eps)
+            normed, mean, deviation = torch.ops.aten.native_group_norm(wide, *parameters, *ctx.geometry, eps)
             output = normed.relu_().to(x.dtype)
         ctx.save_for_backward(x, weight, mean, deviation, output)
         return output

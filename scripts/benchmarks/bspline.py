@@ -1,25 +1,24 @@
-"""Times B-spline deformation against batchgeneratorsv2 and SimpleITK: python scripts/benchmark_bspline.py
+"""B-spline deformation against batchgeneratorsv2's transforms and SimpleITK's.
 
-Everything runs on one thread of the CPU. Contestants take turns, so that whatever else the machine does hits all of
-them; ratios are medians over the rounds, of times measured in the same round.
+Contestants take turns, so that whatever else the machine does hits all of them; ratios are medians over the rounds, of
+times measured in the same round.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Callable
-from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import SimpleITK
 import torch
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from tqdm import tqdm
 
+from benchmarks import machine
+from benchmarks.arguments import add_turns
+from benchmarks.report import as_text, milliseconds, ratio_table, ratios_as_json, table
+from benchmarks.timing import BenchmarkError, Clock, Phases, Ratio, in_turn, spread, totals
 from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
 from nnunet_conres.augmentation.histogram import HistogramMatchingTransform
 from nnunet_conres.datasets.phantom import make_phantom
@@ -113,57 +112,64 @@ def contestants(edge: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure(edge: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds per contestant and round, after one round to warm up."""
-    runs = contestants(edge)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in tqdm(range(rounds + 1), desc="rounds"):
-        for name, run in runs.items():
-            # the same seed for all in a round: rotations and scalings are then the same
-            np.random.seed(turn)
-            torch.manual_seed(turn)
-            start = perf_counter()
-            run()
-            if turn:
-                seconds[name].append(perf_counter() - start)
-    return seconds
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--edge", type=int, default=128, metavar="N", help="edge of the cubic patch in voxels (default: %(default)s)"
+    )
+    add_turns(parser, rounds=7, warmup=1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--edge", type=int, default=128, help="edge of the cubic patch in voxels (default: 128)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds, after one to warm up (default: 7)")
-    parser.add_argument("--json", type=Path, help="also write times and ratios to this file")
-    args = parser.parse_args()
-    if args.edge < 8 or args.rounds < 1:
-        parser.error("--edge must be at least 8 and --rounds at least 1")
-    torch.set_num_threads(1)
-    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    seconds = measure(args.edge, args.rounds)
+class Turns:
+    """A contestant; all draw the same random numbers in a round, so that rotations and scalings are the same.
 
-    print(f"\nPatch {args.edge}^3, one channel, four labels, one thread; medians of {args.rounds} rounds\n")
-    print("| | ms |\n| --- | ---: |")
-    for name, times in seconds.items():
-        print(f"| {name} | {1000 * np.median(times):.1f} |")
-    print("\n| ratio | measured | at most | |\n| --- | ---: | ---: | --- |")
-    ratios = {}
-    for name, contestant, reference, limit in TARGETS:
-        ratio = float(np.median(np.divide(seconds[contestant], seconds[reference])))
-        ratios[name] = {"measured": ratio, "at_most": limit, "met": ratio <= limit}
-        print(f"| {name} | {ratio:.3f} | {limit:.3f} | {'met' if ratio <= limit else 'MISSED'} |")
-    if args.json:
-        report = {
-            "edge": args.edge,
-            "rounds": args.rounds,
-            "seconds": seconds,
-            "ratios": ratios,
-            "torch": torch.__version__,
-            "processor": platform.processor() or platform.machine(),
-        }
-        partial = args.json.with_name(args.json.name + ".partial")
-        partial.write_text(json.dumps(report, indent=2) + "\n")
-        partial.replace(args.json)
+    Args:
+        call: What is timed.
+    """
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call = call
+        self.turn = 0
+
+    def __call__(self) -> Phases:
+        np.random.seed(self.turn)
+        torch.manual_seed(self.turn)
+        self.turn += 1
+        clock = Clock(torch.device("cpu"))
+        self.call()
+        clock.lap("transform")
+        return clock.seconds()
 
 
-if __name__ == "__main__":
-    main()
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures transforms and returns the report."""
+    if arguments.edge < 8:
+        raise BenchmarkError(f"--edge must be at least 8, got {arguments.edge}.")
+    if arguments.device.type != "cpu":
+        raise BenchmarkError("Augmentation runs on the CPU. Use --device cpu.")
+    about = machine.describe(arguments.device)
+    threads = torch.get_num_threads()
+    on = "one thread" if threads == 1 else f"{threads} threads"
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+    runs = {name: Turns(call) for name, call in contestants(arguments.edge).items()}
+    times = in_turn(dict(runs), arguments.rounds, arguments.warmup)
+    seconds = {name: totals(phases) for name, phases in times.items()}
+    ratios = [
+        Ratio.median_of_rounds(name, seconds[contestant], seconds[reference], limit)
+        for name, contestant, reference, limit in TARGETS
+    ]
+    return {
+        "benchmark": "bspline",
+        "title": f"Patch {arguments.edge}^3, one channel, four labels, {on}; medians of {arguments.rounds} rounds",
+        "machine": about,
+        "edge": arguments.edge,
+        "rounds": arguments.rounds,
+        "warmup": arguments.warmup,
+        "contenders": {name: {"seconds": spread(values)} for name, values in seconds.items()},
+        "ratios": ratios_as_json(ratios),
+    }
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """The report for readers."""
+    rows = [[name, milliseconds(entry["seconds"])] for name, entry in report["contenders"].items()]
+    return as_text(report, table(["", "ms"], rows), ratio_table(report["ratios"]))

@@ -1,0 +1,374 @@
+"""What `nnunet-conres plan` and `plan_and_preprocess` do: fingerprint, plans, preprocessed data."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import nnunetv2
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+from nnunet_conres.datasets.raw import (
+    InputError,
+    find_dataset,
+    find_training_cases,
+    folder_from_environment,
+    read_dataset_json,
+)
+from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
+from nnunet_conres.planning.preprocessing import STOCK_PLANS, Preprocessed, PreprocessedDataset, read_plans
+
+DEFAULT_PREPROCESSOR: Final = "DefaultPreprocessor"
+DEFAULT_FINGERPRINT: Final = "DatasetFingerprintExtractor"
+
+# other files of nnU-Net's in the same folder
+_NO_PLANS = ("dataset", "dataset_fingerprint", "splits_final")
+
+# nnU-Net's own numbers of processes
+_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
+_OTHER_PROCESSES = 4
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What can be asked of a planner.
+
+    Attributes:
+        architecture: A key of PLANNERS.
+        gpu_memory_target: What a training step may take, GiB.
+        overwrite_target_spacing: Voxel size of 3d_fullres in mm, three of them in nnU-Net's order of axes; None for
+            what nnU-Net finds.
+        plans_name: Name of the plans; None for the planner's own.
+        preprocessor_name: Name of a class in nnunetv2.preprocessing.
+        verbose: Whether nnU-Net's planner tells what it tries.
+    """
+
+    architecture: str
+    gpu_memory_target: float = DEFAULT_MEMORY_TARGET
+    overwrite_target_spacing: Sequence[float] | None = None
+    plans_name: str | None = None
+    preprocessor_name: str = DEFAULT_PREPROCESSOR
+    verbose: bool = False
+
+    @property
+    def resolved_plans_name(self) -> str:
+        """Name of the plans."""
+        return self.plans_name if self.plans_name is not None else PLANNERS[self.architecture].default_plans_name
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the options themselves, whatever the data set."""
+        target = self.gpu_memory_target
+        if not (math.isfinite(target) and target > 0):
+            yield f"The memory target is {target:g} GiB; expected a number above 0 for -gpu_memory_target."
+        spacing = self.overwrite_target_spacing
+        if spacing is not None and not (
+            len(spacing) == 3 and all(math.isfinite(extent) and extent > 0 for extent in spacing)
+        ):
+            given = " ".join(f"{extent:g}" for extent in spacing)
+            yield f"The target spacing is {given}; expected three numbers above 0 for -overwrite_target_spacing."
+        name = self.resolved_plans_name
+        if not re.fullmatch(r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*", name) or name == STOCK_PLANS:
+            yield (
+                f"The plans name is {name!r}; expected letters, digits, -, . and single _ for -overwrite_plans_name, "
+                f"and not {STOCK_PLANS}, which is nnU-Net's own."
+            )
+        if _find_class("preprocessing", self.preprocessor_name) is None:
+            yield f"The preprocessor is {self.preprocessor_name!r}; expected a class in nnunetv2.preprocessing."
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Plans of a data set, as they were written.
+
+    Attributes:
+        dataset_name: Name of the data set.
+        dataset_id: Its number.
+        plans_name: Name of the plans.
+        plans_file: Where they are.
+        network_name: The network they are for.
+        trainer_name: The trainer to train them with.
+        memory_target: What a training step may take, bytes.
+        configurations: What was planned.
+        preprocessed: What there is of preprocessed data, where they were made.
+        skipped: Configurations that were to be preprocessed and are not in the plans.
+        next_commands: What to run next.
+    """
+
+    dataset_name: str
+    dataset_id: int
+    plans_name: str
+    plans_file: Path
+    network_name: str
+    trainer_name: str
+    memory_target: int
+    configurations: tuple[PlannedConfiguration, ...]
+    preprocessed: tuple[Preprocessed, ...] = ()
+    skipped: tuple[str, ...] = ()
+    next_commands: tuple[str, ...] = ()
+
+    def as_text(self) -> str:
+        """The plans for a person to read."""
+        target = f"{self.memory_target / GIB:g} GiB"
+        rows = [("configuration", "patch", "batch", "checkpointing", f"memory of {target}", "data")]
+        for planned in self.configurations:
+            rows.append(
+                (
+                    planned.name,
+                    " x ".join(str(extent) for extent in planned.patch_size),
+                    str(planned.batch_size),
+                    planned.checkpointing or "-",
+                    "nnU-Net's own" if planned.memory is None else f"{planned.memory / GIB:.2f} GiB",
+                    planned.data_identifier,
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [f"{self.dataset_name}: {self.plans_name} for {self.network_name}"]
+        lines += [
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines.append(f"Plans: {self.plans_file}")
+        for data in self.preprocessed:
+            there = data.cases - len(data.written)
+            lines.append(f"Data of {data.configuration}: {len(data.written)} cases written, {there} were there")
+        lines += [f"Data of {name}: none, the images don't need this configuration" for name in self.skipped]
+        lines += [f"Next: {command}" for command in self.next_commands]
+        return "\n".join(lines)
+
+
+def plan(dataset_ids: Sequence[int], options: PlanOptions) -> list[Planned]:
+    """Plans data sets whose fingerprints are there, and writes the plans.
+
+    Args:
+        dataset_ids: Numbers of the data sets.
+        options: What is asked of the planner.
+
+    Returns:
+        The plans, in the order of the data sets.
+
+    Raises:
+        InputError: Something is wrong with the options or a data set; nothing was written. Lists all that was found.
+        ValueError: A data set can't be planned for this network and memory.
+    """
+    faults = list(options.faults())
+    for dataset_id in dataset_ids:
+        faults += _dataset_faults(dataset_id, options, needs_fingerprint=True)
+    if faults:
+        raise InputError(faults)
+    return [_with_next_commands(_plan(dataset_id, options)) for dataset_id in dataset_ids]
+
+
+def plan_and_preprocess(
+    dataset_ids: Sequence[int],
+    options: PlanOptions,
+    *,
+    configurations: Sequence[str],
+    processes: Sequence[int] | None = None,
+    fingerprint_extractor: str = DEFAULT_FINGERPRINT,
+    fingerprint_processes: int = 8,
+    verify_dataset_integrity: bool = False,
+    clean: bool = False,
+    preprocess: bool = True,
+    progress: bool = True,
+) -> list[Planned]:
+    """Takes fingerprints where there are none, plans, and preprocesses what is missing.
+
+    Args:
+        dataset_ids: Numbers of the data sets.
+        options: What is asked of the planner.
+        configurations: Which to preprocess; those that a data set doesn't have are skipped.
+        processes: Number of processes per configuration, or one for all; None for nnU-Net's numbers.
+        fingerprint_extractor: Name of a class in nnunetv2.experiment_planning.
+        fingerprint_processes: Number of processes for that.
+        verify_dataset_integrity: Whether nnU-Net checks the raw data before.
+        clean: Whether fingerprints are taken again where there are some.
+        preprocess: Whether to preprocess.
+        progress: Whether to show progress bars on stderr.
+
+    Returns:
+        The plans, in the order of the data sets.
+
+    Raises:
+        InputError: Something is wrong with the options or a data set; nothing was written. Lists all that was found.
+        ValueError: A data set can't be planned for this network and memory, or its raw data are faulty.
+        RuntimeError: A case can't be preprocessed.
+    """
+    faults = list(options.faults())
+    for dataset_id in dataset_ids:
+        faults += _dataset_faults(dataset_id, options, needs_fingerprint=False)
+        faults += _unknown_configurations(dataset_id, options, configurations)
+    extractor = _find_class("experiment_planning", fingerprint_extractor)
+    if extractor is None:
+        faults.append(
+            f"The fingerprint extractor is {fingerprint_extractor!r}; expected a class in nnunetv2.experiment_planning."
+        )
+    if processes is None:
+        processes = [_PROCESSES.get(name, _OTHER_PROCESSES) for name in configurations]
+    if len(processes) == 1:
+        processes = list(processes) * len(configurations)
+    if len(processes) != len(configurations):
+        faults.append(
+            f"-np has {len(processes)} numbers; expected one, or one for each of {', '.join(configurations)}."
+        )
+    if any(number < 1 for number in (*processes, fingerprint_processes)):
+        faults.append("The number of processes is below 1; expected 1 or more for -np and -npfp.")
+    if faults:
+        raise InputError(faults)
+
+    for dataset_id in dataset_ids:
+        with _assertions_told(find_dataset(dataset_id)):
+            extract_fingerprint_dataset(
+                dataset_id,
+                extractor,
+                fingerprint_processes,
+                verify_dataset_integrity,
+                clean,
+                options.verbose,
+                progress,
+            )
+    done = [_plan(dataset_id, options) for dataset_id in dataset_ids]
+    if preprocess:
+        done = [
+            _preprocess(one, dict(zip(configurations, processes, strict=True)), options.verbose, progress)
+            for one in done
+        ]
+    return [_with_next_commands(one) for one in done]
+
+
+def _plan(dataset_id: int, options: PlanOptions) -> Planned:
+    raw = find_dataset(dataset_id)
+    # what nnU-Net prints while it searches is of no use to anybody who isn't searching for a fault
+    silence = contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO())
+    with _assertions_told(raw), silence:
+        planner = PLANNERS[options.architecture](
+            dataset_id,
+            gpu_memory_target_in_gb=options.gpu_memory_target,
+            preprocessor_name=options.preprocessor_name,
+            plans_name=options.plans_name,
+            overwrite_target_spacing=(
+                None
+                if options.overwrite_target_spacing is None
+                else [float(extent) for extent in options.overwrite_target_spacing]
+            ),
+        )
+        planner.plan_experiment()
+    return Planned(
+        dataset_name=raw.name,
+        dataset_id=dataset_id,
+        plans_name=planner.plans_identifier,
+        plans_file=planner.plans_file,
+        network_name=planner.network_name,
+        trainer_name=planner.trainer_name,
+        memory_target=planner.memory_target,
+        configurations=tuple(planner.planned_configurations()),
+    )
+
+
+def _preprocess(planned: Planned, configurations: dict[str, int], verbose: bool, progress: bool) -> Planned:
+    dataset = PreprocessedDataset(find_dataset(planned.dataset_id), planned.plans_file.parent, planned.plans_name)
+    done = dataset.complete(configurations, verbose=verbose, progress=progress)
+    made = tuple(data.configuration for data in done)
+    skipped = tuple(name for name in configurations if name not in made)
+    return replace(planned, preprocessed=tuple(done), skipped=skipped)
+
+
+def _with_next_commands(planned: Planned) -> Planned:
+    """What is left to do before 3d_fullres can be trained, in commands that destroy nothing."""
+    data = PreprocessedDataset(find_dataset(planned.dataset_id), planned.plans_file.parent, planned.plans_name)
+    missing = data.missing("3d_fullres")
+    commands = []
+    if missing and not data.folder("3d_fullres").is_dir():
+        commands.append(f"nnUNetv2_preprocess -d {planned.dataset_id} -plans_name {planned.plans_name} -c 3d_fullres")
+    elif missing:
+        commands.append(
+            f"nnunet-conres plan_and_preprocess with the same options: {len(missing)} cases of 3d_fullres are missing"
+        )
+    commands.append(
+        f"nnUNetv2_train {planned.dataset_id} 3d_fullres 0 -tr {planned.trainer_name} -p {planned.plans_name}"
+    )
+    return replace(planned, next_commands=tuple(commands))
+
+
+def _dataset_faults(dataset_id: int, options: PlanOptions, needs_fingerprint: bool) -> Iterator[str]:
+    """What keeps a data set from being planned, as far as that shows before planning."""
+    try:
+        raw = find_dataset(dataset_id)
+    except InputError as error:
+        yield from error.faults
+        return
+    dataset_json, faults = read_dataset_json(raw)
+    yield from faults
+    if dataset_json is not None:
+        missing = [key for key in ("numTraining",) if key not in dataset_json]
+        if "channel_names" not in dataset_json and "modality" not in dataset_json:
+            missing.append("channel_names")
+        if missing:
+            yield f"{raw / 'dataset.json'} has no {' and no '.join(missing)}; nnU-Net's planner needs them."
+        yield from find_training_cases(raw, dataset_json)[1]
+    if folder_from_environment("nnUNet_preprocessed") is None:
+        yield (
+            "The environment variable nnUNet_preprocessed is not set; set it to the folder for nnU-Net's preprocessed "
+            "data."
+        )
+        return
+    preprocessed = Path(nnUNet_preprocessed, raw.name)
+    fingerprint = preprocessed / "dataset_fingerprint.json"
+    if fingerprint.is_file():
+        try:
+            json.loads(fingerprint.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            yield f"{fingerprint} cannot be read: {error}. Take it again: nnUNetv2_extract_fingerprint -d " + (
+                f"{dataset_id} --clean"
+            )
+    elif needs_fingerprint:
+        yield (
+            f"{fingerprint} is missing. Take it with nnUNetv2_extract_fingerprint -d {dataset_id}, or use "
+            f"nnunet-conres plan_and_preprocess."
+        )
+    yield from _plans_file_faults(preprocessed / f"{options.resolved_plans_name}.json", options)
+
+
+def _plans_file_faults(path: Path, options: PlanOptions) -> Iterator[str]:
+    """What would be lost if the plans were written."""
+    existing, ours = read_plans(path.parent).get(path.stem), PLANNERS[options.architecture].__name__
+    if path.stem in _NO_PLANS or (existing is None and path.exists()):
+        yield f"{path} is not for plans, or holds none that can be read. Choose another -overwrite_plans_name."
+    elif existing is not None and existing.get("experiment_planner_used") != ours:
+        yield (
+            f"{path} was made by {existing.get('experiment_planner_used')}; {ours} would replace it. Choose another "
+            f"-overwrite_plans_name."
+        )
+
+
+def _unknown_configurations(dataset_id: int, options: PlanOptions, configurations: Sequence[str]) -> Iterator[str]:
+    """Names that no planner plans, and that nobody has added to existing plans."""
+    known = set(CONFIGURATIONS)
+    with contextlib.suppress(InputError):  # told already
+        folder = Path(os.environ.get("nnUNet_preprocessed", ""), find_dataset(dataset_id).name)
+        known |= set(read_plans(folder).get(options.resolved_plans_name, {}).get("configurations", ()))
+    for name in configurations:
+        if name not in known:
+            yield f"{name!r} is no configuration; expected some of {', '.join(sorted(known))} for -c."
+
+
+def _find_class(folder: str, name: str) -> type | None:
+    return recursive_find_python_class(str(Path(nnunetv2.__path__[0], folder)), name, f"nnunetv2.{folder}")
+
+
+@contextlib.contextmanager
+def _assertions_told(raw: Path) -> Iterator[None]:
+    """Makes errors that can be told of what nnU-Net asserts about a data set."""
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(f"nnU-Net refuses {raw}: {str(error).strip() or 'it does not say why'}") from error

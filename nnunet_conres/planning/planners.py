@@ -1,0 +1,409 @@
+"""Planners: nnU-Net's own, but for our networks, and with patch and batch chosen by the memory these networks take."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import torch
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunet_conres import __version__
+from nnunet_conres.architectures.network import CHECKPOINTINGS
+from nnunet_conres.datasets.raw import write_json
+from nnunet_conres.planning.architectures import conresnet_architecture, unet3d_architecture, vnet_architecture
+from nnunet_conres.planning.memory import TrainingStep, estimate_memory
+from nnunet_conres.planning.preprocessing import read_plans, settings_faults, share_data
+
+GIB: Final = 2**30
+DEFAULT_MEMORY_TARGET: Final = 8.0
+"""What a training step may take, GiB; nnU-Net's default."""
+
+CONFIGURATIONS: Final = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
+"""What a planner plans; other configurations in a plans file are somebody's own, and are left alone."""
+
+_MIN_STAGES = 2
+_MIN_EDGE = 2
+
+
+@dataclass(frozen=True)
+class PlannedConfiguration:
+    """What a person wants to know of a planned configuration.
+
+    Attributes:
+        name: The configuration.
+        patch_size: Its patch in voxels.
+        batch_size: Its batch.
+        data_identifier: Folder of its preprocessed data.
+        checkpointing: "none", "decoder" or "full"; None for 2d, which is nnU-Net's own network.
+        memory: What a training step is estimated to take, bytes; None for 2d.
+    """
+
+    name: str
+    patch_size: tuple[int, ...]
+    batch_size: int
+    data_identifier: str
+    checkpointing: str | None = None
+    memory: int | None = None
+
+
+class TooLittleMemoryError(ValueError):
+    """Not even the smallest patch fits the target."""
+
+
+class NetworkPlanner(ExperimentPlanner):
+    """nnU-Net's planner for a network of this package.
+
+    What is preprocessed, and how, is planned by nnU-Net itself, and so is the way in which a patch shrinks: the axis
+    that is largest in comparison with the images goes first. When it is small enough is told by the memory model: at
+    batch 2 a training step has to fit the target. Wanted is a patch of as many voxels as nnU-Net plans for its own
+    U-Net and the same target; checkpointing, which costs time, is the least under which such a patch fits, and where
+    none does the patch is the largest that fits under full checkpointing. The batch is what fits beside, 2 at least,
+    and 5 % of the data set at most. 2d is nnU-Net's own network, planned its own way.
+
+    Attributes:
+        network_name: What messages call the network.
+        default_plans_name: Name of the plans where none is asked for.
+        trainer_name: The trainer to train the plans with.
+        min_slices: Slices of a patch along its first axis that the network needs.
+    """
+
+    network_name: ClassVar[str]
+    default_plans_name: ClassVar[str]
+    trainer_name: ClassVar[str]
+    min_slices: ClassVar[int] = 1
+
+    dataset_name: str
+    dataset_json: dict[str, Any]
+    plans_identifier: str
+
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float = DEFAULT_MEMORY_TARGET,
+        preprocessor_name: str = "DefaultPreprocessor",
+        plans_name: str | None = None,
+        overwrite_target_spacing: Sequence[float] | None = None,
+        suppress_transpose: bool = False,
+    ) -> None:
+        super().__init__(
+            dataset_name_or_id,
+            gpu_memory_target_in_gb,
+            preprocessor_name,
+            self.default_plans_name if plans_name is None else plans_name,
+            overwrite_target_spacing,
+            suppress_transpose,
+        )
+        self._stock_reference = self.UNet_reference_val_3d
+        self._stock_estimates: dict[tuple[Any, ...], int] = {}
+        self._checkpointing: str | None = None  # under which the search goes on; None: for nnU-Net's own network
+        self._labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
+        self._previous_stage_channels = 0
+        self._search: list[tuple[list[int], int]] = []
+        self._estimates: dict[tuple[Any, ...], int] = {}
+
+    @staticmethod
+    def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
+        """The ``architecture`` entry of plans for this network, of a configuration for nnU-Net's."""
+        raise NotImplementedError
+
+    @property
+    def memory_target(self) -> int:
+        """What a training step may take, bytes."""
+        return int(self.UNet_vram_target_GB * GIB)
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def _memory(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> int:
+        """Bytes of a training step under nnU-Net's recipe, with mixed precision."""
+        channels = len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", ())))
+        step = TrainingStep(
+            architecture=architecture,
+            patch_size=tuple(int(extent) for extent in patch_size),
+            batch_size=batch_size,
+            input_channels=channels + self._previous_stage_channels,
+            output_channels=self._labels.num_segmentation_heads,
+            has_regions=self._labels.has_regions,
+            has_ignore_label=self._labels.has_ignore_label,
+        )
+        # the search for a lowres configuration comes by the same patches again and again
+        key = (json.dumps(architecture), step.patch_size, batch_size, step.input_channels)
+        if key not in self._estimates:
+            self._estimates[key] = estimate_memory(step).total
+        return self._estimates[key]
+
+    def _fits(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> bool:
+        return self._memory(architecture, patch_size, batch_size) <= self.memory_target
+
+    def static_estimate_VRAM_usage(  # noqa: N802
+        self,
+        patch_size: Sequence[int],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: dict[str, Any],
+        arch_kwargs_req_import: Sequence[str],
+    ) -> int:
+        """What nnU-Net's search for a patch compares with the target; for our network bytes at the smallest batch.
+
+        Raises:
+            ValueError: If the search has come to a patch that is too small for the network.
+        """
+        if self._checkpointing is None:
+            key = (json.dumps(arch_kwargs, default=int), *map(int, patch_size), input_channels, output_channels)
+            if key not in self._stock_estimates:
+                with torch.device("meta"):  # shapes only: no memory, no time
+                    network = get_network_from_plans(
+                        arch_class_name, arch_kwargs, arch_kwargs_req_import, input_channels, output_channels, False
+                    )
+                self._stock_estimates[key] = int(network.compute_conv_feature_map_size(patch_size))
+            return self._stock_estimates[key]
+        patch = [int(extent) for extent in patch_size]
+        self._check_patch(patch, arch_kwargs["n_stages"])
+        stock = {
+            "network_class_name": arch_class_name,
+            "arch_kwargs": arch_kwargs,
+            "_kw_requires_import": arch_kwargs_req_import,
+        }
+        needed = self._memory(self._derive(stock, self._checkpointing), patch, self.UNet_min_batch_size)
+        self._search.append((patch, needed))
+        return needed
+
+    def _check_patch(self, patch: list[int], n_stages: int) -> None:
+        wanted = self._search[0][0] if self._search else patch
+        smallest = [min(_MIN_EDGE, extent) for extent in wanted]
+        smallest[0] = max(smallest[0], self.min_slices)
+        if n_stages >= _MIN_STAGES and all(extent >= least for extent, least in zip(patch, smallest, strict=True)):
+            return
+        if not self._search:
+            raise ValueError(
+                f"The images of {self.dataset_name} are too small for {self.network_name}: a patch of {_times(patch)} "
+                f"voxels makes a network of {n_stages} stages; expected {_MIN_STAGES} stages or more"
+                + (f", and {self.min_slices} slices." if self.min_slices > 1 else ".")
+                + " A finer -overwrite_target_spacing makes them larger."
+            )
+        patch, needed = min(self._search, key=lambda tried: tried[1])
+        raise TooLittleMemoryError(
+            f"{self.network_name} can't be planned for {self.dataset_name} in {_gib(self.memory_target)}: the smallest "
+            f"patch, {_times(patch)} voxels, takes {_gib(needed)} at batch {self.UNet_min_batch_size} with "
+            f"checkpointing {self._checkpointing}"
+            + (" in the cascade, where the stage before adds channels" if self._previous_stage_channels else "")
+            + f". Set -gpu_memory_target to at least {math.ceil(needed / GIB * 100) / 100:g}."
+        )
+
+    # --- a configuration --------------------------------------------------------------------------------------------
+
+    def _derive(self, stock: Mapping[str, Any], checkpointing: str) -> dict[str, Any]:
+        # as they will be read from the file, lists and not tuples: the trainer, too, derives from those
+        entry = self.architecture(ConfigurationManager({"architecture": json.loads(json.dumps(stock))}))
+        entry["arch_kwargs"]["checkpointing"] = checkpointing
+        return entry
+
+    def get_plans_for_configuration(
+        self,
+        spacing: Sequence[float],
+        median_shape: Sequence[float],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict[str, Any],
+    ) -> dict[str, Any]:
+        """A configuration as nnU-Net plans it, with our network in 3D.
+
+        Args:
+            spacing: Voxel size in mm; three of them, or two for 2d.
+            median_shape: Median shape of the images at that spacing, voxels.
+            data_identifier: Folder of the preprocessed data.
+            approximate_n_voxels_dataset: Voxels of all training cases together.
+            _cache: nnU-Net's, for 2d.
+
+        Raises:
+            ValueError: If not even the smallest patch fits the target.
+        """
+        if len(spacing) == 2:  # _checkpointing is None, so as nnU-Net does it
+            return super().get_plans_for_configuration(
+                spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
+            )
+        arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
+        plan = super().get_plans_for_configuration(*arguments, {})
+        wanted = math.prod(int(extent) for extent in plan["patch_size"])
+        for checkpointing in CHECKPOINTINGS:
+            found = self._largest_patch_under(checkpointing, arguments)
+            if found is None:
+                continue
+            plan = found
+            if math.prod(plan["patch_size"]) >= wanted:
+                break
+        patch_size = plan["patch_size"]
+        largest = math.floor(approximate_n_voxels_dataset * self.max_dataset_covered / math.prod(patch_size))
+        plan["batch_size"] = self._batch_size(plan["architecture"], patch_size, largest)
+        return plan
+
+    def _largest_patch_under(self, checkpointing: str, arguments: tuple[Any, ...]) -> dict[str, Any] | None:
+        """The configuration with the largest patch that fits, None if none does but with more checkpointing.
+
+        Raises:
+            ValueError: If none fits at all.
+        """
+        self._search, self._checkpointing = [], checkpointing
+        # nnU-Net compares what static_estimate_VRAM_usage returns for its reference batch, 2 in 3D, with this value
+        # scaled from its reference memory to the target. Thus the comparison is one of bytes.
+        self.UNet_reference_val_3d = self.UNet_reference_val_corresp_GB * GIB
+        try:
+            # a cache of its own: nnU-Net's doesn't know of the cascade's channels
+            plan = super().get_plans_for_configuration(*arguments, {})
+        except TooLittleMemoryError:
+            if checkpointing == CHECKPOINTINGS[-1]:
+                raise
+            return None
+        finally:
+            self._checkpointing, self.UNet_reference_val_3d = None, self._stock_reference
+        plan["patch_size"] = [int(extent) for extent in plan["patch_size"]]
+        plan["architecture"] = self._derive(plan["architecture"], checkpointing)
+        return plan
+
+    def _batch_size(self, architecture: Mapping[str, Any], patch_size: Sequence[int], largest: int) -> int:
+        """The largest batch that fits, no smaller than nnU-Net's smallest and otherwise no larger than allowed."""
+        fits, too_large = self.UNet_min_batch_size, max(largest, self.UNet_min_batch_size) + 1
+        while too_large - fits > 1:
+            middle = (fits + too_large) // 2
+            if self._fits(architecture, patch_size, middle):
+                fits = middle
+            else:
+                too_large = middle
+        return int(fits)
+
+    def _plan_cascade(self, configurations: dict[str, Any]) -> None:
+        """Gives the cascade a patch, batch and network of its own where fullres's don't fit with its channels.
+
+        The stage before adds a channel for every foreground label. Inheritance is a shallow update, so all three are
+        written together.
+        """
+        cascade = configurations.get("3d_cascade_fullres")
+        if cascade is None:
+            return
+        fullres = configurations["3d_fullres"]
+        self._previous_stage_channels = len(self._labels.foreground_labels)
+        try:
+            if self._fits(fullres["architecture"], fullres["patch_size"], fullres["batch_size"]):
+                return
+            median_shape = fullres["median_image_size_in_voxels"]
+            voxels = float(np.prod(median_shape, dtype=np.float64) * self.dataset_json["numTraining"])
+            own = self.get_plans_for_configuration(
+                fullres["spacing"], median_shape, fullres["data_identifier"], voxels, {}
+            )
+        finally:
+            self._previous_stage_channels = 0
+        cascade.update({entry: own[entry] for entry in ("batch_size", "patch_size", "architecture")})
+
+    # --- plans ------------------------------------------------------------------------------------------------------
+
+    def save_plans(self, plans: dict[str, Any]) -> None:
+        """Completes what nnU-Net planned and writes it; called at the end of ``plan_experiment``.
+
+        Configurations in an existing file that no planner made are kept.
+
+        Raises:
+            ValueError: If the images are 2D, or the plans' own data are there already and were preprocessed otherwise.
+        """
+        configurations = plans["configurations"]
+        if "3d_fullres" not in configurations:
+            raise ValueError(
+                f"The images of {self.dataset_name} are single slices, and {self.network_name} is a 3D network. Plan "
+                f"them with nnUNetv2_plan_experiment for nnU-Net's own."
+            )
+        self._plan_cascade(configurations)
+        plans["nnunet_conres"] = {"version": __version__}
+        recursive_fix_for_json_export(plans)
+        completed = json.loads(json.dumps(plans))
+        plans.clear()
+        plans.update(completed)
+
+        existing = read_plans(self.plans_file.parent)
+        share_data(plans, existing, planners=[planner.__name__ for planner in PLANNERS.values()])
+        faults = list(settings_faults(plans, existing, self.plans_file.parent))
+        if faults:
+            raise ValueError(" ".join(faults))
+        for name, configuration in existing.get(self.plans_identifier, {}).get("configurations", {}).items():
+            if name not in CONFIGURATIONS:
+                plans["configurations"][name] = configuration
+        write_json(self.plans_file, plans)
+
+    @property
+    def plans_file(self) -> Path:
+        """Where the plans are written."""
+        return Path(nnUNet_preprocessed, self.dataset_name, f"{self.plans_identifier}.json")
+
+    def planned_configurations(self) -> Iterator[PlannedConfiguration]:
+        """What was planned, configuration by configuration; after ``plan_experiment``."""
+        plans = PlansManager(deepcopy(self.plans))
+        for name in CONFIGURATIONS:
+            if name not in plans.available_configurations:
+                continue
+            configuration = plans.get_configuration(name)
+            patch_size = tuple(configuration.patch_size)
+            checkpointing = memory = None
+            if len(patch_size) == 3:
+                is_cascade = configuration.previous_stage_name is not None
+                self._previous_stage_channels = len(self._labels.foreground_labels) if is_cascade else 0
+                architecture = configuration.configuration["architecture"]
+                checkpointing = architecture["arch_kwargs"]["checkpointing"]
+                memory = self._memory(architecture, patch_size, configuration.batch_size)
+                self._previous_stage_channels = 0
+            yield PlannedConfiguration(
+                name, patch_size, configuration.batch_size, configuration.data_identifier, checkpointing, memory
+            )
+
+
+class ConResNetPlanner(NetworkPlanner):
+    """Plans for ConResNet."""
+
+    network_name = "ConResNet"
+    default_plans_name = "nnUNetConResNetPlans"
+    trainer_name = "nnUNetTrainerConResNet"
+    min_slices = 2  # a residual is a difference between two
+    architecture = staticmethod(conresnet_architecture)
+
+
+class VNetPlanner(NetworkPlanner):
+    """Plans for V-Net."""
+
+    network_name = "V-Net"
+    default_plans_name = "nnUNetVNetPlans"
+    trainer_name = "nnUNetTrainerVNet"
+    architecture = staticmethod(vnet_architecture)
+
+
+class UNet3DPlanner(NetworkPlanner):
+    """Plans for 3D U-Net."""
+
+    network_name = "3D U-Net"
+    default_plans_name = "nnUNetUNet3DPlans"
+    trainer_name = "nnUNetTrainerUNet3D"
+    architecture = staticmethod(unet3d_architecture)
+
+
+PLANNERS: Final[dict[str, type[NetworkPlanner]]] = {
+    "conresnet": ConResNetPlanner,
+    "vnet": VNetPlanner,
+    "unet3d": UNet3DPlanner,
+}
+"""The planner of each family, by the name that the command line has for it."""
+
+
+def _times(extents: Sequence[int]) -> str:
+    return " x ".join(str(extent) for extent in extents)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"

@@ -1,0 +1,435 @@
+"""Preprocessed data: shared between plans that want the same, checked for being complete, and completed case by case.
+
+nnU-Net's own command begins with the removal of a configuration's data. Here nothing is removed: cases that are there
+are left as they are, and those that are missing are made by nnU-Net's preprocessor beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_conres.datasets.raw import InputError, TrainingCase, find_training_cases, map_cases, short_message, some
+
+STOCK_PLANS: Final = "nnUNetPlans"
+
+_OF_PLANS = ("transpose_forward", "image_reader_writer")
+_OF_CONFIGURATIONS = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
+_INTENSITIES = "foreground_intensity_properties_per_channel"
+# Every other scheme may look at the intensities of the whole data set, as CT's does.
+_WITHOUT_INTENSITIES = {
+    "ZScoreNormalization",
+    "NoNormalization",
+    "RescaleTo01Normalization",
+    "RGBTo01Normalization",
+}
+# The spacing of 3d_lowres goes with the memory target: what is shared today would differ tomorrow.
+_SHARED = ("2d", "3d_fullres")
+# Below that many cases, starting processes takes longer than looking.
+_MANY_CASES = 200
+
+
+# --- whose data -----------------------------------------------------------------------------------------------------
+
+
+def read_plans(folder: Path) -> dict[str, dict[str, Any]]:
+    """All plans in a preprocessed data set's folder, by name; files that hold something else are left out."""
+    plans = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and isinstance(content.get("configurations"), dict):
+            plans[path.stem] = content
+    return plans
+
+
+def preprocessing_settings(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """All in plans that decides what a configuration's preprocessed data are; equal settings make equal data.
+
+    Args:
+        plans: Plans as read from their file.
+        configuration: Name of the configuration.
+    """
+    resolved = PlansManager(deepcopy(dict(plans))).get_configuration(configuration).configuration
+    settings = {key: plans.get(key) for key in _OF_PLANS} | {key: resolved.get(key) for key in _OF_CONFIGURATIONS}
+    if not set(settings["normalization_schemes"] or ()) <= _WITHOUT_INTENSITIES:
+        settings[_INTENSITIES] = plans.get(_INTENSITIES)
+    return settings
+
+
+def share_data(plans: dict[str, Any], existing: Mapping[str, Mapping[str, Any]], planners: Sequence[str]) -> None:
+    """Lets new plans use the data of existing ones wherever they would be the same.
+
+    Args:
+        plans: New plans; the ``data_identifier`` of their configurations is changed in place.
+        existing: Plans in the folder, by name. The stock ones come first, then those of the given planners.
+        planners: Class names of planners.
+    """
+    names = [STOCK_PLANS] + [
+        name for name, other in existing.items() if other.get("experiment_planner_used") in planners
+    ]
+    candidates = [existing[name] for name in names if name in existing and name != plans["plans_name"]]
+    for name in _SHARED:
+        configuration = plans["configurations"].get(name, {})
+        if "data_identifier" not in configuration:
+            continue
+        settings = preprocessing_settings(plans, name)
+        for other in candidates:
+            theirs = other["configurations"].get(name, {})
+            if "data_identifier" in theirs and preprocessing_settings(other, name) == settings:
+                configuration["data_identifier"] = theirs["data_identifier"]
+                break
+
+
+def settings_faults(plans: Mapping[str, Any], existing: Mapping[str, Mapping[str, Any]], folder: Path) -> Iterator[str]:
+    """A message wherever new plans would be at odds with data of their own name.
+
+    Args:
+        plans: New plans.
+        existing: Plans in the folder, by name, among them those that are to be replaced.
+        folder: The preprocessed data set's folder.
+    """
+    for name, configuration in plans["configurations"].items():
+        identifier = configuration.get("data_identifier")
+        if identifier != f"{plans['plans_name']}_{name}":
+            continue  # none, or another's
+        settings = preprocessing_settings(plans, name)
+        for other_name, other in existing.items():
+            is_replaced = other_name == plans["plans_name"]
+            if is_replaced and not ((folder / identifier).is_dir() and any((folder / identifier).iterdir())):
+                continue
+            for theirs, content in other["configurations"].items():
+                if content.get("data_identifier") != identifier:
+                    continue
+                before = preprocessing_settings(other, theirs)
+                different = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+                if different:
+                    whose = "holds data that were" if is_replaced else f"is for data of {other_name} too, which are"
+                    yield (
+                        f"{folder / identifier} {whose} preprocessed with another {', '.join(different)} than "
+                        f"configuration {name} is to have now. Name the new plans with -overwrite_plans_name"
+                        + (", or remove that folder." if is_replaced else ".")
+                    )
+
+
+# --- what is there --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """Data of a configuration.
+
+    Attributes:
+        configuration: Name of the configuration.
+        folder: Where they are.
+        cases: Number of cases of the data set.
+        written: Cases that were made now; all others were there.
+    """
+
+    configuration: str
+    folder: Path
+    cases: int
+    written: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a configuration's data have to be.
+
+    Attributes:
+        configuration: Name of the configuration.
+        folder: Where they are to be.
+        channels: Number of image channels.
+        axes: Where each axis is found in the images.
+        spacing: Voxel size in mm, without that of the slices for 2d; None where it doesn't tell the images' shape.
+    """
+
+    configuration: str
+    folder: Path
+    channels: int
+    axes: tuple[int, ...]
+    spacing: tuple[float, ...] | None
+
+    def shape(self, properties: Mapping[str, Any]) -> tuple[int, ...] | None:
+        """Shape of a case with these properties, None where that can't be told from outside."""
+        if self.spacing is None:
+            return None
+        spacing = [properties["spacing"][axis] for axis in self.axes]
+        target = spacing[: len(spacing) - len(self.spacing)] + list(self.spacing)  # slices of 2d keep their distance
+        shape = compute_new_shape(properties["shape_after_cropping_and_before_resampling"], spacing, target)
+        return (self.channels, *(int(extent) for extent in shape))
+
+
+@dataclass(frozen=True)
+class _State:
+    """What there is of a case.
+
+    Attributes:
+        complete: Whether all its files are there and whole.
+        otherwise: What shows that they were made for other plans, if anything does.
+    """
+
+    complete: bool
+    otherwise: str = ""
+
+
+def _look_at(job: tuple[str, _Wanted]) -> _State:
+    case_id, wanted = job
+    try:
+        data, labels, properties = _read(wanted.folder, case_id)
+    except Exception:  # a file that was cut short can raise anything
+        return _State(complete=False)
+    if labels[1:] != data[1:]:
+        return _State(complete=False)
+    expected = wanted.shape(properties)
+    if expected is not None and data != expected:
+        return _State(True, f"{case_id} has shape {data} there, and {expected} by these plans")
+    return _State(complete=True)
+
+
+def _read(folder: Path, case_id: str) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
+    """Shapes of a case's image and labels, and its properties. Raises if a file is missing or was cut short."""
+    compressed = folder / f"{case_id}.npz"
+    if not compressed.is_file():
+        image, annotation, _, properties = nnUNetDatasetBlosc2(str(folder), [case_id]).load_case(case_id)
+        return tuple(image.shape), tuple(annotation.shape), properties
+    with zipfile.ZipFile(compressed) as archive:  # the heads only: nnU-Net would unpack all of it
+        shapes = _array_shape(archive, "data"), _array_shape(archive, "seg")
+    with open(folder / f"{case_id}.pkl", "rb") as stream:
+        return *shapes, pickle.load(stream)
+
+
+def _array_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    with archive.open(f"{name}.npy") as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return tuple(read_header(stream)[0])
+
+
+def _holds_npz(folder: Path) -> bool:
+    """Whether data are in the format of older versions of nnU-Net, which doesn't mix with the newer one."""
+    return any(folder.glob("*.npz"))
+
+
+# --- a case that is missing -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one process needs to preprocess one case."""
+
+    case: TrainingCase
+    folder: Path
+    partial: Path
+    plans: Mapping[str, Any]
+    configuration: str
+    dataset_json: Mapping[str, Any]
+    as_npz: bool
+    verbose: bool
+
+
+def _preprocess_case(job: _Job) -> str:
+    """Preprocesses a case in a folder of its own and moves it to the others, what says that it is complete last."""
+    plans = PlansManager(deepcopy(dict(job.plans)))
+    configuration = plans.get_configuration(job.configuration)
+    preprocessor = configuration.preprocessor_class(verbose=job.verbose)
+    case_id = job.case.case_id
+    images, labels_file = [str(path) for path in job.case.images], str(job.case.labels)
+    own = job.partial / case_id
+    own.mkdir()
+    target = str(own / case_id)
+    arguments = (images, labels_file, plans, configuration, dict(job.dataset_json))
+    try:
+        if job.as_npz:
+            data, labels, properties = preprocessor.run_case(*arguments)
+            nnUNetDatasetNumpy.save_case(data.astype(np.float32), labels.astype(np.int16), properties, target)
+        else:
+            preprocessor.run_case_save(target, *arguments)
+    except Exception as error:  # readers and resampling have their own
+        raise RuntimeError(
+            f"Case {case_id} can't be preprocessed for configuration {job.configuration}: {short_message(error)}. "
+            f"Its files: {', '.join((*images, labels_file))}."
+        ) from error
+    for path in sorted(own.iterdir(), key=lambda path: (path.suffix == ".pkl", path.name)):
+        os.replace(path, job.folder / path.name)
+    own.rmdir()
+    return case_id
+
+
+# --- all of a data set ------------------------------------------------------------------------------------------------
+
+
+class PreprocessedDataset:
+    """The preprocessed data of a data set that belong to certain plans.
+
+    Args:
+        raw: Folder of the raw data set.
+        preprocessed: Folder of the preprocessed one, with the plans in it.
+        plans_name: Name of the plans.
+
+    Raises:
+        InputError: Files of the raw data set are missing. Lists all of them.
+    """
+
+    def __init__(self, raw: Path, preprocessed: Path, plans_name: str) -> None:
+        self._folder = preprocessed
+        self._plans = json.loads((preprocessed / f"{plans_name}.json").read_text(encoding="utf-8"))
+        self._dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
+        cases, faults = find_training_cases(raw, self._dataset_json)
+        if faults:
+            raise InputError(faults)
+        self._cases = {case.case_id: case for case in cases}
+
+    def folder(self, configuration: str) -> Path:
+        """Where the data of a configuration are, if there are any."""
+        return self._wanted(configuration).folder
+
+    def _wanted(self, name: str) -> _Wanted:
+        configuration = PlansManager(deepcopy(self._plans)).get_configuration(name)
+        told = configuration.preprocessor_name == "DefaultPreprocessor" and not configuration.configuration[
+            "resampling_fn_data"
+        ].startswith("no_")
+        return _Wanted(
+            configuration=name,
+            folder=self._folder / configuration.data_identifier,
+            channels=len(self._dataset_json.get("channel_names", self._dataset_json.get("modality", ()))),
+            axes=tuple(self._plans["transpose_forward"]),
+            spacing=tuple(configuration.spacing) if told else None,
+        )
+
+    def missing(self, configuration: str, *, processes: int = 1, progress: bool = False) -> list[str]:
+        """Ids of the cases that a configuration has no complete data of.
+
+        Args:
+            configuration: Name of the configuration.
+            processes: Number of processes to look with where there are many cases.
+            progress: Whether to show a progress bar then.
+
+        Raises:
+            ValueError: There are data, but they were preprocessed otherwise, or nnU-Net can't read them.
+        """
+        wanted = self._wanted(configuration)
+        if not wanted.folder.is_dir():
+            return list(self._cases)
+        if _holds_npz(wanted.folder) and any(wanted.folder.glob("*.b2nd")):
+            raise ValueError(
+                f"{wanted.folder} holds both .npz and .b2nd files, which nnU-Net can't train on. Remove the folder, or "
+                f"all files of one kind."
+            )
+        many = len(self._cases) > _MANY_CASES
+        jobs = [(case_id, wanted) for case_id in self._cases]
+        looks = map_cases(_look_at, jobs, processes if many else 1, f"Checking {configuration}", progress and many)
+        states = dict(zip(self._cases, looks, strict=True))
+        otherwise = [state.otherwise for state in states.values() if state.otherwise]
+        if otherwise:
+            name = self._plans["plans_name"]
+            is_own = wanted.folder.name.startswith(f"{name}_")
+            raise ValueError(
+                f"{wanted.folder} holds data that were preprocessed for other plans than {name}, or for another "
+                f"version of them ({some(otherwise, 2)}). "
+                + ("Plan under another name with -overwrite_plans_name, or remove" if is_own else "Remove")
+                + " that folder."
+            )
+        return [case_id for case_id, state in states.items() if not state.complete]
+
+    def complete(
+        self, configurations: Mapping[str, int], *, verbose: bool = False, progress: bool = True
+    ) -> list[Preprocessed]:
+        """Makes what is missing, and leaves alone what is there.
+
+        What there is of all configurations is looked at before anything is written. Each case gets its name when it is
+        complete, so that an interrupted run can be repeated, and goes on. The labels in original resolution, which
+        validation compares with, are copied as nnU-Net does.
+
+        Args:
+            configurations: Names of configurations, each with the number of processes to preprocess it with. Those
+                that the plans don't have are skipped.
+            verbose: Whether nnU-Net's preprocessor tells what it does.
+            progress: Whether to show progress bars on stderr.
+
+        Returns:
+            What there is now of each configuration.
+
+        Raises:
+            ValueError: There are data, but they were preprocessed otherwise, or nnU-Net can't read them.
+            RuntimeError: A case can't be preprocessed.
+        """
+        numbers = {name: number for name, number in configurations.items() if name in self._plans["configurations"]}
+        missing = {name: self.missing(name, processes=number, progress=progress) for name, number in numbers.items()}
+        written: dict[Path, tuple[str, ...]] = {}
+        for name, number in numbers.items():
+            folder = self.folder(name)
+            if folder not in written:  # fullres and cascade have the same
+                written[folder] = self._preprocess(name, missing[name], number, verbose, progress)
+        self._copy_labels()
+        return [Preprocessed(name, self.folder(name), len(self._cases), written[self.folder(name)]) for name in numbers]
+
+    def _preprocess(
+        self, configuration: str, case_ids: Sequence[str], processes: int, verbose: bool, progress: bool
+    ) -> tuple[str, ...]:
+        if not case_ids:
+            return ()
+        folder = self.folder(configuration)
+        folder.mkdir(parents=True, exist_ok=True)
+        as_npz = _holds_npz(folder)
+        # on the same drive, for what isn't complete yet; one per run, because there may be two at a time
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
+            jobs = [
+                _Job(
+                    self._cases[case_id],
+                    folder,
+                    Path(partial),
+                    self._plans,
+                    configuration,
+                    self._dataset_json,
+                    as_npz,
+                    verbose,
+                )
+                for case_id in case_ids
+            ]
+            try:
+                return tuple(map_cases(_preprocess_case, jobs, processes, f"Preprocessing {configuration}", progress))
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    f"A process was killed while it preprocessed configuration {configuration}, most likely for want "
+                    f"of memory. Run the same command again with fewer processes (-np, now {processes}): cases that "
+                    f"are complete are kept."
+                ) from error
+
+    def _copy_labels(self) -> None:
+        """Copies labels that are missing or newer than their copy."""
+        folder = self._folder / "gt_segmentations"
+        folder.mkdir(exist_ok=True)
+        for case in self._cases.values():
+            target = folder / f"{case.case_id}{self._dataset_json['file_ending']}"
+            if target.is_file() and target.stat().st_mtime >= case.labels.stat().st_mtime:
+                continue
+            partial = target.with_name(f".{target.name}.new")
+            shutil.copy2(case.labels, partial)
+            partial.replace(target)

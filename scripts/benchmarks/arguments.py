@@ -1,0 +1,92 @@
+"""Command-line arguments that subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.networks import Task
+from benchmarks.timing import BenchmarkError
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
+    return torch.device(text)
+
+
+def add_common(parser: argparse.ArgumentParser, threads: int | None = None) -> None:
+    """What all subcommands have."""
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write the report to this file, as JSON")
+    parser.add_argument("--device", type=_device, default="cpu", metavar="cpu|cuda", help="(default: %(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=threads,
+        metavar="N",
+        help="threads of the CPU (default: " + ("as many as PyTorch takes)" if threads is None else "%(default)s)"),
+    )
+
+
+def add_turns(parser: argparse.ArgumentParser, rounds: int, warmup: int = 2) -> None:
+    """How often contenders take turns."""
+    parser.add_argument(
+        "--rounds", type=positive, default=rounds, metavar="N", help="rounds that count (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=warmup, metavar="N", help="rounds before them (default: %(default)s)"
+    )
+
+
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """What is segmented."""
+    parser.add_argument(
+        "--patch",
+        type=positive,
+        nargs=3,
+        default=(40, 56, 40),
+        metavar="SIZE",
+        help="patch in voxels (default: 40 56 40)",
+    )
+    parser.add_argument("--batch", type=positive, default=2, metavar="N", help="patches (default: %(default)s)")
+    parser.add_argument("--channels", type=positive, default=1, metavar="N", help="of images (default: %(default)s)")
+    targets = parser.add_mutually_exclusive_group()
+    targets.add_argument(
+        "--classes", type=positive, default=2, metavar="N", help="foreground labels (default: %(default)s)"
+    )
+    targets.add_argument("--regions", type=positive, metavar="N", help="regions instead of labels")
+
+
+def task_of(arguments: argparse.Namespace) -> Task:
+    """The task that the arguments state."""
+    return Task(tuple(arguments.patch), arguments.batch, arguments.channels, arguments.classes, arguments.regions)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuses what can't be done before anything is done.
+
+    Raises:
+        BenchmarkError: All faults, a line each.
+    """
+    faults = []
+    output: Path | None = arguments.output
+    if output is not None and not output.resolve().parent.is_dir():
+        faults.append(f"The folder of {output} does not exist.")
+    if output is not None and output.is_dir():
+        faults.append(f"{output} is a folder; expected a file.")
+    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+        faults.append("PyTorch finds no CUDA device. Use --device cpu.")
+    if getattr(arguments, "warmup", 0) < 0:
+        faults.append("--warmup must not be negative.")
+    if faults:
+        raise BenchmarkError("\n".join(faults))

@@ -1,0 +1,237 @@
+"""Training steps: how long, in which phases, and how far above the time of the convolutions alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import machine
+from benchmarks.arguments import add_task, add_turns, task_of
+from benchmarks.convolutions import Convolution, ConvolutionsAlone, MatrixProduct, record, training_flops
+from benchmarks.hotspots import hotspot_table, hotspots, slowest, slowest_table
+from benchmarks.networks import NETWORKS, OURS, build
+from benchmarks.report import as_text, milliseconds, milliseconds_with_quartiles, ratio_table, ratios_as_json, table
+from benchmarks.timing import BenchmarkError, Phases, Ratio, in_turn, spread, totals
+from benchmarks.training import LOSS_PHASES, PRECISIONS, TimedStep, check_precision
+
+ALONE = "_convolutions"
+CONTENDERS = (*NETWORKS, *(name + ALONE for name in NETWORKS))
+DEFAULT = ("plainconvunet", "conresnet", "conresnet_paper", "conresnet_paper_convolutions")
+
+# at most, for float32 on a CPU and for whatever is asked for on CUDA
+LIMITS = {("conresnet", "plainconvunet"): 1.6, ("conresnet_paper", "conresnet_paper" + ALONE): 1.15}
+BFLOAT16_LIMIT = 0.5
+LOSS_LIMIT = 0.05
+STATED_FOR = "Limits are stated for a CPU, 2 threads, batch 2, patch 40 x 56 x 40."
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A contender in a precision, compiled or not."""
+
+    contender: str
+    precision: str
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.contender} {self.precision}" + (" compiled" if self.compiled else "")
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A variant ready to run, and the convolutions of its network."""
+
+    variant: Variant
+    run: TimedStep | ConvolutionsAlone
+    convolutions: list[Convolution]
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """FLOPs of the convolutions: forward, backward, step."""
+        return training_flops(self.convolutions)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"networks, the first being the baseline, among {', '.join(NETWORKS)}; with {ALONE} behind the name its "
+        f"convolutions alone (default: {' '.join(DEFAULT)})",
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=tuple(PRECISIONS),
+        help="one or more: float32, bfloat16 (autocast), mixed (CUDA: float16 as nnU-Net trains) (default: float32 on "
+        "a CPU, mixed on CUDA)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="each network also compiled, with its loss; a graph break is an error"
+    )
+    parser.add_argument(
+        "--hotspots",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also profile one step of each network and list the N operations other than convolutions that take "
+        f"longest; for NAME{ALONE} the N convolutions (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--matmul_edge",
+        type=int,
+        metavar="N",
+        help="size of the square matrices whose product gives the device's rate (default: 1024 on a CPU, 8192 on CUDA)",
+    )
+    add_task(parser)
+    add_turns(parser, rounds=9)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures steps and returns the report."""
+    device, task = arguments.device, task_of(arguments)
+    on_cuda = device.type == "cuda"
+    precisions = list(dict.fromkeys(arguments.precision or ["mixed" if on_cuda else "float32"]))
+    for precision in precisions:
+        check_precision(precision, device)
+    about = machine.describe(device)
+    if on_cuda:
+        # as nnU-Net trains, and float32 products in the precision that convolutions have by default
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+
+    entrants = _entrants(arguments, precisions)
+    edge = arguments.matmul_edge or (8192 if on_cuda else 1024)
+    products = {precision: MatrixProduct(PRECISIONS[precision], device, edge) for precision in precisions}
+    runs: dict[str, Callable[[], Phases]] = {str(entrant.variant): entrant.run for entrant in entrants}
+    runs |= {f"product {precision}": product for precision, product in products.items()}
+    try:
+        times = in_turn(runs, arguments.rounds, arguments.warmup)
+    except torch._dynamo.exc.Unsupported as error:
+        raise BenchmarkError(f"torch.compile breaks the graph: {error}") from error
+    rates = {p: product.flops / spread(totals(times[f"product {p}"]))["median"] for p, product in products.items()}
+    return {
+        "benchmark": "step",
+        "title": f"Training steps, {task}; milliseconds, medians of {arguments.rounds} rounds",
+        "machine": about,
+        "task": vars(task),
+        "rounds": arguments.rounds,
+        "warmup": arguments.warmup,
+        "matmul_flops_per_second": rates,
+        "contenders": {
+            str(e.variant): _entry(e, times[str(e.variant)], rates[e.variant.precision], device, arguments.hotspots)
+            for e in entrants
+        },
+        "ratios": ratios_as_json(_ratios(entrants, times, device)),
+    }
+
+
+def _entrants(arguments: argparse.Namespace, precisions: list[str]) -> list[Entrant]:
+    device, task = arguments.device, task_of(arguments)
+    entrants = []
+    for precision in precisions:
+        for contender in dict.fromkeys(arguments.contenders):
+            model = build(contender.removesuffix(ALONE), task, device)
+            step = TimedStep(model, device, precision)
+            convolutions = record(step)
+            if contender.endswith(ALONE):
+                alone = ConvolutionsAlone(convolutions, device)
+                entrants.append(Entrant(Variant(contender, precision), alone, convolutions))
+                continue
+            entrants.append(Entrant(Variant(contender, precision), step, convolutions))
+            if arguments.compile:
+                # compiled code may have other convolutions; compared are those of the network as it is written
+                step = TimedStep(build(contender, task, device), device, precision, compiled=True)
+                entrants.append(Entrant(Variant(contender, precision, True), step, convolutions))
+    return entrants
+
+
+def _entry(
+    entrant: Entrant, times: list[Phases], matmul_rate: float, device: torch.device, n_hotspots: int
+) -> dict[str, Any]:
+    variant, seconds = entrant.variant, spread(totals(times))
+    per_flop = seconds["median"] / entrant.flops["step"]
+    entry: dict[str, Any] = {
+        "contender": variant.contender,
+        "precision": variant.precision,
+        "compiled": variant.compiled,
+        "convolutions": len(entrant.convolutions),
+        "flops": entrant.flops,
+        "seconds": seconds,
+        "phases": {phase: spread([phases[phase] for phases in times]) for phase in times[0]},
+        "seconds_per_flop": per_flop,
+        "share_of_matmul_rate": 1 / per_flop / matmul_rate,
+    }
+    if isinstance(entrant.run, TimedStep):
+        entry["parameters"] = sum(parameter.numel() for parameter in entrant.run.parameters)
+        entry["loss"] = spread(_loss_seconds(times))
+        if n_hotspots and not variant.compiled:
+            entry["hotspots"] = hotspots(entrant.run, device, n_hotspots)
+    elif n_hotspots:
+        entry["slowest"] = slowest(entrant.convolutions, device, n_hotspots)
+    return entry
+
+
+def _loss_seconds(times: list[Phases]) -> list[float]:
+    return [sum(phases[phase] for phase in LOSS_PHASES) for phases in times]
+
+
+def _ratios(entrants: list[Entrant], times: dict[str, list[Phases]], device: torch.device) -> list[Ratio]:
+    """Each contender to what it is compared with, the baseline last."""
+    ratios = []
+    flops = {entrant.variant: entrant.flops["step"] for entrant in entrants}
+    variants = list(flops)
+
+    def compare(one: Variant, other: Variant, at_most: float | None) -> None:
+        if one == other or other not in flops:
+            return
+        # convolutions alone have the FLOPs of their network
+        alone = any(variant.contender.endswith(ALONE) for variant in (one, other))
+        both = None if alone else (flops[one], flops[other])
+        seconds, reference = totals(times[str(one)]), totals(times[str(other)])
+        ratios.append(Ratio.of_medians(f"{one} / {other}", seconds, reference, at_most, both))
+
+    for variant in variants:
+        name, precision = variant.contender, variant.precision
+        limited = device.type == "cuda" or (precision == "float32" and not variant.compiled)
+        compare(variant, Variant(name + ALONE, precision), LIMITS.get((name, name + ALONE)) if limited else None)
+        for one, other in LIMITS:
+            if one == name and not other.endswith(ALONE):
+                limit = LIMITS[one, other] if limited else None
+                compare(variant, Variant(other, precision, variant.compiled), limit)
+        if precision != "float32":
+            limit = BFLOAT16_LIMIT if name in OURS and precision == "bfloat16" else None
+            compare(variant, Variant(name, "float32", variant.compiled), limit)
+        if variant.compiled:
+            compare(variant, Variant(name, precision), None)
+        if not name.endswith(ALONE):
+            limit = LOSS_LIMIT if limited and name in OURS else None
+            rounds = times[str(variant)]
+            ratios.append(Ratio.of_medians(f"loss / step, {variant}", _loss_seconds(rounds), totals(rounds), limit))
+    for variant in variants:
+        compare(variant, Variant(variants[0].contender, variant.precision, variant.compiled), None)
+    return ratios
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """The report for readers."""
+    phases = ("forward", *LOSS_PHASES, "backward", "optimiser")
+    rows = []
+    for name, entry in report["contenders"].items():
+        row = [name, milliseconds_with_quartiles(entry["seconds"])]
+        row += [milliseconds(entry["phases"][phase]) if phase in entry["phases"] else "" for phase in phases]
+        row += [f"{entry['flops']['step'] / 1e9:.1f}", f"{1e12 * entry['seconds_per_flop']:.2f}"]
+        rows.append([*row, f"{100 * entry['share_of_matmul_rate']:.0f} %"])
+    head = ["", "step (quartiles)", *phases, "conv GFLOP", "ps per FLOP", "of matmul rate"]
+    rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {p}" for p, rate in report["matmul_flops_per_second"].items())
+    found = report["contenders"].items()
+    details = [hotspot_table(name, entry["hotspots"]) for name, entry in found if "hotspots" in entry]
+    details += [slowest_table(name, entry["slowest"]) for name, entry in found if "slowest" in entry]
+    ratios = ratio_table(report["ratios"])
+    return as_text(report, table(head, rows), f"Matrix products: {rates}. {STATED_FOR}", ratios, *details)

@@ -1,0 +1,679 @@
+"""Plans for our networks: patch, batch and checkpointing by memory, data shared and never made twice."""
+
+import inspect
+import json
+import multiprocessing.dummy
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
+import torch
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_conres import cli
+from nnunet_conres.planning import planners
+from nnunet_conres.planning.commands import PlanOptions, plan, plan_and_preprocess
+from nnunet_conres.planning.memory import TrainingStep
+from nnunet_conres.planning.planners import GIB, PLANNERS
+from nnunet_conres.planning.preprocessing import PreprocessedDataset
+from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet
+from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
+from nnunet_conres.trainers.vnet import nnUNetTrainerVNet
+
+TRAINERS = {"conresnet": nnUNetTrainerConResNet, "vnet": nnUNetTrainerVNet, "unet3d": nnUNetTrainerUNet3D}
+FAMILIES = list(PLANNERS)
+NAME = "Dataset701_Made"
+ISOTROPIC = {"shape": (150, 160, 140), "spacing": (1.0, 1.0, 1.0)}
+ANISOTROPIC = {"shape": (20, 320, 300), "spacing": (6.0, 0.8, 0.8)}
+LARGE = {"shape": (300, 400, 400), "spacing": (1.0, 0.8, 0.8)}
+TINY = {"shape": (12, 16, 20), "spacing": (1.0, 1.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class FakeEstimate:
+    total: int
+
+
+def bytes_of(voxels: float, batch: int, channels: int = 1, checkpointing: str = "none") -> int:
+    """A memory model to reckon with: so many bytes per voxel, less of them with checkpointing, more per channel."""
+    saved = {"none": 1.0, "decoder": 0.75, "full": 0.5}[checkpointing]
+    return int(saved * batch * voxels * (900 + 100 * channels))
+
+
+def fake_memory(step: TrainingStep) -> FakeEstimate:
+    checkpointing = step.architecture["arch_kwargs"]["checkpointing"]
+    voxels = int(np.prod(step.patch_size))
+    return FakeEstimate(bytes_of(voxels, step.batch_size, step.input_channels, checkpointing))
+
+
+@pytest.fixture
+def _fake_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planners, "estimate_memory", fake_memory)
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.setenv("nnUNet_def_n_proc", "1")
+    # nnU-Net matches three file names in twelve processes
+    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", multiprocessing.dummy.Pool)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_dataset(
+    root: Path,
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    cases: int = 40,
+    channels: int = 1,
+    labels: dict[str, Any] | None = None,
+) -> None:
+    """A raw data set of tiny images, and the fingerprint of one whose images have that shape and spacing."""
+    raw, preprocessed = root / "raw" / NAME, root / "preprocessed" / NAME
+    for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
+        folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    tiny = TINY["shape"]
+    images = [sitk.GetImageFromArray(rng.normal(5, 1, tiny).astype(np.float32)) for _ in range(channels)]
+    annotation = np.zeros(tiny, np.uint8)
+    annotation[4:8, 4:10, 4:12] = 1
+    for number in range(3):
+        for channel, image in enumerate(images):
+            sitk.WriteImage(image, raw / "imagesTr" / f"case_{number}_{channel:04d}.nii.gz")
+        sitk.WriteImage(sitk.GetImageFromArray(annotation), raw / "labelsTr" / f"case_{number}.nii.gz")
+    dataset_json = {
+        "channel_names": {str(channel): "T1" for channel in range(channels)},
+        "labels": labels or {"background": 0, "organ": 1, "tumor": 2},
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+    }
+    (raw / "dataset.json").write_text(json.dumps(dataset_json))
+    (preprocessed / "dataset.json").write_text(json.dumps(dataset_json))
+    statistics = {"mean": 5.0, "std": 1.0, "percentile_00_5": 2.0, "percentile_99_5": 8.0, "median": 5.0}
+    fingerprint = {
+        "spacings": [spacing] * 3,
+        "shapes_after_crop": [shape] * 3,
+        "foreground_intensity_properties_per_channel": {str(channel): statistics for channel in range(channels)},
+        "median_relative_size_after_cropping": 1.0,
+    }
+    (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., None]:
+    """Function that writes the data set."""
+
+    def write(kind: dict[str, Any], **kwargs: Any) -> None:
+        write_dataset(tmp_path, **kind, **kwargs)
+
+    return write
+
+
+def plans_of(root: Path, name: str) -> dict[str, Any]:
+    return json.loads((root / "preprocessed" / NAME / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Function that plans the data set and returns the plans as they were written."""
+
+    def do(architecture: str = "conresnet", gib: float = 8, **kwargs: Any) -> dict[str, Any]:
+        options = PlanOptions(architecture, gpu_memory_target=gib, **kwargs)
+        plan([701], options)
+        return plans_of(tmp_path, options.resolved_plans_name)
+
+    return do
+
+
+def stock() -> dict[str, Any]:
+    return ExperimentPlanner(701).plan_experiment()
+
+
+def memory_of(plans: dict[str, Any], configuration: str, channels: int = 1) -> int:
+    resolved = PlansManager(plans).get_configuration(configuration)
+    checkpointing = resolved.network_arch_init_kwargs["checkpointing"]
+    return bytes_of(np.prod(resolved.patch_size), resolved.batch_size, channels, checkpointing)
+
+
+@pytest.mark.usefixtures("_fake_memory")
+class TestPlans:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_name_our_network_and_all_of_its_arguments(self, family: str, make: Any, planned: Any) -> None:
+        make(ISOTROPIC)
+        architecture = planned(family)["configurations"]["3d_fullres"]["architecture"]
+        module, _, class_name = architecture["network_class_name"].rpartition(".")
+        assert module == f"nnunet_conres.architectures.{family}"
+        network = getattr(__import__(module, fromlist=[class_name]), class_name)
+        arguments = set(inspect.signature(network.__init__).parameters)
+        arguments -= {"self", "input_channels", "num_classes", "deep_supervision", "residual_outputs"}
+        assert arguments - {"n_conv_per_stage"} <= set(architecture["arch_kwargs"]) <= arguments
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_trainer_changes_nothing_and_builds_them(self, family: str, make: Any, planned: Any) -> None:
+        make(LARGE, channels=2)
+        plans = planned(family, gib=0.4)
+        manager = PlansManager(plans)
+        dataset_json = {"labels": {"background": 0, "organ": 1, "tumor": 2}, "channel_names": {"0": "a", "1": "b"}}
+        assert set(plans["configurations"]) == {"2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres"}
+        for name in ("3d_lowres", "3d_fullres", "3d_cascade_fullres"):
+            configuration = manager.get_configuration(name)
+            architecture = configuration.configuration["architecture"]
+            assert TRAINERS[family].resolve(configuration, name) == {"architecture": architecture}
+            channels = determine_num_input_channels(manager, configuration, dataset_json)
+            with torch.device("meta"):
+                ours = TRAINERS[family].build_network_architecture(manager, configuration, channels, 3, True)
+                theirs = nnUNetTrainer.build_network_architecture(manager, configuration, channels, 3, True)
+            assert type(ours) is type(theirs)
+            ours_state, theirs_state = ours.state_dict(), theirs.state_dict()
+            assert {key: value.shape for key, value in ours_state.items()} == {
+                key: value.shape for key, value in theirs_state.items()
+            }
+
+    def test_2d_is_nnunets_own(self, make: Any, planned: Any) -> None:
+        make(ISOTROPIC)
+        ours, theirs = planned(), json.loads(json.dumps(stock()))
+        del ours["configurations"]["2d"]["data_identifier"], theirs["configurations"]["2d"]["data_identifier"]
+        assert ours["configurations"]["2d"] == theirs["configurations"]["2d"]
+
+    def test_what_is_preprocessed_is_nnunets_own(self, make: Any, planned: Any) -> None:
+        make(ANISOTROPIC)
+        ours, theirs = planned(), json.loads(json.dumps(stock()))
+        fullres, stock_fullres = (plans["configurations"].pop("3d_fullres") for plans in (ours, theirs))
+        for entry in ("patch_size", "batch_size", "architecture", "data_identifier", "batch_dice"):
+            del fullres[entry], stock_fullres[entry]
+        assert fullres == stock_fullres
+        for key in ("transpose_forward", "transpose_backward", "image_reader_writer", "label_manager"):
+            assert ours[key] == theirs[key]
+
+    def test_anisotropic_spacing(self, make: Any, planned: Any) -> None:
+        make(ANISOTROPIC)
+        fullres = planned("vnet", gib=2)["configurations"]["3d_fullres"]
+        arguments = fullres["architecture"]["arch_kwargs"]
+        assert arguments["strides"][1] == [1, 2, 2]
+        assert arguments["kernel_sizes"][0] == [1, 5, 5]
+        assert fullres["patch_size"][0] * 4 < fullres["patch_size"][1]
+
+    def test_spacing_and_name_can_be_chosen(self, make: Any, planned: Any) -> None:
+        make(ISOTROPIC)
+        plans = planned(overwrite_target_spacing=[2, 1, 1], plans_name="nnUNetCoarse")
+        assert plans["plans_name"] == "nnUNetCoarse"
+        assert plans["configurations"]["3d_fullres"]["spacing"] == [2.0, 1.0, 1.0]
+        assert plans["configurations"]["3d_fullres"]["data_identifier"] == "nnUNetCoarse_3d_fullres"
+
+    def test_nnunets_own_function_takes_the_planner(self, make: Any) -> None:
+        make(ISOTROPIC)
+        plans, name = plan_experiment_dataset(701, PLANNERS["conresnet"])
+        assert (plans["plans_name"], name) == ("nnUNetConResNetPlans", "nnUNetConResNetPlans")
+
+    def test_own_configurations_are_kept_and_outdated_ones_are_not(
+        self, make: Any, planned: Any, tmp_path: Path
+    ) -> None:
+        make(LARGE)
+        plans = planned(gib=0.4)
+        assert "3d_lowres" in plans["configurations"]
+        plans["configurations"]["mine"] = {"inherits_from": "3d_fullres", "batch_size": 3}
+        (tmp_path / "preprocessed" / NAME / "nnUNetConResNetPlans.json").write_text(json.dumps(plans))
+        again = planned(gib=1000)
+        assert set(again["configurations"]) == {"2d", "3d_fullres", "mine"}
+
+
+@pytest.mark.usefixtures("_fake_memory")
+class TestMemory:
+    def test_patch_shrinks_with_the_target_and_never_exceeds_it(self, make: Any, planned: Any) -> None:
+        make(ISOTROPIC)
+        sizes = []
+        for gib in (4, 1, 0.25, 0.05):
+            plans = planned(gib=gib)
+            assert memory_of(plans, "3d_fullres") <= gib * GIB
+            patch = plans["configurations"]["3d_fullres"]["patch_size"]
+            assert max(patch) <= 1.5 * min(patch)  # the images' proportions
+            sizes.append(np.prod(patch))
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(set(sizes)) == len(sizes)
+
+    @pytest.mark.parametrize(
+        ("of_need", "checkpointing", "is_reached"),
+        [
+            (1.01, "none", True),
+            (0.99, "decoder", True),
+            (0.76, "decoder", True),
+            (0.74, "full", True),
+            (0.1, "full", False),
+        ],
+    )
+    def test_checkpointing_is_the_least_under_which_nnunets_own_patch_fits(
+        self, of_need: float, checkpointing: str, is_reached: bool, make: Any, planned: Any, monkeypatch: Any
+    ) -> None:
+        make(ISOTROPIC)
+        gib = 2
+        stock_plans = ExperimentPlanner(701, gpu_memory_target_in_gb=gib).plan_experiment()
+        wanted = np.prod(stock_plans["configurations"]["3d_fullres"]["patch_size"])
+        factor = gib * GIB / of_need / bytes_of(wanted, 2)
+
+        def scaled(step: TrainingStep) -> FakeEstimate:
+            return FakeEstimate(int(factor * fake_memory(step).total))
+
+        monkeypatch.setattr(planners, "estimate_memory", scaled)
+        fullres = planned(gib=gib)["configurations"]["3d_fullres"]
+        assert fullres["architecture"]["arch_kwargs"]["checkpointing"] == checkpointing
+        assert (np.prod(fullres["patch_size"]) >= wanted) == is_reached
+
+    def test_batch_is_rounded_down(self, make: Any, planned: Any) -> None:
+        make(ISOTROPIC, cases=1000)
+        voxels = np.prod(planned(gib=1000)["configurations"]["3d_fullres"]["patch_size"])
+        for batches, expected in ((2.9, 2), (3.0, 3), (7.99, 7)):
+            fullres = planned(gib=batches * bytes_of(voxels, 1) / GIB + 1e-6)["configurations"]["3d_fullres"]
+            assert fullres["batch_size"] == expected
+
+    def test_batch_is_a_twentieth_of_the_data_at_most(self, make: Any, planned: Any) -> None:
+        make(ISOTROPIC, cases=100)
+        fullres = planned(gib=1000)["configurations"]["3d_fullres"]
+        share = 0.05 * 100 * np.prod(ISOTROPIC["shape"]) / np.prod(fullres["patch_size"])
+        assert fullres["batch_size"] == int(share)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_refused_below_the_smallest_patch(self, family: str, make: Any, planned: Any, tmp_path: Path) -> None:
+        make(ISOTROPIC)
+        with pytest.raises(ValueError, match=r"in 0\.00 GiB: the smallest patch, \d+ x \d+ x \d+ voxels, takes 0\.0"):
+            planned(family, gib=1e-5)
+        assert not list((tmp_path / "preprocessed" / NAME).glob("*Plans.json"))
+
+    def test_the_target_that_the_refusal_names_is_what_it_takes(
+        self, make: Any, planned: Any, monkeypatch: Any
+    ) -> None:
+        def heavy(step: TrainingStep) -> FakeEstimate:
+            return FakeEstimate(1000 * fake_memory(step).total)
+
+        monkeypatch.setattr(planners, "estimate_memory", heavy)
+        make(ISOTROPIC)
+        gib = 0.01
+        for what in ("batch 2 with checkpointing full. ", "in the cascade"):
+            with pytest.raises(ValueError, match=what) as refusal:
+                planned(gib=gib)
+            gib = float(str(refusal.value).split("-gpu_memory_target to at least ")[1].rstrip("."))
+        assert planned(gib=gib)["configurations"]["3d_cascade_fullres"]["batch_size"] == 2
+
+    def test_images_that_are_too_small(self, make: Any, planned: Any) -> None:
+        make({"shape": (6, 6, 6), "spacing": (1.0, 1.0, 1.0)})
+        with pytest.raises(ValueError, match=r"too small for ConResNet: a patch of 6 x 6 x 6 voxels"):
+            planned()
+
+    def test_2d_images(self, make: Any, planned: Any) -> None:
+        make({"shape": (1, 300, 300), "spacing": (99.0, 1.0, 1.0)})
+        with pytest.raises(ValueError, match="single slices, and V-Net is a 3D network"):
+            planned("vnet")
+
+    def test_regions_and_ignore_label_are_told_to_the_model(
+        self, make: Any, planned: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps: list[TrainingStep] = []
+
+        def note(step: TrainingStep) -> FakeEstimate:
+            steps.append(step)
+            return fake_memory(step)
+
+        monkeypatch.setattr(planners, "estimate_memory", note)
+        make(ISOTROPIC, channels=4, labels={"background": 0, "whole": [1, 2], "core": 2, "ignore": 3})
+        dataset = Path(os.environ["nnUNet_raw"], NAME, "dataset.json")
+        dataset.write_text(json.dumps(json.loads(dataset.read_text()) | {"regions_class_order": [1, 2]}))
+        planned()
+        assert {(s.input_channels, s.output_channels, s.has_regions, s.has_ignore_label) for s in steps} == {
+            (4, 2, True, True)
+        }
+
+
+@pytest.mark.usefixtures("_fake_memory")
+class TestCascade:
+    LABELS = {"background": 0} | {f"organ {number}": number for number in range(1, 6)}
+
+    def test_has_a_patch_of_its_own_where_its_channels_need_it(self, make: Any, planned: Any) -> None:
+        make(LARGE, labels=self.LABELS)
+        plans = planned(gib=0.5)
+        cascade = plans["configurations"]["3d_cascade_fullres"]
+        assert set(cascade) == {"inherits_from", "previous_stage", "batch_size", "patch_size", "architecture"}
+        fullres = plans["configurations"]["3d_fullres"]
+        assert np.prod(cascade["patch_size"]) < np.prod(fullres["patch_size"])
+        assert memory_of(plans, "3d_cascade_fullres", channels=1 + 5) <= 0.5 * GIB
+        resolved = PlansManager(plans).get_configuration("3d_cascade_fullres")
+        assert [len(resolved.pool_op_kernel_sizes)] == [cascade["architecture"]["arch_kwargs"]["n_stages"]]
+        strides = np.prod(resolved.pool_op_kernel_sizes, axis=0)
+        assert not np.any(np.asarray(resolved.patch_size) % strides)
+
+    def test_inherits_where_they_fit(self, make: Any, planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            planners, "estimate_memory", lambda step: FakeEstimate(int(np.prod(step.patch_size)) * step.batch_size)
+        )
+        make(LARGE, labels=self.LABELS)
+        plans = planned(gib=0.001)
+        assert plans["configurations"]["3d_cascade_fullres"] == {
+            "inherits_from": "3d_fullres",
+            "previous_stage": "3d_lowres",
+        }
+
+    def test_lowres_is_as_nnunet_makes_it(self, make: Any, planned: Any) -> None:
+        make(LARGE)
+        configurations = planned(gib=0.5)["configurations"]
+        lowres, fullres = configurations["3d_lowres"], configurations["3d_fullres"]
+        assert lowres["next_stage"] == "3d_cascade_fullres"
+        assert lowres["data_identifier"] == "nnUNetConResNetPlans_3d_lowres"
+        assert np.prod(lowres["spacing"]) > 2 * np.prod(fullres["spacing"])
+        assert np.prod(lowres["patch_size"]) >= 0.25 * np.prod(lowres["median_image_size_in_voxels"])
+        assert (lowres["batch_dice"], fullres["batch_dice"]) == (False, True)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+@pytest.fixture
+def small(make: Any) -> None:
+    """A data set whose images are as its fingerprint says."""
+    make(TINY, cases=3)
+
+
+def complete(**kwargs: Any) -> list[Any]:
+    options = PlanOptions(kwargs.pop("architecture", "conresnet"), **kwargs.pop("options", {}))
+    defaults: dict[str, Any] = {"configurations": ["3d_fullres"], "processes": [1], "progress": False}
+    return plan_and_preprocess([701], options, **(defaults | kwargs))
+
+
+@pytest.mark.usefixtures("_fake_memory", "small")
+class TestData:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return tmp_path / "preprocessed" / NAME
+
+    @pytest.fixture
+    def stock_data(self, folder: Path, tmp_path: Path) -> Path:
+        """Preprocessed data of stock plans."""
+        with pytest.MonkeyPatch.context() as patch:  # what stock networks take doesn't matter here
+            patch.setattr(ExperimentPlanner, "static_estimate_VRAM_usage", staticmethod(lambda *_: 10**8))
+            stock()
+        PreprocessedDataset(tmp_path / "raw" / NAME, folder, "nnUNetPlans").complete({"3d_fullres": 1}, progress=False)
+        return folder / "nnUNetPlans_3d_fullres"
+
+    def test_without_stock_plans_they_are_its_own(self, folder: Path) -> None:
+        (done,) = complete()
+        assert done.preprocessed[0].folder == folder / "nnUNetConResNetPlans_3d_fullres"
+        assert done.preprocessed[0].written == ("case_0", "case_1", "case_2")
+        names = {f"case_{n}{end}" for n in range(3) for end in (".b2nd", "_seg.b2nd", ".pkl")}
+        assert {path.name for path in done.preprocessed[0].folder.iterdir()} == names
+        assert {path.name for path in (folder / "gt_segmentations").iterdir()} == {f"case_{n}.nii.gz" for n in range(3)}
+        assert not list(folder.glob(".*"))
+
+    def test_are_nnunets_own(self, stock_data: Path, tmp_path: Path) -> None:
+        from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+        from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+        plans = PlansManager(str(stock_data.parent / "nnUNetPlans.json"))
+        raw = tmp_path / "raw" / NAME
+        image, labels, _ = DefaultPreprocessor(verbose=False).run_case(
+            [str(raw / "imagesTr" / "case_1_0000.nii.gz")],
+            str(raw / "labelsTr" / "case_1.nii.gz"),
+            plans,
+            plans.get_configuration("3d_fullres"),
+            str(raw / "dataset.json"),
+        )
+        found_image, found_labels, _, _ = nnUNetDatasetBlosc2(str(stock_data), ["case_1"]).load_case("case_1")
+        np.testing.assert_array_equal(found_image[:], image)
+        np.testing.assert_array_equal(found_labels[:], labels)
+
+    def test_are_shared_with_stock_plans_and_left_alone(self, stock_data: Path) -> None:
+        before = snapshot(stock_data)
+        labels = snapshot(stock_data.parent / "gt_segmentations")
+        for family in FAMILIES:
+            (done,) = complete(architecture=family)
+            assert done.preprocessed[0].folder == stock_data
+            assert done.preprocessed[0].written == ()
+        assert snapshot(stock_data) == before
+        assert snapshot(stock_data.parent / "gt_segmentations") == labels
+
+    def test_our_plans_share_among_each_other(self, folder: Path) -> None:
+        complete(architecture="vnet")
+        (done,) = complete(architecture="unet3d")
+        assert done.preprocessed[0].folder == folder / "nnUNetVNetPlans_3d_fullres"
+        assert done.preprocessed[0].written == ()
+        (again,) = complete(architecture="vnet")
+        assert again.preprocessed[0].folder == folder / "nnUNetVNetPlans_3d_fullres"
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"overwrite_target_spacing": [2.0, 1.0, 1.0]},
+            {"overwrite_target_spacing": [1.001, 1.0, 1.0]},
+        ],
+    )
+    def test_are_not_shared_where_they_differ(self, options: dict[str, Any], stock_data: Path) -> None:
+        before = snapshot(stock_data)
+        (done,) = complete(options=options)
+        assert done.preprocessed[0].folder.name == "nnUNetConResNetPlans_3d_fullres"
+        assert len(done.preprocessed[0].written) == 3
+        assert snapshot(stock_data) == before
+
+    def test_are_not_shared_where_normalisation_differs(self, stock_data: Path) -> None:
+        plans = json.loads((stock_data.parent / "nnUNetPlans.json").read_text())
+        plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+        (stock_data.parent / "nnUNetPlans.json").write_text(json.dumps(plans))
+        (done,) = complete()
+        assert done.preprocessed[0].folder.name == "nnUNetConResNetPlans_3d_fullres"
+
+    def test_what_is_missing_is_completed(self, stock_data: Path) -> None:
+        for ending in (".b2nd", "_seg.b2nd", ".pkl"):
+            for damaged in (lambda _: None, lambda content: content[:-7], lambda _: b""):
+                file = stock_data / f"case_1{ending}"
+                content = damaged(file.read_bytes())
+                file.unlink()
+                if content is not None:
+                    file.write_bytes(content)
+                before = snapshot(stock_data)
+                (done,) = complete()
+                assert done.preprocessed[0].written == ("case_1",)
+                after = snapshot(stock_data)
+                assert len(after) == 9
+                assert {name: after[name] for name in after if "case_1" not in name} == {
+                    name: before[name] for name in before if "case_1" not in name
+                }
+        assert complete()[0].preprocessed[0].written == ()
+
+    def test_an_interrupted_run_goes_on(self, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        broken = tmp_path / "raw" / NAME / "imagesTr" / "case_1_0000.nii.gz"
+        content = broken.read_bytes()
+        broken.write_bytes(b"no image")
+        with pytest.raises(RuntimeError, match=r"Case case_1 can't be preprocessed for configuration 3d_fullres"):
+            complete()
+        data = folder / "nnUNetConResNetPlans_3d_fullres"
+        before = snapshot(data)
+        assert {name.split(".")[0].removesuffix("_seg") for name in before} == {"case_0"}
+        assert not list(folder.glob(".*"))
+        broken.write_bytes(content)
+        (done,) = complete()
+        assert done.preprocessed[0].written == ("case_1", "case_2")
+        assert {name: snapshot(data)[name] for name in before} == before
+
+    def test_older_format(self, stock_data: Path) -> None:
+        from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
+
+        for number in range(3):
+            image, labels, _, properties = nnUNetDatasetBlosc2(str(stock_data)).load_case(f"case_{number}")
+            arrays = image[:], labels[:]
+            for path in stock_data.glob(f"case_{number}*"):
+                path.unlink()
+            nnUNetDatasetNumpy.save_case(*arrays, properties, str(stock_data / f"case_{number}"))
+        before = snapshot(stock_data)
+        assert complete()[0].preprocessed[0].written == ()
+        assert snapshot(stock_data) == before
+        (stock_data / "case_2.npz").write_bytes((stock_data / "case_2.npz").read_bytes()[:-30])
+        assert complete()[0].preprocessed[0].written == ("case_2",)
+        assert {path.suffix for path in stock_data.iterdir()} == {".npz", ".pkl"}
+        nnUNetDatasetNumpy(str(stock_data)).load_case("case_2")
+        (stock_data / "case_0.b2nd").touch()
+        with pytest.raises(ValueError, match=r"both \.npz and \.b2nd"):
+            complete()
+
+    def test_data_of_former_plans_are_neither_used_nor_removed(self, folder: Path) -> None:
+        complete()
+        data = folder / "nnUNetConResNetPlans_3d_fullres"
+        before, plans = snapshot(data), (folder / "nnUNetConResNetPlans.json").read_bytes()
+        with pytest.raises(ValueError, match=r"preprocessed with another spacing than configuration 3d_fullres"):
+            complete(options={"overwrite_target_spacing": [2.0, 1.0, 1.0]})
+        assert snapshot(data) == before
+        assert (folder / "nnUNetConResNetPlans.json").read_bytes() == plans
+        (done,) = complete(options={"overwrite_target_spacing": [2.0, 1.0, 1.0], "plans_name": "nnUNetCoarse"})
+        assert len(done.preprocessed[0].written) == 3
+
+    def test_data_that_other_plans_share_are_kept_for_them(self, folder: Path) -> None:
+        complete(architecture="vnet")
+        complete(architecture="unet3d")
+        shutil.rmtree(folder / "nnUNetVNetPlans_3d_fullres")
+        with pytest.raises(ValueError, match=r"is for data of nnUNetUNet3DPlans too, which are preprocessed with"):
+            complete(architecture="vnet", options={"overwrite_target_spacing": [2.0, 1.0, 1.0]})
+
+    def test_stock_plans_that_changed_are_followed(self, stock_data: Path, tmp_path: Path) -> None:
+        complete()
+        plans = json.loads((stock_data.parent / "nnUNetPlans.json").read_text())
+        plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+        (stock_data.parent / "nnUNetPlans.json").write_text(json.dumps(plans))
+        with pytest.raises(ValueError, match=r"by these plans and 1 more\)\. Remove that folder\."):
+            complete(options={"overwrite_target_spacing": [2.0, 1.0, 1.0]})
+        shutil.rmtree(stock_data)
+        assert len(complete(options={"overwrite_target_spacing": [2.0, 1.0, 1.0]})[0].preprocessed[0].written) == 3
+        assert stock_data.is_dir()
+
+    def test_data_that_no_plans_describe_any_more_are_recognised(self, folder: Path) -> None:
+        complete(options={"overwrite_target_spacing": [2.0, 1.0, 1.0]})
+        (folder / "nnUNetConResNetPlans.json").unlink()
+        with pytest.raises(ValueError, match=r"case_0 has shape \(1, 6, 16, 20\) there, and \(1, 12, 16, 20\) by"):
+            complete()
+
+    def test_only_the_configurations_asked_for(self, folder: Path) -> None:
+        (done,) = complete(configurations=["2d", "3d_lowres"], processes=[1])
+        assert [data.configuration for data in done.preprocessed] == ["2d"]
+        assert done.skipped == ("3d_lowres",)
+        assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
+            "gt_segmentations",
+            "nnUNetConResNetPlans_2d",
+        ]
+        assert done.next_commands[0] == "nnUNetv2_preprocess -d 701 -plans_name nnUNetConResNetPlans -c 3d_fullres"
+
+    @pytest.mark.slow
+    def test_fingerprint_is_taken_where_there_is_none(self, folder: Path) -> None:
+        fingerprint = folder / "dataset_fingerprint.json"
+        before = fingerprint.read_bytes()
+        complete(preprocess=False)
+        assert fingerprint.read_bytes() == before
+        complete(preprocess=False, clean=True, fingerprint_processes=1)
+        assert fingerprint.read_bytes() != before
+        shutil.rmtree(folder)
+        complete(preprocess=False, fingerprint_processes=1, verify_dataset_integrity=True)
+        assert fingerprint.is_file()
+
+    def test_labels_that_changed_are_copied_again(self, folder: Path, tmp_path: Path) -> None:
+        complete()
+        source, copy = tmp_path / "raw" / NAME / "labelsTr" / "case_0.nii.gz", folder / "gt_segmentations"
+        before = snapshot(copy)
+        os.utime(source, (2e9, 2e9))
+        complete()
+        after = snapshot(copy)
+        assert {name for name in after if after[name] != before[name]} == {"case_0.nii.gz"}
+
+
+@pytest.mark.usefixtures("_fake_memory")
+class TestCommands:
+    def test_plan(self, make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        make(LARGE)
+        assert cli.main(["plan", "-d", "701", "-a", "conresnet", "-gpu_memory_target", "0.5"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"{NAME}: nnUNetConResNetPlans for ConResNet"
+        rows = {line.split()[0]: line for line in lines[2:6]}
+        assert set(rows) == {"2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres"}
+        assert "full" in rows["3d_fullres"]
+        assert "GiB" in rows["3d_fullres"]
+        assert "nnU-Net's own" in rows["2d"]
+        assert lines[-1] == "Next: nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerConResNet -p nnUNetConResNetPlans"
+
+    def test_plan_and_preprocess(self, make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        make(TINY, cases=3)
+        command = ["plan_and_preprocess", "-d", "701", "-a", "vnet", "-np", "1", "-npfp", "1", "--no_pbar"]
+        assert cli.main(command) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "Data of 3d_fullres: 3 cases written, 0 were there" in lines
+        assert "Data of 3d_lowres: none, the images don't need this configuration" in lines
+        assert lines[-1] == "Next: nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerVNet -p nnUNetVNetPlans"
+        assert cli.main([*command, "--no_pp"]) == 0
+        assert "Data of" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["-gpu_memory_target", "0"], "The memory target is 0 GiB"),
+            (["-overwrite_target_spacing", "1", "0", "1"], "The target spacing is 1 0 1"),
+            (["-overwrite_plans_name", "nnUNetPlans"], "which is nnU-Net's own"),
+            (["-overwrite_plans_name", "a__b"], "The plans name is 'a__b'"),
+            (["-overwrite_plans_name", "splits_final"], "splits_final.json is not for plans"),
+            (["-preprocessor_name", "Nobodys"], "The preprocessor is 'Nobodys'"),
+            (["-overwrite_plans_name", "nnUNetVNetPlans"], "was made by VNetPlanner; ConResNetPlanner would"),
+            (["-c", "3d_fulres"], "'3d_fulres' is no configuration"),
+            (["-np", "1", "2", "3"], "-np has 3 numbers"),
+            (["-np", "0"], "below 1"),
+            (["-fpe", "Nobodys"], "The fingerprint extractor is 'Nobodys'"),
+        ],
+    )
+    def test_faults_are_told_before_anything_is_written(
+        self, options: list[str], message: str, make: Any, planned: Any, capsys: Any, tmp_path: Path
+    ) -> None:
+        make(ISOTROPIC)
+        planned("vnet")
+        before = snapshot(tmp_path / "preprocessed" / NAME)
+        assert cli.main(["plan_and_preprocess", "-d", "701", "-a", "conresnet", *options]) == 2
+        assert message in capsys.readouterr().err
+        assert snapshot(tmp_path / "preprocessed" / NAME) == before
+
+    def test_missing_and_damaged_fingerprints(self, make: Any, capsys: Any, tmp_path: Path) -> None:
+        make(ISOTROPIC)
+        fingerprint = tmp_path / "preprocessed" / NAME / "dataset_fingerprint.json"
+        fingerprint.write_text("{")
+        assert cli.main(["plan", "-d", "701", "-a", "vnet"]) == 2
+        assert "nnUNetv2_extract_fingerprint -d 701 --clean" in capsys.readouterr().err
+        fingerprint.unlink()
+        assert cli.main(["plan", "-d", "701", "-a", "vnet"]) == 2
+        assert f"{fingerprint} is missing" in capsys.readouterr().err
+
+    def test_unknown_data_set_and_faulty_dataset_json(self, make: Any, capsys: Any, tmp_path: Path) -> None:
+        make(ISOTROPIC)
+        path = tmp_path / "raw" / NAME / "dataset.json"
+        content = json.loads(path.read_text())
+        del content["numTraining"]
+        path.write_text(json.dumps(content))
+        assert cli.main(["plan", "-d", "701", "702", "-a", "vnet"]) == 2
+        error = capsys.readouterr().err
+        assert "has no numTraining" in error
+        assert "702 is no data set" in error
+
+    def test_refusal_is_told_without_a_traceback(self, make: Any, capsys: Any) -> None:
+        make(ISOTROPIC)
+        assert cli.main(["plan", "-d", "701", "-a", "unet3d", "-gpu_memory_target", "0.00001"]) == 2
+        assert capsys.readouterr().err.startswith("nnunet-conres: error: 3D U-Net can't be planned for Dataset701_Made")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", [ISOTROPIC, ANISOTROPIC], ids=["isotropic", "anisotropic"])
+def test_plans_fit_by_the_memory_model_itself(family: str, kind: dict[str, Any], make: Any) -> None:
+    make(kind, channels=4)
+    for gib in (4, 24):
+        (done,) = plan([701], PlanOptions(family, gpu_memory_target=gib))
+        for configuration in done.configurations:
+            assert configuration.memory is None or configuration.memory <= gib * GIB
