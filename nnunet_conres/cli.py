@@ -6,6 +6,7 @@ and `info` answer at once.
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -534,11 +535,77 @@ def _plan_and_preprocess(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_memory(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "memory",
+        help="tell how much memory a training takes, and which patches fit",
+        description="Estimates the peak memory of a training step from the plans, part by part, without running it, "
+        "and the largest patches that fit given budgets.",
+    )
+    parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id")
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans (default: %(default)s)")
+    parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres", help="default: %(default)s")
+    parser.add_argument(
+        "-tr", metavar="TRAINER", help="trainer of this package; may be left out where the plans name the network"
+    )
+    parser.add_argument("--batch_size", metavar="B", type=int, help="another batch than the plans'")
+    parser.add_argument(
+        "--patch_size", metavar=("X", "Y", "Z"), type=int, nargs=3, help="another patch than the plans', in voxels"
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="GB",
+        type=float,
+        nargs="*",
+        default=[8, 12, 16, 24, 40, 80],
+        help="find the largest patches for these budgets, in GiB (default: 8 12 16 24 40 80)",
+    )
+    parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    parser.add_argument("--float32", action="store_true", help="without mixed precision")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.set_defaults(handler=_memory)
+
+
+def _memory(arguments: argparse.Namespace) -> int:
+    from nnunet_conres.planning.memory_report import report_memory
+
+    trainer = None
+    if arguments.tr is not None:
+        from nnunet_conres import trainers
+
+        if arguments.tr not in trainers.__all__:
+            raise ValueError(f"{arguments.tr} is no trainer of this package; it has {', '.join(trainers.__all__)}.")
+        trainer = getattr(trainers, arguments.tr)
+    # nnU-Net has things to say of old plans, which must not get among the JSON
+    with contextlib.redirect_stdout(sys.stderr):
+        report = report_memory(
+            arguments.d,
+            arguments.p,
+            arguments.c,
+            resolve=None if trainer is None else trainer.resolve,
+            trainer_name=arguments.tr,
+            optimizer="sgd" if trainer is None else trainer.optimizer_kind,
+            patch_size=arguments.patch_size,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            mixed_precision=not arguments.float32,
+            budgets=arguments.budget,
+        )
+    if arguments.json:
+        import json
+
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        print(report.as_text())
+    return 0
+
+
 _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     _add_info,
     _add_brats_convert,
     _add_plan,
     _add_plan_and_preprocess,
+    _add_memory,
     _add_sparsify,
     _add_densify,
     _add_summary,

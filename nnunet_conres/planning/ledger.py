@@ -362,6 +362,8 @@ class Ledger:
         size = [-(-extent // d) * d for extent, d in zip(x.size, divisor, strict=True)]
         if tuple(size) == x.size:
             return x
+        if self.mixed and not self.cuda:
+            x = self.cast(x, FLOAT32)  # a CPU's autocast
         return self.output((*x.shape[:2], *size), x.itemsize, [(x.node, x.nbytes)], [x.storage])
 
     def pool(self, x: Sized, size: Sequence[int], average: bool) -> Sized:

@@ -86,7 +86,7 @@ _FLOAT32 = frozenset(
     | {"binary_cross_entropy_with_logits", "prod", "logsumexp"}
 )
 _HALF = frozenset({"prelu"})
-_AS_THEY_COME = frozenset({"avg_pool3d"})
+_AS_THEY_COME = frozenset({"avg_pool3d", "pad"})
 
 
 class CudaAutocast(TorchFunctionMode):

@@ -47,6 +47,7 @@ class PluginTrainer(nnUNetTrainer):
         training_epochs: Number of epochs; nnU-Net's own 1000.
         training_lr: Learning rate at the start; None for nnU-Net's own.
         training_weight_decay: Weight decay; None for nnU-Net's own.
+        optimizer_kind: "sgd" or "adam"; for estimates of memory.
         checkpoint_interval_minutes: At least this often checkpoint_latest.pth is written, in mid-epoch and in mid-
             validation as well; a training that is killed loses no more steps than that when it goes on with ``--c``.
         loss_parts: Names of the parts of the objective that are logged apart.
@@ -56,6 +57,7 @@ class PluginTrainer(nnUNetTrainer):
     training_epochs: int = 1000
     training_lr: float | None = None
     training_weight_decay: float | None = None
+    optimizer_kind: str = "sgd"
     checkpoint_interval_minutes: float = 5.0
     loss_parts: tuple[str, ...] = ()
 

@@ -160,6 +160,7 @@ class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
     training_epochs = 160  # of 250 iterations: 40,000
     training_lr = 1e-4
     training_weight_decay = 5e-4
+    optimizer_kind = "adam"
     residual_weight = PAPER_RESIDUAL_WEIGHT
     scaling = (0.9, 1.1)
 

@@ -1,0 +1,224 @@
+"""What `nnunet-conres memory` tells: the parts of a training step's memory, and the largest patches that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunet_conres.architectures.blocks import triple
+from nnunet_conres.datasets.raw import find_dataset, folder_from_environment, read_dataset_json
+from nnunet_conres.planning.memory import MemoryEstimate, estimate_memory
+from nnunet_conres.planning.preprocessing import read_plans
+from nnunet_conres.planning.training_step import TrainingStep
+
+GIB: Final = 2**30
+_LARGEST_EDGE = 1024
+
+Resolve = Callable[[ConfigurationManager, str], Mapping[str, Any]]
+"""What a trainer writes into a configuration of the plans, as ``PluginTrainer.resolve``."""
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Memory of a training step.
+
+    Attributes:
+        title: What is trained.
+        step: The same for the model.
+        estimate: What it takes.
+        largest: For every budget in GiB the largest patch of about these proportions that fits; None if none does.
+    """
+
+    title: str
+    step: TrainingStep
+    estimate: MemoryEstimate
+    largest: Mapping[float, tuple[int, int, int] | None]
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs; memory in bytes."""
+        return {
+            "title": self.title,
+            "patch_size": list(self.step.patch_size),
+            "batch_size": self.step.batch_size,
+            "device": self.step.device,
+            "mixed_precision": self.step.mixed_precision,
+            **dataclasses.asdict(self.estimate),
+            "total": self.estimate.total,
+            "largest_patch": {
+                f"{budget:g}": None if patch is None else list(patch) for budget, patch in self.largest.items()
+            },
+        }
+
+    def as_text(self) -> str:
+        """For a person."""
+        step, estimate = self.step, self.estimate
+        precision = f"mixed precision on {step.device}" if step.mixed_precision else "float32"
+        parts = [
+            ("parameters", estimate.parameters),
+            ("gradients", estimate.gradients),
+            (f"optimiser ({step.optimizer})", estimate.optimizer),
+            ("batch", estimate.batch),
+            *estimate.activations.items(),
+            ("loss", estimate.loss),
+        ]
+        lines = [self.title, f"patch {_times(step.patch_size)}, batch {step.batch_size}, {precision}", ""]
+        lines.append("Kept for backward, and what is always there:")
+        lines += [_line(name, nbytes) for name, nbytes in parts]
+        lines += ["", "At the moment that takes most, with what backward makes on the way:"]
+        lines += [
+            _line("peak", estimate.peak),
+            _line("workspace, allocator" + (", CUDA context" if step.device == "cuda" else ""), estimate.workspace),
+            _line("total", estimate.total),
+        ]
+        if self.largest:
+            lines += ["", f"Largest patch of about these proportions at batch {step.batch_size}:"]
+            for budget, patch in self.largest.items():
+                lines.append(f"  {budget:5g} GiB  " + ("none" if patch is None else _times(patch)))
+        return "\n".join(lines)
+
+
+def report_memory(
+    dataset: int | str,
+    plans_name: str,
+    configuration: str,
+    *,
+    resolve: Resolve | None = None,
+    trainer_name: str | None = None,
+    optimizer: str = "sgd",
+    patch_size: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    device: str = "cuda",
+    mixed_precision: bool = True,
+    budgets: Sequence[float] = (),
+) -> MemoryReport:
+    """Estimates the memory of training a configuration.
+
+    Args:
+        dataset: Number or name of a data set.
+        plans_name: Name of plans in its preprocessed folder.
+        configuration: A 3D configuration.
+        resolve: What the trainer makes of the plans; None where they name the network themselves.
+        trainer_name: Its name, for the title.
+        optimizer: "sgd" or "adam".
+        patch_size: Another patch than the plans'.
+        batch_size: Another batch than the plans'.
+        device: "cuda" or "cpu".
+        mixed_precision: Whether under autocast.
+        budgets: GiB to find the largest patches for.
+
+    Raises:
+        ValueError: There is no such data set, plans or 3D configuration; the plans name a network of another package
+            and no trainer is given; or a number is out of range.
+    """
+    plans, dataset_json = _plans_and_dataset(dataset, plans_name)
+    manager = PlansManager(plans)
+    if configuration not in manager.available_configurations:
+        raise ValueError(
+            f"{plans_name} has no configuration {configuration}, only {', '.join(manager.available_configurations)}."
+        )
+    resolved = manager.get_configuration(configuration)
+    if len(resolved.patch_size) != 3:
+        raise ValueError(f"Configuration {configuration} is 2D; expected a 3D one, such as 3d_fullres.")
+    entries: dict[str, Any] = dict(resolved.configuration)
+    if resolve is not None:
+        entries |= resolve(resolved, configuration)
+    labels = manager.get_label_manager(dataset_json)
+    step = TrainingStep(
+        architecture=entries["architecture"],
+        patch_size=[int(extent) for extent in (entries["patch_size"] if patch_size is None else patch_size)],
+        batch_size=int(entries["batch_size"] if batch_size is None else batch_size),
+        input_channels=determine_num_input_channels(manager, resolved, dataset_json),
+        output_channels=labels.num_segmentation_heads,
+        device=device,
+        mixed_precision=mixed_precision,
+        has_regions=labels.has_regions,
+        has_ignore_label=labels.has_ignore_label,
+        optimizer=optimizer,
+    )
+    title = f"{plans['dataset_name']}, {plans_name} {configuration}"
+    if trainer_name is not None:
+        title += f", {trainer_name}"
+    return MemoryReport(
+        title=f"{title}: {str(step.architecture['network_class_name']).rpartition('.')[2]}",
+        step=step,
+        estimate=estimate_memory(step),
+        largest={budget: largest_patch(step, round(budget * GIB)) for budget in budgets},
+    )
+
+
+def largest_patch(step: TrainingStep, budget: int) -> tuple[int, int, int] | None:
+    """The largest patch of about the same proportions whose training step fits, with the same network.
+
+    Args:
+        step: A training step.
+        budget: Bytes.
+
+    Returns:
+        Patch in voxels, every axis a multiple of what the network's strides multiply to; None if not even the smallest
+        fits.
+    """
+    strides = [triple(stride) for stride in step.arguments["strides"]]
+    divisors = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
+
+    def scaled(scale: float) -> tuple[int, int, int]:
+        # a little more, so that a scale made from an extent gives that extent
+        extents = [int(extent * scale / d + 1e-9) * d for extent, d in zip(step.patch_size, divisors, strict=True)]
+        x, y, z = (max(extent, d) for extent, d in zip(extents, divisors, strict=True))
+        return x, y, z
+
+    # every scale at which an axis grows by one more multiple
+    scales = sorted(
+        {
+            multiple * divisor / extent
+            for extent, divisor in zip(step.patch_size, divisors, strict=True)
+            for multiple in range(1, _LARGEST_EDGE // divisor + 1)
+        }
+    )
+    scales = [scale for scale in scales if max(scaled(scale)) <= _LARGEST_EDGE]
+
+    def fits(scale: float) -> bool:
+        return estimate_memory(dataclasses.replace(step, patch_size=scaled(scale))).total <= budget
+
+    if not scales or not fits(scales[0]):
+        return None
+    fitting, too_large = 0, len(scales)
+    while too_large - fitting > 1:
+        middle = (fitting + too_large) // 2
+        if fits(scales[middle]):
+            fitting = middle
+        else:
+            too_large = middle
+    return scaled(scales[fitting])
+
+
+def _plans_and_dataset(dataset: int | str, plans_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    preprocessed = folder_from_environment("nnUNet_preprocessed")
+    if preprocessed is None:
+        raise ValueError(
+            "The environment variable nnUNet_preprocessed is not set; set it to nnU-Net's folder of preprocessed data."
+        )
+    raw = find_dataset(dataset)
+    found = read_plans(preprocessed / raw.name)
+    if plans_name not in found:
+        raise ValueError(
+            f"There are no plans {plans_name} in {preprocessed / raw.name}, only {', '.join(found) or 'none'}. "
+            f"Make them with nnunet-conres plan or nnUNetv2_plan_experiment."
+        )
+    dataset_json, faults = read_dataset_json(raw)
+    if dataset_json is None:
+        raise ValueError(" ".join(faults))
+    return found[plans_name], dataset_json
+
+
+def _times(extents: Sequence[int]) -> str:
+    return " x ".join(str(extent) for extent in extents)
+
+
+def _line(name: str, nbytes: int) -> str:
+    return f"  {name:38s} {nbytes / 2**20:10.1f} MiB"
