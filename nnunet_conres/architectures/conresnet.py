@@ -44,6 +44,7 @@ from nnunet_conres.architectures.conresnet_paper import (
     paper_arguments,
 )
 from nnunet_conres.architectures.context_residual import ContextResidualDecoder, ContextResidualModule
+from nnunet_conres.architectures.frugal import frugal_norm
 from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage, listing
 from nnunet_conres.residuals import inter_slice_residual
 
@@ -284,7 +285,7 @@ class ConResNet(PlansNetwork):
             self.strides,
             counts_per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages),
             conv_bias,
-            norm_op,
+            frugal_norm(norm_op),
             norm_op_kwargs,
             dropout_op,
             dropout_op_kwargs,

@@ -141,6 +141,25 @@ def standardized_weight(weight: Tensor, exact: bool, eps: float = 1e-12) -> Tens
     return _StandardizedWeight.apply(weight, eps, exact)
 
 
+class InstanceNorm3d(nn.InstanceNorm3d):
+    """Instance norm whose output may be changed in place at no cost.
+
+    PyTorch computes it as a batch norm of a reshaped tensor, so that its output is a view. In backward, an operation
+    that changed a view in place, as nnU-Net's nonlinearities and residual blocks do, copies the gradient twice. Nothing
+    else refers to the tensor behind the view, so autograd need not know of it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (B, C, X, Y, Z) to the same shape."""
+        output = super().forward(input)
+        return torch.ops.aten._unsafe_view(output, list(output.shape))
+
+
+def frugal_norm(norm_op: type[nn.Module] | None) -> type[nn.Module] | None:
+    """The same norm, in the form that changes in place cost nothing."""
+    return InstanceNorm3d if norm_op is nn.InstanceNorm3d else norm_op
+
+
 def residual_of_sigmoid(features: Tensor, slice_axis: int) -> Tensor:
     """``inter_slice_residual(torch.sigmoid(features), slice_axis)``, keeping only ``features`` for backward.
 

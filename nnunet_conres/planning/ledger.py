@@ -73,14 +73,12 @@ class Sized:
         itemsize: Bytes of a number.
         storage: Its memory, which views share.
         node: The operation that made it, None where no gradient is wanted.
-        is_view: Whether it is a view of the operation's output.
     """
 
     shape: tuple[int, ...]
     itemsize: int
     storage: Storage
     node: Node | None = None
-    is_view: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -283,20 +281,15 @@ class Ledger:
             parents.append((self._weight(bias)[1], bias.numel * itemsize))
         return self.output(shape, itemsize, parents, kept)
 
-    def norm(self, x: Sized, parameters: Sequence[Parameter], instance: bool) -> Sized:
+    def norm(self, x: Sized, parameters: Sequence[Parameter]) -> Sized:
         """Instance or batch norm, which keep their input and a mean and deviation per channel."""
         statistics = self.storage(2 * x.shape[0] * x.channels * FLOAT32)
         parents = [(x.node, x.nbytes), *((p, p.numel * FLOAT32) for p in parameters)]
-        result = self.output(x.shape, x.itemsize, parents, [x.storage, statistics])
-        result.is_view = instance
-        return result
+        return self.output(x.shape, x.itemsize, parents, [x.storage, statistics])
 
     def nonlinearity_in_place(self, x: Sized) -> Sized:
         """ReLU or leaky ReLU in place, which keep their output."""
-        # of a view, such as instance norm puts out, backward copies the gradient, and a copy of its part
-        temporary = 2 * x.nbytes if x.is_view else 0
-        node = self.record([(x.node, x.nbytes)], [x.storage], temporary)
-        return Sized(x.shape, x.itemsize, x.storage, node, x.is_view)
+        return Sized(x.shape, x.itemsize, x.storage, self.record([(x.node, x.nbytes)], [x.storage]))
 
     def nonlinearity(self, x: Sized) -> Sized:
         """ReLU or leaky ReLU, not in place: keep input (leaky) or output (ReLU), both of one size."""
@@ -339,8 +332,7 @@ class Ledger:
     def add_in_place(self, a: Sized, b: Sized) -> Sized:
         """a += b."""
         parents = [(t.node, 0 if t.itemsize == a.itemsize else t.nbytes) for t in (a, b)]
-        node = self.record(parents, [])
-        return Sized(a.shape, a.itemsize, a.storage, node, a.is_view)
+        return Sized(a.shape, a.itemsize, a.storage, self.record(parents, []))
 
     def cat(self, a: Sized, b: Sized) -> Sized:
         """Concatenation along the channels."""

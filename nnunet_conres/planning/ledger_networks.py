@@ -105,14 +105,13 @@ class Norm:
         self.exists = arguments.get("norm_op") is not None
         given = arguments.get("norm_op_kwargs") or {}
         is_batch_norm = "BatchNorm" in norm
-        self.is_instance_norm = not is_batch_norm
         affine = self.exists and given.get("affine", is_batch_norm)
         self.parameters = [network.parameter(channels) for _ in range(2)] if affine else []
         if self.exists and given.get("track_running_stats", is_batch_norm):
             network.buffer_bytes += 2 * FLOAT32 * channels + 8
 
     def __call__(self, x: Sized) -> Sized:
-        return self.ledger.norm(x, self.parameters, self.is_instance_norm) if self.exists else x
+        return self.ledger.norm(x, self.parameters) if self.exists else x
 
 
 class Nonlinearity:
