@@ -63,7 +63,10 @@ class Loss:
             product = ledger.storage(foreground)
             masked = ledger.storage(foreground)
             del masked, product
-        dice = self._scalar(probabilities, kept, temporary=foreground * (2 if step.has_regions else 3))
+        if not step.has_regions:
+            probabilities = self._without_background(probabilities)
+        # two sums of probabilities have gradients, which are added in memory of their own
+        dice = self._scalar(probabilities, kept, temporary=foreground * (1 if mask is None else 2))
         del probabilities, kept
         # cross-entropy
         if step.has_regions:
@@ -93,15 +96,17 @@ class Loss:
                 del floating, pooled
         scalars = []
         for x in maps:
-            wide = ledger.cast(x, FLOAT32)
-            numel = x.shape[0] * channels * math.prod(x.size)
-            target = ledger.storage(numel * FLOAT32)
-            entropy = ledger.storage(numel * FLOAT32)
-            del entropy
-            temporary = 0 if step.has_regions else numel * FLOAT32
-            scalars.append(self._scalar(wide, [wide.storage, target], temporary=temporary))
+            wide = ledger.cast(x if step.has_regions else self._without_background(x), FLOAT32)
+            target = ledger.storage(wide.nbytes)
+            # what backward of cross-entropy with weighted positives makes on the way
+            scalars.append(self._scalar(wide, [wide.storage, target], temporary=5 * wide.nbytes))
             del wide, target
         return scalars
+
+    def _without_background(self, x: Sized) -> Sized:
+        """A view of all channels but the first, whose backward makes a gradient of all."""
+        node = self.ledger.record([(x.node, x.nbytes)], [])
+        return Sized((x.shape[0], x.channels - 1, *x.size), x.itemsize, x.storage, node)
 
 
 def loss_of(step: TrainingStep, ledger: Ledger) -> Loss:

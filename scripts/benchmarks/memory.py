@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(POLICIES),
         default=tuple(POLICIES),
         metavar="POLICY",
-        help=f"whose types operations run in, among {', '.join(POLICIES)} (default: all); with --device cuda the memory "
-        "of cuda_float16 is also measured",
+        help=f"whose types operations run in, among {', '.join(POLICIES)} (default: all); with --device cuda "
+        "cuda_float16 is also measured",
     )
     parser.add_argument(
         "--checkpointing",

@@ -99,6 +99,11 @@ PLANS = [
     step("unet3d", TWO_STAGES, "full", device="cuda", batch_size=1),
     step("unet3d_paper", device="cuda"),
     step("unet3d_paper", checkpointing="full"),
+    # many labels, whose logits and losses weigh as much as the network; unannotated voxels
+    step("conresnet", TWO_STAGES, output_channels=14),
+    step("vnet", TWO_STAGES, output_channels=14, device="cuda"),
+    step("unet3d", TWO_STAGES, output_channels=6, has_regions=True, has_ignore_label=True),
+    step("conresnet", TWO_STAGES, output_channels=6, has_regions=True, has_ignore_label=True, device="cuda"),
     # sizes that the strides don't divide
     step("conresnet", patch_size=(31, 45, 50)),
     step("unet3d", patch_size=(31, 45, 50)),

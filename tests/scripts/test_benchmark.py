@@ -205,6 +205,32 @@ def test_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| conresnet / plainconvunet |" in capsys.readouterr().out
 
 
+def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--contenders",
+        "plainconvunet",
+        "vnet",
+        "--checkpointing",
+        "none",
+        "full",
+        "--patch",
+        "16",
+        "16",
+        "16",
+    ]
+    figure = tmp_path / "figures" / "memory.png"
+    figure.parent.mkdir()
+    main(["memory", *arguments, "--policies", "cpu_bfloat16", "-o", str(tmp_path / "m.json"), "--figure", str(figure)])
+    found = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["contenders"]
+    assert set(found) == {"plainconvunet cpu_bfloat16", "vnet cpu_bfloat16", "vnet cpu_bfloat16 full"}
+    plain, full = found["vnet cpu_bfloat16"], found["vnet cpu_bfloat16 full"]
+    assert plain["predicted"] == pytest.approx(plain["counted"], rel=0.05)
+    assert full["kept"] < plain["kept"]
+    assert found["plainconvunet cpu_bfloat16"]["predicted"] is None
+    assert figure.stat().st_size > 0
+    assert "Largest error of the prediction" in capsys.readouterr().out
+
+
 def test_bspline(tmp_path: Path) -> None:
     report = measure(tmp_path, "bspline", "--edge", "16", "--rounds", "3")
     found = report["contenders"]
@@ -225,20 +251,19 @@ class TestPlans:
         monkeypatch.setenv("nnUNet_raw", "as it was")
 
     def test_of_a_network(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        options = ["--data", "brats", "--networks", "unet3d", "--targets", "2", "0.5", "--count", "--threads", "1"]
+        options = ["--data", "brats", "--networks", "unet3d", "--targets", "2", "0.25", "--count", "--threads", "1"]
         report = measure(tmp_path, "plans", *options)
         stock, ours, _, refused = report["data"]["brats"]["plans"]
         assert (stock["network"], ours["network"]) == ("nnU-Net", "3D U-Net")
-        assert stock["patch"] == ours["patch"] == [24, 24, 40]
+        assert stock["patch"] == ours["patch"] == [20, 24, 40]
         assert ours["checkpointing"] == "none"
         assert ours["counted"] == pytest.approx(ours["estimated"], rel=0.05)
         assert ours["counted_peak"] < ours["counted"] <= 2 * 2**30
         assert ours["within"]
-        # the smallest target that the planner names is one that it plans for
         assert refused["needs"] > refused["target"]
         printed = capsys.readouterr().out
-        assert "| 2 | 3D U-Net | 24 x 24 x 40 | 2 | none |" in printed
-        assert f"| 0.5 | 3D U-Net | does not fit, needs {refused['needs']:g} |" in printed
+        assert "| 2 | 3D U-Net | 20 x 24 x 40 | 2 | none |" in printed
+        assert f"| 0.25 | 3D U-Net | does not fit, needs {refused['needs']:g} |" in printed
         assert os.environ["nnUNet_raw"] == "as it was"
 
 
