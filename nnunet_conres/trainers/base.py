@@ -182,8 +182,10 @@ class PluginTrainer(nnUNetTrainer):
         # nnU-Net gives the coarsest scale no weight; with a single scale it divides 0 by 0
         with np.errstate(invalid="ignore"):
             loss = super()._build_loss()
-        if isinstance(loss, DeepSupervisionWrapper) and len(loss.weight_factors) == 1:
-            loss.weight_factors = (1.0,)
+        if isinstance(loss, DeepSupervisionWrapper):
+            weights = loss.weight_factors if len(loss.weight_factors) > 1 else (1.0,)
+            # NumPy's numbers, as nnU-Net has them, break a compiled graph
+            loss.weight_factors = tuple(float(weight) for weight in weights)
         return loss
 
     def _at_all_scales(self, loss: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from nnunet_conres.augmentation.histogram import HistogramMatchingTransform
 from nnunet_conres.augmentation.mirror_outside import MirrorOutsideTransform
 from nnunet_conres.losses import SquaredDiceLoss, VoxelWeightedCrossEntropyLoss
 from nnunet_conres.trainers import (
+    nnUNetTrainerConResNet,
     nnUNetTrainerUNet3D,
     nnUNetTrainerUNet3DPaper,
     nnUNetTrainerVNet,
@@ -125,6 +126,29 @@ class TestDynamic:
         resumed.run_training()
         assert "Continuing this epoch behind iteration 2 of 3" in Path(resumed.log_file).read_text()
         assert len(resumed.logger.get_value("train_losses", None)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainer_class"),
+    [
+        ("labels", nnUNetTrainerConResNet),
+        ("ignored_regions", nnUNetTrainerConResNet),
+        ("labels", nnUNetTrainerUNet3D),
+        ("regions", nnUNetTrainerVNet),
+        ("ignore", nnUNetTrainerVNetPaper),
+        ("ignore", nnUNetTrainerUNet3DPaper),
+    ],
+)
+def test_loss_compiles_without_graph_break(make_trainer: Callable[..., Any], kind: str, trainer_class: type) -> None:
+    torch.compiler.reset()
+    trainer = make_trainer(trainer_class, kind)
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    with torch.no_grad():
+        outputs = [output.detach() for output in trainer.network(batch["data"])]
+        expected = trainer.loss(outputs, batch["target"])
+        compiled = torch.compile(trainer.loss, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(outputs, batch["target"]), expected)
 
 
 @PAPER
