@@ -1,4 +1,4 @@
-"""Measures how fast training steps, predictions and deformations are, and how much memory steps take.
+"""Measures how fast training steps, predictions and deformations are, how much memory steps take, and what fits.
 
 Contenders take turns within one run, after rounds to warm up, so that whatever else the machine does hits all of them.
 Printed are the machine, medians, and ratios beside what they should be at most; -o writes all of it as JSON.
@@ -9,6 +9,7 @@ docs/benchmarks.md tells how to read it.
     python scripts/benchmark.py memory --device cuda
     python scripts/benchmark.py predict --threads 2
     python scripts/benchmark.py bspline
+    python scripts/benchmark.py plans --count
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from benchmarks import bspline, memory, predict, step
+from benchmarks import bspline, memory, plans, predict, step
 from benchmarks.arguments import add_common, check
 from benchmarks.report import write
 from benchmarks.timing import BenchmarkError
 
-SUBCOMMANDS = {"step": step, "memory": memory, "predict": predict, "bspline": bspline}
+SUBCOMMANDS = {"step": step, "memory": memory, "predict": predict, "bspline": bspline, "plans": plans}
 # one thread, as a worker process that augments has
 THREADS = {"bspline": 1}
 
