@@ -347,7 +347,8 @@ class ConResNetNetwork(Network):
 
     def forward(self, image: Sized) -> list[Sized]:
         ledger = self.ledger
-        residual = self._image_residual(image)
+        with ledger.within(self.parts[0]):
+            residual = self._image_residual(image)
         residual_skips: list[Sized] | None = None
         if self.shares_encoder:
             doubled = ledger.cat(image, residual)

@@ -70,9 +70,9 @@ def estimate_memory(step: TrainingStep) -> MemoryEstimate:
 
     ledger.by_part.clear()
     outputs = network.forward(data)
-    activations = {part: nbytes for part, nbytes in ledger.by_part.items() if part in network.parts}
     loss = losses.forward(outputs)
     ledger.end_of_autocast()
+    activations = {part: ledger.by_part.get(part, 0) for part in network.parts}
     kept_by_loss = ledger.by_part.get("loss", 0)
     ledger.backward(loss)
     # what the optimiser makes while no activation is left

@@ -12,7 +12,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_conres.architectures.blocks import triple
-from nnunet_conres.datasets.raw import find_dataset, folder_from_environment, read_dataset_json
+from nnunet_conres.datasets.raw import InputError, find_dataset, folder_from_environment, read_dataset_json
 from nnunet_conres.planning.memory import MemoryEstimate, estimate_memory
 from nnunet_conres.planning.preprocessing import read_plans
 from nnunet_conres.planning.training_step import TrainingStep
@@ -116,6 +116,9 @@ def report_memory(
         ValueError: There is no such data set, plans or 3D configuration; the plans name a network of another package
             and no trainer is given; or a number is out of range.
     """
+    for budget in budgets:
+        if not (math.isfinite(budget) and budget > 0):
+            raise ValueError(f"A budget is {budget:g} GiB; expected numbers above 0.")
     plans, dataset_json = _plans_and_dataset(dataset, plans_name)
     manager = PlansManager(plans)
     if configuration not in manager.available_configurations:
@@ -203,7 +206,10 @@ def _plans_and_dataset(dataset: int | str, plans_name: str) -> tuple[dict[str, A
         raise ValueError(
             "The environment variable nnUNet_preprocessed is not set; set it to nnU-Net's folder of preprocessed data."
         )
-    raw = find_dataset(dataset)
+    try:
+        raw = find_dataset(dataset)
+    except InputError as error:  # whose text says that nothing was written, which is not to be expected here
+        raise ValueError(" ".join(error.faults)) from error
     found = read_plans(preprocessed / raw.name)
     if plans_name not in found:
         raise ValueError(

@@ -123,8 +123,10 @@ class TestModel:
         assert predicted.peak == pytest.approx(counted.peak, rel=0.05)
         assert predicted.parameters + predicted.optimizer + predicted.batch == pytest.approx(counted.before, rel=1e-3)
 
-    def test_parts_add_up_to_what_is_kept(self) -> None:
-        plans = step("conresnet", mixed_precision=False)
+    @pytest.mark.parametrize("checkpointing", ["none", "full"])
+    @pytest.mark.parametrize("mixed", [False, True])
+    def test_parts_add_up_to_what_is_kept(self, checkpointing: str, mixed: bool) -> None:
+        plans = step("conresnet", checkpointing=checkpointing, mixed_precision=mixed)
         estimate, counted = estimate_memory(plans), measure_training_step(plans)
         assert list(estimate.activations) == [f"encoder stage {i}" for i in range(4)] + [
             f"decoder level {i}" for i in (2, 1, 0)
@@ -351,6 +353,8 @@ class TestCommand:
             (["-c", "3d_lowres"], "has no configuration 3d_lowres, only"),
             (["-c", "2d"], "is 2D"),
             (["-p", "ours", "--batch_size", "0"], "expected 1 or more"),
+            (["-p", "ours", "--budget", "8", "inf"], "A budget is inf GiB"),
+            (["-p", "ours", "--budget", "-1"], "A budget is -1 GiB"),
         ],
     )
     def test_faults_are_told(
