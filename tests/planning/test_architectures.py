@@ -1,6 +1,7 @@
 """What our networks make of nnU-Net's plans."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -65,6 +66,7 @@ class TestConResNetArchitecture:
             "residual_input": "decoder",
             "slice_axis": 0,
             "topology": "dynamic",
+            "checkpointing": "none",
         }
 
     def test_takes_the_blocks_of_residual_encoder_plans(self) -> None:
@@ -262,3 +264,20 @@ def test_what_plans_leave_out_is_spelled_out_as_the_constructor_has_it(derive: A
     assert str(networks[0]) == str(networks[1])
     signature = inspect.signature(type(networks[0]).__init__).parameters
     assert set(signature) - {"self", "input_channels", "num_classes", "deep_supervision"} == set(entry["arch_kwargs"])
+
+
+@pytest.mark.parametrize(
+    ("derive", "class_name"),
+    [
+        (conresnet_architecture, CONRESNET),
+        (conresnet_paper_architecture, CONRESNET),
+        (vnet_architecture, VNET),
+        (vnet_paper_architecture, VNET),
+        (unet3d_architecture, UNET3D),
+        (unet3d_paper_architecture, UNET3D),
+    ],
+)
+def test_checkpointing_stays_with_its_network(derive: Callable[..., dict[str, Any]], class_name: str) -> None:
+    own = configuration_of(plans(class_name, checkpointing="full"), "3d_fullres")
+    assert derive(own)["arch_kwargs"]["checkpointing"] == "full"
+    assert derive(configuration_of(plans(), "3d_fullres"))["arch_kwargs"]["checkpointing"] == "none"
