@@ -287,9 +287,8 @@ def _with_next_commands(planned: Planned) -> Planned:
     data = PreprocessedDataset(find_dataset(planned.dataset_id), planned.plans_file.parent, planned.plans_name)
     missing = data.missing("3d_fullres")
     commands = []
-    if missing and not data.folder("3d_fullres").is_dir():
-        commands.append(f"nnUNetv2_preprocess -d {planned.dataset_id} -plans_name {planned.plans_name} -c 3d_fullres")
-    elif missing:
+    if missing:
+        # not nnUNetv2_preprocess, which would remove what another plan that shares the folder has made by then
         commands.append(
             f"nnunet-conres plan_and_preprocess with the same options: {len(missing)} cases of 3d_fullres are missing"
         )

@@ -169,10 +169,13 @@ def largest_patch(step: TrainingStep, budget: int) -> tuple[int, int, int] | Non
     strides = [triple(stride) for stride in step.arguments["strides"]]
     divisors = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
 
+    # at least 4 voxels along an axis of the coarsest feature map, as nnU-Net has it, or as few as there are now
+    least = [max(d, min(4 * d, extent // d * d)) for extent, d in zip(step.patch_size, divisors, strict=True)]
+
     def scaled(scale: float) -> tuple[int, int, int]:
         # a little more, so that a scale made from an extent gives that extent
         extents = [int(extent * scale / d + 1e-9) * d for extent, d in zip(step.patch_size, divisors, strict=True)]
-        x, y, z = (max(extent, d) for extent, d in zip(extents, divisors, strict=True))
+        x, y, z = (max(extent, smallest) for extent, smallest in zip(extents, least, strict=True))
         return x, y, z
 
     # every scale at which an axis grows by one more multiple

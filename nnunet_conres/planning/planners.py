@@ -235,7 +235,14 @@ class NetworkPlanner(ExperimentPlanner):
                 spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
             )
         arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
-        plan = super().get_plans_for_configuration(*arguments, {})
+        try:
+            plan = super().get_plans_for_configuration(*arguments, {})
+        except ZeroDivisionError:  # a patch of no voxels
+            raise ValueError(
+                f"The images of {self.dataset_name} are too small for {self.network_name} at a voxel size of "
+                f"{' x '.join(f'{extent:g}' for extent in spacing)} mm: {_times([round(e) for e in median_shape])} "
+                f"voxels. A finer -overwrite_target_spacing makes them larger."
+            ) from None
         wanted = math.prod(int(extent) for extent in plan["patch_size"])
         for checkpointing in CHECKPOINTINGS:
             found = self._largest_patch_under(checkpointing, arguments)
@@ -330,7 +337,8 @@ class NetworkPlanner(ExperimentPlanner):
         plans.update(completed)
 
         existing = read_plans(self.plans_file.parent)
-        share_data(plans, existing, planners=[planner.__name__ for planner in PLANNERS.values()])
+        planners = [planner.__name__ for planner in PLANNERS.values()]
+        share_data(plans, existing, planners, self.plans_file.parent)
         faults = list(settings_faults(plans, existing, self.plans_file.parent))
         if faults:
             raise ValueError(" ".join(faults))

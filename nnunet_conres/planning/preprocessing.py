@@ -83,14 +83,23 @@ def preprocessing_settings(plans: Mapping[str, Any], configuration: str) -> dict
     return settings
 
 
-def share_data(plans: dict[str, Any], existing: Mapping[str, Mapping[str, Any]], planners: Sequence[str]) -> None:
+def share_data(
+    plans: dict[str, Any], existing: Mapping[str, Mapping[str, Any]], planners: Sequence[str], folder: Path
+) -> None:
     """Lets new plans use the data of existing ones wherever they would be the same.
+
+    Data that are there come before data that are yet to be made, and of those the plans' own, from an earlier planning.
 
     Args:
         plans: New plans; the ``data_identifier`` of their configurations is changed in place.
         existing: Plans in the folder, by name. The stock ones come first, then those of the given planners.
         planners: Class names of planners.
+        folder: The preprocessed data set's folder.
     """
+
+    def has_data(identifier: str) -> bool:
+        return (folder / identifier).is_dir() and any((folder / identifier).iterdir())
+
     names = [STOCK_PLANS] + [
         name for name, other in existing.items() if other.get("experiment_planner_used") in planners
     ]
@@ -100,11 +109,22 @@ def share_data(plans: dict[str, Any], existing: Mapping[str, Mapping[str, Any]],
         if "data_identifier" not in configuration:
             continue
         settings = preprocessing_settings(plans, name)
-        for other in candidates:
-            theirs = other["configurations"].get(name, {})
-            if "data_identifier" in theirs and preprocessing_settings(other, name) == settings:
-                configuration["data_identifier"] = theirs["data_identifier"]
-                break
+
+        def identifiers(
+            others: Sequence[Mapping[str, Any]], name: str = name, settings: dict[str, Any] = settings
+        ) -> list[str]:
+            return [
+                other["configurations"][name]["data_identifier"]
+                for other in others
+                if "data_identifier" in other["configurations"].get(name, {})
+                and preprocessing_settings(other, name) == settings
+            ]
+
+        shared = identifiers(candidates)
+        earlier = identifiers([existing[plans["plans_name"]]] if plans["plans_name"] in existing else [])
+        for identifier in [*filter(has_data, [*earlier, *shared]), *shared]:
+            configuration["data_identifier"] = identifier
+            break
 
 
 def settings_faults(plans: Mapping[str, Any], existing: Mapping[str, Mapping[str, Any]], folder: Path) -> Iterator[str]:

@@ -283,6 +283,15 @@ def test_largest_patch_fits_and_the_next_does_not() -> None:
     assert largest_patch(plans, 2**20) is None
 
 
+def test_largest_patch_can_be_trained() -> None:
+    # an instance norm needs more than one voxel at the bottleneck
+    plans = step("conresnet", SIX_STAGES, patch_size=(128, 128, 128), device="cpu")
+    for megabytes in range(40, 400, 20):
+        patch = largest_patch(plans, megabytes * 2**20)
+        assert patch is None or min(patch) >= 128
+    assert largest_patch(plans, 4 * GIB) is not None
+
+
 class TestCommand:
     @pytest.fixture
     def dataset(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

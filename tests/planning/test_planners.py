@@ -307,6 +307,11 @@ class TestMemory:
             gib = float(str(refusal.value).split("-gpu_memory_target to at least ")[1].rstrip("."))
         assert planned(gib=gib)["configurations"]["3d_cascade_fullres"]["batch_size"] == 2
 
+    def test_spacing_that_is_too_coarse(self, make: Any, planned: Any) -> None:
+        make(ISOTROPIC)
+        with pytest.raises(ValueError, match=r"too small for V-Net at a voxel size of 500 x 500 x 500 mm"):
+            planned("vnet", overwrite_target_spacing=[500.0, 500.0, 500.0])
+
     def test_images_that_are_too_small(self, make: Any, planned: Any) -> None:
         make({"shape": (6, 6, 6), "spacing": (1.0, 1.0, 1.0)})
         with pytest.raises(ValueError, match=r"too small for ConResNet: a patch of 6 x 6 x 6 voxels"):
@@ -450,6 +455,14 @@ class TestData:
         (again,) = complete(architecture="vnet")
         assert again.preprocessed[0].folder == folder / "nnUNetVNetPlans_3d_fullres"
 
+    def test_data_that_are_there_come_before_those_of_plans_without_data(self, folder: Path) -> None:
+        complete()
+        stock()  # plans, and nothing preprocessed
+        for family in ("vnet", "conresnet"):
+            (done,) = complete(architecture=family)
+            assert done.preprocessed[0].folder == folder / "nnUNetConResNetPlans_3d_fullres"
+            assert done.preprocessed[0].written == ()
+
     @pytest.mark.parametrize(
         "options",
         [
@@ -567,7 +580,9 @@ class TestData:
             "gt_segmentations",
             "nnUNetConResNetPlans_2d",
         ]
-        assert done.next_commands[0] == "nnUNetv2_preprocess -d 701 -plans_name nnUNetConResNetPlans -c 3d_fullres"
+        assert done.next_commands[0] == (
+            "nnunet-conres plan_and_preprocess with the same options: 3 cases of 3d_fullres are missing"
+        )
 
     @pytest.mark.slow
     def test_fingerprint_is_taken_where_there_is_none(self, folder: Path) -> None:

@@ -128,6 +128,24 @@ class TestDynamic:
         assert len(resumed.logger.get_value("train_losses", None)) == 1
 
 
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet, nnUNetTrainerVNet, nnUNetTrainerUNet3D])
+def test_trains_plans_with_checkpointing(
+    make_trainer: Callable[..., Any], stock_plans: dict[str, Any], trainer_class: type
+) -> None:
+    configuration = make_trainer(trainer_class).configuration_manager
+    entries = trainer_class.resolve(configuration, "3d_fullres")
+    entries["architecture"]["arch_kwargs"]["checkpointing"] = "full"
+    stock_plans["configurations"]["3d_fullres"].update(entries)
+    trainer = make_trainer(trainer_class, plans=stock_plans)
+    run_briefly(trainer)
+    assert trainer.network.encoder.checkpointing
+    assert trainer.network.decoder.checkpointing
+    assert math.isfinite(trainer.logger.get_value("train_losses", -1))
+    saved = json.loads((Path(trainer.output_folder_base) / "plans.json").read_text())
+    kwargs = saved["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert kwargs["checkpointing"] == "full"
+
+
 @pytest.mark.parametrize(
     ("kind", "trainer_class"),
     [
