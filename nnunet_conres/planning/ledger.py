@@ -318,9 +318,9 @@ class Ledger:
         parents = [(x.node, x.nbytes), *((p, p.numel * FLOAT32) for p in parameters)]
         return self.output(x.shape, x.itemsize, parents, [x.storage], keep_output=True, temporary=temporary)
 
-    def dropout(self, x: Sized, by_channel: bool) -> Sized:
-        """Dropout, which keeps its mask."""
-        mask = self.storage(math.prod(x.shape[:2] if by_channel else x.shape) * x.itemsize)
+    def dropout(self, x: Sized) -> Sized:
+        """Dropout of whole channels, which keeps its mask."""
+        mask = self.storage(math.prod(x.shape[:2]) * x.itemsize)
         return self.output(x.shape, x.itemsize, [(x.node, x.nbytes)], [mask])
 
     def add(self, a: Sized, b: Sized) -> Sized:

@@ -107,8 +107,3 @@ class Loss:
         """A view of all channels but the first, whose backward makes a gradient of all."""
         node = self.ledger.record([(x.node, x.nbytes)], [])
         return Sized((x.shape[0], x.channels - 1, *x.size), x.itemsize, x.storage, node)
-
-
-def loss_of(step: TrainingStep, ledger: Ledger) -> Loss:
-    """The loss of a training step, its annotation in memory."""
-    return Loss(step, ledger)

@@ -156,7 +156,7 @@ class ConvNormNonlinearity:
     def __call__(self, x: Sized) -> Sized:
         x = self.conv(x)
         if self.drops:
-            x = self.ledger.dropout(x, by_channel=True)
+            x = self.ledger.dropout(x)
         x = self.norm(x)
         return x if self.nonlinearity is None else self.nonlinearity(x)
 
@@ -334,14 +334,24 @@ class ConResNetNetwork(Network):
         super().__init__(step, ledger)
         self.shares_encoder = self.arguments.get("residual_input", "decoder") == "shared_encoder"
 
-    @abstractmethod
     def encode(self, x: Sized) -> list[Sized]:
         """Features of all stages, full resolution first."""
+        features = []
+        for stage in range(len(self.stages)):
+            with self.ledger.within(f"encoder stage {stage}"):
+                x = self.ledger.checkpoint(self.checkpoints_encoder, self._stage(stage), x)[0]
+            features.append(x)
+        return features
+
+    def _stage(self, stage: int) -> Any:
+        return lambda x: self.stages[stage](self.stem(x) if stage == 0 else x)
 
     @abstractmethod
     def level(self, level: int, segmentation: Sized, residual: Sized, skip: Sized, residual_skip: Sized | None) -> Any:
         """Both streams behind a decoder level."""
 
+    stem: Any
+    stages: list[Any]
     segmentation_heads: list[Convolution]
     residual_heads: list[Convolution]
 
@@ -493,17 +503,6 @@ class DynamicConResNet(ConResNetNetwork):
 
         return run
 
-    def encode(self, x: Sized) -> list[Sized]:
-        features = []
-        for stage in range(len(self.stages)):
-            with self.ledger.within(f"encoder stage {stage}"):
-                x = self.ledger.checkpoint(self.checkpoints_encoder, self._stage(stage), x)[0]
-            features.append(x)
-        return features
-
-    def _stage(self, stage: int) -> Any:
-        return lambda x: self.stages[stage](self.stem(x) if stage == 0 else x)
-
     def level(self, level: int, segmentation: Sized, residual: Sized, skip: Sized, residual_skip: Sized | None) -> Any:
         ledger = self.ledger
         up, residual_up, convolve, feature_residual, project, merge = self.modules[level]
@@ -565,7 +564,7 @@ class PaperConResNet(ConResNetNetwork):
         def run(x: Sized) -> Sized:
             x = self.ledger.group_norm_relu(x, parameters)
             if drops:
-                x = self.ledger.dropout(x, by_channel=True)
+                x = self.ledger.dropout(x)
             return conv(x)
 
         return run
@@ -575,16 +574,9 @@ class PaperConResNet(ConResNetNetwork):
         return lambda x: self.ledger.add(x, second(first(x)))
 
     def encode(self, x: Sized) -> list[Sized]:
-        features = []
-        for stage in range(len(self.stages)):
-            with self.ledger.within(f"encoder stage {stage}"):
-                x = self.ledger.checkpoint(self.checkpoints_encoder, self._stage(stage), x)[0]
-            features.append(x)
+        *features, last = super().encode(x)
         with self.ledger.within("fusion"):
-            return [*features[:-1], self.fusion(x)]
-
-    def _stage(self, stage: int) -> Any:
-        return lambda x: self.stages[stage](self.stem(x) if stage == 0 else x)
+            return [*features, self.fusion(last)]
 
     def level(self, level: int, segmentation: Sized, residual: Sized, skip: Sized, residual_skip: Sized | None) -> Any:
         ledger = self.ledger

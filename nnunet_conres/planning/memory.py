@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nnunet_conres.planning.ledger import FLOAT32, Ledger
-from nnunet_conres.planning.ledger_losses import loss_of
+from nnunet_conres.planning.ledger_losses import Loss
 from nnunet_conres.planning.ledger_networks import network_of
 from nnunet_conres.planning.training_step import TrainingStep
 
@@ -65,7 +65,7 @@ def estimate_memory(step: TrainingStep) -> MemoryEstimate:
     optimizer = parameters * (2 if step.optimizer == "adam" else 1)
     fixed = [ledger.storage(parameters), ledger.storage(optimizer + network.buffer_bytes)]
     data = ledger.tensor((step.batch_size, step.input_channels, *step.patch_size), FLOAT32)
-    losses = loss_of(step, ledger)
+    losses = Loss(step, ledger)
     before = ledger.current
 
     ledger.by_part.clear()

@@ -96,10 +96,6 @@ def share_data(
         planners: Class names of planners.
         folder: The preprocessed data set's folder.
     """
-
-    def has_data(identifier: str) -> bool:
-        return (folder / identifier).is_dir() and any((folder / identifier).iterdir())
-
     names = [STOCK_PLANS] + [
         name for name, other in existing.items() if other.get("experiment_planner_used") in planners
     ]
@@ -109,22 +105,24 @@ def share_data(
         if "data_identifier" not in configuration:
             continue
         settings = preprocessing_settings(plans, name)
+        shared = _identifiers(candidates, name, settings)
+        earlier = _identifiers([existing[own] for own in [plans["plans_name"]] if own in existing], name, settings)
+        with_data = [identifier for identifier in [*earlier, *shared] if _holds_files(folder / identifier)]
+        configuration["data_identifier"] = [*with_data, *shared, configuration["data_identifier"]][0]
 
-        def identifiers(
-            others: Sequence[Mapping[str, Any]], name: str = name, settings: dict[str, Any] = settings
-        ) -> list[str]:
-            return [
-                other["configurations"][name]["data_identifier"]
-                for other in others
-                if "data_identifier" in other["configurations"].get(name, {})
-                and preprocessing_settings(other, name) == settings
-            ]
 
-        shared = identifiers(candidates)
-        earlier = identifiers([existing[plans["plans_name"]]] if plans["plans_name"] in existing else [])
-        for identifier in [*filter(has_data, [*earlier, *shared]), *shared]:
-            configuration["data_identifier"] = identifier
-            break
+def _identifiers(others: Sequence[Mapping[str, Any]], name: str, settings: Mapping[str, Any]) -> list[str]:
+    """Data that plans have for a configuration, of those that preprocess it with these settings."""
+    return [
+        other["configurations"][name]["data_identifier"]
+        for other in others
+        if "data_identifier" in other["configurations"].get(name, {})
+        and preprocessing_settings(other, name) == settings
+    ]
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def settings_faults(plans: Mapping[str, Any], existing: Mapping[str, Mapping[str, Any]], folder: Path) -> Iterator[str]:
@@ -142,7 +140,7 @@ def settings_faults(plans: Mapping[str, Any], existing: Mapping[str, Mapping[str
         settings = preprocessing_settings(plans, name)
         for other_name, other in existing.items():
             is_replaced = other_name == plans["plans_name"]
-            if is_replaced and not ((folder / identifier).is_dir() and any((folder / identifier).iterdir())):
+            if is_replaced and not _holds_files(folder / identifier):
                 continue
             for theirs, content in other["configurations"].items():
                 if content.get("data_identifier") != identifier:
