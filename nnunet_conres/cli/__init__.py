@@ -1,0 +1,62 @@
+"""The command `nnunet-conres`: parses its arguments and calls what does the work.
+
+A subcommand is a function `add_NAME` that describes its arguments and a function `_NAME` that is called with them and
+returns the exit code; both stand in the module of their room, and `_SUBCOMMANDS` lists them in the order of `--help`.
+What a subcommand needs is imported in its `_NAME`, so that `--help` and `info` answer at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from nnunet_conres import __version__
+from nnunet_conres.cli import brats, datasets, evaluation, planning, registration
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
+    registration.add_info,
+    brats.add_brats_convert,
+    planning.add_plan,
+    planning.add_plan_and_preprocess,
+    planning.add_memory,
+    datasets.add_sparsify,
+    datasets.add_densify,
+    evaluation.add_summary,
+    evaluation.add_overlay,
+    brats.add_phantom,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; `handler` of what it returns is the function to call."""
+    parser = argparse.ArgumentParser(
+        prog="nnunet-conres",
+        description="Tools around the ConResNet, V-Net and 3D U-Net trainers for nnU-Net. Training and prediction are "
+        "nnU-Net's own commands, for example: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerConResNet",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in _SUBCOMMANDS:
+        add(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: what the subcommand returns, or 2 for an error that the user can do something about, which is
+        then told in a line on stderr, without a traceback.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.handler(arguments)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"nnunet-conres: error: {error}", file=sys.stderr)
+        return 2

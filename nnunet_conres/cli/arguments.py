@@ -1,0 +1,24 @@
+"""What several subcommands need of their arguments."""
+
+import argparse
+import os
+
+# nnU-Net's, for the number of processes where a command does not say.
+PROCESSES_VARIABLE = "nnUNet_def_n_proc"
+
+
+def number_of_processes(given: int | None) -> int:
+    """Number of processes, nnU-Net's own default where the command does not say."""
+    return int(os.environ.get(PROCESSES_VARIABLE, "8")) if given is None else given
+
+
+def count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of cases; expected 0 or more")
+    return int(text)
+
+
+def fold(text: str) -> int | str:
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no fold; expected a number or all")
+    return text if text == "all" else int(text)

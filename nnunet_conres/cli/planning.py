@@ -1,0 +1,215 @@
+"""Arguments of the commands around plans and memory."""
+
+import argparse
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+from nnunet_conres.cli.arguments import PROCESSES_VARIABLE, number_of_processes
+
+if TYPE_CHECKING:
+    from nnunet_conres.cli import Subparsers
+    from nnunet_conres.planning.commands import PlanOptions
+
+_ARCHITECTURES = ("conresnet", "vnet", "unet3d")
+
+
+def add_plan(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="plan ConResNet, V-Net or 3D U-Net for the memory there is",
+        description="Plans data sets for a network of this package, as nnUNetv2_plan_experiment does for nnU-Net's "
+        "own: patch, batch and checkpointing are chosen by the memory that the network takes. Fingerprints have to be "
+        "there.",
+    )
+    _add_planning_options(parser)
+    parser.set_defaults(handler=_plan)
+
+
+def _add_planning_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", metavar="ID", type=int, nargs="+", required=True, help="data set ids, for example 501")
+    parser.add_argument(
+        "-a", metavar="NETWORK", choices=_ARCHITECTURES, required=True, help=f"one of {', '.join(_ARCHITECTURES)}"
+    )
+    parser.add_argument(
+        "-gpu_memory_target",
+        metavar="GB",
+        type=float,
+        default=8.0,
+        help="memory that a training step may take, in GiB, units of 2^30 bytes (default: 8)",
+    )
+    parser.add_argument(
+        "-overwrite_target_spacing",
+        metavar=("A", "B", "C"),
+        type=float,
+        nargs=3,
+        help="voxel size of 3d_fullres and 3d_cascade_fullres in mm, in the order in which nnU-Net reads the axes: z, "
+        "y, x for most formats (default: found by nnU-Net)",
+    )
+    parser.add_argument(
+        "-overwrite_plans_name",
+        metavar="NAME",
+        help="name of the plans (default: nnUNetConResNetPlans, nnUNetVNetPlans or nnUNetUNet3DPlans)",
+    )
+    parser.add_argument(
+        "-preprocessor_name",
+        metavar="CLASS",
+        default="DefaultPreprocessor",
+        help="preprocessor in nnunetv2.preprocessing (default: %(default)s)",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show what nnU-Net prints while it plans")
+
+
+def _plan_options(arguments: argparse.Namespace) -> "PlanOptions":
+    from nnunet_conres.planning.commands import PlanOptions
+
+    return PlanOptions(
+        arguments.a,
+        gpu_memory_target=arguments.gpu_memory_target,
+        overwrite_target_spacing=arguments.overwrite_target_spacing,
+        plans_name=arguments.overwrite_plans_name,
+        preprocessor_name=arguments.preprocessor_name,
+        verbose=arguments.verbose,
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from nnunet_conres.planning.commands import plan
+
+    for planned in plan(arguments.d, _plan_options(arguments)):
+        print(planned.as_text())
+    return 0
+
+
+def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "plan_and_preprocess",
+        help="take fingerprints, plan, and preprocess what is missing",
+        description="Takes fingerprints where there are none, plans as plan does, and preprocesses. Preprocessed data "
+        "are shared with nnU-Net's own plans where they would be the same, and complete cases are never removed or "
+        "made again.",
+    )
+    _add_planning_options(parser)
+    parser.add_argument(
+        "-c",
+        metavar="CONFIGURATION",
+        nargs="+",
+        default=["3d_fullres", "3d_lowres"],
+        help="configurations to preprocess; those that a data set does not have are skipped (default: 3d_fullres "
+        "3d_lowres)",
+    )
+    parser.add_argument(
+        "-np",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="processes for preprocessing: one number, or one per configuration (default: $nnUNet_def_n_proc, else "
+        "nnU-Net's 8 for 2d and 3d_lowres, 4 for others)",
+    )
+    parser.add_argument(
+        "-npfp", metavar="N", type=int, help="processes for fingerprints (default: $nnUNet_def_n_proc, else 8)"
+    )
+    parser.add_argument(
+        "-fpe",
+        metavar="CLASS",
+        default="DatasetFingerprintExtractor",
+        help="fingerprint extractor in nnunetv2.experiment_planning (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--verify_dataset_integrity", action="store_true", help="let nnU-Net check the raw data; recommended once"
+    )
+    parser.add_argument("--no_pp", action="store_true", help="do not preprocess")
+    parser.add_argument(
+        "--clean", action="store_true", help="take fingerprints again, as after a change of the data set"
+    )
+    parser.add_argument("--no_pbar", action="store_true", help="show no progress bars")
+    parser.set_defaults(handler=_plan_and_preprocess)
+
+
+def _plan_and_preprocess(arguments: argparse.Namespace) -> int:
+    import os
+
+    from nnunet_conres.planning.commands import plan_and_preprocess
+
+    processes = arguments.np
+    if processes is None and PROCESSES_VARIABLE in os.environ:
+        processes = [number_of_processes(None)]
+    for planned in plan_and_preprocess(
+        arguments.d,
+        _plan_options(arguments),
+        configurations=arguments.c,
+        processes=processes,
+        fingerprint_extractor=arguments.fpe,
+        fingerprint_processes=number_of_processes(arguments.npfp),
+        verify_dataset_integrity=arguments.verify_dataset_integrity,
+        clean=arguments.clean,
+        preprocess=not arguments.no_pp,
+        progress=not arguments.no_pbar,
+    ):
+        print(planned.as_text())
+    return 0
+
+
+def add_memory(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "memory",
+        help="tell how much memory a training takes, and which patches fit",
+        description="Estimates the peak memory of a training step from the plans, part by part, without running it, "
+        "and the largest patches that fit given budgets.",
+    )
+    parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id")
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans (default: %(default)s)")
+    parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres", help="default: %(default)s")
+    parser.add_argument(
+        "-tr", metavar="TRAINER", help="trainer of this package; may be left out where the plans name the network"
+    )
+    parser.add_argument("--batch_size", metavar="B", type=int, help="another batch than the plans'")
+    parser.add_argument(
+        "--patch_size", metavar=("X", "Y", "Z"), type=int, nargs=3, help="another patch than the plans', in voxels"
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="GB",
+        type=float,
+        nargs="*",
+        default=[8, 12, 16, 24, 40, 80],
+        help="find the largest patches for these budgets, in GiB (default: 8 12 16 24 40 80)",
+    )
+    parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    parser.add_argument("--float32", action="store_true", help="without mixed precision")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.set_defaults(handler=_memory)
+
+
+def _memory(arguments: argparse.Namespace) -> int:
+    from nnunet_conres.planning.memory_report import report_memory
+
+    trainer = None
+    if arguments.tr is not None:
+        from nnunet_conres import trainers
+
+        if arguments.tr not in trainers.__all__:
+            raise ValueError(f"{arguments.tr} is no trainer of this package; it has {', '.join(trainers.__all__)}.")
+        trainer = getattr(trainers, arguments.tr)
+    # nnU-Net has things to say of old plans, which must not get among the JSON
+    with contextlib.redirect_stdout(sys.stderr):
+        report = report_memory(
+            arguments.d,
+            arguments.p,
+            arguments.c,
+            resolve=None if trainer is None else trainer.resolve,
+            trainer_name=arguments.tr,
+            optimizer="sgd" if trainer is None else trainer.optimizer_kind,
+            patch_size=arguments.patch_size,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            mixed_precision=not arguments.float32,
+            budgets=arguments.budget,
+        )
+    if arguments.json:
+        import json
+
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        print(report.as_text())
+    return 0

@@ -1,0 +1,31 @@
+"""Arguments of `nnunet-conres info`."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnunet_conres.cli import Subparsers
+
+
+def add_info(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "info",
+        help="tell versions, whether nnU-Net finds the trainers, and which there are",
+        description="Tells versions, whether nnU-Net finds the trainers, and which there are. "
+        "The exit code is 0 if all is well and 1 if not.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.set_defaults(handler=_info)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from nnunet_conres.registration.info import collect
+
+    info = collect()
+    if arguments.json:
+        import json
+
+        print(json.dumps(info.as_json(), indent=2))
+    else:
+        print(info.as_text())
+    return 0 if info.ok else 1
