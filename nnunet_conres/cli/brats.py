@@ -15,8 +15,8 @@ def add_brats_convert(subparsers: "Subparsers") -> None:
         "brats-convert",
         help="convert BraTS folders to an nnU-Net data set",
         description="Converts BraTS folders to an nnU-Net data set in $nnUNet_raw, with channels FLAIR, T1, T1ce, T2 "
-        "and regions whole_tumor, tumor_core, enhancing_tumor for every year. Labelled cases are for training, others "
-        "go to imagesTs. All files are checked before anything is written.",
+        "and regions whole_tumor, tumor_core, enhancing_tumor (and what the year adds) for every year. Labelled cases "
+        "are for training, others go to imagesTs. All files are checked before anything is written.",
     )
     parser.add_argument(
         "-i", metavar="FOLDER", nargs="+", required=True, help="input folders, searched with subfolders"
@@ -37,14 +37,24 @@ def add_brats_convert(subparsers: "Subparsers") -> None:
         metavar="SCHEME",
         nargs="+",
         default=["auto"],
-        help="naming and labels: 2018 (for 2017 to 2021), 2023, both to allow a mixture, or auto for either alone "
-        "(default: auto)",
+        help="file names and labels: 2018 (for 2017 to 2020), 2021, 2023, 2023-MEN, 2023-MET, 2023-PED, 2023-SSA, 2024 "
+        "(after treatment), 2024-PED, MSD (Decathlon); several to allow a mixture; auto for any one that file names "
+        "tell (default: auto)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("regions", "labels"),
+        default="regions",
+        help="train on regions that lie within each other, or on the tissues (default: %(default)s)",
     )
     parser.add_argument(
         "--images",
         choices=("link", "copy"),
         default="link",
         help="hard links where possible, or copies of the images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave cases with faults out, and say which, instead of stopping"
     )
     parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
     parser.set_defaults(handler=_brats_convert)
@@ -59,18 +69,78 @@ def _brats_convert(arguments: argparse.Namespace) -> int:
         held_out_folders=arguments.held_out,
         dataset_name=arguments.name,
         schemes=arguments.scheme,
+        mode=arguments.mode,
         image_mode=arguments.images,
+        skip_bad=arguments.skip_bad,
         processes=number_of_processes(arguments.np),
     )
+    for faults in done.skipped.values():
+        for fault in faults:
+            print(f"left out: {fault}", file=sys.stderr)
     for warning in done.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{done.dataset_folder}")
     print(f"  training cases: {len(done.training_ids)}")
     print(f"  test cases:     {len(done.test_ids)}, {len(done.test_label_ids)} of them with labels")
-    print("  image files:    " + ", ".join(f"{count} {how}" for how, count in done.transfers.items()))
-    print(f"  named as:       {', '.join(done.schemes)}")
+    if done.skipped:
+        print(f"  left out:       {len(done.skipped)}: {', '.join(done.skipped)}")
+    print("  image files:    " + ", ".join(f"{count} {how}" for how, count in done.transfers.items() if count))
+    print(f"  scheme:         {', '.join(done.schemes)}")
     if done.training_ids:
         print(f"Next: nnUNetv2_plan_and_preprocess -d {arguments.d} -c 3d_fullres --verify_dataset_integrity")
+    return 0
+
+
+def add_brats_export(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "brats-export",
+        help="write predictions as a BraTS challenge wants them",
+        description="Writes nnU-Net's predictions for a data set of brats-convert with a BraTS challenge's labels, one "
+        "file CASE.nii.gz each. All files are checked before anything is written.",
+    )
+    parser.add_argument("-i", metavar="FOLDER", required=True, help="folder with predictions")
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, not there yet or empty")
+    parser.add_argument(
+        "--scheme",
+        metavar="SCHEME",
+        required=True,
+        help="the challenge: 2018 (for 2017 to 2020), 2021, 2023, 2023-MEN, 2023-MET, 2023-PED, 2023-SSA, 2024, "
+        "2024-PED or MSD",
+    )
+    parser.add_argument(
+        "-djfile", metavar="FILE", help="dataset.json of the data set (default: the one in the folder with predictions)"
+    )
+    parser.add_argument(
+        "-ref", metavar="FOLDER", help="folder with the cases' images, to compare size and geometry with"
+    )
+    parser.add_argument(
+        "--et-min-voxels",
+        metavar="N",
+        type=int,
+        default=0,
+        help="replace enhancing tumour by necrosis in cases with fewer voxels of it (default: never)",
+    )
+    parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
+    parser.set_defaults(handler=_brats_export)
+
+
+def _brats_export(arguments: argparse.Namespace) -> int:
+    from nnunet_conres.datasets.brats_export import export_brats
+
+    done = export_brats(
+        arguments.i,
+        arguments.o,
+        arguments.scheme,
+        dataset_json=arguments.djfile,
+        reference_folder=arguments.ref,
+        et_min_voxels=arguments.et_min_voxels,
+        processes=number_of_processes(arguments.np),
+    )
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{done.folder}: {len(done.case_ids)} cases")
+    for case_id, voxels in done.cleaned.items():
+        print(f"  {case_id}: {voxels} voxels of enhancing tumour replaced")
     return 0
 
 

@@ -109,6 +109,20 @@ def target_faults(
                 yield f"{taken} is of an earlier data set of that name; remove it, or choose another {option}."
 
 
+def dataset_name_of(dataset: int | str) -> str:
+    """Whole name of a data set that nnU-Net finds by its number or name, raw, preprocessed or among the results.
+
+    Raises:
+        InputError: There is none, or more than one.
+    """
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    try:
+        return str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError([f"{dataset} is no data set: {str(error).splitlines()[0].rstrip('.')}."]) from error
+
+
 def find_dataset(dataset: int | str) -> Path:
     """The folder of a raw data set.
 
@@ -293,7 +307,7 @@ def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
     faults = []
     try:
         for path in (*case.images, case.labels):
-            _read_to_the_end(path)
+            read_to_the_end(path)
         for path in case.images:
             image, properties = reader.read_images([str(path)])
         path = case.labels
@@ -312,7 +326,7 @@ def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
     return CaseLook(case.case_id, tuple(image.shape[1:]), spacing, tuple(faults))
 
 
-def _read_to_the_end(path: Path) -> None:
+def read_to_the_end(path: Path) -> None:
     """Raises if a compressed file is cut short or damaged: ITK puts zeros in place of what is missing, unasked."""
     if path.name.lower().endswith(".gz"):
         with gzip.open(path, "rb") as stream:

@@ -1,0 +1,106 @@
+"""A BraTS case's files, looked into before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from nnunet_conres.datasets.brats_find import Case
+from nnunet_conres.datasets.brats_schemes import CHANNELS, SCHEMES, label_message, labels_outside
+from nnunet_conres.datasets.nifti import READ_ERRORS, Grid, grid_difference, read_grid, read_nifti
+from nnunet_conres.datasets.raw import short_message
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What checking found: faults forbid the conversion of a case, warnings do not.
+
+    Attributes:
+        faults: One message each.
+        warnings: One message each.
+        values: Label values met other than 0.
+    """
+
+    faults: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    values: tuple[int, ...] = ()
+
+
+def check_case(case: Case) -> Findings:
+    """Read all files of a case and report what keeps nnU-Net, or the meaning of the labels, from being right.
+
+    Args:
+        case: The case, complete.
+
+    Returns:
+        Faults: a file that is unreadable, truncated or of the wrong dimensions; voxels that are not finite; geometry
+        that differs between files; labels outside the scheme. Warnings: labels that are all background, images that
+        are 0.
+    """
+    faults: list[str] = []
+    warnings: list[str] = []
+    values: tuple[int, ...] = ()
+    scheme = SCHEMES[case.scheme]
+    reference: tuple[Path, Grid] | None = None
+    # Of one file with all channels, or of a file per channel.
+    channels = 1 if scheme.layout.modalities else len(CHANNELS)
+    for path in (*case.images, *([] if case.labels is None else [case.labels])):
+        is_labels = path == case.labels
+        try:
+            file = read_nifti(path)
+            grid = read_grid(path, file.header)
+        except READ_ERRORS as error:
+            faults.append(f"{path} cannot be read: {short_message(error)}. Get the file anew, or leave the case out.")
+            continue
+        wrong = _kind_fault(file.stored, 1 if is_labels else channels)
+        if wrong:
+            faults.append(f"{path} {wrong}")
+            continue
+        if reference is None:
+            reference = (path, grid)
+        else:
+            difference = grid_difference(reference[1], grid)
+            if difference:
+                faults.append(
+                    f"{path} and {reference[0].name} do not lie on the same voxel grid: {difference}. All files of a "
+                    f"case must; resample the odd one, or leave the case out."
+                )
+        not_finite = file.not_finite()
+        if not_finite:
+            faults.append(f"{path} has {not_finite} voxels that are NaN or infinite; expected finite intensities.")
+        elif is_labels:
+            labels = file.values()
+            strange = labels_outside(labels, (0, *scheme.labels))
+            if strange:
+                faults.append(label_message(path, strange, scheme))
+                continue
+            values = tuple(value for value in scheme.labels if (labels == value).any())
+            if not values:
+                warnings.append(f"{path} is all background: the case has no tumour.")
+        else:
+            warnings += _empty_channels(path, file.stored, channels)
+    return Findings(tuple(faults), tuple(warnings), values)
+
+
+def _kind_fault(voxels: NDArray[Any], channels: int) -> str:
+    """What is wrong with a file's dimensions and kind of voxels, or an empty string."""
+    if voxels.dtype.kind not in "iuf":
+        return f"has voxels of type {voxels.dtype}; expected one number per voxel."
+    if channels == 1 and voxels.ndim != 3:
+        return f"has {voxels.ndim} dimensions; expected one three-dimensional image."
+    if channels > 1 and (voxels.ndim != 4 or voxels.shape[3] != channels):
+        return f"has size {' x '.join(map(str, voxels.shape))}; expected {channels} channels along a fourth dimension."
+    return ""
+
+
+def _empty_channels(path: Path, voxels: NDArray[Any], channels: int) -> Iterator[str]:
+    for index in range(channels):
+        channel = voxels if channels == 1 else voxels[..., index]
+        # Most are found not to be by their middle slice.
+        if not channel[..., channel.shape[2] // 2].any() and not channel.any():
+            where = "" if channels == 1 else f" in channel {index}, {CHANNELS[index]}"
+            yield f"{path} is 0 everywhere{where}: the modality is empty."

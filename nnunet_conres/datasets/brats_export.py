@@ -1,0 +1,309 @@
+"""nnU-Net's predictions as the BraTS challenges want them: labels, file names, geometry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nnunet_conres.datasets.brats_find import image_of, nifti_files
+from nnunet_conres.datasets.brats_schemes import LABEL_SETS, SCHEMES, LabelSet, Mode, labels_outside, map_labels
+from nnunet_conres.datasets.nifti import (
+    READ_ERRORS,
+    grid_difference,
+    is_nifti,
+    read_grid,
+    read_header,
+    read_nifti,
+    stem,
+    write_nifti,
+)
+from nnunet_conres.datasets.raw import InputError, map_cases, short_message, some
+
+
+class ExportError(InputError):
+    """The predictions or the target do not allow an export; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export_brats` wrote.
+
+    Attributes:
+        folder: The new folder.
+        case_ids: One file each.
+        cleaned: Voxels of enhancing tumour that were replaced, by case.
+        warnings: What the user should know.
+    """
+
+    folder: Path
+    case_ids: tuple[str, ...]
+    cleaned: Mapping[str, int]
+    warnings: tuple[str, ...] = ()
+
+
+class Prediction(NamedTuple):
+    """A predicted label map on its way to a challenge.
+
+    Attributes:
+        path: The file.
+        table: The challenge's label of each of nnU-Net's that has one.
+        known: All of nnU-Net's labels, with their tissues.
+        scheme: Name of the challenge's scheme.
+        reference: An image of the same case, or None.
+        et_min_voxels: Enhancing tumour of fewer voxels is replaced.
+        output: The file to be written, or None to check only.
+    """
+
+    path: Path
+    table: Mapping[int, int]
+    known: Mapping[int, str]
+    scheme: str
+    reference: Path | None
+    et_min_voxels: int
+    output: Path | None
+
+
+class Result(NamedTuple):
+    """Faults of a prediction, and the number of voxels of enhancing tumour that were replaced."""
+
+    faults: tuple[str, ...]
+    cleaned: int
+
+
+def export_brats(
+    predictions_folder: str | Path,
+    output_folder: str | Path,
+    scheme: str,
+    *,
+    dataset_json: str | Path | None = None,
+    reference_folder: str | Path | None = None,
+    et_min_voxels: int = 0,
+    processes: int = 1,
+    progress: bool = True,
+) -> Export:
+    """Write nnU-Net's predictions with a challenge's labels, one file CASE.nii.gz each.
+
+    Args:
+        predictions_folder: Label maps as nnU-Net writes them, CASE.nii.gz.
+        output_folder: Must not exist, or be empty; gets its files only when all are whole.
+        scheme: A name in `SCHEMES`.
+        dataset_json: dataset.json of the data set that the model was trained on; by default the one that nnU-Net puts
+            into the folder with predictions.
+        reference_folder: Searched with subfolders for the cases' images, named as BraTS or nnU-Net names them. Size and
+            geometry of predictions are compared with theirs, and written as in their headers.
+        et_min_voxels: Cases with fewer voxels of enhancing tumour than this get them replaced by necrosis (paediatric
+            cases of 2024: by non-enhancing tumour): such few are mostly wrong, and where there is no enhancing tumour
+            the challenge scores any as 0. 0 replaces none.
+        processes: Number of processes, 1 or more.
+        progress: Whether to show progress bars on stderr.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: The predictions do not fit the data set or the scheme, or the target is taken. Lists all faults.
+    """
+    folder, output = Path(predictions_folder), Path(output_folder)
+    faults = list(_argument_faults(scheme, et_min_voxels, processes))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        faults.append(f"{output} exists already and is not an empty folder; remove it, or choose another -o.")
+    paths = sorted(path for path in folder.iterdir() if is_nifti(path)) if folder.is_dir() else []
+    if not folder.is_dir():
+        faults.append(f"{folder} is not a folder; expected a folder with predictions.")
+    elif not paths:
+        faults.append(f"{folder} has no NIfTI file; expected predictions named CASE.nii.gz.")
+    faults += _name_faults(paths, scheme)
+    tissues, found = _tissues(folder / "dataset.json" if dataset_json is None else Path(dataset_json))
+    faults += found
+    references, found, warnings = _references(reference_folder, [stem(path) for path in paths])
+    faults += found
+    if scheme not in SCHEMES or not tissues:
+        raise ExportError(faults)
+
+    # A label whose tissue the challenge lacks may be in the data set, as long as it is in no prediction.
+    values = {tissue: value for value, tissue in SCHEMES[scheme].labels.items()}
+    table = {0: 0, **{label: values[tissue] for label, tissue in tissues.items() if tissue in values}}
+    missing = [tissue for tissue in values if tissue not in tissues.values()]
+    if missing:
+        warnings.append(f"The data set knows no {' or '.join(missing)}, which {SCHEMES[scheme].title} asks for.")
+    unnamed = [stem(path) for path in paths if not SCHEMES[scheme].may_be(stem(path))]
+    if unnamed:
+        warnings.append(f"{some(unnamed)}: not named as the cases of {SCHEMES[scheme].title} (--scheme {scheme}).")
+    jobs = [Prediction(path, table, tissues, scheme, references.get(stem(path)), et_min_voxels, None) for path in paths]
+    checked = list(map_cases(export_case, jobs, max(1, processes), "Checking", progress))
+    faults += [fault for result in checked for fault in result.faults]
+    if faults:
+        raise ExportError(faults)
+
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        jobs = [job._replace(output=partial / f"{stem(job.path)}.nii.gz") for job in jobs]
+        results = list(map_cases(export_case, jobs, processes, "Writing", progress))
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    cleaned = {stem(job.path): result.cleaned for job, result in zip(jobs, results, strict=True) if result.cleaned}
+    return Export(output, tuple(stem(path) for path in paths), cleaned, tuple(warnings))
+
+
+def export_case(job: Prediction) -> Result:
+    """Check a prediction, and write it if there is a file to write to.
+
+    Returns:
+        Faults, and how much enhancing tumour was replaced. With faults nothing is written.
+    """
+    try:
+        file = read_nifti(job.path)
+        grid = read_grid(job.path, file.header)
+    except READ_ERRORS as error:
+        return Result((f"{job.path} cannot be read: {short_message(error)}. Predict the case anew.",), 0)
+    labels = file.values()
+    faults = []
+    if labels.ndim != 3 or labels.dtype.kind not in "iuf":
+        return Result((f"{job.path} has {labels.ndim} dimensions; expected one three-dimensional label map.",), 0)
+    strange = labels_outside(labels, job.table)
+    if strange:
+        faults.append(_label_fault(job, strange))
+    header = file.header
+    if job.reference is not None:
+        try:
+            header = read_header(job.reference)
+            difference = grid_difference(read_grid(job.reference, header), grid)
+        except READ_ERRORS as error:
+            return Result((*faults, f"{job.reference} cannot be read: {short_message(error)}."), 0)
+        if difference:
+            faults.append(f"{job.path} and {job.reference} do not lie on the same voxel grid: {difference}.")
+    if faults or job.output is None:
+        return Result(tuple(faults), 0)
+
+    exported = map_labels(labels, job.table)
+    values = {tissue: value for value, tissue in SCHEMES[job.scheme].labels.items()}
+    enhancing = exported == values["enhancing"]
+    count = int(np.count_nonzero(enhancing))
+    replace = 0 < count < job.et_min_voxels
+    if replace:
+        exported[enhancing] = values[SCHEMES[job.scheme].less_enhancing]
+    write_nifti(job.output, exported, header)
+    return Result((), count if replace else 0)
+
+
+def _label_fault(job: Prediction, strange: Mapping[float, int]) -> str:
+    scheme = SCHEMES[job.scheme]
+    tissues = {float(label): tissue for label, tissue in job.known.items()}
+    found = ", ".join(
+        f"{value:g}{f' {tissues[value]}' if value in tissues else ''} ({count} voxels)"
+        for value, count in list(strange.items())[:5]
+    )
+    if strange.keys() <= tissues.keys():
+        return (
+            f"{job.path} has labels {found}, which {scheme.title} (--scheme {scheme.name}) has no value for; it has "
+            f"{scheme.known_labels}. Choose the --scheme whose tissues the model was trained on."
+        )
+    expected = ", ".join(f"{label} {tissue}" for label, tissue in job.known.items())
+    return (
+        f"{job.path} has labels {found}; the data set has 0 background, {expected}. Expected nnU-Net's own prediction: "
+        f"is this a file in the challenge's labels already?"
+    )
+
+
+def _argument_faults(scheme: str, et_min_voxels: int, processes: int) -> Iterator[str]:
+    if scheme not in SCHEMES:
+        yield f"The scheme is {scheme}; expected one of {', '.join(SCHEMES)}."
+    if et_min_voxels < 0:
+        yield f"--et-min-voxels is {et_min_voxels}; expected 0 or more."
+    if processes < 1:
+        yield f"The number of processes is {processes}; expected 1 or more."
+
+
+def _name_faults(paths: Sequence[Path], scheme: str) -> Iterator[str]:
+    """Files that are no case's, or whose name is another challenge's."""
+    ids = [stem(path) for path in paths]
+    doubled = sorted({case_id for case_id in ids if ids.count(case_id) > 1})
+    if doubled:
+        yield f"{some(doubled)}: more than one file; keep one of each."
+    images = [path.name for path in paths if image_of(path) not in (None, stem(path))]
+    if images:
+        yield f"{some(images)}: named as images are; expected predictions named CASE.nii.gz."
+    if scheme not in SCHEMES:
+        return
+    foreign = [case_id for case_id in ids if _others(case_id, scheme)]
+    if foreign:
+        hints = sorted({name for case_id in foreign for name in _others(case_id, scheme)})
+        yield (
+            f"{some(foreign)}: not named as the cases of {SCHEMES[scheme].title} (--scheme {scheme}), but as those of "
+            f"--scheme {' or '.join(hints)}."
+        )
+
+
+def _others(case_id: str, scheme: str) -> list[str]:
+    """Schemes that a case id belongs to, if it does not belong to this one."""
+    if SCHEMES[scheme].may_be(case_id):
+        return []
+    return [name for name, other in SCHEMES.items() if other.may_be(case_id)]
+
+
+def _tissues(path: Path) -> tuple[dict[int, str], list[str]]:
+    """Tissue of each label of a data set, and a message for every fault."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {}, [
+            f"{path} cannot be read: {error}. nnU-Net puts the data set's dataset.json beside its predictions; name "
+            f"another with -djfile."
+        ]
+    labels = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(labels, dict):
+        return {}, [f"{path} has no labels; expected the dataset.json of an nnU-Net data set."]
+    for label_set in LABEL_SETS:
+        modes: tuple[Mode, ...] = ("regions", "labels")
+        for mode in modes:
+            if _same_labels(content, label_set, mode):
+                return {label: tissue for tissue, label in label_set.tissues.items()}, []
+    return {}, [
+        f"{path} has labels {labels} in the order {content.get('regions_class_order')}: not those of brats-convert, so "
+        f"it is unknown which tissue is which. Expected regions of {' or of '.join(s.name for s in LABEL_SETS)}."
+    ]
+
+
+def _same_labels(content: Mapping[str, Any], label_set: LabelSet, mode: Mode) -> bool:
+    """Whether a dataset.json's labels are those of a label set, also as nnU-Net's own scripts write them."""
+    expected = label_set.dataset_json(mode)
+    return _normalised(content["labels"]) == _normalised(expected["labels"]) and list(
+        content.get("regions_class_order") or []
+    ) == expected.get("regions_class_order", [])
+
+
+def _normalised(labels: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
+    return [
+        (str(name).lower().replace(" ", "_"), sorted(value) if isinstance(value, list) else [value])
+        for name, value in labels.items()
+    ]
+
+
+def _references(folder: str | Path | None, case_ids: Sequence[str]) -> tuple[dict[str, Path], list[str], list[str]]:
+    """An image of each case, faults, and warnings."""
+    if folder is None:
+        return {}, [], []
+    if not Path(folder).is_dir():
+        return {}, [f"{folder} is not a folder; expected the cases' images there."], []
+    images: dict[str, Path] = {}
+    for path in nifti_files(Path(folder)):
+        case_id = image_of(path)
+        if case_id is not None:
+            images.setdefault(case_id, path)
+    missing = [case_id for case_id in case_ids if case_id not in images]
+    faults = [f"{some(missing)}: no image in {folder} to compare the prediction with."] if missing else []
+    unpredicted = sorted(case_id for case_id in images if case_id not in case_ids)
+    warnings = [f"{some(unpredicted)}: in {folder}, but not predicted."] if unpredicted else []
+    return images, faults, warnings

@@ -1,0 +1,628 @@
+"""Which cases are held out in which fold: patients kept whole, tumour volume and grade spread evenly over the folds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_conres.datasets.brats_write import CASES_FILE
+from nnunet_conres.datasets.raw import (
+    FOLDER_VARIABLES,
+    InputError,
+    TrainingCase,
+    find_dataset,
+    find_training_cases,
+    folder_from_environment,
+    map_cases,
+    read_dataset_json,
+    reader_writer_class,
+    short_message,
+    some,
+)
+
+Balance = Literal["both", "grade", "volume", "none"]
+
+BALANCES: Final[tuple[Balance, ...]] = ("both", "grade", "volume", "none")
+
+SPLITS_FILE: Final = "splits_final.json"
+"""What nnU-Net calls the file, in a data set's preprocessed folder."""
+
+DEFAULT_FOLDS: Final = 5
+
+DEFAULT_SEED: Final = 12345
+"""nnU-Net's own."""
+
+UNKNOWN: Final = "unknown"
+"""Stands for the grade of a case whose grade is not known."""
+
+# BraTS from 2023 on: challenge, patient, time point, as in BraTS-GLI-00005-100 or BraTS-MEN-RT-0012-1.
+_PATIENT_AND_TIME: Final = re.compile(r"(BraTS-(?:[A-Za-z]+-)+\d+)-\d{1,3}", re.IGNORECASE)
+
+# Of equal sizes against equal volumes and grades: first of all, parts are of one size.
+_SIZE_WEIGHT: Final = 10.0
+
+# A bound for what ends by itself, and what is no more than rounding, in squared shares.
+_MOST_ROUNDS: Final = 100
+_NEGLIGIBLE: Final = 1e-12
+
+_NOT_A_GRADE: Final = ("", "na", "n/a", "nan", "none", UNKNOWN)
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What is known of a case.
+
+    Attributes:
+        case_id: As nnU-Net knows it.
+        group: Cases of one group are never separated.
+        volume: Of everything labelled but ignore, ml.
+        grade: Such as HGG or LGG, or `UNKNOWN`.
+    """
+
+    case_id: str
+    group: str
+    volume: float = 0.0
+    grade: str = UNKNOWN
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One entry of nnU-Net's splits file, each list sorted.
+
+    Attributes:
+        training: Ids of the cases to train on.
+        validation: Ids of those held out.
+    """
+
+    training: tuple[str, ...]
+    validation: tuple[str, ...]
+
+    def as_json(self) -> dict[str, list[str]]:
+        """The entry as nnU-Net reads it."""
+        return {"train": list(self.training), "val": list(self.validation)}
+
+
+@dataclass(frozen=True)
+class Split:
+    """What `split` wrote.
+
+    Attributes:
+        path: The file that nnU-Net reads.
+        folds: Its entries.
+        cases: What is known of all cases, by id.
+        other_trainings: A message for every trained fold that held out other cases than the file now says.
+        warnings: What else the user should know.
+        unchanged: Whether the file was there with this very content.
+    """
+
+    path: Path
+    folds: tuple[Fold, ...]
+    cases: Mapping[str, CaseFacts]
+    other_trainings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    unchanged: bool = False
+
+
+def split(
+    dataset: int | str,
+    *,
+    folds: int = DEFAULT_FOLDS,
+    balance: Balance = "both",
+    seed: int = DEFAULT_SEED,
+    group: str | None = None,
+    validation_file: str | Path | None = None,
+    grades_file: str | Path | None = None,
+    force: bool = False,
+    processes: int = 1,
+    progress: bool = True,
+) -> Split:
+    """Write the splits file of a data set to where nnU-Net reads it, before or after planning.
+
+    Args:
+        dataset: Number or name of a data set in nnUNet_raw.
+        folds: Number of folds, 2 or more. Without meaning where the validation cases are given.
+        balance: What is spread evenly: tumour volume, grade, both (the grade as far as it is known), or none.
+        seed: Another seed, 0 or more, gives other folds, as well balanced.
+        group: Regular expression, searched for in every id; its first group in parentheses, or all that it matches
+            where it has none, names the group. By default, time points of a patient in BraTS 2023 and later make a
+            group, and any other case is one by itself.
+        validation_file: Ids of the cases to hold out, one a line. Makes a single fold of them.
+        grades_file: CSV with a column Grade and a column with the ids. By default grades are those in the
+            data set's cases.json.
+        force: Whether to replace a file that says something else.
+        processes: Number of processes, 1 or more.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: Something is wrong with the data set, the files or the arguments. Lists all that was found.
+    """
+    folder = find_dataset(dataset)
+    faults = list(_argument_faults(folds, balance, seed, processes))
+    preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
+    if preprocessed is None:
+        faults.append("The environment variable nnUNet_preprocessed is not set; nnU-Net reads the splits from there.")
+    dataset_json, found = read_dataset_json(folder)
+    faults += found
+    if dataset_json is None:
+        raise InputError(faults)
+    cases, found = find_training_cases(folder, dataset_json)
+    faults += found
+    ids = [case.case_id for case in cases]
+
+    pattern, found = _compiled(group)
+    faults += found
+    groups, found = group_cases(ids, pattern)
+    faults += found
+    grades, found = _grades(folder, grades_file, ids)
+    faults += found
+    reader = reader_writer_class(dataset_json, cases)
+    if reader is None and cases:
+        faults.append(f"No image of {folder} can be read; expected files of the kind that their ending tells.")
+    volumes: dict[str, float] = {}
+    if reader is not None:
+        jobs = [_Measure(case, reader, dataset_json["labels"].get("ignore")) for case in cases]
+        for case, result in zip(cases, map_cases(_measure, jobs, max(1, processes), "Volumes", progress), strict=True):
+            if isinstance(result, str):
+                faults.append(result)
+            else:
+                volumes[case.case_id] = result
+    facts = {
+        case_id: CaseFacts(case_id, groups.get(case_id, case_id), volumes.get(case_id, 0.0), grades[case_id])
+        for case_id in ids
+    }
+    held_out: set[str] = set()
+    if validation_file is not None:
+        held_out, found = _read_validation(Path(validation_file), facts)
+        faults += found
+    elif groups:
+        faults += _too_few_faults(facts, folds, balance)
+    if faults or preprocessed is None:
+        raise InputError(faults)
+
+    if validation_file is not None:
+        entries = [_fold(ids, held_out)]
+    else:
+        entries = [_fold(ids, part) for part in balanced_parts(list(facts.values()), folds, balance, seed)]
+
+    path = preprocessed / folder.name / SPLITS_FILE
+    content = [entry.as_json() for entry in entries]
+    before = _read_splits(path)
+    results = folder_from_environment(FOLDER_VARIABLES[2])
+    ending = str(dataset_json["file_ending"])
+    trainings = [] if results is None else list(_other_trainings(results / folder.name, entries, before, ending))
+    if path.exists() and before != content and not force:
+        reasons = [f"{path} exists already and holds other splits; add --force to replace it."]
+        raise InputError(reasons + [f"Already trained: {training}" for training in trainings])
+    if before != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, content)
+    notes = _notes(folder, facts, entries, balance if validation_file is None else "none", pattern, content)
+    return Split(path, tuple(entries), facts, tuple(trainings), tuple(notes), unchanged=before == content)
+
+
+def patient_of(case_id: str) -> str:
+    """The patient that an id names: its time point is left out in the naming of BraTS 2023 and later.
+
+    Args:
+        case_id: For example BraTS-GLI-00005-100.
+
+    Returns:
+        For example BraTS-GLI-00005; any other id as it is.
+    """
+    match = _PATIENT_AND_TIME.fullmatch(case_id)
+    return match[1] if match else case_id
+
+
+def group_cases(ids: Sequence[str], pattern: re.Pattern[str] | None = None) -> tuple[dict[str, str], list[str]]:
+    """The group of every case.
+
+    Args:
+        ids: Of the cases.
+        pattern: Names the group with its first group in parentheses, or with all that it matches where it has none.
+            By default the group is the patient.
+
+    Returns:
+        Groups by id, and a message that names all ids without a group.
+    """
+    if pattern is None:
+        return {case_id: patient_of(case_id) for case_id in ids}, []
+    groups: dict[str, str] = {}
+    for case_id in ids:
+        match = pattern.search(case_id)
+        name = match and match[1 if pattern.groups else 0]
+        if name:
+            groups[case_id] = name
+    missing = [case_id for case_id in ids if case_id not in groups]
+    if not missing:
+        return groups, []
+    return groups, [
+        f"--group {pattern.pattern!r} names no group for {len(missing)} of {len(ids)} cases: {some(missing, 20)}; "
+        f"expected an expression that fits every id."
+    ]
+
+
+def balanced_parts(cases: Sequence[CaseFacts], folds: int, balance: Balance, seed: int) -> list[set[str]]:
+    """Divide cases into parts of about equal size, groups whole, that are alike in what is to be balanced.
+
+    Groups are dealt out like cards, grade by grade, those with most cases and the largest tumours first. Then groups
+    change places as long as that makes the parts more alike, their sizes above all.
+
+    Args:
+        cases: At least as many groups as parts.
+        folds: Number of parts, 2 or more.
+        balance: What is spread evenly.
+        seed: Decides between divisions that are about equally balanced.
+
+    Returns:
+        Ids of every part.
+    """
+    rng = np.random.default_rng(seed)
+    members: dict[str, list[CaseFacts]] = defaultdict(list)
+    for case in sorted(cases, key=lambda case: case.case_id):
+        members[case.group].append(case)
+    groups = list(members.values())
+
+    size = _shares([len(group) for group in groups])
+    # Less the share in the cases: a part with more cases may have more volume, for equal means.
+    columns, order = [_SIZE_WEIGHT * size], [size]
+    if balance in ("both", "volume"):
+        volume = _shares([sum(case.volume for case in group) for group in groups])
+        columns.append(volume - size)
+        order.insert(0, volume)
+    if balance in ("both", "grade"):
+        for grade in sorted({case.grade for case in cases}):
+            share = _shares([sum(case.grade == grade for case in group) for group in groups])
+            columns.append(share - size)
+            order.append(share)
+    # the last key counts most; what is equal comes in any order, and so do the groups of one round
+    shuffled = rng.permutation(len(groups))
+    dealt = shuffled[np.lexsort([-column[shuffled] for column in order])]
+    part = np.zeros(len(groups), dtype=np.int64)
+    for first in range(0, len(groups), folds):
+        chosen = dealt[first : first + folds]
+        part[chosen] = rng.permutation(folds)[: len(chosen)]
+    part = _exchange(np.stack(columns, axis=1), part, folds)
+    return [
+        {case.case_id for group, own in zip(groups, part, strict=True) if own == number for case in group}
+        for number in range(folds)
+    ]
+
+
+def _shares(values: Sequence[float]) -> NDArray[np.float64]:
+    """Each value as a share of their sum."""
+    array = np.asarray(values, dtype=np.float64)
+    return array / (array.sum() or 1.0)
+
+
+def _exchange(shares: NDArray[np.float64], part: NDArray[np.int64], parts: int) -> NDArray[np.int64]:
+    """Swap groups between parts, or move one, as long as the sums of all parts come closer to each other.
+
+    Args:
+        shares: (groups, quantities), what every group adds to the sums.
+        part: (groups,), the part in which every group is.
+        parts: Number of parts; none of them gets empty.
+
+    Returns:
+        The part in which every group is then.
+    """
+    part = part.copy()
+    sums = np.stack([shares[part == number].sum(axis=0) for number in range(parts)])
+    for _ in range(_MOST_ROUNDS):
+        changed = False
+        for group in range(len(part)):
+            own = part[group]
+            # Of the sum of squares over two parts, if the first gains d and the second loses it: 2 d (first - second)
+            # + 2 d^2. In a swap d is the difference of two groups, in a move all of one.
+            gain = shares - shares[group]
+            swaps = (gain * (sums[own] - sums[part])).sum(axis=1) + (gain**2).sum(axis=1)
+            moves = ((sums - sums[own]) * shares[group]).sum(axis=1) + (shares[group] ** 2).sum()
+            swaps[part == own] = moves[own] = 0.0
+            if (part == own).sum() == 1:
+                moves[:] = 0.0
+            other, target = int(np.argmin(swaps)), int(np.argmin(moves))
+            if min(swaps[other], moves[target]) > -_NEGLIGIBLE:
+                continue
+            if swaps[other] <= moves[target]:
+                target = int(part[other])
+                part[other] = own
+            part[group] = target
+            sums = np.stack([shares[part == number].sum(axis=0) for number in range(parts)])
+            changed = True
+        if not changed:
+            break
+    return part
+
+
+def format_table(done: Split) -> str:
+    """Lay the folds out as text: cases, groups, mean volume and grades of the cases held out.
+
+    Args:
+        done: What `split` wrote.
+
+    Returns:
+        Lines without a final line break.
+    """
+    grades = sorted({case.grade for case in done.cases.values()})
+    shown = [] if grades == [UNKNOWN] else grades
+    rows = [("fold", "training", "validation", "groups", "mean volume", *shown)]
+    for number, fold in enumerate(done.folds):
+        held_out = [done.cases[case_id] for case_id in fold.validation]
+        rows.append((str(number), str(len(fold.training)), *_cells(held_out, shown)))
+    rows.append(("all", "", *_cells(list(done.cases.values()), shown)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _cells(cases: Sequence[CaseFacts], grades: Sequence[str]) -> tuple[str, ...]:
+    counts = Counter(case.grade for case in cases)
+    mean = np.mean([case.volume for case in cases])
+    groups = len({case.group for case in cases})
+    return (str(len(cases)), str(groups), f"{mean:.1f} ml", *(str(counts[grade]) for grade in grades))
+
+
+def _fold(ids: Sequence[str], held_out: set[str]) -> Fold:
+    return Fold(
+        tuple(sorted(case_id for case_id in ids if case_id not in held_out)),
+        tuple(sorted(case_id for case_id in ids if case_id in held_out)),
+    )
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _argument_faults(folds: int, balance: str, seed: int, processes: int) -> Iterator[str]:
+    if folds < 2:
+        yield f"The number of folds is {folds}; expected 2 or more. For a single one give --validation FILE."
+    if balance not in BALANCES:
+        yield f"To be balanced is {balance!r}; expected one of {', '.join(BALANCES)}."
+    if not 0 <= seed < 2**32:
+        yield f"The seed is {seed}; expected 0 to {2**32 - 1}."
+    if processes < 1:
+        yield f"The number of processes is {processes}; expected 1 or more."
+
+
+def _compiled(group: str | None) -> tuple[re.Pattern[str] | None, list[str]]:
+    if group is None:
+        return None, []
+    try:
+        return re.compile(group), []
+    except re.error as error:
+        return None, [f"--group {group!r} is no regular expression: {error}."]
+
+
+def _too_few_faults(cases: Mapping[str, CaseFacts], folds: int, balance: str) -> Iterator[str]:
+    groups = {case.group for case in cases.values()}
+    if len(groups) < folds:
+        yield (
+            f"{len(cases)} cases make {len(groups)} groups ({some(sorted(groups))}), which are too few for {folds} "
+            f"folds; ask for fewer --folds, or group differently."
+        )
+    if balance == "grade" and all(case.grade == UNKNOWN for case in cases.values()):
+        yield (
+            f"No grade is known to balance: the data set has no {CASES_FILE} with grades. Give --grades FILE.csv with "
+            f"a column Grade and a column with the ids, or balance the volume alone."
+        )
+
+
+def _read_validation(path: Path, cases: Mapping[str, CaseFacts]) -> tuple[set[str], list[str]]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        return set(), [f"{path} cannot be read: {error}"]
+    listed = [line for line in lines if line and not line.startswith("#")]
+    faults = []
+    unknown = [case_id for case_id in dict.fromkeys(listed) if case_id not in cases]
+    if unknown:
+        faults.append(
+            f"{path} names {len(unknown)} cases that the data set has not: {some(unknown, 20)}; expected ids such as "
+            f"{', '.join(list(cases)[:2])}, without channel and file ending."
+        )
+    twice = [case_id for case_id, times in Counter(listed).items() if times > 1]
+    if twice:
+        faults.append(f"{path} names {len(twice)} cases more than once: {some(twice, 20)}; expected each once.")
+    held_out = set(listed)
+    if not listed:
+        faults.append(f"{path} names no case; expected one id a line.")
+    elif held_out >= set(cases):
+        faults.append(f"{path} names all {len(cases)} cases, which leaves none to train on.")
+    groups = {cases[case_id].group for case_id in held_out if case_id in cases}
+    apart = [case.case_id for case in cases.values() if case.group in groups and case.case_id not in held_out]
+    if apart and held_out < set(cases):
+        faults.append(
+            f"{len(apart)} cases would be trained on that are of the same patient or group as held-out ones: "
+            f"{some(apart, 20)}; add them to {path}, or take their relatives out."
+        )
+    return held_out, faults
+
+
+# --- what is known of the cases -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What one process needs to measure one case."""
+
+    case: TrainingCase
+    reader: type
+    ignore_label: int | None
+
+
+def _measure(job: _Measure) -> float | str:
+    """Labelled volume in ml, or a message that tells why it cannot be known."""
+    reader: Any = job.reader()
+    try:
+        labels, properties = reader.read_seg(str(job.case.labels))
+    except Exception as error:  # each of nnU-Net's readers has its own
+        return f"{job.case.labels} cannot be read: {short_message(error)}."
+    foreground = labels != 0
+    if job.ignore_label is not None:
+        foreground &= labels != job.ignore_label
+    return float(np.count_nonzero(foreground) * np.prod(properties["spacing"]) / 1000)
+
+
+def _grades(folder: Path, grades_file: str | Path | None, ids: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Grade of every case, UNKNOWN where it is not known."""
+    if grades_file is not None:
+        known, faults = _read_grades(Path(grades_file), ids)
+    else:
+        known, faults = _read_cases_file(folder / CASES_FILE)
+    return {case_id: known.get(case_id, UNKNOWN) for case_id in ids}, faults
+
+
+def _read_cases_file(path: Path) -> tuple[dict[str, str], list[str]]:
+    if not path.is_file():
+        return {}, []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = {str(case_id): str(facts["grade"]) for case_id, facts in content.items() if facts.get("grade")}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return {}, [f'{path} cannot be read: {error}; expected {{"CASE": {{"grade": "HGG"}}, ...}}.']
+    return found, []
+
+
+def _read_grades(path: Path, ids: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Grades from a CSV file such as BraTS's name_mapping.csv, which has a column of ids for every year."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        return {}, [f"{path} cannot be read: {error}"]
+    header = text.partition("\n")[0]
+    rows = list(csv.DictReader(text.splitlines(), delimiter=max(",;\t", key=header.count)))
+    columns = list(rows[0]) if rows else []
+    grade_column = next((name for name in columns if name and name.strip().lower() == "grade"), None)
+    if grade_column is None:
+        return {}, [f"{path} has no column Grade, but {', '.join(map(str, columns)) or 'nothing'}."]
+    wanted = set(ids)
+    # name_mapping.csv has one column of ids for each year; the one to take is that of this data set
+    hits = {
+        name: sum((row[name] or "").strip() in wanted for row in rows)
+        for name in columns
+        if name and name != grade_column
+    }
+    id_column = max(hits, key=lambda name: hits[name], default=None)
+    if id_column is None or not hits[id_column]:
+        listed = ", ".join(hits) or "none"
+        return {}, [
+            f"{path} has no column with ids of the data set such as {', '.join(ids[:2])}; its columns are {listed}."
+        ]
+    grades: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        grade = (row[grade_column] or "").strip()
+        if grade.lower() not in _NOT_A_GRADE:
+            grades[(row[id_column] or "").strip()].add(grade)
+    contradicting = sorted(case_id for case_id, found in grades.items() if len(found) > 1 and case_id in wanted)
+    if contradicting:
+        return {}, [f"{path} gives {len(contradicting)} cases more than one grade: {some(contradicting, 20)}."]
+    return {case_id: found.pop() for case_id, found in grades.items()}, []
+
+
+# --- what is there already ------------------------------------------------------------------------------------------
+
+
+def _read_splits(path: Path) -> Any:
+    """The splits that a file holds; None where there is none, or none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for entry in content:
+            set(entry["train"]), set(entry["val"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return content
+
+
+def _write(path: Path, content: Sequence[Mapping[str, Any]]) -> None:
+    partial = path.with_name(f".{path.name}.new")
+    partial.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _other_trainings(results: Path, folds: Sequence[Fold], before: Any, ending: str) -> Iterator[str]:
+    """A message for every trained fold that held out other cases than the new splits say.
+
+    Args:
+        results: The data set's folder of trained models.
+        folds: The new splits.
+        before: The splits that the file held until now, None if there was none.
+        ending: Of the data set's files.
+    """
+    for fold_folder in sorted(results.glob("*__*__*/fold_*")):
+        number = fold_folder.name.removeprefix("fold_")
+        if not number.isdigit() or not any(fold_folder.glob("checkpoint_*.pth")):
+            continue
+        model = f"{fold_folder.parent.name}, fold {number}"
+        if int(number) >= len(folds):
+            yield (
+                f"{model} in {results} is no fold of the new splits, which have {len(folds)}; nnU-Net would divide its "
+                f"cases at random."
+            )
+            continue
+        held_out, source = _held_out(fold_folder, int(number), before, ending)
+        new = set(folds[int(number)].validation)
+        if held_out is None:
+            yield f"{model} in {results} was trained on splits that are not known: it holds no validation."
+        elif held_out != new:
+            yield (
+                f"{model} in {results} held out other cases ({source}): {len(held_out)}, of which "
+                f"{len(held_out & new)} are among the {len(new)} of the new fold. Train it anew, or don't compare it."
+            )
+
+
+def _held_out(fold_folder: Path, number: int, before: Any, ending: str) -> tuple[set[str] | None, str]:
+    """The cases that a trained fold held out, and what tells so."""
+    validation = fold_folder / "validation"
+    try:
+        summary = json.loads((validation / "summary.json").read_text(encoding="utf-8"))
+        names = [re.split(r"[\\/]", entry["prediction_file"])[-1] for entry in summary["metric_per_case"]]
+        return {name.removesuffix(ending) for name in names}, "validation/summary.json"
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    # A validation that was not finished has fewer files than cases; the old splits are all of them.
+    if before is not None and number < len(before):
+        return set(before[number]["val"]), "the splits file until now"
+    files = list(validation.glob(f"*{ending}"))
+    return ({path.name.removesuffix(ending) for path in files} or None), "the files in validation"
+
+
+def _notes(
+    folder: Path,
+    cases: Mapping[str, CaseFacts],
+    folds: Sequence[Fold],
+    balance: str,
+    pattern: re.Pattern[str] | None,
+    content: Any,
+) -> Iterator[str]:
+    raw = folder / SPLITS_FILE
+    if raw.is_file() and _read_splits(raw) != content:
+        yield (
+            f"{raw} holds other splits: nnU-Net's planning stops where that file and the one in the preprocessed "
+            f"folder differ. Remove it before you plan."
+        )
+    if pattern is not None:
+        groups: dict[str, set[str]] = defaultdict(set)
+        for case in cases.values():
+            groups[patient_of(case.case_id)].add(case.group)
+        torn = sorted(patient for patient, found in groups.items() if len(found) > 1)
+        if torn:
+            yield (
+                f"--group {pattern.pattern!r} puts time points of {len(torn)} patients into different groups, so that "
+                f"a patient may be both in training and validation: {some(torn)}."
+            )
+    if balance in ("both", "grade"):
+        unknown = [case.case_id for case in cases.values() if case.grade == UNKNOWN]
+        if unknown and len(unknown) < len(cases):
+            yield f"The grade of {len(unknown)} of {len(cases)} cases is not known: {some(unknown)}."
+    sizes = [len(fold.validation) for fold in folds]
+    if max(sizes) - min(sizes) > max(1, 0.2 * sum(sizes) / len(sizes)):
+        yield f"The folds are of unequal size, {', '.join(map(str, sizes))}: large groups leave no better choice."
