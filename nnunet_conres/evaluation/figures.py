@@ -109,9 +109,9 @@ def overlay_figure(
         if labels is not None and labels.shape != images.shape[1:]:
             raise ValueError(f"The {name} has shape {labels.shape}; expected {images.shape[1:]} like the images.")
 
-    shown = _channels_to_show(channels, images.shape[0])
+    shown = channels_to_show(channels, images.shape[0])
     slices = slices_to_show(prediction, regions, reference, number_of_slices)
-    (top_row, bottom_row), (left_column, right_column) = _extent(images[shown])
+    (top_row, bottom_row), (left_column, right_column) = content_range(images[shown])
     height, width = (bottom_row - top_row) * spacing[1], (right_column - left_column) * spacing[2]
     panel_width = 3.0
     panel_height = panel_width * float(np.clip(height / width, 0.4, 2.5))
@@ -126,7 +126,7 @@ def overlay_figure(
 
     colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(regions)}
     for row, channel in enumerate(shown):
-        low, high = _window(images[channel])
+        low, high = grey_window(images[channel])
         for column, z in enumerate(slices):
             panel: Axes = axes[row, column]
             panel.imshow(
@@ -138,10 +138,10 @@ def overlay_figure(
                 within = sum(set(other) < set(values) for other in regions.values())
                 if reference is not None:
                     line_width = 1.6 + 0.8 * min(within, 3)
-                    _outline(panel, np.isin(reference[z], values), colours[name], line_width, dashed=False)
+                    draw_outline(panel, np.isin(reference[z], values), colours[name], line_width, dashed=False)
                 # Thin, so that on a solid outline of the same colour both are seen.
                 line_width = 1.3 if reference is None else 0.9
-                _outline(panel, np.isin(prediction[z], values), colours[name], line_width, dashed=True)
+                draw_outline(panel, np.isin(prediction[z], values), colours[name], line_width, dashed=True)
             panel.set_xlim(left_column - 0.5, right_column - 0.5)
             panel.set_ylim(bottom_row - 0.5, top_row - 0.5)
             label = f"{channels[channel]}, " if channel < len(channels) else ""
@@ -235,14 +235,14 @@ def write_overlays(
     output.mkdir(parents=True, exist_ok=True)
     written = []
     for case_id, images, prediction, reference in tqdm(jobs, desc="Drawing", unit="case", disable=not progress):
-        voxels = [_read_standing(path) for path in images]
-        predicted = _read_standing(prediction)[0]
+        voxels = [read_standing(path) for path in images]
+        predicted = read_standing(prediction)[0]
         try:
             figure = overlay_figure(
                 np.stack([image for image, _ in voxels]),
                 predicted,
                 regions=legend.regions,
-                reference=None if reference is None else _read_standing(reference)[0],
+                reference=None if reference is None else read_standing(reference)[0],
                 channels=legend.channels,
                 spacing=voxels[0][1],
                 title=case_id,
@@ -316,7 +316,7 @@ def sparse_annotation_figure(
     missing, present = _slices_of_interest(foreground, axis, annotated)
     views += [_View(axis, index, across, along) for index in (missing, present) if index is not None]
 
-    limits = _content(image)
+    limits = content_box(image)
     ratios = []
     for view in views:
         rows, width = ((limits[a][1] - limits[a][0]) * spacing[a] for a in (view.rows, view.columns))
@@ -347,13 +347,13 @@ def sparse_annotation_figure(
             )
             panel.set_axis_off()
             if name == "annotated":
-                _tint(panel, ~view.of(known), _NOT_ANNOTATED, 0.75)
+                tint(panel, ~view.of(known), _NOT_ANNOTATED, 0.75)
             for region, values in regions.items():
                 mask = np.isin(view.of(labels), values)
-                _tint(panel, mask, colours[region], 0.4)
+                tint(panel, mask, colours[region], 0.4)
                 # Around bands of a voxel or two there would be nothing but outline.
                 if name != "annotated" or view.axis == axis:
-                    _outline(panel, mask, colours[region], 1.2, dashed=False)
+                    draw_outline(panel, mask, colours[region], 1.2, dashed=False)
             for limit, shown, set_limit in (
                 (limits[view.columns], view.columns, panel.set_xlim),
                 (limits[view.rows][::-1], view.rows, panel.set_ylim),
@@ -434,7 +434,7 @@ def write_sparse_annotation_figures(
         sparse = reader.read_seg(str(case.sparse))[0][0]
         try:
             figure = sparse_annotation_figure(
-                images[_channels_to_show(legend.channels, len(images))[0]],
+                images[channels_to_show(legend.channels, len(images))[0]],
                 sparse,
                 reader.read_seg(str(case.dense))[0][0],
                 ignore_label=ignore_label,
@@ -442,7 +442,7 @@ def write_sparse_annotation_figures(
                 truth=None if case.truth is None else reader.read_seg(str(case.truth))[0][0],
                 axis=_annotated_axis(sparse != ignore_label),
                 spacing=properties["spacing"],
-                reverse=_reversed_axes(properties),
+                reverse=reversed_axes(properties),
                 title=case.case_id,
             )
         except ValueError as error:
@@ -491,7 +491,7 @@ def _slices_of_interest(
     return _busiest(foreground, axis, candidates), present
 
 
-def _content(image: NDArray[Any]) -> list[tuple[int, int]]:
+def content_box(image: NDArray[Any]) -> list[tuple[int, int]]:
     """Indices (first, one past the last) along each axis of all that is not background, and a margin around."""
     content = image != image.flat[0]
     if not content.any():
@@ -510,7 +510,8 @@ def _annotated_axis(known: NDArray[np.bool_]) -> int:
     return int(np.argmin(shares))
 
 
-def _tint(panel: Axes, mask: NDArray[np.bool_], colour: str, opacity: float) -> None:
+def tint(panel: Axes, mask: NDArray[np.bool_], colour: str, opacity: float) -> None:
+    """Lay a colour over the voxels of a mask."""
     from matplotlib.colors import to_rgb
 
     layer = np.zeros((*mask.shape, 4))
@@ -527,7 +528,7 @@ def _mark_slices(panel: Axes, rows: NDArray[np.intp]) -> None:
     panel.add_collection(LineCollection(segments, colors="white", linewidths=5, capstyle="butt"), autolim=False)
 
 
-def _reversed_axes(properties: Mapping[str, Any]) -> tuple[bool, ...]:
+def reversed_axes(properties: Mapping[str, Any]) -> tuple[bool, ...]:
     """For each axis of an array of nnU-Net's readers, whether a viewer from the feet, face up, reads it backwards."""
     if "sitk_stuff" in properties and len(properties["sitk_stuff"]["direction"]) == 9:
         directions = np.reshape(properties["sitk_stuff"]["direction"], (3, 3))
@@ -562,7 +563,7 @@ def _write_sparse_legend(figure: Figure, colours: Mapping[str, str]) -> None:
     )
 
 
-def _read_standing(path: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
+def read_standing(path: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
     """Voxels (z, y, x) and their spacing, turned so that slices are seen from the feet with the face up."""
     import SimpleITK
 
@@ -570,13 +571,14 @@ def _read_standing(path: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
     return SimpleITK.GetArrayFromImage(image), tuple(image.GetSpacing()[::-1])
 
 
-def _channels_to_show(names: Sequence[str], count: int) -> list[int]:
+def channels_to_show(names: Sequence[str], count: int) -> list[int]:
+    """Which of so many channels to show, by their names: FLAIR and contrast-enhanced T1, else the first."""
     lower = [name.lower() for name in names[:count]]
     found = [next((lower.index(name) for name in synonyms if name in lower), -1) for synonyms in _PREFERRED_CHANNELS]
     return [channel for channel in found if channel >= 0] or [0]
 
 
-def _window(image: NDArray[Any]) -> tuple[float, float]:
+def grey_window(image: NDArray[Any]) -> tuple[float, float]:
     """Intensities to show as black and white, from the voxels other than the background's."""
     values = image[image != image.flat[0]]
     if not values.size:
@@ -588,7 +590,7 @@ def _window(image: NDArray[Any]) -> tuple[float, float]:
     return low, max(high, low + 1e-6)
 
 
-def _extent(images: NDArray[Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+def content_range(images: NDArray[Any]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns (first, one past the last) of all slices that are not background, and a margin around them."""
     content = (images != images[:, :1, :1, :1]).any(axis=(0, 1))
     if not content.any():
@@ -601,7 +603,7 @@ def _extent(images: NDArray[Any]) -> tuple[tuple[int, int], tuple[int, int]]:
     return ranges[0], ranges[1]
 
 
-def _outline(panel: Axes, mask: NDArray[np.bool_], colour: str, width: float, *, dashed: bool) -> None:
+def draw_outline(panel: Axes, mask: NDArray[np.bool_], colour: str, width: float, *, dashed: bool) -> None:
     """Draw the border of a mask along the voxels' edges, where it is, not smoothed."""
     segments = _border(mask)
     if not segments:

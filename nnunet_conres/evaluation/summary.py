@@ -86,7 +86,7 @@ def read_summary(summary_file: str | Path, dataset_json: str | Path | None = Non
     """
     source = Path(summary_file)
     content = _load(source)
-    names_from = Path(dataset_json) if dataset_json is not None else _dataset_json_near(source)
+    names_from = Path(dataset_json) if dataset_json is not None else dataset_json_near(source)
     names = _names(names_from) if names_from is not None else {}
     try:
         keys = sorted((_key(text) for text in content["mean"]), key=lambda key: _order(key, names))
@@ -135,7 +135,7 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
 
 
-def _dataset_json_near(summary: Path) -> Path | None:
+def dataset_json_near(summary: Path) -> Path | None:
     for folder in list(summary.resolve().parents)[:3]:
         if (folder / "dataset.json").is_file():
             return folder / "dataset.json"

@@ -1,0 +1,401 @@
+"""Pictures of slices with their inter-slice residual beside them, and its mean over the slices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_conres.evaluation.figures import (
+    _COLOURS,
+    _View,
+    channels_to_show,
+    content_box,
+    draw_outline,
+    reversed_axes,
+    slices_to_show,
+    tint,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PANEL: Final = 2.4  # inches
+_CURVE: Final = 1.6
+_SLICES: Final = 3
+
+# Of maps of numbers: black where there is nothing.
+_MAP_COLOURS: Final = "magma"
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one column of the picture shows, slice by slice.
+
+    Attributes:
+        title: Shown on top.
+        volume: With three axes; drawn in shades of the colour map.
+        limits: Values at both ends of the colour map.
+        colour_map: One of Matplotlib's.
+        tinted: Masks to lay over, by the name of the label or region.
+        outlined: Masks to draw the outlines of.
+        dashed: Masks to draw the dashed outlines of.
+        offset: -1 to show the slice before.
+    """
+
+    title: str
+    volume: NDArray[Any]
+    limits: tuple[float, float]
+    colour_map: str = "gray"
+    tinted: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    outlined: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    dashed: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The mean of a residual over the slices.
+
+    Attributes:
+        name: Shown in the legend, unless empty.
+        values: One per slice.
+        colour: Of the line.
+        style: Matplotlib's line style.
+    """
+
+    name: str
+    values: Sequence[float] | NDArray[np.float64]
+    colour: str
+    style: str = "-"
+
+
+def image_residual_figure(
+    image: NDArray[Any],
+    residual: NDArray[Any],
+    means: Sequence[float],
+    *,
+    axis: int = 0,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    direction: Sequence[float] = (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    unit: str = "standard deviations",
+    title: str = "",
+) -> Figure:
+    """Draw slices of an image, the slices before them, and what has changed.
+
+    Args:
+        image: Any intensities, axes z, y, x.
+        residual: Of the same shape.
+        means: Mean residual of every slice.
+        axis: Axis of the slices.
+        spacing: Voxel size along the three axes in mm.
+        direction: Of the image's axes, as SimpleITK has it.
+        unit: Of the residual.
+        title: Shown on top.
+
+    Returns:
+        The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
+    """
+    limits = content_box(image)
+    first, last = max(1, limits[axis][0]), limits[axis][1] - 1
+    slices = sorted({max(1, round(first + share * (last - first))) for share in (0.3, 0.5, 0.7)})
+    shown = _range(image[image != image.flat[0]])
+    high = _high_end(residual)
+    columns = [
+        Column("slice before", image, shown, offset=-1),
+        Column("slice", image, shown),
+        Column(f"residual, 0 to {high:.3g} {unit}", residual, (0.0, high), _MAP_COLOURS),
+    ]
+    return draw(
+        columns,
+        slices,
+        [Curve("", means, _COLOURS[0])],
+        limits=limits,
+        axis=axis,
+        spacing=spacing,
+        direction=direction,
+        unit=unit,
+        title=title,
+    )
+
+
+def label_residual_figure(
+    labels: NDArray[Any],
+    residuals: Mapping[str, NDArray[np.bool_]],
+    means: Mapping[str, Sequence[float]],
+    *,
+    regions: Mapping[str, Sequence[int]],
+    axis: int = 0,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    direction: Sequence[float] = (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    title: str = "",
+) -> Figure:
+    """Draw slices of a label map, the slices before them, and the residual of every label or region.
+
+    Args:
+        labels: Label map, axes z, y, x.
+        residuals: Masks of the same shape, by name.
+        means: Mean residual of every slice, by name.
+        regions: Label values by name.
+        axis: Axis of the slices.
+        spacing: Voxel size along the three axes in mm.
+        direction: Of the image's axes, as SimpleITK has it.
+        title: Shown on top.
+
+    Returns:
+        The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
+    """
+    masks = {name: np.isin(labels, values) for name, values in regions.items()}
+    nothing = np.zeros(labels.shape, np.uint8)
+    columns = [
+        Column("slice before", nothing, (0, 1), tinted=masks, offset=-1),
+        Column("slice", nothing, (0, 1), tinted=masks),
+        Column("residual", nothing, (0, 1), tinted=residuals),
+    ]
+    return draw(
+        columns,
+        slices_of(residuals, axis),
+        [Curve(name, means[name], colour) for name, colour in colours_of(regions).items()],
+        limits=content_box(np.logical_or.reduce(list(masks.values()))),
+        axis=axis,
+        spacing=spacing,
+        direction=direction,
+        unit="share of voxels",
+        title=title,
+        names=tuple(regions),
+    )
+
+
+def predicted_residual_figure(
+    images: Sequence[NDArray[Any]],
+    prediction: NDArray[Any],
+    predicted: Mapping[str, NDArray[np.float32]],
+    attention: NDArray[np.float32],
+    of_prediction: Mapping[str, NDArray[np.bool_]],
+    *,
+    regions: Mapping[str, Sequence[int]],
+    reference: NDArray[Any] | None = None,
+    of_reference: Mapping[str, NDArray[np.bool_]] | None = None,
+    channels: Sequence[str] = (),
+    axis: int = 0,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    direction: Sequence[float] = (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    title: str = "",
+) -> Figure:
+    """Draw what a network takes for the residual, beside that of its segmentation and, if it is known, the true one.
+
+    Args:
+        images: One per channel, axes z, y, x; one of them is shown, with the outlines of the labels.
+        prediction: Label map of the same shape.
+        predicted: Predicted residuals, 0 to 1, by name; shown is the largest at every voxel.
+        attention: 1 to 2.
+        of_prediction: Residual of the predicted labels, by name.
+        regions: Label values by name.
+        reference: True label map, if there is one.
+        of_reference: Its residual, by name.
+        channels: Names of the channels.
+        axis: Axis of the slices.
+        spacing: Voxel size along the three axes in mm.
+        direction: Of the image's axes, as SimpleITK has it.
+        title: Shown on top.
+
+    Returns:
+        The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
+    """
+    image = images[channels_to_show(channels, len(images))[0]]
+    predicted_masks = {name: np.isin(prediction, values) for name, values in regions.items()}
+    true_masks = {} if reference is None else {n: np.isin(reference, values) for n, values in regions.items()}
+    strongest = np.maximum.reduce(list(predicted.values()))
+    nothing = np.zeros(image.shape, np.uint8)
+    low, high = _range(attention[attention > 1])
+    columns = [
+        Column("image", image, _range(image[image != image.flat[0]]), outlined=true_masks, dashed=predicted_masks)
+    ]
+    if of_reference:
+        columns.append(Column("residual of the reference", nothing, (0, 1), tinted=of_reference))
+    columns += [
+        Column("residual of the prediction", nothing, (0, 1), tinted=of_prediction),
+        Column("predicted residual, 0 to 1", strongest, (0.0, 1.0), _MAP_COLOURS),
+        Column(f"attention, {low:.2f} to {high:.2f}", attention, (low, high), _MAP_COLOURS),
+    ]
+    known = of_reference or of_prediction
+    curves = [Curve("predicted residual", _means(strongest, axis), "white")]
+    curves.append(Curve("of the prediction", _means(np.logical_or.reduce([*of_prediction.values()]), axis), "grey"))
+    if of_reference:
+        curves.append(Curve("of the reference", _means(np.logical_or.reduce([*known.values()]), axis), "grey", "--"))
+    curves += [Curve(name, [], colour) for name, colour in colours_of(regions).items()]
+    return draw(
+        columns,
+        slices_of(known, axis),
+        curves,
+        limits=content_box(image),
+        axis=axis,
+        spacing=spacing,
+        direction=direction,
+        unit="any region",
+        title=title,
+        names=tuple(regions),
+    )
+
+
+def slices_of(residuals: Mapping[str, NDArray[np.bool_]], axis: int) -> list[int]:
+    """The slices with the largest residual, kept apart from each other; never the first, which has none."""
+    total = np.logical_or.reduce(list(residuals.values())).astype(np.uint8)
+    slices = slices_to_show(np.moveaxis(total, axis, 0), {"residual": (1,)}, number=_SLICES)
+    return [max(1, index) for index in slices]
+
+
+def colours_of(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+    """A colour for every label or region."""
+    return {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(names)}
+
+
+def draw(
+    columns: Sequence[Column],
+    slices: Sequence[int],
+    curves: Sequence[Curve],
+    *,
+    limits: Sequence[tuple[int, int]],
+    axis: int,
+    spacing: Sequence[float],
+    direction: Sequence[float],
+    unit: str,
+    title: str,
+    names: Sequence[str] = (),
+) -> Figure:
+    """Draw slices in rows, what there is to show of each in columns, and curves over all slices below.
+
+    Args:
+        columns: From left to right.
+        slices: Indices along the axis, from top to bottom.
+        curves: To draw below.
+        limits: Indices (first, one past the last) along each axis of what to show.
+        axis: Axis of the slices.
+        spacing: Voxel size along the three axes in mm.
+        direction: Of the image's axes, as SimpleITK has it.
+        unit: Of the curves.
+        title: Shown on top.
+        names: Of labels and regions, the outermost first, for the colours.
+
+    Returns:
+        The figure.
+    """
+    from matplotlib.figure import Figure
+
+    rows_axis, columns_axis = (other for other in range(3) if other != axis)
+    height, width = ((limits[a][1] - limits[a][0]) * spacing[a] for a in (rows_axis, columns_axis))
+    panel_height = _PANEL * float(np.clip(height / width, 0.3, 1.3))
+    top = 0.55
+    legend_columns = len(columns) + 1
+    legend_rows = -(-sum(bool(curve.name) for curve in curves) // legend_columns)
+    bottom = 0.5 + 0.22 * legend_rows
+    size = (_PANEL * len(columns), top + panel_height * len(slices) + 0.3 + _CURVE + bottom)
+    figure = Figure(figsize=size, facecolor="black")
+    panels = figure.add_gridspec(
+        len(slices),
+        len(columns),
+        left=0.01,
+        right=0.99,
+        top=1 - top / size[1],
+        bottom=(bottom + _CURVE + 0.3) / size[1],
+        wspace=0.02,
+        hspace=0.03,
+    )
+    reverse = reversed_axes({"sitk_stuff": {"direction": tuple(direction)}})
+    colours = colours_of(names)
+    for row, index in enumerate(slices):
+        for number, column in enumerate(columns):
+            panel = figure.add_subplot(panels[row, number])
+            view = _View(axis, index + column.offset, rows_axis, columns_axis)
+            panel.imshow(
+                view.of(column.volume),
+                cmap=column.colour_map,
+                vmin=column.limits[0],
+                vmax=column.limits[1],
+                aspect=spacing[rows_axis] / spacing[columns_axis],
+                interpolation="nearest",
+            )
+            _draw_masks(panel, column, view, colours)
+            panel.set_axis_off()
+            for shown, limit, set_limit in (
+                (columns_axis, limits[columns_axis], panel.set_xlim),
+                (rows_axis, limits[rows_axis][::-1], panel.set_ylim),
+            ):
+                first, last = limit[0] - 0.5, limit[1] - 0.5
+                set_limit(*((last, first) if reverse[shown] else (first, last)))
+            if row == 0:
+                panel.set_title(column.title, color="white", fontsize=8, pad=3)
+            panel.text(
+                0.03, 0.97, str(view.index), transform=panel.transAxes, va="top", color="white", fontsize=8
+            ).set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.5})
+    figure.text(0.5, 1 - 0.17 / size[1], title, ha="center", va="center", color="white", fontsize=10)
+    plot = figure.add_axes((0.85 / size[0], bottom / size[1], 1 - 1.0 / size[0], _CURVE / size[1]))
+    _draw_curves(plot, curves, slices, axis, unit)
+    if legend_rows:
+        figure.legend(
+            *plot.get_legend_handles_labels(),
+            loc="lower center",
+            ncols=legend_columns,
+            frameon=False,
+            labelcolor="white",
+            fontsize=8,
+        )
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure; whoever looks finds it whole or not at all."""
+    partial = path.with_name(f".partial_{path.name}")
+    figure.savefig(partial, dpi=120, facecolor=figure.get_facecolor())
+    partial.replace(path)
+    return path
+
+
+def _draw_masks(panel: Axes, column: Column, view: _View, colours: Mapping[str, str]) -> None:
+    for name, mask in column.tinted.items():
+        tint(panel, view.of(mask), colours[name], 0.85)
+    for name, mask in column.outlined.items():
+        draw_outline(panel, view.of(mask), colours[name], 1.4, dashed=False)
+    for name, mask in column.dashed.items():
+        draw_outline(panel, view.of(mask), colours[name], 0.9, dashed=True)
+
+
+def _draw_curves(plot: Axes, curves: Sequence[Curve], slices: Sequence[int], axis: int, unit: str) -> None:
+    plot.set_facecolor("black")
+    for index in slices:
+        plot.axvline(index, color="#555555", linewidth=0.8)
+    for curve in curves:
+        label = curve.name or "_nolegend_"
+        plot.plot(range(len(curve.values)), curve.values, curve.style, color=curve.colour, linewidth=1.2, label=label)
+    plot.set_xlabel(f"slice along axis {axis}", color="white", fontsize=8)
+    plot.set_ylabel(f"mean residual\n({unit})", color="white", fontsize=7)
+    plot.set_ylim(bottom=0)
+    plot.margins(x=0.01)
+    plot.tick_params(colors="white", labelsize=7)
+    for side, spine in plot.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color("white")
+
+
+def _means(residual: NDArray[Any], axis: int) -> NDArray[np.float64]:
+    means: NDArray[np.float64] = residual.mean(axis=tuple({0, 1, 2} - {axis}), dtype=np.float64)
+    return means
+
+
+def _range(values: NDArray[Any]) -> tuple[float, float]:
+    """Values to show darkest and brightest."""
+    if not values.size:
+        return 0.0, 1.0
+    low, high = (float(value) for value in np.percentile(values, (0.5, 99.7)))
+    return low, max(high, low + 1e-6)
+
+
+def _high_end(residual: NDArray[Any]) -> float:
+    """The value that is shown brightest: few voxels are above it."""
+    positive = residual[residual > 0]
+    return float(np.percentile(positive, 98)) if positive.size else 1.0

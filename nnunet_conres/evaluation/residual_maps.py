@@ -1,0 +1,494 @@
+"""The inter-slice residual of image, label and prediction files, as NIfTI in their own geometry and as pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_conres.datasets.nifti import READ_ERRORS, is_nifti, read_nifti
+from nnunet_conres.datasets.raw import InputError, short_message, some, write_json
+from nnunet_conres.datasets.sparse import Axis, slice_axis
+from nnunet_conres.evaluation.figures import Legend, read_legend
+from nnunet_conres.evaluation.summary import dataset_json_near
+
+Kind = Literal["image", "labels"]
+
+Intensities = Literal["zscore", "raw"]
+
+ENDINGS: Final = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".gipl", ".gipl.gz")
+"""Of files that are looked for in a folder: those with a geometry, which SimpleITK reads."""
+
+RECORD: Final = "residuals.json"
+"""File in the output folder that lists what was written."""
+
+# More values than labels are likely to have, and fewer than an image has.
+_MOST_LABELS: Final = 32
+_LARGEST_LABEL: Final = 255
+
+# nnU-Net normalises within the non-zero voxels where cropping to them leaves less than this share of the volume.
+_MASKED_NORMALISATION_BELOW: Final = 0.75
+
+
+@dataclass(frozen=True)
+class FileLook:
+    """What a look into a file showed.
+
+    Attributes:
+        path: The file.
+        kind: Image or labels.
+        shape: Number of voxels along the axes of nnU-Net's arrays: z, y, x.
+        spacing: Voxel size along them, mm.
+        values: The values of a label file, ascending.
+        faults: A message for every fault; the rest then means nothing.
+    """
+
+    path: Path
+    kind: Kind = "image"
+    shape: tuple[int, ...] = (0, 0, 0)
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
+    values: tuple[int, ...] = ()
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FileResiduals:
+    """What was written for one file.
+
+    Attributes:
+        source: The file.
+        kind: What it was taken for.
+        maps: The residual of every label or region by name; of an image the only one, named residual.
+        figure: The picture.
+        means: Mean residual of every slice, by the names of `maps`.
+    """
+
+    source: Path
+    kind: Kind
+    maps: Mapping[str, Path]
+    figure: Path
+    means: Mapping[str, tuple[float, ...]]
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs; paths are names in the output folder."""
+        return {
+            "source": str(self.source),
+            "kind": self.kind,
+            "maps": {name: path.name for name, path in self.maps.items()},
+            "figure": self.figure.name,
+            "mean_per_slice": {name: list(values) for name, values in self.means.items()},
+        }
+
+
+@dataclass(frozen=True)
+class ResidualMaps:
+    """What `write_residual_maps` wrote.
+
+    Attributes:
+        axis: Axis of the slices in nnU-Net's arrays.
+        axis_reason: Why that one.
+        files: What was written, file by file.
+        warnings: What the user should know.
+    """
+
+    axis: int
+    axis_reason: str
+    files: tuple[FileResiduals, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def write_residual_maps(
+    source: str | Path,
+    output_folder: str | Path,
+    *,
+    axis: Axis = "slice",
+    kind: Kind | None = None,
+    intensities: Intensities = "zscore",
+    dataset_json: str | Path | None = None,
+    progress: bool = True,
+) -> ResidualMaps:
+    """Write the inter-slice residual of files: NIfTI in the geometry of each, and a picture.
+
+    Args:
+        source: An image or label file, or a folder of such: a BraTS case, imagesTr, labelsTr, predictions.
+        output_folder: Gets NAME_residual.nii.gz of images (float32), NAME_residual_REGION.nii.gz of labels (0 or 1),
+            NAME_residual.png, and `RECORD`; created if need be.
+        axis: Axis of the slices in arrays as nnU-Net's readers give them: z, y, x. "slice" is the one that nnU-Net
+            would bring to the front if the files were its data set: that of the largest median spacing, the first of
+            several.
+        kind: What the files are; by default the name of their folder or else their values tell.
+        intensities: Of images: "zscore", normalised as nnU-Net does by default, in standard deviations; or "raw".
+        dataset_json: For the names of labels and regions; by default the one beside a file or up to two folders above.
+            Without one every label is by itself.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: Something is wrong with the files or the arguments. Lists all that was found.
+    """
+    from tqdm import tqdm
+
+    paths, faults = find_files(Path(source))
+    faults += output_faults(Path(output_folder), paths)
+    if axis not in ("slice", 0, 1, 2):
+        faults.append(f"The axis is {axis!r}; expected slice, 0, 1 or 2.")
+    if kind not in (None, "image", "labels"):
+        faults.append(f"The kind is {kind!r}; expected image or labels.")
+    if intensities not in ("zscore", "raw"):
+        faults.append(f"The intensities are {intensities!r}; expected zscore or raw.")
+    looks = [look_at_file(path, kind) for path in tqdm(paths, desc="Checking", unit="file", disable=not progress)]
+    faults += [fault for look in looks for fault in look.faults]
+    readable = [look for look in looks if not look.faults]
+    chosen = 0
+    if readable and axis in ("slice", 0, 1, 2):
+        chosen = slice_axis([look.spacing for look in readable]) if axis == "slice" else int(axis)
+        faults += [fault for look in readable for fault in slice_faults(look, chosen)]
+    legends: dict[Path, Legend | None] = {}
+    warnings: list[str] = []
+    for look in readable:
+        if look.kind == "labels":
+            legends[look.path], found, noted = _legend_of(look, dataset_json)
+            faults += found
+            warnings += noted
+    if faults:
+        raise InputError(faults)
+
+    output = Path(output_folder)
+    output.mkdir(parents=True, exist_ok=True)
+    done = []
+    for look in tqdm(looks, desc="Residuals", unit="file", disable=not progress):
+        if look.kind == "image":
+            done.append(_write_image_residual(look, output, chosen, intensities))
+        else:
+            regions, ignore_label = regions_of(look.values, legends[look.path])
+            done.append(_write_label_residuals(look, output, chosen, regions, ignore_label))
+            if not any(any(values) for values in done[-1].means.values()):
+                warnings.append(f"{look.path} has no residual: nothing is labelled that ends between slices.")
+    spacing = ", ".join(f"{value:g}" for value in np.median([look.spacing for look in looks], axis=0))
+    result = ResidualMaps(
+        axis=chosen,
+        axis_reason=f"the first with the largest spacing ({spacing} mm)" if axis == "slice" else "as asked for",
+        files=tuple(done),
+        warnings=tuple(warnings),
+    )
+    content = {"axis": chosen, "intensities": intensities, "files": [one.as_json() for one in done]}
+    write_json(output / RECORD, content)
+    return result
+
+
+def residual_of_image(voxels: NDArray[Any], axis: int) -> NDArray[np.float32]:
+    """Absolute difference of every slice to the one before; 0 in the first.
+
+    Args:
+        voxels: Three axes, any intensities.
+        axis: Axis of the slices.
+
+    Returns:
+        Array of the same shape.
+    """
+    import torch
+
+    from nnunet_conres.residuals import inter_slice_residual
+
+    volume = torch.from_numpy(np.ascontiguousarray(voxels, dtype=np.float32))[None, None]
+    return inter_slice_residual(volume, axis)[0, 0].numpy()
+
+
+def residual_of_labels(
+    labels: NDArray[Any], regions: Mapping[str, Sequence[int]], axis: int, ignore_label: int | None = None
+) -> dict[str, NDArray[np.bool_]]:
+    """Where the mask of each region changes from one slice to the next; nowhere in the first.
+
+    Args:
+        labels: Label map with three axes.
+        regions: Label values of every label or region, by name.
+        axis: Axis of the slices.
+        ignore_label: Value of voxels that are not annotated: there, and in the next slice, the residual is unknown and
+            given as False.
+
+    Returns:
+        Arrays of the same shape by name.
+    """
+    import torch
+
+    from nnunet_conres.residuals import label_residual
+
+    target = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int32))[None, None]
+    residual, _ = label_residual(
+        target, classes=[tuple(values) for values in regions.values()], ignore_label=ignore_label, slice_axis=axis
+    )
+    return dict(zip(regions, residual[0].numpy(), strict=True))
+
+
+def normalise(voxels: NDArray[Any]) -> NDArray[np.float32]:
+    """Subtract the mean and divide by the standard deviation, as nnU-Net's default does at the image's own spacing.
+
+    As there, statistics are those of the part that is left when the background of zeros around is cropped; if less than
+    three quarters are left, those of the non-zero voxels (holes filled), and the background stays 0.
+
+    Args:
+        voxels: Three axes, any intensities.
+
+    Returns:
+        Array of the same shape.
+    """
+    from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
+
+    image = voxels.astype(np.float32)
+    mask = create_nonzero_mask(image[None])
+    if not mask.any():
+        return image
+    box = tuple(
+        slice(int(occupied[0]), int(occupied[-1]) + 1)
+        for axis in range(3)
+        for occupied in [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))]
+    )
+    masked = image[box].size < _MASKED_NORMALISATION_BELOW * image.size
+    counted = image[mask] if masked else image[box]
+    normalised = (image - counted.mean()) / max(float(counted.std()), 1e-8)
+    if masked:
+        normalised[~mask] = 0
+    return normalised
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def find_files(source: Path) -> tuple[list[Path], list[str]]:
+    """The file itself, or the files of a folder with an ending in `ENDINGS`; and a message for every fault."""
+    if source.is_file():
+        return [source], []
+    if not source.is_dir():
+        return [], [f"{source} does not exist; expected an image or label file, or a folder of such."]
+    paths = sorted(
+        path for path in source.iterdir() if path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
+    )
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        return [], [f"{source} has no file that ends in {', '.join(ENDINGS)}; expected images or labels there."]
+    twice = [name for name, times in Counter(stem(path).casefold() for path in paths).items() if times > 1]
+    return paths, [f"{source} has several files called {name}, with different endings; keep one." for name in twice]
+
+
+def stem(path: Path) -> str:
+    """A file's name without its ending, .nii.gz being one."""
+    for ending in sorted(ENDINGS, key=len, reverse=True):
+        if path.name.lower().endswith(ending):
+            return path.name[: -len(ending)]
+    return path.stem
+
+
+def output_faults(output: Path, paths: Sequence[Path]) -> Iterator[str]:
+    """What is wrong with an output folder."""
+    if output.exists() and not output.is_dir():
+        yield f"{output} is not a folder; expected one to write to."
+    elif any(path.parent.resolve() == output.resolve() for path in paths):
+        yield f"{output} is the folder of the input; choose another -o."
+
+
+def look_at_file(path: Path, kind: Kind | None = None) -> FileLook:
+    """Read a file and check that it is a volume with finite values.
+
+    Args:
+        path: The file.
+        kind: What it is taken for; by default the name of its folder or else its values tell.
+
+    Returns:
+        What it is, or what is wrong with it.
+    """
+    try:
+        not_finite = read_nifti(path).not_finite() if is_nifti(path) else None
+        image = read(path)
+        voxels = voxels_of(image)
+    except READ_ERRORS as error:
+        return FileLook(path, faults=(f"{path} cannot be read: {short_message(error)}.",))
+    components = image.GetNumberOfComponentsPerPixel()
+    if components != 1:
+        return FileLook(path, faults=(f"{path} has {components} values per voxel (colours?); expected one.",))
+    if image.GetDimension() != 3:
+        return FileLook(
+            path,
+            faults=(
+                f"{path} has {image.GetDimension()} axes; expected a volume with three. A residual is between slices, "
+                f"and each channel needs a file of its own.",
+            ),
+        )
+    # ITK reads NaN, and what is missing at the end, of NIfTI files as zeros, without a word
+    if not_finite is None:
+        not_finite = int(np.count_nonzero(~np.isfinite(voxels)))
+    if not_finite:
+        return FileLook(path, faults=(f"{path} has {not_finite} voxels that are NaN or infinite; expected numbers.",))
+    values = _label_values(voxels)
+    found = kind or _kind(path, values)
+    if found == "labels" and values is None:
+        return FileLook(path, faults=(f"{path} is no label file: its values are no integers from 0, or too many.",))
+    spacing = tuple(float(value) for value in image.GetSpacing()[::-1])
+    return FileLook(path, found, tuple(voxels.shape), spacing, values if found == "labels" and values else ())
+
+
+def _label_values(voxels: NDArray[Any]) -> tuple[int, ...] | None:
+    """The values of what may be labels; None of what can't."""
+    values = np.unique(voxels)
+    if len(values) > _MOST_LABELS or values[0] < 0 or values[-1] > _LARGEST_LABEL or (values % 1 != 0).any():
+        return None
+    return tuple(int(value) for value in values)
+
+
+def _kind(path: Path, values: tuple[int, ...] | None) -> Kind:
+    folder = path.resolve().parent.name.lower()
+    if folder.startswith("images") or values is None:
+        return "image"
+    if folder.startswith("labels"):
+        return "labels"
+    # one value throughout may be either; nnU-Net's images end in the number of the channel
+    return "image" if len(values) < 2 and re.search(r"_\d{4}$", stem(path)) else "labels"
+
+
+def slice_faults(look: FileLook, axis: int) -> Iterator[str]:
+    """What keeps a file from having a residual along an axis."""
+    if look.shape[axis] < 2:
+        yield (
+            f"{look.path} has a single slice along axis {axis} (shape {look.shape}), and a residual is between two; "
+            f"choose another --axis, or leave it out."
+        )
+
+
+def read(path: Path) -> Any:
+    """A file as SimpleITK's image."""
+    import SimpleITK
+
+    return SimpleITK.ReadImage(str(path))
+
+
+def voxels_of(image: Any) -> NDArray[Any]:
+    """Voxels of SimpleITK's image, axes z, y, x as nnU-Net has them."""
+    import SimpleITK
+
+    voxels: NDArray[Any] = SimpleITK.GetArrayFromImage(image)
+    return voxels
+
+
+def write_like(voxels: NDArray[Any], like: Any, path: Path) -> Path:
+    """Write voxels, axes z, y, x, as NIfTI with the geometry of SimpleITK's image; found whole or not at all."""
+    import SimpleITK
+
+    image = SimpleITK.GetImageFromArray(voxels)
+    image.CopyInformation(like)
+    partial = path.with_name(f".partial_{path.name}")
+    SimpleITK.WriteImage(image, str(partial), True)
+    partial.replace(path)
+    return path
+
+
+def file_part(name: str) -> str:
+    """A region's name in a form that file names can have."""
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
+
+
+def read_ignore_label(dataset_json: str | Path) -> int | None:
+    """The label of voxels that are not annotated, None if there is none."""
+    label = json.loads(Path(dataset_json).read_text(encoding="utf-8"))["labels"].get("ignore")
+    return None if label is None else int(label)
+
+
+@dataclass(frozen=True)
+class _LegendWithIgnore(Legend):
+    """Names of labels and regions, and the label that is none."""
+
+    ignore_label: int | None = None
+
+
+def _legend_of(look: FileLook, dataset_json: str | Path | None) -> tuple[Legend | None, list[str], list[str]]:
+    """Names for a label file's values, faults and warnings."""
+    path = Path(dataset_json) if dataset_json is not None else dataset_json_near(look.path)
+    if path is None:
+        return None, [], []
+    try:
+        legend = read_legend(path)
+    except (OSError, ValueError) as error:
+        return None, [str(error)], []
+    ignore_label = read_ignore_label(path)
+    known = {0, *(value for values in legend.regions.values() for value in values)}
+    strange = [str(value) for value in look.values if value not in known | {ignore_label}]
+    if not strange:
+        return _LegendWithIgnore(legend.channels, legend.regions, legend.file_ending, ignore_label), [], []
+    told = f"{look.path} has labels that {path} does not name: {some(strange)}"
+    if dataset_json is not None:
+        return None, [f"{told}; give the dataset.json that it belongs to."], []
+    return None, [], [f"{told}. Every label is taken by itself; for regions name the right file with -djfile."]
+
+
+def regions_of(values: Sequence[int], legend: Legend | None) -> tuple[dict[str, tuple[int, ...]], int | None]:
+    """The labels or regions to take the residual of, by name, and the ignore label."""
+    if legend is not None:
+        return dict(legend.regions), legend.ignore_label if isinstance(legend, _LegendWithIgnore) else None
+    return {f"label_{value}": (value,) for value in values if value} or {"label_1": (1,)}, None
+
+
+def mean_per_slice(residual: NDArray[Any], axis: int) -> tuple[float, ...]:
+    """Mean over all voxels of each slice."""
+    means = residual.mean(axis=tuple({0, 1, 2} - {axis}), dtype=np.float64)
+    return tuple(float(value) for value in means)
+
+
+def _write_image_residual(look: FileLook, output: Path, axis: int, intensities: Intensities) -> FileResiduals:
+    from nnunet_conres.evaluation.residual_figures import image_residual_figure, save_figure
+
+    image = read(look.path)
+    voxels = voxels_of(image)
+    residual = residual_of_image(normalise(voxels) if intensities == "zscore" else voxels, axis)
+    name = stem(look.path)
+    means = mean_per_slice(residual, axis)
+    figure = image_residual_figure(
+        voxels,
+        residual,
+        means,
+        axis=axis,
+        spacing=look.spacing,
+        direction=image.GetDirection(),
+        unit="standard deviations" if intensities == "zscore" else "intensity",
+        title=name,
+    )
+    return FileResiduals(
+        look.path,
+        "image",
+        {"residual": write_like(residual, image, output / f"{name}_residual.nii.gz")},
+        save_figure(figure, output / f"{name}_residual.png"),
+        {"residual": means},
+    )
+
+
+def _write_label_residuals(
+    look: FileLook, output: Path, axis: int, regions: Mapping[str, Sequence[int]], ignore_label: int | None
+) -> FileResiduals:
+    from nnunet_conres.evaluation.residual_figures import label_residual_figure, save_figure
+
+    image = read(look.path)
+    labels = voxels_of(image)
+    residuals = residual_of_labels(labels, regions, axis, ignore_label)
+    name = stem(look.path)
+    means = {region: mean_per_slice(residual, axis) for region, residual in residuals.items()}
+    figure = label_residual_figure(
+        labels,
+        residuals,
+        means,
+        regions=regions,
+        axis=axis,
+        spacing=look.spacing,
+        direction=image.GetDirection(),
+        title=name,
+    )
+    maps = {
+        region: write_like(residual.astype(np.uint8), image, output / f"{name}_residual_{file_part(region)}.nii.gz")
+        for region, residual in residuals.items()
+    }
+    return FileResiduals(look.path, "labels", maps, save_figure(figure, output / f"{name}_residual.png"), means)

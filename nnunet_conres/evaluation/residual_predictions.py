@@ -1,0 +1,520 @@
+"""What a trained ConResNet predicts beside the segmentation: residual maps and attention, in the case's geometry."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_conres.architectures.blocks import crop, resize
+from nnunet_conres.architectures.conresnet import ConResNet
+from nnunet_conres.datasets.raw import InputError, short_message, some, write_json
+from nnunet_conres.evaluation.residual_maps import (
+    ENDINGS,
+    RECORD,
+    FileLook,
+    file_part,
+    look_at_file,
+    output_faults,
+    read,
+    residual_of_labels,
+    slice_faults,
+    voxels_of,
+    write_like,
+)
+
+DEFAULT_CHECKPOINT: Final = "checkpoint_final.pth"
+
+# Outside of the part of the image that the network sees nothing is attended to more than anything else.
+_NO_ATTENTION: Final = 1.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model predicts of a case; axes z, y, x, as large as the case's image.
+
+    Attributes:
+        segmentation: Label map.
+        residuals: Predicted residual of every label or region by name, float32, 0 to 1.
+        attention: What the segmentation features were multiplied with, 1 + sigmoid, mean over the channels, float32, 1
+            to 2.
+    """
+
+    segmentation: NDArray[Any]
+    residuals: Mapping[str, NDArray[np.float32]]
+    attention: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CaseResiduals:
+    """What was written for one case.
+
+    Attributes:
+        case_id: The case.
+        segmentation: The predicted label map.
+        attention: The attention map.
+        predicted: Predicted residual of every label or region, by name.
+        of_prediction: Residual of the predicted labels, by name.
+        of_reference: Residual of the reference labels, by name; empty without a reference.
+        figure: The picture.
+    """
+
+    case_id: str
+    segmentation: Path
+    attention: Path
+    predicted: Mapping[str, Path]
+    of_prediction: Mapping[str, Path]
+    of_reference: Mapping[str, Path]
+    figure: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs; paths are names in the output folder."""
+
+        def names(paths: Mapping[str, Path]) -> dict[str, str]:
+            return {name: path.name for name, path in paths.items()}
+
+        return {
+            "case": self.case_id,
+            "segmentation": self.segmentation.name,
+            "attention": self.attention.name,
+            "predicted": names(self.predicted),
+            "of_prediction": names(self.of_prediction),
+            "of_reference": names(self.of_reference),
+            "figure": self.figure.name,
+        }
+
+
+class ResidualNetwork(nn.Module):
+    """A ConResNet that returns segmentation, residual maps and attention of one level as a single tensor.
+
+    Args:
+        network: The ConResNet; it is switched to return residual maps.
+        level: Decoder level, 0 for full resolution, 1 for the next coarser one.
+    """
+
+    def __init__(self, network: ConResNet, level: int) -> None:
+        super().__init__()
+        self.network = network
+        self.level = level
+        network.decoder.deep_supervision = False
+        network.residual_outputs = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (B, C, X, Y, Z) to (B, 2 N + 1, X, Y, Z).
+
+        The channels are the N logits of the segmentation, the N logits of the residual maps, and the attention.
+        """
+        streams: list[Tensor] = []
+        stage = self.network.decoder.stages[-(self.level + 1)]
+        hook = stage.register_forward_hook(lambda module, inputs, outputs: streams.append(outputs[1]))
+        try:
+            segmentation, *residuals = self.network(x)
+        finally:
+            hook.remove()
+        attention = 1 + torch.sigmoid(streams[0]).mean(1, keepdim=True)
+        maps = (segmentation, residuals[self.level], attention)
+        return torch.cat([self._full_size(one, x.shape[2:]).to(segmentation.dtype) for one in maps], 1)
+
+    def _full_size(self, x: Tensor, size: torch.Size) -> Tensor:
+        if x.shape[2:] == size:
+            return x
+        if self.network.topology == "paper":
+            return resize(x, size)  # as that topology itself does
+        # a coarse voxel lies in the middle of the voxels that it was made of, also where the last ones are missing
+        factors = np.prod(self.network.strides[: self.level + 1], axis=0)
+        return crop(F.interpolate(x, scale_factor=tuple(map(float, factors)), mode="trilinear"), size)
+
+
+class ResidualPredictor:
+    """A trained ConResNet, loaded and run by nnU-Net's own predictor.
+
+    Sliding window with nnU-Net's weights, without mirroring: a residual is the difference to the slice before, not to
+    the one behind, so that mirrored predictions do not agree.
+
+    Args:
+        model_folder: nnU-Net's folder of a trained model, with plans.json, dataset.json and fold_0.
+        folds: Folds whose predictions are averaged.
+        checkpoint: Name of the file in a fold's folder.
+        level: Decoder level of residual maps and attention, 0 for full resolution.
+        device: cuda, cpu or mps.
+        step_size: Of the sliding window, in patches.
+        progress: Whether to show a progress bar over the tiles of a case.
+
+    Attributes:
+        regions: Label values of every label or region, by name, in the order of the network's channels.
+        slice_axis: Axis of the slices, in arrays as the model's reader gives them.
+
+    Raises:
+        InputError: There is no such model, or it predicts no residual maps.
+    """
+
+    def __init__(
+        self,
+        model_folder: str | Path,
+        folds: Sequence[int | str] = (0,),
+        *,
+        checkpoint: str = DEFAULT_CHECKPOINT,
+        level: int = 0,
+        device: str = "cuda",
+        step_size: float = 0.5,
+        progress: bool = True,
+    ) -> None:
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+        folder = Path(model_folder)
+        faults = [*_model_faults(folder, folds, checkpoint), *_device_faults(device)]
+        if not 0 < step_size <= 1:
+            faults.append(f"The step size is {step_size:g}; expected above 0 and at most 1.")
+        if faults:
+            raise InputError(faults)
+        with contextlib.redirect_stdout(io.StringIO()):
+            predictor: Any = nnUNetPredictor(
+                tile_step_size=step_size,
+                use_mirroring=False,
+                perform_everything_on_device=device == "cuda",
+                device=torch.device(device),
+                allow_tqdm=progress,
+            )
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells where it looks for the trainer
+                predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise InputError([f"{folder} cannot be loaded: {short_message(error)}."]) from error
+        network = getattr(predictor.network, "_orig_mod", predictor.network)
+        plans = predictor.plans_manager
+        faults = list(_network_faults(folder, network, predictor, level))
+        reader = plans.image_reader_writer_class
+        if reader.__name__.endswith("WithReorient"):
+            faults.append(f"{folder} reads images with {reader.__name__}, which turns them; that is not supported.")
+        self.file_ending = str(predictor.dataset_json["file_ending"])
+        if self.file_ending not in ENDINGS:
+            faults.append(f"{folder} reads {self.file_ending} files; expected a format with a geometry, like .nii.gz.")
+        if faults:
+            raise InputError(faults)
+        self._predictor = predictor
+        self._network = network
+        self._wrapped = ResidualNetwork(network, level)
+        self._labels = predictor.label_manager
+        self._progress = progress
+        self.number_of_channels = len(predictor.dataset_json["channel_names"])
+        self.channels = tuple(name for _, name in sorted(_by_number(predictor.dataset_json["channel_names"])))
+        self.slice_axis = int(plans.transpose_forward[network.slice_axis])
+        self.regions = _regions(predictor.dataset_json["labels"])
+        self.ignore_label: int | None = self._labels.ignore_label
+
+    def predict(self, images: Sequence[str | Path]) -> Prediction:
+        """Predict a case.
+
+        Args:
+            images: One file per channel, in order.
+
+        Returns:
+            Maps of the size of the image. Where the image was cropped away before prediction, the residual is 0 and
+            the attention 1.
+        """
+        from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+
+        predictor, plans = self._predictor, self._predictor.plans_manager
+        configuration = predictor.configuration_manager
+        preprocessor = configuration.preprocessor_class(verbose=False)
+        data, _, properties = preprocessor.run_case(
+            [str(path) for path in images], None, plans, configuration, predictor.dataset_json
+        )
+        logits = self._sliding_window(torch.from_numpy(data))
+        heads = self._labels.num_segmentation_heads
+        segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits[:heads], plans, configuration, self._labels, properties
+        )
+
+        spacing = [properties["spacing"][axis] for axis in plans.transpose_forward]
+        shape = properties["shape_after_cropping_and_before_resampling"]
+        maps = configuration.resampling_fn_probabilities(logits[heads:], shape, configuration.spacing, spacing)
+        maps = np.asarray(maps, dtype=np.float32)
+        # labels have a channel for the background, of which no residual is learned
+        first = 0 if self._labels.has_regions else 1
+        residuals = {
+            name: self._put_back(_sigmoid(maps[first + number]), properties, 0.0)
+            for number, name in enumerate(self.regions)
+        }
+        # interpolation leaves the range by rounding only
+        attention = self._put_back(np.clip(maps[-1], 1, 2), properties, _NO_ATTENTION)
+        return Prediction(segmentation, residuals, attention)
+
+    def _sliding_window(self, data: Tensor) -> Tensor:
+        """Segmentation logits, residual logits and attention at the size of the preprocessed image.
+
+        nnU-Net's tiles and weights, but added up in single precision: nnU-Net's half precision has no digits left for
+        the small weights at a tile's corners. That rarely changes which label is largest, but it shows in maps.
+        """
+        from acvl_utils.cropping_and_padding.padding import pad_nd_image
+        from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+        from tqdm import tqdm
+
+        predictor, device = self._predictor, self._predictor.device
+        patch_size = tuple(predictor.configuration_manager.patch_size)
+        padded, inside = pad_nd_image(data, patch_size, "constant", {"value": 0}, True, None)
+        tiles = predictor._internal_get_sliding_window_slicers(padded.shape[1:])
+        weights = compute_gaussian(
+            patch_size, sigma_scale=1 / 8, value_scaling_factor=10, dtype=torch.float32, device=torch.device("cpu")
+        )
+        total = torch.zeros((2 * self._labels.num_segmentation_heads + 1, *padded.shape[1:]))
+        weight = torch.zeros(padded.shape[1:])
+        wrapped = self._wrapped.to(device).eval()
+        steps = len(tiles) * len(predictor.list_of_parameters)
+        with torch.inference_mode(), tqdm(total=steps, desc="Tiles", unit="tile", disable=not self._progress) as bar:
+            for parameters in predictor.list_of_parameters:
+                self._network.load_state_dict(parameters)
+                for tile in tiles:
+                    # as nnU-Net does: mixed precision on a GPU, and only there
+                    with torch.autocast("cuda", enabled=device.type == "cuda"):
+                        maps = wrapped(padded[tile][None].to(device))[0]
+                    total[tile] += maps.float().cpu() * weights
+                    weight[tile[1:]] += weights
+                    bar.update()
+        return (total / weight)[(slice(None), *inside[1:])]
+
+    def _put_back(self, values: NDArray[Any], properties: Mapping[str, Any], outside: float) -> NDArray[np.float32]:
+        """Undo cropping and the exchange of axes."""
+        full = np.full(properties["shape_before_cropping"], outside, dtype=np.float32)
+        full[tuple(slice(first, last) for first, last in properties["bbox_used_for_cropping"])] = values
+        return np.ascontiguousarray(full.transpose(self._predictor.plans_manager.transpose_backward))
+
+
+def write_predicted_residuals(
+    source: str | Path,
+    output_folder: str | Path,
+    predictor: ResidualPredictor,
+    *,
+    reference: str | Path | None = None,
+    progress: bool = True,
+) -> list[CaseResiduals]:
+    """Write what a model predicts of cases beside the segmentation, next to the residual of what is there.
+
+    Args:
+        source: A folder of images named as for nnU-Net, CASE_0000 and so on, or one of the files of a case.
+        output_folder: Gets CASE_predicted_residual_REGION.nii.gz (0 to 1), CASE_attention.nii.gz (1 to 2),
+            CASE_segmentation.nii.gz and the residual of it, CASE_segmentation_residual_REGION.nii.gz (0 or 1), with a
+            reference CASE_reference_residual_REGION.nii.gz, all in the geometry of the case, and CASE_residual.png.
+        predictor: The model.
+        reference: A label file, or a folder of such named after the cases, if there are any.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        What was written, case by case.
+
+    Raises:
+        InputError: Something is wrong with the files. Lists all that was found.
+    """
+    from tqdm import tqdm
+
+    cases, faults = find_cases(Path(source), predictor.file_ending, predictor.number_of_channels)
+    paths = [path for images in cases.values() for path in images]
+    output = Path(output_folder)
+    faults += output_faults(output, paths)
+    references, found = _references(reference, cases, predictor.file_ending)
+    faults += found
+    looks: dict[Path, FileLook] = {}
+    for path in tqdm(paths, desc="Checking", unit="file", disable=not progress):
+        looks[path] = look_at_file(path, "image")
+        faults += looks[path].faults or slice_faults(looks[path], predictor.slice_axis)
+    for case_id, path in references.items():
+        faults += _reference_faults(path, looks[cases[case_id][0]], predictor)
+    if faults:
+        raise InputError(faults)
+
+    output.mkdir(parents=True, exist_ok=True)
+    done = []
+    for case_id, images in tqdm(cases.items(), desc="Predicting", unit="case", disable=not progress):
+        done.append(_write_case(case_id, images, references.get(case_id), output, predictor))
+    content = {"axis": predictor.slice_axis, "cases": [case.as_json() for case in done]}
+    write_json(output / RECORD, content)
+    return done
+
+
+def _write_case(
+    case_id: str, images: Sequence[Path], reference: Path | None, output: Path, predictor: ResidualPredictor
+) -> CaseResiduals:
+    from nnunet_conres.evaluation.residual_figures import predicted_residual_figure, save_figure
+
+    image = read(images[0])
+    axis, regions = predictor.slice_axis, predictor.regions
+    predicted = predictor.predict(images)
+    of_prediction = residual_of_labels(predicted.segmentation, regions, axis)
+    labels = None if reference is None else voxels_of(read(reference))
+    of_reference = {} if labels is None else residual_of_labels(labels, regions, axis, predictor.ignore_label)
+
+    def write(maps: Mapping[str, NDArray[Any]], what: str, kind: type) -> dict[str, Path]:
+        return {
+            name: write_like(one.astype(kind), image, output / f"{case_id}_{what}_{file_part(name)}.nii.gz")
+            for name, one in maps.items()
+        }
+
+    figure = predicted_residual_figure(
+        [voxels_of(read(path)) for path in images],
+        predicted.segmentation,
+        predicted.residuals,
+        predicted.attention,
+        of_prediction,
+        reference=labels,
+        of_reference=of_reference,
+        regions=regions,
+        channels=predictor.channels,
+        axis=axis,
+        spacing=image.GetSpacing()[::-1],
+        direction=image.GetDirection(),
+        title=case_id,
+    )
+    return CaseResiduals(
+        case_id=case_id,
+        segmentation=write_like(predicted.segmentation, image, output / f"{case_id}_segmentation.nii.gz"),
+        attention=write_like(predicted.attention, image, output / f"{case_id}_attention.nii.gz"),
+        predicted=write(predicted.residuals, "predicted_residual", np.float32),
+        of_prediction=write(of_prediction, "segmentation_residual", np.uint8),
+        of_reference=write(of_reference, "reference_residual", np.uint8),
+        figure=save_figure(figure, output / f"{case_id}_residual.png"),
+    )
+
+
+# --- files and checks -----------------------------------------------------------------------------------------------
+
+
+def find_cases(source: Path, ending: str, channels: int) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
+    """The images of every case by its id, complete ones only, and a message for every fault.
+
+    Args:
+        source: A folder of images named CASE_0000 and so on, or one such file.
+        ending: Of the files.
+        channels: How many files a case has.
+    """
+    expected = f"images named as nnU-Net wants them, CASE_0000{ending} and so on"
+    pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
+    if source.is_file():
+        match = pattern.fullmatch(source.name)
+        if match is None:
+            return {}, [f"{source} is not named as nnU-Net names images; expected {expected}."]
+        names = [f"{match[1]}_{channel:04d}{ending}" for channel in range(channels)]
+        found = {match[1]: {number: source.with_name(name) for number, name in enumerate(names)}}
+    elif source.is_dir():
+        found = defaultdict(dict)
+        for path in sorted(source.iterdir()):
+            match = pattern.fullmatch(path.name)
+            if match and not path.name.startswith("."):
+                found[match[1]][int(match[2])] = path
+    else:
+        return {}, [f"{source} does not exist; expected a folder of {expected}, or one such file."]
+    if not found:
+        return {}, [f"{source} has no {expected}. BraTS's own names: nnunet-conres brats-convert."]
+    faults: list[str] = []
+    cases = {}
+    for case_id, images in found.items():
+        folder = next(iter(images.values())).parent
+        wanted = [folder / f"{case_id}_{channel:04d}{ending}" for channel in range(channels)]
+        missing = [path for path in wanted if not path.is_file()]
+        faults += [f"{path} is missing; the model was trained with {channels} channels." for path in missing]
+        if not missing:
+            cases[case_id] = tuple(wanted)
+    return cases, faults
+
+
+def _references(
+    reference: str | Path | None, cases: Mapping[str, Sequence[Path]], ending: str
+) -> tuple[dict[str, Path], list[str]]:
+    if reference is None:
+        return {}, []
+    path = Path(reference)
+    if path.is_dir():
+        found = {case_id: path / f"{case_id}{ending}" for case_id in cases}
+    elif len(cases) == 1:
+        found = dict.fromkeys(cases, path)
+    else:
+        return {}, [f"{path} is no folder; expected one with the labels of all {len(cases)} cases."]
+    missing = [one for one in found.values() if not one.is_file()]
+    existing = {case_id: one for case_id, one in found.items() if one.is_file()}
+    return existing, [f"{one} does not exist; expected the reference labels there." for one in missing]
+
+
+def _reference_faults(path: Path, image: FileLook, predictor: ResidualPredictor) -> Iterator[str]:
+    look = look_at_file(path, "labels")
+    if look.faults or image.faults:
+        yield from look.faults
+        return
+    if look.shape != image.shape:
+        yield f"{path} has shape {look.shape}; expected {image.shape} like {image.path}."
+    known = {0, predictor.ignore_label, *(value for values in predictor.regions.values() for value in values)}
+    strange = [str(value) for value in look.values if value not in known]
+    if strange:
+        yield f"{path} has labels that the model does not know: {some(strange)}."
+
+
+def _model_faults(folder: Path, folds: Sequence[int | str], checkpoint: str) -> Iterator[str]:
+    missing = [name for name in ("plans.json", "dataset.json") if not (folder / name).is_file()]
+    if missing:
+        yield (
+            f"{folder} is no trained model: it has no {' and no '.join(missing)}. Expected nnU-Net's folder "
+            f"TRAINER__PLANS__CONFIGURATION."
+        )
+        return
+    if not folds:
+        yield "No fold given; expected one or more, or all."
+    for fold in folds:
+        path = folder / f"fold_{fold}" / checkpoint
+        if not path.is_file():
+            others = sorted(other.name for other in path.parent.glob("checkpoint_*.pth"))
+            have = f"only {', '.join(others)}; choose with -chk" if others else "nor any other checkpoint"
+            yield f"{path} does not exist, {have}."
+
+
+def _device_faults(device: str) -> Iterator[str]:
+    if device not in ("cuda", "cpu", "mps"):
+        yield f"The device is {device!r}; expected cuda, cpu or mps."
+    elif (device == "cuda" and not torch.cuda.is_available()) or (
+        device == "mps" and not torch.backends.mps.is_available()
+    ):
+        yield f"There is no {device.upper()} device here that torch can use. To predict on the CPU add: -device cpu"
+
+
+def _network_faults(folder: Path, network: nn.Module, predictor: Any, level: int) -> Iterator[str]:
+    if not isinstance(network, ConResNet):
+        yield (
+            f"{folder} was trained with {predictor.trainer_name}, whose {type(network).__name__} predicts no residual "
+            f"maps; expected a ConResNet. The residual of its predictions: leave --model out, and give them with -i."
+        )
+        return
+    levels = len(network.decoder.stages)
+    if not 0 <= level < levels:
+        yield f"The level is {level}; {folder} has the levels 0 (full resolution) to {levels - 1}."
+    previous = predictor.configuration_manager.previous_stage_name
+    if previous is not None:
+        yield f"{folder} is the second stage of a cascade, which is not supported; take {previous}."
+
+
+def _by_number(names: Mapping[str, str]) -> Iterator[tuple[int, str]]:
+    return ((int(number), name) for number, name in names.items())
+
+
+def _regions(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Label values of every label or region but background and ignore, in the order of the network's channels."""
+    regions = {
+        name: tuple(int(value) for value in values) if isinstance(values, list | tuple) else (int(values),)
+        for name, values in labels.items()
+        if name != "ignore"
+    }
+    regions = {name: values for name, values in regions.items() if set(values) != {0}}
+    if any(len(values) > 1 for values in regions.values()):
+        return regions
+    return dict(sorted(regions.items(), key=lambda item: item[1]))
+
+
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return torch.sigmoid(torch.from_numpy(np.ascontiguousarray(logits))).numpy()
