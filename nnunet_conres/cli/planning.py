@@ -213,3 +213,46 @@ def _memory(arguments: argparse.Namespace) -> int:
     else:
         print(report.as_text())
     return 0
+
+
+def add_variants(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "variants",
+        help="add configurations with other patches to plans",
+        description="Adds configurations with other patches to plans, which the stock commands train. They share the "
+        "preprocessed data of the configuration that they inherit from; the network's topology is derived anew for "
+        "each patch.",
+    )
+    parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id")
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans (default: %(default)s)")
+    parser.add_argument(
+        "-c", metavar="CONFIGURATION", default="3d_fullres", help="to inherit from (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--patch_size",
+        metavar="N",
+        type=int,
+        nargs="+",
+        action="append",
+        required=True,
+        help="a patch in voxels, in the order in which nnU-Net has the axes; may be given several times",
+    )
+    parser.add_argument(
+        "--batch_size", metavar="B", type=int, nargs="+", help="one for all or one for each patch (default: the base's)"
+    )
+    parser.set_defaults(handler=_variants)
+
+
+def _variants(arguments: argparse.Namespace) -> int:
+    from nnunet_conres.datasets.raw import dataset_name_of
+    from nnunet_conres.planning.variants import add_variants
+
+    added = add_variants(
+        dataset_name_of(arguments.d),
+        arguments.p,
+        arguments.patch_size,
+        base=arguments.c,
+        batch_sizes=arguments.batch_size,
+    )
+    print(added.as_text())
+    return 0

@@ -2,17 +2,15 @@
 
 import inspect
 import json
-import multiprocessing.dummy
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
 import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
@@ -59,68 +57,6 @@ def fake_memory(step: TrainingStep) -> FakeEstimate:
 @pytest.fixture
 def _fake_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planners, "estimate_memory", fake_memory)
-
-
-@pytest.fixture(autouse=True)
-def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    monkeypatch.setenv("nnUNet_def_n_proc", "1")
-    # nnU-Net matches three file names in twelve processes
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", multiprocessing.dummy.Pool)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def write_dataset(
-    root: Path,
-    shape: tuple[int, int, int],
-    spacing: tuple[float, float, float],
-    cases: int = 40,
-    channels: int = 1,
-    labels: dict[str, Any] | None = None,
-) -> None:
-    """A raw data set of tiny images, and the fingerprint of one whose images have that shape and spacing."""
-    raw, preprocessed = root / "raw" / NAME, root / "preprocessed" / NAME
-    for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
-        folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    tiny = TINY["shape"]
-    images = [sitk.GetImageFromArray(rng.normal(5, 1, tiny).astype(np.float32)) for _ in range(channels)]
-    annotation = np.zeros(tiny, np.uint8)
-    annotation[4:8, 4:10, 4:12] = 1
-    for number in range(3):
-        for channel, image in enumerate(images):
-            sitk.WriteImage(image, raw / "imagesTr" / f"case_{number}_{channel:04d}.nii.gz")
-        sitk.WriteImage(sitk.GetImageFromArray(annotation), raw / "labelsTr" / f"case_{number}.nii.gz")
-    dataset_json = {
-        "channel_names": {str(channel): "T1" for channel in range(channels)},
-        "labels": labels or {"background": 0, "organ": 1, "tumor": 2},
-        "numTraining": cases,
-        "file_ending": ".nii.gz",
-    }
-    (raw / "dataset.json").write_text(json.dumps(dataset_json))
-    (preprocessed / "dataset.json").write_text(json.dumps(dataset_json))
-    statistics = {"mean": 5.0, "std": 1.0, "percentile_00_5": 2.0, "percentile_99_5": 8.0, "median": 5.0}
-    fingerprint = {
-        "spacings": [spacing] * 3,
-        "shapes_after_crop": [shape] * 3,
-        "foreground_intensity_properties_per_channel": {str(channel): statistics for channel in range(channels)},
-        "median_relative_size_after_cropping": 1.0,
-    }
-    (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Callable[..., None]:
-    """Function that writes the data set."""
-
-    def write(kind: dict[str, Any], **kwargs: Any) -> None:
-        write_dataset(tmp_path, **kind, **kwargs)
-
-    return write
 
 
 def plans_of(root: Path, name: str) -> dict[str, Any]:

@@ -1,0 +1,280 @@
+"""Further configurations in plans that differ in their patch: same preprocessed data, a topology for each patch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_conres.architectures.conresnet_paper import PAPER_DIVISOR
+from nnunet_conres.datasets.raw import FOLDER_VARIABLES, InputError, folder_from_environment, write_json
+
+# What nnU-Net's planners take: an axis is halved until it is shorter than twice this, and features are doubled up to
+# these. The numbers of blocks and convolutions per stage are those of its default and of its residual encoder planner.
+_MIN_EDGE: Final = 4
+_MAX_FEATURES: Final[Mapping[int, int]] = {2: 512, 3: 320}
+_PER_STAGE: Final = ("n_conv_per_stage", "n_blocks_per_stage")
+_PER_DECODER_STAGE: Final = ("n_conv_per_stage_decoder",)
+_KNOWN_SEQUENCES: Final = ((1, 3, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6),)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A configuration that was added.
+
+    Attributes:
+        name: Of the configuration.
+        patch_size: Voxels.
+        wanted: The patch that was asked for; ``patch_size`` differs where the network needs a multiple.
+        batch_size: Patches per step.
+        strides: Of every stage.
+        features: Of every stage.
+        wider_than_images: Axes on which the patch is longer than the images' median and is padded.
+        was_there: Whether the plans had it already.
+    """
+
+    name: str
+    patch_size: tuple[int, ...]
+    wanted: tuple[int, ...]
+    batch_size: int
+    strides: tuple[tuple[int, ...], ...]
+    features: tuple[int, ...]
+    wider_than_images: tuple[int, ...]
+    was_there: bool
+
+
+@dataclass(frozen=True)
+class AddedVariants:
+    """What was added to the plans.
+
+    Attributes:
+        dataset_name: Name of the data set.
+        plans_name: Name of the plans.
+        plans_file: Where they are.
+        base: The configuration that the variants inherit from.
+        base_strides: Its strides.
+        data_identifier: Folder of the preprocessed data that all share.
+        variants: The new configurations.
+    """
+
+    dataset_name: str
+    plans_name: str
+    plans_file: Path
+    base: str
+    base_strides: tuple[tuple[int, ...], ...]
+    data_identifier: str
+    variants: tuple[Variant, ...]
+
+    def as_text(self) -> str:
+        """For a person to read."""
+        lines = [
+            f"{self.plans_file}",
+            f"Configurations that inherit from {self.base} and share its preprocessed data, {self.data_identifier}. "
+            "The topology is derived anew for each patch: more or fewer stages and other strides change the network, "
+            "not the crop alone.",
+        ]
+        rows = [("configuration", "patch", "batch", "stages", "strides", "features")]
+        for variant in self.variants:
+            rows.append(
+                (
+                    variant.name,
+                    times(variant.patch_size),
+                    str(variant.batch_size),
+                    str(len(variant.strides)),
+                    " ".join("".join(map(str, stride)) for stride in variant.strides),
+                    " ".join(map(str, variant.features)),
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines += [
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        for variant in self.variants:
+            if variant.patch_size != variant.wanted:
+                lines.append(
+                    f"{variant.name}: {times(variant.wanted)} was rounded up to what the network's strides need."
+                )
+            if variant.strides != self.base_strides:
+                lines.append(f"{variant.name}: another topology than that of {self.base}.")
+            if variant.wider_than_images:
+                axes = ", ".join(map(str, variant.wider_than_images))
+                lines.append(f"{variant.name}: longer than the median image on axis {axes}, where images are padded.")
+            if variant.was_there:
+                lines.append(f"{variant.name}: was there already, and the same.")
+        number = int(self.dataset_name[7:10])
+        plans = "" if self.plans_name == "nnUNetPlans" else f" -p {self.plans_name}"
+        lines += [f"Next: nnUNetv2_train {number} {variant.name} 0 -tr TRAINER{plans}" for variant in self.variants]
+        return "\n".join(lines)
+
+
+def add_variants(
+    dataset_name: str,
+    plans_name: str,
+    patch_sizes: Sequence[Sequence[int]],
+    *,
+    base: str = "3d_fullres",
+    batch_sizes: Sequence[int] | None = None,
+) -> AddedVariants:
+    """Adds configurations with other patches to plans; nothing has to be preprocessed for them.
+
+    Args:
+        dataset_name: Whole name of the data set.
+        plans_name: Name of the plans, stock or of this package.
+        patch_sizes: Patches in voxels, in nnU-Net's order of axes.
+        base: Configuration to inherit spacing, normalisation and data from.
+        batch_sizes: One for all or one for each patch; None for the base's.
+
+    Returns:
+        What was added.
+
+    Raises:
+        InputError: The plans or an argument do not allow it; nothing was written. Lists all that was found.
+    """
+    plans_file, plans, faults = _read(dataset_name, plans_name, base)
+    if plans is None:
+        raise InputError(faults)
+    configuration = PlansManager(deepcopy(plans)).get_configuration(base)
+    base_patch = [int(extent) for extent in configuration.patch_size]
+    batches = [configuration.batch_size] if batch_sizes is None else list(batch_sizes)
+    if len(batches) not in (1, len(patch_sizes)):
+        faults.append(
+            f"{len(batches)} batch sizes for {len(patch_sizes)} patches; expected one for all or one for each."
+        )
+    faults += [f"The batch size is {batch}; expected 1 or more." for batch in batches if batch < 1]
+
+    variants: list[Variant] = []
+    entries: dict[str, dict[str, Any]] = {}
+    for number, wanted in enumerate(patch_sizes):
+        if len(wanted) != len(base_patch) or any(extent < 1 for extent in wanted):
+            faults.append(f"The patch is {times(wanted)}; expected {len(base_patch)} numbers above 0, as {base} has.")
+            continue
+        batch = batches[number] if number < len(batches) else batches[0]
+        try:
+            architecture, patch = derive_architecture(
+                configuration.configuration["architecture"], configuration.spacing, wanted
+            )
+        except ValueError as error:
+            faults.append(f"Patch {times(wanted)}: {error}")
+            continue
+        name = f"{base}_{'x'.join(map(str, patch))}" + (f"_b{batch}" if batch != configuration.batch_size else "")
+        entry: dict[str, Any] = {
+            "inherits_from": base,
+            "patch_size": list(patch),
+            "batch_size": int(batch),
+            "architecture": architecture,
+        }
+        if configuration.next_stage_names is not None:
+            entry["next_stage"] = None  # the cascade goes on from the base
+        existing = plans["configurations"].get(name)
+        if existing is not None and existing != entry:
+            faults.append(f"{plans_file} has another configuration {name} already; remove it there, or rename it.")
+        if name in entries:
+            faults.append(f"Patch {times(patch)} at batch {batch} is asked for twice.")
+        entries[name] = entry
+        median = configuration.configuration.get("median_image_size_in_voxels", patch)
+        variants.append(
+            Variant(
+                name,
+                patch,
+                tuple(wanted),
+                int(batch),
+                tuple(map(tuple, architecture["arch_kwargs"]["strides"])),
+                tuple(architecture["arch_kwargs"]["features_per_stage"]),
+                tuple(axis for axis, (extent, size) in enumerate(zip(patch, median, strict=True)) if extent > size),
+                existing is not None,
+            )
+        )
+    if faults:
+        raise InputError(faults)
+    plans["configurations"] |= entries
+    write_json(plans_file, plans)
+    strides = configuration.configuration["architecture"]["arch_kwargs"]["strides"]
+    return AddedVariants(
+        dataset_name,
+        plans_name,
+        plans_file,
+        base,
+        tuple(map(tuple, strides)),
+        configuration.data_identifier,
+        tuple(variants),
+    )
+
+
+def derive_architecture(
+    architecture: Mapping[str, Any], spacing: Sequence[float], patch_size: Sequence[int]
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """The ``architecture`` entry of plans for another patch, by nnU-Net's own rules.
+
+    Args:
+        architecture: The entry of a configuration; its network, norm, and first features are kept.
+        spacing: Voxel size in mm.
+        patch_size: Voxels.
+
+    Returns:
+        The entry, and the patch, rounded up to what the strides need.
+
+    Raises:
+        ValueError: The network has a topology of its own which the patch does not fit, or the patch is too small.
+    """
+    derived = deepcopy(dict(architecture))
+    arguments = derived["arch_kwargs"]
+    if arguments.get("topology") == "paper":
+        uneven = [extent for extent in patch_size if extent % PAPER_DIVISOR]
+        if uneven:
+            raise ValueError(f"the paper's topology is fixed; expected multiples of {PAPER_DIVISOR}.")
+        return derived, tuple(int(extent) for extent in patch_size)
+    missing = [key for key in ("features_per_stage", "strides", "kernel_sizes", "n_stages") if key not in arguments]
+    if missing:
+        raise ValueError(f"{derived['network_class_name']} has no {', '.join(missing)}; its topology can't be derived.")
+    _, strides, kernel_sizes, patch, _ = get_pool_and_conv_props(spacing, list(patch_size), _MIN_EDGE, 999999)
+    n_stages = len(strides)
+    if n_stages < 2:
+        raise ValueError(f"too small: expected an axis of {3 * _MIN_EDGE} voxels or more, to be halved once at least.")
+    features = [int(number) for number in arguments["features_per_stage"]]
+    doubled = [features[0] * 2**stage for stage in range(n_stages)]
+    limit = max(features) if max(features) < features[0] * 2 ** (len(features) - 1) else _MAX_FEATURES[len(patch)]
+    arguments |= {
+        "n_stages": n_stages,
+        "features_per_stage": [min(number, max(limit, features[0])) for number in doubled],
+        "kernel_sizes": json.loads(json.dumps(kernel_sizes)),
+        "strides": json.loads(json.dumps(strides)),
+    }
+    for keys, length in ((_PER_STAGE, n_stages), (_PER_DECODER_STAGE, n_stages - 1)):
+        for key in keys:
+            if isinstance(arguments.get(key), (list, tuple)):
+                arguments[key] = _of_length(arguments[key], length)
+    return derived, tuple(int(extent) for extent in patch)
+
+
+def _of_length(values: Sequence[int], length: int) -> list[int]:
+    """A number per stage for another number of stages: cut off, or gone on with as the planners do."""
+    known = next((sequence for sequence in _KNOWN_SEQUENCES if tuple(values) == sequence[: len(values)]), ())
+    longer = list(values) + list(known[len(values) :])
+    return (longer + [longer[-1]] * max(0, length - len(longer)))[:length]
+
+
+def _read(dataset_name: str, plans_name: str, base: str) -> tuple[Path, dict[str, Any] | None, list[str]]:
+    preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
+    if preprocessed is None:
+        return Path(), None, ["The environment variable nnUNet_preprocessed is not set; nnU-Net's plans are there."]
+    path = preprocessed / dataset_name / f"{plans_name}.json"
+    try:
+        plans = json.loads(path.read_text(encoding="utf-8"))
+        configurations = list(plans["configurations"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return path, None, [f"{path} can't be read as nnU-Net's plans ({error}). Plan the data set first."]
+    if base not in configurations:
+        return path, None, [f"{path} has no configuration {base}; it has {', '.join(configurations)}."]
+    return path, plans, []
+
+
+def times(extents: Sequence[int]) -> str:
+    """A patch for people."""
+    return " x ".join(str(extent) for extent in extents)
