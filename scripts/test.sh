@@ -6,7 +6,8 @@
 # --all   also the tests marked slow, which train for some minutes
 #
 # With pytest arguments, for example a file or -k NAME, only pytest runs. The environment is .venv-test in the
-# repository's root; the first run creates it (see _environment.sh for what can be chosen).
+# repository's root; the first run creates it (see _environment.sh for what can be chosen). Tests that open a report in
+# Chromium are skipped where there is none; on Debian, root has it installed first.
 set -euo pipefail
 
 if [ "${1:-}" = "-h" ] || [ "${1:-}" = "--help" ]; then
@@ -24,6 +25,18 @@ fi
 
 setup_environment .venv-test dev
 cd "$REPOSITORY_ROOT"
+
+# Some tests open a report in a browser. Where there is none and none can be installed they are skipped, and say so.
+if ! command -v chromium >/dev/null 2>&1 && ! command -v chromium-browser >/dev/null 2>&1 &&
+    ! command -v google-chrome >/dev/null 2>&1 &&
+    [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
+    printf 'Installing Chromium for the tests of the report ...\n' >&2
+    (
+        export DEBIAN_FRONTEND=noninteractive
+        install=(apt-get install --quiet --yes --no-install-recommends chromium)
+        "${install[@]}" || { apt-get update --quiet && "${install[@]}"; }
+    ) >/dev/null 2>&1 || printf 'It could not be installed: the tests that need it are skipped.\n' >&2
+fi
 
 # Small networks on a few cores: more threads or worker processes than cores only wait for one another.
 cores="$("$VENV_PYTHON" -c 'import os; print(min(os.cpu_count() or 1, 4))')"

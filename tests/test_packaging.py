@@ -57,6 +57,8 @@ class TestWheel:
         }
         assert {name for name in names if name.endswith(".py")} == modules
         assert "nnunet_conres/py.typed" in names
+        for name in ("page.html", "viewer.html", "report.css", "report.js"):
+            assert f"nnunet_conres/evaluation/report/{name}" in names
         assert f"{info}/licenses/LICENSE" in names
 
     def test_metadata(self, wheel: Path) -> None:

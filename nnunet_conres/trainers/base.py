@@ -32,7 +32,7 @@ from nnunet_conres.trainers.plans import (
     paper_patch_size,
     with_configuration,
 )
-from nnunet_conres.trainers.precision import cpu_autocast
+from nnunet_conres.trainers.precision import cpu_autocast, training_precision
 
 LATEST_CHECKPOINT = "checkpoint_latest.pth"
 
@@ -86,6 +86,7 @@ class PluginTrainer(nnUNetTrainer):
         plans = with_configuration(plans, configuration, **resolved)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.training_epochs
+        self.training_precision = training_precision(device)  # nnU-Net writes it into debug.json, for comparisons
         if self.training_lr is not None:
             self.initial_lr = self.training_lr
         if self.training_weight_decay is not None:
@@ -294,6 +295,9 @@ class PluginTrainer(nnUNetTrainer):
         dice = self.logger.get_value("dice_per_class_or_region", step=-1)
         named = ", ".join(f"{name} {value:.4f}" for name, value in zip(self.region_names, dice, strict=True))
         self.print_to_log_file(f"Pseudo Dice by name: {named}")
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            self.print_to_log_file(f"Peak GPU memory: {peak:.2f} GiB")
         super().on_epoch_end()
 
     # --- checkpoints ------------------------------------------------------------------------------------------------

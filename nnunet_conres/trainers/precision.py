@@ -26,6 +26,13 @@ def wants_cpu_bfloat16() -> bool:
     return os.environ.get(CPU_BFLOAT16_VARIABLE, "1").strip().lower() not in ("0", "false", "f")
 
 
+def training_precision(device: torch.device) -> str:
+    """What the arithmetic of a training step is called: nnU-Net's own on CUDA, that of ``cpu_autocast`` elsewhere."""
+    if device.type == "cuda":
+        return "float16 mixed"
+    return "bfloat16 mixed" if isinstance(cpu_autocast(device), torch.autocast) else "float32"
+
+
 def cpu_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Context of a training or validation step.
 

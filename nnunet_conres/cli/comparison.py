@@ -1,0 +1,162 @@
+"""Arguments of `nnunet-conres compare`."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from nnunet_conres.cli.arguments import number_of_processes
+
+if TYPE_CHECKING:
+    from nnunet_conres.cli import Subparsers
+
+
+def add_compare(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="compare models, and their ensembles, in a report",
+        description="Compares models case by case: of a cross-validation (-d, -tr), by the cases that their folds held "
+        "out; or of a test set (--predictions, --reference). The first model is the baseline. Probabilities of the "
+        "models, where they are there, are averaged, and the ensembles compared as well. Writes report.html, "
+        "report.json and cases.csv. Scores are kept and only made again for files that have changed.",
+    )
+    trained = parser.add_argument_group("cross-validation")
+    trained.add_argument("-d", metavar="DATASET", help="data set name or id")
+    trained.add_argument(
+        "-tr",
+        metavar="[NAME=]TRAINER[:PLANS[:CONFIGURATION]]",
+        nargs="+",
+        help="trainers, the baseline first; each may have plans, configuration and a name for the report of its own",
+    )
+    trained.add_argument(
+        "-p", metavar="PLANS", nargs="+", default=["nnUNetPlans"], help="plans: one for all trainers or one for each"
+    )
+    trained.add_argument(
+        "-c", metavar="CONFIGURATION", nargs="+", default=["3d_fullres"], help="likewise (default: 3d_fullres)"
+    )
+    trained.add_argument(
+        "-f", metavar="FOLD", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="folds (default: 0 1 2 3 4)"
+    )
+    test = parser.add_argument_group("test set")
+    test.add_argument(
+        "--predictions", metavar="NAME=FOLDER", nargs="+", help="what nnUNetv2_predict wrote, the baseline first"
+    )
+    test.add_argument("--reference", metavar="FOLDER", help="the true label maps")
+    test.add_argument("-djfile", metavar="FILE", help="dataset.json of the data set")
+    test.add_argument("-i", metavar="FOLDER", help="images, for the pictures of the report")
+    test.add_argument(
+        "--model",
+        metavar="NAME=FOLDER",
+        nargs="+",
+        default=[],
+        help="trained model folders of names in --predictions, for costs and training curves",
+    )
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
+    parser.add_argument("--no_ensembles", action="store_true", help="do not average probabilities")
+    parser.add_argument(
+        "--intersection", action="store_true", help="compare on the common cases where models have different ones"
+    )
+    parser.add_argument(
+        "--run",
+        action="store_true",
+        help="run the commands of nnU-Net that make missing validations and probabilities; nothing is trained",
+    )
+    parser.add_argument(
+        "-device", choices=("cuda", "cpu", "mps"), default="cuda", help="for --run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--group",
+        metavar="REGEX",
+        help="cases in which its first group, or all that it matches, is the same count as one in statistics, as time "
+        "points of a patient do (default: the patients of BraTS's ids since 2023; none for other ids)",
+    )
+    parser.add_argument(
+        "--tolerance", metavar="MM", type=float, default=1.0, help="of the surface Dice, mm (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--empty",
+        choices=("brats", "nan"),
+        default="brats",
+        help="what a region counts that reference, prediction or both lack: as in BraTS, or nothing, as in nnU-Net "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--penalty",
+        metavar="MM",
+        type=float,
+        help="distance that a missed or falsely found region or lesion counts, mm (default: the image's diagonal, "
+        "373.1 in BraTS, where the challenge takes 374)",
+    )
+    parser.add_argument(
+        "--lesion_dilation",
+        metavar="VOXELS",
+        type=int,
+        default=3,
+        help="how far apart parts of one lesion may be, see docs/reference/metrics.md (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lesion_volume",
+        metavar="MM3",
+        type=float,
+        default=50.0,
+        help="true lesions up to this volume are ignored, mm³ (default: %(default)s)",
+    )
+    parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
+    parser.set_defaults(handler=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from nnunet_conres.evaluation.comparison import CompareOptions, compare_cross_validation, compare_test_set
+    from nnunet_conres.evaluation.metrics import MetricOptions
+
+    options = CompareOptions(
+        intersection=arguments.intersection,
+        ensembles=not arguments.no_ensembles,
+        run=arguments.run,
+        device=arguments.device,
+        metrics=MetricOptions(
+            tolerance=arguments.tolerance,
+            empty=arguments.empty,
+            penalty=arguments.penalty,
+            lesion_dilation=arguments.lesion_dilation,
+            lesion_volume=arguments.lesion_volume,
+        ),
+        group_pattern=arguments.group,
+        processes=number_of_processes(arguments.np),
+    )
+    if arguments.d is not None and arguments.predictions is None:
+        if not arguments.tr:
+            raise ValueError("-d needs -tr, the trainers to compare.")
+        from nnunet_conres.datasets.raw import InputError, dataset_name_of
+        from nnunet_conres.evaluation.models import parse_model_names
+
+        names, faults = parse_model_names(arguments.tr, arguments.p, arguments.c)
+        if faults:
+            raise InputError(faults)
+        compared = compare_cross_validation(dataset_name_of(arguments.d), names, arguments.f, arguments.o, options)
+    elif arguments.predictions is not None and arguments.d is None:
+        if arguments.reference is None or arguments.djfile is None:
+            raise ValueError("--predictions needs --reference and -djfile.")
+        compared = compare_test_set(
+            _named_folders("--predictions", arguments.predictions),
+            arguments.reference,
+            arguments.djfile,
+            arguments.o,
+            options,
+            images=arguments.i,
+            model_folders=_named_folders("--model", arguments.model),
+        )
+    else:
+        raise ValueError("Expected either -d with -tr, or --predictions with --reference and -djfile.")
+    print(compared.as_text())
+    return 0
+
+
+def _named_folders(option: str, given: list[str]) -> dict[str, str]:
+    folders: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"{option} {text} is not NAME=FOLDER.")
+        if name in folders:
+            raise ValueError(f"{option} names {name} twice; expected every name once.")
+        folders[name] = folder
+    return folders

@@ -1,0 +1,286 @@
+"""What a model costs, from its plans and from what its trainings logged."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from nnunet_conres.datasets.raw import short_message
+from nnunet_conres.evaluation.models import Model, ModelName, read_json
+
+# What the trainers of this package say besides: an attribute, which nnU-Net writes into debug.json, and a logged line.
+_PRECISION_ATTRIBUTE: Final = "training_precision"
+_PEAK_MEMORY_LINE: Final = re.compile(r"Peak GPU memory: ([\d.]+) GiB")
+
+_CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+_TIMED_LINE: Final = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+): (.*)")
+_GIGA: Final = 1e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model takes. None where it is not known.
+
+    Attributes:
+        parameters: Trainable parameters of the network.
+        conv_gflops_per_patch: Floating point operations of all convolutions, 1e9, for one patch forward, as in a
+            prediction; a multiplication and an addition are two.
+        patch_size: Voxels.
+        batch_size: Patches per step.
+        epochs: Epochs trained; the fewest of the folds.
+        epoch_seconds: Median over epochs and folds.
+        training_seconds: Sum over the epochs, mean over folds, without the final validation.
+        peak_memory_gib: Largest that was logged.
+        prediction_seconds_per_case: Median over the cases of the final validation: sliding window with mirroring on
+            preprocessed data.
+        device: Where it was trained.
+        precision: Of training steps.
+    """
+
+    parameters: int | None = None
+    conv_gflops_per_patch: float | None = None
+    patch_size: tuple[int, ...] | None = None
+    batch_size: int | None = None
+    epochs: int | None = None
+    epoch_seconds: float | None = None
+    training_seconds: float | None = None
+    peak_memory_gib: float | None = None
+    prediction_seconds_per_case: float | None = None
+    device: str | None = None
+    precision: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+Curves = dict[str, dict[str, Any]]
+"""By fold: {"epochs": [0, 1, ...], "series": {name: values}}."""
+
+
+def model_cost(model: Model) -> tuple[Cost, Curves, list[str]]:
+    """Costs and training curves of a trained model.
+
+    Args:
+        model: The model; without a folder nothing is known of it.
+
+    Returns:
+        The cost, the curves, and warnings about what could not be found out.
+    """
+    if model.folder is None or model.model is None:
+        return Cost(), {}, []
+    notes: list[str] = []
+    known = _network_cost(model.folder, model.model, model.name, notes)
+    curves: Curves = {}
+    durations: dict[int, list[float]] = {}
+    predicting: list[float] = []
+    peaks: list[float] = []
+    precisions: set[str] = set()
+    devices: set[str] = set()
+    for fold in model.folds:
+        folder = model.folder / f"fold_{fold}"
+        logged = _logged(folder)
+        if logged is None:
+            notes.append(f"{model.name}, fold {fold}: no checkpoint to read the training's curves and times from.")
+        else:
+            curves[str(fold)] = _curves(logged, _region_names(model.folder))
+            starts, ends = logged.get("epoch_start_timestamps", []), logged.get("epoch_end_timestamps", [])
+            durations[fold] = [end - start for start, end in zip(starts, ends, strict=False)]
+        lines = _log_lines(folder)
+        predicting += _prediction_seconds(lines)
+        peaks += [float(found[1]) for _, line in lines if (found := _PEAK_MEMORY_LINE.match(line))]
+        device, precision = _device_and_precision(folder)
+        devices |= {device} if device else set()
+        precisions |= {precision} if precision else set()
+    for what, values in (("devices", devices), ("precisions", precisions)):
+        if len(values) > 1:
+            notes.append(f"{model.name}: folds were trained on different {what}: {', '.join(sorted(values))}.")
+    every_epoch = [seconds for of_fold in durations.values() for seconds in of_fold]
+    return (
+        Cost(
+            **known,
+            epochs=min((len(of_fold) for of_fold in durations.values()), default=None),
+            epoch_seconds=statistics.median(every_epoch) if every_epoch else None,
+            training_seconds=statistics.mean(map(sum, durations.values())) if every_epoch else None,
+            peak_memory_gib=max(peaks, default=None),
+            prediction_seconds_per_case=statistics.median(predicting) if predicting else None,
+            device=", ".join(sorted(devices)) or None,
+            precision=", ".join(sorted(precisions)) or None,
+        ),
+        curves,
+        notes,
+    )
+
+
+def ensemble_cost(members: Sequence[Cost]) -> Cost:
+    """What the members cost together; None where one is not known."""
+
+    def total(values: Sequence[float | None]) -> Any:
+        return None if any(value is None for value in values) else sum(value for value in values if value is not None)
+
+    return Cost(
+        parameters=total([member.parameters for member in members]),
+        training_seconds=total([member.training_seconds for member in members]),
+        prediction_seconds_per_case=total([member.prediction_seconds_per_case for member in members]),
+    )
+
+
+def unlike_conditions(costs: Mapping[str, Cost]) -> list[str]:
+    """Warnings where models were not trained under the same conditions.
+
+    Args:
+        costs: By the models' names.
+    """
+    warned = []
+    for attribute, what in (
+        ("precision", "precision"),
+        ("device", "device"),
+        ("epochs", "number of epochs"),
+        ("batch_size", "batch size"),
+        ("patch_size", "patch"),
+    ):
+        values = {name: getattr(cost, attribute) for name, cost in costs.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        if len(set(known.values())) > 1:
+            listed = "; ".join(f"{name}: {_readable(value)}" for name, value in known.items())
+            warned.append(f"The models differ in their {what}, which may matter as much as the network does: {listed}.")
+    return warned
+
+
+def _readable(value: Any) -> str:
+    return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# --- network ----------------------------------------------------------------------------------------------------------
+
+
+def _network_cost(folder: Path, model: ModelName, name: str, notes: list[str]) -> dict[str, Any]:
+    """Parameters, operations, patch and batch, from the plans that the model was trained with."""
+    import torch
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from torch.utils.flop_counter import FlopCounterMode
+
+    known: dict[str, Any] = {}
+    try:
+        dataset_json = read_json(folder / "dataset.json")
+        plans = PlansManager(read_json(folder / "plans.json"))
+        configuration = plans.get_configuration(model.configuration)
+        known["patch_size"] = tuple(int(extent) for extent in configuration.patch_size)
+        known["batch_size"] = int(configuration.batch_size)
+        channels = determine_num_input_channels(plans, configuration, dataset_json)
+        # nnU-Net tells at length where it looks for a trainer.
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer = _trainer_class(model.trainer)
+        with warnings.catch_warnings(), torch.device("meta"), torch.no_grad():
+            warnings.simplefilter("ignore")
+            network = trainer.build_network_architecture(
+                plans, configuration, channels, plans.get_label_manager(dataset_json).num_segmentation_heads, False
+            ).eval()
+            counter = FlopCounterMode(display=False)
+            with counter:
+                network(torch.empty(1, channels, *known["patch_size"]))
+        known["parameters"] = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        operations = counter.get_flop_counts()["Global"]
+        known["conv_gflops_per_patch"] = (
+            sum(count for operation, count in operations.items() if "convolution" in str(operation)) / _GIGA
+        )
+    except Exception as error:  # other people's trainers and networks fail in their own ways
+        notes.append(f"{name}: parameters and operations are not known: {short_message(error)}.")
+    return known
+
+
+def _trainer_class(name: str) -> Any:
+    """nnU-Net's search for a trainer, as prediction does it.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    trainer = recursive_find_trainer_class_by_name(name)
+    if trainer is None:
+        raise ValueError(f"nnU-Net finds no trainer {name} here")
+    return trainer
+
+
+# --- logs -------------------------------------------------------------------------------------------------------------
+
+
+def _logged(fold_folder: Path) -> dict[str, list[Any]] | None:
+    """What nnU-Net's logger keeps in checkpoints: a value per epoch."""
+    import torch
+
+    for name in _CHECKPOINTS:
+        if (fold_folder / name).is_file():
+            try:
+                # memory-mapped: reads the log, not the weights
+                checkpoint = torch.load(fold_folder / name, map_location="cpu", weights_only=False, mmap=True)
+                return dict(checkpoint["logging"])
+            except Exception:  # damaged in one of many ways; the next may be whole
+                continue
+    return None
+
+
+def _curves(logged: Mapping[str, list[Any]], regions: Sequence[str]) -> dict[str, Any]:
+    series: dict[str, list[float]] = {}
+    for key, values in logged.items():
+        if key in ("lrs", "epoch_start_timestamps", "epoch_end_timestamps") or not isinstance(values, list):
+            continue
+        if key == "dice_per_class_or_region":
+            per_region = list(zip(*values, strict=False)) if values else []
+            for number, of_region in enumerate(per_region):
+                name = regions[number] if number < len(regions) else str(number + 1)
+                series[f"dice {name}"] = [float(value) for value in of_region]
+        elif all(isinstance(value, (int, float)) or hasattr(value, "__float__") for value in values):
+            series[key] = [float(value) for value in values]
+    epochs = max((len(values) for values in series.values()), default=0)
+    return {"epochs": list(range(epochs)), "series": series}
+
+
+def _region_names(folder: Path) -> list[str]:
+    """Names of labels or regions in the order in which nnU-Net logs their Dice."""
+    labels = read_json(folder / "dataset.json")["labels"]
+    return [name for name in labels if name not in ("background", "ignore")]
+
+
+def _log_lines(fold_folder: Path) -> list[tuple[datetime, str]]:
+    """All that the trainings of a fold logged, with its time, in the order of the files."""
+    lines = []
+    for path in sorted(fold_folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            found = _TIMED_LINE.match(line)
+            if found is not None:
+                lines.append((datetime.fromisoformat(found[1]), found[2].strip()))
+    return lines
+
+
+def _prediction_seconds(lines: Sequence[tuple[datetime, str]]) -> list[float]:
+    """Seconds between a case's turn in a validation and the next one's."""
+    seconds = []
+    for (began, line), (ended, following) in zip(lines, lines[2:], strict=False):
+        # "predicting CASE", then a line with its shape, then whatever comes when it is done
+        if line.startswith("predicting ") and following.startswith(("predicting ", "Validation complete")):
+            seconds.append((ended - began).total_seconds())
+    return seconds
+
+
+def _device_and_precision(fold_folder: Path) -> tuple[str | None, str | None]:
+    """Where a fold was trained, and in which precision; what nnU-Net wrote about the last start of its training."""
+    try:
+        debug = read_json(fold_folder / "debug.json")
+    except (OSError, ValueError):
+        return None, None
+    kind = str(debug.get("device", "")).split(":")[0]
+    # nnU-Net's own training steps are in mixed precision on CUDA and in single precision elsewhere.
+    stock = "float16 mixed" if kind == "cuda" else "float32"
+    device = f"{kind} ({debug['gpu_name']})" if kind == "cuda" and "gpu_name" in debug else kind
+    return device or None, str(debug.get(_PRECISION_ATTRIBUTE, stock)) if kind else None

@@ -1,0 +1,167 @@
+"""Ensembles of any number of models: probabilities averaged, as nnU-Net averages those of two."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from nnunet_conres.datasets.raw import map_cases, short_message, write_json
+from nnunet_conres.evaluation.models import Model, Prediction, read_json
+
+_SOURCES = "sources.json"
+
+
+def ensemble_members(models: Sequence[Model]) -> list[tuple[Model, ...]]:
+    """Which models are put together: all pairs, as nnU-Net does, and all of them."""
+    members: list[tuple[Model, ...]] = list(combinations(models, 2))
+    if len(models) > 2:
+        members.append(tuple(models))
+    return members
+
+
+def settings_differences(models: Sequence[Model], settings: Mapping[str, Path]) -> list[str]:
+    """What keeps the probabilities of models from being averaged.
+
+    Args:
+        models: The models.
+        settings: Folder with the dataset.json and plans.json that a model predicted with, by its key.
+
+    Returns:
+        A message for every difference that changes what a number in a file of probabilities stands for.
+    """
+    read: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    faults = []
+    for model in models:
+        folder = settings[model.key]
+        try:
+            read[model.key] = (read_json(folder / "dataset.json"), read_json(folder / "plans.json"))
+        except (OSError, ValueError) as error:
+            faults.append(f"{model.name} can't be averaged with others: {short_message(error)}.")
+    if faults:
+        return faults
+    first = models[0]
+    for model in models[1:]:
+        for index, entry, file in (
+            (0, "labels", "dataset.json"),
+            (0, "regions_class_order", "dataset.json"),
+            (0, "file_ending", "dataset.json"),
+            (1, "image_reader_writer", "plans.json"),
+        ):
+            ours, theirs = read[first.key][index].get(entry), read[model.key][index].get(entry)
+            if ours != theirs:
+                faults.append(
+                    f"{first.name} and {model.name} can't be averaged: {entry} in {file} is {ours} and {theirs}."
+                )
+    return faults
+
+
+def build_ensemble(
+    key: str,
+    members: Sequence[Model],
+    cases: Sequence[str],
+    output_folder: Path,
+    *,
+    settings_folder: Path,
+    processes: int = 1,
+    progress: bool = True,
+) -> Model:
+    """Averages the members' probabilities, each member counting the same, and writes the label maps.
+
+    Cases that are there already, made of the same files, are not made again.
+
+    Args:
+        key: The ensemble's key.
+        members: Two models or more, with probabilities for all cases.
+        cases: Ids of the cases.
+        output_folder: Where the label maps go.
+        settings_folder: Folder with dataset.json and plans.json, which are the members' own.
+        processes: Number of processes.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        The ensemble.
+
+    Raises:
+        ValueError: The probabilities of a case do not fit each other, or a file can't be read.
+    """
+    name = " + ".join(member.name for member in members)
+    file_ending = str(read_json(settings_folder / "dataset.json")["file_ending"])
+    output_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        done = read_json(output_folder / _SOURCES)
+    except (OSError, ValueError):
+        done = {}
+    sources = {case: [_fingerprint(path) for path in _files(members, case, file_ending)] for case in cases}
+    todo = [
+        case
+        for case in cases
+        if done.get(case) != sources[case] or not (output_folder / f"{case}{file_ending}").is_file()
+    ]
+    jobs = [
+        ([str(path) for path in _files(members, case, file_ending)], str(output_folder / case), str(settings_folder))
+        for case in todo
+    ]
+    for case, fault in zip(todo, map_cases(_average_case, jobs, processes, f"Ensemble {name}", progress), strict=True):
+        if fault:
+            raise ValueError(fault)
+        done[case] = sources[case]
+        write_json(output_folder / _SOURCES, done)
+    predictions = {
+        case: Prediction(case, output_folder / f"{case}{file_ending}", members[0].predictions[case].fold)
+        for case in cases
+    }
+    return Model(key, name, predictions, folds=members[0].folds, members=tuple(member.key for member in members))
+
+
+def _files(members: Sequence[Model], case: str, file_ending: str) -> Iterator[Path]:
+    return (member.predictions[case].probabilities(file_ending) for member in members)
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    """Changes when a model is trained or predicts again; reading gigabytes to be surer would take minutes."""
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns]
+
+
+def _average_case(job: tuple[list[str], str, str]) -> str | None:
+    """Writes a case's label map with nnU-Net's own means; returns what is wrong, if anything is."""
+    import pickle
+
+    import numpy as np
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    files, target, settings_folder = job
+    settings = Path(settings_folder)
+    dataset_json = read_json(settings / "dataset.json")
+    plans = PlansManager(read_json(settings / "plans.json"))
+    total: Any = None
+    for file in files:
+        try:
+            with np.load(file) as content:
+                probabilities = content["probabilities"].astype(np.float32)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            return f"{file} can't be read as nnU-Net's probabilities: {short_message(error)}. Predict the case again."
+        if not np.isfinite(probabilities).all():
+            return f"{file} has probabilities that are NaN or infinite; predict the case again."
+        if total is not None and total.shape != probabilities.shape:
+            return (
+                f"{file} has probabilities of shape {probabilities.shape}, {files[0]} of shape {total.shape}: they are "
+                f"not of the same image and labels."
+            )
+        total = probabilities if total is None else total + probabilities
+    properties_file = Path(files[0]).with_suffix(".pkl")
+    try:
+        properties = pickle.loads(properties_file.read_bytes())
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        return f"{properties_file} can't be read: {short_message(error)}. nnU-Net writes it beside the probabilities."
+    labels = plans.get_label_manager(dataset_json).convert_probabilities_to_segmentation(total / len(files))
+    # Whoever looks finds the label map whole or not at all.
+    file_ending = str(dataset_json["file_ending"])
+    partial = Path(target).with_name(f".{Path(target).name}.partial{file_ending}")
+    plans.image_reader_writer_class().write_seg(labels, str(partial), properties)
+    partial.replace(f"{target}{file_ending}")
+    return None

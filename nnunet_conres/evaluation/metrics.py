@@ -1,0 +1,474 @@
+"""Metrics of a predicted mask against its reference: overlap, surface distance, volume and lesions, in true units.
+
+`docs/reference/metrics.md` states the convention and the source of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Raised whenever a metric changes its value, so that scores of before are not taken from a cache.
+METRIC_VERSION: Final = 1
+
+Better = Literal["higher", "lower", "zero", "none"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric is called and how it is read.
+
+    Attributes:
+        key: Its name in scores, tables and JSON.
+        name: Its name for people.
+        phrase: What is compared, within a sentence.
+        unit: "mm", "ml", "%", or empty for a fraction of 1 or a count.
+        better: Which values are better: "higher", "lower", those nearer to "zero", or "none" where the number only
+            describes the case.
+        decimals: Digits to show after the decimal point; 0 for a count.
+        description: What it says, in a line.
+    """
+
+    key: str
+    name: str
+    phrase: str
+    unit: str
+    better: Better
+    decimals: int
+    description: str
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher value as `compared` gives it is the better one."""
+        return self.better == "higher"
+
+    def compared(self, value: float) -> float:
+        """The value to compare models by: without its sign where the best is zero."""
+        return abs(value) if self.better == "zero" else value
+
+    def text(self, value: float, *, decimals: int | None = None, sign: bool = False, unit: bool = True) -> str:
+        """The value for people: rounded, with its unit; "-" if it is NaN.
+
+        Args:
+            value: In the metric's unit.
+            decimals: Digits after the decimal point, if others than the metric's.
+            sign: Whether to write a plus.
+            unit: Whether to write the unit.
+        """
+        if math.isnan(value):
+            return "-"
+        digits = self.decimals if decimals is None else decimals
+        # Adding zero makes the "-0.000" that rounding leaves a "0.000".
+        number = f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
+        return f"{number} {self.unit}" if unit and self.unit else number
+
+    def as_json(self) -> dict[str, Any]:
+        """All attributes."""
+        return asdict(self)
+
+
+METRICS: Final[Mapping[str, Metric]] = MappingProxyType(
+    {
+        metric.key: metric
+        for metric in (
+            Metric("dice", "Dice", "Dice", "", "higher", 3, "Overlap of the two volumes, 0 to 1."),
+            Metric(
+                "iou", "IoU", "IoU", "", "higher", 3, "Common volume as a share of the volume of both together, 0 to 1."
+            ),
+            Metric(
+                "hd95", "HD95", "HD95", "mm", "lower", 2, "95 % of each surface lies at most this far from the other."
+            ),
+            Metric(
+                "surface_dice",
+                "Surface Dice",
+                "surface Dice",
+                "",
+                "higher",
+                3,
+                "Share of the two surfaces that lies within the tolerance of the other, 0 to 1.",
+            ),
+            Metric(
+                "volume_error",
+                "Volume error",
+                "absolute volume error",
+                "ml",
+                "zero",
+                2,
+                "Predicted volume less the true one.",
+            ),
+            Metric(
+                "relative_volume_error",
+                "Relative volume error",
+                "absolute relative volume error",
+                "%",
+                "zero",
+                1,
+                "Predicted volume less the true one, in percent of the true one.",
+            ),
+            Metric(
+                "lesion_dice",
+                "Lesion-wise Dice",
+                "lesion-wise Dice",
+                "",
+                "higher",
+                3,
+                "Mean Dice of the lesions, where missed and falsely found ones count as 0.",
+            ),
+            Metric(
+                "lesion_hd95",
+                "Lesion-wise HD95",
+                "lesion-wise HD95",
+                "mm",
+                "lower",
+                2,
+                "Mean HD95 of the lesions, where missed and falsely found ones count as the penalty.",
+            ),
+            Metric(
+                "lesions_found",
+                "Lesions found",
+                "number of lesions found",
+                "",
+                "higher",
+                0,
+                "True lesions that a predicted one meets.",
+            ),
+            Metric(
+                "lesions_missed",
+                "Lesions missed",
+                "number of lesions missed",
+                "",
+                "lower",
+                0,
+                "True lesions that none meets.",
+            ),
+            Metric(
+                "lesions_false",
+                "False lesions",
+                "number of false lesions",
+                "",
+                "lower",
+                0,
+                "Predicted lesions that meet no true one.",
+            ),
+            Metric("reference_volume", "True volume", "true volume", "ml", "none", 2, "Volume of the reference."),
+            Metric(
+                "predicted_volume", "Predicted volume", "predicted volume", "ml", "none", 2, "Volume of the prediction."
+            ),
+        )
+    }
+)
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """Conventions that a data set may need others for.
+
+    Attributes:
+        tolerance: Of the surface Dice, mm: how far a surface may be off and still count as right.
+        empty: What a case counts that has no voxel in the reference, the prediction or both: "brats", as the BraTS
+            challenge has it (both empty: perfect; one: Dice 0 and the penalty in mm), or "nan": NaN wherever
+            nothing is there to be measured, as nnU-Net has it.
+        penalty: Distance in mm that a missed or falsely found mask or lesion counts. None for the diagonal of the
+            image: 373.1 mm for an image of BraTS, where the challenge takes 374.
+        lesion_dilation: True lesions with up to twice this many voxels between them count as one; a predicted one up
+            to this many voxels away meets a true one. BraTS 2023 takes 3 for gliomas and 1 for metastases.
+        lesion_volume: True lesions up to this many mm³ are ignored. BraTS 2023 takes 50 for gliomas, 2 for metastases.
+    """
+
+    tolerance: float = 1.0
+    empty: Literal["brats", "nan"] = "brats"
+    penalty: float | None = None
+    lesion_dilation: int = 3
+    lesion_volume: float = 50.0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            faults.append(f"tolerance is {self.tolerance}; expected 0 mm or more.")
+        if self.empty not in ("brats", "nan"):
+            faults.append(f"empty is {self.empty!r}; expected 'brats' or 'nan'.")
+        if self.penalty is not None and not (math.isfinite(self.penalty) and self.penalty >= 0):
+            faults.append(f"penalty is {self.penalty}; expected 0 mm or more, or None for the image's diagonal.")
+        if self.lesion_dilation < 0:
+            faults.append(f"lesion_dilation is {self.lesion_dilation}; expected 0 voxels or more.")
+        if not (math.isfinite(self.lesion_volume) and self.lesion_volume >= 0):
+            faults.append(f"lesion_volume is {self.lesion_volume}; expected 0 mm³ or more.")
+        if faults:
+            raise ValueError("\n".join(faults))
+
+    def as_json(self) -> dict[str, Any]:
+        """All attributes."""
+        return asdict(self)
+
+
+def measure(
+    reference: NDArray[np.bool_],
+    prediction: NDArray[np.bool_],
+    spacing: Sequence[float],
+    options: MetricOptions | None = None,
+    *,
+    ignored: NDArray[np.bool_] | None = None,
+) -> dict[str, float]:
+    """All metrics of a predicted mask.
+
+    Args:
+        reference: The true mask, two or three axes. Axes of one voxel are left out: a slice has an outline, not a
+            surface, and no volume in ml.
+        prediction: The predicted mask, same shape.
+        spacing: Voxel size along the axes, mm.
+        options: Conventions; BraTS's by default.
+        ignored: Voxels that are not annotated, same shape: they belong to neither mask, and a surface towards them
+            does not count.
+
+    Returns:
+        A value for every key of `METRICS`, in their order; NaN where there is none.
+
+    Raises:
+        ValueError: Shapes or spacing do not fit each other.
+
+    Source:
+        Maier-Hein et al., "Metrics reloaded", Nature Methods 2024 (Dice, IoU, HD95, surface Dice); LaBella et al. and
+        Moawad et al., BraTS 2023 (lesions, empty masks).
+    """
+    options = options or MetricOptions()
+    _check(reference, prediction, spacing, ignored)
+    diagonal = math.hypot(*(reference.shape[axis] * spacing[axis] for axis in _axes(reference.shape)))
+    if ignored is not None and ignored.any():
+        reference, prediction = reference & ~ignored, prediction & ~ignored
+    else:
+        ignored = None
+    pair = _crop(reference, prediction, ignored, tuple(spacing), margin=max(1, options.lesion_dilation))
+    penalty = diagonal if options.penalty is None else options.penalty
+    # In the order of the table, whatever the order of computing.
+    found = {**_overlap(pair, options), **_surfaces(pair, options, penalty), **_lesions(pair, options, penalty)}
+    return {key: float(found[key]) for key in METRICS}
+
+
+# --- the two masks --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The part of both masks where something is, without axes of one voxel.
+
+    Attributes:
+        reference: The true mask.
+        prediction: The predicted mask.
+        ignored: What is not annotated; None if everything is.
+        spacing: Voxel size along the axes, mm.
+        flat: Whether the image is a slice.
+    """
+
+    reference: NDArray[np.bool_]
+    prediction: NDArray[np.bool_]
+    ignored: NDArray[np.bool_] | None
+    spacing: tuple[float, ...]
+    flat: bool
+
+
+def _check(
+    reference: NDArray[np.bool_],
+    prediction: NDArray[np.bool_],
+    spacing: Sequence[float],
+    ignored: NDArray[np.bool_] | None,
+) -> None:
+    faults = []
+    for name, mask in (("reference", reference), ("prediction", prediction), ("ignored mask", ignored)):
+        if mask is None:
+            continue
+        if mask.dtype != np.bool_:
+            faults.append(f"The {name} has values of type {mask.dtype}; expected True and False.")
+        if mask.shape != reference.shape:
+            faults.append(f"The {name} has shape {mask.shape}; expected {reference.shape} like the reference.")
+    if reference.ndim not in (2, 3) or not reference.size:
+        faults.append(f"The reference has shape {reference.shape}; expected two or three axes with voxels in them.")
+    if len(spacing) != reference.ndim or not all(math.isfinite(step) and step > 0 for step in spacing):
+        faults.append(f"The spacing is {tuple(spacing)}; expected {reference.ndim} lengths above 0 mm.")
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _axes(shape: Sequence[int]) -> list[int]:
+    """Axes of more than one voxel; all, if there are fewer than two."""
+    axes = [axis for axis, size in enumerate(shape) if size > 1]
+    return axes if len(axes) > 1 else list(range(len(shape)))
+
+
+def _crop(
+    reference: NDArray[np.bool_],
+    prediction: NDArray[np.bool_],
+    ignored: NDArray[np.bool_] | None,
+    spacing: tuple[float, ...],
+    margin: int,
+) -> _Pair:
+    axes = _axes(reference.shape)
+    occupied = reference | prediction
+    box: list[slice | int] = [0] * reference.ndim
+    for axis in axes:
+        others = tuple(other for other in range(reference.ndim) if other != axis)
+        at = np.flatnonzero(occupied.any(axis=others))
+        # Nothing anywhere: one voxel of that will do.
+        box[axis] = slice(max(0, int(at[0]) - margin), int(at[-1]) + margin + 1) if at.size else slice(0, 1)
+    where = tuple(box)
+    return _Pair(
+        np.ascontiguousarray(reference[where]),
+        np.ascontiguousarray(prediction[where]),
+        None if ignored is None else np.ascontiguousarray(ignored[where]),
+        tuple(spacing[axis] for axis in axes),
+        len(axes) < 3,
+    )
+
+
+# --- overlap and volume ---------------------------------------------------------------------------------------------
+
+
+def _overlap(pair: _Pair, options: MetricOptions) -> dict[str, float]:
+    true, predicted = int(pair.reference.sum()), int(pair.prediction.sum())
+    common = int((pair.reference & pair.prediction).sum())
+    perfect = _if_both_empty(1.0, options)
+    # nnU-Net makes up the thickness of a slice, so a slice has none here.
+    millilitres = math.nan if pair.flat else math.prod(pair.spacing) / 1000
+    if true:
+        relative = 100 * (predicted - true) / true
+    else:
+        # No share of nothing: infinitely much would be too much.
+        relative = math.nan if predicted else _if_both_empty(0.0, options)
+    return {
+        "dice": 2 * common / (true + predicted) if true + predicted else perfect,
+        "iou": common / (true + predicted - common) if true + predicted else perfect,
+        "volume_error": (predicted - true) * millilitres,
+        "relative_volume_error": relative,
+        "reference_volume": true * millilitres,
+        "predicted_volume": predicted * millilitres,
+    }
+
+
+def _if_both_empty(value: float, options: MetricOptions) -> float:
+    return value if options.empty == "brats" else math.nan
+
+
+def _if_one_empty(penalty: float, options: MetricOptions) -> float:
+    return penalty if options.empty == "brats" else math.nan
+
+
+# --- surfaces -------------------------------------------------------------------------------------------------------
+
+
+def _surfaces(pair: _Pair, options: MetricOptions, penalty: float) -> dict[str, float]:
+    any_true, any_predicted = bool(pair.reference.any()), bool(pair.prediction.any())
+    if not any_true and not any_predicted:
+        return {"hd95": _if_both_empty(0.0, options), "surface_dice": _if_both_empty(1.0, options)}
+    if not any_true or not any_predicted:
+        return {"hd95": _if_one_empty(penalty, options), "surface_dice": 0.0}
+    there, back = _surface_distances(pair)
+    if not there.size or not back.size:
+        # All that is annotated is inside.
+        return {"hd95": math.nan, "surface_dice": math.nan}
+    # The tolerance includes distances equal to it, also after rounding: 3 x 0.1 mm is more than 0.3 mm.
+    tolerance = options.tolerance * (1 + 1e-9)
+    within = int((there <= tolerance).sum()) + int((back <= tolerance).sum())
+    return {"hd95": _hd95(there, back), "surface_dice": within / (there.size + back.size)}
+
+
+def _hd95(there: NDArray[np.float64], back: NDArray[np.float64]) -> float:
+    return float(max(np.percentile(there, 95), np.percentile(back, 95)))
+
+
+def _surface_distances(pair: _Pair) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Distance in mm of every voxel of each mask's surface from the other's: reference to prediction, and back."""
+    from scipy.spatial import KDTree
+
+    surfaces = [
+        np.argwhere(_surface(mask, pair.ignored)) * np.asarray(pair.spacing)
+        for mask in (pair.reference, pair.prediction)
+    ]
+    if not all(len(points) for points in surfaces):
+        return np.empty(0), np.empty(0)
+    # A distance map would need the whole box, and a stray voxel far away makes that as large as the image.
+    there, _ = KDTree(surfaces[1]).query(surfaces[0])
+    back, _ = KDTree(surfaces[0]).query(surfaces[1])
+    return there, back
+
+
+def _surface(mask: NDArray[np.bool_], ignored: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """Voxels of a mask that share a face with one that is not of it, or with the border of the image."""
+    from scipy.ndimage import binary_erosion
+
+    # Beyond an ignored voxel the mask may go on: no surface there.
+    return mask & ~binary_erosion(mask if ignored is None else mask | ignored)
+
+
+# --- lesions --------------------------------------------------------------------------------------------------------
+
+
+def _lesions(pair: _Pair, options: MetricOptions, penalty: float) -> dict[str, float]:
+    from scipy.ndimage import binary_dilation, find_objects, generate_binary_structure, label
+
+    axes = pair.reference.ndim
+    touching = generate_binary_structure(axes, axes)  # 26 neighbours
+    reach = pair.reference
+    if options.lesion_dilation:
+        # Without the neighbours at the corners, as in the challenge's code.
+        ball = generate_binary_structure(axes, axes - 1)
+        reach = binary_dilation(pair.reference, ball, iterations=options.lesion_dilation)
+    # A component of the dilated mask is exactly the dilation of the lesion within it, so it tells both which parts
+    # belong together and what lies near enough to be found.
+    near, lesions = label(reach, touching)
+    parts, predicted_lesions = label(pair.prediction, touching)
+
+    volume = np.bincount(near[pair.reference], minlength=lesions + 1)
+    common = np.bincount(near[pair.reference & pair.prediction], minlength=lesions + 1)
+    predicted_volume = np.bincount(parts[pair.prediction], minlength=predicted_lesions + 1)
+    both = (near > 0) & (parts > 0)
+    meetings = np.unique(np.stack([near[both], parts[both]]), axis=1)
+
+    counted = np.flatnonzero(volume * math.prod(pair.spacing) > options.lesion_volume)
+    found = np.intersect1d(counted, meetings[0])
+    missed = counted.size - found.size
+    false = predicted_lesions - np.unique(meetings[1]).size
+    near_boxes, part_boxes = find_objects(near), find_objects(parts)
+    dice: list[float] = []
+    distances: list[float] = []
+    for lesion in found:
+        matched = meetings[1, meetings[0] == lesion]
+        dice.append(2 * float(common[lesion]) / float(volume[lesion] + predicted_volume[matched].sum()))
+        box = _around([near_boxes[lesion - 1], *(part_boxes[part - 1] for part in matched)])
+        of_lesion = _Pair(
+            pair.reference[box] & (near[box] == lesion),
+            np.isin(parts[box], matched),
+            None if pair.ignored is None else pair.ignored[box],
+            pair.spacing,
+            pair.flat,
+        )
+        there, back = _surface_distances(of_lesion)
+        if there.size and back.size:
+            distances.append(_hd95(there, back))
+    dice += [0.0] * (missed + false)
+    if options.empty == "brats":
+        distances += [penalty] * (missed + false)
+    counts = {
+        "lesions_found": found.size,
+        "lesions_missed": missed,
+        "lesions_false": false,
+    }
+    if not dice:
+        return {**counts, "lesion_dice": _if_both_empty(1.0, options), "lesion_hd95": _if_both_empty(0.0, options)}
+    return {
+        **counts,
+        "lesion_dice": math.fsum(dice) / len(dice),
+        "lesion_hd95": math.fsum(distances) / len(distances) if distances else math.nan,
+    }
+
+
+def _around(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
+    """The box that holds all boxes, and their neighbours."""
+    return tuple(
+        slice(max(0, min(side.start for side in sides) - 1), max(side.stop for side in sides) + 1)
+        for sides in zip(*boxes, strict=True)
+    )

@@ -1,0 +1,388 @@
+"""Which models are compared, and where their predictions are: of a cross-validation, or in folders of a test set."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment, some
+
+PROBABILITIES_ENDING: Final = ".npz"
+# What nnU-Net writes into folders of predictions besides.
+_DATASET_JSON, _PLANS_JSON, _SUMMARY = "dataset.json", "plans.json", "summary.json"
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model as nnU-Net names it.
+
+    Attributes:
+        trainer: Name of the trainer's class.
+        plans: Name of the plans.
+        configuration: For example 3d_fullres.
+        label: What the user calls it, None where the user did not say.
+    """
+
+    trainer: str
+    plans: str
+    configuration: str
+    label: str | None = field(default=None, compare=False)
+
+    @property
+    def folder_name(self) -> str:
+        """Name of its folder among the results."""
+        return f"{self.trainer}__{self.plans}__{self.configuration}"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model predicted for a case.
+
+    Attributes:
+        case_id: The case.
+        labels: Label map.
+        fold: The fold that held the case out; None for a test set.
+    """
+
+    case_id: str
+    labels: Path
+    fold: int | None = None
+
+    def probabilities(self, file_ending: str) -> Path:
+        """Where nnU-Net puts the probabilities, if it was asked to keep them."""
+        return self.labels.with_name(self.labels.name.removesuffix(file_ending) + PROBABILITIES_ENDING)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, or an ensemble of models, with its predictions.
+
+    Attributes:
+        key: Short name for files and JSON: m0, m1, ...; e0, e1, ... for ensembles.
+        name: For people.
+        predictions: By case id, sorted.
+        folder: The trained model's folder, with plans.json and folds; None where nobody said.
+        model: What nnU-Net calls it, None where nobody said.
+        folds: Folds whose predictions these are.
+        members: Keys of the members of an ensemble.
+    """
+
+    key: str
+    name: str
+    predictions: Mapping[str, Prediction]
+    folder: Path | None = None
+    model: ModelName | None = None
+    folds: tuple[int, ...] = ()
+    members: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that a command of nnU-Net's makes.
+
+    Attributes:
+        what: What is missing, for people.
+        command: The command, as a list of arguments.
+    """
+
+    what: str
+    command: tuple[str, ...]
+
+    @property
+    def as_text(self) -> str:
+        """What is missing and what makes it."""
+        return f"{self.what} Run: {shlex.join(self.command)}"
+
+
+@dataclass
+class Found:
+    """The models that were found.
+
+    Attributes:
+        models: The complete ones.
+        faults: What forbids a comparison.
+        missing: Predictions that a command makes; forbids a comparison too.
+        missing_probabilities: Probabilities that a command makes; forbids ensembles only.
+    """
+
+    models: list[Model] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
+    missing_probabilities: list[Missing] = field(default_factory=list)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def parse_model_names(
+    trainers: Sequence[str], plans: Sequence[str], configurations: Sequence[str]
+) -> tuple[list[ModelName], list[str]]:
+    """The models that a command line names.
+
+    Args:
+        trainers: TRAINER, TRAINER:PLANS or TRAINER:PLANS:CONFIGURATION each, all with NAME= before it or not.
+        plans: Names of plans for trainers that name none: one for all, or one for each trainer.
+        configurations: Likewise.
+
+    Returns:
+        The models in the order of the trainers, and a message for every fault.
+    """
+    faults = [
+        f"{option} has {len(given)} values for {len(trainers)} trainers; expected one for all or one for each."
+        for option, given in (("-p", plans), ("-c", configurations))
+        if len(given) not in (1, len(trainers))
+    ]
+    names: list[ModelName] = []
+    for number, text in enumerate(trainers):
+        label, equals, rest = text.rpartition("=")
+        parts = rest.split(":")
+        if len(parts) > 3 or not all(parts) or (equals and not label):
+            faults.append(f"-tr {text} is no model; expected [NAME=]TRAINER[:PLANS[:CONFIGURATION]].")
+            continue
+        given = [_one_for(values, number) for values in (plans, configurations)]
+        trainer, *others = parts
+        own_plans, own_configuration = others + given[len(others) :]
+        names.append(ModelName(trainer, own_plans, own_configuration, label or None))
+    doubled = {name.folder_name for name in names if names.count(name) > 1}
+    labels = [name.label for name in names if name.label is not None]
+    doubled |= {label for label in labels if labels.count(label) > 1}
+    faults += [f"{name} is named twice; expected every model once." for name in sorted(doubled)]
+    return names, faults
+
+
+def _one_for(values: Sequence[str], number: int) -> str:
+    return values[number] if number < len(values) else values[0]
+
+
+def display_names(names: Sequence[ModelName]) -> list[str]:
+    """What to call the models: as the user does, else the trainer, with plans and configuration where models differ."""
+    several_plans = len({name.plans for name in names}) > 1
+    several_configurations = len({name.configuration for name in names}) > 1
+    shown = []
+    for name in names:
+        parts = [name.trainer]
+        parts += [name.plans] if several_plans else []
+        parts += [name.configuration] if several_configurations else []
+        shown.append(name.label if name.label is not None else " ".join(parts))
+    return shown
+
+
+# --- cross-validation -------------------------------------------------------------------------------------------------
+
+
+def find_cross_validation(
+    dataset_name: str, names: Sequence[ModelName], folds: Sequence[int], *, device: str = "cuda"
+) -> Found:
+    """The validation predictions of trained models.
+
+    Args:
+        dataset_name: Whole name of the data set.
+        names: The models, the baseline first.
+        folds: Folds, all of which every model needs.
+        device: For the commands that are named where something is missing.
+
+    Returns:
+        The models; a model with a fault is left out.
+    """
+    found = Found()
+    results = folder_from_environment(FOLDER_VARIABLES[2])
+    if results is None:
+        found.faults.append(
+            "The environment variable nnUNet_results is not set; set it to the folder with nnU-Net's results."
+        )
+        return found
+    for number, (name, display_name) in enumerate(zip(names, display_names(names), strict=True)):
+        folder = results / dataset_name / name.folder_name
+        file_ending = _file_ending(folder, found.faults) if folder.is_dir() else None
+        predictions: dict[str, Prediction] = {}
+        complete = file_ending is not None
+        for fold in folds:
+            train: tuple[str, ...] = ("nnUNetv2_train", dataset_name, name.configuration, str(fold))
+            train += ("-tr", name.trainer, "-p", name.plans, "-device", device)
+            validation = folder / f"fold_{fold}" / "validation"
+            if not (folder / f"fold_{fold}" / "checkpoint_final.pth").is_file() and not validation.is_dir():
+                found.faults.append(
+                    f"{display_name} has no finished fold {fold}: {folder / f'fold_{fold}'} has no checkpoint_final.pth"
+                    f" and no validation. Train it: {shlex.join((*train, '--npz'))}"
+                )
+                complete = False
+                continue
+            if not (validation / _SUMMARY).is_file():
+                found.missing.append(
+                    Missing(
+                        f"The validation of {display_name}, fold {fold}, is not complete.", (*train, "--val", "--npz")
+                    )
+                )
+                complete = False
+                continue
+            if file_ending is None:
+                continue
+            of_fold = _predictions(validation, file_ending, fold)
+            twice = sorted(set(of_fold) & set(predictions))
+            if twice:
+                found.faults.append(
+                    f"{display_name} predicted {some(twice)} in more than one fold; each case has to be held out once."
+                )
+                complete = False
+            predictions |= of_fold
+            if any(not prediction.probabilities(file_ending).is_file() for prediction in of_fold.values()):
+                found.missing_probabilities.append(
+                    Missing(f"{display_name}, fold {fold}, has no probabilities.", (*train, "--val", "--npz"))
+                )
+        if complete:
+            found.models.append(Model(f"m{number}", display_name, _sorted(predictions), folder, name, tuple(folds)))
+    return found
+
+
+# --- test set ---------------------------------------------------------------------------------------------------------
+
+
+def find_test_set(folders: Mapping[str, Path], model_folders: Mapping[str, Path], file_ending: str) -> Found:
+    """Predictions in folders, as nnUNetv2_predict writes them.
+
+    Args:
+        folders: Folder of predictions by the model's name, the baseline first.
+        model_folders: Trained model folder by the same names, where known: for costs, curves, and for the command that
+            makes missing probabilities.
+        file_ending: Of the predictions, as in dataset.json.
+
+    Returns:
+        The models; a model with a fault is left out.
+    """
+    found = Found()
+    for name in model_folders:
+        if name not in folders:
+            found.faults.append(f"--model {name}=... names no model of --predictions; expected {', '.join(folders)}.")
+    for number, (name, folder) in enumerate(folders.items()):
+        if not folder.is_dir():
+            found.faults.append(f"{folder} is not a folder; expected the predictions of {name}.")
+            continue
+        predictions = _predictions(folder, file_ending, None)
+        if not predictions:
+            found.faults.append(f"{folder} has no file that ends in {file_ending}; expected predictions of {name}.")
+            continue
+        trained = model_folders.get(name)
+        model: ModelName | None = None
+        folds: tuple[int, ...] = ()
+        if trained is not None:
+            model, folds = _trained_model(trained)
+            if model is None:
+                found.faults.append(
+                    f"{trained} is no folder of a trained model; expected one named TRAINER__PLANS__CONFIGURATION, "
+                    f"with plans.json in it."
+                )
+                continue
+        found.models.append(Model(f"m{number}", name, _sorted(predictions), trained, model, folds))
+        if any(not prediction.probabilities(file_ending).is_file() for prediction in predictions.values()):
+            found.missing_probabilities.append(
+                Missing(f"{name} has no probabilities in {folder}.", _predict_command(folder, trained, folds))
+            )
+    return found
+
+
+def _trained_model(folder: Path) -> tuple[ModelName | None, tuple[int, ...]]:
+    parts = folder.resolve().name.split("__")
+    if len(parts) != 3 or not (folder / _PLANS_JSON).is_file():
+        return None, ()
+    folds = sorted(int(path.name[5:]) for path in folder.glob("fold_*") if path.name[5:].isdigit())
+    return ModelName(*parts), tuple(folds)
+
+
+def _predict_command(folder: Path, trained: Path | None, folds: Sequence[int]) -> tuple[str, ...]:
+    """What predicts the folder again with probabilities, as far as it can be known."""
+    images = "IMAGES"
+    try:
+        written = json.loads((folder / "predict_from_raw_data_args.json").read_text(encoding="utf-8"))
+        if isinstance(written["list_of_lists_or_source_folder"], str):
+            images = written["list_of_lists_or_source_folder"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    command: tuple[str, ...] = ("nnUNetv2_predict_from_modelfolder", "-i", images, "-o", str(folder))
+    command += ("-m", "MODEL_FOLDER" if trained is None else str(trained))
+    if folds:
+        command += ("-f", *map(str, folds))
+    return (*command, "--save_probabilities")
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def same_cases(
+    models: Sequence[Model], references: Sequence[str], *, intersection: bool
+) -> tuple[list[str], list[str]]:
+    """The cases that all models are compared on.
+
+    Args:
+        models: The models.
+        references: Ids of all cases with a reference.
+        intersection: Whether to compare on the common cases where models have different ones.
+
+    Returns:
+        The case ids, sorted, and a message for every fault.
+    """
+    faults: list[str] = []
+    everywhere = set.intersection(*(set(model.predictions) for model in models)) if models else set()
+    for model in models:
+        extra = sorted(set(model.predictions) - everywhere)
+        if extra and not intersection:
+            without = [other.name for other in models if any(case not in other.predictions for case in extra)]
+            faults.append(
+                f"{model.name} has predictions of {some(extra)}, {', '.join(without)} not. A comparison needs the same "
+                f"cases; make the missing predictions, or compare on the common cases with --intersection."
+            )
+        folds = {model.predictions[case].fold for case in extra} - {None}
+        if extra and folds and not intersection:
+            faults.append(
+                f"Folds {', '.join(map(str, sorted(f for f in folds if f is not None)))} of {model.name} held other "
+                f"cases out than those of the other models: they were trained on different splits."
+            )
+    without_reference = sorted(everywhere - set(references))
+    if without_reference:
+        faults.append(f"There is no reference segmentation for {some(without_reference)}; expected one for every case.")
+    if models and not everywhere:
+        faults.append("The models have no case in common.")
+    return sorted(everywhere), faults
+
+
+def _predictions(folder: Path, file_ending: str, fold: int | None) -> dict[str, Prediction]:
+    files = (path for path in sorted(folder.iterdir()) if path.name.endswith(file_ending) and path.is_file())
+    cases = {path.name.removesuffix(file_ending): path for path in files if not path.name.startswith(".")}
+    return {case_id: Prediction(case_id, path, fold) for case_id, path in cases.items()}
+
+
+def _sorted(predictions: Mapping[str, Prediction]) -> dict[str, Prediction]:
+    return dict(sorted(predictions.items()))
+
+
+def _file_ending(folder: Path, faults: list[str]) -> str | None:
+    try:
+        return str(read_json(folder / _DATASET_JSON)["file_ending"])
+    except (OSError, ValueError, KeyError) as error:
+        faults.append(f"{folder / _DATASET_JSON} cannot be read ({error}); expected the data set's dataset.json there.")
+        return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's content.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no JSON object.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def iterate_missing(found: Found, *, probabilities: bool) -> Iterator[Missing]:
+    """All that commands have to make before the comparison, each command once."""
+    seen: set[tuple[str, ...]] = set()
+    for missing in (*found.missing, *(found.missing_probabilities if probabilities else ())):
+        if missing.command not in seen:
+            seen.add(missing.command)
+            yield missing

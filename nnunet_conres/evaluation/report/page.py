@@ -1,0 +1,156 @@
+"""Builds the page of the report from a comparison and the volumes of some of its cases."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any, Final
+
+from nnunet_conres.evaluation.report import sections
+from nnunet_conres.evaluation.report.cases import CaseVolumes, pack_case
+from nnunet_conres.evaluation.report.sections import asset
+from nnunet_conres.evaluation.report.text import escape, script_data
+
+_FORMAT: Final = 1
+
+# What the page cannot do without.
+_DICTIONARIES: Final = ("dataset", "summary")
+_LISTS: Final = ("regions", "metrics", "models", "comparisons", "conclusions", "warnings", "cases", "disagreements")
+
+
+def write_report(
+    comparison: Mapping[str, Any],
+    case_volumes: Iterable[CaseVolumes],
+    path: str | Path,
+    *,
+    slices_per_case: int = 64,
+) -> Path:
+    """Write a comparison of models as one HTML file.
+
+    Args:
+        comparison: The content of report.json, format 1. Any number in it may be None, and NaN and infinities are
+            taken for None.
+        case_volumes: Cases to look at slice by slice, in the order to show them in. They are taken one by one, so that
+            a generator keeps one in memory only.
+        path: The file to write, replaced if it exists; its folder is created if need be.
+        slices_per_case: How many slices of a case to embed at most. From cases with more, some are left out at even
+            distances, and the page says which are there.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: The comparison lacks something or contradicts itself, or volumes do not fit each other or the
+            comparison. Nothing is written then.
+    """
+    path = Path(path)
+    if faults := list(_faults(comparison)):
+        raise ValueError("\n".join(["The comparison cannot be shown:", *faults]))
+    if slices_per_case < 1:
+        raise ValueError(f"slices_per_case is {slices_per_case}; expected 1 or more.")
+    volumes = _packed(comparison, case_volumes, slices_per_case)
+    page = _page(comparison, volumes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.new")
+    partial.write_text(page, encoding="utf-8", newline="\n")
+    partial.replace(path)
+    return path
+
+
+def _faults(comparison: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that keeps a comparison from being shown."""
+    if comparison.get("format") != _FORMAT:
+        yield f"'format' is {comparison.get('format')!r}; expected {_FORMAT}."
+    wrong = {key: "a dictionary" for key in _DICTIONARIES if not isinstance(comparison.get(key), Mapping)}
+    wrong |= {key: "a list" for key in _LISTS if not isinstance(comparison.get(key), list | tuple)}
+    yield from (f"{key!r} is {type(comparison.get(key)).__name__}; expected {kind}." for key, kind in wrong.items())
+    if wrong:
+        return
+    for name in ("regions", "metrics", "models", "cases"):
+        if not comparison[name]:
+            yield f"{name!r} is empty; expected one or more."
+    for name, needed in (
+        ("metrics", {"key", "name", "decimals"}),
+        ("models", {"key", "name"}),
+        ("cases", {"id", "scores"}),
+        ("comparisons", {"model", "region", "metric"}),
+        ("disagreements", {"id"}),
+    ):
+        for place, entry in enumerate(comparison[name]):
+            if missing := sorted(needed - set(entry)):
+                yield f"{name}[{place}] has no {', '.join(missing)}."
+    for name, key in (("metrics", "key"), ("models", "key"), ("cases", "id")):
+        keys = [entry.get(key) for entry in comparison[name]]
+        for twice in sorted({str(found) for found in keys if keys.count(found) > 1}):
+            yield f"{name!r} has {twice!r} more than once; expected names of their own."
+    baselines = sum(bool(model.get("baseline")) for model in comparison["models"])
+    if baselines > 1:
+        yield f"{baselines} models are the baseline; expected one at most."
+
+
+def _packed(comparison: Mapping[str, Any], case_volumes: Iterable[CaseVolumes], number: int) -> list[dict[str, Any]]:
+    """The cases for the viewer, checked and packed one by one."""
+    cases = {case["id"] for case in comparison["cases"]}
+    models = {model["key"] for model in comparison["models"]}
+    packed: list[dict[str, Any]] = []
+    faults = []
+    for volumes in case_volumes:
+        found = volumes.faults()
+        if volumes.case_id not in cases:
+            found.append(f"{volumes.case_id} has volumes, but is none of the comparison's cases.")
+        if unknown := sorted(set(volumes.predictions) - models):
+            found.append(f"{volumes.case_id} has predictions of {', '.join(unknown)}, which are none of its models.")
+        if any(case["id"] == volumes.case_id for case in packed):
+            found.append(f"{volumes.case_id} has volumes more than once.")
+        faults += found
+        if not faults:
+            packed.append(pack_case(volumes, number))
+    if faults:
+        raise ValueError("\n".join(["The cases cannot be shown:", *faults]))
+    return packed
+
+
+def _page(comparison: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -> str:
+    style, script, page = (asset(name) for name in ("report.css", "report.js", "page.html"))
+    parts = [
+        ("summary", "Summary", "Summary", sections.summary(comparison)),
+        ("costs", "Costs", "Costs", sections.costs(comparison)),
+        ("scores", "Scores", "Scores by region", sections.distributions(comparison)),
+        ("differences", "Differences", "Paired differences", sections.differences(comparison)),
+        ("training", "Training", "Training", sections.training(comparison)),
+        ("disagreements", "Disagreements", "Largest disagreements", sections.viewer(comparison, volumes)),
+        ("cases", "Cases", "All cases", sections.cases(comparison)),
+        ("about", "Reading", "How to read this", sections.about(comparison)),
+    ]
+    shown = [part for part in parts if part[-1]]
+    body = "".join(
+        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>{content}</section>'
+        for key, _, title, content in shown
+    )
+    links = "".join(f'<a href="#{key}">{link}</a>' for key, link, _, _ in shown)
+    data = f'<script type="application/json" id="data">{script_data(sections.data(comparison))}</script>' + "".join(
+        f'<script type="application/json" class="volumes">{script_data(case)}</script>' for case in volumes
+    )
+    # No script but the page's own is run, and nothing at all is fetched: pictures are in the page.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return Template(page).substitute(
+        policy=policy,
+        title=escape(sections.title(comparison)),
+        style=style,
+        heading=escape(sections.title(comparison)),
+        what=sections.what(comparison),
+        warnings=sections.warnings(comparison),
+        links=links,
+        metrics=sections.metric_choice(comparison),
+        body=body,
+        footer=sections.footer(comparison),
+        data=data,
+        script=script,
+    )

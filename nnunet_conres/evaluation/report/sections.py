@@ -1,0 +1,478 @@
+"""The sections of the report's page, as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from string import Template
+from typing import Any, Final
+
+from nnunet_conres.evaluation.report.charts import (
+    Line,
+    Row,
+    colour_of,
+    curve_chart,
+    difference_chart,
+    distribution_chart,
+    summary_note,
+)
+from nnunet_conres.evaluation.report.tables import (
+    MEAN,
+    badge,
+    cost_table,
+    difference_table,
+    direction,
+    metric_title,
+    model_name,
+    model_table,
+    region_name,
+    summary_table,
+)
+from nnunet_conres.evaluation.report.text import (
+    breakable,
+    escape,
+    is_number,
+    letter,
+    plain_number,
+    readable,
+    shortened,
+)
+
+# Of curves, by what follows "train_" or "val_".
+_CURVE_TITLES: Final = {
+    "losses": "Loss",
+    "segmentation": "Segmentation loss",
+    "residual": "Residual loss",
+    "ema_fg_dice": "Pseudo Dice, moving average",
+    "mean_fg_dice": "Pseudo Dice",
+}
+
+
+# Of a loss that is the sum of two.
+_PARTS: Final = frozenset({"segmentation", "residual"})
+
+
+def asset(name: str) -> str:
+    """A file that is part of the page and lies beside this module."""
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def title(comparison: Mapping[str, Any]) -> str:
+    """What the page is called, as plain text."""
+    name = comparison["dataset"].get("name") or "comparison"
+    singles = [model["name"] for model in comparison["models"] if not model.get("members")]
+    if len(singles) == 2:
+        return f"{name}: {singles[1]} against {singles[0]}"
+    return f"{name}: {singles[0] if len(singles) == 1 else f'{len(singles)} models compared'}"
+
+
+def what(comparison: Mapping[str, Any]) -> str:
+    """What was compared."""
+    dataset = comparison["dataset"]
+    number = dataset.get("number_of_cases")
+    number = number if is_number(number) else len(comparison["cases"])
+    cases = f"{number} case{'' if number == 1 else 's'}"
+    folds = ", ".join(escape(fold) for fold in dataset.get("folds") or ())
+    if dataset.get("kind") == "cross-validation":
+        said = f"Cross-validation: the {cases} that fold{'s' if ',' in folds else ''} {folds} held out"
+        what = said if folds else f"Cross-validation: {cases}"
+    else:
+        what = f"Test set: {cases}"
+    reference = (
+        f", against the reference in <code>{escape(dataset['reference'])}</code>" if dataset.get("reference") else ""
+    )
+    return f'<p class="lead">{what}{reference}.</p>{model_table(comparison)}'
+
+
+def warnings(comparison: Mapping[str, Any]) -> str:
+    """What the reader has to mind; empty if there is nothing."""
+    if not comparison["warnings"]:
+        return ""
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in comparison["warnings"])
+    return (
+        '<section class="warnings" aria-labelledby="warnings-title"><h2 id="warnings-title">Warnings</h2>'
+        f"<ul>{items}</ul></section>"
+    )
+
+
+def _regions(comparison: Mapping[str, Any]) -> list[str]:
+    """Regions to show, and their mean where there is one of several."""
+    regions = [str(region) for region in comparison["regions"]]
+    has_mean = any(MEAN in (scores or {}) for case in comparison["cases"] for scores in case["scores"].values())
+    return [*regions, MEAN] if has_mean and len(regions) > 1 else regions
+
+
+def _overall(comparison: Mapping[str, Any]) -> str:
+    """The region that stands for a case as a whole."""
+    return _regions(comparison)[-1]
+
+
+def metric_choice(comparison: Mapping[str, Any]) -> str:
+    """The choice of the metric that the page shows."""
+    options = "".join(
+        f'<option value="{escape(metric["key"])}">{metric_title(metric)}</option>' for metric in comparison["metrics"]
+    )
+    return f'<label for="metric">Metric</label> <select id="metric">{options}</select>'
+
+
+def _by_metric(comparison: Mapping[str, Any], content: Mapping[str, str]) -> str:
+    """A part per metric, of which the page shows one at a time; all of them without its script."""
+    return "".join(
+        f'<div data-metric="{escape(metric["key"])}">{content[metric["key"]]}</div>'
+        for metric in comparison["metrics"]
+        if content.get(metric["key"])
+    )
+
+
+def summary(comparison: Mapping[str, Any]) -> str:
+    """Mean scores per model, and what may be concluded from them."""
+    regions = _regions(comparison)
+    several = len(comparison["models"]) > 1
+    bold = (
+        "Bold: the best, where it differs significantly from the baseline (or, if the baseline is best, all others "
+        'from it). <span class="mark">\N{BLACK UP-POINTING TRIANGLE}\N{BLACK DOWN-POINTING TRIANGLE}</span> '
+        "significantly better or worse than the baseline."
+        if several
+        else ""
+    )
+    tables = {
+        metric["key"]: summary_table(
+            comparison,
+            [(region_name(region), region, metric) for region in regions],
+            f"{metric_title(metric)}: mean over the cases, with its 95 % interval <small>{direction(metric)}</small>",
+            f"{metric['name']} of every model and region",
+        )
+        for metric in comparison["metrics"]
+    }
+    overall = _overall(comparison)
+    glance = summary_table(
+        comparison,
+        [(metric_title(metric), overall, metric) for metric in comparison["metrics"]],
+        f"{_capital(region_name(overall))}: mean over the cases, with its 95 % interval",
+        "All metrics at a glance",
+    )
+    conclusions = "".join(f"<li>{escape(sentence)}</li>" for sentence in comparison["conclusions"])
+    concluded = f'<h3>What may be concluded</h3><ul class="conclusions">{conclusions}</ul>' if conclusions else ""
+    note = f'<p class="note">{bold}</p>' if bold else ""
+    return f"{_by_metric(comparison, tables)}{note}{concluded}<h3>All metrics at a glance</h3>{glance}"
+
+
+def costs(comparison: Mapping[str, Any]) -> str:
+    """What each model costs; empty if nothing is known of it."""
+    if not any(model.get("cost") for model in comparison["models"]):
+        return ""
+    return (
+        cost_table(comparison)
+        + '<p class="note">GFLOP are those of all convolutions, once forward, for a patch. Of an ensemble, what its '
+        "members cost together, as far as it is known. Times compare only "
+        "where device and precision are the same.</p>"
+    )
+
+
+def _values(comparison: Mapping[str, Any], model: str, region: str, metric: str) -> list[float | None]:
+    """A model's score in every case; None where there is none."""
+    values = []
+    for case in comparison["cases"]:
+        value = ((case["scores"].get(model) or {}).get(region) or {}).get(metric)
+        values.append(value if is_number(value) else None)
+    return values
+
+
+def _charts(title: str, charts: Mapping[str, str]) -> str:
+    """Charts side by side, each below its region's name."""
+    figures = "".join(
+        f"<figure><figcaption>{region_name(region)}</figcaption>{chart}</figure>" for region, chart in charts.items()
+    )
+    return f'<h3>{title}</h3><div class="charts">{figures}</div>'
+
+
+def distributions(comparison: Mapping[str, Any]) -> str:
+    """Every case's score, per metric, region and model."""
+    parts = {}
+    for metric in comparison["metrics"]:
+        charts = {}
+        for region in _regions(comparison):
+            rows = []
+            for index, model in enumerate(comparison["models"]):
+                found = _values(comparison, model["key"], region, metric["key"])
+                values = [value for value in found if value is not None]
+                rows.append(Row(index, model["name"], values, summary_note(values, metric["decimals"])))
+            charts[region] = distribution_chart(
+                rows, axis=_axis(metric), title=f"{metric['name']} of every case, {readable(region)}, per model"
+            )
+        said = f" {escape(metric['description'])}" if metric.get("description") else ""
+        parts[metric["key"]] = (
+            _charts(f"{metric_title(metric)}, {direction(metric)}", charts)
+            + f'<p class="note">{said} A point is a case. Boxes, from five cases on: quartiles and median; whiskers: '
+            "the farthest cases within 1.5 times the box. Each region has a scale of its own.</p>"
+        )
+    return _by_metric(comparison, parts)
+
+
+def _axis(metric: Mapping[str, Any]) -> str:
+    return metric["name"] + (f" ({metric['unit']})" if metric.get("unit") else "")
+
+
+def _baseline(comparison: Mapping[str, Any]) -> int:
+    return next((index for index, model in enumerate(comparison["models"]) if model.get("baseline")), 0)
+
+
+def differences(comparison: Mapping[str, Any]) -> str:
+    """Every case's difference to the baseline, and the paired statistics; empty if there is one model only."""
+    models = comparison["models"]
+    if len(models) < 2:
+        return ""
+    base = _baseline(comparison)
+    statistics = {(row["model"], row["region"], row["metric"]): row for row in comparison["comparisons"]}
+    parts = {}
+    for metric in comparison["metrics"]:
+        if not metric.get("better"):
+            parts[metric["key"]] = (
+                f'<p class="note">{metric_title(metric)} describes the cases: neither high nor low values are better, '
+                "so there is nothing to compare.</p>"
+            )
+            continue
+        zero = metric["better"] == "zero"
+        charts = {}
+        for region in _regions(comparison):
+            of_baseline = _values(comparison, models[base]["key"], region, metric["key"])
+            rows = []
+            for index, model in enumerate(models):
+                if index == base:
+                    continue
+                pairs = [
+                    (abs(own) - abs(other) if zero else own - other, case["id"])
+                    for own, other, case in zip(
+                        _values(comparison, model["key"], region, metric["key"]),
+                        of_baseline,
+                        comparison["cases"],
+                        strict=True,
+                    )
+                    if own is not None and other is not None
+                ]
+                row = statistics.get((model["key"], region, metric["key"]), {})
+                rows.append(
+                    Row(
+                        index,
+                        model["name"],
+                        [difference for difference, _ in pairs],
+                        _extremes(pairs, metric["decimals"]),
+                        row.get("mean_difference"),
+                        row.get("low"),
+                        row.get("high"),
+                    )
+                )
+            name = f"absolute {metric['name'][0].lower()}{metric['name'][1:]}" if zero else metric["name"]
+            unit = f" ({metric['unit']})" if metric.get("unit") else ""
+            charts[region] = difference_chart(
+                rows,
+                axis=f"difference of {name}{unit}",
+                better="higher" if metric["better"] == "higher" else "lower",
+                title=f"Difference of {name} to the baseline in every case, {readable(region)}, per model",
+            )
+        parts[metric["key"]] = (
+            _charts(f"{metric_title(metric)}: every case's difference to the baseline", charts)
+            + '<p class="note">A point is a case: the model less the baseline'
+            + (", sizes without their signs" if zero else "")
+            + ". Upright bar: median. Below, round: the mean, with its 95 % interval.</p>"
+            + difference_table(comparison, metric)
+        )
+    return _by_metric(comparison, parts)
+
+
+def _extremes(pairs: Sequence[tuple[float, str]], decimals: int) -> str:
+    """The cases at both ends, by name."""
+    if not pairs:
+        return "no case with both values"
+    low, high = min(pairs), max(pairs)
+    ends = [(high, "highest")] if low == high else [(low, "lowest"), (high, "highest")]
+    return ", ".join(
+        f"{word} {plain_number(value, decimals, signed=True)} in {shortened(str(case), 15)}"
+        for (value, case), word in ends
+    )
+
+
+def training(comparison: Mapping[str, Any]) -> str:
+    """The curves that training logged, of all models on the same axes; empty if there are none."""
+    panels: dict[str, list[Line]] = {}
+    logged = []
+    has_parts = False
+    for index, curves in _curves(comparison):
+        logged.append(index)
+        has_parts = has_parts or not _PARTS.isdisjoint(_panel_of(key) for key in curves["series"])
+        for name, dashed, values in _comparable(curves["series"]):
+            epochs = curves.get("epochs") or list(range(len(values)))
+            panels.setdefault(name, []).append(Line(index, epochs, values, dashed))
+    if not has_parts:
+        panels.pop("segmentation", None)
+    if not panels:
+        return ""
+    order = list(_CURVE_TITLES)
+    charts = []
+    for name in sorted(panels, key=lambda name: order.index(name) if name in order else len(order)):
+        title = _CURVE_TITLES.get(name) or _capital(readable(name))
+        charts.append(f"<figure>{curve_chart(panels[name], axis=title, title=f'{title} over the epochs')}</figure>")
+    keys = "".join(f"<li>{model_name(index, comparison['models'][index])}</li>" for index in dict.fromkeys(logged))
+    missing = [
+        escape(model["name"])
+        for index, model in enumerate(comparison["models"])
+        if index not in logged and not model.get("members")
+    ]
+    without = f" No training log of {', '.join(missing)}." if missing else ""
+    return (
+        f'<ul class="legend">{keys}<li><span class="line"></span> training loss, and Dice</li>'
+        '<li><span class="line dashed"></span> validation loss</li></ul>'
+        f'<div class="charts many">{"".join(charts)}</div>'
+        '<p class="note">Several lines of one colour are folds. Losses compare only between models that minimise the '
+        "same one; without a residual loss, the segmentation loss is the whole. Dice is what nnU-Net logs while "
+        "training: of validation patches, not of whole cases."
+        f"{without}</p>"
+    )
+
+
+def _curves(comparison: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The logs there are: the model's place, and the log of a fold."""
+    for index, model in enumerate(comparison["models"]):
+        for curves in (model.get("curves") or {}).values():
+            if curves and curves.get("series"):
+                yield index, curves
+
+
+def _comparable(series: Mapping[str, Sequence[float | None]]) -> Iterator[tuple[str, bool, Sequence[float | None]]]:
+    """A log's curves to show: what it is, whether of validation, and values.
+
+    Left out is the Dice that the moving average follows. Where a loss has no parts, it is a segmentation loss as well.
+    """
+    has_parts = not _PARTS.isdisjoint(_panel_of(key) for key in series)
+    for key, values in series.items():
+        if not any(is_number(value) for value in values or ()) or (key == "mean_fg_dice" and "ema_fg_dice" in series):
+            continue
+        dashed = key.startswith("val_")
+        yield _panel_of(key), dashed, values
+        if _panel_of(key) == "losses" and not has_parts:
+            yield "segmentation", dashed, values
+
+
+def _panel_of(key: str) -> str:
+    """What a curve of a log is, the same for training and validation."""
+    name = key.removeprefix("train_").removeprefix("val_")
+    return name.removesuffix("_losses")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def viewer(comparison: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -> str:
+    """The cases to look at, and those of which there are no pictures; empty if there are neither."""
+    reasons = {entry["id"]: entry.get("reason") or "" for entry in comparison["disagreements"]}
+    embedded = {case["id"] for case in volumes}
+    without = "".join(
+        f"<li>{escape(case)}{f': {escape(reason)}' if reason else ''}</li>"
+        for case, reason in reasons.items()
+        if case not in embedded
+    )
+    listed = f"<p>Without pictures in this file:</p><ul>{without}</ul>" if without else ""
+    if not volumes:
+        return listed
+    options = "".join(f'<option value="{place}">{escape(case["id"])}</option>' for place, case in enumerate(volumes))
+    outlines = "".join(
+        f'<label class="toggle outline"><input type="checkbox" data-outline="{index}"> '
+        f'<svg class="dash" viewBox="0 0 34 10" aria-hidden="true"><path d="M1 5H33" data-dash="{index}" '
+        f'style="stroke: var(--image-{colour_of(index)[6:-1]})"/></svg> '
+        f"{badge(index)} <span>{breakable(model['name'])}</span></label>"
+        for index, model in enumerate(comparison["models"])
+    )
+    residuals = "".join(
+        f'<option value="{escape(model["key"])}">of {letter(index)}, {escape(model["name"])}</option>'
+        for index, model in enumerate(comparison["models"])
+    )
+    return Template(asset("viewer.html")).substitute(
+        options=options, outlines=outlines, residuals=residuals, listed=listed
+    )
+
+
+def cases(comparison: Mapping[str, Any]) -> str:
+    """The table of all cases, which the page's script fills."""
+    regions = _regions(comparison)
+    options = "".join(
+        f'<option value="{escape(region)}"{" selected" if region == regions[-1] else ""}>{region_name(region)}</option>'
+        for region in regions
+    )
+    return (
+        "<noscript><p>This table and the pictures need the page's script; all numbers are in cases.csv.</p></noscript>"
+        f'<div class="controls scripted"><label for="case-region">Region</label> <select id="case-region">{options}'
+        '</select> <label for="case-search">Find</label> <input id="case-search" type="search" placeholder="case" '
+        'autocomplete="off"> <output id="case-count" for="case-search"></output></div>'
+        '<div class="scroll tall" tabindex="0" role="region" aria-label="All cases"><table id="case-table">'
+        "<caption></caption><thead></thead><tbody></tbody></table></div>"
+        '<p class="note scripted">A heading\'s button sorts by its column, a second time the other way round; cases '
+        "without a value come last. A case's button shows its pictures.</p>"
+    )
+
+
+def about(comparison: Mapping[str, Any]) -> str:
+    """How to read tables and charts."""
+    metrics = "".join(
+        f"<dt>{metric_title(metric)}</dt><dd>{escape(metric.get('description') or '')} "
+        f"<span class='muted'>{_capital(direction(metric))}.</span></dd>"
+        for metric in comparison["metrics"]
+    )
+    return (
+        f"<dl>{metrics}</dl>"
+        "<p>A dash (\N{EN DASH}) stands where a value is not defined, such as a distance between surfaces of which one "
+        "is missing, or was not recorded. Such cases are left out of means and of comparisons, which is why numbers of "
+        "cases can differ.</p>"
+        "<p>Intervals are 95 % bootstrap intervals of the mean. Models are compared with the baseline case by case: p "
+        "is of the two-sided Wilcoxon signed-rank test, <q>p (Holm)</q> corrects for the number of comparisons, and "
+        "below 0.05 a difference counts as significant. The effect size is the matched-pairs rank-biserial "
+        "correlation: 1 where the model is better in every case, \N{MINUS SIGN}1 where it is worse in every case.</p>"
+    )
+
+
+def footer(comparison: Mapping[str, Any]) -> str:
+    """When the page was made, and with what."""
+    parts = [f"Made {escape(comparison['created'])}" if comparison.get("created") else "Made"]
+    named = (("nnunet_conres", "nnunet-conres"), ("nnunetv2", "nnU-Net"))
+    versions = [f"{name} {escape(comparison[key])}" for key, name in named if comparison.get(key)]
+    return " with ".join(filter(None, [*parts, " and ".join(versions)]))
+
+
+def data(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page's script reads; the scores by metric, region and model, a list over the cases each."""
+    models = comparison["models"]
+    base = _baseline(comparison)
+    return {
+        "metrics": [
+            {
+                "key": metric["key"],
+                "name": _axis(metric),
+                "better": metric.get("better"),
+                "decimals": metric["decimals"],
+            }
+            for metric in comparison["metrics"]
+        ],
+        "models": [
+            {"key": model["key"], "name": model["name"], "letter": letter(index), "baseline": index == base}
+            for index, model in enumerate(models)
+        ],
+        "regions": [
+            {"key": region, "name": "mean of regions" if region == MEAN else readable(region)}
+            for region in _regions(comparison)
+        ],
+        "cases": [{"id": str(case["id"]), "fold": case.get("fold")} for case in comparison["cases"]],
+        "scores": {
+            metric["key"]: {
+                region: {
+                    model["key"]: [
+                        None if value is None else float(f"{value:.7g}")
+                        for value in _values(comparison, model["key"], region, metric["key"])
+                    ]
+                    for model in models
+                }
+                for region in _regions(comparison)
+            }
+            for metric in comparison["metrics"]
+        },
+        "reasons": {str(entry["id"]): entry.get("reason") or "" for entry in comparison["disagreements"]},
+    }

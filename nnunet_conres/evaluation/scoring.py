@@ -1,0 +1,356 @@
+"""Scores of predicted label files against their references, over many cases and models, kept from run to run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_conres import __version__
+from nnunet_conres.datasets.nifti import READ_ERRORS, is_nifti, read_header, read_nifti
+from nnunet_conres.datasets.raw import map_cases, read_to_the_end, short_message, some
+from nnunet_conres.evaluation.metrics import METRIC_VERSION, METRICS, MetricOptions, measure
+
+# The mean over the labels or regions of a case stands beside them under this name.
+MEAN: Final = "mean"
+
+# By region, then by metric's key.
+CaseScores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """A prediction to score.
+
+    Attributes:
+        model: Name of the model that made it.
+        case_id: The case.
+        reference: File of the true labels.
+        prediction: File of the predicted labels.
+    """
+
+    model: str
+    case_id: str
+    reference: Path
+    prediction: Path
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of all cases.
+
+    Attributes:
+        values: Of every metric, by model, case, label or region, and metric's key; NaN where there is none. Two or
+            more regions are followed by their mean, called "mean", of volume errors without their sign.
+        options: The conventions they were taken with.
+        cached: How many predictions were scored before.
+    """
+
+    values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
+    options: MetricOptions
+    cached: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The scores for programs; NaN becomes None."""
+        return {
+            "options": self.options.as_json(),
+            "metrics": [metric.as_json() for metric in METRICS.values()],
+            "values": {
+                model: {case: _without_nan(scores) for case, scores in cases.items()}
+                for model, cases in self.values.items()
+            },
+        }
+
+
+def score_cases(
+    jobs: Sequence[ScoringJob],
+    dataset_json: Mapping[str, Any],
+    *,
+    options: MetricOptions | None = None,
+    cache_folder: str | Path | None = None,
+    processes: int = 1,
+    progress: bool = True,
+) -> Scores:
+    """Score predictions, each label or region of dataset.json by all metrics.
+
+    Args:
+        jobs: The predictions; no two of the same model and case.
+        dataset_json: Content of the data set's dataset.json: its labels or regions, its ignore label, and how nnU-Net
+            reads its files.
+        options: Conventions; BraTS's by default.
+        cache_folder: Keeps the scores of every pair of files, by the content of both, and is created if need be: who
+            starts again after a stop, or with one more model, waits for what is new only. None to keep nothing.
+        processes: Files scored at once.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        The scores, models and cases in the order of the jobs, regions in that of dataset.json.
+
+    Raises:
+        ValueError: Files are missing, cannot be read, do not fit each other or hold labels that dataset.json does not
+            name; all faults are listed together, missing files before any is read.
+    """
+    options = options or MetricOptions()
+    faults = _job_faults(jobs)
+    if processes < 1:
+        faults.append(f"processes is {processes}; expected 1 or more.")
+    scheme = _scheme(dataset_json)
+    if MEAN in scheme.regions:
+        faults.append(f"A label is called {MEAN!r}, as the mean over all labels is; give it another name.")
+    if faults:
+        raise ValueError("\n".join(faults))
+    cache = None if cache_folder is None else Path(cache_folder)
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+    reader = _reader_class(dataset_json, [job.reference for job in jobs])
+
+    tasks = [_Task(job, scheme, options, reader, cache) for job in jobs]
+    values: dict[str, dict[str, CaseScores]] = {}
+    cached = 0
+    for job, outcome in zip(jobs, map_cases(_score, tasks, processes, "Scoring", progress), strict=True):
+        faults += outcome.faults
+        cached += outcome.cached
+        values.setdefault(job.model, {})[job.case_id] = outcome.scores
+    if faults:
+        # A reference that is at fault is so for every model.
+        raise ValueError("\n".join(dict.fromkeys(faults)))
+    return Scores(values, options, cached)
+
+
+# --- what is scored -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """Labels of a data set.
+
+    Attributes:
+        regions: Label values of every label or region, by name.
+        allowed: All label values that dataset.json names, but the ignore label.
+        ignore: The ignore label, if there is one.
+    """
+
+    regions: Mapping[str, tuple[int, ...]]
+    allowed: tuple[int, ...]
+    ignore: int | None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a process needs to score a prediction."""
+
+    job: ScoringJob
+    scheme: _Scheme
+    options: MetricOptions
+    reader: type
+    cache: Path | None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Scores of a prediction, or what stood in the way."""
+
+    scores: CaseScores
+    cached: bool = False
+    faults: tuple[str, ...] = ()
+
+
+def _job_faults(jobs: Sequence[ScoringJob]) -> list[str]:
+    faults = [] if jobs else ["There is no prediction to score; expected one or more."]
+    seen = set()
+    for job in jobs:
+        if (job.model, job.case_id) in seen:
+            faults.append(f"{job.prediction} is one prediction too many of case {job.case_id} by {job.model}.")
+        seen.add((job.model, job.case_id))
+    missing = dict.fromkeys(path for job in jobs for path in (job.reference, job.prediction) if not path.is_file())
+    return faults + [f"{path} does not exist; expected a label file." for path in missing]
+
+
+def _scheme(dataset_json: Mapping[str, Any]) -> _Scheme:
+    try:
+        named = {
+            str(name): tuple(int(value) for value in (values if isinstance(values, (list, tuple)) else (values,)))
+            for name, values in dataset_json["labels"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"The dataset.json has no usable labels ({error!r}); expected that of an nnU-Net data set."
+        ) from error
+    if "file_ending" not in dataset_json:
+        raise ValueError("The dataset.json has no file_ending; expected that of an nnU-Net data set.")
+    ignore = named.pop("ignore", (None,))[0]
+    allowed = {0, *(value for values in named.values() for value in values)}
+    regions = {name: values for name, values in named.items() if name != "background"}
+    if not regions:
+        raise ValueError("The dataset.json names no label beside background and ignore; expected one or more.")
+    return _Scheme(regions, tuple(sorted(allowed)), ignore)
+
+
+def _reader_class(dataset_json: Mapping[str, Any], files: Sequence[Path]) -> type:
+    """nnU-Net's reader for label files, chosen as nnU-Net's evaluation does."""
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+    for path in dict.fromkeys(files):
+        # What nnU-Net prints about classes that do not fit looks like an error.
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(RuntimeError):
+            return determine_reader_writer_from_dataset_json(dict(dataset_json), str(path), verbose=False)
+    names = some([str(path) for path in dict.fromkeys(files)])
+    raise ValueError(f"None of nnU-Net's readers can read {names}; expected label files of its formats.")
+
+
+# --- one prediction -------------------------------------------------------------------------------------------------
+
+
+def _score(task: _Task) -> _Outcome:
+    entry = None if task.cache is None else task.cache / f"{_content_key(task)}.json"
+    if entry is not None:
+        kept = _read_entry(entry, task.scheme)
+        if kept is not None:
+            return _Outcome(_with_mean(kept), cached=True)
+    read = _read_pair(task)
+    if isinstance(read, list):
+        return _Outcome({}, faults=tuple(read))
+    reference, prediction, spacing = read
+    ignored = None if task.scheme.ignore is None else reference == task.scheme.ignore
+    scores = {
+        name: measure(np.isin(reference, values), np.isin(prediction, values), spacing, task.options, ignored=ignored)
+        for name, values in task.scheme.regions.items()
+    }
+    if entry is not None:
+        _write_entry(entry, task, scores)
+    return _Outcome(_with_mean(scores))
+
+
+def _read_pair(task: _Task) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ...]] | list[str]:
+    """Label maps and voxel size of a prediction and its reference, or what is wrong with them."""
+    reader: Any = task.reader()
+    maps, spacings, faults = [], [], []
+    ignore = () if task.scheme.ignore is None else (task.scheme.ignore,)
+    for path, more in ((task.job.reference, ignore), (task.job.prediction, ())):
+        try:
+            _check_content(path)
+            labels, properties = reader.read_seg(str(path))
+        except Exception as error:  # each of nnU-Net's readers has its own
+            faults.append(f"{path} cannot be read: {short_message(error)}.")
+            continue
+        faults += _label_faults(path, labels, (*task.scheme.allowed, *more))
+        maps.append(labels[0])
+        spacings.append(tuple(float(step) for step in properties["spacing"]))
+    if len(maps) < 2:
+        return faults
+    if maps[0].shape != maps[1].shape:
+        faults.append(
+            f"{task.job.prediction} has shape {maps[1].shape}; expected {maps[0].shape} like {task.job.reference}."
+        )
+    # As far apart as nnU-Net allows an image and its labels to be.
+    elif not np.allclose(spacings[0], spacings[1]):
+        faults.append(
+            f"{task.job.prediction} has voxels of {_lengths(spacings[1])} mm; expected {_lengths(spacings[0])} mm like "
+            f"{task.job.reference}."
+        )
+    return faults or (maps[0], maps[1], spacings[0])
+
+
+def _check_content(path: Path) -> None:
+    """Raises for what ITK reads as zeros in silence: what is missing at the end of a file, and NaN in NIfTI files."""
+    if is_nifti(path) and _is_nifti_1(path):
+        strange = read_nifti(path).not_finite()
+        if strange:
+            raise ValueError(f"voxels that are NaN or infinite: {strange}")
+    else:
+        read_to_the_end(path)
+
+
+def _is_nifti_1(path: Path) -> bool:
+    try:
+        read_header(path)
+    except READ_ERRORS:
+        return False  # NIfTI-2, or none: whether it can be read is the reader's to say
+    return True
+
+
+def _label_faults(path: Path, labels: NDArray[Any], allowed: Sequence[int]) -> list[str]:
+    if labels.shape[0] != 1:
+        return [f"{path} has {labels.shape[0]} channels; expected one."]
+    strange = labels[~np.isin(labels, allowed)]
+    if not strange.size:
+        return []
+    listed = some([f"{float(value):g}" for value in np.unique(strange)])
+    return [f"{path} has values that dataset.json does not name: {listed}; expected {', '.join(map(str, allowed))}."]
+
+
+def _lengths(spacing: Sequence[float]) -> str:
+    return " x ".join(f"{step:g}" for step in spacing)
+
+
+def _with_mean(scores: CaseScores) -> CaseScores:
+    """The scores and, of two or more regions, their mean; regions without a value are left out of it."""
+    if len(scores) < 2:
+        return scores
+    mean = {}
+    for key in METRICS:
+        # A volume too large here does not make up for one too small there.
+        known = [METRICS[key].compared(region[key]) for region in scores.values() if not math.isnan(region[key])]
+        mean[key] = math.fsum(known) / len(known) if known else math.nan
+    return {**scores, MEAN: mean}
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+def _content_key(task: _Task) -> str:
+    """Hash of all that the scores depend on."""
+    conventions = {
+        "version": __version__,
+        "metrics": METRIC_VERSION,
+        "options": task.options.as_json(),
+        "regions": [[name, list(values)] for name, values in task.scheme.regions.items()],
+        "allowed": list(task.scheme.allowed),
+        "ignore": task.scheme.ignore,
+        "reader": task.reader.__name__,
+    }
+    key = hashlib.sha256(json.dumps(conventions).encode())
+    for path in (task.job.reference, task.job.prediction):
+        # The same bytes may be read as another image under another ending.
+        key.update(path.suffix.lower().encode())
+        key.update(hashlib.sha256(path.read_bytes()).digest())
+    return key.hexdigest()
+
+
+def _read_entry(entry: Path, scheme: _Scheme) -> CaseScores | None:
+    """Scores from the cache; None if there are none, or none that make sense."""
+    try:
+        regions = json.loads(entry.read_text(encoding="utf-8"))["scores"]
+        if list(regions) != list(scheme.regions):
+            return None
+        return {
+            name: {key: math.nan if scores[key] is None else float(scores[key]) for key in METRICS}
+            for name, scores in regions.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_entry(entry: Path, task: _Task, scores: CaseScores) -> None:
+    content = {"case": task.job.case_id, "prediction": task.job.prediction.name, "scores": _without_nan(scores)}
+    # A name of this process's own: two models may have made the very same prediction.
+    partial = entry.with_name(f".{entry.stem}.{os.getpid()}.new")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(entry)
+
+
+def _without_nan(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {key: None if math.isnan(value) else value for key, value in of_region.items()}
+        for name, of_region in scores.items()
+    }

@@ -1,0 +1,487 @@
+"""Paired comparison of models with a baseline: differences, intervals, tests, and what may be concluded."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_conres.datasets.raw import some
+from nnunet_conres.evaluation.metrics import METRICS, Metric
+from nnunet_conres.evaluation.scoring import MEAN
+
+# Fewer differences than these cannot give a two-sided p below 0.05, whatever they are: 2 / 2**5 = 0.0625.
+FEWEST_FOR_TEST: Final = 6
+
+# Differences are rounded to so many decimals: what is left below is rounding of the computer, and no win or loss.
+_DECIMALS: Final = 9
+
+Conclusion = Literal["better", "worse", "none", "mixed", "equal", "untested"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval; NaN at both ends where there is none."""
+
+    low: float
+    high: float
+
+    def as_json(self) -> list[float | None]:
+        """[low, high]; NaN becomes None."""
+        return [_none_if_nan(self.low), _none_if_nan(self.high)]
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """A model's scores less the baseline's over the same cases, by one metric, for one label or region.
+
+    Differences are the model's less the baseline's, of absolute values where zero is best (volume errors).
+
+    Attributes:
+        model: The model.
+        baseline: What it is compared with.
+        region: Label or region, or "mean".
+        metric: Key of the metric.
+        count: Differences compared: one per case, or per group if groups are given.
+        left_out: Cases in which one of the two has no value.
+        model_mean: Mean of the model.
+        baseline_mean: Mean of the baseline over the same cases.
+        mean_difference: In the metric's unit.
+        mean_interval: Of the mean difference.
+        median_difference: In the metric's unit.
+        median_interval: Of the median difference.
+        p_value: Of the Wilcoxon signed-rank test, two-sided; NaN if there are too few differences.
+        p_corrected: The same after Holm's correction over all models and regions of this metric.
+        effect: Matched-pairs rank-biserial correlation, from -1 (worse in every case) to 1 (better in every case).
+        wins: In how many the model is better.
+        ties: In how many they are equal.
+        losses: In how many the model is worse.
+        confidence: Of the intervals; p_corrected is judged against 1 less this.
+        grouped: Whether the differences are those of groups.
+        conclusion: "better" or "worse"; "none" if neither can be concluded; "mixed" if test and mean contradict each
+            other; "equal" if there is no difference in any case; "untested" if there are too few.
+        sentence: What may be concluded, in plain words.
+    """
+
+    model: str
+    baseline: str
+    region: str
+    metric: str
+    count: int
+    left_out: tuple[str, ...]
+    model_mean: float
+    baseline_mean: float
+    mean_difference: float
+    mean_interval: Interval
+    median_difference: float
+    median_interval: Interval
+    p_value: float
+    p_corrected: float
+    effect: float
+    wins: int
+    ties: int
+    losses: int
+    confidence: float
+    grouped: bool
+    conclusion: Conclusion
+    sentence: str
+
+    def as_json(self) -> dict[str, Any]:
+        """All attributes; NaN becomes None."""
+        return {field.name: _json_value(getattr(self, field.name)) for field in fields(self)}
+
+
+def compare_paired(
+    values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]],
+    baseline: str,
+    *,
+    models: Sequence[str] | None = None,
+    regions: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    groups: Mapping[str, str] | None = None,
+    confidence: float = 0.95,
+    samples: int = 10000,
+    seed: int = 0,
+) -> list[PairedComparison]:
+    """Compare models with a baseline, metric by metric and region by region.
+
+    Args:
+        values: Scores by model, case, region and metric, as `Scores.values` of `score_cases`.
+        baseline: The model that the others are compared with.
+        models: Which ones; all others by default.
+        regions: Labels or regions; all of the baseline by default, "mean" among them.
+        metrics: Keys; by default all of `METRICS` of which some values are better than others.
+        groups: Group of every case, if cases are not independent, such as the patient that it is a time point of.
+            Differences are averaged within a group first, and count as one.
+        confidence: Of the intervals, and 1 less the level of the test.
+        samples: Drawings of the bootstrap.
+        seed: Of the drawings; the same for the same result, whatever else is compared.
+
+    Returns:
+        The comparisons: by metric, then region, then model.
+
+    Raises:
+        ValueError: Models were scored on different cases or regions, or a name is not among them.
+
+    Source:
+        Wilcoxon, Biometrics Bulletin 1945; Holm, Scandinavian Journal of Statistics 1979; Efron, Journal of the
+        American Statistical Association 1987 (BCa intervals); Kerby, Comprehensive Psychology 2014 (rank-biserial).
+    """
+    others = [name for name in values if name != baseline] if models is None else list(models)
+    faults = list(_name_faults(values, [baseline, *others], confidence, samples))
+    if faults:
+        raise ValueError("\n".join(faults))
+    first = next(iter(values[baseline].values()))
+    chosen_regions = list(first) if regions is None else list(regions)
+    chosen_metrics = [m.key for m in METRICS.values() if m.better != "none"] if metrics is None else list(metrics)
+    faults = list(_case_faults(values, baseline, others, chosen_regions, chosen_metrics, groups))
+    if faults:
+        raise ValueError("\n".join(faults))
+
+    comparisons = []
+    for key in chosen_metrics:
+        family = [
+            _compare(values, model, baseline, region, METRICS[key], groups, confidence, samples, seed)
+            for region in chosen_regions
+            for model in others
+        ]
+        corrected = holm([comparison.p_value for comparison in family])
+        comparisons += [
+            _conclude(replace(comparison, p_corrected=p)) for comparison, p in zip(family, corrected, strict=True)
+        ]
+    return comparisons
+
+
+# --- single steps ---------------------------------------------------------------------------------------------------
+
+
+def wilcoxon(differences: NDArray[np.float64]) -> float:
+    """Two-sided p of the Wilcoxon signed-rank test.
+
+    Args:
+        differences: Paired differences; zeros are left out, as Wilcoxon did.
+
+    Returns:
+        p: exact for up to 50 differences if no two have the same size, and for up to 13 if some have; of the normal
+        approximation beyond. 1 if all differences are zero.
+    """
+    from scipy.stats import wilcoxon as signed_rank
+
+    not_zero = differences[differences != 0]
+    if not not_zero.size:
+        return 1.0
+    return float(min(1.0, signed_rank(not_zero).pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction of the p of a family of tests.
+
+    Args:
+        p_values: One per test; NaN for a comparison that was not tested, which is none of the family.
+
+    Returns:
+        The corrected p in the same order, at most 1.
+    """
+    corrected = [math.nan] * len(p_values)
+    tested = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    highest = 0.0
+    for rank, (p, index) in enumerate(tested):
+        highest = max(highest, min(1.0, (len(tested) - rank) * p))
+        corrected[index] = highest
+    return corrected
+
+
+def rank_biserial(differences: NDArray[np.float64]) -> float:
+    """Matched-pairs rank-biserial correlation.
+
+    Args:
+        differences: Paired differences; zeros are left out.
+
+    Returns:
+        Rank sum of the positive differences less that of the negative ones, as a share of both: from -1 (all are
+        negative) to 1 (all are positive), 0 if all are zero.
+    """
+    from scipy.stats import rankdata
+
+    not_zero = differences[differences != 0]
+    if not not_zero.size:
+        return 0.0
+    ranks = rankdata(np.abs(not_zero))
+    return float((ranks * np.sign(not_zero)).sum() / ranks.sum())
+
+
+def mean_interval(
+    values: Sequence[float] | NDArray[np.float64], *, confidence: float = 0.95, samples: int = 10000, seed: int = 0
+) -> Interval:
+    """Bias-corrected and accelerated (BCa) bootstrap interval of a mean.
+
+    Args:
+        values: Independent of each other, none NaN.
+        confidence: Between 0 and 1.
+        samples: Drawings.
+        seed: Of the drawings; the same for the same result.
+
+    Returns:
+        The interval; NaN for fewer than two values, a single point if all are the same.
+    """
+    return _bootstrap(values, np.mean, "BCa", confidence, samples, seed)
+
+
+def median_interval(
+    values: Sequence[float] | NDArray[np.float64], *, confidence: float = 0.95, samples: int = 10000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap interval of a median; the acceleration that BCa needs is not defined for one.
+
+    Args:
+        values: As for `mean_interval`.
+        confidence: Between 0 and 1.
+        samples: Drawings.
+        seed: Of the drawings; the same for the same result.
+
+    Returns:
+        As `mean_interval`.
+    """
+    return _bootstrap(values, np.median, "percentile", confidence, samples, seed)
+
+
+def _bootstrap(
+    values: Sequence[float] | NDArray[np.float64],
+    statistic: Callable[..., Any],
+    method: str,
+    confidence: float,
+    samples: int,
+    seed: int,
+) -> Interval:
+    from scipy.stats import bootstrap
+
+    observed = np.asarray(values, dtype=np.float64)
+    if observed.size < 2:
+        return Interval(math.nan, math.nan)
+    if np.ptp(observed) == 0:
+        return Interval(float(observed[0]), float(observed[0]))
+    found = bootstrap(
+        (observed,),
+        statistic,
+        confidence_level=confidence,
+        n_resamples=samples,
+        # A few MB at a time.
+        batch=max(1, 1_000_000 // observed.size),
+        method=method,
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(found.low), float(found.high))
+
+
+# --- one comparison -------------------------------------------------------------------------------------------------
+
+
+def _compare(
+    values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]],
+    model: str,
+    baseline: str,
+    region: str,
+    metric: Metric,
+    groups: Mapping[str, str] | None,
+    confidence: float,
+    samples: int,
+    seed: int,
+) -> PairedComparison:
+    """All numbers of a comparison; the correction and the conclusion are still to come."""
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    left_out = []
+    for case in values[baseline]:
+        own, other = (metric.compared(values[name][case][region][metric.key]) for name in (model, baseline))
+        if math.isnan(own) or math.isnan(other):
+            left_out.append(case)
+        else:
+            pairs[case if groups is None else groups[case]].append((own, other))
+    means = np.array([np.mean(members, axis=0) for members in pairs.values()]).reshape(-1, 2)
+    differences = np.round(means[:, 0] - means[:, 1], _DECIMALS)
+    # Positive where the model is better.
+    gains = differences if metric.higher_is_better else -differences
+    none = differences.size == 0
+    enough = differences.size >= FEWEST_FOR_TEST
+    return PairedComparison(
+        model=model,
+        baseline=baseline,
+        region=region,
+        metric=metric.key,
+        count=differences.size,
+        left_out=tuple(left_out),
+        model_mean=math.nan if none else float(means[:, 0].mean()),
+        baseline_mean=math.nan if none else float(means[:, 1].mean()),
+        mean_difference=math.nan if none else float(differences.mean()),
+        mean_interval=mean_interval(differences, confidence=confidence, samples=samples, seed=seed),
+        median_difference=math.nan if none else float(np.median(differences)),
+        median_interval=median_interval(differences, confidence=confidence, samples=samples, seed=seed),
+        p_value=wilcoxon(differences) if enough else math.nan,
+        p_corrected=math.nan,
+        effect=math.nan if none else rank_biserial(gains),
+        wins=int((gains > 0).sum()),
+        ties=int((gains == 0).sum()),
+        losses=int((gains < 0).sum()),
+        confidence=confidence,
+        grouped=groups is not None,
+        conclusion="untested",
+        sentence="",
+    )
+
+
+def _conclude(comparison: PairedComparison) -> PairedComparison:
+    conclusion = _conclusion(comparison)
+    return replace(comparison, conclusion=conclusion, sentence=_sentence(replace(comparison, conclusion=conclusion)))
+
+
+def _conclusion(comparison: PairedComparison) -> Conclusion:
+    if comparison.count and not comparison.wins and not comparison.losses:
+        return "equal"
+    if math.isnan(comparison.p_corrected):
+        return "untested"
+    if comparison.p_corrected >= 1 - comparison.confidence:
+        return "none"
+    higher_is_better = METRICS[comparison.metric].higher_is_better
+    interval = comparison.mean_interval
+    # The test weighs ranks, the mean the differences themselves: one large failure can outweigh many small gains.
+    if interval.low > 0 and (comparison.effect > 0) == higher_is_better:
+        return "better" if higher_is_better else "worse"
+    if interval.high < 0 and (comparison.effect < 0) == higher_is_better:
+        return "worse" if higher_is_better else "better"
+    return "mixed"
+
+
+def _sentence(comparison: PairedComparison) -> str:
+    metric = METRICS[comparison.metric]
+    unit = "group" if comparison.grouped else "case"
+    on = f"On {_number_of(comparison.count, unit)}"
+    region = "averaged over the regions" if comparison.region == MEAN else f"of {comparison.region}"
+    what, than = f"{comparison.model}'s {metric.phrase} {region}", f"than {comparison.baseline}'s"
+    number = len(comparison.left_out)
+    left_out = f" {_number_of(number, 'case')} without a value left out." if number else ""
+    if not comparison.count:
+        return f"No case has a value of {what} to compare with {comparison.baseline}'s.{left_out}"
+    if comparison.conclusion == "equal":
+        return f"{on}, {what} is the same as {comparison.baseline}'s.{left_out}"
+
+    difference, low, high = comparison.mean_difference, comparison.mean_interval.low, comparison.mean_interval.high
+    decimals = _decimals(metric, (difference, low, high))
+    told = (
+        f"{on}, {what} is {'higher' if difference > 0 else 'lower'} {than} by {_amount(metric, difference, decimals)}"
+    )
+    if difference == 0:
+        told = f"{on}, {what} is on average the same as {comparison.baseline}'s"
+    if difference < 0:
+        # "Lower by 2 mm (1 to 3)": a minus is for what goes the other way.
+        low, high = -high, -low
+    ends = (metric.text(end, decimals=decimals, unit=False) for end in (low, high))
+    notes = [] if math.isnan(low) else [f"{100 * comparison.confidence:g} % interval {' to '.join(ends)}"]
+    if not math.isnan(comparison.p_corrected):
+        notes.append(f"p {_p_text(comparison.p_corrected)} after Holm")
+    if notes:
+        told += f" ({'; '.join(notes)})"
+    if comparison.conclusion == "untested":
+        need = f"a test needs {_number_of(FEWEST_FOR_TEST, unit)}"
+        return f"{told}: too few to conclude anything, {need}.{left_out}"
+    if comparison.conclusion == "mixed":
+        most = "better" if comparison.effect > 0 else "worse"
+        return (
+            f"{told}: {most} in the typical {unit} by the test, but not on average; look at the {unit}s with the "
+            f"largest differences.{left_out}"
+        )
+    if comparison.conclusion == "none":
+        return f"{told}: no difference can be concluded.{left_out}"
+    return f"{told}: {comparison.conclusion}.{left_out}"
+
+
+def _number_of(count: int, unit: str) -> str:
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+
+
+def _decimals(metric: Metric, values: Sequence[float]) -> int:
+    """As many as the metric's, and up to two more where a value would read as zero without being zero."""
+    fewest = metric.decimals or 2  # means of counts are no integers
+    for decimals in (fewest, fewest + 1):
+        if all(value == 0 or round(value, decimals) != 0 for value in values):
+            return decimals
+    return fewest + 2
+
+
+def _amount(metric: Metric, difference: float, decimals: int) -> str:
+    smallest = 10.0**-decimals
+    too_small = abs(difference) < smallest / 2
+    number = metric.text(smallest if too_small else abs(difference), decimals=decimals, unit=False)
+    # "Lower by 2 %" would be two percent of it.
+    unit = "percentage points" if metric.unit == "%" else metric.unit
+    return f"{'less than ' if too_small else ''}{number}{' ' if unit else ''}{unit}"
+
+
+def _p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+
+
+# --- what is compared -----------------------------------------------------------------------------------------------
+
+
+def _name_faults(values: Mapping[str, Any], models: Sequence[str], confidence: float, samples: int) -> Iterator[str]:
+    for name in dict.fromkeys(models):
+        if name not in values:
+            yield f"{name!r} is not among the models scored; expected one of {', '.join(values)}."
+        elif not values[name]:
+            yield f"{name!r} has no case scored; expected one or more."
+    if len(set(models)) < len(models):
+        yield f"A model is named twice among {', '.join(models)}; expected the baseline and others, once each."
+    if not 0 < confidence < 1:
+        yield f"confidence is {confidence}; expected a number between 0 and 1."
+    if samples < 1:
+        yield f"samples is {samples}; expected 1 or more."
+
+
+def _case_faults(
+    values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]],
+    baseline: str,
+    models: Sequence[str],
+    regions: Sequence[str],
+    metrics: Sequence[str],
+    groups: Mapping[str, str] | None,
+) -> Iterator[str]:
+    for key in metrics:
+        if key not in METRICS:
+            yield f"{key!r} is no metric; expected some of {', '.join(METRICS)}."
+        elif METRICS[key].better == "none":
+            yield f"{key!r} cannot be compared: no value of it is better than another."
+    cases = set(values[baseline])
+    for model in models:
+        for here, there, which in (
+            (baseline, model, cases - set(values[model])),
+            (model, baseline, set(values[model]) - cases),
+        ):
+            if which:
+                yield (
+                    f"{len(which)} case{'' if len(which) == 1 else 's'} of {here} {'is' if len(which) == 1 else 'are'} "
+                    f"not among those of {there}: {some(sorted(which))}; expected the same cases of both."
+                )
+    for model in (baseline, *models):
+        for region in regions:
+            without = [case for case, scores in values[model].items() if region not in scores]
+            if without:
+                yield f"{model} has no score of {region!r} for {some(without)}; expected it for all cases."
+    if groups is not None:
+        without = sorted(cases - set(groups))
+        if without:
+            yield f"No group is named for {some(without)}; expected one for every case."
+
+
+def _none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return value.as_json()
+    if isinstance(value, tuple):
+        return list(value)
+    return _none_if_nan(value) if isinstance(value, float) else value

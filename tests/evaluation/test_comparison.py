@@ -1,0 +1,291 @@
+"""The whole comparison: from folders that nnU-Net left behind to the files that people and programs read."""
+
+import csv
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
+
+from nnunet_conres import cli
+from nnunet_conres.datasets.raw import InputError
+from nnunet_conres.evaluation.comparison import (
+    CompareOptions,
+    compare_cross_validation,
+    compare_test_set,
+    read_report,
+)
+from nnunet_conres.evaluation.models import ModelName
+
+NAME = "Dataset801_Models"
+QUIET = CompareOptions(progress=False)
+STOCK, OURS = "nnUNetTrainer", "nnUNetTrainerConResNet"
+
+
+def names(*trainers: str) -> list[ModelName]:
+    return [ModelName(trainer, "nnUNetPlans", "3d_fullres") for trainer in trainers]
+
+
+def dice(first: np.ndarray, second: np.ndarray) -> float:
+    return 2 * float((first & second).sum()) / float(first.sum() + second.sum())
+
+
+def voxels(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+@pytest.fixture(params=["labels", "regions"])
+def two(lab: Callable[..., Any], request: pytest.FixtureRequest) -> Any:
+    """Two models of two folds; ours is the better."""
+    made = lab(request.param)
+    made.add(STOCK, folds=(0, 1), blur=0.45, seed=1)
+    made.add(OURS, folds=(0, 1), blur=0.35, seed=2)
+    return made
+
+
+class TestCrossValidation:
+    def test_scores_are_those_of_a_loop(self, two: Any, tmp_path: Path) -> None:
+        done = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET)
+        content = read_report(done.json)
+        assert [model["name"] for model in content["models"]] == [STOCK, OURS, f"{STOCK} + {OURS}"]
+        assert [model["key"] for model in content["models"] if model["baseline"]] == ["m0"]
+        assert content["dataset"]["number_of_cases"] == 8
+        assert content["dataset"]["folds"] == [0, 1]
+        members = {"labels": {"oedema": [1], "core": [2]}, "regions": {"whole": [1, 2], "core": [2]}}[two.kind]
+        assert content["regions"] == list(members)
+        differences = []
+        for case in content["cases"]:
+            truth = voxels(tmp_path / "raw" / NAME / "labelsTr" / f"{case['id']}.nii.gz")
+            overall = []
+            for model, folder in zip(("m0", "m1"), two.added, strict=True):
+                (path,) = folder.glob(f"fold_*/validation/{case['id']}.nii.gz")
+                assert path.parent.parent.name == f"fold_{case['fold']}"
+                predicted = voxels(path)
+                expected = [dice(np.isin(truth, m), np.isin(predicted, m)) for m in members.values()]
+                found = case["scores"][model]
+                assert [found[region]["dice"] for region in members] == pytest.approx(expected)
+                assert found["mean"]["dice"] == pytest.approx(np.mean(expected))
+                overall.append(np.mean(expected))
+            differences.append(overall[1] - overall[0])
+        (row,) = [
+            row
+            for row in content["comparisons"]
+            if (row["model"], row["region"], row["metric"]) == ("m1", "mean", "dice")
+        ]
+        assert row["mean_difference"] == pytest.approx(np.mean(differences))
+        assert row["wins"] == sum(difference > 0 for difference in differences)
+        assert row["n"] == 8
+        assert content["summary"]["m0"]["mean"]["dice"]["n"] == 8
+        expected_order = sorted(zip(differences, content["cases"], strict=True), key=lambda pair: -abs(pair[0]))
+        assert content["disagreements"][0]["id"] == expected_order[0][1]["id"]
+
+    def test_files(self, two: Any, tmp_path: Path) -> None:
+        done = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET)
+        content = read_report(done.json)
+        rows = list(csv.DictReader(done.csv.open()))
+        assert len(rows) == 8 * 3 * 3  # cases, models with the ensemble, regions with their mean
+        row = next(row for row in rows if (row["case"], row["model"], row["region"]) == ("case_4", OURS, "mean"))
+        case = next(case for case in content["cases"] if case["id"] == "case_4")
+        assert float(row["dice"]) == case["scores"]["m1"]["mean"]["dice"]
+        page = done.report.read_text()
+        assert OURS in page
+        assert NAME in page
+        assert "NaN" not in done.json.read_text()
+        assert OURS in done.as_text()
+
+    def test_costs_and_conditions(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        made.add(STOCK)
+        made.add(OURS, precision="bfloat16 mixed", epochs=4)
+        content = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", QUIET).content
+        first, second, ensemble = content["models"]
+        assert first["cost"]["precision"] == "float32"
+        assert second["cost"]["epochs"] == 4
+        assert ensemble["cost"]["parameters"] == first["cost"]["parameters"] + second["cost"]["parameters"]
+        assert second["curves"]["0"]["series"]["train_losses"][1] == -0.1
+        warnings = " ".join(content["warnings"])
+        assert "precision" in warnings
+        assert "number of epochs" in warnings
+        assert "Only fold 0" in warnings
+
+    def test_a_second_time_nothing_is_scored_again(
+        self, two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET).content
+        monkeypatch.setattr("nnunet_conres.evaluation.scoring.measure", lambda *_, **__: pytest.fail("scored again"))
+        second = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET).content
+        assert second["cases"] == first["cases"]
+        assert second["comparisons"] == first["comparisons"]
+
+    def test_without_probabilities(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        for trainer in (STOCK, OURS):
+            made.add(trainer, npz=trainer == STOCK)
+        content = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", QUIET).content
+        assert len(content["models"]) == 2
+        assert any(f"No ensemble with {OURS}" in warning for warning in content["warnings"])
+
+    def test_time_points_count_as_one_patient(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        for folder in ("imagesTr", "labelsTr"):
+            for number, case in enumerate(made.cases):
+                for path in (tmp_path / "raw" / NAME / folder).glob(f"{case}*"):
+                    path.rename(path.with_name(path.name.replace(case, f"BraTS-GLI-0000{number // 2}-00{number % 2}")))
+        renamed = [f"BraTS-GLI-0000{number // 2}-00{number % 2}" for number in range(8)]
+        for trainer, seed in ((STOCK, 1), (OURS, 2)):
+            validation = made.add(trainer, seed=seed) / "fold_0" / "validation"
+            for case, new in zip(made.cases, renamed, strict=True):
+                for path in validation.glob(f"{case}.*"):
+                    path.rename(path.with_name(path.name.replace(case, new)))
+        content = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", QUIET).content
+        assert {row["n"] for row in content["comparisons"] if row["metric"] == "dice"} == {4}
+
+    def test_one_model_alone(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        lab().add(STOCK)
+        content = compare_cross_validation(NAME, names(STOCK), [0], tmp_path / "out", QUIET).content
+        assert content["comparisons"] == []
+        assert content["disagreements"] == []
+
+    def test_all_faults_and_nothing_written(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        lab().add(STOCK)
+        with pytest.raises(InputError) as error:
+            compare_cross_validation(NAME, names(STOCK, OURS, "Another"), [0, 1], tmp_path / "out", QUIET)
+        assert len(error.value.faults) == 5
+        assert not (tmp_path / "out").exists()
+
+    def test_other_labels_are_not_compared(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        made.add(STOCK)
+        path = made.add(OURS) / "dataset.json"
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"labels": {"background": 0, "core": 1, "oedema": 2}})
+        )
+        with pytest.raises(InputError, match=f"{OURS} was trained with the labels"):
+            compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", QUIET)
+
+
+class TestRun:
+    def test_makes_what_is_missing(
+        self, lab: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = lab()
+        made.add(STOCK)
+        folder = made.add(OURS, npz=False)
+        spare = tmp_path / "spare"
+        made.write_predictions(spare, made.cases, 0.3, 1)
+        # in the place of nnU-Net's command one that writes what that would
+        expected = [NAME, "3d_fullres", "0", "-tr", OURS, "-p", "nnUNetPlans", "-device", "cpu", "--val", "--npz"]
+        command = tmp_path / "bin" / "nnUNetv2_train"
+        command.parent.mkdir()
+        command.write_text(
+            f"#!{sys.executable}\nimport pathlib, shutil, sys\n"
+            f"assert sys.argv[1:] == {expected!r}, sys.argv\n"
+            f"for path in pathlib.Path({str(spare)!r}).glob('*.[np][pk]*'):\n"
+            f"    shutil.copy(path, {str(folder / 'fold_0' / 'validation')!r})\n"
+        )
+        command.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
+        options = CompareOptions(run=True, device="cpu", progress=False)
+        content = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", options).content
+        assert len(content["models"]) == 3
+
+    def test_a_command_that_fails(
+        self, lab: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = lab()
+        made.add(STOCK)
+        made.add(OURS, npz=False)
+        command = tmp_path / "bin" / "nnUNetv2_train"
+        command.parent.mkdir()
+        command.write_text("#!/bin/sh\nexit 3\n")
+        command.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
+        with pytest.raises(RuntimeError, match="exit code 3"):
+            compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", CompareOptions(run=True))
+
+
+class TestTestSet:
+    def test_folders(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab("regions")
+        for name, seed in (("a", 1), ("b", 2)):
+            made.write_predictions(tmp_path / name, made.cases, 0.4, seed)
+            (tmp_path / name / "dataset.json").write_text(json.dumps(made.dataset_json))
+            (tmp_path / name / "plans.json").write_text(json.dumps(made.plans))
+        raw = tmp_path / "raw" / NAME
+        done = compare_test_set(
+            {"A": tmp_path / "a", "B": tmp_path / "b"},
+            raw / "labelsTr",
+            raw / "dataset.json",
+            tmp_path / "out",
+            QUIET,
+            images=raw / "imagesTr",
+        )
+        assert done.content["dataset"]["kind"] == "test"
+        assert [model["name"] for model in done.content["models"]] == ["A", "B", "A + B"]
+        assert done.content["cases"][0]["fold"] is None
+        assert not done.content["warnings"]
+
+    def test_command_and_intersection(
+        self, lab: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        made = lab()
+        made.write_predictions(tmp_path / "a", made.cases[:6], 0.4, 1, npz=False)
+        made.write_predictions(tmp_path / "b", made.cases[1:], 0.4, 2, npz=False)
+        raw = tmp_path / "raw" / NAME
+        arguments = ["compare", "--predictions", f"A={tmp_path / 'a'}", f"B={tmp_path / 'b'}", "-np", "1"]
+        arguments += ["--reference", str(raw / "labelsTr"), "-djfile", str(raw / "dataset.json")]
+        arguments += ["-o", str(tmp_path / "out")]
+        assert cli.main(arguments) == 2
+        assert "--intersection" in capsys.readouterr().err
+        assert cli.main([*arguments, "--intersection"]) == 0
+        assert "5 common cases" in capsys.readouterr().out
+        assert len(read_report(tmp_path / "out" / "report.json")["cases"]) == 5
+
+    def test_empty_regions(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        for name in ("a", "b"):
+            made.write_predictions(tmp_path / name, made.cases, 0.4, 2, npz=False)
+        raw = tmp_path / "raw" / NAME
+        for path in (raw / "labelsTr" / "case_0.nii.gz", tmp_path / "a" / "case_0.nii.gz"):
+            image = sitk.ReadImage(str(path))
+            empty = sitk.Image(image.GetSize(), sitk.sitkUInt8)
+            empty.CopyInformation(image)
+            sitk.WriteImage(empty, str(path))
+        done = compare_test_set(
+            {"A": tmp_path / "a", "B": tmp_path / "b"}, raw / "labelsTr", raw / "dataset.json", tmp_path / "out", QUIET
+        )
+        case = done.content["cases"][0]["scores"]
+        assert case["m0"]["core"]["dice"] == 1
+        assert case["m1"]["core"]["dice"] == 0
+        diagonal = math.dist((0, 0, 0), [s * n for s, n in zip((2.5, 1, 1), (10, 14, 12), strict=True)])
+        assert case["m1"]["core"]["hd95"] == pytest.approx(diagonal)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Expected either -d with -tr"),
+        (["-d", "801"], "-d needs -tr"),
+        (["--predictions", "A=a"], "--predictions needs --reference"),
+        (["--predictions", "A", "--reference", "r", "-djfile", "f"], "is not NAME=FOLDER"),
+        (["-d", "801", "-tr", "A:"], "is no model"),
+        (["-d", "899", "-tr", "A"], "899 is no data set"),
+        (
+            ["--predictions", "A=a", "--reference", "r", "-djfile", "nothing.json"],
+            "nothing.json is not",
+        ),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], message: str, lab: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab()
+    assert cli.main(["compare", "-o", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,126 @@
+"""Costs by hand: parameters, operations, seconds."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nnunet_conres.evaluation.costs import Cost, ensemble_cost, model_cost, unlike_conditions
+from nnunet_conres.evaluation.models import Model, ModelName, find_cross_validation
+
+NAME = "Dataset801_Models"
+
+
+def find(trainer: str = "nnUNetTrainer", folds: tuple[int, ...] = (0,)) -> Model:
+    (model,) = find_cross_validation(NAME, [ModelName(trainer, "nnUNetPlans", "3d_fullres")], folds).models
+    return model
+
+
+class TestNetwork:
+    def test_parameters_and_operations(self, lab: Callable[..., Any]) -> None:
+        lab().add()
+        cost, _, notes = model_cost(find())
+        assert not notes
+        # stage 1: conv 1 to 4, norm; stage 2: conv 4 to 8, norm; up 8 to 4, conv 8 to 4, norm; head 4 to 3
+        convs = {"enc1": 1 * 4 * 27 + 4, "enc2": 4 * 8 * 27 + 8, "up": 8 * 4 * 8 + 4, "dec": 8 * 4 * 27 + 4}
+        assert cost.parameters == sum(convs.values()) + 2 * (4 + 8 + 4) + (4 * 3 + 3)
+        full, half = 8 * 12 * 8, 4 * 6 * 4
+        by_hand = 2 * (full * 1 * 4 * 27 + half * 4 * 8 * 27 + half * 8 * 4 * 8 + full * 8 * 4 * 27 + full * 4 * 3)
+        assert cost.conv_gflops_per_patch == pytest.approx(by_hand / 1e9)
+        assert cost.patch_size == (8, 12, 8)
+        assert cost.batch_size == 2
+
+    def test_our_own_trainer_is_found(self, lab: Callable[..., Any]) -> None:
+        lab().add("nnUNetTrainerVNet")
+        cost, _, notes = model_cost(find("nnUNetTrainerVNet"))
+        assert not notes
+        assert cost.parameters is not None
+        assert cost.parameters > 1000
+
+    def test_a_trainer_that_is_not_here(self, lab: Callable[..., Any]) -> None:
+        lab().add("nnUNetTrainerOfSomebodyElse")
+        cost, _, (note,) = model_cost(find("nnUNetTrainerOfSomebodyElse"))
+        assert cost.parameters is None
+        assert cost.epochs == 3
+        assert "nnUNetTrainerOfSomebodyElse" in note
+
+
+class TestLogs:
+    def test_seconds(self, lab: Callable[..., Any]) -> None:
+        lab().add(folds=(0, 1))
+        cost, curves, _ = model_cost(find(folds=(0, 1)))
+        assert cost.epochs == 3
+        assert cost.epoch_seconds == 11  # 10, 11, 12 in either fold
+        assert cost.training_seconds == 33
+        assert cost.prediction_seconds_per_case == 2.5  # 2 and 3 seconds
+        assert curves["0"]["epochs"] == [0, 1, 2]
+        assert curves["1"]["series"]["train_losses"] == [0, -0.1, -0.2]
+        assert curves["0"]["series"]["dice core"] == [0.25] * 3
+        assert "lrs" not in curves["0"]["series"]
+
+    def test_damaged_checkpoint(self, lab: Callable[..., Any]) -> None:
+        folder = lab().add()
+        (folder / "fold_0" / "checkpoint_final.pth").write_bytes(b"no checkpoint")
+        cost, curves, (note,) = model_cost(find())
+        assert cost.epochs is None
+        assert not curves
+        assert "fold 0" in note
+
+    def test_peak_memory(self, lab: Callable[..., Any]) -> None:
+        folder = lab().add()
+        log = next((folder / "fold_0").glob("training_log_*.txt"))
+        lines = [
+            f"2026-01-01 10:00:0{number}.000000: Peak GPU memory: {peak} GiB" for number, peak in ((1, 7.5), (2, 8))
+        ]
+        log.write_text("\n".join(lines))
+        assert model_cost(find())[0].peak_memory_gib == 8
+
+    @pytest.mark.parametrize(
+        ("device", "stated", "expected"),
+        [
+            ("cpu", None, ("cpu", "float32")),
+            ("cpu", "bfloat16 mixed", ("cpu", "bfloat16 mixed")),
+            ("cuda:0", None, ("cuda", "float16 mixed")),
+        ],
+    )
+    def test_device_and_precision(
+        self, lab: Callable[..., Any], device: str, stated: str | None, expected: tuple[str, str]
+    ) -> None:
+        lab().add(device=device, precision=stated)
+        cost = model_cost(find())[0]
+        assert (cost.device, cost.precision) == expected
+
+    def test_name_of_the_gpu(self, lab: Callable[..., Any]) -> None:
+        folder = lab().add()
+        (folder / "fold_0" / "debug.json").write_text(json.dumps({"device": "cuda:0", "gpu_name": "GPU X"}))
+        assert model_cost(find())[0].device == "cuda (GPU X)"
+
+    def test_folds_on_different_devices(self, lab: Callable[..., Any]) -> None:
+        folder = lab().add(folds=(0, 1))
+        (folder / "fold_1" / "debug.json").write_text(json.dumps({"device": "cuda:0"}))
+        notes = model_cost(find(folds=(0, 1)))[2]
+        assert any("different devices: cpu, cuda" in note for note in notes)
+        assert any("different precisions" in note for note in notes)
+
+    def test_nothing_known(self) -> None:
+        assert model_cost(Model("m0", "A", {})) == (Cost(), {}, [])
+
+
+def test_conditions_that_differ() -> None:
+    costs = {
+        "A": Cost(precision="float32", device="cpu", epochs=5),
+        "B": Cost(precision="bfloat16 mixed", device="cpu"),
+    }
+    (warning,) = unlike_conditions(costs)
+    assert "precision" in warning
+    assert "A: float32; B: bfloat16 mixed" in warning
+
+
+def test_an_ensemble_costs_its_members() -> None:
+    members = [
+        Cost(parameters=5, prediction_seconds_per_case=1.5, training_seconds=10),
+        Cost(parameters=7, prediction_seconds_per_case=2.0),
+    ]
+    cost = ensemble_cost(members)
+    assert (cost.parameters, cost.prediction_seconds_per_case, cost.training_seconds) == (12, 3.5, None)

@@ -1,0 +1,172 @@
+"""Which models are compared, and what is said where they are not complete."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nnunet_conres.evaluation.models import (
+    ModelName,
+    display_names,
+    find_cross_validation,
+    find_test_set,
+    iterate_missing,
+    parse_model_names,
+    same_cases,
+)
+
+NAME = "Dataset801_Models"
+STOCK = ModelName("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
+OURS = ModelName("nnUNetTrainerConResNet", "nnUNetPlans", "3d_fullres")
+
+
+class TestNames:
+    def test_one_plans_for_all(self) -> None:
+        names, faults = parse_model_names(["A", "B"], ["P"], ["3d_fullres"])
+        assert not faults
+        assert names == [ModelName("A", "P", "3d_fullres"), ModelName("B", "P", "3d_fullres")]
+
+    def test_one_for_each(self) -> None:
+        names, faults = parse_model_names(["A", "B"], ["P", "Q"], ["2d", "3d_lowres"])
+        assert not faults
+        assert names == [ModelName("A", "P", "2d"), ModelName("B", "Q", "3d_lowres")]
+
+    def test_a_trainer_with_its_own(self) -> None:
+        names, faults = parse_model_names(["A", "B:Q", "C:R:2d"], ["P"], ["3d_fullres"])
+        assert not faults
+        assert names == [
+            ModelName("A", "P", "3d_fullres"),
+            ModelName("B", "Q", "3d_fullres"),
+            ModelName("C", "R", "2d"),
+        ]
+
+    def test_same_trainer_with_other_plans_is_another_model(self) -> None:
+        names, faults = parse_model_names(["A", "A:Q"], ["P"], ["3d_fullres"])
+        assert not faults
+        assert display_names(names) == ["A P", "A Q"]
+
+    def test_as_the_user_calls_them(self) -> None:
+        names, faults = parse_model_names(["ours=A:Q", "B"], ["P"], ["3d_fullres"])
+        assert not faults
+        assert names[0].folder_name == "A__Q__3d_fullres"
+        assert display_names(names) == ["ours", "B P"]
+        assert "x is named twice" in parse_model_names(["x=A", "x=B"], ["P"], ["3d_fullres"])[1][0]
+
+    def test_all_faults(self) -> None:
+        _, faults = parse_model_names(["A", "A", "B:", "C:D:E:F", "=G"], ["P", "Q"], ["3d_fullres"])
+        assert len(faults) == 4
+        assert "-p has 2 values for 5 trainers" in faults[0]
+        assert "A__P__3d_fullres" in parse_model_names(["A", "A"], ["P"], ["3d_fullres"])[1][0]
+
+    def test_shown_by_trainer_where_that_tells_them_apart(self) -> None:
+        assert display_names([STOCK, OURS]) == ["nnUNetTrainer", "nnUNetTrainerConResNet"]
+
+
+class TestCrossValidation:
+    def test_cases_of_all_folds(self, lab: Callable[..., Any]) -> None:
+        made = lab()
+        made.add(folds=(0, 1))
+        found = find_cross_validation(NAME, [STOCK], [0, 1])
+        (model,) = found.models
+        assert found.faults + found.missing + found.missing_probabilities == []
+        assert list(model.predictions) == sorted(made.cases)
+        assert {model.predictions[case].fold for case in made.cases} == {0, 1}
+        assert all(prediction.labels.is_file() for prediction in model.predictions.values())
+
+    def test_a_fold_that_is_not_trained(self, lab: Callable[..., Any]) -> None:
+        lab().add(folds=(0,))
+        found = find_cross_validation(NAME, [STOCK, OURS], [0, 3], device="cpu")
+        assert not found.models
+        assert len(found.faults) == 3
+        assert (
+            f"nnUNetv2_train {NAME} 3d_fullres 3 -tr nnUNetTrainer -p nnUNetPlans -device cpu --npz" in found.faults[0]
+        )
+
+    def test_a_validation_that_was_interrupted(self, lab: Callable[..., Any]) -> None:
+        folder = lab().add()
+        (folder / "fold_0" / "validation" / "summary.json").unlink()
+        found = find_cross_validation(NAME, [STOCK], [0])
+        assert not found.models
+        assert not found.faults
+        (missing,) = iterate_missing(found, probabilities=False)
+        assert missing.command[0] == "nnUNetv2_train"
+        assert missing.command[-2:] == ("--val", "--npz")
+
+    def test_probabilities_that_were_not_kept(self, lab: Callable[..., Any]) -> None:
+        lab().add(npz=False)
+        found = find_cross_validation(NAME, [STOCK], [0])
+        assert len(found.models) == 1
+        assert not list(iterate_missing(found, probabilities=False))
+        (missing,) = iterate_missing(found, probabilities=True)
+        assert "--npz" in missing.as_text
+
+    def test_a_case_in_two_folds(self, lab: Callable[..., Any]) -> None:
+        folder = lab().add(folds=(0, 1))
+        shutil.copy(folder / "fold_0" / "validation" / "case_0.nii.gz", folder / "fold_1" / "validation")
+        assert "case_0 in more than one fold" in find_cross_validation(NAME, [STOCK], [0, 1]).faults[0]
+
+    def test_results_not_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("nnUNet_results", raising=False)
+        assert "nnUNet_results is not set" in find_cross_validation(NAME, [STOCK], [0]).faults[0]
+
+
+class TestTestSet:
+    def test_folders(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        trained = made.add(folds=(0, 2))
+        for name in ("a", "b"):
+            made.write_predictions(tmp_path / name, made.cases, 0.3, 1, npz=name == "a")
+        (tmp_path / "b" / "predict_from_raw_data_args.json").write_text(
+            json.dumps({"list_of_lists_or_source_folder": "/images of b"})
+        )
+        found = find_test_set({"A": tmp_path / "a", "B": tmp_path / "b"}, {"B": trained}, ".nii.gz")
+        assert not found.faults
+        assert [model.key for model in found.models] == ["m0", "m1"]
+        assert found.models[1].model == STOCK
+        assert found.models[1].folds == (0, 2)
+        (missing,) = found.missing_probabilities
+        assert missing.command[0] == "nnUNetv2_predict_from_modelfolder"
+        assert "'/images of b'" in missing.as_text
+        assert missing.command[-1] == "--save_probabilities"
+
+    def test_faults(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        folders = {"A": tmp_path / "none", "B": tmp_path / "empty"}
+        faults = find_test_set(folders, {"C": tmp_path}, ".nii.gz").faults
+        assert len(faults) == 3
+
+    def test_not_a_model_folder(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        made.write_predictions(tmp_path / "a", made.cases, 0.3, 1)
+        found = find_test_set({"A": tmp_path / "a"}, {"A": tmp_path}, ".nii.gz")
+        assert "no folder of a trained model" in found.faults[0]
+
+
+class TestSameCases:
+    def test_other_splits_are_refused(self, lab: Callable[..., Any]) -> None:
+        made = lab()
+        made.add(cases=made.cases[:5])
+        made.add("nnUNetTrainerConResNet", cases=made.cases[2:])
+        models = find_cross_validation(NAME, [STOCK, OURS], [0]).models
+        cases, faults = same_cases(models, made.cases, intersection=False)
+        assert cases == list(made.cases[2:5])
+        assert any("trained on different splits" in fault for fault in faults)
+        assert any("case_0" in fault for fault in faults)
+        assert same_cases(models, made.cases, intersection=True) == (list(made.cases[2:5]), [])
+
+    def test_nothing_in_common(self, lab: Callable[..., Any]) -> None:
+        made = lab()
+        made.add(cases=made.cases[:4])
+        made.add("nnUNetTrainerConResNet", cases=made.cases[4:])
+        models = find_cross_validation(NAME, [STOCK, OURS], [0]).models
+        assert "no case in common" in same_cases(models, made.cases, intersection=True)[1][-1]
+
+    def test_a_reference_is_missing(self, lab: Callable[..., Any]) -> None:
+        made = lab()
+        made.add()
+        models = find_cross_validation(NAME, [STOCK], [0]).models
+        _, (fault,) = same_cases(models, made.cases[1:], intersection=False)
+        assert "no reference segmentation for case_0" in fault
