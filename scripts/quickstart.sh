@@ -8,9 +8,10 @@ usage() {
 Usage: scripts/quickstart.sh [--workdir FOLDER] [--device cpu|cuda|mps] [--python PYTHON] [--fresh]
 
 Makes its own environment, writes a few made-up brain tumour cases in BraTS's layout, converts them to an nnU-Net data
-set, trains ConResNet on them for one epoch with nnUNetv2_train, predicts held-out cases with nnUNetv2_predict, and
-prints the scores per region and where the figures are. Takes about 10 minutes on two cores; a GPU is used if there is
-one. The cases are made up and the training is short: the scores say that all works, not how good the method is.
+set, trains ConResNet and nnU-Net's own U-Net on them for one epoch each with nnUNetv2_train, predicts held-out cases
+with nnUNetv2_predict, and compares the two and their ensemble in a report. Takes about 15 minutes on two cores; a GPU is
+used if there is one. The cases are made up and the trainings are short: the scores say that all works, not how good a
+method is.
 
 Run it again after an interruption and it goes on where it was, within the training too.
 
@@ -30,7 +31,9 @@ DATASET=Dataset501_BraTS
 CONFIGURATION=3d_fullres
 FOLD=0
 TRAINER=nnUNetTrainerConResNet_1epoch
-STEPS=8
+# nnU-Net's own, for comparison. On a CPU it trains in float32, which the report says.
+BASELINE=nnUNetTrainer_1epoch
+STEPS=11
 
 fail() {
     printf '\nerror: %s\n' "$1" >&2
@@ -47,13 +50,16 @@ main() {
 
     heading 1 "Environment"
     set_up_environment
-    step 2 phantoms "Made-up BraTS cases" make_phantoms
-    step 3 convert "Conversion to $DATASET" convert_phantoms
-    step 4 preprocess "nnUNetv2_plan_and_preprocess" plan_and_preprocess
-    step 5 train "nnUNetv2_train, $TRAINER on $DEVICE (the longest step: minutes)" train
-    step 6 predict "nnUNetv2_predict, held-out cases" predict
-    step 7 evaluate "nnUNetv2_evaluate_folder" evaluate
-    step 8 figures "Figures" draw
+    step 02 phantoms "Made-up BraTS cases" make_phantoms
+    step 03 convert "Conversion to $DATASET" convert_phantoms
+    step 04 preprocess "nnUNetv2_plan_and_preprocess" plan_and_preprocess
+    step 05 train "nnUNetv2_train, $TRAINER on $DEVICE (the longest step: minutes)" train "$TRAINER"
+    step 06 predict "nnUNetv2_predict, held-out cases" predict "$TRAINER" "$PREDICTIONS"
+    step 07 evaluate "nnUNetv2_evaluate_folder" evaluate
+    step 08 figures "Figures" draw
+    step 09 train-baseline "nnUNetv2_train, $BASELINE on $DEVICE (minutes)" train "$BASELINE"
+    step 10 predict-baseline "nnUNetv2_predict, held-out cases" predict "$BASELINE" "$BASELINE_PREDICTIONS"
+    step 11 compare "nnunet-conres compare" compare
 
     report
     printf '\nTotal time: %s\n' "$(duration $((SECONDS - began)))"
@@ -108,6 +114,8 @@ enter_work_folder() {
 
     BRATS="$WORK/brats"
     PREDICTIONS="$WORK/predictions"
+    BASELINE_PREDICTIONS="$WORK/predictions_nnunet"
+    REPORT="$WORK/report"
     FIGURES="$WORK/figures"
     LOGS="$WORK/logs"
     STAMPS="$WORK/steps_done"
@@ -115,12 +123,12 @@ enter_work_folder() {
     export nnUNet_raw="$WORK/nnUNet_raw"
     export nnUNet_preprocessed="$WORK/nnUNet_preprocessed"
     export nnUNet_results="$WORK/nnUNet_results"
-    MODEL="$nnUNet_results/$DATASET/${TRAINER}__nnUNetPlans__$CONFIGURATION"
+    MODEL="$(model_folder "$TRAINER")"
     # Evaluation writes the name of every file into it, so it stands beside them.
     SUMMARY="$PREDICTIONS/summary.json"
 
     if [ -n "$FRESH" ]; then
-        rm -rf "$BRATS" "$PREDICTIONS" "$FIGURES" "$LOGS" "$STAMPS" \
+        rm -rf "$BRATS" "$PREDICTIONS" "$BASELINE_PREDICTIONS" "$FIGURES" "$REPORT" "$LOGS" "$STAMPS" \
             "$nnUNet_raw" "$nnUNet_preprocessed" "$nnUNet_results"
     fi
     mkdir -p "$LOGS" "$STAMPS" "$nnUNet_raw" "$nnUNet_preprocessed" "$nnUNet_results"
@@ -180,23 +188,31 @@ plan_and_preprocess() {
     nnUNetv2_plan_and_preprocess -d "$DATASET_ID" -c "$CONFIGURATION" --verify_dataset_integrity -npfp 2 -np 2
 }
 
+# model_folder TRAINER: where nnU-Net puts what it trains.
+model_folder() {
+    printf '%s\n' "$nnUNet_results/$DATASET/$1__nnUNetPlans__$CONFIGURATION"
+}
+
+# train TRAINER
 train() {
-    local checkpoint
-    for checkpoint in "$MODEL/fold_$FOLD"/checkpoint_*.pth; do
+    local trainer="$1" model checkpoint
+    model="$(model_folder "$trainer")"
+    for checkpoint in "$model/fold_$FOLD"/checkpoint_*.pth; do
         if [ -e "$checkpoint" ]; then
-            printf 'Going on from the latest checkpoint in %s\n' "$MODEL/fold_$FOLD"
-            nnUNetv2_train "$DATASET_ID" "$CONFIGURATION" "$FOLD" -tr "$TRAINER" -device "$DEVICE" --c
+            printf 'Going on from the latest checkpoint in %s\n' "$model/fold_$FOLD"
+            nnUNetv2_train "$DATASET_ID" "$CONFIGURATION" "$FOLD" -tr "$trainer" -device "$DEVICE" --c
             return
         fi
     done
-    rm -rf "$MODEL"
-    nnUNetv2_train "$DATASET_ID" "$CONFIGURATION" "$FOLD" -tr "$TRAINER" -device "$DEVICE"
+    rm -rf "$model"
+    nnUNetv2_train "$DATASET_ID" "$CONFIGURATION" "$FOLD" -tr "$trainer" -device "$DEVICE"
 }
 
+# predict TRAINER FOLDER: with probabilities, which the ensemble needs.
 predict() {
-    rm -rf "$PREDICTIONS"
-    nnUNetv2_predict -i "$nnUNet_raw/$DATASET/imagesTs" -o "$PREDICTIONS" -d "$DATASET_ID" -c "$CONFIGURATION" \
-        -f "$FOLD" -tr "$TRAINER" -device "$DEVICE" -npp 1 -nps 1
+    rm -rf "$2"
+    nnUNetv2_predict -i "$nnUNet_raw/$DATASET/imagesTs" -o "$2" -d "$DATASET_ID" -c "$CONFIGURATION" \
+        -f "$FOLD" -tr "$1" -device "$DEVICE" -npp 1 -nps 1 --save_probabilities
 }
 
 evaluate() {
@@ -211,22 +227,31 @@ draw() {
         -djfile "$MODEL/dataset.json" -o "$FIGURES"
 }
 
+compare() {
+    rm -rf "$REPORT"
+    nnunet-conres compare -o "$REPORT" -np 2 \
+        --predictions "nnU-Net=$BASELINE_PREDICTIONS" "ConResNet=$PREDICTIONS" \
+        --model "nnU-Net=$(model_folder "$BASELINE")" "ConResNet=$MODEL" \
+        --reference "$nnUNet_raw/$DATASET/labelsTs" -i "$nnUNet_raw/$DATASET/imagesTs" -djfile "$MODEL/dataset.json"
+}
+
 heading() {
     printf '\n[%s/%s] %s\n' "$1" "$STEPS" "$2"
 }
 
-# step NUMBER NAME TITLE FUNCTION: runs the function unless an earlier run finished it, its output in a log.
+# step NUMBER NAME TITLE FUNCTION ARGUMENTS: runs the function unless an earlier run finished it, its output in a log.
 step() {
-    local number="$1" name="$2" title="$3" function="$4" began=$SECONDS status=0
+    local number="$1" name="$2" title="$3" began=$SECONDS status=0
+    shift 3
     local log="$LOGS/$number-$name.log" stamp="$STAMPS/$number-$name" ticker=""
-    heading "$number" "$title"
+    heading "${number#0}" "$title"
     # The stamp holds what the results depend on: with other cases or another trainer all is done anew.
-    local recipe="${CASES[*]} $DATASET $CONFIGURATION $FOLD $TRAINER"
+    local recipe="${CASES[*]} $DATASET $CONFIGURATION $FOLD $TRAINER $BASELINE"
     if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$recipe" ]; then
         printf '    done before\n'
         return
     fi
-    # Later steps used this one's earlier results. Numbers have one digit.
+    # Later steps used this one's earlier results. Numbers have two digits.
     local later
     for later in "$STAMPS"/*; do
         [ "$(basename "$later")" \< "$number" ] || rm -f "$later"
@@ -240,7 +265,7 @@ step() {
     set +e
     (
         set -e
-        "$function"
+        "$@"
     ) >"$log" 2>&1
     status=$?
     set -e
@@ -277,8 +302,11 @@ duration() {
 
 report() {
     local file
-    printf '\nHeld-out cases, scores per region:\n\n'
+    printf '\nHeld-out cases, scores of ConResNet per region:\n\n'
     nnunet-conres summary "$SUMMARY" -djfile "$MODEL/dataset.json" | sed 's/^/    /'
+    printf '\nComparison with nnU-Net, made with these models:\n\n'
+    # what nnU-Net prints on the way is in the log as well
+    sed -n '/HD95/,$p' "$LOGS/11-compare.log" | sed 's/^/    /'
     printf '\nFigures:\n'
     for file in "$FIGURES"/*.png "$MODEL/fold_$FOLD"/progress_conres.png; do
         [ ! -e "$file" ] || printf '    %s\n' "$file"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nnunet_conres import __version__
-from nnunet_conres.cli import brats, datasets, evaluation, planning, registration
+from nnunet_conres.cli import brats, comparison, datasets, evaluation, planning, registration, residuals, splits
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     registration.add_info,
     brats.add_brats_convert,
+    brats.add_brats_export,
+    splits.add_split,
     planning.add_plan,
     planning.add_plan_and_preprocess,
     planning.add_memory,
+    planning.add_variants,
     datasets.add_sparsify,
     datasets.add_densify,
     evaluation.add_summary,
     evaluation.add_overlay,
+    residuals.add_residuals,
+    comparison.add_compare,
     brats.add_phantom,
 )
 
