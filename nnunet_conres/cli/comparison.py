@@ -125,6 +125,10 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.d is not None and arguments.predictions is None:
         if not arguments.tr:
             raise ValueError("-d needs -tr, the trainers to compare.")
+        given = {"--reference": arguments.reference, "-djfile": arguments.djfile, "-i": arguments.i}
+        unused = [option for option, value in {**given, "--model": arguments.model}.items() if value]
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: for --predictions only; with -d nnU-Net's folders tell.")
         from nnunet_conres.datasets.raw import InputError, dataset_name_of
         from nnunet_conres.evaluation.models import parse_model_names
 

@@ -9,6 +9,8 @@ import json
 import multiprocessing
 import os
 import re
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -135,15 +137,10 @@ def find_dataset(dataset: int | str) -> Path:
     Raises:
         InputError: There is none, or more than one.
     """
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
     raw = folder_from_environment(FOLDER_VARIABLES[0])
     if raw is None:
         raise InputError([RAW_NOT_SET])
-    try:
-        name = str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError) as error:
-        raise InputError([f"{dataset!r} is no data set: {error}"]) from error
+    name = dataset_name_of(dataset)
     if not (raw / name).is_dir():
         raise InputError([f"{raw / name} does not exist; expected a raw data set there."])
     if not (raw / name / "dataset.json").is_file():
@@ -250,7 +247,7 @@ def read_dataset_json(dataset_folder: Path) -> tuple[dict[str, Any] | None, list
     return content, []
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a JSON file; whoever looks finds it whole or not at all."""
     partial = path.with_name(f".{path.name}.new")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -364,7 +361,8 @@ def map_cases(
             return
         # Spawned on every system: a fork after ITK has started its threads can hang.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(processes, len(items)), mp_context=context) as pool:
+        workers = min(processes, len(items))
+        with ProcessPoolExecutor(workers, context, _end_with_parent, (os.getpid(),)) as pool:
             futures = [pool.submit(function, item) for item in items]
             try:
                 for _ in as_completed(futures):
@@ -373,6 +371,17 @@ def map_cases(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends a worker whose parent was killed; otherwise it would wait for work, and hold memory, for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def link_or_copy(source: Path, target: Path) -> Literal["linked", "copied"]:

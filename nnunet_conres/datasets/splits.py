@@ -27,6 +27,7 @@ from nnunet_conres.datasets.raw import (
     reader_writer_class,
     short_message,
     some,
+    write_json,
 )
 
 Balance = Literal["both", "grade", "volume", "none"]
@@ -161,7 +162,7 @@ def split(
     faults += found
     ids = [case.case_id for case in cases]
 
-    pattern, found = _compiled(group)
+    pattern, found = compile_group(group)
     faults += found
     groups, found = group_cases(ids, pattern)
     faults += found
@@ -207,7 +208,7 @@ def split(
         raise InputError(reasons + [f"Already trained: {training}" for training in trainings])
     if before != content:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, content)
+        write_json(path, content)
     notes = _notes(folder, facts, entries, balance if validation_file is None else "none", pattern, content)
     return Split(path, tuple(entries), facts, tuple(trainings), tuple(notes), unchanged=before == content)
 
@@ -223,6 +224,16 @@ def patient_of(case_id: str) -> str:
     """
     match = _PATIENT_AND_TIME.fullmatch(case_id)
     return match[1] if match else case_id
+
+
+def compile_group(group: str | None) -> tuple[re.Pattern[str] | None, list[str]]:
+    """The pattern for `group_cases` that --group gives, None where it is not given, and a message if it is none."""
+    if group is None:
+        return None, []
+    try:
+        return re.compile(group), []
+    except re.error as error:
+        return None, [f"--group {group!r} is no regular expression: {error}."]
 
 
 def group_cases(ids: Sequence[str], pattern: re.Pattern[str] | None = None) -> tuple[dict[str, str], list[str]]:
@@ -393,15 +404,6 @@ def _argument_faults(folds: int, balance: str, seed: int, processes: int) -> Ite
         yield f"The number of processes is {processes}; expected 1 or more."
 
 
-def _compiled(group: str | None) -> tuple[re.Pattern[str] | None, list[str]]:
-    if group is None:
-        return None, []
-    try:
-        return re.compile(group), []
-    except re.error as error:
-        return None, [f"--group {group!r} is no regular expression: {error}."]
-
-
 def _too_few_faults(cases: Mapping[str, CaseFacts], folds: int, balance: str) -> Iterator[str]:
     groups = {case.group for case in cases.values()}
     if len(groups) < folds:
@@ -540,12 +542,6 @@ def _read_splits(path: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return content
-
-
-def _write(path: Path, content: Sequence[Mapping[str, Any]]) -> None:
-    partial = path.with_name(f".{path.name}.new")
-    partial.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _other_trainings(results: Path, folds: Sequence[Fold], before: Any, ending: str) -> Iterator[str]:

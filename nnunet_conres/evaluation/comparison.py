@@ -5,17 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import math
-import re
 import statistics as means
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres import __version__
-from nnunet_conres.datasets.raw import FOLDER_VARIABLES, InputError, folder_from_environment, some, write_json
+from nnunet_conres.datasets.raw import (
+    FOLDER_VARIABLES,
+    InputError,
+    folder_from_environment,
+    short_message,
+    some,
+    write_json,
+)
 from nnunet_conres.evaluation.costs import Cost, Curves, ensemble_cost, model_cost, unlike_conditions
 from nnunet_conres.evaluation.ensembles import build_ensemble, ensemble_members, settings_differences
 from nnunet_conres.evaluation.metrics import METRICS, MetricOptions
@@ -26,6 +32,7 @@ from nnunet_conres.evaluation.models import (
     find_cross_validation,
     find_test_set,
     iterate_missing,
+    other_splits,
     read_json,
     same_cases,
 )
@@ -164,7 +171,7 @@ def compare_cross_validation(
     def find() -> Found:
         return find_cross_validation(dataset_name, names, folds, device=options.device)
 
-    found = _found_or_made(find, options)
+    found = _found_or_made(find, options, len(names))
     references = _reference_folder(dataset_name)
     if references is None:
         raise InputError([f"{dataset_name} has neither labelsTr in nnUNet_raw nor gt_segmentations in preprocessed."])
@@ -218,11 +225,11 @@ def compare_test_set(
     ]
 
     def find() -> Found:
-        found = find_test_set(folders, trained, file_ending)
+        found = find_test_set(folders, trained, file_ending, device=options.device)
         found.faults[:0] = missing
         return found
 
-    found = _found_or_made(find, options)
+    found = _found_or_made(find, options, len(folders))
     settings = {model.key: folders[model.name] for model in found.models}
     shown = {} if images is None else _images_by_case(Path(images), file_ending)
     name = str(content.get("name", Path(dataset_json).resolve().parent.name))
@@ -230,15 +237,24 @@ def compare_test_set(
     return _compare(task, Path(output_folder), options)
 
 
-def _found_or_made(find: Any, options: CompareOptions) -> Found:
-    """The models; commands that make what is missing are run where that is wanted.
+def _found_or_made(find: Callable[[], Found], options: CompareOptions, number: int) -> Found:
+    """So many models; commands that make what is missing are run where that is wanted.
 
     Raises:
         InputError: They are not complete.
     """
-    found: Found = find()
+    found = find()
     if options.run and not found.faults:
-        todo = list(iterate_missing(found, probabilities=options.ensembles and len(found.models) != 1))
+        todo = list(iterate_missing(found, probabilities=options.ensembles and number > 1))
+        unknown = [missing.as_text for missing in todo if not missing.is_known]
+        if unknown:
+            raise InputError(
+                [
+                    f"--run does not know the whole command: name the model's folder with --model, run it yourself, or "
+                    f"leave --run out and do without the ensemble. {text}"
+                    for text in unknown
+                ]
+            )
         for missing in todo:
             print(missing.as_text, flush=True)
             code = subprocess.run(missing.command, check=False).returncode
@@ -279,6 +295,12 @@ def _task(
         left = sorted({case for model in found.models for case in model.predictions} - set(cases))
         if left:
             warnings.append(f"Compared on the {len(cases)} common cases only; left out: {some(left)}.")
+        others = other_splits(found.models)
+        if others:
+            warnings.append(
+                f"{some(others)}: trained on other splits than {found.models[0].name}. Each case was held out, but the "
+                f"models learned from different cases."
+            )
     unpredicted = sorted(set(references) - {case for model in found.models for case in model.predictions})
     if kind == "test" and unpredicted:
         warnings.append(f"No model predicted {some(unpredicted)}, for which there is a reference.")
@@ -286,12 +308,11 @@ def _task(
 
 
 def _groups(cases: Sequence[str], pattern: str | None) -> tuple[dict[str, str] | None, list[str]]:
-    from nnunet_conres.datasets.splits import group_cases
+    from nnunet_conres.datasets.splits import compile_group, group_cases
 
-    try:
-        compiled = None if pattern is None else re.compile(pattern)
-    except re.error as error:
-        return None, [f"--group {pattern} is no regular expression: {error}."]
+    compiled, faults = compile_group(pattern)
+    if faults:
+        return None, faults
     groups, faults = group_cases(cases, compiled)
     return (groups if len(set(groups.values())) < len(groups) else None), faults
 
@@ -513,7 +534,8 @@ def _does_the_ensemble_help(
 
     def mean(model: Model) -> float:
         values = [case[region][_MAIN_METRIC] for case in scores.values[model.key].values()]
-        return means.fmean(value for value in values if not math.isnan(value)) if values else math.nan
+        known = [value for value in values if not math.isnan(value)]
+        return means.fmean(known) if known else -math.inf
 
     if not ensembles:
         return []
@@ -620,30 +642,38 @@ def _write_report(path: Path, task: _Task, models: Sequence[Model], content: dic
         content["warnings"].append(f"No images to show of {some(without)}: {_where_images_are(task.kind)}")
 
     def volumes() -> Iterator[CaseVolumes]:
+        import numpy as np
+
         from nnunet_conres.evaluation.figures import read_standing
 
-        labels = {name: value for name, value in task.dataset_json["labels"].items()}
         regions = {
             name: tuple(value) if isinstance(value, list) else (int(value),)
-            for name, value in labels.items()
+            for name, value in task.dataset_json["labels"].items()
             if name not in ("background", "ignore")
         }
         channel_names = task.dataset_json.get("channel_names", task.dataset_json.get("modality", {}))
         for case in shown:
             if case not in task.images:
                 continue
-            import numpy as np
-
-            images, spacings = zip(*(read_standing(file) for file in task.images[case]), strict=True)
-            yield CaseVolumes(
-                case,
-                np.stack(images),
-                [str(channel_names.get(str(number), f"channel {number}")) for number in range(len(images))],
-                read_standing(task.references[case])[0],
-                {model.key: read_standing(model.predictions[case].labels)[0] for model in models},
-                regions,
-                spacings[0],
-            )
+            try:
+                images, spacings = zip(*(read_standing(file) for file in task.images[case]), strict=True)
+                found = CaseVolumes(
+                    case,
+                    np.stack(images),
+                    [str(channel_names.get(str(number), f"channel {number}")) for number in range(len(images))],
+                    read_standing(task.references[case])[0],
+                    {model.key: read_standing(model.predictions[case].labels)[0] for model in models},
+                    regions,
+                    spacings[0],
+                )
+                faults = found.faults()
+            except (RuntimeError, ValueError) as error:
+                faults = [f"{short_message(error)}."]
+            # Scores and statistics are there already: what can't be shown must not cost them.
+            if faults:
+                content["warnings"].append(f"No pictures of {case}: {' '.join(faults)}")
+                continue
+            yield found
 
     write_report(content, volumes(), path)
 

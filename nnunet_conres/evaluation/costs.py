@@ -249,7 +249,11 @@ def _curves(logged: Mapping[str, list[Any]], regions: Sequence[str]) -> dict[str
 def _region_names(folder: Path) -> list[str]:
     """Names of labels or regions in the order in which nnU-Net logs their Dice."""
     labels = read_json(folder / "dataset.json")["labels"]
-    return [name for name in labels if name not in ("background", "ignore")]
+    names = [name for name in labels if name not in ("background", "ignore")]
+    if any(isinstance(labels[name], list) for name in names):
+        return names
+    # the network's channels are sorted by label, whatever the order in the file
+    return sorted(names, key=lambda name: int(labels[name]))
 
 
 def _log_lines(fold_folder: Path) -> list[tuple[datetime, str]]:

@@ -14,6 +14,8 @@ from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment
 PROBABILITIES_ENDING: Final = ".npz"
 # What nnU-Net writes into folders of predictions besides.
 _DATASET_JSON, _PLANS_JSON, _SUMMARY = "dataset.json", "plans.json", "summary.json"
+# Stand in commands for what the user knows.
+_UNKNOWN_IMAGES, _UNKNOWN_MODEL = "IMAGES", "MODEL_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ class Missing:
         """What is missing and what makes it."""
         return f"{self.what} Run: {shlex.join(self.command)}"
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the command can be run as it is."""
+        return _UNKNOWN_IMAGES not in self.command and _UNKNOWN_MODEL not in self.command
+
 
 @dataclass
 class Found:
@@ -148,8 +155,10 @@ def parse_model_names(
         own_plans, own_configuration = others + given[len(others) :]
         names.append(ModelName(trainer, own_plans, own_configuration, label or None))
     doubled = {name.folder_name for name in names if names.count(name) > 1}
-    labels = [name.label for name in names if name.label is not None]
-    doubled |= {label for label in labels if labels.count(label) > 1}
+    if not doubled:
+        # also where one is called as another's trainer
+        shown = display_names(names)
+        doubled = {name for name in shown if shown.count(name) > 1}
     faults += [f"{name} is named twice; expected every model once." for name in sorted(doubled)]
     return names, faults
 
@@ -241,7 +250,9 @@ def find_cross_validation(
 # --- test set ---------------------------------------------------------------------------------------------------------
 
 
-def find_test_set(folders: Mapping[str, Path], model_folders: Mapping[str, Path], file_ending: str) -> Found:
+def find_test_set(
+    folders: Mapping[str, Path], model_folders: Mapping[str, Path], file_ending: str, *, device: str = "cuda"
+) -> Found:
     """Predictions in folders, as nnUNetv2_predict writes them.
 
     Args:
@@ -249,6 +260,7 @@ def find_test_set(folders: Mapping[str, Path], model_folders: Mapping[str, Path]
         model_folders: Trained model folder by the same names, where known: for costs, curves, and for the command that
             makes missing probabilities.
         file_ending: Of the predictions, as in dataset.json.
+        device: For the commands that are named where something is missing.
 
     Returns:
         The models; a model with a fault is left out.
@@ -279,7 +291,7 @@ def find_test_set(folders: Mapping[str, Path], model_folders: Mapping[str, Path]
         found.models.append(Model(f"m{number}", name, _sorted(predictions), trained, model, folds))
         if any(not prediction.probabilities(file_ending).is_file() for prediction in predictions.values()):
             found.missing_probabilities.append(
-                Missing(f"{name} has no probabilities in {folder}.", _predict_command(folder, trained, folds))
+                Missing(f"{name} has no probabilities in {folder}.", _predict_command(folder, trained, folds, device))
             )
     return found
 
@@ -292,9 +304,9 @@ def _trained_model(folder: Path) -> tuple[ModelName | None, tuple[int, ...]]:
     return ModelName(*parts), tuple(folds)
 
 
-def _predict_command(folder: Path, trained: Path | None, folds: Sequence[int]) -> tuple[str, ...]:
+def _predict_command(folder: Path, trained: Path | None, folds: Sequence[int], device: str) -> tuple[str, ...]:
     """What predicts the folder again with probabilities, as far as it can be known."""
-    images = "IMAGES"
+    images = _UNKNOWN_IMAGES
     try:
         written = json.loads((folder / "predict_from_raw_data_args.json").read_text(encoding="utf-8"))
         if isinstance(written["list_of_lists_or_source_folder"], str):
@@ -302,10 +314,10 @@ def _predict_command(folder: Path, trained: Path | None, folds: Sequence[int]) -
     except (OSError, ValueError, KeyError, TypeError):
         pass
     command: tuple[str, ...] = ("nnUNetv2_predict_from_modelfolder", "-i", images, "-o", str(folder))
-    command += ("-m", "MODEL_FOLDER" if trained is None else str(trained))
+    command += ("-m", _UNKNOWN_MODEL if trained is None else str(trained))
     if folds:
         command += ("-f", *map(str, folds))
-    return (*command, "--save_probabilities")
+    return (*command, "-device", device, "--save_probabilities")
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
@@ -340,12 +352,29 @@ def same_cases(
                 f"Folds {', '.join(map(str, sorted(f for f in folds if f is not None)))} of {model.name} held other "
                 f"cases out than those of the other models: they were trained on different splits."
             )
+    for model in models[1:]:
+        moved = sorted(_in_other_folds(models[0], model) & everywhere)
+        if moved and not intersection:
+            faults.append(
+                f"{model.name} and {models[0].name} held {some(moved)} out in different folds: they were trained on "
+                f"different splits. Compare models of the same splits, or compare nevertheless with --intersection."
+            )
     without_reference = sorted(everywhere - set(references))
     if without_reference:
         faults.append(f"There is no reference segmentation for {some(without_reference)}; expected one for every case.")
     if models and not everywhere:
         faults.append("The models have no case in common.")
     return sorted(everywhere), faults
+
+
+def other_splits(models: Sequence[Model]) -> list[str]:
+    """Names of the models that held cases out in other folds than the first model did."""
+    return [model.name for model in models[1:] if _in_other_folds(models[0], model)]
+
+
+def _in_other_folds(first: Model, second: Model) -> set[str]:
+    common = set(first.predictions) & set(second.predictions)
+    return {case for case in common if first.predictions[case].fold != second.predictions[case].fold}
 
 
 def _predictions(folder: Path, file_ending: str, fold: int | None) -> dict[str, Prediction]:

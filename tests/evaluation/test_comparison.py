@@ -21,6 +21,7 @@ from nnunet_conres.evaluation.comparison import (
     compare_test_set,
     read_report,
 )
+from nnunet_conres.evaluation.metrics import MetricOptions
 from nnunet_conres.evaluation.models import ModelName
 
 NAME = "Dataset801_Models"
@@ -159,6 +160,49 @@ class TestCrossValidation:
         assert len(error.value.faults) == 5
         assert not (tmp_path / "out").exists()
 
+    def test_other_splits_are_told(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        made.add(STOCK, folds=(0, 1))
+        made.add(OURS, folds=(1, 0))
+        with pytest.raises(InputError, match="different splits"):
+            compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET)
+        options = CompareOptions(intersection=True, progress=False)
+        content = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", options).content
+        assert any(f"{OURS}: trained on other splits" in warning for warning in content["warnings"])
+
+    def test_images_that_do_not_fit_cost_the_pictures_only(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        for trainer, seed in ((STOCK, 1), (OURS, 2)):
+            made.add(trainer, npz=False, seed=seed)
+        images = tmp_path / "raw" / NAME / "imagesTr"
+        sitk.WriteImage(sitk.Image([5, 6, 7], sitk.sitkFloat32), str(images / "case_0_0000.nii.gz"))
+        (images / "case_1_0000.nii.gz").write_bytes(b"no image")
+        done = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", QUIET)
+        for case in ("case_0", "case_1"):
+            assert any(f"No pictures of {case}: " in warning for warning in read_report(done.json)["warnings"])
+        page = done.report.read_text()
+        assert "No pictures of case_0" in page
+        assert page.count('class="volumes"') == 6
+
+    def test_no_case_has_a_value(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        for trainer in (STOCK, OURS):
+            made.add(trainer)
+        for path in [*tmp_path.rglob("case_*.nii.gz"), *tmp_path.rglob("case_*.npz")]:
+            if path.parent.name == "imagesTr":
+                continue
+            if path.suffix == ".npz":
+                probabilities = np.zeros((3, *np.load(path)["probabilities"].shape[1:]), np.float32)
+                probabilities[0] = 1
+                np.savez_compressed(path, probabilities=probabilities)
+            else:
+                image = sitk.ReadImage(str(path))
+                sitk.WriteImage(image * 0, str(path))
+        options = CompareOptions(metrics=MetricOptions(empty="nan"), progress=False)
+        content = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", options).content
+        assert content["summary"]["m0"]["mean"]["dice"]["mean"] is None
+        assert content["disagreements"] == []
+
     def test_other_labels_are_not_compared(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()
         made.add(STOCK)
@@ -194,6 +238,42 @@ class TestRun:
         options = CompareOptions(run=True, device="cpu", progress=False)
         content = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", options).content
         assert len(content["models"]) == 3
+
+    def test_probabilities_of_one_beside_a_validation_of_the_other(
+        self, lab: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = lab()
+        made.add(STOCK, npz=False)
+        folder = made.add(OURS)
+        (folder / "fold_0" / "validation" / "summary.json").unlink()
+        command = tmp_path / "bin" / "nnUNetv2_train"
+        command.parent.mkdir()
+        command.write_text(
+            f"#!{sys.executable}\nimport pathlib, sys\n"
+            f"with open({str(tmp_path / 'called')!r}, 'a') as file:\n"
+            f"    print(sys.argv[5], file=file)\n"
+            f"pathlib.Path({str(folder / 'fold_0' / 'validation' / 'summary.json')!r}).write_text('{{}}')\n"
+        )
+        command.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
+        compare_cross_validation(
+            NAME, names(STOCK, OURS), [0], tmp_path / "out", CompareOptions(run=True, progress=False)
+        )
+        assert sorted((tmp_path / "called").read_text().split()) == [STOCK, OURS]
+
+    def test_a_command_that_is_not_known_is_not_run(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        for name in ("a", "b"):
+            made.write_predictions(tmp_path / name, made.cases, 0.4, 1, npz=False)
+        raw = tmp_path / "raw" / NAME
+        with pytest.raises(InputError, match=r"(?s)does not know the whole command.*--model"):
+            compare_test_set(
+                {"A": tmp_path / "a", "B": tmp_path / "b"},
+                raw / "labelsTr",
+                raw / "dataset.json",
+                tmp_path / "out",
+                CompareOptions(run=True, progress=False),
+            )
 
     def test_a_command_that_fails(
         self, lab: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -275,6 +355,7 @@ class TestTestSet:
         (["--predictions", "A=a"], "--predictions needs --reference"),
         (["--predictions", "A", "--reference", "r", "-djfile", "f"], "is not NAME=FOLDER"),
         (["-d", "801", "-tr", "A:"], "is no model"),
+        (["-d", "801", "-tr", "A", "-i", "images", "--model", "A=a"], "-i, --model: for --predictions only"),
         (["-d", "899", "-tr", "A"], "899 is no data set"),
         (
             ["--predictions", "A=a", "--reference", "r", "-djfile", "nothing.json"],

@@ -59,6 +59,22 @@ class TestLogs:
         assert curves["0"]["series"]["dice core"] == [0.25] * 3
         assert "lrs" not in curves["0"]["series"]
 
+    def test_dice_is_named_by_label_not_by_place(self, lab: Callable[..., Any]) -> None:
+        made = lab()
+        path = made.add() / "dataset.json"
+        content = made.dataset_json | {"labels": {"background": 0, "core": 2, "oedema": 1}}
+        path.write_text(json.dumps(content))
+        series = model_cost(find())[1]["0"]["series"]
+        assert series["dice oedema"] == [0.5] * 3
+        assert series["dice core"] == [0.25] * 3
+
+    def test_dice_of_regions_is_named_by_place(self, lab: Callable[..., Any]) -> None:
+        made = lab("regions")
+        path = made.add() / "dataset.json"
+        content = made.dataset_json | {"labels": {"background": 0, "core": 2, "whole": [1, 2]}}
+        path.write_text(json.dumps(content))
+        assert model_cost(find())[1]["0"]["series"]["dice core"] == [0.5] * 3
+
     def test_damaged_checkpoint(self, lab: Callable[..., Any]) -> None:
         folder = lab().add()
         (folder / "fold_0" / "checkpoint_final.pth").write_bytes(b"no checkpoint")

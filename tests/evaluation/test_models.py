@@ -14,6 +14,7 @@ from nnunet_conres.evaluation.models import (
     find_cross_validation,
     find_test_set,
     iterate_missing,
+    other_splits,
     parse_model_names,
     same_cases,
 )
@@ -53,6 +54,7 @@ class TestNames:
         assert not faults
         assert names[0].folder_name == "A__Q__3d_fullres"
         assert display_names(names) == ["ours", "B P"]
+        assert "B is named twice" in parse_model_names(["B=A", "B"], ["P"], ["3d_fullres"])[1][0]
         assert "x is named twice" in parse_model_names(["x=A", "x=B"], ["P"], ["3d_fullres"])[1][0]
 
     def test_all_faults(self) -> None:
@@ -130,7 +132,11 @@ class TestTestSet:
         (missing,) = found.missing_probabilities
         assert missing.command[0] == "nnUNetv2_predict_from_modelfolder"
         assert "'/images of b'" in missing.as_text
-        assert missing.command[-1] == "--save_probabilities"
+        assert missing.command[-3:] == ("-device", "cuda", "--save_probabilities")
+        assert missing.is_known
+        (missing,) = find_test_set({"B": tmp_path / "b"}, {}, ".nii.gz", device="cpu").missing_probabilities
+        assert "cpu" in missing.command
+        assert not missing.is_known
 
     def test_faults(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
@@ -156,6 +162,18 @@ class TestSameCases:
         assert any("trained on different splits" in fault for fault in faults)
         assert any("case_0" in fault for fault in faults)
         assert same_cases(models, made.cases, intersection=True) == (list(made.cases[2:5]), [])
+
+    def test_same_cases_in_other_folds(self, lab: Callable[..., Any]) -> None:
+        made = lab()
+        made.add(folds=(0, 1))
+        made.add("nnUNetTrainerConResNet", folds=(1, 0))
+        models = find_cross_validation(NAME, [STOCK, OURS], [0, 1]).models
+        _, (fault,) = same_cases(models, made.cases, intersection=False)
+        assert "nnUNetTrainerConResNet and nnUNetTrainer held case_0" in fault
+        assert "--intersection" in fault
+        assert same_cases(models, made.cases, intersection=True) == (list(made.cases), [])
+        assert other_splits(models) == ["nnUNetTrainerConResNet"]
+        assert other_splits([models[0], models[0]]) == []
 
     def test_nothing_in_common(self, lab: Callable[..., Any]) -> None:
         made = lab()

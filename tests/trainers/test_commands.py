@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+import torch
+
+from nnunet_conres.trainers.precision import training_precision
 
 # Two steps instead of 250, in a folder of the user's own: what is there must be found, and be searched first.
 USER_TRAINER = """
@@ -82,6 +85,15 @@ def test_train_predict_find_best_and_move_elsewhere(
     run("nnUNetv2_find_best_configuration", dataset, "-c", "3d_fullres", *trainer, "-f", "0", "-np", "1")
     best = json.loads((results / dataset / "inference_information.json").read_text())
     assert name in json.dumps(best["best_model_or_ensemble"])
+
+    run("nnunet-conres", "compare", "-d", dataset, *trainer, "-f", "0", "-np", "1", "-o", str(tmp_path / "report"))
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    cost = report["models"][0]["cost"]
+    assert cost["device"] == "cpu"
+    assert cost["precision"] == training_precision(torch.device("cpu"))
+    assert None not in (cost["parameters"], cost["epoch_seconds"], cost["prediction_seconds_per_case"])
+    expected = json.loads((model / "fold_0" / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"]
+    assert report["summary"]["m0"]["mean"]["dice"]["mean"] == pytest.approx(expected)
 
     archive = tmp_path / "model.zip"
     run("nnUNetv2_export_model_to_zip", "-d", dataset, "-c", "3d_fullres", "-f", "0", *trainer, "-o", str(archive))

@@ -39,6 +39,16 @@ def test_leaves_other_devices_to_nnunet() -> None:
     assert product_dtype("cuda") == torch.float32
 
 
+@pytest.mark.usefixtures("_capable")
+def test_says_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(precision.CPU_BFLOAT16_VARIABLE, raising=False)
+    assert precision.training_precision(torch.device("cpu")) == "bfloat16 mixed"
+    assert precision.training_precision(torch.device("mps")) == "float32"
+    assert precision.training_precision(torch.device("cuda", 1)) == "float16 mixed"  # nnU-Net's own
+    monkeypatch.setenv(precision.CPU_BFLOAT16_VARIABLE, "0")
+    assert precision.training_precision(torch.device("cpu")) == "float32"
+
+
 @pytest.mark.parametrize(
     ("capabilities", "expected"), [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"avx2": True}, False)]
 )

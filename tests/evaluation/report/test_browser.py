@@ -356,4 +356,6 @@ class TestCaseTable:
         assert (drawn(page) != before).any()
         assert "</script>" in page.locator("#shown-case option:checked").inner_text()
         assert page.locator("#slice").evaluate("(slider) => slider === document.activeElement")
-        page.wait_for_function("() => Math.abs(document.getElementById('disagreements').getBoundingClientRect().top) < 200")
+        page.wait_for_function(
+            "() => Math.abs(document.getElementById('disagreements').getBoundingClientRect().top) < 200"
+        )
