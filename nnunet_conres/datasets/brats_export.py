@@ -109,7 +109,7 @@ def export_brats(
     Raises:
         ExportError: The predictions do not fit the data set or the scheme, or the target is taken. Lists all faults.
     """
-    folder, output = Path(predictions_folder), Path(output_folder)
+    folder, output = Path(predictions_folder), Path(output_folder).absolute()
     faults = list(_argument_faults(scheme, et_min_voxels, processes))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         faults.append(f"{output} exists already and is not an empty folder; remove it, or choose another -o.")

@@ -144,7 +144,13 @@ def find_cases(
 
 def nifti_files(root: Path) -> Iterator[Path]:
     """All NIfTI files below a folder that are not hidden, sorted."""
+    seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
+        # A link may lead back to a folder above it.
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import statistics as means
 import subprocess
@@ -24,6 +23,8 @@ from nnunet_conres.datasets.raw import (
 )
 from nnunet_conres.evaluation.costs import Cost, Curves, ensemble_cost, model_cost, unlike_conditions
 from nnunet_conres.evaluation.ensembles import build_ensemble, ensemble_members, settings_differences
+from nnunet_conres.evaluation.json_values import without_nan
+from nnunet_conres.evaluation.labels import label_values
 from nnunet_conres.evaluation.metrics import METRICS, MetricOptions
 from nnunet_conres.evaluation.models import (
     Found,
@@ -36,10 +37,10 @@ from nnunet_conres.evaluation.models import (
     read_json,
     same_cases,
 )
+from nnunet_conres.evaluation.report import REPORT_FORMAT, CaseVolumes, write_report
 from nnunet_conres.evaluation.scoring import MEAN, Scores, ScoringJob, score_cases
 from nnunet_conres.evaluation.statistics import PairedComparison, compare_paired, mean_interval
 
-REPORT_FORMAT: Final = 1
 MOST_DISAGREEMENTS: Final = 10
 
 _MAIN_METRIC: Final = "dice"
@@ -464,7 +465,7 @@ def _content(
     ]
     conclusions += _does_the_ensemble_help(models, scores, names, _overall(regions), task.groups)
     keys = {name: key for key, name in names.items()}
-    return _without_nan(
+    return without_nan(
         {
             "format": REPORT_FORMAT,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -498,7 +499,7 @@ def _content(
                 }
                 for model in models
             ],
-            "summary": {model.key: _summary(scores, model.key) for model in models},
+            "summary": {model.key: _summary(scores, model.key, task.groups) for model in models},
             "comparisons": [_comparison(comparison, keys) for comparison in compared],
             "conclusions": conclusions,
             "warnings": warnings,
@@ -553,14 +554,15 @@ def _does_the_ensemble_help(
     return [comparison.sentence for comparison in compared]
 
 
-def _summary(scores: Scores, key: str) -> dict[str, Any]:
+def _summary(scores: Scores, key: str, groups: Mapping[str, str] | None) -> dict[str, Any]:
     cases = scores.values[key]
     summary: dict[str, Any] = {}
     for region, metrics in next(iter(cases.values())).items():
         summary[region] = {}
         for metric in metrics:
-            values = [value for case in cases.values() if not math.isnan(value := case[region][metric])]
-            interval = mean_interval(values)
+            known = {case: value for case, of in cases.items() if not math.isnan(value := of[region][metric])}
+            values = list(known.values())
+            interval = mean_interval(values, None if groups is None else [groups[case] for case in known])
             summary[region][metric] = {
                 "n": len(values),
                 "mean": means.fmean(values) if values else None,
@@ -634,8 +636,6 @@ def _write_csv(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_report(path: Path, task: _Task, models: Sequence[Model], content: dict[str, Any]) -> None:
-    from nnunet_conres.evaluation.report import CaseVolumes, write_report
-
     shown = [entry["id"] for entry in content["disagreements"]]
     without = [case for case in shown if case not in task.images]
     if without:
@@ -646,11 +646,7 @@ def _write_report(path: Path, task: _Task, models: Sequence[Model], content: dic
 
         from nnunet_conres.evaluation.figures import read_standing
 
-        regions = {
-            name: tuple(value) if isinstance(value, list) else (int(value),)
-            for name, value in task.dataset_json["labels"].items()
-            if name not in ("background", "ignore")
-        }
+        regions = label_values(task.dataset_json["labels"])
         channel_names = task.dataset_json.get("channel_names", task.dataset_json.get("modality", {}))
         for case in shown:
             if case not in task.images:
@@ -688,26 +684,3 @@ def _where_images_are(kind: str) -> str:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None takes their place."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(entry) for entry in value]
-    return value
-
-
-def read_report(path: str | Path) -> dict[str, Any]:
-    """A report.json that a comparison wrote.
-
-    Raises:
-        ValueError: It is not one, or of another format.
-    """
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.get("format") != REPORT_FORMAT:
-        raise ValueError(f"{path} is not a report.json of format {REPORT_FORMAT}.")
-    return content

@@ -80,7 +80,7 @@ def model_cost(model: Model) -> tuple[Cost, Curves, list[str]]:
     notes: list[str] = []
     known = _network_cost(model.folder, model.model, model.name, notes)
     curves: Curves = {}
-    durations: dict[int, list[float]] = {}
+    durations: dict[int | str, list[float]] = {}
     predicting: list[float] = []
     peaks: list[float] = []
     precisions: set[str] = set()
@@ -268,11 +268,11 @@ def _log_lines(fold_folder: Path) -> list[tuple[datetime, str]]:
 
 
 def _prediction_seconds(lines: Sequence[tuple[datetime, str]]) -> list[float]:
-    """Seconds between a case's turn in a validation and the next one's."""
+    """Seconds between a case's turn in a validation and the next one's; what comes after the last is not prediction."""
     seconds = []
     for (began, line), (ended, following) in zip(lines, lines[2:], strict=False):
-        # "predicting CASE", then a line with its shape, then whatever comes when it is done
-        if line.startswith("predicting ") and following.startswith(("predicting ", "Validation complete")):
+        # "predicting CASE", then a line with its shape, then the next case
+        if line.startswith("predicting ") and following.startswith("predicting "):
             seconds.append((ended - began).total_seconds())
     return seconds
 

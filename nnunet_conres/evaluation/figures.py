@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.evaluation.labels import ignore_label, label_values
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, the ones that stand out from grey first: told apart by people with any colour vision.
-_COLOURS: Final = ("#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#009E73", "#E69F00", "#0072B2")
+COLOURS: Final = ("#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#009E73", "#E69F00", "#0072B2")
 
 # Where several channels could be shown: those that raters outline tumours on. In lower case, with the names of 2023.
 _PREFERRED_CHANNELS: Final = (("flair", "t2f", "t2-flair"), ("t1ce", "t1c", "t1gd", "t1-ce"))
@@ -35,11 +37,13 @@ class Legend:
         channels: Names of the channels, in order.
         regions: Label values of every label or region to outline, by name.
         file_ending: Of all images, as in dataset.json.
+        ignore_label: The label of voxels that are not annotated, None where there is none.
     """
 
     channels: tuple[str, ...]
     regions: Mapping[str, tuple[int, ...]]
     file_ending: str = ".nii.gz"
+    ignore_label: int | None = None
 
 
 def read_legend(dataset_json: str | Path) -> Legend:
@@ -61,12 +65,8 @@ def read_legend(dataset_json: str | Path) -> Legend:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         channels = tuple(name for _, name in sorted((int(i), n) for i, n in content["channel_names"].items()))
-        regions = {
-            name: tuple(int(v) for v in labels) if isinstance(labels, list) else (int(labels),)
-            for name, labels in content["labels"].items()
-            if name not in ("background", "ignore")
-        }
-        return Legend(channels, regions, content["file_ending"])
+        labels = content["labels"]
+        return Legend(channels, label_values(labels), content["file_ending"], ignore_label(labels))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not the dataset.json of an nnU-Net data set: {error!r}.") from error
 
@@ -124,7 +124,7 @@ def overlay_figure(
         left=0, right=1, top=1 - top / figure_size[1], bottom=bottom / figure_size[1], wspace=0.01, hspace=0.01
     )
 
-    colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(regions)}
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(regions)}
     for row, channel in enumerate(shown):
         low, high = grey_window(images[channel])
         for column, z in enumerate(slices):
@@ -309,12 +309,12 @@ def sparse_annotation_figure(
     annotated = np.flatnonzero(known.any(axis=(across, along)))
     # Of the two cuts across the slices, the one that shows more.
     cuts = [
-        _View(cut, _busiest(foreground, cut, np.arange(image.shape[cut])), axis, other)
+        View(cut, _busiest(foreground, cut, np.arange(image.shape[cut])), axis, other)
         for cut, other in ((across, along), (along, across))
     ]
     views = [max(cuts, key=lambda view: int(view.of(foreground).sum()))]
     missing, present = _slices_of_interest(foreground, axis, annotated)
-    views += [_View(axis, index, across, along) for index in (missing, present) if index is not None]
+    views += [View(axis, index, across, along) for index in (missing, present) if index is not None]
 
     limits = content_box(image)
     ratios = []
@@ -333,7 +333,7 @@ def sparse_annotation_figure(
 
     occupied = image[image != image.flat[0]]
     low, high = np.percentile(occupied if occupied.size else image, (0.5, 99.7))
-    colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(regions)}
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(regions)}
     for row, view in enumerate(views):
         for column, (name, labels) in enumerate(columns.items()):
             panel: Axes = axes[row, column]
@@ -456,7 +456,7 @@ def write_sparse_annotation_figures(
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """A plane through a volume: at an index of an axis, with two others as rows and columns of the picture."""
 
     axis: int

@@ -78,7 +78,7 @@ class Model:
     predictions: Mapping[str, Prediction]
     folder: Path | None = None
     model: ModelName | None = None
-    folds: tuple[int, ...] = ()
+    folds: tuple[int | str, ...] = ()
     members: tuple[str, ...] = ()
 
 
@@ -279,7 +279,7 @@ def find_test_set(
             continue
         trained = model_folders.get(name)
         model: ModelName | None = None
-        folds: tuple[int, ...] = ()
+        folds: tuple[int | str, ...] = ()
         if trained is not None:
             model, folds = _trained_model(trained)
             if model is None:
@@ -296,15 +296,17 @@ def find_test_set(
     return found
 
 
-def _trained_model(folder: Path) -> tuple[ModelName | None, tuple[int, ...]]:
+def _trained_model(folder: Path) -> tuple[ModelName | None, tuple[int | str, ...]]:
     parts = folder.resolve().name.split("__")
     if len(parts) != 3 or not (folder / _PLANS_JSON).is_file():
         return None, ()
-    folds = sorted(int(path.name[5:]) for path in folder.glob("fold_*") if path.name[5:].isdigit())
+    folds: list[int | str] = [*sorted(int(path.name[5:]) for path in folder.glob("fold_*") if path.name[5:].isdigit())]
+    if not folds and (folder / "fold_all").is_dir():
+        folds.append("all")
     return ModelName(*parts), tuple(folds)
 
 
-def _predict_command(folder: Path, trained: Path | None, folds: Sequence[int], device: str) -> tuple[str, ...]:
+def _predict_command(folder: Path, trained: Path | None, folds: Sequence[int | str], device: str) -> tuple[str, ...]:
     """What predicts the folder again with probabilities, as far as it can be known."""
     images = _UNKNOWN_IMAGES
     try:

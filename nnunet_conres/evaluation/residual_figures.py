@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.evaluation.figures import (
-    _COLOURS,
-    _View,
+    COLOURS,
+    View,
     channels_to_show,
     content_box,
     draw_outline,
@@ -114,7 +114,7 @@ def image_residual_figure(
     return draw(
         columns,
         slices,
-        [Curve("", means, _COLOURS[0])],
+        [Curve("", means, COLOURS[0])],
         limits=limits,
         axis=axis,
         spacing=spacing,
@@ -252,7 +252,7 @@ def slices_of(residuals: Mapping[str, NDArray[np.bool_]], axis: int) -> list[int
 
 def colours_of(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
     """A colour for every label or region."""
-    return {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(names)}
+    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
 
 
 def draw(
@@ -311,7 +311,7 @@ def draw(
     for row, index in enumerate(slices):
         for number, column in enumerate(columns):
             panel = figure.add_subplot(panels[row, number])
-            view = _View(axis, index + column.offset, rows_axis, columns_axis)
+            view = View(axis, index + column.offset, rows_axis, columns_axis)
             panel.imshow(
                 view.of(column.volume),
                 cmap=column.colour_map,
@@ -356,7 +356,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _draw_masks(panel: Axes, column: Column, view: _View, colours: Mapping[str, str]) -> None:
+def _draw_masks(panel: Axes, column: Column, view: View, colours: Mapping[str, str]) -> None:
     for name, mask in column.tinted.items():
         tint(panel, view.of(mask), colours[name], 0.85)
     for name, mask in column.outlined.items():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -389,22 +389,15 @@ def write_like(voxels: NDArray[Any], like: Any, path: Path) -> Path:
     return path
 
 
-def file_part(name: str) -> str:
-    """A region's name in a form that file names can have."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
-
-
-def read_ignore_label(dataset_json: str | Path) -> int | None:
-    """The label of voxels that are not annotated, None if there is none."""
-    label = json.loads(Path(dataset_json).read_text(encoding="utf-8"))["labels"].get("ignore")
-    return None if label is None else int(label)
-
-
-@dataclass(frozen=True)
-class _LegendWithIgnore(Legend):
-    """Names of labels and regions, and the label that is none."""
-
-    ignore_label: int | None = None
+def file_parts(names: Iterable[str]) -> dict[str, str]:
+    """Regions' names in a form that file names can have, each another, also where upper and lower case are the same."""
+    parts: dict[str, str] = {}
+    for name in names:
+        part = re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
+        taken = {other.lower() for other in parts.values()}
+        candidates = (part if number == 1 else f"{part}_{number}" for number in itertools.count(1))
+        parts[name] = next(candidate for candidate in candidates if candidate.lower() not in taken)
+    return parts
 
 
 def _legend_of(look: FileLook, dataset_json: str | Path | None) -> tuple[Legend | None, list[str], list[str]]:
@@ -416,11 +409,10 @@ def _legend_of(look: FileLook, dataset_json: str | Path | None) -> tuple[Legend 
         legend = read_legend(path)
     except (OSError, ValueError) as error:
         return None, [str(error)], []
-    ignore_label = read_ignore_label(path)
     known = {0, *(value for values in legend.regions.values() for value in values)}
-    strange = [str(value) for value in look.values if value not in known | {ignore_label}]
+    strange = [str(value) for value in look.values if value not in known | {legend.ignore_label}]
     if not strange:
-        return _LegendWithIgnore(legend.channels, legend.regions, legend.file_ending, ignore_label), [], []
+        return legend, [], []
     told = f"{look.path} has labels that {path} does not name: {some(strange)}"
     if dataset_json is not None:
         return None, [f"{told}; give the dataset.json that it belongs to."], []
@@ -430,7 +422,7 @@ def _legend_of(look: FileLook, dataset_json: str | Path | None) -> tuple[Legend 
 def regions_of(values: Sequence[int], legend: Legend | None) -> tuple[dict[str, tuple[int, ...]], int | None]:
     """The labels or regions to take the residual of, by name, and the ignore label."""
     if legend is not None:
-        return dict(legend.regions), legend.ignore_label if isinstance(legend, _LegendWithIgnore) else None
+        return dict(legend.regions), legend.ignore_label
     return {f"label_{value}": (value,) for value in values if value} or {"label_1": (1,)}, None
 
 
@@ -487,8 +479,9 @@ def _write_label_residuals(
         direction=image.GetDirection(),
         title=name,
     )
+    parts = file_parts(residuals)
     maps = {
-        region: write_like(residual.astype(np.uint8), image, output / f"{name}_residual_{file_part(region)}.nii.gz")
+        region: write_like(residual.astype(np.uint8), image, output / f"{name}_residual_{parts[region]}.nii.gz")
         for region, residual in residuals.items()
     }
     return FileResiduals(look.path, "labels", maps, save_figure(figure, output / f"{name}_residual.png"), means)

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from nnunet_conres.architectures.blocks import crop, resize
 from nnunet_conres.architectures.conresnet import ConResNet
 from nnunet_conres.datasets.raw import InputError, short_message, some, write_json
+from nnunet_conres.evaluation.labels import label_values
 from nnunet_conres.evaluation.residual_maps import (
     ENDINGS,
     RECORD,
     FileLook,
-    file_part,
+    file_parts,
     look_at_file,
     output_faults,
     read,
@@ -355,8 +356,9 @@ def _write_case(
     of_reference = {} if labels is None else residual_of_labels(labels, regions, axis, predictor.ignore_label)
 
     def write(maps: Mapping[str, NDArray[Any]], what: str, kind: type) -> dict[str, Path]:
+        parts = file_parts(maps)
         return {
-            name: write_like(one.astype(kind), image, output / f"{case_id}_{what}_{file_part(name)}.nii.gz")
+            name: write_like(one.astype(kind), image, output / f"{case_id}_{what}_{parts[name]}.nii.gz")
             for name, one in maps.items()
         }
 
@@ -505,12 +507,7 @@ def _by_number(names: Mapping[str, str]) -> Iterator[tuple[int, str]]:
 
 def _regions(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Label values of every label or region but background and ignore, in the order of the network's channels."""
-    regions = {
-        name: tuple(int(value) for value in values) if isinstance(values, list | tuple) else (int(values),)
-        for name, values in labels.items()
-        if name != "ignore"
-    }
-    regions = {name: values for name, values in regions.items() if set(values) != {0}}
+    regions = label_values(labels)
     if any(len(values) > 1 for values in regions.values()):
         return regions
     return dict(sorted(regions.items(), key=lambda item: item[1]))

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from nnunet_conres import __version__
 from nnunet_conres.datasets.nifti import READ_ERRORS, is_nifti, read_header, read_nifti
 from nnunet_conres.datasets.raw import map_cases, read_to_the_end, short_message, some
+from nnunet_conres.evaluation.json_values import without_nan
+from nnunet_conres.evaluation.labels import ignore_label, label_values
 from nnunet_conres.evaluation.metrics import METRIC_VERSION, METRICS, MetricOptions, measure
 
 # The mean over the labels or regions of a case stands beside them under this name.
@@ -59,17 +61,6 @@ class Scores:
     values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
     options: MetricOptions
     cached: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        """The scores for programs; NaN becomes None."""
-        return {
-            "options": self.options.as_json(),
-            "metrics": [metric.as_json() for metric in METRICS.values()],
-            "values": {
-                model: {case: _without_nan(scores) for case, scores in cases.items()}
-                for model, cases in self.values.items()
-            },
-        }
 
 
 def score_cases(
@@ -178,19 +169,14 @@ def _job_faults(jobs: Sequence[ScoringJob]) -> list[str]:
 
 def _scheme(dataset_json: Mapping[str, Any]) -> _Scheme:
     try:
-        named = {
-            str(name): tuple(int(value) for value in (values if isinstance(values, (list, tuple)) else (values,)))
-            for name, values in dataset_json["labels"].items()
-        }
+        regions, ignore = label_values(dataset_json["labels"]), ignore_label(dataset_json["labels"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"The dataset.json has no usable labels ({error!r}); expected that of an nnU-Net data set."
         ) from error
     if "file_ending" not in dataset_json:
         raise ValueError("The dataset.json has no file_ending; expected that of an nnU-Net data set.")
-    ignore = named.pop("ignore", (None,))[0]
-    allowed = {0, *(value for values in named.values() for value in values)}
-    regions = {name: values for name, values in named.items() if name != "background"}
+    allowed = {0, *(value for values in regions.values() for value in values)}
     if not regions:
         raise ValueError("The dataset.json names no label beside background and ignore; expected one or more.")
     return _Scheme(regions, tuple(sorted(allowed)), ignore)
@@ -342,15 +328,8 @@ def _read_entry(entry: Path, scheme: _Scheme) -> CaseScores | None:
 
 
 def _write_entry(entry: Path, task: _Task, scores: CaseScores) -> None:
-    content = {"case": task.job.case_id, "prediction": task.job.prediction.name, "scores": _without_nan(scores)}
+    content = {"case": task.job.case_id, "prediction": task.job.prediction.name, "scores": without_nan(scores)}
     # A name of this process's own: two models may have made the very same prediction.
     partial = entry.with_name(f".{entry.stem}.{os.getpid()}.new")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(entry)
-
-
-def _without_nan(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {key: None if math.isnan(value) else value for key, value in of_region.items()}
-        for name, of_region in scores.items()
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -30,10 +30,6 @@ class Interval:
 
     low: float
     high: float
-
-    def as_json(self) -> list[float | None]:
-        """[low, high]; NaN becomes None."""
-        return [_none_if_nan(self.low), _none_if_nan(self.high)]
 
 
 @dataclass(frozen=True)
@@ -90,10 +86,6 @@ class PairedComparison:
     grouped: bool
     conclusion: Conclusion
     sentence: str
-
-    def as_json(self) -> dict[str, Any]:
-        """All attributes; NaN becomes None."""
-        return {field.name: _json_value(getattr(self, field.name)) for field in fields(self)}
 
 
 def compare_paired(
@@ -216,20 +208,35 @@ def rank_biserial(differences: NDArray[np.float64]) -> float:
 
 
 def mean_interval(
-    values: Sequence[float] | NDArray[np.float64], *, confidence: float = 0.95, samples: int = 10000, seed: int = 0
+    values: Sequence[float] | NDArray[np.float64],
+    groups: Sequence[str] | None = None,
+    *,
+    confidence: float = 0.95,
+    samples: int = 10000,
+    seed: int = 0,
 ) -> Interval:
     """Bias-corrected and accelerated (BCa) bootstrap interval of a mean.
 
     Args:
-        values: Independent of each other, none NaN.
+        values: None NaN.
+        groups: Group of every value, if values of one are not independent: groups are drawn, with all their values.
         confidence: Between 0 and 1.
         samples: Drawings.
         seed: Of the drawings; the same for the same result.
 
     Returns:
-        The interval; NaN for fewer than two values, a single point if all are the same.
+        The interval; NaN for fewer than two values or groups, a single point if all are the same.
     """
-    return _bootstrap(values, np.mean, "BCa", confidence, samples, seed)
+    if groups is None:
+        return _bootstrap((values,), np.mean, "BCa", confidence, samples, seed)
+    members = {group: [value for value, of in zip(values, groups, strict=True) if of == group] for group in groups}
+    sums, sizes = [math.fsum(of) for of in members.values()], [len(of) for of in members.values()]
+
+    def mean(sums: NDArray[np.float64], sizes: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = sums.sum(axis) / sizes.sum(axis)
+        return found
+
+    return _bootstrap((sums, sizes), mean, "BCa", confidence, samples, seed)
 
 
 def median_interval(
@@ -246,11 +253,11 @@ def median_interval(
     Returns:
         As `mean_interval`.
     """
-    return _bootstrap(values, np.median, "percentile", confidence, samples, seed)
+    return _bootstrap((values,), np.median, "percentile", confidence, samples, seed)
 
 
 def _bootstrap(
-    values: Sequence[float] | NDArray[np.float64],
+    data: Sequence[Sequence[float] | NDArray[np.float64]],
     statistic: Callable[..., Any],
     method: str,
     confidence: float,
@@ -259,18 +266,20 @@ def _bootstrap(
 ) -> Interval:
     from scipy.stats import bootstrap
 
-    observed = np.asarray(values, dtype=np.float64)
-    if observed.size < 2:
+    observed = [np.asarray(values, dtype=np.float64) for values in data]
+    if observed[0].size < 2:
         return Interval(math.nan, math.nan)
-    if np.ptp(observed) == 0:
-        return Interval(float(observed[0]), float(observed[0]))
+    if all(np.ptp(values) == 0 for values in observed):
+        point = float(statistic(*observed))
+        return Interval(point, point)
     found = bootstrap(
-        (observed,),
+        observed,
         statistic,
         confidence_level=confidence,
         n_resamples=samples,
         # A few MB at a time.
-        batch=max(1, 1_000_000 // observed.size),
+        batch=max(1, 1_000_000 // observed[0].size),
+        paired=True,
         method=method,
         random_state=np.random.default_rng(seed),
     ).confidence_interval
@@ -473,15 +482,3 @@ def _case_faults(
         without = sorted(cases - set(groups))
         if without:
             yield f"No group is named for {some(without)}; expected one for every case."
-
-
-def _none_if_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return value.as_json()
-    if isinstance(value, tuple):
-        return list(value)
-    return _none_if_nan(value) if isinstance(value, float) else value

@@ -15,6 +15,7 @@ import pytest
 from nnunet_conres import cli
 from nnunet_conres.datasets import brats
 from nnunet_conres.datasets.brats import Conversion, ConversionError, convert_brats
+from nnunet_conres.datasets.brats_find import nifti_files
 
 SHAPE = (7, 6, 5)
 AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239], [0, 0, 1.0, 0], [0, 0, 0, 1]])
@@ -774,3 +775,11 @@ class TestCommand:
         error = capsys.readouterr().err
         assert "1 fault found" in error
         assert "a_t1ce.nii.gz is missing" in error
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_link_to_a_folder_above_is_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case" / "a.nii.gz").touch()
+    (tmp_path / "case" / "above").symlink_to(tmp_path)
+    assert [path.name for path in nifti_files(tmp_path)] == ["a.nii.gz"]

@@ -19,10 +19,10 @@ from nnunet_conres.evaluation.comparison import (
     CompareOptions,
     compare_cross_validation,
     compare_test_set,
-    read_report,
 )
 from nnunet_conres.evaluation.metrics import MetricOptions
 from nnunet_conres.evaluation.models import ModelName
+from nnunet_conres.evaluation.statistics import mean_interval
 
 NAME = "Dataset801_Models"
 QUIET = CompareOptions(progress=False)
@@ -53,7 +53,7 @@ def two(lab: Callable[..., Any], request: pytest.FixtureRequest) -> Any:
 class TestCrossValidation:
     def test_scores_are_those_of_a_loop(self, two: Any, tmp_path: Path) -> None:
         done = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET)
-        content = read_report(done.json)
+        content = json.loads(done.json.read_text())
         assert [model["name"] for model in content["models"]] == [STOCK, OURS, f"{STOCK} + {OURS}"]
         assert [model["key"] for model in content["models"] if model["baseline"]] == ["m0"]
         assert content["dataset"]["number_of_cases"] == 8
@@ -88,7 +88,7 @@ class TestCrossValidation:
 
     def test_files(self, two: Any, tmp_path: Path) -> None:
         done = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET)
-        content = read_report(done.json)
+        content = json.loads(done.json.read_text())
         rows = list(csv.DictReader(done.csv.open()))
         assert len(rows) == 8 * 3 * 3  # cases, models with the ensemble, regions with their mean
         row = next(row for row in rows if (row["case"], row["model"], row["region"]) == ("case_4", OURS, "mean"))
@@ -146,6 +146,10 @@ class TestCrossValidation:
                     path.rename(path.with_name(path.name.replace(case, new)))
         content = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", QUIET).content
         assert {row["n"] for row in content["comparisons"] if row["metric"] == "dice"} == {4}
+        dice = {case["id"]: case["scores"]["m0"]["mean"]["dice"] for case in content["cases"]}
+        expected = mean_interval(list(dice.values()), [case[:-4] for case in dice])
+        summary = content["summary"]["m0"]["mean"]["dice"]
+        assert (summary["low"], summary["high"]) == (expected.low, expected.high)
 
     def test_one_model_alone(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         lab().add(STOCK)
@@ -179,7 +183,9 @@ class TestCrossValidation:
         (images / "case_1_0000.nii.gz").write_bytes(b"no image")
         done = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", QUIET)
         for case in ("case_0", "case_1"):
-            assert any(f"No pictures of {case}: " in warning for warning in read_report(done.json)["warnings"])
+            assert any(
+                f"No pictures of {case}: " in warning for warning in json.loads(done.json.read_text())["warnings"]
+            )
         page = done.report.read_text()
         assert "No pictures of case_0" in page
         assert page.count('class="volumes"') == 6
@@ -325,7 +331,7 @@ class TestTestSet:
         assert "--intersection" in capsys.readouterr().err
         assert cli.main([*arguments, "--intersection"]) == 0
         assert "5 common cases" in capsys.readouterr().out
-        assert len(read_report(tmp_path / "out" / "report.json")["cases"]) == 5
+        assert len(json.loads((tmp_path / "out" / "report.json").read_text())["cases"]) == 5
 
     def test_empty_regions(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()

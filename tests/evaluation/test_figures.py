@@ -226,7 +226,7 @@ def save(path: Path, array: np.ndarray, direction: tuple[float, ...] = (1, 0, 0,
 
 class TestReadLegend:
     def test_leaves_out_background_and_ignore(self, folders: Path) -> None:
-        assert read_legend(folders / "dataset.json") == Legend(CHANNELS, REGIONS, ".nii.gz")
+        assert read_legend(folders / "dataset.json") == Legend(CHANNELS, REGIONS, ".nii.gz", 4)
 
     def test_channels_in_order_of_their_numbers(self, folders: Path) -> None:
         content = json.loads((folders / "dataset.json").read_text())

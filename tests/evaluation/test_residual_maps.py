@@ -9,6 +9,7 @@ from nnunet_conres import cli
 from nnunet_conres.datasets.raw import InputError
 from nnunet_conres.evaluation.residual_maps import (
     ResidualMaps,
+    file_parts,
     look_at_file,
     normalise,
     residual_of_image,
@@ -290,3 +291,12 @@ class TestCommand:
         assert "-ref is for --model" in capsys.readouterr().err
         assert cli.main([*command, "--model", "m", "--axis", "0", "-djfile", "d"]) == 2
         assert "--axis, -djfile" in capsys.readouterr().err
+
+
+def test_names_that_files_cannot_tell_apart() -> None:
+    assert file_parts(["whole tumour", "whole/tumour", "Core", "core"]) == {
+        "whole tumour": "whole_tumour",
+        "whole/tumour": "whole_tumour_2",
+        "Core": "Core",
+        "core": "core_2",
+    }

@@ -1,4 +1,3 @@
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ import pytest
 import SimpleITK
 
 from nnunet_conres.evaluation import scoring
-from nnunet_conres.evaluation.metrics import METRICS, MetricOptions, measure
+from nnunet_conres.evaluation.metrics import MetricOptions, measure
 from nnunet_conres.evaluation.scoring import Scores, ScoringJob, score_cases
 
 REGIONS = {
@@ -131,16 +130,6 @@ class TestScoreCases:
         assert one == two
         assert list(one.values) == ["B", "A"]
         assert list(one.values["A"]) == ["case_1", "case_0"]
-
-    def test_as_json(self, tmp_path: Path) -> None:
-        reference = np.zeros((6, 7, 8), np.uint8)
-        path = save(tmp_path / "r.nii.gz", reference)
-        scores = score([ScoringJob("A", "c", path, path)], options=MetricOptions(empty="nan"))
-        content = json.loads(json.dumps(scores.as_json(), allow_nan=False))
-        assert content["values"]["A"]["c"]["Anterior"]["dice"] is None
-        assert content["values"]["A"]["c"]["Anterior"]["volume_error"] == 0
-        assert content["options"]["empty"] == "nan"
-        assert [metric["key"] for metric in content["metrics"]] == list(METRICS)
 
 
 class TestFaults:

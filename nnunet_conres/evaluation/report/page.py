@@ -14,7 +14,8 @@ from nnunet_conres.evaluation.report.cases import CaseVolumes, pack_case
 from nnunet_conres.evaluation.report.sections import asset
 from nnunet_conres.evaluation.report.text import escape, script_data
 
-_FORMAT: Final = 1
+REPORT_FORMAT: Final = 1
+"""Of report.json."""
 
 # What the page cannot do without.
 _DICTIONARIES: Final = ("dataset", "summary")
@@ -62,8 +63,8 @@ def write_report(
 
 def _faults(comparison: Mapping[str, Any]) -> Iterator[str]:
     """Everything that keeps a comparison from being shown."""
-    if comparison.get("format") != _FORMAT:
-        yield f"'format' is {comparison.get('format')!r}; expected {_FORMAT}."
+    if comparison.get("format") != REPORT_FORMAT:
+        yield f"'format' is {comparison.get('format')!r}; expected {REPORT_FORMAT}."
     wrong = {key: "a dictionary" for key in _DICTIONARIES if not isinstance(comparison.get(key), Mapping)}
     wrong |= {key: "a list" for key in _LISTS if not isinstance(comparison.get(key), list | tuple)}
     yield from (f"{key!r} is {type(comparison.get(key)).__name__}; expected {kind}." for key, kind in wrong.items())

@@ -19,8 +19,8 @@ from nnunet_conres.evaluation.report.text import (
     readable,
     significant_digits,
 )
+from nnunet_conres.evaluation.scoring import MEAN
 
-MEAN: Final = "mean"
 _LEVEL: Final = 0.05
 
 

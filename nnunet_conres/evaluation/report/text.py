@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nnunet_conres.evaluation.json_values import without_nan
+
 MINUS = "\N{MINUS SIGN}"
 NONE = '<span class="none" title="not available">\N{EN DASH}<span class="unseen"> not available</span></span>'
 
@@ -102,16 +104,3 @@ def script_data(content: Mapping[str, Any] | Sequence[Any]) -> str:
     """JSON that can stand in a script element, whatever its texts are."""
     text = json.dumps(without_nan(content), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def without_nan(content: Any) -> Any:
-    """A copy of JSON-like content in which NumPy's numbers are Python's, and NaN and infinities are None."""
-    if isinstance(content, Mapping):
-        return {str(key): without_nan(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [without_nan(value) for value in content]
-    if hasattr(content, "item") and not isinstance(content, str):
-        content = content.item()
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content
