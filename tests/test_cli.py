@@ -9,6 +9,7 @@ import pytest
 
 import nnunet_conres
 from nnunet_conres import cli
+from nnunet_conres.cli.arguments import number_of_processes
 from nnunet_conres.registration import TRAINER_FOLDER, TRAINERS, VARIABLE
 
 
@@ -84,3 +85,10 @@ class TestErrors:
     def test_one_of_ours_is_not_hidden(self) -> None:
         with pytest.raises(TypeError):
             cli.main(["fail"])
+
+
+def test_number_of_processes_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_def_n_proc", "many")
+    assert number_of_processes(3) == 3
+    with pytest.raises(ValueError, match="nnUNet_def_n_proc is 'many'"):
+        number_of_processes(None)

@@ -9,7 +9,12 @@ PROCESSES_VARIABLE = "nnUNet_def_n_proc"
 
 def number_of_processes(given: int | None) -> int:
     """Number of processes, nnU-Net's own default where the command does not say."""
-    return int(os.environ.get(PROCESSES_VARIABLE, "8")) if given is None else given
+    if given is not None:
+        return given
+    text = os.environ.get(PROCESSES_VARIABLE, "8")
+    if not text.isdigit():
+        raise ValueError(f"The environment variable {PROCESSES_VARIABLE} is {text!r}; expected a number of processes.")
+    return int(text)
 
 
 def count(text: str) -> int:

@@ -20,6 +20,7 @@ from nnunet_conres.datasets.brats_schemes import (
     common_label_set,
 )
 from nnunet_conres.datasets.nifti import is_nifti
+from nnunet_conres.datasets.raw import some
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,12 @@ def find_cases(
             if not Path(root).is_dir():
                 found.faults.append(f"{root} is not a folder; expected a folder with BraTS cases.")
                 continue
+            shared = []
             for path in nifti_files(Path(root)):
                 # One folder inside another, or named twice, is not a second copy of its cases.
                 first = path.resolve() not in owners
                 if owners.setdefault(path.resolve(), held_out) != held_out:
-                    found.faults.append(
-                        f"{path} is among both the input and the held-out folders; leave it out of one."
-                    )
+                    shared.append(str(path))
                     continue
                 place = _place(path)
                 if place is None:
@@ -111,6 +111,11 @@ def find_cases(
                 elif first:
                     layout, case_id, part = place
                     parts[held_out, _case_folder(path, layout), case_id, layout][part].append(path)
+            if shared:
+                found.faults.append(
+                    f"{some(shared)}: among both the input and the held-out folders; leave {root} or what holds it out "
+                    f"of one."
+                )
 
     reasons: dict[str, list[str]] = defaultdict(list)
     for (held_out, folder, case_id, layout), files in parts.items():

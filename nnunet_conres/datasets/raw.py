@@ -97,6 +97,9 @@ def target_faults(
             they are none where the same data are made once more.
     """
     target = folder_name(dataset_id, dataset_name)
+    there = next(folder for folder in (raw.absolute(), *raw.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        yield f"{there} is no folder that can be written to; expected {raw} to be one, for the new data set."
     if (raw / target).exists():
         yield f"{raw / target} exists already; remove it, or choose another {option}."
     # nnU-Net takes the number for the data set and stops when two names share it, also among its results.
@@ -122,7 +125,8 @@ def dataset_name_of(dataset: int | str) -> str:
     try:
         return str(maybe_convert_to_dataset_name(dataset))
     except (RuntimeError, ValueError, TypeError) as error:
-        raise InputError([f"{dataset} is no data set: {str(error).splitlines()[0].rstrip('.')}."]) from error
+        reason = str(error).split(". ")[0]  # behind it nnU-Net lists its folders
+        raise InputError([f"{dataset} is no data set: {reason}."]) from error
 
 
 def find_dataset(dataset: int | str) -> Path:

@@ -378,6 +378,12 @@ def _compare(task: _Task, output: Path, options: CompareOptions) -> Comparison:
         processes=options.processes,
         progress=options.progress,
     )
+    if scores.displaced:
+        warnings.append(
+            f"By their headers, {some([str(path) for path in scores.displaced])} do not lie where the reference does "
+            f"(origin or directions). Voxels were compared one by one all the same: are these predictions of the same "
+            f"images, and not turned?"
+        )
     costs, curves = _costs(models, warnings)
     content = _content(task, models, scores, costs, curves, options, warnings)
     written = Comparison(content, output / "report.html", output / "report.json", output / "cases.csv")
@@ -561,7 +567,8 @@ def _summary(scores: Scores, key: str, groups: Mapping[str, str] | None) -> dict
         summary[region] = {}
         for metric in metrics:
             known = {case: value for case, of in cases.items() if not math.isnan(value := of[region][metric])}
-            values = list(known.values())
+            # without the sign of a volume error: too much here does not make up for too little there
+            values = [METRICS[metric].compared(value) for value in known.values()]
             interval = mean_interval(values, None if groups is None else [groups[case] for case in known])
             summary[region][metric] = {
                 "n": len(values),

@@ -71,7 +71,7 @@ def build_ensemble(
 ) -> Model:
     """Averages the members' probabilities, each member counting the same, and writes the label maps.
 
-    Cases that are there already, made of the same files, are not made again.
+    Cases that are there already, made of the same files and not touched since, are not made again.
 
     Args:
         key: The ensemble's key.
@@ -96,10 +96,11 @@ def build_ensemble(
     except (OSError, ValueError):
         done = {}
     sources = {case: [_fingerprint(path) for path in _files(members, case, file_ending)] for case in cases}
+    targets = {case: output_folder / f"{case}{file_ending}" for case in cases}
     todo = [
         case
         for case in cases
-        if done.get(case) != sources[case] or not (output_folder / f"{case}{file_ending}").is_file()
+        if not targets[case].is_file() or done.get(case) != [*sources[case], _fingerprint(targets[case])]
     ]
     jobs = [
         ([str(path) for path in _files(members, case, file_ending)], str(output_folder / case), str(settings_folder))
@@ -108,12 +109,9 @@ def build_ensemble(
     for case, fault in zip(todo, map_cases(_average_case, jobs, processes, f"Ensemble {name}", progress), strict=True):
         if fault:
             raise ValueError(fault)
-        done[case] = sources[case]
+        done[case] = [*sources[case], _fingerprint(targets[case])]
         write_json(output_folder / _SOURCES, done)
-    predictions = {
-        case: Prediction(case, output_folder / f"{case}{file_ending}", members[0].predictions[case].fold)
-        for case in cases
-    }
+    predictions = {case: Prediction(case, targets[case], members[0].predictions[case].fold) for case in cases}
     return Model(key, name, predictions, folds=members[0].folds, members=tuple(member.key for member in members))
 
 

@@ -206,6 +206,11 @@ def find_cross_validation(
         return found
     for number, (name, display_name) in enumerate(zip(names, display_names(names), strict=True)):
         folder = results / dataset_name / name.folder_name
+        preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
+        plans_file = None if preprocessed is None else preprocessed / dataset_name / f"{name.plans}.json"
+        if not folder.is_dir() and plans_file is not None and not plans_file.is_file():
+            found.faults.append(f"{display_name}: there are no plans {name.plans}, {plans_file} does not exist.")
+            continue
         file_ending = _file_ending(folder, found.faults) if folder.is_dir() else None
         predictions: dict[str, Prediction] = {}
         complete = file_ending is not None

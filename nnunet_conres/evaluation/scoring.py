@@ -56,11 +56,14 @@ class Scores:
             more regions are followed by their mean, called "mean", of volume errors without their sign.
         options: The conventions they were taken with.
         cached: How many predictions were scored before.
+        displaced: Predictions that by their header do not lie where their reference does. Voxels are compared one by
+            one all the same, as nnU-Net does.
     """
 
     values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
     options: MetricOptions
     cached: int = 0
+    displaced: tuple[Path, ...] = ()
 
 
 def score_cases(
@@ -108,14 +111,16 @@ def score_cases(
     tasks = [_Task(job, scheme, options, reader, cache) for job in jobs]
     values: dict[str, dict[str, CaseScores]] = {}
     cached = 0
+    displaced: list[Path] = []
     for job, outcome in zip(jobs, map_cases(_score, tasks, processes, "Scoring", progress), strict=True):
         faults += outcome.faults
         cached += outcome.cached
+        displaced += [job.prediction] if outcome.displaced else []
         values.setdefault(job.model, {})[job.case_id] = outcome.scores
     if faults:
         # A reference that is at fault is so for every model.
         raise ValueError("\n".join(dict.fromkeys(faults)))
-    return Scores(values, options, cached)
+    return Scores(values, options, cached, tuple(displaced))
 
 
 # --- what is scored -------------------------------------------------------------------------------------------------
@@ -154,6 +159,7 @@ class _Outcome:
     scores: CaseScores
     cached: bool = False
     faults: tuple[str, ...] = ()
+    displaced: bool = False
 
 
 def _job_faults(jobs: Sequence[ScoringJob]) -> list[str]:
@@ -202,25 +208,26 @@ def _score(task: _Task) -> _Outcome:
     if entry is not None:
         kept = _read_entry(entry, task.scheme)
         if kept is not None:
-            return _Outcome(_with_mean(kept), cached=True)
+            return _Outcome(_with_mean(kept[0]), cached=True, displaced=kept[1])
     read = _read_pair(task)
     if isinstance(read, list):
         return _Outcome({}, faults=tuple(read))
-    reference, prediction, spacing = read
+    reference, prediction, spacing, displaced = read
     ignored = None if task.scheme.ignore is None else reference == task.scheme.ignore
     scores = {
         name: measure(np.isin(reference, values), np.isin(prediction, values), spacing, task.options, ignored=ignored)
         for name, values in task.scheme.regions.items()
     }
     if entry is not None:
-        _write_entry(entry, task, scores)
-    return _Outcome(_with_mean(scores))
+        _write_entry(entry, task, scores, displaced)
+    return _Outcome(_with_mean(scores), displaced=displaced)
 
 
-def _read_pair(task: _Task) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ...]] | list[str]:
-    """Label maps and voxel size of a prediction and its reference, or what is wrong with them."""
+def _read_pair(task: _Task) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ...], bool] | list[str]:
+    """Label maps, voxel size, and whether one lies elsewhere by its header; or what is wrong with the files."""
     reader: Any = task.reader()
     maps, spacings, faults = [], [], []
+    places: list[NDArray[np.float64] | None] = []
     ignore = () if task.scheme.ignore is None else (task.scheme.ignore,)
     for path, more in ((task.job.reference, ignore), (task.job.prediction, ())):
         try:
@@ -232,6 +239,7 @@ def _read_pair(task: _Task) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ..
         faults += _label_faults(path, labels, (*task.scheme.allowed, *more))
         maps.append(labels[0])
         spacings.append(tuple(float(step) for step in properties["spacing"]))
+        places.append(_place(properties))
     if len(maps) < 2:
         return faults
     if maps[0].shape != maps[1].shape:
@@ -244,7 +252,20 @@ def _read_pair(task: _Task) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ..
             f"{task.job.prediction} has voxels of {_lengths(spacings[1])} mm; expected {_lengths(spacings[0])} mm like "
             f"{task.job.reference}."
         )
-    return faults or (maps[0], maps[1], spacings[0])
+    there, here = places
+    # Tenths of a voxel come from rounding in headers; what matters is another origin, or another direction.
+    displaced = there is not None and here is not None and not np.allclose(there, here, rtol=1e-4, atol=0.1)
+    return faults or (maps[0], maps[1], spacings[0], displaced)
+
+
+def _place(properties: Mapping[str, Any]) -> NDArray[np.float64] | None:
+    """Origin in mm and directions of an image, where its reader tells them."""
+    if "sitk_stuff" in properties:
+        stuff = properties["sitk_stuff"]
+        return np.concatenate([np.ravel(stuff["origin"]), np.ravel(stuff["direction"])]).astype(np.float64)
+    if "nibabel_stuff" in properties:
+        return np.asarray(properties["nibabel_stuff"]["original_affine"], dtype=np.float64)
+    return None
 
 
 def _check_content(path: Path) -> None:
@@ -313,22 +334,25 @@ def _content_key(task: _Task) -> str:
     return key.hexdigest()
 
 
-def _read_entry(entry: Path, scheme: _Scheme) -> CaseScores | None:
-    """Scores from the cache; None if there are none, or none that make sense."""
+def _read_entry(entry: Path, scheme: _Scheme) -> tuple[CaseScores, bool] | None:
+    """Scores from the cache, and whether the prediction lies elsewhere; None if there are none that make sense."""
     try:
-        regions = json.loads(entry.read_text(encoding="utf-8"))["scores"]
+        content = json.loads(entry.read_text(encoding="utf-8"))
+        regions = content["scores"]
         if list(regions) != list(scheme.regions):
             return None
-        return {
+        kept = {
             name: {key: math.nan if scores[key] is None else float(scores[key]) for key in METRICS}
             for name, scores in regions.items()
         }
+        return kept, bool(content["displaced"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write_entry(entry: Path, task: _Task, scores: CaseScores) -> None:
-    content = {"case": task.job.case_id, "prediction": task.job.prediction.name, "scores": without_nan(scores)}
+def _write_entry(entry: Path, task: _Task, scores: CaseScores, displaced: bool) -> None:
+    content = {"case": task.job.case_id, "prediction": task.job.prediction.name, "displaced": displaced}
+    content["scores"] = without_nan(scores)
     # A name of this process's own: two models may have made the very same prediction.
     partial = entry.with_name(f".{entry.stem}.{os.getpid()}.new")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

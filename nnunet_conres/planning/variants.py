@@ -21,6 +21,8 @@ _MIN_EDGE: Final = 4
 _MAX_FEATURES: Final[Mapping[int, int]] = {2: 512, 3: 320}
 _PER_STAGE: Final = ("n_conv_per_stage", "n_blocks_per_stage")
 _PER_DECODER_STAGE: Final = ("n_conv_per_stage_decoder",)
+# Patches this many times longer than the images are slips.
+_LONGEST: Final = 4
 _KNOWN_SEQUENCES: Final = ((1, 3, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6),)
 
 
@@ -156,6 +158,12 @@ def add_variants(
             faults.append(f"The patch is {times(wanted)}; expected {len(base_patch)} numbers above 0, as {base} has.")
             continue
         batch = batches[number] if number < len(batches) else batches[0]
+        median = configuration.configuration.get("median_image_size_in_voxels", base_patch)
+        largest = [_LONGEST * max(size, own) for size, own in zip(median, base_patch, strict=True)]
+        if any(extent > limit for extent, limit in zip(wanted, largest, strict=True)):
+            sizes = times([round(size) for size in median])
+            faults.append(f"Patch {times(wanted)} is far beyond the images, whose median is {sizes} voxels.")
+            continue
         try:
             architecture, patch = derive_architecture(
                 configuration.configuration["architecture"], configuration.spacing, wanted
@@ -178,7 +186,8 @@ def add_variants(
         if name in entries:
             faults.append(f"Patch {times(patch)} at batch {batch} is asked for twice.")
         entries[name] = entry
-        median = configuration.configuration.get("median_image_size_in_voxels", patch)
+        if list(patch) == base_patch and batch == configuration.batch_size:
+            faults.append(f"Patch {times(patch)} at batch {batch} is {base} itself.")
         variants.append(
             Variant(
                 name,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_conres.datasets.raw import map_cases
+from nnunet_conres.datasets.raw import map_cases, target_faults
 
 WORK = """
 import sys, time
@@ -64,3 +64,13 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+class TestTarget:
+    def test_a_raw_folder_that_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        (fault,) = target_faults(tmp_path / "file" / "raw", 501, "BraTS")
+        assert str(tmp_path / "file") in fault
+
+    def test_a_raw_folder_that_is_not_there_yet(self, tmp_path: Path) -> None:
+        assert not list(target_faults(tmp_path / "new" / "raw", 501, "BraTS"))

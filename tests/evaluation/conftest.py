@@ -86,6 +86,9 @@ class Lab:
             image.SetSpacing(SPACING)
             sitk.WriteImage(image, str(raw / "imagesTr" / f"{case}_0000.nii.gz"))
         (raw / "dataset.json").write_text(json.dumps(self.dataset_json))
+        planned = self.root / "preprocessed" / NAME
+        planned.mkdir()
+        (planned / "nnUNetPlans.json").write_text(json.dumps(self.plans))
 
     def probabilities(self, case: str, blur: float, seed: int) -> np.ndarray:
         """What a model may answer: the truth with so much noise."""

@@ -83,6 +83,8 @@ class TestCrossValidation:
         assert row["wins"] == sum(difference > 0 for difference in differences)
         assert row["n"] == 8
         assert content["summary"]["m0"]["mean"]["dice"]["n"] == 8
+        volume_errors = [abs(case["scores"]["m0"]["core"]["volume_error"]) for case in content["cases"]]
+        assert content["summary"]["m0"]["core"]["volume_error"]["mean"] == pytest.approx(np.mean(volume_errors))
         expected_order = sorted(zip(differences, content["cases"], strict=True), key=lambda pair: -abs(pair[0]))
         assert content["disagreements"][0]["id"] == expected_order[0][1]["id"]
 

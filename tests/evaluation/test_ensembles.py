@@ -87,6 +87,14 @@ class TestResumed:
         mean = (made.probabilities("case_5", 0.9, 7).astype(np.float64) + made.probabilities("case_5", 0.6, 1)) / 2
         np.testing.assert_array_equal(voxels(again.predictions["case_5"].labels), made.labels_of(mean))
 
+    def test_a_label_map_that_was_damaged_is_made_again(self, trained: tuple[Any, list[Model]], tmp_path: Path) -> None:
+        made, models = trained
+        path = build(made, models[:2], tmp_path / "e").predictions["case_1"].labels
+        whole = voxels(path)
+        path.write_bytes(b"")
+        build(made, models[:2], tmp_path / "e")
+        np.testing.assert_array_equal(voxels(path), whole)
+
     def test_a_broken_note_of_what_was_done(self, trained: tuple[Any, list[Model]], tmp_path: Path) -> None:
         made, models = trained
         build(made, models[:2], tmp_path / "e")

@@ -87,6 +87,11 @@ class TestCrossValidation:
             f"nnUNetv2_train {NAME} 3d_fullres 3 -tr nnUNetTrainer -p nnUNetPlans -device cpu --npz" in found.faults[0]
         )
 
+    def test_plans_that_do_not_exist(self, lab: Callable[..., Any]) -> None:
+        lab().add()
+        (fault,) = find_cross_validation(NAME, [ModelName("nnUNetTrainer", "nope", "3d_fullres")], [0, 1]).faults
+        assert "there are no plans nope" in fault
+
     def test_a_validation_that_was_interrupted(self, lab: Callable[..., Any]) -> None:
         folder = lab().add()
         (folder / "fold_0" / "validation" / "summary.json").unlink()

@@ -124,6 +124,18 @@ class TestScoreCases:
         assert math.isnan(scores["Posterior"]["dice"])
         assert scores["mean"]["dice"] == 1
 
+    @pytest.mark.parametrize("change", ["origin", "direction"])
+    def test_predictions_that_lie_elsewhere_are_told(self, tmp_path: Path, change: str) -> None:
+        jobs = make_jobs(tmp_path, 2)
+        image = SimpleITK.ReadImage(str(jobs[1].prediction))
+        if change == "origin":
+            image.SetOrigin((5.0, 0.0, 0.0))
+        else:
+            image.SetDirection((-1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+        SimpleITK.WriteImage(image, str(jobs[1].prediction))
+        for _ in range(2):  # the second time from the cache
+            assert score(jobs, cache_folder=tmp_path / "cache").displaced == (jobs[1].prediction,)
+
     def test_processes_do_not_matter(self, tmp_path: Path) -> None:
         jobs = [*make_jobs(tmp_path, 2), *make_jobs(tmp_path / "more", 2, "B")][::-1]
         one, two = score(jobs), score(jobs, processes=2)

@@ -127,6 +127,14 @@ class TestRefused:
         assert "batch size is 0" in str(error.value)
         assert plans_file.read_text() == content
 
+    def test_slips(self, plans_file: Path) -> None:
+        base = json.loads(plans_file.read_text())["configurations"]["3d_fullres"]["patch_size"]
+        with pytest.raises(InputError) as error:
+            add_variants(NAME, "nnUNetPlans", [(8, 8000, 80), base])
+        assert len(error.value.faults) == 2
+        assert "far beyond the images" in str(error.value)
+        assert "3d_fullres itself" in str(error.value)
+
     def test_another_configuration_of_that_name(self, plans_file: Path) -> None:
         plans = json.loads(plans_file.read_text())
         plans["configurations"]["3d_fullres_8x80x80"] = {"inherits_from": "3d_fullres"}

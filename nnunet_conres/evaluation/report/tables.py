@@ -48,9 +48,12 @@ def metric_title(metric: Mapping[str, Any]) -> str:
 
 def direction(metric: Mapping[str, Any]) -> str:
     """Which values of a metric are good."""
-    return {"higher": "higher is better", "lower": "lower is better", "zero": "closest to zero is best"}.get(
-        metric.get("better") or "", "neither high nor low is better"
-    )
+    told = {
+        "higher": "higher is better",
+        "lower": "lower is better",
+        "zero": "without its sign; closest to zero is best",
+    }
+    return told.get(metric.get("better") or "", "neither high nor low is better")
 
 
 def goodness(metric: Mapping[str, Any], value: float | None) -> float | None:
