@@ -11,7 +11,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nnunet_conres import __version__
-from nnunet_conres.cli import brats, comparison, datasets, evaluation, planning, registration, residuals, splits
+from nnunet_conres.cli import (
+    brats,
+    comparison,
+    datasets,
+    evaluation,
+    planning,
+    registration,
+    residuals,
+    splits,
+    workflow,
+)
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -31,6 +41,7 @@ _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     evaluation.add_overlay,
     residuals.add_residuals,
     comparison.add_compare,
+    workflow.add_workflow,
     brats.add_phantom,
 )
 
@@ -59,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: what the subcommand returns, or 2 for an error that the user can do something about, which is
         then told in a line on stderr, without a traceback.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, others = parser.parse_known_args(argv)
+    if others and not hasattr(arguments, "options"):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    arguments.options = others
     try:
         return arguments.handler(arguments)
     except (OSError, RuntimeError, ValueError) as error:

@@ -35,6 +35,8 @@ from nnunet_conres.trainers.plans import (
 from nnunet_conres.trainers.precision import cpu_autocast, training_precision
 
 LATEST_CHECKPOINT = "checkpoint_latest.pth"
+CHECKPOINT_VARIABLE = "NNUNET_CONRES_CHECKPOINT_MINUTES"
+"""Environment variable with another `PluginTrainer.checkpoint_interval_minutes` for all trainers."""
 
 
 class PluginTrainer(nnUNetTrainer):
@@ -50,6 +52,7 @@ class PluginTrainer(nnUNetTrainer):
         optimizer_kind: "sgd" or "adam"; for estimates of memory.
         checkpoint_interval_minutes: At least this often checkpoint_latest.pth is written, in mid-epoch and in mid-
             validation as well; a training that is killed loses no more steps than that when it goes on with ``--c``.
+            The environment variable NNUNET_CONRES_CHECKPOINT_MINUTES comes before it.
         loss_parts: Names of the parts of the objective that are logged apart.
     """
 
@@ -79,6 +82,7 @@ class PluginTrainer(nnUNetTrainer):
     ) -> None:
         # nnU-Net's constructor makes the output folder: whatever can be refused is refused before it.
         _check_device(device)
+        interval = _checkpoint_interval(self.checkpoint_interval_minutes)
         resolved = self.resolve(configuration_of(plans, configuration), configuration)
         _check_network(resolved["architecture"], configuration)
         _check_preprocessed(plans, configuration)
@@ -86,6 +90,7 @@ class PluginTrainer(nnUNetTrainer):
         plans = with_configuration(plans, configuration, **resolved)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.training_epochs
+        self.checkpoint_interval_minutes = interval
         self.training_precision = training_precision(device)  # nnU-Net writes it into debug.json, for comparisons
         if self.training_lr is not None:
             self.initial_lr = self.training_lr
@@ -392,6 +397,20 @@ def build_network(
         allow_init=True,
         deep_supervision=enable_deep_supervision,
     )
+
+
+def _checkpoint_interval(minutes: float) -> float:
+    """What the environment says about checkpoints, else what the trainer does."""
+    text = os.environ.get(CHECKPOINT_VARIABLE)
+    if text is None:
+        return minutes
+    try:
+        given = float(text)
+    except ValueError:
+        given = math.nan
+    if not given >= 0:
+        raise ValueError(f"{CHECKPOINT_VARIABLE} is {text!r}; expected minutes, 0 or more.")
+    return given
 
 
 def _check_device(device: torch.device) -> None:

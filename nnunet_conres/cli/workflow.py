@@ -1,0 +1,67 @@
+"""Arguments of `nnunet-conres workflow`."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnunet_conres.cli import Subparsers
+
+
+def add_workflow(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "workflow",
+        help="run a whole experiment, on this machine or on a cluster",
+        description="Runs an experiment from raw data to reports: conversion, integrity check, fingerprint, plans, "
+        "preprocessing, every fold of every model, test cases, ensembles, comparison. Run it again after an "
+        "interruption or a change: what is done stays, trainings go on from their checkpoints.",
+        epilog="All other options, behind CONFIG.yaml, are Snakemake's own, for example: --jobs 20 --until train",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="the experiment; see --example")
+    parser.add_argument(
+        "--example",
+        metavar="NAME",
+        choices=("brats", "laptop"),
+        help="print an example of a configuration: %(choices)s",
+    )
+    parser.add_argument("--snakefile", action="store_true", help="print where the Snakefile is, for plain snakemake")
+    parser.add_argument("--status", action="store_true", help="tell where the experiment stands, and run nothing")
+    parser.add_argument("--json", action="store_true", help="with --status: print JSON, for programs")
+    parser.add_argument("--dry-run", "-n", action="store_true", help="tell what would be done")
+    parser.add_argument(
+        "--profile", metavar="NAME", default="local", help="local, slurm, or a Snakemake profile's folder"
+    )
+    # What is not known here is passed on to Snakemake (see `main`).
+    parser.set_defaults(handler=_workflow, options=[])
+
+
+def _workflow(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from nnunet_conres.workflow.launch import EXAMPLES, SNAKEFILE, launch
+
+    if arguments.example is not None:
+        print(EXAMPLES[arguments.example].read_text(), end="")
+        return 0
+    if arguments.snakefile:
+        print(SNAKEFILE)
+        return 0
+    if arguments.config is None:
+        raise ValueError("Expected the configuration of an experiment. To get one: --example brats > brats.yaml")
+    from nnunet_conres.workflow.config import read_config
+
+    config = Path(arguments.config)
+    experiment = read_config(config)
+    if arguments.status:
+        from nnunet_conres.workflow.status import status
+
+        found = status(experiment)
+        if arguments.json:
+            import dataclasses
+            import json
+
+            print(json.dumps(dataclasses.asdict(found), indent=2))
+        else:
+            print(found.as_text())
+        return 0
+    return launch(experiment, config, arguments.profile, arguments.options, dry_run=arguments.dry_run)

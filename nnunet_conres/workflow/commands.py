@@ -1,0 +1,118 @@
+"""The commands that the rules call: nnU-Net's own, and `nnunet-conres`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from nnunet_conres.registration import TRAINERS
+from nnunet_conres.workflow.config import Experiment, Model, ensemble_name
+
+OWN_COMMAND = "nnunet-conres"
+
+
+def convert(experiment: Experiment, processes: int) -> list[str]:
+    """BraTS folders to a data set."""
+    command = [OWN_COMMAND, "brats-convert", "-i", *map(str, experiment.brats), "-d", str(experiment.dataset_id)]
+    command += ["-name", experiment.dataset[11:], "--scheme", *experiment.scheme, "-np", str(processes)]
+    if experiment.held_out:
+        command += ["--held-out", *map(str, experiment.held_out)]
+    return command
+
+
+def fingerprint(experiment: Experiment, processes: int) -> list[str]:
+    """Integrity check and fingerprint."""
+    number = str(experiment.dataset_id)
+    return ["nnUNetv2_extract_fingerprint", "-d", number, "--verify_dataset_integrity", "-np", str(processes)]
+
+
+def split(experiment: Experiment, processes: int) -> list[str]:
+    """The folds."""
+    splits = experiment.splits
+    command = [OWN_COMMAND, "split", "-d", experiment.dataset, "--folds", str(splits.folds), "--stratify"]
+    command += [splits.stratify, "--seed", str(splits.seed), "-np", str(processes)]
+    if splits.group is not None:
+        command += ["--group", splits.group]
+    if splits.grades is not None:
+        command += ["--grades", str(splits.grades)]
+    return command
+
+
+def plan(experiment: Experiment, plans_name: str) -> list[str]:
+    """Plans; nothing where they are made by hand."""
+    plans = experiment.plans[plans_name]
+    if plans.planner == "none":
+        return []
+    number = str(experiment.dataset_id)
+    if plans.is_own:
+        command = [OWN_COMMAND, "plan", "-d", number, "-a", plans.planner]
+    else:
+        command = ["nnUNetv2_plan_experiment", "-d", number, "-pl", plans.planner]
+    if plans.gpu_memory_target is not None:
+        command += ["-gpu_memory_target", f"{plans.gpu_memory_target:g}"]
+    return [*command, "-overwrite_plans_name", plans.name]
+
+
+def preprocess(experiment: Experiment, plans_name: str, configuration: str, processes: int) -> list[str]:
+    """Preprocessed data of one configuration."""
+    command = ["nnUNetv2_preprocess", "-d", str(experiment.dataset_id), "-plans_name", plans_name]
+    return [*command, "-c", configuration, "-np", str(processes)]
+
+
+def memory(experiment: Experiment, model: Model) -> list[str]:
+    """The memory model; nothing for networks that it does not know."""
+    command = [OWN_COMMAND, "memory", "-d", experiment.dataset, "-p", model.plans, "-c", model.configuration]
+    command += ["-device", "cuda" if experiment.device == "cuda" else "cpu", "--json", "--budget"]
+    if model.trainer in TRAINERS:
+        return [*command, "-tr", model.trainer]
+    if experiment.plans[model.plans].is_own:
+        return command
+    return []
+
+
+def train(experiment: Experiment, model: Model, fold: int) -> list[str]:
+    """A training of one fold, with its validation."""
+    command = ["nnUNetv2_train", str(experiment.dataset_id), model.configuration, str(fold), "-tr", model.trainer]
+    command += ["-p", model.plans, "-device", experiment.device]
+    if model.gpus > 1:
+        command += ["-num_gpus", str(model.gpus)]
+    return [*command, "--npz"] if experiment.probabilities else command
+
+
+def predict(experiment: Experiment, model: Model, part: int, folder: str, processes: int) -> list[str]:
+    """Test cases of one part, by all folds of a model together."""
+    command = ["nnUNetv2_predict", "-i", str(experiment.test_images), "-o", folder, "-d", str(experiment.dataset_id)]
+    command += ["-tr", model.trainer, "-p", model.plans, "-c", model.configuration, "-f", *map(str, experiment.folds)]
+    command += ["-num_parts", str(experiment.parts), "-part_id", str(part), "-device", experiment.device]
+    command += ["-npp", str(processes), "-nps", str(processes), "--disable_progress_bar"]
+    return [*command, "--save_probabilities"] if experiment.probabilities else command
+
+
+def ensemble(experiment: Experiment, members: Sequence[str], folder: str, processes: int) -> list[str]:
+    """An ensemble's predictions, from its members' probabilities."""
+    folders = [str(experiment.predictions(name)) for name in members]
+    return ["nnUNetv2_ensemble", "-i", *folders, "-o", folder, "-np", str(processes)]
+
+
+def compare_folds(experiment: Experiment, folder: str, processes: int) -> list[str]:
+    """The report on the cross-validation."""
+    names = [f"{model.name}={model.trainer}:{model.plans}:{model.configuration}" for model in experiment.models]
+    command = [OWN_COMMAND, "compare", "-d", experiment.dataset, "-tr", *names, "-f", *map(str, experiment.folds)]
+    command += ["-o", folder, "-np", str(processes)]
+    return command if experiment.ensembles else [*command, "--no_ensembles"]
+
+
+def compare_test(experiment: Experiment, folder: str, processes: int) -> list[str]:
+    """The report on the test cases."""
+    names = [model.name for model in experiment.models] + [ensemble_name(members) for members in experiment.ensembles]
+    command = [OWN_COMMAND, "compare", "--predictions", *(f"{n}={experiment.predictions(n)}" for n in names)]
+    command += ["--model", *(f"{model.name}={experiment.model_folder(model)}" for model in experiment.models)]
+    command += ["--reference", str(experiment.test_labels), "-i", str(experiment.test_images)]
+    command += ["-djfile", str(experiment.raw / "dataset.json"), "-o", folder, "-np", str(processes)]
+    # the workflow's own ensembles are among the predictions
+    return [*command, "--no_ensembles"]
+
+
+def as_text(command: Sequence[str]) -> str:
+    """A command as a shell takes it."""
+    return shlex.join(command)

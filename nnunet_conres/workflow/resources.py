@@ -1,0 +1,197 @@
+"""What a job needs: GPUs, cores, memory, time. From the configuration, else from measurements, else from experience."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from nnunet_conres.registration import TRAINERS
+from nnunet_conres.workflow.config import STOCK_LENGTHS, Experiment, Model
+from nnunet_conres.workflow.records import read_json
+
+# Cores, memory in GB and minutes where nothing is known; generous, since jobs over their limits are killed.
+DEFAULTS: Final[Mapping[str, tuple[int, float, float]]] = {
+    "convert": (4, 8, 240),
+    "fingerprint": (4, 16, 240),
+    "split": (2, 8, 60),
+    "plan": (1, 8, 60),
+    "preprocess": (8, 32, 720),
+    "memory": (1, 4, 15),
+    "train": (8, 24, 1440),
+    "predict": (4, 32, 720),
+    "ensemble": (4, 24, 240),
+    "compare": (4, 24, 480),
+}
+# nnU-Net's planners aim at this where nobody says otherwise, in GiB.
+STOCK_TARGETS: Final = {"nnUNetPlannerResEncL": 24.0, "nnUNetPlannerResEncXL": 40.0}
+_STOCK_TARGET: Final = 8.0
+# Seconds of an epoch on a GPU where none has been measured: a guess on the safe side for nnU-Net's default plans.
+EPOCH_SECONDS: Final = 150.0
+# Over what was measured: other nodes, a busy file system, validation.
+_MARGIN: Final = 1.3
+_STOCK_EPOCHS: Final = 1000
+_STOCK_SAVE_EVERY: Final = 50
+_STAMP: Final = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?): +(.*)$")
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """What nnU-Net's log files of a fold say.
+
+    Attributes:
+        epochs: Epochs that were ended.
+        seconds: Of the ended epochs, in order.
+        dice: Mean pseudo Dice behind the last one; None before.
+        last: Time of the last line.
+    """
+
+    epochs: int = 0
+    seconds: tuple[float, ...] = ()
+    dice: float | None = None
+    last: datetime | None = None
+
+
+def read_training_log(fold_folder: Path) -> TrainingLog:
+    """Reads what nnU-Net logged of a fold, over all attempts to train it."""
+    epoch, ended, dice, last = -1, 0, None, None
+    seconds: dict[int, float] = {}
+    for path in sorted(fold_folder.glob("training_log_*.txt")):
+        for line in path.read_text(errors="replace").splitlines():
+            match = _STAMP.match(line)
+            if match is None:
+                continue
+            last, text = datetime.fromisoformat(match[1]), match[2].strip()
+            if found := re.fullmatch(r"Epoch (\d+)", text):
+                epoch = int(found[1])
+                ended = epoch  # behind a checkpoint, training goes back to it
+            elif found := re.match(r"Epoch time: ([\d.]+) s", text):
+                seconds[epoch] = float(found[1])
+                ended = epoch + 1
+            elif text.startswith("Pseudo dice"):
+                values = [float(value) for value in re.findall(r"(?<![\w.])\d\.\d+(?:e-?\d+)?", text)]
+                dice = sum(values) / len(values) if values else None
+    return TrainingLog(ended, tuple(seconds[key] for key in sorted(seconds)), dice, last)
+
+
+def number_of_epochs(experiment: Experiment, model: Model) -> int:
+    """How many epochs a training has: as nnU-Net noted it in a fold, else by the trainer's name."""
+    for fold in experiment.folds:
+        noted = (read_json(experiment.fold_folder(model, fold) / "debug.json") or {}).get("num_epochs")
+        if noted is not None and str(noted).isdigit():
+            return int(noted)
+    named = re.search(r"_(\d+)epochs?$", model.trainer)
+    return int(named[1]) if named and int(named[1]) in STOCK_LENGTHS else _STOCK_EPOCHS
+
+
+def epoch_seconds(experiment: Experiment, model: Model) -> float | None:
+    """How long an epoch of a model takes: what was measured in any of its folds, else what the configuration says."""
+    measured = [
+        second for fold in experiment.folds for second in read_training_log(experiment.fold_folder(model, fold)).seconds
+    ]
+    if measured:
+        # the first epoch compiles and warms up; the median forgives it
+        return sorted(measured)[len(measured) // 2]
+    return model.epoch_seconds
+
+
+def lost_at_most(experiment: Experiment, model: Model) -> str:
+    """What a killed training of a model loses, in words."""
+    if model.trainer in TRAINERS:
+        return f"{experiment.checkpoint_minutes:g} min"
+    seconds = epoch_seconds(experiment, model)
+    hours = f" ({seconds * _STOCK_SAVE_EVERY / 3600:.1f} h)" if seconds else ""
+    stock = f"{_STOCK_SAVE_EVERY} epochs{hours}, or those since the best one"
+    if model.trainer.startswith("nnUNetTrainer"):
+        return stock
+    return f"{stock}; {experiment.checkpoint_minutes:g} min if this trainer of your own builds on one of this package"
+
+
+def estimated_minutes(experiment: Experiment, model: Model, fold: int) -> float:
+    """How long the rest of a training may take."""
+    seconds = epoch_seconds(experiment, model) or EPOCH_SECONDS
+    left = number_of_epochs(experiment, model) - read_training_log(experiment.fold_folder(model, fold)).epochs
+    return max(30.0, _MARGIN * (max(0, left) * seconds / 60 + 30))
+
+
+def training_retries(experiment: Experiment) -> int:
+    """How often a training may be taken up again: more often than the queue's time limit ends it."""
+    longest = max(
+        estimated_minutes(experiment, model, fold) for model in experiment.models for fold in experiment.folds
+    )
+    limit = _given(experiment, "train").get("minutes", experiment.time_limit_hours * 60)
+    return experiment.retries + max(0, math.ceil(longest / limit) - 1)
+
+
+def gpu_memory(experiment: Experiment, model: Model) -> float | None:
+    """GPU memory of a training in GiB: by the memory model, else what nnU-Net's planner aims at; None if unknown."""
+    known = (read_json(experiment.records / "memory" / f"{model.name}.json") or {}).get("total_bytes")
+    if known is not None:
+        return known / 2**30
+    plans = experiment.plans[model.plans]
+    if plans.gpu_memory_target is not None:
+        return plans.gpu_memory_target
+    return None if plans.planner == "none" else STOCK_TARGETS.get(plans.planner, _STOCK_TARGET)
+
+
+def of_rule(experiment: Experiment, rule: str) -> dict[str, Any]:
+    """Resources of a rule whose jobs are all alike, as Snakemake names them."""
+    cpus, memory, minutes = DEFAULTS[rule]
+    found: dict[str, Any] = {"cpus": cpus, "memory_gb": memory, "minutes": minutes, "gpus": 0}
+    if rule == "predict":
+        found["gpus"] = int(experiment.device == "cuda")
+    return _as_snakemake(experiment, found | _given(experiment, rule))
+
+
+def of_training(experiment: Experiment, model: Model, fold: int) -> dict[str, Any]:
+    """Resources of a training, as Snakemake names them."""
+    cpus, memory, _ = DEFAULTS["train"]
+    needed = gpu_memory(experiment, model)
+    on_gpu = experiment.device == "cuda"
+    workers = experiment.environment.get("nnUNet_n_proc_DA", "")
+    if workers.isdigit():
+        cpus = int(workers) + 1
+    if not on_gpu and needed is not None:
+        # what would be on a GPU is in the machine's memory
+        memory = 8 + needed
+    found = {
+        "cpus": cpus * model.gpus,
+        "memory_gb": memory * model.gpus,
+        "minutes": min(estimated_minutes(experiment, model, fold), experiment.time_limit_hours * 60),
+        "gpus": model.gpus if on_gpu else 0,
+    }
+    given = _given(experiment, "train")
+    types = given.get("gpu_types", {})
+    resources = _as_snakemake(experiment, found | given)
+    if on_gpu and needed is not None:
+        resources["gpu_memory_gb"] = math.ceil(needed)
+        enough = [name for name, size in sorted(types.items(), key=lambda item: item[1]) if size >= needed]
+        if types and not enough:
+            raise ValueError(
+                f"{model.name} needs {needed:.1f} GiB of GPU memory by the memory model, more than any of "
+                f"resources, train, gpu_types has: {types}. Plan for a smaller gpu_memory_target."
+            )
+        if enough:
+            resources["gpu_model"] = enough[0]
+    return resources
+
+
+def _given(experiment: Experiment, rule: str) -> dict[str, Any]:
+    return {**experiment.resources.get("default", {}), **experiment.resources.get(rule, {})}
+
+
+def _as_snakemake(experiment: Experiment, found: Mapping[str, Any]) -> dict[str, Any]:
+    resources: dict[str, Any] = {
+        "threads": max(1, int(found["cpus"])),
+        "mem_mb": math.ceil(found["memory_gb"] * 1000),
+        "runtime": math.ceil(found["minutes"]),
+        "gpu": int(found["gpus"]),
+    }
+    for key, name in (("slurm_extra", "slurm_extra"), ("partition", "slurm_partition")):
+        if key in found:
+            resources[name] = found[key]
+    return resources

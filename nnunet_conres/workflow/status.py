@@ -1,0 +1,202 @@
+"""Where an experiment stands: what of every model and fold is done, running, waiting or failed."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nnunet_conres.workflow import records
+from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, iterate_trainings
+from nnunet_conres.workflow.locks import holder
+from nnunet_conres.workflow.records import read_json
+from nnunet_conres.workflow.resources import (
+    epoch_seconds,
+    lost_at_most,
+    number_of_epochs,
+    read_training_log,
+    training_retries,
+)
+
+State = Literal["waiting", "running", "done", "failed"]
+_ERROR_LINE = re.compile(r"^(\w+(\.\w+)*(Error|Exception|Interrupt)\b|.*[Ee]rror:|.*CUDA out of memory|slurmstepd: )")
+_MARK = "[workflow] "
+
+
+@dataclass(frozen=True)
+class FoldStatus:
+    """Where the training of a fold stands.
+
+    Attributes:
+        model: Name of the model.
+        fold: The fold.
+        state: done: with its validation; running: something holds its lock; failed: the last attempt failed and
+            nothing runs; waiting: anything else, also between two attempts.
+        epoch: Epochs that are done.
+        epochs: Epochs in all.
+        dice: Of the validation when done, else mean pseudo Dice behind the last epoch; None where there is none.
+        seconds_left: Estimate for a running one, validation not included; None where nothing is known.
+        attempts: How often the training was started.
+        where: Who runs it, or the error of the last attempt.
+    """
+
+    model: str
+    fold: int
+    state: State
+    epoch: int
+    epochs: int
+    dice: float | None = None
+    seconds_left: float | None = None
+    attempts: int = 0
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where an experiment stands.
+
+    Attributes:
+        folds: Every fold of every model.
+        steps: Steps beside training, with what is done of them.
+        losses: What a killed training of each model loses.
+        retries: How often a training is taken up again.
+    """
+
+    folds: Sequence[FoldStatus]
+    steps: dict[str, str]
+    losses: dict[str, str]
+    retries: int
+
+    def as_text(self) -> str:
+        """Tables for a person."""
+        head = ("model", "fold", "state", "epoch", "Dice", "left", "attempts", "")
+        rows = [
+            (
+                one.model,
+                str(one.fold),
+                one.state,
+                f"{one.epoch}/{one.epochs}",
+                "" if one.dice is None else f"{one.dice:.3f}",
+                "" if one.seconds_left is None else duration(one.seconds_left),
+                str(one.attempts or ""),
+                one.where,
+            )
+            for one in self.folds
+        ]
+        lines = _table([head, *rows])
+        counts = {state: sum(one.state == state for one in self.folds) for state in ("done", "running", "failed")}
+        counts["waiting"] = len(self.folds) - sum(counts.values())
+        lines += ["", "trainings: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count)]
+        lines += [f"{step}: {done}" for step, done in self.steps.items()]
+        lines += ["", f"A killed training is taken up again, up to {self.retries} times, and loses at most:"]
+        lines += [f"  {model}: {loss}" for model, loss in self.losses.items()]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def duration(seconds: float) -> str:
+    """A duration as people say it: two units."""
+    minutes = int(seconds // 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    days, hours, rest = minutes // 1440, minutes // 60 % 24, minutes % 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {rest:02d} min" if hours else f"{rest} min"
+
+
+def status(experiment: Experiment) -> Status:
+    """Looks at an experiment; changes nothing, and needs nothing to be running."""
+    splits = read_json(experiment.preprocessed / "splits_final.json")
+    cases = records.split_states(splits, experiment.folds) or {}
+    folds = [
+        _fold_status(experiment, model, fold, cases.get(fold, {}).get("validation", []))
+        for model, fold in iterate_trainings(experiment)
+    ]
+    return Status(
+        folds=folds,
+        steps=_steps(experiment),
+        losses={model.name: lost_at_most(experiment, model) for model in experiment.models},
+        retries=training_retries(experiment),
+    )
+
+
+def _fold_status(experiment: Experiment, model: Model, fold: int, cases: Sequence[str]) -> FoldStatus:
+    folder = experiment.fold_folder(model, fold)
+    log = read_training_log(folder)
+    epochs = number_of_epochs(experiment, model)
+    attempts, error, note = _attempts(experiment.training_log(model, fold))
+    common: dict[str, Any] = {"model": model.name, "fold": fold, "epochs": epochs, "attempts": attempts}
+    running = holder(experiment.fold_lock(model, fold))
+    if running is not None:
+        seconds = epoch_seconds(experiment, model)
+        left = None if seconds is None else (epochs - log.epochs) * seconds
+        if left is not None and log.last is not None and log.epochs < epochs:
+            left = max(0.0, left - min(seconds or 0.0, time.time() - log.last.timestamp()))
+        where = str(running) if log.epochs < epochs else f"validation, {running}"
+        return FoldStatus(
+            state="running", epoch=log.epochs, dice=log.dice, seconds_left=left, where=where, **common
+        )  # fmt: skip
+    if not records.missing_validation(folder, cases):
+        summary = read_json(folder / "validation" / "summary.json")
+        return FoldStatus(state="done", epoch=epochs, dice=summary["foreground_mean"].get("Dice"), **common)
+    if error is not None:
+        return FoldStatus(state="failed", epoch=log.epochs, dice=log.dice, where=error, **common)
+    return FoldStatus(state="waiting", epoch=log.epochs, dice=log.dice, where=note, **common)
+
+
+def _attempts(log: Path) -> tuple[int, str | None, str]:
+    """What the log of a training's attempts tells.
+
+    Returns:
+        How often it was started; the error of the last attempt, None if it did not fail, or not yet; and whether it
+        was killed from outside.
+    """
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return 0, None, ""
+    starts = [
+        number
+        for number, line in enumerate(lines)
+        if line.startswith(_MARK) and "nnUNetv2_train" in line and " on " in line
+    ]
+    last = lines[starts[-1] + 1 :] if starts else lines
+    failed = [line for line in last if line.startswith(f"{_MARK}failed: ")]
+    if not failed:
+        killed = [line.split(maxsplit=3)[3] for line in last if line.startswith(_MARK) and " killed by signal " in line]
+        return len(starts), None, killed[-1] if killed else ""
+    said = [line.strip() for line in last if not line.startswith(_MARK) and _ERROR_LINE.match(line.strip())]
+    return len(starts), said[-1] if said else failed[-1].removeprefix(f"{_MARK}failed: "), ""
+
+
+def _steps(experiment: Experiment) -> dict[str, str]:
+    made = experiment.records
+    prepared = {
+        "data set": made / "raw.json",
+        "fingerprint": made / "fingerprint.json",
+        "splits": records.split_record(experiment, experiment.folds[0]),
+    } | {
+        f"{kind} {model.plans} {model.configuration}": record(experiment, model)
+        for kind, record in (("plans", records.plans_record), ("preprocessed", records.data_record))
+        for model in experiment.models
+    }  # fmt: skip
+    missing = [name for name, path in prepared.items() if not path.is_file()]
+    found = {"preparation": "done" if not missing else f"waiting for {', '.join(missing)}"}
+    if experiment.test_images is not None:
+        parts = len(list(made.glob("predict/*/part_*.json")))
+        found["predictions"] = f"{parts} of {len(experiment.models) * experiment.parts} parts done"
+        ensembles = [made / "ensemble" / f"{ensemble_name(members)}.json" for members in experiment.ensembles]
+        if ensembles:
+            found["ensembles"] = f"{sum(path.is_file() for path in ensembles)} of {len(ensembles)} done"
+    for kind in ("folds", "test"):
+        if (made / "compare" / f"{kind}.json").is_file():
+            found[f"report ({kind})"] = str(experiment.work / "report" / kind / "report.html")
+    return found
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

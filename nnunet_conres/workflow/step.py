@@ -1,0 +1,554 @@
+"""Runs the command of a rule: under a lock, unless its work is done already; records what was made.
+
+The workflow's rules call ``python -m nnunet_conres.workflow.step EXPERIMENT STEP ... -- COMMAND``. What is half made is
+told from what is whole by its content, never by a file's mere being there, so that a step can be killed at any time,
+started again, or started twice by two workflows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from nnunet_conres.datasets.raw import InputError
+from nnunet_conres.workflow import records
+from nnunet_conres.workflow.config import Experiment, Model, parse_config
+from nnunet_conres.workflow.locks import LockedError, hold, hold_some, holder
+from nnunet_conres.workflow.records import digest, read_json, write_if_changed
+
+MARK: Final = "[workflow]"
+# Of this package's trainers, which are not imported here: that would take torch.
+CHECKPOINT_VARIABLE: Final = "NNUNET_CONRES_CHECKPOINT_MINUTES"
+# In nnU-Net's order: what --c goes on from.
+CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+# Of the log of a step that failed, among what Snakemake prints.
+_SHOWN_LINES: Final = 20
+_GRACE_SECONDS: Final = 20.0
+# A training that has written to its log within this time, but holds no lock, was started by hand and is running.
+_BY_HAND_SECONDS: Final = 600.0
+
+
+class StepError(RuntimeError):
+    """A step cannot be done; the message says why and what to do."""
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def run(
+    command: Sequence[str],
+    log: Path,
+    *,
+    keep: Sequence[int] = (),
+    environment: dict[str, str] | None = None,
+    output: Path | None = None,
+) -> None:
+    """Runs a command to its end; nothing that it started lives longer than this call.
+
+    Args:
+        command: The command.
+        log: File that its output is appended to.
+        keep: File descriptors of locks that it is to hold too: should this process be killed alone, the lock lasts as
+            long as the command does.
+        environment: Variables beside those of this process.
+        output: File for its standard output, instead of the log.
+
+    Raises:
+        StepError: It could not be started, or failed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as files:
+        log_file = files.enter_context(log.open("ab"))
+        job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        begun = f"{MARK} {datetime.now():%Y-%m-%d %H:%M:%S} on {os.uname().nodename}{job}: {' '.join(command)}\n"
+        log_file.write(begun.encode())
+        log_file.flush()
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=files.enter_context(output.open("wb")) if output else log_file,
+                stderr=log_file,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+                pass_fds=keep,
+                start_new_session=True,
+            )
+        except FileNotFoundError as error:
+            raise StepError(f"{command[0]} was not found. Install it into the environment of the workflow.") from error
+        with _passed_on(process):
+            try:
+                code = process.wait()
+            except SystemExit as signalled:
+                when = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+                log_file.write(f"{MARK} {when} killed by signal {int(signalled.code or 0) - 128}\n".encode())
+                raise
+            _end_group(process.pid)
+        log_file.write(f"{MARK} {datetime.now():%Y-%m-%d %H:%M:%S} ended with exit code {code}\n".encode())
+    if code != 0:
+        raise StepError(f"{command[0]} ended with exit code {code}; its output: {log}")
+
+
+@contextlib.contextmanager
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """While it lasts, signals that are to end this process end the command first."""
+
+    def end(number: int, frame: Any) -> None:
+        _signal_group(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+        _end_group(process.pid)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_group(group: int) -> None:
+    # data loaders whose training was killed would wait for it for ever
+    _signal_group(group, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+@contextlib.contextmanager
+def gpus(experiment: Experiment, number: int) -> Iterator[tuple[dict[str, str], list[int]]]:
+    """GPUs of this machine for one command; a scheduler that has assigned some is left alone.
+
+    Yields:
+        Variables for the command, and file descriptors of the locks on its GPUs.
+    """
+    if experiment.device != "cuda" or number == 0 or "SLURM_JOB_ID" in os.environ:
+        yield {}, []
+        return
+    names = gpus_here()
+    if len(names) <= 1:
+        yield {}, []
+        return
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"nnunet-conres-gpus-{os.getuid()}"
+    with hold_some([folder / f"gpu_{name}.lock" for name in names], number) as (positions, descriptors):
+        yield {"CUDA_VISIBLE_DEVICES": ",".join(names[position] for position in positions)}, descriptors
+
+
+def gpus_here() -> list[str]:
+    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    lines = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(number) for number in range(len(lines))]
+
+
+# --- steps before training --------------------------------------------------------------------------------------------
+
+
+class Step:
+    """One step of an experiment.
+
+    Attributes:
+        experiment: The experiment.
+        command: What the rule gives to run; the step may add what says how to go on.
+        record: The record to write.
+        log: File for the command's output.
+    """
+
+    def __init__(self, experiment: Experiment, command: Sequence[str], record: Path, log: Path) -> None:
+        self.experiment = experiment
+        self.command = list(command)
+        self.record = record
+        self.log = log
+
+    def lock(self, name: str) -> contextlib.AbstractContextManager[int]:
+        """A lock of the data set, for all workflows with the same preprocessed folder."""
+        folder = self.experiment.preprocessed.parent / ".workflow"
+        return hold(folder / f"{self.experiment.dataset}_{name}.lock")
+
+    def stamp(self, name: str) -> Path:
+        """What something in the preprocessed folder was made from."""
+        return self.experiment.preprocessed / "workflow" / f"{name}.json"
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a") as file:
+            file.write(f"{MARK} {text}\n")
+
+    def _raw(self) -> Any:
+        return read_json(self.experiment.records / "raw.json")
+
+    def convert(self) -> None:
+        """The raw data set: made of BraTS folders, or there already."""
+        with self.lock("dataset") as descriptor:
+            if (self.experiment.raw / "dataset.json").is_file():
+                self.say(f"{self.experiment.raw} is there.")
+            elif self.command:
+                run(self.command, self.log, keep=[descriptor])
+            state = records.raw_state(self.experiment)
+            if state is None:
+                raise StepError(f"{self.experiment.raw} holds no data set; expected a dataset.json.")
+            write_if_changed(self.record, state)
+
+    def test_cases(self) -> None:
+        """Looks at the test cases."""
+        state = records.test_state(self.experiment)
+        if state is None:
+            raise StepError(f"{self.experiment.test_images} is no folder; expected the test images there.")
+        write_if_changed(self.record, state)
+
+    def fingerprint(self) -> None:
+        """Integrity check and fingerprint."""
+        path, stamp = self.experiment.preprocessed / "dataset_fingerprint.json", self.stamp("fingerprint")
+        with self.lock("dataset") as descriptor:
+            made_of = read_json(stamp)
+            if made_of != self._raw() or read_json(path) is None:
+                # one made by hand, before the workflow, is kept
+                renew = made_of is not None or (path.exists() and read_json(path) is None)
+                stamp.unlink(missing_ok=True)
+                run([*self.command, *(["--clean"] if renew else [])], self.log, keep=[descriptor])
+                write_if_changed(stamp, self._raw())
+            write_if_changed(self.record, {"content": records.file_digest(path), "raw": self._raw()["content"]})
+
+    def split(self) -> None:
+        """The folds; splits that somebody made by hand are taken as they are."""
+        path, stamp = self.experiment.preprocessed / "splits_final.json", self.stamp("splits")
+        wanted = {"raw": self._raw(), "options": read_json(self.experiment.records / "options" / "splits.json")}
+        with self.lock("splits") as descriptor:
+            made_of = read_json(stamp)
+            if path.exists() and made_of is None:
+                self.say(f"{path} was there before; it is used as it is.")
+            elif made_of != wanted or read_json(path) is None:
+                run([*self.command, *(["--force"] if path.exists() else [])], self.log, keep=[descriptor])
+                write_if_changed(stamp, wanted)
+            states = records.split_states(read_json(path), self.experiment.folds)
+            if states is None:
+                raise StepError(
+                    f"{path} lacks some of the folds {', '.join(map(str, self.experiment.folds))}. nnU-Net would make "
+                    f"up the others at random. Remove the file, or ask for folds that it has."
+                )
+            for fold, state in states.items():
+                write_if_changed(records.split_record(self.experiment, fold), state)
+
+    def plan(self, plans_name: str, configuration: str) -> None:
+        """Plans; those that somebody made by hand are taken as they are."""
+        path, stamp = self.experiment.preprocessed / f"{plans_name}.json", self.stamp(f"plans_{plans_name}")
+        wanted = {
+            "fingerprint": read_json(self.experiment.records / "fingerprint.json"),
+            "options": read_json(self.experiment.records / "options" / f"plans_{plans_name}.json"),
+        }
+        with self.lock("dataset") as descriptor:
+            made_of = read_json(stamp)
+            if read_json(path) is not None and made_of is None:
+                self.say(f"{path} was there before; it is used as it is.")
+            elif not self.command and read_json(path) is None:
+                raise StepError(f"{path} is not there, and its planner is none. Make the plans, or name a planner.")
+            elif self.command and (made_of != wanted or read_json(path) is None):
+                run(self.command, self.log, keep=[descriptor])
+                write_if_changed(stamp, wanted)
+            plans = read_json(path)
+        state = records.plans_state(plans, configuration)
+        if state is None:
+            there = ", ".join((plans or {}).get("configurations", {}))
+            raise StepError(f"{path} has no configuration {configuration}; it has {there}.")
+        write_if_changed(self.record, state)
+
+    def preprocess(self, plans_name: str, configuration: str) -> None:
+        """Preprocessed data, made once for all plans and workflows that want the same."""
+        state = records.plans_state(read_json(self.experiment.preprocessed / f"{plans_name}.json"), configuration)
+        if state is None:
+            raise StepError(f"{plans_name} has no configuration {configuration}.")
+        identifier = state["data_identifier"]
+        folder, stamp = self.experiment.preprocessed / identifier, self.stamp(f"data_{identifier}")
+        wanted = {"raw": self._raw()["content"], "preprocessing": state["preprocessing"]}
+        with self.lock("preprocess") as descriptor:
+            made_of = read_json(stamp)
+            if made_of is None and self._holds_all_cases(folder):
+                self.say(f"{folder} was there before, with all cases; it is used as it is.")
+                write_if_changed(stamp, wanted)
+            elif made_of != wanted or not self._holds_all_cases(folder):
+                self._may_be_removed(folder, identifier, wanted)
+                stamp.unlink(missing_ok=True)
+                run(self.command, self.log, keep=[descriptor])
+                if not self._holds_all_cases(folder):
+                    raise StepError(f"{folder} lacks cases after preprocessing; see {self.log}")
+                write_if_changed(stamp, wanted)
+        write_if_changed(self.record, state | {"raw": wanted["raw"]})
+
+    def _holds_all_cases(self, folder: Path) -> bool:
+        """Whether each training case has its properties, which are written last, and its data."""
+        ending = (read_json(self.experiment.raw / "dataset.json") or {}).get("file_ending", "")
+        labels = self.experiment.raw / "labelsTr"
+        cases = [path.name[: -len(ending)] for path in labels.glob(f"*{ending}")] if ending else []
+        there = {path.name: path.stat().st_size for path in folder.glob("*")} if folder.is_dir() else {}
+        return bool(cases) and all(
+            there.get(f"{case}.pkl") and any(there.get(f"{case}{kind}") for kind in (".b2nd", ".npz", ".npy"))
+            for case in cases
+        )
+
+    def _may_be_removed(self, folder: Path, identifier: str, wanted: dict[str, Any]) -> None:
+        """Refuses what nnU-Net's command, which removes the folder first, would destroy."""
+        if not folder.is_dir():
+            return
+        results = Path(self.experiment.environment["nnUNet_results"]) / self.experiment.dataset
+        for lock in results.glob("*/workflow/fold_*.lock"):
+            who = holder(lock)
+            if who is not None:
+                raise StepError(f"{folder} has to be made anew, but {lock.parent.parent.name} is trained by {who}.")
+        for path in self.experiment.preprocessed.glob("*.json"):
+            plans = read_json(path)
+            if not isinstance(plans, dict) or "configurations" not in plans:
+                continue
+            for name in plans["configurations"]:
+                state = records.plans_state(plans, name) or {}
+                if state.get("data_identifier") == identifier and state["preprocessing"] != wanted["preprocessing"]:
+                    raise StepError(
+                        f"{folder} is also the data folder of {path.name}, {name}, which wants its data preprocessed "
+                        f"otherwise. Give one of them another data_identifier."
+                    )
+
+    def memory(self) -> None:
+        """What the memory model says of a training; only advice, so nothing fails for it."""
+        answer: dict[str, Any] = {"total_bytes": None}
+        if self.command:
+            printed = self.record.with_name(f"{self.record.name}.partial")
+            try:
+                run(self.command, self.log, output=printed)
+                answer = {"total_bytes": read_json(printed)["total"]}
+            except (StepError, TypeError, KeyError) as error:
+                self.say(f"The memory of this training could not be estimated: {error}")
+            printed.unlink(missing_ok=True)
+        write_if_changed(self.record, answer)
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def train(self, model: Model, fold: int, number_of_gpus: int) -> None:
+        """One fold, from where an earlier attempt ended."""
+        experiment = self.experiment
+        made_of = {
+            "data": digest(read_json(records.data_record(experiment, model))),
+            "split": digest(read_json(records.split_record(experiment, fold))),
+            "trainer": digest(read_json(records.trainer_record(experiment, model))),
+        }
+        cases = read_json(records.split_record(experiment, fold))["validation"]
+        folder, stamp = experiment.fold_folder(model, fold), records.stamp_of_fold(experiment, model, fold)
+        with hold(experiment.fold_lock(model, fold)) as descriptor:
+            self._move_outdated(model, fold, made_of)
+            if folder.is_dir() and not stamp.is_file():
+                self._take_over(folder)
+            write_if_changed(stamp, made_of)
+            if records.missing_validation(folder, cases):
+                with gpus(experiment, number_of_gpus) as (variables, descriptors):
+                    command = [*self.command, *self._how_to_go_on(folder)]
+                    run(command, self.log, keep=[descriptor, *descriptors], environment=variables)
+                missing = records.missing_validation(folder, cases)
+                if missing:
+                    raise StepError(f"{folder} is not done after its training: {missing}.")
+            else:
+                self.say(f"{folder} is done.")
+            checkpoint = records.file_digest(folder / CHECKPOINTS[0])
+            write_if_changed(self.record, made_of | {"checkpoint": checkpoint})
+
+    def _how_to_go_on(self, folder: Path) -> list[str]:
+        """The flag with which nnU-Net goes on from the checkpoints in a folder."""
+        for name in CHECKPOINTS:
+            checkpoint = folder / name
+            if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
+                # Stock trainers write in place; --c would fail on it again and again.
+                checkpoint.rename(checkpoint.with_name(f"{name}.damaged"))
+                self.say(f"{checkpoint} was cut short when the training was killed; it is called .damaged now.")
+        there = [name for name in CHECKPOINTS if (folder / name).is_file()]
+        if CHECKPOINTS[0] in there:
+            return ["--val"]
+        return ["--c"] if there else []
+
+    def _take_over(self, folder: Path) -> None:
+        """A fold that was not trained by a workflow: whether it can be gone on with."""
+        newest = max((path.stat().st_mtime for path in folder.glob("*")), default=0.0)
+        if time.time() - newest < _BY_HAND_SECONDS and not (folder / CHECKPOINTS[0]).is_file():
+            raise StepError(
+                f"{folder} was written to {time.time() - newest:.0f} s ago, and not by a workflow: it seems to be in "
+                f"training. Wait for it, or end it and try again in {_BY_HAND_SECONDS / 60:.0f} minutes."
+            )
+        self.say(f"{folder} was there before; what is done of it counts.")
+
+    def _move_outdated(self, model: Model, fold: int, made_of: dict[str, str]) -> None:
+        """Moves folds of a model aside that were trained on other data, by other plans or another trainer.
+
+        Those of the other folds too: all share one plans.json, and our trainers refuse to mix topologies.
+        """
+        base = self.experiment.model_folder(model)
+        for stamp in sorted(base.glob("workflow/fold_*.json")):
+            before = read_json(stamp) or {}
+            own = stamp.stem == f"fold_{fold}"
+            changed = [
+                part for part, value in before.items() if value != made_of.get(part) and (own or part != "split")
+            ]
+            if not changed:
+                continue
+            with contextlib.ExitStack() as stack:
+                if not own:
+                    try:
+                        stack.enter_context(hold(stamp.with_suffix(".lock"), wait=False))
+                    except LockedError:
+                        continue  # its own job looks after it
+                old = base / stamp.stem
+                if old.is_dir():
+                    aside = base / "replaced" / f"{stamp.stem}_{datetime.now():%Y%m%d-%H%M%S}"
+                    aside.parent.mkdir(exist_ok=True)
+                    old.rename(aside)
+                    self.say(f"{', '.join(changed)} of {old} changed since it was trained; it is kept as {aside}.")
+                stamp.unlink()
+
+    # --- steps behind training --------------------------------------------------------------------------------------
+
+    def predict(self, model: Model, part: int, number_of_gpus: int) -> None:
+        """Predictions of one part of the test cases; they appear when all of the part are done."""
+        experiment = self.experiment
+        trained = [records.training_record(experiment, model, fold) for fold in experiment.folds]
+        made_of = [read_json(path) for path in trained] + [
+            read_json(experiment.records / "test.json"),
+            read_json(experiment.records / "options" / "predict.json"),
+            experiment.probabilities,
+        ]
+        folder = experiment.predictions(model.name)
+        partial = _output_of(self.command)
+        with hold(folder / f".part_{part}.lock") as descriptor:
+            # of other checkpoints or other test cases
+            for stamp in folder.glob(".part_*.json"):
+                before = read_json(stamp) or {}
+                if before.get("made_of") != digest(made_of):
+                    for name in before.get("files", []):
+                        (experiment.work / name).unlink(missing_ok=True)
+                    stamp.unlink(missing_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            with gpus(experiment, number_of_gpus) as (variables, descriptors):
+                run(self.command, self.log, keep=[descriptor, *descriptors], environment=variables)
+            published = self._publish(partial, folder, made_of)
+            write_if_changed(folder / f".part_{part}.json", published)
+
+    def ensemble(self) -> None:
+        """An ensemble's predictions; they appear when all are done."""
+        partial = _output_of(self.command)
+        with hold(partial.with_name(f"{partial.name}.lock")) as descriptor:
+            shutil.rmtree(partial, ignore_errors=True)
+            run(self.command, self.log, keep=[descriptor])
+            self._publish(partial, self.experiment.predictions(partial.name.removeprefix(".")), self.command)
+
+    def compare(self) -> None:
+        """A report; it replaces an earlier one when it is done."""
+        partial = _output_of(self.command)
+        with hold(partial.with_name(f"{partial.name}.lock")) as descriptor:
+            run(self.command, self.log, keep=[descriptor])
+            names = [str((partial / name).relative_to(self.experiment.work)) for name in ("report.html", "report.json")]
+            for name in names:
+                if not (self.experiment.work / name).is_file():
+                    raise StepError(f"{name} was not written; see {self.log}")
+            write_if_changed(self.record, {"made_of": digest(self.command), "files": names})
+
+    def _publish(self, partial: Path, folder: Path, made_of: Any) -> dict[str, Any]:
+        """Moves finished files to where they belong, file by file, and records them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = sorted(path.name for path in partial.iterdir())
+        for name in names:
+            os.replace(partial / name, folder / name)
+        partial.rmdir()
+        files = [str((folder / name).relative_to(self.experiment.work)) for name in names]
+        contents = {name: records.file_digest(self.experiment.work / name) for name in files}
+        record = {"made_of": digest(made_of), "content": digest(contents), "files": files}
+        write_if_changed(self.record, record)
+        return record
+
+
+def _output_of(command: Sequence[str]) -> Path:
+    return Path(command[command.index("-o") + 1])
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def read_experiment(path: Path) -> Experiment:
+    """The experiment as the workflow noted it down."""
+    content = json.loads(path.read_text())
+    return parse_config(content["content"], Path(content["base"]), str(path))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a step.
+
+    Returns:
+        The exit code: 1 where the step failed, its reason on stderr.
+    """
+    parser = argparse.ArgumentParser(prog="nnunet_conres.workflow.step", description="A step of the workflow.")
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("step")
+    parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--fold", type=int)
+    parser.add_argument("--part", type=int)
+    parser.add_argument("--plans")
+    parser.add_argument("--configuration")
+    parser.add_argument("--gpus", type=int, default=0)
+    given, command = _without_command(sys.argv[1:] if argv is None else list(argv))
+    arguments = parser.parse_args(given)
+    try:
+        experiment = read_experiment(arguments.experiment)
+        # as the configuration has it, not as this process happened to inherit it
+        os.environ.update(experiment.environment)
+        os.environ[CHECKPOINT_VARIABLE] = f"{experiment.checkpoint_minutes:g}"
+        step = Step(experiment, command, arguments.record, arguments.log)
+        steps: dict[str, Callable[[], None]] = {
+            "convert": step.convert,
+            "test_cases": step.test_cases,
+            "fingerprint": step.fingerprint,
+            "split": step.split,
+            "plan": lambda: step.plan(arguments.plans, arguments.configuration),
+            "preprocess": lambda: step.preprocess(arguments.plans, arguments.configuration),
+            "memory": step.memory,
+            "train": lambda: step.train(experiment.model(arguments.model), arguments.fold, arguments.gpus),
+            "predict": lambda: step.predict(experiment.model(arguments.model), arguments.part, arguments.gpus),
+            "ensemble": step.ensemble,
+            "compare": step.compare,
+        }
+        steps[arguments.step]()
+    except (StepError, InputError, OSError) as error:
+        arguments.log.parent.mkdir(parents=True, exist_ok=True)
+        arguments.log.touch()
+        print(*arguments.log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:], sep="\n", file=sys.stderr)
+        print(f"{MARK} error: {error}", file=sys.stderr)
+        with arguments.log.open("a") as file:
+            file.write(f"{MARK} failed: {error}\n")
+        return 1
+    return 0
+
+
+def _without_command(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    position = arguments.index("--")
+    return arguments[:position], arguments[position + 1 :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nnunet_conres.datasets.raw import InputError
+from nnunet_conres.workflow.config import iterate_trainings, parse_config, read_config
+from nnunet_conres.workflow.launch import EXAMPLES
+
+yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install 'nnunet-conres[workflow]'")
+
+
+def faults(content: dict[str, Any], base: Path) -> str:
+    with pytest.raises(InputError) as error:
+        parse_config(content, base)
+    return str(error.value)
+
+
+class TestParse:
+    def test_paths_are_relative_to_the_file(self, content: dict[str, Any], tmp_path: Path) -> None:
+        file = tmp_path / "experiment.yaml"
+        file.write_text(yaml.safe_dump(content))
+        experiment = read_config(file)
+        assert experiment.work == tmp_path / "work"
+        assert experiment.raw == tmp_path / "nn" / "raw" / "Dataset501_BraTS"
+        assert experiment.test_images == experiment.raw / "imagesTs"
+
+    def test_every_model_in_every_fold(self, content: dict[str, Any], tmp_path: Path) -> None:
+        trainings = [(model.name, fold) for model, fold in iterate_trainings(parse_config(content, tmp_path))]
+        assert trainings == [("stock", 0), ("stock", 1), ("ours", 0), ("ours", 1)]
+
+    def test_plans_of_known_names_need_no_description(self, content: dict[str, Any], tmp_path: Path) -> None:
+        plans = parse_config(content, tmp_path).plans
+        assert {name: (one.planner, one.is_own) for name, one in plans.items()} == {
+            "nnUNetPlans": ("ExperimentPlanner", False),
+            "nnUNetConResNetPlans": ("conresnet", True),
+        }
+
+    @pytest.mark.parametrize(
+        ("model", "epochs", "trainer"),
+        [
+            ({}, 1000, "nnUNetTrainer"),
+            ({}, 250, "nnUNetTrainer_250epochs"),
+            ({}, 1, "nnUNetTrainer_1epoch"),
+            ({"trainer": "nnUNetTrainerVNet"}, 50, "nnUNetTrainerVNet_50epochs"),
+            ({"trainer": "nnUNetTrainer_5epochs"}, 250, "nnUNetTrainer_5epochs"),
+            ({"epochs": 1000}, 250, "nnUNetTrainer"),
+        ],
+    )
+    def test_length(self, content: dict[str, Any], tmp_path: Path, model: dict, epochs: int, trainer: str) -> None:
+        content |= {"models": {"one": model}, "epochs": epochs}
+        assert parse_config(content, tmp_path).models[0].trainer == trainer
+
+    @pytest.mark.parametrize(
+        ("wanted", "expected"),
+        [
+            ("all", [("stock", "ours")]),
+            ("none", []),
+            (True, [("stock", "ours")]),
+            ([["ours", "stock"]], [("ours", "stock")]),
+        ],
+    )
+    def test_ensembles(self, content: dict[str, Any], tmp_path: Path, wanted: Any, expected: list) -> None:
+        assert list(parse_config(content | {"ensembles": wanted}, tmp_path).ensembles) == expected
+
+    def test_a_data_set_that_is_there_needs_its_number_only(self, content: dict[str, Any], tmp_path: Path) -> None:
+        content["data"] = {"id": 4}
+        del content["test"]
+        assert "found no data set" in faults(content, tmp_path)
+        (tmp_path / "nn" / "raw" / "Dataset004_Hippocampus").mkdir(parents=True)
+        assert parse_config(content, tmp_path).dataset == "Dataset004_Hippocampus"
+
+
+class TestFaults:
+    def test_all_are_told_together(self, content: dict[str, Any], tmp_path: Path) -> None:
+        content |= {
+            "device": "tpu",
+            "folds": [0, 2],
+            "retreis": 3,
+            "retries": "many",
+            "checkpoint_minutes": 0,
+            "environment": {"nnUNet_n_proc_DA": 0},
+            "ensembles": [["stock", "other"]],
+            "resources": {"trian": {}, "train": {"cpus": 0, "gpu": 1}},
+            "data": {"id": 501, "brats": ["nowhere"], "held_out": ["held_out"]},
+        }
+        content["models"] |= {
+            "bad name": {},
+            "cascade": {"configuration": "3d_cascade_fullres"},
+            "paper": {"trainer": "nnUNetTrainerVNetPaper", "epochs": 50},
+            "mine": {"plans": "myPlans", "gpus": 2},
+            "twin": {"trainer": "nnUNetTrainer"},
+        }
+        told = faults(content, tmp_path)
+        for words in (
+            "device is 'tpu'",
+            "folds is [0, 2]",
+            "retreis is not known",
+            "retries is 'many'",
+            "checkpoint_minutes is 0",
+            "nnUNet_n_proc_DA is 0",
+            "no model is called other",
+            "trian is no rule",
+            "train, cpus is 0",
+            "train, gpu is not known",
+            f"{tmp_path / 'nowhere'} is no folder",
+            "'bad name'",
+            "train cascades by hand",
+            "no variant of 50 epochs",
+            "planner is missing",
+            "2 GPUs, but device",
+            "twin and stock are the same",
+        ):
+            assert words in told
+        assert told.count("\n  - ") == 17
+
+    def test_nothing_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for kind in ("raw", "preprocessed", "results"):
+            monkeypatch.delenv(f"nnUNet_{kind}", raising=False)
+        told = faults({}, tmp_path)
+        assert all(words in told for words in ("models is missing", "data is missing", "nnUNet_results is not known"))
+
+    def test_a_file_that_is_no_yaml(self, tmp_path: Path) -> None:
+        file = tmp_path / "bad.yaml"
+        file.write_text("models: [")
+        with pytest.raises(InputError, match=r"bad\.yaml cannot be read as YAML"):
+            read_config(file)
+
+
+class TestExamples:
+    @pytest.mark.parametrize("name", EXAMPLES)
+    def test_is_right(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for kind in ("raw", "preprocessed", "results"):
+            monkeypatch.setenv(f"nnUNet_{kind}", str(tmp_path / kind))
+        for folder in ("BraTS2021_TrainingData", "phantoms/training", "phantoms/held_out"):
+            (tmp_path / folder).mkdir(parents=True)
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(EXAMPLES[name].read_text())
+        experiment = read_config(file)
+        trainings = len(list(iterate_trainings(experiment)))
+        assert trainings == {"brats": 20, "laptop": 4}[name]

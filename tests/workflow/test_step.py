@@ -1,0 +1,300 @@
+"""The steps, with stand-ins for the commands; and what of their work counts as done."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nnunet_conres.workflow import commands, records
+from nnunet_conres.workflow.config import Experiment
+from nnunet_conres.workflow.locks import hold
+from nnunet_conres.workflow.step import Step, StepError, gpus, run
+
+pytest.importorskip("fcntl", reason="needs an operating system with flock")
+
+Calls = Callable[[], list[str]]
+
+
+def step(experiment: Experiment, command: list[str], name: str) -> Step:
+    return Step(experiment, command, experiment.records / name, experiment.logs / f"{Path(name).stem}.log")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder that what `prepared` makes is kept in, for the next test."""
+    return tmp_path_factory.mktemp("template")
+
+
+@pytest.fixture
+def prepared(experiment: Experiment, calls: Calls, tmp_path: Path, template: Path) -> Experiment:
+    """Everything before training is done."""
+    if any(template.iterdir()):
+        shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+        return experiment
+    records.refresh(experiment)
+    step(experiment, commands.convert(experiment, 1), "raw.json").convert()
+    step(experiment, commands.fingerprint(experiment, 1), "fingerprint.json").fingerprint()
+    step(experiment, commands.split(experiment, 1), "splits/fold_0.json").split()
+    for model in experiment.models:
+        name = f"{model.plans}__3d_fullres.json"
+        step(experiment, commands.plan(experiment, model.plans), f"plans/{name}").plan(model.plans, "3d_fullres")
+        preprocess(experiment, model.plans)
+    calls()
+    for folder in ("work", "nn"):
+        shutil.copytree(tmp_path / folder, template / folder)
+    return experiment
+
+
+def preprocess(experiment: Experiment, plans: str) -> None:
+    command = commands.preprocess(experiment, plans, "3d_fullres", 1)
+    step(experiment, command, f"preprocessed/{plans}__3d_fullres.json").preprocess(plans, "3d_fullres")
+
+
+def train(experiment: Experiment, model: int = 0, fold: int = 0) -> None:
+    which = experiment.models[model]
+    command = commands.train(experiment, which, fold)
+    step(experiment, command, f"train/{which.name}/fold_{fold}.json").train(which, fold, 0)
+
+
+def write_zip(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weights", "1")
+
+
+class TestPreparation:
+    def test_is_done_once(self, prepared: Experiment, calls: Calls) -> None:
+        step(prepared, commands.convert(prepared, 1), "raw.json").convert()
+        step(prepared, commands.fingerprint(prepared, 1), "fingerprint.json").fingerprint()
+        step(prepared, commands.split(prepared, 1), "splits/fold_0.json").split()
+        preprocess(prepared, "nnUNetPlans")
+        assert calls() == []
+
+    def test_a_changed_data_set_is_looked_at_anew(self, prepared: Experiment, calls: Calls) -> None:
+        (prepared.raw / "labelsTr" / "a.nii.gz").write_text("corrected")
+        records.refresh(prepared)
+        step(prepared, commands.fingerprint(prepared, 1), "fingerprint.json").fingerprint()
+        step(prepared, commands.split(prepared, 1), "splits/fold_0.json").split()
+        preprocess(prepared, "nnUNetPlans")
+        made = calls()
+        assert [call.split()[0] for call in made] == [
+            "nnUNetv2_extract_fingerprint", "nnunet-conres", "nnUNetv2_preprocess"
+        ]  # fmt: skip
+        assert made[0].endswith("--clean")
+        assert made[1].endswith("--force")
+
+    def test_a_half_preprocessed_one_does_not_count(
+        self, prepared: Experiment, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (prepared.preprocessed / "nnUNetPlans_3d_fullres" / "d.pkl").unlink()
+        monkeypatch.setenv("FAIL", "nnUNetv2_preprocess")
+        with pytest.raises(StepError, match="exit code 1"):
+            preprocess(prepared, "nnUNetPlans")
+        monkeypatch.delenv("FAIL")
+        preprocess(prepared, "nnUNetPlans")
+        assert len(calls()) == 2
+
+    def test_data_that_are_trained_on_are_not_removed(self, prepared: Experiment, calls: Calls) -> None:
+        (prepared.preprocessed / "nnUNetPlans_3d_fullres" / "d.pkl").unlink()
+        with hold(prepared.fold_lock(prepared.models[1], 1)), pytest.raises(StepError, match=r"is trained by process"):
+            preprocess(prepared, "nnUNetPlans")
+        assert calls() == []
+
+    def test_plans_and_splits_made_by_hand_are_kept(self, experiment: Experiment, calls: Calls) -> None:
+        records.refresh(experiment)
+        step(experiment, commands.convert(experiment, 1), "raw.json").convert()
+        experiment.preprocessed.mkdir(parents=True)
+        splits = [{"train": ["a"], "val": ["b", "c", "d"]}, {"train": ["b"], "val": ["a"]}]
+        (experiment.preprocessed / "splits_final.json").write_text(json.dumps(splits))
+        plans = {"configurations": {"mine": {"data_identifier": "x", "inherits_from": "3d_fullres"}, "3d_fullres": {}}}
+        (experiment.preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
+        calls()
+        step(experiment, commands.split(experiment, 1), "splits/fold_0.json").split()
+        step(experiment, commands.plan(experiment, "nnUNetPlans"), "plans/p.json").plan("nnUNetPlans", "mine")
+        assert calls() == []
+        assert records.read_json(records.split_record(experiment, 0))["validation"] == ["b", "c", "d"]
+        with pytest.raises(StepError, match="no configuration other; it has mine, 3d_fullres"):
+            step(experiment, commands.plan(experiment, "nnUNetPlans"), "plans/p.json").plan("nnUNetPlans", "other")
+
+    def test_splits_with_too_few_folds_are_refused(self, prepared: Experiment) -> None:
+        (prepared.preprocessed / "workflow" / "splits.json").unlink()
+        (prepared.preprocessed / "splits_final.json").write_text('[{"train": ["a"], "val": ["b"]}]')
+        with pytest.raises(StepError, match="make up the others at random"):
+            step(prepared, commands.split(prepared, 1), "splits/fold_0.json").split()
+
+
+class TestTrain:
+    def test_goes_on_from_a_checkpoint(
+        self, prepared: Experiment, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("FAIL", "nnUNetv2_train")
+        with pytest.raises(StepError, match="exit code 1"):
+            train(prepared)
+        monkeypatch.delenv("FAIL")
+        train(prepared)
+        first, second = calls()
+        assert second == f"{first} --c"
+        train(prepared)
+        assert calls() == []
+
+    def test_only_validates_what_is_trained(self, prepared: Experiment, calls: Calls) -> None:
+        train(prepared)
+        calls()
+        (prepared.fold_folder(prepared.models[0], 0) / "validation" / "summary.json").write_text('{"metric_per_')
+        train(prepared)
+        (call,) = calls()
+        assert call.endswith("--val")
+
+    def test_a_checkpoint_that_was_cut_short_is_put_aside(self, prepared: Experiment, calls: Calls) -> None:
+        train(prepared)
+        calls()
+        folder = prepared.fold_folder(prepared.models[0], 0)
+        (folder / "checkpoint_final.pth").write_bytes(b"PK\x03\x04 cut")
+        (folder / "validation" / "summary.json").unlink()
+        train(prepared)
+        (call,) = calls()
+        assert not call.endswith(("--c", "--val"))
+        assert (folder / "checkpoint_final.pth.damaged").is_file()
+
+    @pytest.mark.parametrize("part", ["plans", "trainer"])
+    def test_what_it_depends_on_changed(self, prepared: Experiment, calls: Calls, part: str) -> None:
+        for fold in (0, 1):
+            train(prepared, fold=fold)
+        train(prepared, model=1)
+        calls()
+        if part == "plans":
+            path = prepared.preprocessed / "nnUNetPlans.json"
+            path.write_text(path.read_text().replace("[8, 8, 8]", "[16, 8, 8]"))
+            records.refresh(prepared)
+            preprocess(prepared, "nnUNetPlans")
+        else:
+            records.write_if_changed(records.trainer_record(prepared, prepared.models[0]), {"source": "new"})
+        train(prepared)
+        train(prepared, model=1)
+        (call,) = calls()
+        assert "-p nnUNetPlans" in call
+        assert not call.endswith("--c")
+        base = prepared.model_folder(prepared.models[0])
+        # nothing is lost, and the fold that is not done yet does not stand beside the new one
+        assert {path.name[:6] for path in (base / "replaced").iterdir()} == {"fold_0", "fold_1"}
+        assert not (base / "fold_1").exists()
+
+    def test_what_was_trained_before_the_workflow_counts(self, prepared: Experiment, calls: Calls) -> None:
+        train(prepared)
+        records.stamp_of_fold(prepared, prepared.models[0], 0).unlink()
+        calls()
+        train(prepared)
+        assert calls() == []
+
+    def test_one_that_runs_by_hand_is_left_alone(self, prepared: Experiment, calls: Calls) -> None:
+        folder = prepared.fold_folder(prepared.models[0], 0)
+        write_zip(folder / "checkpoint_best.pth")
+        with pytest.raises(StepError, match="seems to be in training"):
+            train(prepared)
+        os.utime(folder / "checkpoint_best.pth", (time.time() - 3600,) * 2)
+        train(prepared)
+        (call,) = calls()
+        assert call.endswith("--c")
+
+    def test_a_validation_that_lacks_cases_is_not_done(self, prepared: Experiment) -> None:
+        train(prepared)
+        folder = prepared.fold_folder(prepared.models[0], 0)
+        assert records.missing_validation(folder, ["a", "b"]) is None
+        assert records.missing_validation(folder, ["a", "b", "e"]) == "validation/summary.json lacks e"
+
+
+class TestRun:
+    def test_a_signal_ends_all_that_the_command_started(self, tmp_path: Path) -> None:
+        code = "from nnunet_conres.workflow.step import run; from pathlib import Path; import sys\n"
+        code += "run(['sh', '-c', 'sleep 60 & echo $!; sleep 60'], Path(sys.argv[1]))"
+        log = tmp_path / "log"
+        process = subprocess.Popen([sys.executable, "-c", code, str(log)])
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 1):
+            time.sleep(0.05)
+        child = int(log.read_text().splitlines()[1])
+        process.terminate()
+        assert process.wait(30) == 128 + 15
+        assert log.read_text().splitlines()[-1].endswith("killed by signal 15")
+        while Path(f"/proc/{child}").exists() and _state_of(child) != "Z" and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{child}").exists() or _state_of(child) == "Z"
+
+    def test_a_command_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(StepError, match="nnUNetv2_nothing was not found"):
+            run(["nnUNetv2_nothing"], tmp_path / "log")
+
+
+def _state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+class TestPredict:
+    def predict(self, experiment: Experiment, part: int) -> None:
+        model = experiment.models[0]
+        folder = str(experiment.predictions(f".{model.name}_part_{part}"))
+        command = commands.predict(experiment, model, part, folder, 1)
+        step(experiment, command, f"predict/{model.name}/part_{part}.json").predict(model, part, 0)
+
+    @pytest.fixture
+    def trained(self, prepared: Experiment) -> Experiment:
+        for fold in (0, 1):
+            train(prepared, fold=fold)
+        step(prepared, [], "test.json").test_cases()
+        return prepared
+
+    def test_parts_make_one_folder(self, trained: Experiment) -> None:
+        for part in (0, 1):
+            self.predict(trained, part)
+        folder = trained.predictions("stock")
+        assert sorted(path.name for path in folder.glob("*.nii.gz")) == ["x.nii.gz", "y.nii.gz", "z.nii.gz"]
+        assert [path.name for path in folder.parent.iterdir()] == ["stock"]
+
+    def test_half_of_a_part_is_not_there(self, trained: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FAIL", "nnUNetv2_predict")
+        with pytest.raises(StepError):
+            self.predict(trained, 0)
+        assert list(trained.predictions("stock").glob("*.nii.gz")) == []
+
+    def test_a_case_that_is_gone_goes_from_the_predictions(self, trained: Experiment) -> None:
+        for part in (0, 1):
+            self.predict(trained, part)
+        assert trained.test_images is not None
+        (trained.test_images / "x_0000.nii.gz").unlink()
+        records.refresh(trained)
+        for part in (0, 1):
+            self.predict(trained, part)
+        names = sorted(path.name for path in trained.predictions("stock").glob("*.nii.gz"))
+        assert names == ["y.nii.gz", "z.nii.gz"]
+
+
+class TestGpus:
+    def test_two_jobs_get_different_ones(
+        self, content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Calls
+    ) -> None:
+        from nnunet_conres.workflow.config import parse_config
+
+        experiment = parse_config(content | {"device": "cuda"}, tmp_path)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        with gpus(experiment, 1) as (first, _), gpus(experiment, 2) as (second, held):
+            assert first == {"CUDA_VISIBLE_DEVICES": "3"}
+            assert second == {"CUDA_VISIBLE_DEVICES": "5,6"}
+            assert len(held) == 2
+
+    def test_a_scheduler_has_chosen_already(
+        self, content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from nnunet_conres.workflow.config import parse_config
+
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        with gpus(parse_config(content | {"device": "cuda"}, tmp_path), 1) as (variables, _):
+            assert variables == {}

@@ -1,0 +1,201 @@
+"""The workflow itself, on this machine: with stand-ins for all commands, and once with the real ones."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nnunet_conres import cli
+from nnunet_conres.workflow.config import parse_config
+from nnunet_conres.workflow.locks import hold
+
+yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install 'nnunet-conres[workflow]'")
+pytest.importorskip("snakemake", reason="needs Snakemake: pip install 'nnunet-conres[workflow]'")
+
+TRAINERS = """
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_conres.trainers import nnUNetTrainerConResNet
+
+
+class TinyStock(nnUNetTrainer):
+    def initialize(self):
+        super().initialize()
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 2, 1
+
+
+class TinyConResNet(nnUNetTrainerConResNet):
+    training_epochs = 1
+
+    def initialize(self):
+        super().initialize()
+        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 1
+"""
+
+
+def run(config: Path, *options: str, check: bool = True, timeout: float = 300) -> str:
+    """`nnunet-conres workflow` in a process of its own; what it printed."""
+    command = [sys.executable, "-m", "nnunet_conres.cli", "workflow", str(config), *options]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ, timeout=timeout
+    )
+    assert (done.returncode == 0) == check, done.stdout[-5000:]
+    return done.stdout
+
+
+@pytest.fixture
+def config(content: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def kinds(calls: list[str]) -> list[str]:
+    return sorted(
+        {" ".join(call.split()[:2]) if call.startswith("nnunet-conres") else call.split()[0] for call in calls}
+    )
+
+
+class TestWithStandIns:
+    def test_everything_once_and_then_only_what_changed(
+        self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
+    ) -> None:
+        run(config, "--cores", "2")
+        made = calls()
+        assert len([call for call in made if call.startswith("nnUNetv2_train")]) == 4
+        assert len([call for call in made if call.startswith("nnUNetv2_predict")]) == 4
+        assert kinds(made) == [
+            "nnUNetv2_ensemble",
+            "nnUNetv2_extract_fingerprint",
+            "nnUNetv2_plan_experiment",
+            "nnUNetv2_predict",
+            "nnUNetv2_preprocess",
+            "nnUNetv2_train",
+            "nnunet-conres brats-convert",
+            "nnunet-conres compare",
+            "nnunet-conres memory",
+            "nnunet-conres plan",
+            "nnunet-conres split",
+        ]
+        assert len([call for call in made if call.startswith("nnUNetv2_preprocess")]) == 1  # shared by both plans
+        order = [call.split()[0] for call in made]
+        split = next(number for number, call in enumerate(made) if call.startswith("nnunet-conres split"))
+        assert split < order.index("nnUNetv2_train")
+
+        assert "Nothing to be done" in run(config, "--cores", "2")
+        assert calls() == []
+
+        # the plans of one model: its trainings and what is made of them, and nothing of the other
+        experiment = parse_config(content, tmp_path)
+        plans = experiment.preprocessed / "nnUNetConResNetPlans.json"
+        plans.write_text(plans.read_text().replace("[8, 8, 8]", "[16, 8, 8]"))
+        run(config, "--cores", "2")
+        again = calls()
+        assert {call.split()[5] for call in again if call.startswith("nnUNetv2_train")} == {"nnUNetTrainerConResNet"}
+        assert kinds(again) == [
+            "nnUNetv2_ensemble",
+            "nnUNetv2_predict",
+            "nnUNetv2_train",
+            "nnunet-conres compare",
+            "nnunet-conres memory",
+        ]
+        assert all("nnUNetTrainerConResNet" in call for call in again if call.startswith("nnUNetv2_predict"))
+
+    def test_a_second_workflow_finds_all_done(
+        self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
+    ) -> None:
+        run(config, "--cores", "2", "--until", "train")
+        calls()
+        other = tmp_path / "other.yaml"
+        other.write_text(yaml.safe_dump(content | {"work": "other_work"}))
+        run(other, "--cores", "2", "--until", "train")
+        assert kinds(calls()) == ["nnunet-conres memory"]
+
+    def test_a_training_that_fails_is_taken_up_again(
+        self, config: Path, content: dict[str, Any], calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config.write_text(yaml.safe_dump(content | {"retries": 1, "time_limit_hours": 10_000}))
+        monkeypatch.setenv("FAIL", "501 3d_fullres 1 -tr nnUNetTrainerConResNet")
+        run(config, "--cores", "2", "--until", "train", check=False)
+        attempts = [call for call in calls() if os.environ["FAIL"] in call]
+        assert len(attempts) == 2
+        assert attempts[1].endswith("--c")
+        found = json.loads(run(config, "--status", "--json"))
+        assert sorted(one["state"] for one in found["folds"]) == ["done", "done", "done", "failed"]
+        assert [one["where"] for one in found["folds"] if one["state"] == "failed"] == [
+            "RuntimeError: CUDA out of memory"
+        ]
+
+    def test_a_dry_run_tells_and_does_nothing(self, config: Path, calls: Callable[[], list[str]]) -> None:
+        told = run(config, "--dry-run")
+        assert "train                4" in told
+        assert calls() == []
+
+    def test_is_not_run_twice_at_once(self, config: Path, tmp_path: Path, calls: Callable[[], list[str]]) -> None:
+        with hold(tmp_path / "work" / "workflow.lock"):
+            assert "is being run already" in run(config, check=False)
+        assert calls() == []
+
+    def test_plain_snakemake(self, config: Path, tmp_path: Path, calls: Callable[[], list[str]]) -> None:
+        snakefile = run(config, "--snakefile").strip()
+        command = [sys.executable, "-m", "snakemake", "-s", snakefile, "--configfile", str(config), "--cores", "1"]
+        command += ["--until", "split", "--quiet", "--directory", str(tmp_path)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        assert kinds(calls()) == ["nnunet-conres brats-convert", "nnunet-conres split"]
+
+
+class TestCommandLine:
+    def test_example(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["workflow", "--example", "brats"]) == 0
+        assert set(yaml.safe_load(capsys.readouterr().out)["models"]) == {"nnU-Net", "ResEnc-M", "ConResNet", "V-Net"}
+
+    def test_without_a_configuration(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["workflow"]) == 2
+        assert "--example brats" in capsys.readouterr().err
+
+    def test_a_profile_that_is_not_there(self, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["workflow", str(config), "--profile", "nowhere"]) == 2
+        assert "expected local or slurm" in capsys.readouterr().err
+
+    def test_other_commands_know_no_options_of_snakemake(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            cli.main(["info", "--cores", "2"])
+        assert "unrecognized arguments: --cores 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_with_the_real_commands(tmp_path: Path, content: dict[str, Any]) -> None:
+    """Made-up cases, two models, two folds, epochs of two iterations: from conversion to both reports."""
+    phantoms = ["phantom", "-o", str(tmp_path / "phantoms"), "-n", "4", "--held-out", "1"]
+    assert cli.main([*phantoms, "--shape", "24", "24", "20", "--spacing", "7", "7", "7"]) == 0
+    (tmp_path / "trainers").mkdir()
+    (tmp_path / "trainers" / "tiny_trainers.py").write_text(TRAINERS)
+    content |= {
+        "data": {"id": 501, "brats": ["phantoms/training"], "held_out": ["phantoms/held_out"]},
+        "test": {"parts": 1},
+        "models": {
+            "stock": {"trainer": "TinyStock"},
+            "ours": {"trainer": "TinyConResNet", "plans": "nnUNetConResNetPlans"},
+        },
+        "environment": {
+            "nnUNet_n_proc_DA": 1,
+            "nnUNet_def_n_proc": 1,
+            "OMP_NUM_THREADS": 1,
+            "nnUNet_extTrainer": str(tmp_path / "trainers"),
+        },
+    }
+    config = tmp_path / "experiment.yaml"
+    config.write_text(yaml.safe_dump(content))
+    run(config, timeout=1500)
+    found = json.loads(run(config, "--status", "--json"))
+    assert {one["state"] for one in found["folds"]} == {"done"}
+    for kind in ("folds", "test"):
+        report = json.loads((tmp_path / "work" / "report" / kind / "report.json").read_text())
+        assert "stock" in json.dumps(report)
+    assert (tmp_path / "work" / "predictions" / "stock+ours").is_dir()
+    assert "Nothing to be done" in run(config)
