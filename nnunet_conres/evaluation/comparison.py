@@ -28,6 +28,7 @@ from nnunet_conres.evaluation.labels import label_values
 from nnunet_conres.evaluation.metrics import METRICS, MetricOptions
 from nnunet_conres.evaluation.models import (
     Found,
+    Missing,
     Model,
     ModelName,
     find_cross_validation,
@@ -87,6 +88,7 @@ class _Task:
         images: Image files by case, one per channel; without the cases that have none.
         settings: Folder with the dataset.json and plans.json that a model predicted with, by its key.
         groups: Group of every case; None where each case is its own.
+        missing_probabilities: What makes the probabilities that an ensemble lacks.
         warnings: What has been found already.
     """
 
@@ -99,6 +101,7 @@ class _Task:
     images: Mapping[str, Sequence[Path]]
     settings: Mapping[str, Path]
     groups: Mapping[str, str] | None
+    missing_probabilities: Sequence[Missing]
     warnings: list[str]
 
 
@@ -305,7 +308,19 @@ def _task(
     unpredicted = sorted(set(references) - {case for model in found.models for case in model.predictions})
     if kind == "test" and unpredicted:
         warnings.append(f"No model predicted {some(unpredicted)}, for which there is a reference.")
-    return _Task(kind, dataset_name, dataset_json, found.models, cases, references, images, settings, groups, warnings)
+    return _Task(
+        kind,
+        dataset_name,
+        dataset_json,
+        found.models,
+        cases,
+        references,
+        images,
+        settings,
+        groups,
+        found.missing_probabilities,
+        warnings,
+    )
 
 
 def _groups(cases: Sequence[str], pattern: str | None) -> tuple[dict[str, str] | None, list[str]]:
@@ -403,11 +418,8 @@ def _ensembles(task: _Task, output: Path, options: CompareOptions, warnings: lis
     ]
     if len(task.models) > 1 and len(able) < len(task.models):
         without = [model.name for model in task.models if model not in able]
-        warnings.append(
-            f"No ensemble with {', '.join(without)}: there are no probabilities. --run makes them, and so do the "
-            f"commands that follow: nnUNetv2_train ... --val --npz for a cross-validation, nnUNetv2_predict ... "
-            f"--save_probabilities for a test set."
-        )
+        commands = " ".join(missing.as_text for missing in task.missing_probabilities)
+        warnings.append(f"No ensemble with {', '.join(without)}. {commands} Or let --run do it.")
     if len(able) < 2:
         return []
     differences = settings_differences(able, task.settings)

@@ -132,7 +132,8 @@ class TestCrossValidation:
             made.add(trainer, npz=trainer == STOCK)
         content = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", QUIET).content
         assert len(content["models"]) == 2
-        assert any(f"No ensemble with {OURS}" in warning for warning in content["warnings"])
+        (warning,) = [warning for warning in content["warnings"] if f"No ensemble with {OURS}" in warning]
+        assert f"nnUNetv2_train {NAME} 3d_fullres 0 -tr {OURS} -p nnUNetPlans -device cuda --val --npz" in warning
 
     def test_time_points_count_as_one_patient(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()
