@@ -29,6 +29,7 @@ from nnunet_conres.datasets.raw import (
     some,
     write_json,
 )
+from nnunet_conres.text import aligned
 
 Balance = Literal["both", "grade", "volume", "none"]
 
@@ -372,8 +373,7 @@ def format_table(done: Split) -> str:
         held_out = [done.cases[case_id] for case_id in fold.validation]
         rows.append((str(number), str(len(fold.training)), *_cells(held_out, shown)))
     rows.append(("all", "", *_cells(list(done.cases.values()), shown)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(aligned(rows, right=True))
 
 
 def _cells(cases: Sequence[CaseFacts], grades: Sequence[str]) -> tuple[str, ...]:

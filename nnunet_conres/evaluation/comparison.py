@@ -41,6 +41,7 @@ from nnunet_conres.evaluation.models import (
 from nnunet_conres.evaluation.report import REPORT_FORMAT, CaseVolumes, write_report
 from nnunet_conres.evaluation.scoring import MEAN, Scores, ScoringJob, score_cases
 from nnunet_conres.evaluation.statistics import PairedComparison, compare_paired, mean_interval
+from nnunet_conres.text import aligned
 
 MOST_DISAGREEMENTS: Final = 10
 
@@ -138,8 +139,7 @@ class Comparison:
                     str(dice["n"]),
                 )
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = aligned(rows)
         lines.insert(1, "-" * max(map(len, lines)))
         lines += ["", *content["conclusions"], *(f"warning: {warning}" for warning in content["warnings"])]
         return "\n".join([*lines, "", f"Report: {self.report}", f"        {self.json}", f"        {self.csv}"])

@@ -421,8 +421,7 @@ def write_sparse_annotation_figures(
 
     legend = read_legend(dataset_json)
     content = json.loads(Path(dataset_json).read_text(encoding="utf-8"))
-    ignore_label = content["labels"].get("ignore")
-    if ignore_label is None:
+    if legend.ignore_label is None:
         raise ValueError(f"{dataset_json} has no label 'ignore'; expected that of a sparsely annotated data set.")
     output = Path(output_folder)
     output.mkdir(parents=True, exist_ok=True)
@@ -437,10 +436,10 @@ def write_sparse_annotation_figures(
                 images[channels_to_show(legend.channels, len(images))[0]],
                 sparse,
                 reader.read_seg(str(case.dense))[0][0],
-                ignore_label=ignore_label,
+                ignore_label=legend.ignore_label,
                 regions=legend.regions,
                 truth=None if case.truth is None else reader.read_seg(str(case.truth))[0][0],
-                axis=_annotated_axis(sparse != ignore_label),
+                axis=_annotated_axis(sparse != legend.ignore_label),
                 spacing=properties["spacing"],
                 reverse=reversed_axes(properties),
                 title=case.case_id,

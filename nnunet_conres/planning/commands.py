@@ -27,6 +27,7 @@ from nnunet_conres.datasets.raw import (
 )
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.planning.preprocessing import STOCK_PLANS, Preprocessed, PreprocessedDataset, read_plans
+from nnunet_conres.text import aligned
 
 DEFAULT_PREPROCESSOR: Final = "DefaultPreprocessor"
 DEFAULT_FINGERPRINT: Final = "DatasetFingerprintExtractor"
@@ -131,12 +132,8 @@ class Planned:
                     planned.data_identifier,
                 )
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [f"{self.dataset_name}: {self.plans_name} for {self.network_name}"]
-        lines += [
-            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines += [f"  {line}" for line in aligned(rows)]
         lines.append(f"Plans: {self.plans_file}")
         for data in self.preprocessed:
             there = data.cases - len(data.written)

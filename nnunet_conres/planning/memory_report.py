@@ -16,6 +16,7 @@ from nnunet_conres.datasets.raw import InputError, find_dataset, folder_from_env
 from nnunet_conres.planning.memory import MemoryEstimate, estimate_memory
 from nnunet_conres.planning.preprocessing import read_plans
 from nnunet_conres.planning.training_step import TrainingStep
+from nnunet_conres.text import times
 
 GIB: Final = 2**30
 _LARGEST_EDGE = 1024
@@ -67,7 +68,7 @@ class MemoryReport:
             *estimate.activations.items(),
             ("loss", estimate.loss),
         ]
-        lines = [self.title, f"patch {_times(step.patch_size)}, batch {step.batch_size}, {precision}", ""]
+        lines = [self.title, f"patch {times(step.patch_size)}, batch {step.batch_size}, {precision}", ""]
         lines.append("Kept for backward, and what is always there:")
         lines += [_line(name, nbytes) for name, nbytes in parts]
         lines += ["", "At the moment that takes most, with what backward makes on the way:"]
@@ -79,7 +80,7 @@ class MemoryReport:
         if self.largest:
             lines += ["", f"Largest patch of about these proportions at batch {step.batch_size}:"]
             for budget, patch in self.largest.items():
-                lines.append(f"  {budget:5g} GiB  " + ("none" if patch is None else _times(patch)))
+                lines.append(f"  {budget:5g} GiB  " + ("none" if patch is None else times(patch)))
         return "\n".join(lines)
 
 
@@ -223,10 +224,6 @@ def _plans_and_dataset(dataset: int | str, plans_name: str) -> tuple[dict[str, A
     if dataset_json is None:
         raise ValueError(" ".join(faults))
     return found[plans_name], dataset_json
-
-
-def _times(extents: Sequence[int]) -> str:
-    return " x ".join(str(extent) for extent in extents)
 
 
 def _line(name: str, nbytes: int) -> str:

@@ -25,6 +25,7 @@ from nnunet_conres.datasets.raw import write_json
 from nnunet_conres.planning.architectures import conresnet_architecture, unet3d_architecture, vnet_architecture
 from nnunet_conres.planning.memory import TrainingStep, estimate_memory
 from nnunet_conres.planning.preprocessing import read_plans, settings_faults, share_data
+from nnunet_conres.text import times
 
 GIB: Final = 2**30
 DEFAULT_MEMORY_TARGET: Final = 8.0
@@ -188,7 +189,7 @@ class NetworkPlanner(ExperimentPlanner):
             return
         if not self._search:
             raise ValueError(
-                f"The images of {self.dataset_name} are too small for {self.network_name}: a patch of {_times(patch)} "
+                f"The images of {self.dataset_name} are too small for {self.network_name}: a patch of {times(patch)} "
                 f"voxels makes a network of {n_stages} stages; expected {_MIN_STAGES} stages or more"
                 + (f", and {self.min_slices} slices." if self.min_slices > 1 else ".")
                 + " A finer -overwrite_target_spacing makes them larger."
@@ -196,7 +197,7 @@ class NetworkPlanner(ExperimentPlanner):
         patch, needed = min(self._search, key=lambda tried: tried[1])
         raise TooLittleMemoryError(
             f"{self.network_name} can't be planned for {self.dataset_name} in {_gib(self.memory_target)}: the smallest "
-            f"patch, {_times(patch)} voxels, takes {_gib(needed)} at batch {self.UNet_min_batch_size} with "
+            f"patch, {times(patch)} voxels, takes {_gib(needed)} at batch {self.UNet_min_batch_size} with "
             f"checkpointing {self._checkpointing}"
             + (" in the cascade, where the stage before adds channels" if self._previous_stage_channels else "")
             + f". Set -gpu_memory_target to at least {math.ceil(needed / GIB * 100) / 100:g}."
@@ -240,7 +241,7 @@ class NetworkPlanner(ExperimentPlanner):
         except ZeroDivisionError:  # a patch of no voxels
             raise ValueError(
                 f"The images of {self.dataset_name} are too small for {self.network_name} at a voxel size of "
-                f"{' x '.join(f'{extent:g}' for extent in spacing)} mm: {_times([round(e) for e in median_shape])} "
+                f"{' x '.join(f'{extent:g}' for extent in spacing)} mm: {times([round(e) for e in median_shape])} "
                 f"voxels. A finer -overwrite_target_spacing makes them larger."
             ) from None
         wanted = math.prod(int(extent) for extent in plan["patch_size"])
@@ -407,10 +408,6 @@ PLANNERS: Final[dict[str, type[NetworkPlanner]]] = {
     "unet3d": UNet3DPlanner,
 }
 """The planner of each family, by the name that the command line has for it."""
-
-
-def _times(extents: Sequence[int]) -> str:
-    return " x ".join(str(extent) for extent in extents)
 
 
 def _gib(size: float) -> str:

@@ -25,20 +25,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nn
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres.datasets.raw import InputError, TrainingCase, find_training_cases, map_cases, short_message, some
+from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 
 STOCK_PLANS: Final = "nnUNetPlans"
 
 _OF_PLANS = ("transpose_forward", "image_reader_writer")
-_OF_CONFIGURATIONS = (
-    "preprocessor_name",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg",
-    "resampling_fn_seg_kwargs",
-)
 _INTENSITIES = "foreground_intensity_properties_per_channel"
 # Every other scheme may look at the intensities of the whole data set, as CT's does.
 _WITHOUT_INTENSITIES = {
@@ -77,7 +68,7 @@ def preprocessing_settings(plans: Mapping[str, Any], configuration: str) -> dict
         configuration: Name of the configuration.
     """
     resolved = PlansManager(deepcopy(dict(plans))).get_configuration(configuration).configuration
-    settings = {key: plans.get(key) for key in _OF_PLANS} | {key: resolved.get(key) for key in _OF_CONFIGURATIONS}
+    settings = {key: plans.get(key) for key in _OF_PLANS} | {key: resolved.get(key) for key in OF_CONFIGURATIONS}
     if not set(settings["normalization_schemes"] or ()) <= _WITHOUT_INTENSITIES:
         settings[_INTENSITIES] = plans.get(_INTENSITIES)
     return settings

@@ -14,6 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres.architectures.conresnet_paper import PAPER_DIVISOR
 from nnunet_conres.datasets.raw import FOLDER_VARIABLES, InputError, folder_from_environment, write_json
+from nnunet_conres.text import aligned, times
 
 # What nnU-Net's planners take: an axis is halved until it is shorter than twice this, and features are doubled up to
 # these. The numbers of blocks and convolutions per stage are those of its default and of its residual encoder planner.
@@ -93,11 +94,7 @@ class AddedVariants:
                     " ".join(map(str, variant.features)),
                 )
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines += [
-            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines += [f"  {line}" for line in aligned(rows)]
         for variant in self.variants:
             if variant.patch_size != variant.wanted:
                 lines.append(
@@ -282,8 +279,3 @@ def _read(dataset_name: str, plans_name: str, base: str) -> tuple[Path, dict[str
     if base not in configurations:
         return path, None, [f"{path} has no configuration {base}; it has {', '.join(configurations)}."]
     return path, plans, []
-
-
-def times(extents: Sequence[int]) -> str:
-    """A patch for people."""
-    return " x ".join(str(extent) for extent in extents)

@@ -15,23 +15,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from nnunet_conres.workflow.config import Experiment, Model, iterate_trainings
 
 # Of larger files only the two ends are read: compressed ones end with a checksum of all that they hold.
 _WHOLE_BYTES: Final = 2**20
 _END_BYTES: Final = 2**16
-# Entries of a configuration that decide about the preprocessed data; the others are about network and batch.
-_PREPROCESSING: Final = (
-    "preprocessor_name",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg",
-    "resampling_fn_seg_kwargs",
-)
 # Entries of plans, beside configurations, that nothing is computed from.
 _NAMES_ONLY: Final = ("configurations", "plans_name", "experiment_planner_used")
 
@@ -141,7 +131,7 @@ def plans_state(plans: Any, configuration: str) -> dict[str, Any] | None:
     if resolved is None:
         return None
     common = {key: value for key, value in plans.items() if key not in _NAMES_ONLY}
-    data = {key: resolved.get(key) for key in _PREPROCESSING}
+    data = {key: resolved.get(key) for key in OF_CONFIGURATIONS}
     data |= {key: common.get(key) for key in ("transpose_forward", "image_reader_writer")}
     return {
         "configuration": digest([common, resolved]),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nnunet_conres.text import aligned
 from nnunet_conres.workflow import records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, iterate_trainings
 from nnunet_conres.workflow.locks import holder
@@ -86,7 +87,7 @@ class Status:
             )
             for one in self.folds
         ]
-        lines = _table([head, *rows])
+        lines = aligned([head, *rows])
         counts = {state: sum(one.state == state for one in self.folds) for state in ("done", "running", "failed")}
         counts["waiting"] = len(self.folds) - sum(counts.values())
         lines += ["", "trainings: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count)]
@@ -195,8 +196,3 @@ def _steps(experiment: Experiment) -> dict[str, str]:
         if (made / "compare" / f"{kind}.json").is_file():
             found[f"report ({kind})"] = str(experiment.work / "report" / kind / "report.html")
     return found
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

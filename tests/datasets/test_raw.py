@@ -46,6 +46,7 @@ class TestMapCases:
             parent.kill()
             parent.wait()
             wait_until(lambda: not group_lives(parent.pid), 30)
+            assert not group_lives(parent.pid)
         finally:
             if group_lives(parent.pid):
                 os.killpg(parent.pid, signal.SIGKILL)

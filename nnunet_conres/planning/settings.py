@@ -1,0 +1,15 @@
+"""Which entries of plans decide what a configuration's preprocessed data are."""
+
+from typing import Final
+
+OF_CONFIGURATIONS: Final = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
+"""Entries of a configuration; the others are about network and batch."""

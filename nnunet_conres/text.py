@@ -1,0 +1,26 @@
+"""Text for a person at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """Lines of a table whose columns are as wide as their widest cell.
+
+    Args:
+        rows: At least one; all of one length.
+        right: Whether cells stand at the right of their columns, as numbers do.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def times(extents: Sequence[int]) -> str:
+    """A patch or a shape: 80 x 160 x 160."""
+    return " x ".join(str(extent) for extent in extents)
