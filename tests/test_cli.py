@@ -60,6 +60,18 @@ class TestInfo:
 
 
 class TestErrors:
+    @pytest.mark.parametrize("name", ["info", "compare", "brats-convert"])
+    def test_an_unknown_option_shows_the_usage_of_its_subcommand(
+        self, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        needed = {"info": [], "compare": ["-o", "x"], "brats-convert": ["-i", "x", "-d", "501"]}[name]
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, *needed, "--cores", "2"])
+        told = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert told.startswith(f"usage: nnunet-conres {name} ")
+        assert told.endswith(f"nnunet-conres {name}: error: unrecognized arguments: --cores 2\n")
+
     @pytest.fixture
     def _failing(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(arguments: argparse.Namespace) -> int:

@@ -47,7 +47,10 @@ _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command; `handler` of what it returns is the function to call."""
+    """The parser of the whole command.
+
+    Of what it returns, `handler` is the function to call, and `subparser` the parser that speaks for the subcommand.
+    """
     parser = argparse.ArgumentParser(
         prog="nnunet-conres",
         description="Tools around the ConResNet, V-Net and 3D U-Net trainers for nnU-Net. Training and prediction are "
@@ -57,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in _SUBCOMMANDS:
         add(subparsers)
+    for subparser in subparsers.choices.values():
+        subparser.set_defaults(subparser=subparser)
     return parser
 
 
@@ -73,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments, others = parser.parse_known_args(argv)
     if others and not hasattr(arguments, "options"):
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        arguments.subparser.error(f"unrecognized arguments: {' '.join(others)}")
     arguments.options = others
     try:
         return arguments.handler(arguments)

@@ -51,6 +51,9 @@ def _workflow(arguments: argparse.Namespace) -> int:
     from nnunet_conres.workflow.config import read_config
 
     config = Path(arguments.config)
+    if not config.is_file():
+        # such as the 2 of --cores 2 CONFIG.yaml
+        raise ValueError(f"{arguments.config} is no file; expected the configuration first, and all options behind it.")
     experiment = read_config(config)
     if arguments.status:
         from nnunet_conres.workflow.status import status

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import importlib.util
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.datasets.raw import FOLDER_VARIABLES, InputError, folder_name, id_faults
-from nnunet_conres.registration import TRAINERS
+from nnunet_conres.registration import TRAINERS, VARIABLE
 
 # What rules there are, for `resources`.
 RULES: Final = (
@@ -26,7 +30,28 @@ RULES: Final = (
     "ensemble",
     "compare",
 )
-RESOURCES: Final = ("cpus", "memory_gb", "minutes", "gpus", "gpu_types", "slurm_extra", "partition")
+# Of those, what is handed to SLURM as it is.
+SLURM_TEXTS: Final = ("account", "partition", "qos", "constraint", "slurm_extra")
+RESOURCES: Final = ("cpus", "memory_gb", "minutes", "gpus", "gpu_types", *SLURM_TEXTS)
+# What the plugin for SLURM sets by itself, and refuses beside it: here, where it can be told before anything runs.
+_NOT_EXTRA: Final = {
+    "--account": "account",
+    "-A": "account",
+    "--partition": "partition",
+    "-p": "partition",
+    "--qos": "qos",
+    "--constraint": "constraint",
+    "-C": "constraint",
+    "--mem": "memory_gb",
+    "--time": "minutes",
+    "-t": "minutes",
+    "--cpus-per-task": "cpus",
+    "-c": "cpus",
+    "--gres": "gpus or gpu_types",
+    "--gpus": "gpus or gpu_types",
+    "--job-name": "nothing, since the plugin finds its jobs by their names",
+    "-J": "nothing, since the plugin finds its jobs by their names",
+}
 # Plans that need not be described: who makes them. The second group are planners of this package.
 STOCK_PLANNERS: Final = {
     "nnUNetPlans": "ExperimentPlanner",
@@ -206,8 +231,18 @@ def read_config(path: Path) -> Experiment:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML takes the last of two equal keys without a word: one of two models of one name would be gone."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+            if twice:
+                raise yaml.YAMLError(f"{twice[0]} stands twice in one place, line {node.start_mark.line + 1} and on")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError([f"{path} cannot be read as YAML: {' '.join(str(error).split())}."]) from error
     if not isinstance(content, dict):
@@ -327,8 +362,20 @@ class _Reader:
         if number is None:
             self._fault("data, id is missing; expected nnU-Net's number of the data set, for example 501")
             return data, ""
+        faults = list(id_faults(number, name or "BraTS"))
+        self.faults.extend(faults)
+        if faults:
+            return data, ""
+        scheme = _as_list(data.get("scheme"))
+        if not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in scheme):
+            self._fault(f"data, scheme is {data['scheme']!r}; expected a scheme of brats-convert or several")
         if "brats" in data:
-            self.faults.extend(id_faults(number, name or "BraTS"))
+            for key in ("brats", "held_out"):
+                if key in data and not all(isinstance(folder, str) and folder for folder in _as_list(data[key])):
+                    self._fault(f"data, {key} is {data[key]!r}; expected a folder or several")
+                    return data, ""
+            if not _as_list(data["brats"]):
+                self._fault("data, brats has no folders; expected at least one, or no such line")
             for key in ("brats", "held_out"):
                 for folder in self._paths(data.get(key)):
                     if not folder.is_dir():
@@ -397,7 +444,13 @@ class _Reader:
             if gpus < 1:
                 self._fault(f"{where}gpus is {gpus}; expected 1 or more")
             seconds = entries.get("epoch_seconds")
+            if seconds is not None and seconds <= 0:
+                self._fault(f"{where}epoch_seconds is {seconds}; expected more than 0")
             plans = entries.get("plans", "nnUNetPlans")
+            for key, value in (("trainer", trainer), ("plans", plans), ("configuration", configuration)):
+                if not re.fullmatch(r"\w[\w.-]*", value):
+                    self._fault(f"{where}{key} is {value!r}; expected a name of letters, digits and . _ -")
+            self._check_class(where, "trainer", trainer)
             models.append(Model(str(name), with_length, plans, configuration, gpus, seconds))
         identities: dict[tuple[str, str, str], str] = {}
         for model in models:
@@ -439,15 +492,36 @@ class _Reader:
                 )
                 continue
             target = entries.get("gpu_memory_target")
+            if planner != "none" and planner not in OWN_PLANNERS.values():
+                self._check_class(f"plans, {name}: ", "planner", planner)
             if target is not None and target <= 0:
                 self._fault(f"plans, {name}: gpu_memory_target is {target}; expected GiB, more than 0")
             plans[name] = Plans(name, planner, target)
         return plans
 
+    def _check_class(self, where: str, kind: str, name: str) -> None:
+        """A name that nobody knows would be noticed behind hours of preprocessing only."""
+        known = _classes_of_nnunet(kind)
+        if not known or name in known or (kind == "trainer" and (name in TRAINERS or self._is_users_own(name))):
+            return
+        near = difflib.get_close_matches(name, [*known, *(TRAINERS if kind == "trainer" else OWN_PLANNERS.values())], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        own = ", and none in the folders of nnUNet_extTrainer" if kind == "trainer" else ""
+        self._fault(f"{where}nnU-Net and this package have no {kind} called {name}{own}{hint}")
+
+    def _is_users_own(self, name: str) -> bool:
+        """Whether a file in nnUNet_extTrainer speaks of a class, which it may also make or import."""
+        given = self.content.get("environment", {}).get(VARIABLE)
+        word = re.compile(rf"\b{re.escape(name)}\b")
+        folders = [Path(folder) for folder in str(given or os.environ.get(VARIABLE, "")).split(os.pathsep) if folder]
+        return any(word.search(path.read_text(errors="replace")) for one in folders for path in one.rglob("*.py"))
+
     def _splits(self) -> Splits:
         entries = self._entries(self.content.get("splits", {}), self._SPLITS, "splits, ")
         if entries.get("folds", 5) < 2:
             self._fault(f"splits, folds is {entries['folds']}; expected 2 or more")
+        if entries.get("seed", 0) < 0:
+            self._fault(f"splits, seed is {entries['seed']}; expected 0 or more")
         if entries.get("stratify", "both") not in ("both", "grade", "volume", "none"):
             self._fault(f"splits, stratify is {entries['stratify']!r}; expected both, grade, volume or none")
         if "grades" in entries:
@@ -503,14 +577,20 @@ class _Reader:
         if key not in RESOURCES:
             self._fault(f"resources, {rule}, {key} is not known; expected {', '.join(RESOURCES)}")
         elif key in ("cpus", "memory_gb", "minutes", "gpus"):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or value < 0 or (value == 0 and key != "gpus"):
-                self._fault(f"resources, {rule}, {key} is {value!r}; expected a number above 0")
+            whole = key in ("cpus", "gpus")
+            if not _is_a(value, int if whole else float) or value < 0 or (value == 0 and key != "gpus"):
+                self._fault(
+                    f"resources, {rule}, {key} is {value!r}; expected a {'whole ' if whole else ''}number above 0"
+                )
         elif key == "gpu_types":
-            if not isinstance(value, dict) or not all(isinstance(size, (int, float)) for size in value.values()):
+            if not isinstance(value, dict) or not all(_is_a(size, float) for size in value.values()):
                 self._fault(f"resources, {rule}, gpu_types is {value!r}; expected names with GiB, such as a100: 40")
-        elif not isinstance(value, str):
+        elif not _is_a(value, str):
             self._fault(f"resources, {rule}, {key} is {value!r}; expected a text")
+        elif key == "slurm_extra":
+            for option in (word.strip("'\"").partition("=")[0] for word in value.split()):
+                if option in _NOT_EXTRA:
+                    self._fault(f"resources, {rule}, slurm_extra has {option}; expected {_NOT_EXTRA[option]} instead")
 
     # --- entries ----------------------------------------------------------------------------------------------------
 
@@ -554,7 +634,22 @@ _KINDS: Final = {
 def _is_a(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is object
-    return isinstance(value, (int, float) if kind is float else kind)
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is not str or bool(str(value).strip()))
+
+
+@functools.cache
+def _classes_of_nnunet(kind: str) -> frozenset[str]:
+    """Names of nnU-Net's trainers or planners, read from its files: importing them would take torch, and seconds."""
+    found = importlib.util.find_spec("nnunetv2")
+    if found is None or not found.submodule_search_locations:
+        return frozenset()
+    folder = "training/nnUNetTrainer" if kind == "trainer" else "experiment_planning/experiment_planners"
+    files = (Path(found.submodule_search_locations[0]) / folder).rglob("*.py")
+    return frozenset(
+        name for file in files for name in re.findall(r"^class\s+(\w+)", file.read_text(errors="replace"), re.MULTILINE)
+    )
 
 
 def _as_list(given: Any) -> list[Any]:

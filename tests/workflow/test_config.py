@@ -120,6 +120,61 @@ class TestFaults:
         told = faults({}, tmp_path)
         assert all(words in told for words in ("models is missing", "data is missing", "nnUNet_results is not known"))
 
+    @pytest.mark.parametrize(
+        ("entry", "value", "told"),
+        [
+            (("data", "id"), 1000, "expected 1 to 999"),
+            (("data", "id"), -1, "expected 1 to 999"),
+            (("data", "brats"), [], "brats has no folders"),
+            (("data", "brats"), [None], "expected a folder or several"),
+            (("data", "scheme"), {"2021": 1}, "expected a scheme of brats-convert"),
+            (("work",), "", "work is ''; expected a text"),
+            (("checkpoint_minutes",), float("nan"), "checkpoint_minutes is nan"),
+            (("time_limit_hours",), float("inf"), "time_limit_hours is inf"),
+            (("splits", "seed"), -1, "seed is -1"),
+            (("models", "stock"), {"epoch_seconds": 0}, "epoch_seconds is 0"),
+            (("models", "stock"), {"configuration": "../.."}, "configuration is '../..'"),
+            (("resources", "train"), {"cpus": 1.5}, "cpus is 1.5; expected a whole number"),
+            (("resources", "train"), {"gpu_types": {"a100": True}}, "gpu_types is"),
+            (("resources", "train"), {"slurm_extra": "'--constraint=a100'"}, "expected constraint instead"),
+            (("resources", "default"), {"slurm_extra": "--mail-type=NONE -A me"}, "expected account instead"),
+        ],
+    )
+    def test_values(self, content: dict[str, Any], tmp_path: Path, entry: tuple, value: Any, told: str) -> None:
+        *above, last = entry
+        where = content
+        for key in above:
+            where = where[key]
+        where[last] = value
+        assert told in faults(content, tmp_path)
+
+    def test_classes_that_nobody_knows(
+        self, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+        content["models"] = {
+            "near": {"trainer": "nnUNetTrainerConRestNet"},
+            "mine": {"trainer": "Mine"},
+            "plans": {"plans": "myPlans"},
+        }
+        content["plans"] = {"myPlans": {"planner": "nnUNetPlannerResEncS"}}
+        told = faults(content, tmp_path)
+        assert "near: nnU-Net and this package have no trainer called nnUNetTrainerConRestNet" in told
+        assert "did you mean nnUNetTrainerConResNet?" in told
+        assert "no planner called nnUNetPlannerResEncS" in told
+        assert told.count("\n  - ") == 3
+        # where the configuration itself says where they are
+        (tmp_path / "trainers").mkdir()
+        (tmp_path / "trainers" / "mine.py").write_text("class Mine: ...")
+        content["environment"] = {"nnUNet_extTrainer": str(tmp_path / "trainers")}
+        assert "called Mine" not in faults(content, tmp_path)
+
+    def test_one_name_for_two(self, tmp_path: Path) -> None:
+        file = tmp_path / "experiment.yaml"
+        file.write_text("models:\n  one: {epochs: 5}\n  one: {epochs: 50}\n")
+        with pytest.raises(InputError, match="one stands twice in one place, line 2"):
+            read_config(file)
+
     def test_a_file_that_is_no_yaml(self, tmp_path: Path) -> None:
         file = tmp_path / "bad.yaml"
         file.write_text("models: [")
