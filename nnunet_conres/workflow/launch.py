@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from nnunet_conres.workflow.config import Experiment
 from nnunet_conres.workflow.locks import LockedError, hold
@@ -46,16 +49,36 @@ def snakemake_command(
     if profile == "local":
         at_hand = [f"mem_mb={_memory_mb()}"]
         if experiment.device == "cuda":
-            at_hand.append(f"gpu={max(1, len(gpus_here()))}")
+            # Snakemake would take away from jobs what there is not, in a dry run too
+            at_hand.append(f"gpu={max(_most_gpus(experiment), len(gpus_here()))}")
         command += ["--resources", *at_hand]
     # Our own lock is given back when this process ends, however it ends; Snakemake's would have to be removed by hand.
     command += ["--directory", str(experiment.work), "--nolock", "--profile", str(folder)]
     if profile == "slurm":
         command += ["--slurm-logdir", str(experiment.logs / "slurm")]
-        command += ["--slurm-jobname-prefix", "".join(filter(str.isalnum, experiment.work.name)) or "experiment"]
+        command += ["--slurm-jobname-prefix", job_name(experiment)]
     if dry_run:
         command.append("--dry-run")
     return [*command, *options]
+
+
+def job_name(experiment: Experiment) -> str:
+    """What the names of an experiment's SLURM jobs begin with; the plugin takes no other letters and no more."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", experiment.work.name)[:50].strip("_-") or "experiment"
+
+
+def _most_gpus(experiment: Experiment) -> int:
+    return max(model.gpus for model in experiment.models)
+
+
+def _check_gpus(experiment: Experiment) -> None:
+    here, needed = len(gpus_here()), _most_gpus(experiment)
+    if here < needed:
+        raise RuntimeError(
+            f"device is cuda, and a training needs {needed} GPU{'s' if needed > 1 else ''}, but nvidia-smi and "
+            f"CUDA_VISIBLE_DEVICES tell of {here} here. Set that variable if they are there, or device: cpu, or "
+            f"use --profile slurm."
+        )
 
 
 def _memory_mb() -> int:
@@ -70,15 +93,45 @@ def launch(experiment: Experiment, config: Path, profile: str, options: Sequence
         Snakemake's exit code.
 
     Raises:
-        RuntimeError: Snakemake is not installed, or the experiment is being run already.
+        RuntimeError: Snakemake is not installed, the experiment is being run already, or GPUs are missing.
     """
     if importlib.util.find_spec("snakemake") is None:
         raise RuntimeError("Snakemake is not installed. Run: pip install 'nnunet-conres[workflow]'")
     command = snakemake_command(experiment, config, profile, options, dry_run=dry_run)
     if dry_run or _ONLY_TELL.intersection(options):
         return subprocess.run(command, check=False).returncode
+    if profile == "local" and experiment.device == "cuda":
+        _check_gpus(experiment)
     try:
-        with hold(experiment.work / "workflow.lock", wait=False):
-            return subprocess.run(command, check=False).returncode
+        with hold(experiment.work / "workflow.lock", wait=False) as descriptor:
+            return _run_to_its_end(command, descriptor)
     except LockedError as error:
         raise RuntimeError(f"This experiment is being run already: {error}") from error
+
+
+def _run_to_its_end(command: Sequence[str], descriptor: int) -> int:
+    """Runs Snakemake, which holds the lock too: should this process be killed alone, Snakemake goes on.
+
+    What is to end this process is handed to Snakemake as an interruption, upon which it cancels its jobs; that may take
+    a minute, and is waited for. Snakemake is kept from the terminal, which would interrupt it a second time.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        print("Interrupted. Snakemake ends its jobs; the same command goes on later.", file=sys.stderr, flush=True)
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    # before Snakemake is there, which would inherit that a background job of a script ignores interruptions
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        started.append(subprocess.Popen(command, pass_fds=[descriptor], start_new_session=True))
+        code = started[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.registration import TRAINERS
-from nnunet_conres.workflow.config import STOCK_LENGTHS, Experiment, Model
+from nnunet_conres.workflow.config import SLURM_TEXTS, STOCK_LENGTHS, Experiment, Model
 from nnunet_conres.workflow.records import read_json
 
 # Cores, memory in GB and minutes where nothing is known; generous, since jobs over their limits are killed.
@@ -34,6 +34,13 @@ _STOCK_TARGET: Final = 8.0
 EPOCH_SECONDS: Final = 150.0
 # Over what was measured: other nodes, a busy file system, validation.
 _MARGIN: Final = 1.3
+# What the plugin for SLURM calls otherwise than SLURM does.
+_PLUGIN_NAMES: Final = {"account": "slurm_account", "partition": "slurm_partition"}
+# All that a job may ask for beside threads.
+NAMES: Final = (
+    *("mem_mb", "runtime", "gpu", "gpu_memory_gb", "gpu_model", "nodes"),
+    *(_PLUGIN_NAMES.get(key, key) for key in SLURM_TEXTS),
+)
 _STOCK_EPOCHS: Final = 1000
 _STOCK_SAVE_EVERY: Final = 50
 _STAMP: Final = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?): +(.*)$")
@@ -191,7 +198,10 @@ def _as_snakemake(experiment: Experiment, found: Mapping[str, Any]) -> dict[str,
         "runtime": math.ceil(found["minutes"]),
         "gpu": int(found["gpus"]),
     }
-    for key, name in (("slurm_extra", "slurm_extra"), ("partition", "slurm_partition")):
+    if resources["gpu"] > 1:
+        # SLURM may take the GPUs from several nodes, which nnU-Net's processes do not reach
+        resources["nodes"] = 1
+    for key in SLURM_TEXTS:
         if key in found:
-            resources[name] = found[key]
+            resources[_PLUGIN_NAMES.get(key, key)] = found[key]
     return resources

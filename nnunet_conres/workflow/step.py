@@ -140,9 +140,11 @@ def gpus(experiment: Experiment, number: int) -> Iterator[tuple[dict[str, str], 
         yield {}, []
         return
     names = gpus_here()
-    if len(names) <= 1:
+    if not names:  # the command says best what is wrong
         yield {}, []
         return
+    if number > len(names):
+        raise StepError(f"{number} GPUs are needed, but this machine has {len(names)}: {', '.join(names)}.")
     folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"nnunet-conres-gpus-{os.getuid()}"
     with hold_some([folder / f"gpu_{name}.lock" for name in names], number) as (positions, descriptors):
         yield {"CUDA_VISIBLE_DEVICES": ",".join(names[position] for position in positions)}, descriptors

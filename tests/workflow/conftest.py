@@ -11,9 +11,10 @@ import pytest
 
 from nnunet_conres.workflow.config import Experiment, parse_config
 
-# Each call is a line in calls.txt. FAIL names a text; calls that have it in them fail in mid-work.
+# Each call is a line in calls.txt. FAIL names a text; calls that have it in them fail in mid-work. SLEEP likewise: they
+# write what a failing one does, and go on when there is a file called wake.
 FAKE_COMMAND = """#!{python}
-import json, os, sys, zipfile
+import json, os, sys, time, zipfile
 from pathlib import Path
 
 name, arguments = Path(sys.argv[0]).name, sys.argv[1:]
@@ -67,10 +68,13 @@ elif name == "nnUNetv2_train":
     folder = results / "__".join([after("-tr"), after("-p"), configuration]) / ("fold_" + fold)
     log = "2026-01-01 00:00:00.5: Epoch 0\\n2026-01-01 00:01:00.5: Epoch time: 60.0 s\\n"
     write(folder / "training_log_1.txt", log)
-    kind = "latest" if fails else "final"
-    with zipfile.ZipFile(folder / ("checkpoint_" + kind + ".pth"), "w") as archive:
+    with zipfile.ZipFile(folder / "checkpoint_latest.pth", "w") as archive:
         archive.writestr("weights", call)
+    wake = Path(os.environ["CALLS"]).with_name("wake")
+    while os.environ.get("SLEEP") and os.environ["SLEEP"] in call and not wake.exists():
+        time.sleep(0.05)
     if not fails:
+        (folder / "checkpoint_latest.pth").rename(folder / "checkpoint_final.pth")
         cases = json.loads((preprocessed / "splits_final.json").read_text())[int(fold)]["val"]
         scored = [dict(prediction_file="x/" + case + ".nii.gz") for case in cases]
         save(folder / "validation" / "summary.json", metric_per_case=scored, foreground_mean=dict(Dice=0.5))

@@ -14,7 +14,7 @@ import pytest
 
 from nnunet_conres.workflow import commands, records
 from nnunet_conres.workflow.config import Experiment
-from nnunet_conres.workflow.locks import hold
+from nnunet_conres.workflow.locks import hold, holder
 from nnunet_conres.workflow.step import Step, StepError, gpus, run
 
 pytest.importorskip("fcntl", reason="needs an operating system with flock")
@@ -288,6 +288,22 @@ class TestGpus:
             assert first == {"CUDA_VISIBLE_DEVICES": "3"}
             assert second == {"CUDA_VISIBLE_DEVICES": "5,6"}
             assert len(held) == 2
+
+    def test_one_for_two_workflows_is_used_by_one_at_a_time(
+        self, content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from nnunet_conres.workflow.config import parse_config
+
+        experiment = parse_config(content | {"device": "cuda"}, tmp_path)
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        with gpus(experiment, 1) as (variables, _):
+            assert variables == {"CUDA_VISIBLE_DEVICES": "4"}
+            (lock,) = tmp_path.glob("nnunet-conres-gpus-*/*.lock")
+            assert holder(lock) is not None
+        with pytest.raises(StepError, match="2 GPUs are needed, but this machine has 1: 4"), gpus(experiment, 2):
+            pass
 
     def test_a_scheduler_has_chosen_already(
         self, content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

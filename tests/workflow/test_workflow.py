@@ -1,9 +1,13 @@
 """The workflow itself, on this machine: with stand-ins for all commands, and once with the real ones."""
 
+import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import pytest
 
 from nnunet_conres import cli
 from nnunet_conres.workflow.config import parse_config
+from nnunet_conres.workflow.launch import job_name
 from nnunet_conres.workflow.locks import hold
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install 'nnunet-conres[workflow]'")
@@ -48,6 +53,43 @@ def run(config: Path, *options: str, check: bool = True, timeout: float = 300) -
     return done.stdout
 
 
+def start(config: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "nnunet_conres.cli", "workflow", str(config), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+
+
+def wait_for(there: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def snakemakes(config: Path) -> list[int]:
+    """Processes of Snakemake, but for its jobs, that run an experiment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().decode().split("\0")
+            if "snakemake" in words and str(config) in words and "--mode" not in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+def dry_run(config: Path, *options: str) -> dict[str, list[str]]:
+    """What Snakemake would do: what it says of every job, by rule."""
+    jobs: dict[str, list[str]] = {}
+    for block in run(config, "--dry-run", *options).split("\n\n"):
+        if found := re.search(r"^(?:local)?rule (\w+):", block, re.MULTILINE):
+            jobs.setdefault(found[1], []).append(block)
+    return jobs
+
+
+def resources_of(job: str) -> list[str]:
+    (line,) = re.findall(r"^ +resources: (.*)$", job, re.MULTILINE)
+    return line.split(", ")
+
+
 @pytest.fixture
 def config(content: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "experiment.yaml"
@@ -65,6 +107,9 @@ class TestWithStandIns:
     def test_everything_once_and_then_only_what_changed(
         self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
     ) -> None:
+        # a folder that a shell would take for two
+        content["work"] = "my work"
+        config.write_text(yaml.safe_dump(content))
         run(config, "--cores", "2")
         made = calls()
         assert len([call for call in made if call.startswith("nnUNetv2_train")]) == 4
@@ -141,12 +186,100 @@ class TestWithStandIns:
             assert "is being run already" in run(config, check=False)
         assert calls() == []
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_what_ends_it_ends_its_jobs(
+        self,
+        config: Path,
+        content: dict[str, Any],
+        calls: Callable[[], list[str]],
+        monkeypatch: pytest.MonkeyPatch,
+        number: int,
+    ) -> None:
+        config.write_text(yaml.safe_dump(content | {"retries": 3}))
+        monkeypatch.setenv("SLEEP", "nnUNetv2_train")
+        process = start(config, "--cores", "1")
+        wait_for(lambda: any("nnUNetv2_train" in call for call in calls()))
+        process.send_signal(number)
+        told = process.communicate(timeout=60)[0]
+        assert process.returncode != 0
+        assert told.count("Interrupted. Snakemake ends its jobs") == 1
+        assert "Traceback" not in told
+        found = json.loads(run(config, "--status", "--json"))
+        assert {one["state"] for one in found["folds"]} == {"waiting"}
+        assert [one["where"] for one in found["folds"] if one["attempts"]] == ["killed by signal 2"]
+        # and nothing has to be cleaned up
+        monkeypatch.delenv("SLEEP")
+        calls()
+        run(config, "--cores", "2", "--until", "train")
+        assert [call.endswith("--c") for call in calls() if call.startswith("nnUNetv2_train")].count(True) == 1
+
+    def test_killed_at_once_it_holds_the_experiment_until_snakemake_ends(
+        self, config: Path, calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SLEEP", "nnUNetv2_train")
+        process = start(config, "--cores", "1")
+        wait_for(lambda: any("nnUNetv2_train" in call for call in calls()))
+        process.kill()
+        process.wait()
+        try:
+            assert "is being run already" in run(config, check=False)
+        finally:
+            (snakemake,) = snakemakes(config)
+            os.kill(snakemake, signal.SIGKILL)
+        wait_for(lambda: not snakemakes(config))
+        # the training goes on by itself, and the next run waits for it
+        assert "running" in run(config, "--status")
+        monkeypatch.setenv("SLEEP", "nothing")
+        (config.parent / "wake").touch()
+        run(config, "--cores", "2", "--until", "train")
+        assert len([call for call in calls() if call.startswith("nnUNetv2_train")]) == 3
+
+    def test_gpus_and_slurm_resources_reach_the_jobs(
+        self, config: Path, content: dict[str, Any], calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        content |= {"device": "cuda"}
+        content["models"]["ours"]["gpus"] = 2
+        content["resources"] = {
+            "default": {"partition": "cpu", "account": "me", "qos": "long"},
+            "train": {"partition": "gpu", "constraint": "nvlink", "slurm_extra": "--mail-type=NONE", "cpus": 9},
+        }
+        config.write_text(yaml.safe_dump(content))
+        jobs = dry_run(config, "--printshellcmds")
+        for rule in ("convert", "fingerprint", "split", "plan", "preprocess", "memory", "ensemble", "compare_folds"):
+            (*_, job) = jobs[rule]
+            assert {"slurm_partition=cpu", "slurm_account=me", "qos=long"} <= set(resources_of(job))
+            assert "gpu=0" in resources_of(job)
+        for job in jobs["train"]:
+            found = resources_of(job)
+            assert {"slurm_partition=gpu", "slurm_account=me", "constraint=nvlink"} <= set(found)
+            number = 2 if "--model ours" in job else 1
+            assert f"gpu={number}" in found
+            assert ("nodes=1" in found) == (number == 2)
+            assert f"--gpus {number} " in job
+            assert ("-num_gpus 2" in job) == (number == 2)
+            assert "-device cuda" in job
+        assert all("gpu=1" in resources_of(job) for job in jobs["predict"])
+        # where there are too few, nothing is begun
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        assert "a training needs 2 GPUs, but nvidia-smi and CUDA_VISIBLE_DEVICES tell of 1" in run(config, check=False)
+        assert calls() == []
+
     def test_plain_snakemake(self, config: Path, tmp_path: Path, calls: Callable[[], list[str]]) -> None:
         snakefile = run(config, "--snakefile").strip()
         command = [sys.executable, "-m", "snakemake", "-s", snakefile, "--configfile", str(config), "--cores", "1"]
         command += ["--until", "split", "--quiet", "--directory", str(tmp_path)]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         assert kinds(calls()) == ["nnunet-conres brats-convert", "nnunet-conres split"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("brats_experiment", "brats_experiment"), ("Ärger im Büro", "rger_im_B_ro"), ("a" * 80, "a" * 50), ("...", None)],
+)
+def test_names_of_slurm_jobs_are_such_as_the_plugin_takes(
+    content: dict[str, Any], tmp_path: Path, folder: str, name: str | None
+) -> None:
+    assert job_name(parse_config(content | {"work": f"x/{folder}"}, tmp_path)) == (name or "experiment")
 
 
 class TestCommandLine:

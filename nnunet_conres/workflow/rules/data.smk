@@ -11,10 +11,9 @@ rule convert:
         command=commands.as_text(commands.convert(EXPERIMENT, threads_of("convert")) if EXPERIMENT.brats else []),
     threads: threads_of("convert")
     resources:
-        mem_mb=needs("convert", "mem_mb"),
-        runtime=needs("convert", "runtime"),
+        **needs("convert"),
     shell:
-        "{STEP} convert --record {output} --log {params.log} -- {params.command}"
+        "{STEP} convert --record {output:q} --log {params.log:q} -- {params.command}"
 
 
 rule fingerprint:
@@ -27,10 +26,9 @@ rule fingerprint:
         command=commands.as_text(commands.fingerprint(EXPERIMENT, threads_of("fingerprint"))),
     threads: threads_of("fingerprint")
     resources:
-        mem_mb=needs("fingerprint", "mem_mb"),
-        runtime=needs("fingerprint", "runtime"),
+        **needs("fingerprint"),
     shell:
-        "{STEP} fingerprint --record {output} --log {params.log} -- {params.command}"
+        "{STEP} fingerprint --record {output:q} --log {params.log:q} -- {params.command}"
 
 
 # Before any fold starts: nnU-Net's trainings would all try to write the file.
@@ -45,10 +43,9 @@ rule split:
         command=commands.as_text(commands.split(EXPERIMENT, threads_of("split"))),
     threads: threads_of("split")
     resources:
-        mem_mb=needs("split", "mem_mb"),
-        runtime=needs("split", "runtime"),
+        **needs("split"),
     shell:
-        "{STEP} split --record {output[0]} --log {params.log} -- {params.command}"
+        "{STEP} split --record {output[0]:q} --log {params.log:q} -- {params.command}"
 
 
 def stock_plans(wildcards):
@@ -72,11 +69,10 @@ rule plan:
     priority: 10
     threads: threads_of("plan")
     resources:
-        mem_mb=needs("plan", "mem_mb"),
-        runtime=needs("plan", "runtime"),
+        **needs("plan"),
     shell:
-        "{STEP} plan --plans {wildcards.plans} --configuration {wildcards.configuration} --record {output} "
-        "--log {params.log} -- {params.command}"
+        "{STEP} plan --plans {wildcards.plans} --configuration {wildcards.configuration} --record {output:q} "
+        "--log {params.log:q} -- {params.command}"
 
 
 rule preprocess:
@@ -93,8 +89,7 @@ rule preprocess:
     priority: 10
     threads: threads_of("preprocess")
     resources:
-        mem_mb=needs("preprocess", "mem_mb"),
-        runtime=needs("preprocess", "runtime"),
+        **needs("preprocess"),
     shell:
-        "{STEP} preprocess --plans {wildcards.plans} --configuration {wildcards.configuration} --record {output} "
-        "--log {params.log} -- {params.command}"
+        "{STEP} preprocess --plans {wildcards.plans} --configuration {wildcards.configuration} --record {output:q} "
+        "--log {params.log:q} -- {params.command}"

@@ -18,7 +18,7 @@ rule test_cases:
     params:
         log=LOGS / "test_cases.log",
     shell:
-        "{STEP} test_cases --record {output} --log {params.log}"
+        "{STEP} test_cases --record {output:q} --log {params.log:q}"
 
 
 rule predict:
@@ -42,14 +42,10 @@ rule predict:
     threads: threads_of("predict")
     retries: EXPERIMENT.retries
     resources:
-        mem_mb=needs("predict", "mem_mb"),
-        runtime=needs("predict", "runtime"),
-        gpu=needs("predict", "gpu"),
-        slurm_extra=needs("predict", "slurm_extra"),
-        slurm_partition=needs("predict", "slurm_partition"),
+        **needs("predict"),
     shell:
-        "{STEP} predict --model {wildcards.model} --part {wildcards.part} --gpus {resources.gpu} --record {output} "
-        "--log {params.log} -- {params.command}"
+        "{STEP} predict --model {wildcards.model} --part {wildcards.part} --gpus {resources.gpu} --record {output:q} "
+        "--log {params.log:q} -- {params.command}"
 
 
 rule ensemble:
@@ -69,10 +65,9 @@ rule ensemble:
         ),
     threads: threads_of("ensemble")
     resources:
-        mem_mb=needs("ensemble", "mem_mb"),
-        runtime=needs("ensemble", "runtime"),
+        **needs("ensemble"),
     shell:
-        "{STEP} ensemble --record {output} --log {params.log} -- {params.command}"
+        "{STEP} ensemble --record {output:q} --log {params.log:q} -- {params.command}"
 
 
 rule compare_folds:
@@ -88,10 +83,9 @@ rule compare_folds:
         ),
     threads: threads_of("compare")
     resources:
-        mem_mb=needs("compare", "mem_mb"),
-        runtime=needs("compare", "runtime"),
+        **needs("compare"),
     shell:
-        "{STEP} compare --record {output} --log {params.log} -- {params.command}"
+        "{STEP} compare --record {output:q} --log {params.log:q} -- {params.command}"
 
 
 rule compare_test:
@@ -108,7 +102,6 @@ rule compare_test:
         ),
     threads: threads_of("compare")
     resources:
-        mem_mb=needs("compare", "mem_mb"),
-        runtime=needs("compare", "runtime"),
+        **needs("compare"),
     shell:
-        "{STEP} compare --record {output} --log {params.log} -- {params.command}"
+        "{STEP} compare --record {output:q} --log {params.log:q} -- {params.command}"

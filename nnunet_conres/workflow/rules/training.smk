@@ -11,7 +11,10 @@ def trainer_of(wildcards):
 
 
 def needs_training(name):
-    """A resource of one training, looked up when the job is about to start: by then more may have been measured."""
+    """A resource of one training, looked up when the job is about to start: by then more may have been measured.
+
+    Snakemake leaves out what is an empty text.
+    """
 
     def look_up(wildcards):
         return resources.of_training(EXPERIMENT, MODELS[wildcards.model], int(wildcards.fold)).get(name, "")
@@ -30,10 +33,9 @@ rule memory:
     priority: 10
     threads: threads_of("memory")
     resources:
-        mem_mb=needs("memory", "mem_mb"),
-        runtime=needs("memory", "runtime"),
+        **needs("memory"),
     shell:
-        "{STEP} memory --record {output} --log {params.log} -- {params.command}"
+        "{STEP} memory --record {output:q} --log {params.log:q} -- {params.command}"
 
 
 rule train:
@@ -53,13 +55,7 @@ rule train:
     threads: needs_training("threads")
     retries: resources.training_retries(EXPERIMENT)
     resources:
-        mem_mb=needs_training("mem_mb"),
-        runtime=needs_training("runtime"),
-        gpu=needs_training("gpu"),
-        gpu_memory_gb=needs_training("gpu_memory_gb"),
-        gpu_model=needs_training("gpu_model"),
-        slurm_extra=needs_training("slurm_extra"),
-        slurm_partition=needs_training("slurm_partition"),
+        **{name: needs_training(name) for name in resources.NAMES},
     shell:
-        "{STEP} train --model {wildcards.model} --fold {wildcards.fold} --gpus {resources.gpu} --record {output} "
-        "--log {params.log} -- {params.command}"
+        "{STEP} train --model {wildcards.model} --fold {wildcards.fold} --gpus {resources.gpu} --record {output:q} "
+        "--log {params.log:q} -- {params.command}"
