@@ -141,6 +141,18 @@ def plans_state(plans: Any, configuration: str) -> dict[str, Any] | None:
     }
 
 
+def holds_all_cases(experiment: Experiment, folder: Path) -> bool:
+    """Whether each training case has its properties, which are written last, and its data in a preprocessed folder."""
+    ending = (read_json(experiment.raw / "dataset.json") or {}).get("file_ending", "")
+    labels = experiment.raw / "labelsTr"
+    cases = [path.name[: -len(ending)] for path in labels.glob(f"*{ending}")] if ending else []
+    there = {path.name: path.stat().st_size for path in folder.glob("*")} if folder.is_dir() else {}
+    return bool(cases) and all(
+        there.get(f"{case}.pkl") and any(there.get(f"{case}{kind}") for kind in (".b2nd", ".npz", ".npy"))
+        for case in cases
+    )
+
+
 def resolve(plans: Any, configuration: str) -> dict[str, Any] | None:
     """A configuration of plans with what it inherits; None if it is not there."""
     configurations = (plans or {}).get("configurations", {})
@@ -253,7 +265,7 @@ def refresh(experiment: Experiment) -> None:
         state = plans_state(plans, model.configuration)
         _update(plans_record(experiment, model), lambda state=state: state)
         folder = experiment.preprocessed / str((state or {}).get("data_identifier"))
-        if not folder.is_dir():
+        if not holds_all_cases(experiment, folder):
             data_record(experiment, model).unlink(missing_ok=True)
     states = split_states(read_json(experiment.preprocessed / "splits_final.json"), experiment.folds)
     for fold in experiment.folds:

@@ -17,14 +17,14 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.datasets.raw import InputError
 from nnunet_conres.workflow import records
-from nnunet_conres.workflow.config import Experiment, Model, parse_config
+from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, parse_config
 from nnunet_conres.workflow.locks import LockedError, hold, hold_some, holder
 from nnunet_conres.workflow.records import digest, read_json, write_if_changed
 
@@ -35,6 +35,8 @@ CHECKPOINT_VARIABLE: Final = "NNUNET_CONRES_CHECKPOINT_MINUTES"
 CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 # Of the log of a step that failed, among what Snakemake prints.
 _SHOWN_LINES: Final = 20
+# Stands for what something was made from while it is made anew: whatever a killed command leaves counts for nothing.
+_UNFINISHED: Final = {"unfinished": True}
 _GRACE_SECONDS: Final = 20.0
 # A training that has written to its log within this time, but holds no lock, was started by hand and is running.
 _BY_HAND_SECONDS: Final = 600.0
@@ -226,7 +228,8 @@ class Step:
             if made_of != self._raw() or read_json(path) is None:
                 # one made by hand, before the workflow, is kept
                 renew = made_of is not None or (path.exists() and read_json(path) is None)
-                stamp.unlink(missing_ok=True)
+                if renew:
+                    write_if_changed(stamp, _UNFINISHED)
                 run([*self.command, *(["--clean"] if renew else [])], self.log, keep=[descriptor])
                 write_if_changed(stamp, self._raw())
             write_if_changed(self.record, {"content": records.file_digest(path), "raw": self._raw()["content"]})
@@ -240,6 +243,8 @@ class Step:
             if path.exists() and made_of is None:
                 self.say(f"{path} was there before; it is used as it is.")
             elif made_of != wanted or read_json(path) is None:
+                if path.exists():
+                    self._nobody_trains_on(path)
                 run([*self.command, *(["--force"] if path.exists() else [])], self.log, keep=[descriptor])
                 write_if_changed(stamp, wanted)
             states = records.split_states(read_json(path), self.experiment.folds)
@@ -265,6 +270,8 @@ class Step:
             elif not self.command and read_json(path) is None:
                 raise StepError(f"{path} is not there, and its planner is none. Make the plans, or name a planner.")
             elif self.command and (made_of != wanted or read_json(path) is None):
+                if path.exists():
+                    self._nobody_trains_on(path, f"*__{plans_name}__*")
                 run(self.command, self.log, keep=[descriptor])
                 write_if_changed(stamp, wanted)
             plans = read_json(path)
@@ -284,38 +291,40 @@ class Step:
         wanted = {"raw": self._raw()["content"], "preprocessing": state["preprocessing"]}
         with self.lock("preprocess") as descriptor:
             made_of = read_json(stamp)
-            if made_of is None and self._holds_all_cases(folder):
+            if made_of is None and records.holds_all_cases(self.experiment, folder):
                 self.say(f"{folder} was there before, with all cases; it is used as it is.")
                 write_if_changed(stamp, wanted)
-            elif made_of != wanted or not self._holds_all_cases(folder):
+            elif made_of != wanted or not records.holds_all_cases(self.experiment, folder):
                 self._may_be_removed(folder, identifier, wanted)
-                stamp.unlink(missing_ok=True)
+                write_if_changed(stamp, _UNFINISHED)
                 run(self.command, self.log, keep=[descriptor])
-                if not self._holds_all_cases(folder):
+                if not records.holds_all_cases(self.experiment, folder):
                     raise StepError(f"{folder} lacks cases after preprocessing; see {self.log}")
                 write_if_changed(stamp, wanted)
         write_if_changed(self.record, state | {"raw": wanted["raw"]})
 
-    def _holds_all_cases(self, folder: Path) -> bool:
-        """Whether each training case has its properties, which are written last, and its data."""
-        ending = (read_json(self.experiment.raw / "dataset.json") or {}).get("file_ending", "")
-        labels = self.experiment.raw / "labelsTr"
-        cases = [path.name[: -len(ending)] for path in labels.glob(f"*{ending}")] if ending else []
-        there = {path.name: path.stat().st_size for path in folder.glob("*")} if folder.is_dir() else {}
-        return bool(cases) and all(
-            there.get(f"{case}.pkl") and any(there.get(f"{case}{kind}") for kind in (".b2nd", ".npz", ".npy"))
-            for case in cases
-        )
+    def _nobody_trains_on(self, what: Path, models: str = "*") -> None:
+        """Refuses to make something anew that a training, perhaps another workflow's, reads or goes on with later.
+
+        Args:
+            what: What would be made anew.
+            models: Pattern for the folders of the models that need it.
+        """
+        results = Path(self.experiment.environment["nnUNet_results"]) / self.experiment.dataset
+        for lock in sorted(results.glob(f"{models}/workflow/fold_*.lock")):
+            who = holder(lock)
+            if who is not None:
+                raise StepError(
+                    f"{what} has to be made anew, but {lock.parent.parent.name}, {lock.stem}, is trained by {who}. "
+                    f"Wait for it; or, where another workflow wants something else of the same data set, give this one "
+                    f"an nnUNet_preprocessed and nnUNet_results of its own."
+                )
 
     def _may_be_removed(self, folder: Path, identifier: str, wanted: dict[str, Any]) -> None:
         """Refuses what nnU-Net's command, which removes the folder first, would destroy."""
         if not folder.is_dir():
             return
-        results = Path(self.experiment.environment["nnUNet_results"]) / self.experiment.dataset
-        for lock in results.glob("*/workflow/fold_*.lock"):
-            who = holder(lock)
-            if who is not None:
-                raise StepError(f"{folder} has to be made anew, but {lock.parent.parent.name} is trained by {who}.")
+        self._nobody_trains_on(folder)
         for path in self.experiment.preprocessed.glob("*.json"):
             plans = read_json(path)
             if not isinstance(plans, dict) or "configurations" not in plans:
@@ -354,11 +363,12 @@ class Step:
         cases = read_json(records.split_record(experiment, fold))["validation"]
         folder, stamp = experiment.fold_folder(model, fold), records.stamp_of_fold(experiment, model, fold)
         with hold(experiment.fold_lock(model, fold)) as descriptor:
+            self._check_unchanged(model, fold)
             self._move_outdated(model, fold, made_of)
-            if folder.is_dir() and not stamp.is_file():
-                self._take_over(folder)
+            self._look_for_others(folder, stamp)
             write_if_changed(stamp, made_of)
             if records.missing_validation(folder, cases):
+                write_if_changed(_known_logs(stamp), {"logs": _logs(folder)})
                 with gpus(experiment, number_of_gpus) as (variables, descriptors):
                     command = [*self.command, *self._how_to_go_on(folder)]
                     run(command, self.log, keep=[descriptor, *descriptors], environment=variables)
@@ -383,15 +393,44 @@ class Step:
             return ["--val"]
         return ["--c"] if there else []
 
-    def _take_over(self, folder: Path) -> None:
-        """A fold that was not trained by a workflow: whether it can be gone on with."""
+    def _check_unchanged(self, model: Model, fold: int) -> None:
+        """Whether the files that nnU-Net will read are those that were looked at when this run began."""
+        experiment = self.experiment
+        plans = experiment.preprocessed / f"{model.plans}.json"
+        splits = experiment.preprocessed / "splits_final.json"
+        state = records.plans_state(read_json(plans), model.configuration) or {"plans": None}
+        prepared = read_json(records.data_record(experiment, model)) or {}
+        folds = records.split_states(read_json(splits), [fold]) or {}
+        as_before = {
+            plans: all(prepared.get(key) == value for key, value in state.items()),
+            splits: folds.get(fold) == read_json(records.split_record(experiment, fold)),
+        }
+        for path, same in as_before.items():
+            if not same:
+                raise StepError(
+                    f"{path} was changed since this run of the workflow began, by hand or by another workflow. Run it "
+                    f"again: it looks at what has changed, and does again what depends on it."
+                )
+
+    def _look_for_others(self, folder: Path, stamp: Path) -> None:
+        """Refuses a fold that somebody seems to train by hand, which holds no lock.
+
+        Every training begins a log of its own, so one more than this workflow's last attempt can have begun is
+        somebody else's.
+        """
+        if not folder.is_dir():
+            return
+        known = (read_json(_known_logs(stamp)) or {}).get("logs")
+        others = not stamp.is_file() if known is None else len(set(_logs(folder)) - set(known)) > 1
+        if not others:
+            return
         newest = max((path.stat().st_mtime for path in folder.glob("*")), default=0.0)
         if time.time() - newest < _BY_HAND_SECONDS and not (folder / CHECKPOINTS[0]).is_file():
             raise StepError(
                 f"{folder} was written to {time.time() - newest:.0f} s ago, and not by a workflow: it seems to be in "
                 f"training. Wait for it, or end it and try again in {_BY_HAND_SECONDS / 60:.0f} minutes."
             )
-        self.say(f"{folder} was there before; what is done of it counts.")
+        self.say(f"{folder} was trained by hand before; what is done of it counts.")
 
     def _move_outdated(self, model: Model, fold: int, made_of: dict[str, str]) -> None:
         """Moves folds of a model aside that were trained on other data, by other plans or another trainer.
@@ -442,44 +481,95 @@ class Step:
                     for name in before.get("files", []):
                         (experiment.work / name).unlink(missing_ok=True)
                     stamp.unlink(missing_ok=True)
+            stamp = folder / f".part_{part}.json"
+            if self._is_done(stamp, made_of):
+                return
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             with gpus(experiment, number_of_gpus) as (variables, descriptors):
                 run(self.command, self.log, keep=[descriptor, *descriptors], environment=variables)
-            published = self._publish(partial, folder, made_of)
-            write_if_changed(folder / f".part_{part}.json", published)
+            self._publish(partial, folder, made_of, stamp)
 
     def ensemble(self) -> None:
         """An ensemble's predictions; they appear when all are done."""
-        partial = _output_of(self.command)
+        experiment, partial = self.experiment, _output_of(self.command)
+        name = partial.name.removeprefix(".")
+        folder = experiment.predictions(name)
+        members = next(members for members in experiment.ensembles if ensemble_name(members) == name)
+        made_of = [self.command, self._contents(f"predict/{member}/part_*.json" for member in members)]
         with hold(partial.with_name(f"{partial.name}.lock")) as descriptor:
+            if self._is_done(folder / ".made.json", made_of):
+                return
             shutil.rmtree(partial, ignore_errors=True)
             run(self.command, self.log, keep=[descriptor])
-            self._publish(partial, self.experiment.predictions(partial.name.removeprefix(".")), self.command)
+            self._publish(partial, folder, made_of, folder / ".made.json")
 
     def compare(self) -> None:
         """A report; it replaces an earlier one when it is done."""
         partial = _output_of(self.command)
+        of_what = {"folds": ["train/*/*.json"], "test": ["predict/*/*.json", "ensemble/*.json", "test.json"]}
+        made_of = [self.command, self._contents(of_what[self.record.stem])]
+        stamp = partial / ".made.json"
         with hold(partial.with_name(f"{partial.name}.lock")) as descriptor:
+            if self._is_done(stamp, made_of):
+                return
+            stamp.unlink(missing_ok=True)
             run(self.command, self.log, keep=[descriptor])
-            names = [str((partial / name).relative_to(self.experiment.work)) for name in ("report.html", "report.json")]
-            for name in names:
-                if not (self.experiment.work / name).is_file():
-                    raise StepError(f"{name} was not written; see {self.log}")
-            write_if_changed(self.record, {"made_of": digest(self.command), "files": names})
+            for name in ("report.html", "report.json"):
+                if not (partial / name).is_file():
+                    raise StepError(f"{partial / name} was not written; see {self.log}")
+            self._record([partial / "report.html", partial / "report.json"], made_of, stamp)
 
-    def _publish(self, partial: Path, folder: Path, made_of: Any) -> dict[str, Any]:
-        """Moves finished files to where they belong, file by file, and records them."""
+    def _contents(self, patterns: Iterable[str]) -> dict[str, Any]:
+        """Records of what something is made of, by name."""
+        found = {path for pattern in patterns for path in self.experiment.records.glob(pattern)}
+        return {str(path.relative_to(self.experiment.records)): read_json(path) for path in sorted(found)}
+
+    def _is_done(self, stamp: Path, made_of: Any) -> bool:
+        """Whether files were made already, of the same, and are whole; then their record is written again.
+
+        So it is where a step went on when Snakemake was killed, or where Snakemake wants to look.
+        """
+        before = read_json(stamp) or {}
+        files = [self.experiment.work / name for name in before.get("files", [])]
+        if before.get("made_of") != digest(made_of) or not all(path.is_file() for path in files):
+            return False
+        if before.get("content") != self._content_of(files):
+            return False
+        self.say(f"{stamp.parent} is done.")
+        write_if_changed(self.record, before)
+        return True
+
+    def _content_of(self, files: Sequence[Path]) -> str:
+        return digest({str(path.relative_to(self.experiment.work)): records.file_digest(path) for path in files})
+
+    def _record(self, files: Sequence[Path], made_of: Any, stamp: Path) -> None:
+        names = [str(path.relative_to(self.experiment.work)) for path in files]
+        record = {"made_of": digest(made_of), "content": self._content_of(files), "files": names}
+        write_if_changed(stamp, record)
+        write_if_changed(self.record, record)
+
+    def _publish(self, partial: Path, folder: Path, made_of: Any, stamp: Path) -> None:
+        """Moves finished files to where they belong, file by file, removes earlier ones, and records them."""
         folder.mkdir(parents=True, exist_ok=True)
+        before = (read_json(stamp) or {}).get("files", [])
         names = sorted(path.name for path in partial.iterdir())
         for name in names:
             os.replace(partial / name, folder / name)
         partial.rmdir()
-        files = [str((folder / name).relative_to(self.experiment.work)) for name in names]
-        contents = {name: records.file_digest(self.experiment.work / name) for name in files}
-        record = {"made_of": digest(made_of), "content": digest(contents), "files": files}
-        write_if_changed(self.record, record)
-        return record
+        for earlier in {self.experiment.work / name for name in before} - {folder / name for name in names}:
+            earlier.unlink(missing_ok=True)
+        # nnU-Net's notes on how it predicted are the same few files for all parts
+        self._record([folder / name for name in names if not name.endswith(".json")], made_of, stamp)
+
+
+def _known_logs(stamp: Path) -> Path:
+    """Logs that a fold had when this workflow's last attempt to train it began."""
+    return stamp.with_suffix(".logs")
+
+
+def _logs(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("training_log_*.txt"))
 
 
 def _output_of(command: Sequence[str]) -> Path:

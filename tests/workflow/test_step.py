@@ -101,6 +101,73 @@ class TestPreparation:
         preprocess(prepared, "nnUNetPlans")
         assert len(calls()) == 2
 
+    def test_one_that_was_killed_does_not_count_though_all_cases_seem_to_be_there(
+        self, prepared: Experiment, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cut_short = prepared.preprocessed / "nnUNetPlans_3d_fullres" / "d.pkl"
+        cut_short.unlink()
+        monkeypatch.setenv("FAIL", "nnUNetv2_preprocess")
+        with pytest.raises(StepError, match="exit code 1"):
+            preprocess(prepared, "nnUNetPlans")
+        monkeypatch.delenv("FAIL")
+        cut_short.write_text("d")
+        preprocess(prepared, "nnUNetPlans")
+        assert len(calls()) == 2
+
+    def test_a_fingerprint_that_was_to_be_renewed_is_renewed(
+        self, prepared: Experiment, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (prepared.raw / "labelsTr" / "a.nii.gz").write_text("corrected")
+        records.refresh(prepared)
+        monkeypatch.setenv("FAIL", "nnUNetv2_extract_fingerprint")
+        fingerprint = step(prepared, commands.fingerprint(prepared, 1), "fingerprint.json").fingerprint
+        with pytest.raises(StepError, match="exit code 1"):
+            fingerprint()
+        monkeypatch.delenv("FAIL")
+        calls()
+        fingerprint()
+        (call,) = calls()
+        # without, nnU-Net keeps the old one
+        assert call.endswith("--clean")
+
+    def test_a_case_that_is_gone_from_the_preprocessed_ones_is_noticed(self, prepared: Experiment) -> None:
+        data = records.data_record(prepared, prepared.models[0])
+        records.refresh(prepared)
+        assert data.is_file()
+        (prepared.preprocessed / "nnUNetPlans_3d_fullres" / "c.b2nd").unlink()
+        records.refresh(prepared)
+        assert not data.is_file()
+
+    @pytest.mark.parametrize("what", ["splits", "plans"])
+    def test_what_is_trained_on_is_not_replaced_by_a_workflow_that_wants_another(
+        self, prepared: Experiment, calls: Calls, what: str
+    ) -> None:
+        """Two workflows on one data set, with other options."""
+        file = {"splits": "splits_final.json", "plans": "nnUNetPlans.json"}[what]
+        before = (prepared.preprocessed / file).read_text()
+        option = {"splits": "splits", "plans": "plans_nnUNetPlans"}[what]
+        records.write_if_changed(prepared.records / "options" / f"{option}.json", {"other": "options"})
+
+        def make() -> None:
+            if what == "splits":
+                step(prepared, commands.split(prepared, 1), "splits/fold_0.json").split()
+            else:
+                step(prepared, commands.plan(prepared, "nnUNetPlans"), "p.json").plan("nnUNetPlans", "3d_fullres")
+
+        with hold(prepared.fold_lock(prepared.models[0], 1)), pytest.raises(StepError, match="is trained by process"):
+            make()
+        assert calls() == []
+        assert (prepared.preprocessed / file).read_text() == before
+        # trainings by other plans don't matter to these; folds matter to all
+        with hold(prepared.fold_lock(prepared.models[1], 1)):
+            if what == "plans":
+                make()
+            else:
+                with pytest.raises(StepError, match="is trained by process"):
+                    make()
+        make()
+        assert len(calls()) == 1
+
     def test_data_that_are_trained_on_are_not_removed(self, prepared: Experiment, calls: Calls) -> None:
         (prepared.preprocessed / "nnUNetPlans_3d_fullres" / "d.pkl").unlink()
         with hold(prepared.fold_lock(prepared.models[1], 1)), pytest.raises(StepError, match=r"is trained by process"):
@@ -186,6 +253,32 @@ class TestTrain:
         assert {path.name[:6] for path in (base / "replaced").iterdir()} == {"fold_0", "fold_1"}
         assert not (base / "fold_1").exists()
 
+    @pytest.mark.parametrize("file", ["splits_final.json", "nnUNetPlans.json"])
+    def test_what_changed_since_the_workflow_began_is_not_trained_on(
+        self, prepared: Experiment, calls: Calls, file: str
+    ) -> None:
+        path = prepared.preprocessed / file
+        path.write_text(path.read_text().replace('"b"', '"d"').replace("[8, 8, 8]", "[16, 8, 8]"))
+        with pytest.raises(StepError, match=rf"{file} was changed"):
+            train(prepared)
+        assert calls() == []
+
+    def test_one_that_somebody_goes_on_with_by_hand_is_left_alone(
+        self, prepared: Experiment, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("FAIL", "nnUNetv2_train")
+        with pytest.raises(StepError, match="exit code 1"):
+            train(prepared)
+        monkeypatch.delenv("FAIL")
+        folder = prepared.fold_folder(prepared.models[0], 0)
+        (folder / "training_log_2.txt").write_text("by hand")
+        with pytest.raises(StepError, match="seems to be in training"):
+            train(prepared)
+        for path in folder.iterdir():
+            os.utime(path, (time.time() - 3600,) * 2)
+        train(prepared)
+        assert len(calls()) == 2
+
     def test_what_was_trained_before_the_workflow_counts(self, prepared: Experiment, calls: Calls) -> None:
         train(prepared)
         records.stamp_of_fold(prepared, prepared.models[0], 0).unlink()
@@ -262,6 +355,47 @@ class TestPredict:
         with pytest.raises(StepError):
             self.predict(trained, 0)
         assert list(trained.predictions("stock").glob("*.nii.gz")) == []
+
+    def test_what_is_whole_is_not_predicted_again(self, trained: Experiment, calls: Calls) -> None:
+        for part in (0, 1):
+            self.predict(trained, part)
+        calls()
+        record = trained.records / "predict" / "stock" / "part_0.json"
+        before = record.read_text()
+        record.unlink()  # as Snakemake does, before it runs a step
+        self.predict(trained, 0)
+        assert calls() == []
+        assert record.read_text() == before
+        (trained.predictions("stock") / "x.npz").write_text("cut")
+        self.predict(trained, 0)
+        assert len(calls()) == 1
+
+    def test_ensembles_and_reports_are_made_once_and_follow_what_they_are_made_of(
+        self, trained: Experiment, calls: Calls
+    ) -> None:
+        members = trained.ensembles[0]
+
+        def make() -> list[str]:
+            command = commands.ensemble(trained, members, str(trained.predictions(".stock+ours")), 1)
+            step(trained, command, "ensemble/stock+ours.json").ensemble()
+            command = commands.compare_test(trained, str(trained.work / "report" / "test"), 1)
+            step(trained, command, "compare/test.json").compare()
+            return [call.split()[0] for call in calls()]
+
+        for part in (0, 1):
+            self.predict(trained, part)
+        calls()
+        assert make() == ["nnUNetv2_ensemble", "nnunet-conres"]
+        assert make() == []
+        assert trained.test_images is not None
+        (trained.test_images / "x_0000.nii.gz").unlink()
+        records.refresh(trained)
+        for part in (0, 1):
+            self.predict(trained, part)
+        calls()
+        assert make() == ["nnUNetv2_ensemble", "nnunet-conres"]
+        # the case that is gone is gone here too
+        assert sorted(path.name for path in trained.predictions("stock+ours").glob("*.gz")) == ["y.nii.gz", "z.nii.gz"]
 
     def test_a_case_that_is_gone_goes_from_the_predictions(self, trained: Experiment) -> None:
         for part in (0, 1):
