@@ -15,7 +15,8 @@ Ends all that it has started. Needs root and Debian or Ubuntu; about 10 minutes 
 
   --workdir FOLDER      where all files go (default: a new folder in $TMPDIR or /tmp; kept)
   --environment FOLDER  a virtual environment with nnunet-conres[workflow] to use instead of making one
-  --sequential          afterwards run the same commands one after another, without workflow and SLURM, and compare times
+  --sequential          afterwards run the same commands one after another, without workflow and SLURM, and compare the
+                        wall times, which takes as long again; the machine should have nothing else to do
   -h, --help            print this
 TEXT
 }
@@ -41,7 +42,8 @@ main() {
     make_experiment
 
     heading "The experiment, through SLURM"
-    local began=$SECONDS status=0
+    local began=$SECONDS status=0 load
+    load="$(cut -d ' ' -f 1 /proc/loadavg)"
     kill_a_training &
     local killer=$!
     STARTED+=("$killer")
@@ -56,7 +58,7 @@ main() {
     check_recovery
     check_all_is_done
     if [ -n "$SEQUENTIAL" ]; then
-        run_sequentially "$slurm_seconds"
+        run_sequentially "$slurm_seconds" "$load"
     fi
     printf '\nAll is well. Wall time through SLURM: %s s. Files: %s\n' "$slurm_seconds" "$WORK"
 }
@@ -301,24 +303,35 @@ check_all_is_done() {
     grep 'Nothing to be done' "$WORK/second.log" || fail "the second run did something; see $WORK/second.log"
 }
 
-# The commands as the logs have them, those that were killed or failed left out, in other folders.
+# The commands as the logs have them, without the second attempt of the training that was killed, in other folders.
 run_sequentially() {
     heading "The same commands one after another"
-    local command began=$SECONDS
-    mkdir -p "$WORK/sequential/experiment/predictions" "$WORK/sequential"/nn/{raw,preprocessed,results}
+    local command began number=0 all sequential_seconds sequential="$WORK/sequential"
+    mkdir -p "$sequential/experiment/predictions" "$sequential"/nn/{raw,preprocessed,results}
     grep --no-filename --recursive '^\[workflow\] [0-9-]* [0-9:]* on .*: ' "$WORK/experiment/logs" --include='*.log' |
         grep -v -- '--c$' | sort -k 2,3 | sed 's/^[^:]*:[^:]*:[^:]*: //' |
-        sed "s#$WORK/experiment/#$WORK/sequential/experiment/#g; s#$WORK/nn/#$WORK/sequential/nn/#g; s#/predictions/\.\([^ ]*\)_part_[0-9]*#/predictions/\1#; s#/predictions/\.#/predictions/#" \
-            >"$WORK/sequential/commands.sh"
+        sed "s#$WORK/experiment/#$sequential/experiment/#g; s#$WORK/nn/#$sequential/nn/#g; s#/predictions/\.\([^ ]*\)_part_[0-9]*#/predictions/\1#; s#/predictions/\.#/predictions/#" \
+            >"$sequential/commands.sh"
+    all="$(wc -l <"$sequential/commands.sh")"
+    began=$SECONDS
     while read -r command; do
-        nnUNet_raw="$WORK/sequential/nn/raw" nnUNet_preprocessed="$WORK/sequential/nn/preprocessed" \
-            nnUNet_results="$WORK/sequential/nn/results" nnUNet_extTrainer="$WORK/trainers" nnUNet_n_proc_DA=1 \
+        number=$((number + 1))
+        printf '%s/%s %s s: %s\n' "$number" "$all" "$((SECONDS - began))" "$(cut -d ' ' -f 1-4 <<<"$command")"
+        nnUNet_raw="$sequential/nn/raw" nnUNet_preprocessed="$sequential/nn/preprocessed" \
+            nnUNet_results="$sequential/nn/results" nnUNet_extTrainer="$WORK/trainers" nnUNet_n_proc_DA=1 \
             nnUNet_def_n_proc=1 OMP_NUM_THREADS=1 NNUNET_CONRES_CHECKPOINT_MINUTES=0.05 \
-            bash -c "$command" >>"$WORK/sequential/output.log" 2>&1 </dev/null ||
-            fail "failed in sequence: $command" "See $WORK/sequential/output.log"
-    done <"$WORK/sequential/commands.sh"
-    printf 'through SLURM, a kill included: %s s; one after another: %s s, %s commands\n' "$1" "$((SECONDS - began))" \
-        "$(wc -l <"$WORK/sequential/commands.sh")" | tee "$WORK/times.txt"
+            bash -c "$command" >>"$sequential/output.log" 2>&1 </dev/null ||
+            fail "failed in sequence: $command" "See $sequential/output.log"
+    done <"$sequential/commands.sh"
+    sequential_seconds=$((SECONDS - began))
+    heading "Wall time"
+    {
+        printf '%-72s %6s s\n' "through SLURM, $(squeue --noheader --states=all | wc -l) jobs, one of them killed and made up for" "$1"
+        printf '%-72s %6s s\n' "one after another, the same $all commands, without workflow and SLURM" "$sequential_seconds"
+        printf '%-72s %6s\n' "through SLURM, as a share of one after another" \
+            "$(awk "BEGIN {printf \"%.2f\", $1 / $sequential_seconds}")"
+        printf '%-72s %6s\n' "processes that wanted a core before (load), of $(getconf _NPROCESSORS_ONLN) cores" "$2"
+    } | tee "$WORK/times.txt"
 }
 
 clean_up() {

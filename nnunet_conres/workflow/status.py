@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any, Literal
 from nnunet_conres.text import aligned
 from nnunet_conres.workflow import records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, iterate_trainings
+from nnunet_conres.workflow.launch import job_name
 from nnunet_conres.workflow.locks import holder
 from nnunet_conres.workflow.records import read_json
 from nnunet_conres.workflow.resources import (
@@ -25,6 +28,8 @@ from nnunet_conres.workflow.resources import (
 State = Literal["waiting", "running", "done", "failed"]
 _ERROR_LINE = re.compile(r"^(\w+(\.\w+)*(Error|Exception|Interrupt)\b|.*[Ee]rror:|.*CUDA out of memory|slurmstepd: )")
 _MARK = "[workflow] "
+_SECONDS_TO_ANSWER = 10.0
+_ENDED = " ended with exit code "
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class FoldStatus:
         dice: Of the validation when done, else mean pseudo Dice behind the last epoch; None where there is none.
         seconds_left: Estimate for a running one, validation not included; None where nothing is known.
         attempts: How often the training was started.
-        where: Who runs it, or the error of the last attempt.
+        where: Who runs it, the job that is to, or the error of the last attempt.
     """
 
     model: str
@@ -112,8 +117,9 @@ def status(experiment: Experiment) -> Status:
     """Looks at an experiment; changes nothing, and needs nothing to be running."""
     splits = read_json(experiment.preprocessed / "splits_final.json")
     cases = records.split_states(splits, experiment.folds) or {}
+    jobs = _jobs_of_trainings(experiment)
     folds = [
-        _fold_status(experiment, model, fold, cases.get(fold, {}).get("validation", []))
+        _fold_status(experiment, model, fold, cases.get(fold, {}).get("validation", []), jobs.get((model.name, fold)))
         for model, fold in iterate_trainings(experiment)
     ]
     return Status(
@@ -124,7 +130,7 @@ def status(experiment: Experiment) -> Status:
     )
 
 
-def _fold_status(experiment: Experiment, model: Model, fold: int, cases: Sequence[str]) -> FoldStatus:
+def _fold_status(experiment: Experiment, model: Model, fold: int, cases: Sequence[str], job: str | None) -> FoldStatus:
     folder = experiment.fold_folder(model, fold)
     log = read_training_log(folder)
     epochs = number_of_epochs(experiment, model)
@@ -143,9 +149,35 @@ def _fold_status(experiment: Experiment, model: Model, fold: int, cases: Sequenc
     if not records.missing_validation(folder, cases):
         summary = read_json(folder / "validation" / "summary.json")
         return FoldStatus(state="done", epoch=epochs, dice=summary["foreground_mean"].get("Dice"), **common)
+    if job is not None:
+        return FoldStatus(state="waiting", epoch=log.epochs, dice=log.dice, where=job, **common)
     if error is not None:
         return FoldStatus(state="failed", epoch=log.epochs, dice=log.dice, where=error, **common)
     return FoldStatus(state="waiting", epoch=log.epochs, dice=log.dice, where=note, **common)
+
+
+def _jobs_of_trainings(experiment: Experiment) -> dict[tuple[str, int], str]:
+    """Trainings that are in SLURM's queue, by model and fold; nothing where there is no SLURM.
+
+    The plugin for SLURM gives all jobs of a run one name, and tells rule and wildcards in the comment.
+    """
+    if shutil.which("squeue") is None:
+        return {}
+    command = ["squeue", "--me", "--noheader", "--format=%i|%j|%T|%r|%k"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    trainings = {
+        f"rule_train_wildcards_{model.name}_{fold}": (model.name, fold) for model, fold in iterate_trainings(experiment)
+    }
+    found = {}
+    for line in asked.stdout.splitlines():
+        number, name, state, reason, comment = [*line.split("|", 4), *[""] * 4][:5]
+        if comment in trainings and name.startswith(f"{job_name(experiment)}_"):
+            why = f" ({reason})" if reason not in ("", "None") else ""
+            found[trainings[comment]] = f"SLURM job {number}, {state.lower()}{why}"
+    return found
 
 
 def _attempts(log: Path) -> tuple[int, str | None, str]:
@@ -168,6 +200,8 @@ def _attempts(log: Path) -> tuple[int, str | None, str]:
     failed = [line for line in last if line.startswith(f"{_MARK}failed: ")]
     if not failed:
         killed = [line.split(maxsplit=3)[3] for line in last if line.startswith(_MARK) and " killed by signal " in line]
+        if starts and not killed and not any(line.startswith(_MARK) and _ENDED in line for line in last):
+            return len(starts), None, "its last attempt ended without a word: killed, or its node was lost"
         return len(starts), None, killed[-1] if killed else ""
     said = [line.strip() for line in last if not line.startswith(_MARK) and _ERROR_LINE.match(line.strip())]
     return len(starts), said[-1] if said else failed[-1].removeprefix(f"{_MARK}failed: "), ""
@@ -187,8 +221,12 @@ def _steps(experiment: Experiment) -> dict[str, str]:
     missing = [name for name, path in prepared.items() if not path.is_file()]
     found = {"preparation": "done" if not missing else f"waiting for {', '.join(missing)}"}
     if experiment.test_images is not None:
-        parts = len(list(made.glob("predict/*/part_*.json")))
-        found["predictions"] = f"{parts} of {len(experiment.models) * experiment.parts} parts done"
+        parts = [
+            made / "predict" / model.name / f"part_{part}.json"
+            for model in experiment.models
+            for part in range(experiment.parts)
+        ]
+        found["predictions"] = f"{sum(path.is_file() for path in parts)} of {len(parts)} parts done"
         ensembles = [made / "ensemble" / f"{ensemble_name(members)}.json" for members in experiment.ensembles]
         if ensembles:
             found["ensembles"] = f"{sum(path.is_file() for path in ensembles)} of {len(ensembles)} done"

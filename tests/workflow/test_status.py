@@ -91,6 +91,38 @@ class TestStatus:
         found = row(standing, "ours", 1)
         assert (found["state"], found["where"]) == ("waiting", "killed by signal 15")
 
+    def test_one_that_ended_without_a_word(self, standing: Experiment) -> None:
+        write(standing.training_log(standing.models[1], 1), ATTEMPT.splitlines()[0] + "\n")
+        found = row(standing, "ours", 1)
+        assert (found["state"], found["attempts"]) == ("waiting", 1)
+        assert found["where"] == "its last attempt ended without a word: killed, or its node was lost"
+
+    def test_one_in_the_queue(self, standing: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also one that has failed and was submitted again."""
+        (tmp_path / "bin").mkdir()
+        squeue = tmp_path / "bin" / "squeue"
+        squeue.write_text(
+            "#!/bin/sh\n"
+            "echo '14|work_0a1b|PENDING|Resources|rule_train_wildcards_ours_0'\n"
+            "echo '15|other_0a1b|PENDING|Priority|rule_train_wildcards_ours_1'\n"
+            "echo '16|work_0a1b|PENDING|Priority|rule_predict_wildcards_ours_1'\n"
+            "echo '17|work_0a1b|RUNNING|None|rule_train_wildcards_stock_1'\n"
+        )
+        squeue.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{squeue.parent}:/usr/bin:/bin")
+        found = row(standing, "ours", 0)
+        assert (found["state"], found["where"]) == ("waiting", "SLURM job 14, pending (Resources)")
+        assert row(standing, "ours", 1)["where"] == ""
+        # it waits for a lock, or has only just begun
+        assert row(standing, "stock", 1)["where"] == "SLURM job 17, running"
+        squeue.write_text("#!/bin/sh\nexit 1\n")
+        assert row(standing, "ours", 0)["state"] == "failed"
+
+    def test_parts_that_are_no_longer_wanted_do_not_count(self, standing: Experiment) -> None:
+        for name in ("stock/part_0", "stock/part_5", "gone/part_0"):
+            write(standing.records / "predict" / f"{name}.json", "{}")
+        assert status(standing).steps["predictions"] == "1 of 4 parts done"
+
     def test_a_summary_in_halves_is_not_done(self, standing: Experiment) -> None:
         path = standing.fold_folder(standing.models[0], 0) / "validation" / "summary.json"
         path.write_text(path.read_text()[:40])
