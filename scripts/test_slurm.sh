@@ -47,7 +47,11 @@ main() {
     kill_a_training &
     local killer=$!
     STARTED+=("$killer")
-    workflow >"$WORK/workflow.log" 2>&1 || status=$?
+    # not in the foreground: signals to this script would wait for its end
+    workflow >"$WORK/workflow.log" 2>&1 &
+    local running=$!
+    STARTED+=("$running")
+    wait "$running" || status=$?
     local slurm_seconds=$((SECONDS - began))
     job_table
     if [ "$status" -ne 0 ]; then
@@ -175,6 +179,15 @@ CONF
     STARTED+=("$!")
     slurmd -D -N "$host" >"$cluster/slurmd.out" 2>&1 &
     STARTED+=("$!")
+    # This cluster keeps no accounts. Where scontrol takes 10 s to answer once, as on a busy machine, the plugin asks sacct
+    # for states instead, and loses sight of all jobs when that fails.
+    mkdir -p "$WORK/bin"
+    cat >"$WORK/bin/sacct" <<'STAND_IN'
+#!/bin/sh
+for last; do :; done
+exec squeue --noheader --states=all --format='%i|%T' --name="$last"
+STAND_IN
+    chmod +x "$WORK/bin/sacct"
     wait_for 60 node_is_idle || fail "SLURM did not start; see $cluster"
     sinfo
 }
@@ -241,7 +254,7 @@ YAML
 }
 
 workflow() {
-    nnunet-conres workflow "$WORK/experiment.yaml" --profile slurm --slurm-no-account --slurm-status-command squeue \
+    PATH="$WORK/bin:$PATH" nnunet-conres workflow "$WORK/experiment.yaml" --profile slurm --slurm-no-account --slurm-status-command squeue \
         --slurm-init-seconds-before-status-checks 5 --seconds-between-status-checks 5 --latency-wait 30 --jobs 20 "$@"
 }
 
