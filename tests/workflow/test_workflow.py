@@ -161,6 +161,44 @@ class TestWithStandIns:
         run(other, "--cores", "2", "--until", "train")
         assert kinds(calls()) == ["nnunet-conres memory"]
 
+    def test_two_at_once_on_one_data_set_share_the_work(
+        self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
+    ) -> None:
+        other = tmp_path / "other.yaml"
+        other.write_text(yaml.safe_dump(content | {"work": "other_work"}))
+        processes = [start(one, "--cores", "2", "--until", "train") for one in (config, other)]
+        told = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], told
+        # but for the memory, which each asks for itself
+        made = [call for call in calls() if not call.startswith("nnunet-conres memory")]
+        assert len(set(made)) == len(made)
+        assert len([call for call in made if call.startswith("nnUNetv2_train")]) == 4
+
+    def test_a_changed_trainer_and_a_changed_data_set(
+        self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
+    ) -> None:
+        trainer = tmp_path / "trainers" / "mine.py"
+        trainer.parent.mkdir()
+        trainer.write_text("class Mine: ...")
+        content["environment"] = {"nnUNet_extTrainer": str(trainer.parent)}
+        content["models"] = {"stock": {}, "mine": {"trainer": "Mine"}}
+        config.write_text(yaml.safe_dump(content))
+        run(config, "--cores", "2", "--until", "train")
+        calls()
+        trainer.write_text("class Mine:\n    initial_lr = 1e-3")
+        run(config, "--cores", "2", "--until", "train")
+        again = calls()
+        assert [call.split()[0] for call in again] == ["nnUNetv2_train"] * 2
+        assert all("-tr Mine" in call and not call.endswith("--c") for call in again)
+
+        labels = parse_config(content, tmp_path).raw / "labelsTr" / "a.nii.gz"
+        labels.write_text("corrected")
+        run(config, "--cores", "2", "--until", "train")
+        again = calls()
+        assert "nnunet-conres brats-convert" not in kinds(again)
+        assert {"nnUNetv2_extract_fingerprint", "nnunet-conres split", "nnUNetv2_preprocess"} <= set(kinds(again))
+        assert len([call for call in again if call.startswith("nnUNetv2_train")]) == 4
+
     def test_a_training_that_fails_is_taken_up_again(
         self, config: Path, content: dict[str, Any], calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
