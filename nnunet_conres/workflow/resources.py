@@ -36,11 +36,6 @@ EPOCH_SECONDS: Final = 150.0
 _MARGIN: Final = 1.3
 # What the plugin for SLURM calls otherwise than SLURM does.
 _PLUGIN_NAMES: Final = {"account": "slurm_account", "partition": "slurm_partition"}
-# All that a job may ask for beside threads.
-NAMES: Final = (
-    *("mem_mb", "runtime", "gpu", "gpu_memory_gb", "gpu_model", "nodes"),
-    *(_PLUGIN_NAMES.get(key, key) for key in SLURM_TEXTS),
-)
 _STOCK_EPOCHS: Final = 1000
 _STOCK_SAVE_EVERY: Final = 50
 _STAMP: Final = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?): +(.*)$")
@@ -187,20 +182,34 @@ def of_training(experiment: Experiment, model: Model, fold: int) -> dict[str, An
     return resources
 
 
+def names_of_training(experiment: Experiment) -> list[str]:
+    """What trainings ask for beside threads, one or the other of them.
+
+    The plugin for SLURM hands on an empty qos or constraint, so that those must not be there at all.
+    """
+    return list(
+        dict.fromkeys(
+            name
+            for model in experiment.models
+            for name in [*of_training(experiment, model, experiment.folds[0]), "gpu_memory_gb", "gpu_model"]
+            if name != "threads"
+        )
+    )
+
+
 def _given(experiment: Experiment, rule: str) -> dict[str, Any]:
     return {**experiment.resources.get("default", {}), **experiment.resources.get(rule, {})}
 
 
 def _as_snakemake(experiment: Experiment, found: Mapping[str, Any]) -> dict[str, Any]:
     resources: dict[str, Any] = {
+        # SLURM may take GPUs from several nodes, which nnU-Net's processes do not reach
+        "nodes": 1,
         "threads": max(1, int(found["cpus"])),
         "mem_mb": math.ceil(found["memory_gb"] * 1000),
         "runtime": math.ceil(found["minutes"]),
         "gpu": int(found["gpus"]),
     }
-    if resources["gpu"] > 1:
-        # SLURM may take the GPUs from several nodes, which nnU-Net's processes do not reach
-        resources["nodes"] = 1
     for key in SLURM_TEXTS:
         if key in found:
             resources[_PLUGIN_NAMES.get(key, key)] = found[key]

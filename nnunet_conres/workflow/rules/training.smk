@@ -55,7 +55,7 @@ rule train:
     threads: needs_training("threads")
     retries: resources.training_retries(EXPERIMENT)
     resources:
-        **{name: needs_training(name) for name in resources.NAMES},
+        **{name: needs_training(name) for name in resources.names_of_training(EXPERIMENT)},
     shell:
         "{STEP} train --model {wildcards.model} --fold {wildcards.fold} --gpus {resources.gpu} --record {output:q} "
         "--log {params.log:q} -- {params.command}"
