@@ -106,7 +106,9 @@ def launch(experiment: Experiment, config: Path, profile: str, options: Sequence
         with hold(experiment.work / "workflow.lock", wait=False) as descriptor:
             return _run_to_its_end(command, descriptor)
     except LockedError as error:
-        raise RuntimeError(f"This experiment is being run already: {error}") from error
+        raise RuntimeError(
+            f"This experiment is being run already: {error} If that process is gone, its Snakemake is not."
+        ) from error
 
 
 def _run_to_its_end(command: Sequence[str], descriptor: int) -> int:

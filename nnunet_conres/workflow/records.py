@@ -29,13 +29,18 @@ _NAMES_ONLY: Final = ("configurations", "plans_name", "experiment_planner_used")
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def write_if_changed(path: Path, content: Mapping[str, Any]) -> bool:
+def write_if_changed(path: Path, content: Mapping[str, Any], *, sort: bool = True) -> bool:
     """Writes JSON, to a temporary name first, unless the file holds the very same already.
+
+    Args:
+        path: The file.
+        content: What it is to hold.
+        sort: Whether the order of entries means nothing.
 
     Returns:
         Whether it was written.
     """
-    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    text = json.dumps(content, indent=1, sort_keys=sort) + "\n"
     try:
         if path.read_text() == text:
             return False

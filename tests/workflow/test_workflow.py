@@ -53,6 +53,11 @@ def run(config: Path, *options: str, check: bool = True, timeout: float = 300) -
     return done.stdout
 
 
+def as_yaml(content: dict[str, Any]) -> str:
+    # the first model is the baseline: their order counts
+    return yaml.safe_dump(content, sort_keys=False)
+
+
 def start(config: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "nnunet_conres.cli", "workflow", str(config), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
@@ -93,7 +98,7 @@ def resources_of(job: str) -> list[str]:
 @pytest.fixture
 def config(content: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "experiment.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(as_yaml(content))
     return path
 
 
@@ -109,7 +114,7 @@ class TestWithStandIns:
     ) -> None:
         # a folder that a shell would take for two
         content["work"] = "my work"
-        config.write_text(yaml.safe_dump(content))
+        config.write_text(as_yaml(content))
         run(config, "--cores", "2")
         made = calls()
         assert len([call for call in made if call.startswith("nnUNetv2_train")]) == 4
@@ -140,6 +145,9 @@ class TestWithStandIns:
         plans = experiment.preprocessed / "nnUNetConResNetPlans.json"
         plans.write_text(plans.read_text().replace("[8, 8, 8]", "[16, 8, 8]"))
         run(config, "--cores", "2")
+        # steps know the models in the order of the configuration, which makes the name of an ensemble
+        noted = json.loads((experiment.records / "experiment.json").read_text())
+        assert list(noted["content"]["models"]) == ["stock", "ours"]
         again = calls()
         assert {call.split()[5] for call in again if call.startswith("nnUNetv2_train")} == {"nnUNetTrainerConResNet"}
         assert kinds(again) == [
@@ -157,7 +165,7 @@ class TestWithStandIns:
         run(config, "--cores", "2", "--until", "train")
         calls()
         other = tmp_path / "other.yaml"
-        other.write_text(yaml.safe_dump(content | {"work": "other_work"}))
+        other.write_text(as_yaml(content | {"work": "other_work"}))
         run(other, "--cores", "2", "--until", "train")
         assert kinds(calls()) == ["nnunet-conres memory"]
 
@@ -165,7 +173,7 @@ class TestWithStandIns:
         self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
     ) -> None:
         other = tmp_path / "other.yaml"
-        other.write_text(yaml.safe_dump(content | {"work": "other_work"}))
+        other.write_text(as_yaml(content | {"work": "other_work"}))
         processes = [start(one, "--cores", "2", "--until", "train") for one in (config, other)]
         told = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], told
@@ -182,7 +190,7 @@ class TestWithStandIns:
         trainer.write_text("class Mine: ...")
         content["environment"] = {"nnUNet_extTrainer": str(trainer.parent)}
         content["models"] = {"stock": {}, "mine": {"trainer": "Mine"}}
-        config.write_text(yaml.safe_dump(content))
+        config.write_text(as_yaml(content))
         run(config, "--cores", "2", "--until", "train")
         calls()
         trainer.write_text("class Mine:\n    initial_lr = 1e-3")
@@ -202,7 +210,7 @@ class TestWithStandIns:
     def test_a_training_that_fails_is_taken_up_again(
         self, config: Path, content: dict[str, Any], calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        config.write_text(yaml.safe_dump(content | {"retries": 1, "time_limit_hours": 10_000}))
+        config.write_text(as_yaml(content | {"retries": 1, "time_limit_hours": 10_000}))
         monkeypatch.setenv("FAIL", "501 3d_fullres 1 -tr nnUNetTrainerConResNet")
         run(config, "--cores", "2", "--until", "train", check=False)
         attempts = [call for call in calls() if os.environ["FAIL"] in call]
@@ -233,7 +241,7 @@ class TestWithStandIns:
         monkeypatch: pytest.MonkeyPatch,
         number: int,
     ) -> None:
-        config.write_text(yaml.safe_dump(content | {"retries": 3}))
+        config.write_text(as_yaml(content | {"retries": 3}))
         monkeypatch.setenv("SLEEP", "nnUNetv2_train")
         process = start(config, "--cores", "1")
         wait_for(lambda: any("nnUNetv2_train" in call for call in calls()))
@@ -288,7 +296,7 @@ class TestWithStandIns:
             "default": {"partition": "cpu", "account": "me", "qos": "long"},
             "train": {"partition": "gpu", "constraint": "nvlink", "slurm_extra": "--mail-type=NONE", "cpus": 9},
         }
-        config.write_text(yaml.safe_dump(content))
+        config.write_text(as_yaml(content))
         jobs = dry_run(config)
         for rule in ("convert", "fingerprint", "split", "plan", "preprocess", "memory", "ensemble", "compare_folds"):
             (*_, job) = jobs[rule]
@@ -372,7 +380,7 @@ def test_with_the_real_commands(tmp_path: Path, content: dict[str, Any]) -> None
         },
     }
     config = tmp_path / "experiment.yaml"
-    config.write_text(yaml.safe_dump(content))
+    config.write_text(as_yaml(content))
     run(config, timeout=1500)
     found = json.loads(run(config, "--status", "--json"))
     assert {one["state"] for one in found["folds"]} == {"done"}
