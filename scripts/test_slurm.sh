@@ -5,7 +5,7 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-Usage: scripts/test_slurm.sh [--workdir FOLDER] [--environment FOLDER] [--sequential]
+Usage: scripts/test_slurm.sh [--workdir FOLDER] [--environment FOLDER] [--iterations N] [--sequential]
 
 Installs Debian's slurm-wlm and munge where they are missing, starts a cluster of this one machine with a configuration
 of its own, and runs a small experiment on made-up cases through it with `nnunet-conres workflow --profile slurm`: two
@@ -15,13 +15,15 @@ Ends all that it has started. Needs root and Debian or Ubuntu; about 10 minutes 
 
   --workdir FOLDER      where all files go (default: a new folder in $TMPDIR or /tmp; kept)
   --environment FOLDER  a virtual environment with nnunet-conres[workflow] to use instead of making one
+  --iterations N        iterations of an epoch (default: 10 for nnU-Net, 40 for ConResNet): with trainings of seconds,
+                        starting jobs takes most of the time
   --sequential          afterwards run the same commands one after another, without workflow and SLURM, and compare the
                         wall times, which takes as long again; the machine should have nothing else to do
   -h, --help            print this
 TEXT
 }
 
-WORK="" ENVIRONMENT="" SEQUENTIAL="" LINKED=""
+WORK="" ENVIRONMENT="" ITERATIONS="" SEQUENTIAL="" LINKED=""
 STARTED=()
 
 fail() {
@@ -75,9 +77,16 @@ read_arguments() {
                 exit 0
                 ;;
             --sequential) SEQUENTIAL=yes ;;
-            --workdir | --environment)
+            --workdir | --environment | --iterations)
                 [ "$#" -ge 2 ] || fail "$1 needs a value; see --help."
-                if [ "$1" = --workdir ]; then WORK="$2"; else ENVIRONMENT="$2"; fi
+                case "$1" in
+                    --workdir) WORK="$2" ;;
+                    --environment) ENVIRONMENT="$2" ;;
+                    --iterations)
+                        [[ "$2" =~ ^[1-9][0-9]+$ ]] || fail "--iterations is $2; expected a number, 10 or more."
+                        ITERATIONS="$2"
+                        ;;
+                esac
                 shift
                 ;;
             *) fail "unknown argument $1; see --help." ;;
@@ -211,7 +220,7 @@ make_experiment() {
     mkdir -p "$WORK/trainers"
     nnunet-conres phantom -o "$WORK/phantoms" -n 6 --held-out 2 --shape 24 24 20 --spacing 7 7 7
     # Long enough an epoch to be killed in the middle of it.
-    cat >"$WORK/trainers/short_trainers.py" <<'PYTHON_CODE'
+    cat >"$WORK/trainers/short_trainers.py" <<PYTHON_CODE
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_conres.trainers import nnUNetTrainerConResNet
@@ -220,7 +229,7 @@ from nnunet_conres.trainers import nnUNetTrainerConResNet
 class ShortNNUNet(nnUNetTrainer):
     def initialize(self):
         super().initialize()
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 10, 2
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, ${ITERATIONS:-10}, 2
 
 
 class ShortConResNet(nnUNetTrainerConResNet):
@@ -228,7 +237,7 @@ class ShortConResNet(nnUNetTrainerConResNet):
 
     def initialize(self):
         super().initialize()
-        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 40, 2
+        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = ${ITERATIONS:-40}, 2
 PYTHON_CODE
     cat >"$WORK/experiment.yaml" <<YAML
 work: experiment
@@ -273,8 +282,8 @@ kill_a_training() {
                         printf '%s job %s %s\n' "$(date '+%F %T')" "$job" "$fold"
                         tail -n 2 "$(dirname "$lock")/../$fold"/training_log_*.txt
                     } >"$WORK/killed.txt"
-                    # as it stood just then
-                    sleep 3
+                    # as it stands when it has ended, before Snakemake has noticed
+                    wait_for 30 test ! -s "$lock" || true
                     nnunet-conres workflow "$WORK/experiment.yaml" --status >"$WORK/status_after_kill.txt" || true
                     return 0
                 fi
