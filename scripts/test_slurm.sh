@@ -283,7 +283,7 @@ kill_a_training() {
                         tail -n 2 "$(dirname "$lock")/../$fold"/training_log_*.txt
                     } >"$WORK/killed.txt"
                     # as it stands when it has ended, before Snakemake has noticed
-                    wait_for 30 test ! -s "$lock" || true
+                    wait_for 30 flock --nonblock "$lock" true || true
                     nnunet-conres workflow "$WORK/experiment.yaml" --status >"$WORK/status_after_kill.txt" || true
                     return 0
                 fi
