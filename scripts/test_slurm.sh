@@ -51,9 +51,9 @@ main() {
     STARTED+=("$killer")
     # not in the foreground: signals to this script would wait for its end
     workflow >"$WORK/workflow.log" 2>&1 &
-    local running=$!
-    STARTED+=("$running")
-    wait "$running" || status=$?
+    RUNNING=$!
+    wait "$RUNNING" || status=$?
+    RUNNING=""
     local slurm_seconds=$((SECONDS - began))
     job_table
     if [ "$status" -ne 0 ]; then
@@ -359,7 +359,12 @@ run_sequentially() {
 clean_up() {
     local status=$? pid
     set +e
-    # jobs first, which slurmd's processes hold
+    # Snakemake first, which is a child of the shell that runs the function, and cancels its jobs
+    if [ -n "${RUNNING:-}" ]; then
+        pkill -P "$RUNNING"
+        wait "$RUNNING"
+    fi
+    # then what is left of jobs, which slurmd's processes hold
     if [ "${#STARTED[@]}" -gt 1 ]; then
         scancel --user=root >/dev/null 2>&1
         sleep 2
