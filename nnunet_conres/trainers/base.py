@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_conres import __version__
+from nnunet_conres.architectures.blocks import per_stage, strided_size, triple
 from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.planning.architectures import has_auxiliary_heads
 from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
@@ -32,7 +34,7 @@ from nnunet_conres.trainers.plans import (
     paper_patch_size,
     with_configuration,
 )
-from nnunet_conres.trainers.precision import cpu_autocast, training_precision
+from nnunet_conres.trainers.precision import bfloat16_gradients_are_wrong, cpu_autocast, training_precision
 
 LATEST_CHECKPOINT = "checkpoint_latest.pth"
 CHECKPOINT_VARIABLE = "NNUNET_CONRES_CHECKPOINT_MINUTES"
@@ -91,7 +93,7 @@ class PluginTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.training_epochs
         self.checkpoint_interval_minutes = interval
-        self.training_precision = training_precision(device)  # nnU-Net writes it into debug.json, for comparisons
+        self.training_precision = self._precision(device)  # nnU-Net writes it into debug.json, for comparisons
         if self.training_lr is not None:
             self.initial_lr = self.training_lr
         if self.training_weight_decay is not None:
@@ -221,7 +223,7 @@ class PluginTrainer(nnUNetTrainer):
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        with cpu_autocast(self.device):
+        with self._autocast():
             outputs = super().train_step(batch)
         outputs |= self._loss_part_values()
         self._epoch_outputs.append(outputs)
@@ -229,10 +231,30 @@ class PluginTrainer(nnUNetTrainer):
         return outputs
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        with cpu_autocast(self.device):
+        with self._autocast():
             outputs = super().validation_step(batch)
         self._maybe_save_latest()
         return outputs | self._loss_part_values()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.training_precision == "float32" else cpu_autocast(self.device)
+
+    def _precision(self, device: torch.device) -> str:
+        precision = training_precision(device)
+        if device.type != "cpu" or precision == "float32":
+            return precision
+        arguments = self.configuration_manager.network_arch_init_kwargs
+        n_stages, depths = arguments["n_stages"], [int(self.configuration_manager.patch_size[0])]
+        for stride in per_stage("strides", arguments["strides"], n_stages)[1:]:
+            depths.append(strided_size(depths[-1:], triple(stride)[:1])[0])
+        kernels = [triple(kernel)[0] for kernel in per_stage("kernel_sizes", arguments["kernel_sizes"], n_stages)]
+        if not bfloat16_gradients_are_wrong(depths, kernels):
+            return precision
+        self.print_to_log_file(
+            f"This processor's bfloat16 convolutions are not reliable where a kernel is deeper than its input, as in "
+            f"this network (depths {depths}, kernels {kernels}): training in float32."
+        )
+        return "float32"
 
     def _loss_part_values(self) -> dict[str, np.ndarray]:
         parts = getattr(self.loss, "parts", {})  # a trainer of the user's own may have another loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,6 +20,29 @@ def cpu_has_bfloat16() -> bool:
     # releases of torch before get_capabilities know the answers under private names
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def cpu_has_amx() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in tiles (AMX)."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def bfloat16_gradients_are_wrong(depths: Sequence[int], kernel_depths: Sequence[int]) -> bool:
+    """Whether gradients of some convolution's weights may be NaN in bfloat16 on this processor.
+
+    oneDNN's kernels for AVX-512 without AMX seem to read memory that nobody has written, in a convolution whose kernel
+    is longer along the first axis than its input, and to multiply it by 0. Seen with PyTorch 2.14 and oneDNN 3.12:
+    depth 2 under kernels of 3, depth 3 and 4 under kernels of 5.
+
+    Args:
+        depths: Of the feature maps along the patch's first axis, for every stage.
+        kernel_depths: Of the kernels along that axis, for every stage.
+    """
+    if cpu_has_amx():
+        return False
+    return any(1 < depth < kernel for depth, kernel in zip(depths, kernel_depths, strict=True))
 
 
 def wants_cpu_bfloat16() -> bool:

@@ -161,7 +161,8 @@ class TestNetwork:
         network = network_class(**arguments(auxiliary_heads=False))
         network.apply(network.initialize)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = network(torch.randn(1, 2, 5, 7, 9))
+            # not smaller: some processors' gradients are wrong where a kernel is deeper than its input
+            output = network(torch.randn(1, 2, 16, 16, 16))
         output.float().sum().backward()
         assert all(torch.isfinite(p.grad).all() for p in network.parameters())
 

@@ -62,3 +62,21 @@ def test_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     assert precision.cpu_has_bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("amx", "depths", "kernels", "expected"),
+    [
+        (False, [16, 8, 4, 2], [3, 3, 3, 3], True),
+        (False, [16, 8, 4, 2], [3, 3, 3, 1], False),
+        (False, [40, 20, 10, 5], [5, 5, 5, 5], False),
+        (False, [32, 16, 8, 4], [5, 5, 5, 5], True),
+        (False, [4, 2, 1], [3, 1, 3], False),  # a single slice was never seen to fail
+        (True, [16, 8, 4, 2], [3, 3, 3, 3], False),
+    ],
+)
+def test_knows_where_gradients_are_wrong(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, depths: list[int], kernels: list[int], expected: bool
+) -> None:
+    monkeypatch.setattr(precision, "cpu_has_amx", lambda: amx)
+    assert precision.bfloat16_gradients_are_wrong(depths, kernels) is expected
