@@ -35,6 +35,7 @@ from nnunet_conres.architectures.blocks import (
     count_elements,
     crop,
     maybe_checkpoint,
+    per_stage,
 )
 from nnunet_conres.architectures.conresnet_paper import (
     PAPER_FEATURES,
@@ -43,13 +44,22 @@ from nnunet_conres.architectures.conresnet_paper import (
     check_paper_arguments,
     paper_arguments,
 )
-from nnunet_conres.architectures.context_residual import ContextResidualDecoder, ContextResidualModule
+from nnunet_conres.architectures.context_residual import (
+    ContextResidualDecoder,
+    ContextResidualModule,
+    SupervisedModule,
+)
 from nnunet_conres.architectures.frugal import frugal_norm
-from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage, listing
+from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage, listing, positive
 from nnunet_conres.residuals import inter_slice_residual
 
 RESIDUAL_INPUTS = ("decoder", "shared_encoder")
+ATTENTIONS = ("paper", "identity", "none")
 TOPOLOGIES = ("dynamic", "paper")
+
+
+class Gate(nn.Conv3d):
+    """1x1x1 convolution whose weights start at 0, so that attention through it starts as the identity."""
 
 
 class DynamicEncoder(ResidualEncoder):
@@ -97,6 +107,9 @@ class DynamicDecoder(ContextResidualDecoder):
         residual_outputs: bool,
         residual_input: str,
         slice_axis: int,
+        residual_stream: bool,
+        residual_features: Sequence[int],
+        attention: str,
     ) -> None:
         conv_op = encoder.conv_op
         transposed_conv_op = get_matching_convtransp(conv_op=conv_op)
@@ -105,53 +118,66 @@ class DynamicDecoder(ContextResidualDecoder):
         def optional(op: Any, *args: Any, kwargs: dict[str, Any] | None) -> nn.Module | None:
             return None if op is None else op(*args, **(kwargs or {}))
 
-        stages, segmentation_up, residual_up, segmentation_heads, residual_heads = [], [], [], [], []
+        stages: list[ContextResidualModule | SupervisedModule] = []
+        segmentation_up, residual_up, segmentation_heads, residual_heads = [], [], [], []
         for level in range(len(encoder.output_channels) - 1):
             below, features = encoder.output_channels[-(level + 1)], encoder.output_channels[-(level + 2)]
             stride, kernel_size = encoder.strides[-(level + 1)], encoder.kernel_sizes[-(level + 2)]
             padding = [(k - 1) // 2 for k in kernel_size]
-            starts_from_image = level == 0 and residual_input == "decoder"
 
             segmentation_up.append(transposed_conv_op(below, features, stride, stride, bias=bias))
-            residual_up.append(
-                nn.Identity() if starts_from_image else transposed_conv_op(below, features, stride, stride, bias=bias)
-            )
-            stages.append(
-                ContextResidualModule(
-                    segmentation=StackedConvBlocks(
-                        n_conv_per_stage[level],
-                        conv_op,
-                        2 * features,
-                        features,
-                        kernel_size,
-                        1,
-                        bias,
-                        encoder.norm_op,
-                        encoder.norm_op_kwargs,
-                        encoder.dropout_op,
-                        encoder.dropout_op_kwargs,
-                        encoder.nonlin,
-                        encoder.nonlin_kwargs,
-                    ),
-                    feature_residual=conv_op(features, features, 1, bias=bias),
-                    project=(
-                        conv_op(input_channels, features, kernel_size, padding=padding, bias=bias)
-                        if starts_from_image
-                        else None
-                    ),
-                    merge=PreActivationConv(
-                        conv_op(features, features, kernel_size, padding=padding, bias=bias),
-                        norm=optional(encoder.norm_op, features, kwargs=encoder.norm_op_kwargs),
-                        nonlin=optional(encoder.nonlin, kwargs=encoder.nonlin_kwargs),
-                        dropout=optional(encoder.dropout_op, kwargs=encoder.dropout_op_kwargs),
-                    ),
-                    slice_axis=slice_axis,
-                )
+            segmentation = StackedConvBlocks(
+                n_conv_per_stage[level],
+                conv_op,
+                2 * features,
+                features,
+                kernel_size,
+                1,
+                bias,
+                encoder.norm_op,
+                encoder.norm_op_kwargs,
+                encoder.dropout_op,
+                encoder.dropout_op_kwargs,
+                encoder.nonlin,
+                encoder.nonlin_kwargs,
             )
             # The heads of all levels are always built, so that a checkpoint trained with deep supervision loads for
             # prediction without it.
             segmentation_heads.append(conv_op(features, num_classes, 1, bias=True))
-            residual_heads.append(conv_op(features, num_classes, 1, bias=True))
+            if not residual_stream:
+                stages.append(SupervisedModule(segmentation))
+                residual_heads.append(conv_op(features, num_classes, 1, bias=True))
+                continue
+            starts_from_image = level == 0 and residual_input == "decoder"
+            width = residual_features[-(level + 2)]
+            # what the residual stream has below; features of the shared encoder are as wide as the segmentation's
+            width_below = below if level == 0 else residual_features[-(level + 1)]
+            residual_up.append(
+                nn.Identity()
+                if starts_from_image
+                else transposed_conv_op(width_below, width, stride, stride, bias=bias)
+            )
+            residual_heads.append(conv_op(width, num_classes, 1, bias=True))
+            stages.append(
+                ContextResidualModule(
+                    segmentation=segmentation,
+                    feature_residual=conv_op(features, width, 1, bias=bias),
+                    project=(
+                        conv_op(input_channels, width, kernel_size, padding=padding, bias=bias)
+                        if starts_from_image
+                        else None
+                    ),
+                    merge=PreActivationConv(
+                        conv_op(width, width, kernel_size, padding=padding, bias=bias),
+                        norm=optional(encoder.norm_op, width, kwargs=encoder.norm_op_kwargs),
+                        nonlin=optional(encoder.nonlin, kwargs=encoder.nonlin_kwargs),
+                        dropout=optional(encoder.dropout_op, kwargs=encoder.dropout_op_kwargs),
+                    ),
+                    slice_axis=slice_axis,
+                    gate=Gate(width, features, 1) if attention == "identity" else None,
+                    attends=attention != "none",
+                )
+            )
         super().__init__(
             stages,
             segmentation_heads,
@@ -168,6 +194,8 @@ class DynamicDecoder(ContextResidualDecoder):
     ) -> tuple[Tensor, Tensor]:
         size = skip.shape[2:]
         segmentation = torch.cat((crop(self.segmentation_up[level](segmentation), size), skip), 1)
+        if not self.residual_up:
+            return segmentation, residual
         if level == 0 and residual_skip is None:
             # averaged, not sampled: the coarsest level may be 32 times smaller than the image
             return segmentation, F.adaptive_avg_pool3d(residual, (size[0], size[1], size[2]))
@@ -217,6 +245,12 @@ class ConResNet(PlansNetwork):
             kernels and strides must be its own, norm, nonlinearity and dropout are.
         checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
             ``"decoder"``, or the ``"full"`` network. For memory; changes no result.
+        residual_stream: Whether there is a second decoder. If not, residual maps are predicted from the segmentation's
+            own features: they teach these in training, and cost nothing at prediction.
+        residual_features_per_stage: Channels of the residual stream, one number or one per stage; None for those of the
+            segmentation's. The last one is not used.
+        attention: How the residual stream S acts on the segmentation's features F: ``"paper"``, F * (1 + sigmoid(S));
+            ``"identity"``, F * 2 sigmoid(gate(S)) with a 1x1x1 convolution that starts at 0; ``"none"``, not at all.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -250,6 +284,9 @@ class ConResNet(PlansNetwork):
         slice_axis: int = 0,
         topology: str = "dynamic",
         checkpointing: str = "none",
+        residual_stream: bool = True,
+        residual_features_per_stage: int | Sequence[int] | None = None,
+        attention: str = "paper",
     ) -> None:
         super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides, checkpointing)
         if residual_input not in RESIDUAL_INPUTS:
@@ -258,13 +295,30 @@ class ConResNet(PlansNetwork):
             raise ValueError(f"topology must be one of {TOPOLOGIES}, got {topology!r}.")
         if slice_axis not in (0, 1, 2):
             raise ValueError(f"slice_axis must be 0, 1 or 2, got {slice_axis}.")
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {ATTENTIONS}, got {attention!r}.")
         self.topology = topology
         self.residual_input = residual_input
+        self.residual_stream = residual_stream
         self.slice_axis = slice_axis
+
+        residual_features = self.features
+        if residual_features_per_stage is not None:
+            residual_features = per_stage("residual_features_per_stage", residual_features_per_stage, n_stages)
+            positive("residual_features_per_stage", residual_features)
+        if topology == "paper" or residual_input == "shared_encoder":
+            _check_whole_stream(topology, residual_input, residual_stream, residual_features_per_stage)
+        if attention == "paper" and residual_stream and list(residual_features) != self.features:
+            raise ValueError(
+                f"attention 'paper' multiplies the two streams, so that both need {self.features} channels; "
+                f"residual_features_per_stage is {residual_features}. Leave it out, or use attention 'identity'."
+            )
 
         self.encoder: nn.Module
         self.decoder: ContextResidualDecoder
         if topology == "paper":
+            if attention != "paper":
+                raise ValueError(f"The paper topology has attention 'paper', got {attention!r}.")
             check_paper_arguments(self.features, self.kernel_sizes, self.strides)
             self.encoder = PaperEncoder(input_channels, checkpointing == "full")
             self.decoder = PaperDecoder(
@@ -303,6 +357,9 @@ class ConResNet(PlansNetwork):
             residual_outputs,
             residual_input,
             slice_axis,
+            residual_stream,
+            residual_features,
+            attention,
         )
         self.decoder.checkpointing = checkpointing != "none"
 
@@ -344,6 +401,8 @@ class ConResNet(PlansNetwork):
               dynamic topology; in the paper topology at full size, making [segmentation, residual, residual/2,
               residual/4].
         """
+        if not self.residual_stream:
+            return self.decoder(self.encoder(x), x, None)
         image_residual = inter_slice_residual(x, self.slice_axis)
         if self.residual_input == "decoder":
             return self.decoder(self.encoder(x), image_residual, None)
@@ -371,11 +430,33 @@ class ConResNet(PlansNetwork):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """Initialises one module as nnU-Net does: He normal; residual blocks of nnU-Net's start as the identity."""
+        """Initialises one module: He normal as in nnU-Net; gates of the attention start at 0.
+
+        nnU-Net's residual networks let their blocks start as the identity. Here all layers learn from the first step:
+        two decoders behind an encoder that does nothing yet take longer to find the first foreground.
+        """
         InitWeights_He(1e-2)(module)
-        if isinstance(module, BasicBlockD) and hasattr(module.conv2, "norm"):
-            for parameter in module.conv2.norm.parameters():
+        if isinstance(module, Gate):
+            for parameter in module.parameters():
                 nn.init.zeros_(parameter)
+
+
+def _check_whole_stream(
+    topology: str, residual_input: str, residual_stream: bool, residual_features_per_stage: int | Sequence[int] | None
+) -> None:
+    """Refuses to leave the residual stream out, or to narrow it, in forms that are defined with all of it.
+
+    Raises:
+        ValueError: If an argument asks for that.
+    """
+    form = "The paper topology" if topology == "paper" else f"residual_input {residual_input!r}"
+    if not residual_stream:
+        raise ValueError(f"{form} needs the residual stream, but residual_stream is False.")
+    if residual_features_per_stage is not None:
+        raise ValueError(
+            f"{form} has a residual stream as wide as the segmentation's, but residual_features_per_stage is "
+            f"{residual_features_per_stage}. Leave it out."
+        )
 
 
 # How the authors' names map to ours. Their module holds layers that no output depends on; those are listed by name, so

@@ -20,15 +20,20 @@ class ContextResidualModule(nn.Module):
     """What happens at one resolution of the two decoders.
 
     F = segmentation(segmentation stream), G = feature_residual(inter-slice residual of sigmoid(F)),
-    S = merge(project(residual stream) + G); the segmentation stream goes on as F * (1 + sigmoid(S)), the residual
-    stream as S.
+    S = merge(project(residual stream) + G); the residual stream goes on as S, the segmentation stream as
+
+    - F * (1 + sigmoid(S)), attention as the paper has it, where ``gate`` is None;
+    - F * 2 sigmoid(gate(S)) otherwise, which is F itself as long as the gate's weights are 0;
+    - F where ``attends`` is False.
 
     Args:
         segmentation: Maps the segmentation stream (with its skip) to F.
-        feature_residual: 1x1x1 convolution that keeps the channels of F.
-        project: Maps the residual stream to the channels of F, or None where it has them.
+        feature_residual: 1x1x1 convolution from the channels of F to those of the residual stream.
+        project: Maps the residual stream to the channels of S, or None where it has them.
         merge: Maps S + G to S.
         slice_axis: Spatial axis along which slices follow each other.
+        gate: 1x1x1 convolution from the channels of S to those of F, or None where they are as many.
+        attends: Whether the residual stream acts on the segmentation stream at all.
 
     Source: Zhang et al. 2021, section III-C and figure 3.
     """
@@ -40,6 +45,8 @@ class ContextResidualModule(nn.Module):
         project: nn.Module | None,
         merge: nn.Module,
         slice_axis: int,
+        gate: nn.Module | None = None,
+        attends: bool = True,
     ) -> None:
         super().__init__()
         self.segmentation = segmentation
@@ -47,6 +54,8 @@ class ContextResidualModule(nn.Module):
         self.project = project
         self.merge = merge
         self.slice_axis = slice_axis
+        self.gate = gate
+        self.attends = attends
 
     def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Takes and returns the two streams, (B, C, X, Y, Z) each, of one spatial size."""
@@ -55,14 +64,38 @@ class ContextResidualModule(nn.Module):
             residual = self.project(residual)
         # in one expression, which leaves no name behind that would keep what is in between
         residual = self.merge(residual + self.feature_residual(residual_of_sigmoid(features, self.slice_axis)))
-        return attend(features, residual), residual
+        if not self.attends:
+            return features, residual
+        if self.gate is None:
+            return attend(features, residual), residual
+        return attend(features, self.gate(residual), start=0, gain=2), residual
 
     def compute_conv_feature_map_size(self, size: Sequence[int]) -> np.int64:
         """Number of output elements of the module's convolutions, as nnU-Net's planner counts them."""
         parts = [self.segmentation, self.feature_residual, self.merge]
-        if self.project is not None:
-            parts.append(self.project)
+        parts += [part for part in (self.project, self.gate) if part is not None]
         return sum((count_elements(part, size) for part in parts), start=np.int64(0))
+
+
+class SupervisedModule(nn.Module):
+    """A decoder level without a residual stream: residual maps are predicted from the segmentation's features.
+
+    Args:
+        segmentation: Maps the segmentation stream (with its skip) to F.
+    """
+
+    def __init__(self, segmentation: nn.Module) -> None:
+        super().__init__()
+        self.segmentation = segmentation
+
+    def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the segmentation stream, (B, C, X, Y, Z); returns its features twice, for either kind of head."""
+        features = self.segmentation(segmentation)
+        return features, features
+
+    def compute_conv_feature_map_size(self, size: Sequence[int]) -> np.int64:
+        """Number of output elements of the module's convolutions, as nnU-Net's planner counts them."""
+        return count_elements(self.segmentation, size)
 
 
 class _Heads(nn.Module):
@@ -96,7 +129,7 @@ class ContextResidualDecoder(nn.Module):
 
     def __init__(
         self,
-        stages: Sequence[ContextResidualModule],
+        stages: Sequence[ContextResidualModule | SupervisedModule],
         segmentation_heads: Sequence[nn.Module],
         residual_heads: Sequence[nn.Module],
         deep_supervision: bool,

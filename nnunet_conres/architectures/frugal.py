@@ -40,16 +40,26 @@ class _ResidualOfSigmoid(torch.autograd.Function):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, residual: Tensor) -> Tensor:
+    def forward(ctx: Any, features: Tensor, residual: Tensor, start: float, gain: float) -> Tensor:
         ctx.save_for_backward(features, residual)
-        return torch.sigmoid(residual).add_(1).mul_(features)
+        ctx.start, ctx.gain = start, gain
+        return _attention(torch.sigmoid(residual), start, gain).mul_(features)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         features, residual = ctx.saved_tensors
         attention = torch.sigmoid(residual)
         of_residual = torch.addcmul(attention, attention, attention, value=-1).mul_(features).mul_(gradient)
-        return attention.add_(1).mul_(gradient), of_residual
+        if ctx.gain != 1:
+            of_residual.mul_(ctx.gain)
+        return _attention(attention, ctx.start, ctx.gain).mul_(gradient), of_residual, None, None
+
+
+def _attention(sigmoid: Tensor, start: float, gain: float) -> Tensor:
+    """``start + gain * sigmoid``, in place of the sigmoid."""
+    if gain != 1:
+        sigmoid.mul_(gain)
+    return sigmoid.add_(start) if start else sigmoid
 
 
 class _GroupNormReLU(torch.autograd.Function):
@@ -173,12 +183,14 @@ def residual_of_sigmoid(features: Tensor, slice_axis: int) -> Tensor:
     return _ResidualOfSigmoid.apply(features, slice_axis)
 
 
-def attend(features: Tensor, residual: Tensor) -> Tensor:
-    """``features * (1 + torch.sigmoid(residual))``, keeping only the two for backward.
+def attend(features: Tensor, residual: Tensor, start: float = 1, gain: float = 1) -> Tensor:
+    """``features * (start + gain * torch.sigmoid(residual))``, keeping only the two for backward.
 
     Args:
         features: (B, C, X, Y, Z), floating.
         residual: Same shape and type.
+        start: Factor where the sigmoid is 0.
+        gain: What the sigmoid adds to it at the most. The paper has 1 + sigmoid; 2 sigmoid is 1 where ``residual`` is.
 
     Returns:
         Tensor of the same shape and type.
@@ -186,5 +198,5 @@ def attend(features: Tensor, residual: Tensor) -> Tensor:
     Source: Zhang et al. 2021, equation of the context residual module in section III-C.
     """
     if features.dtype != residual.dtype:
-        return features * (1 + torch.sigmoid(residual))
-    return _Attend.apply(features, residual)
+        return features * (start + gain * torch.sigmoid(residual))
+    return _Attend.apply(features, residual, start, gain)

@@ -333,6 +333,8 @@ class ConResNetNetwork(Network):
     def __init__(self, step: TrainingStep, ledger: Ledger) -> None:
         super().__init__(step, ledger)
         self.shares_encoder = self.arguments.get("residual_input", "decoder") == "shared_encoder"
+        self.has_stream = bool(self.arguments.get("residual_stream", True))
+        self.attention = self.arguments.get("attention", "paper")
 
     def encode(self, x: Sized) -> list[Sized]:
         """Features of all stages, full resolution first."""
@@ -357,8 +359,10 @@ class ConResNetNetwork(Network):
 
     def forward(self, image: Sized) -> list[Sized]:
         ledger = self.ledger
-        with ledger.within(self.parts[0]):
-            residual = self._image_residual(image)
+        residual = image
+        if self.has_stream:
+            with ledger.within(self.parts[0]):
+                residual = self._image_residual(image)
         residual_skips: list[Sized] | None = None
         if self.shares_encoder:
             doubled = ledger.cat(image, residual)
@@ -406,7 +410,14 @@ class ConResNetNetwork(Network):
         return residual
 
     def context_residual(
-        self, segmentation: Sized, residual: Sized, convolve: Any, feature_residual: Any, project: Any, merge: Any
+        self,
+        segmentation: Sized,
+        residual: Sized,
+        convolve: Any,
+        feature_residual: Any,
+        project: Any,
+        merge: Any,
+        gate: Any = None,
     ) -> tuple[Sized, Sized]:
         """`context_residual.ContextResidualModule`."""
         ledger = self.ledger
@@ -414,7 +425,9 @@ class ConResNetNetwork(Network):
         if project is not None:
             residual = project(residual)
         residual = merge(ledger.add(residual, feature_residual(self._residual_of_sigmoid(features))))
-        return self._attend(features, residual), residual
+        if self.attention == "none":
+            return features, residual
+        return self._attend(features, residual if gate is None else gate(residual)), residual
 
     def _residual_of_sigmoid(self, x: Sized) -> Sized:
         sigmoid = self.ledger.storage(x.nbytes)
@@ -451,7 +464,9 @@ class DynamicConResNet(ConResNetNetwork):
                 in_channels = features[stage]
             self.stages.append(Chain(chain))
         counts = per_stage("n_conv_per_stage_decoder", arguments.get("n_conv_per_stage_decoder", 1), n_stages - 1)
-        self.modules = []
+        given = arguments.get("residual_features_per_stage")
+        residual_features = features if given is None else per_stage("residual_features_per_stage", given, n_stages)
+        self.modules: list[tuple[Any, ...]] = []
         self.segmentation_heads, self.residual_heads = [], []
         for level, n_conv in enumerate(counts):
             stage = n_stages - 2 - level
@@ -461,22 +476,28 @@ class DynamicConResNet(ConResNetNetwork):
                 self.strides[stage + 1],
                 self.kernels[stage],
             )
-            from_image = level == 0 and not self.shares_encoder
             up = Convolution(self, below, channels, stride, stride, bias)
-            residual_up = None if from_image else Convolution(self, below, channels, stride, stride, bias)
             convolve = Chain(
                 [
                     ConvNormNonlinearity(self, 2 * channels if n == 0 else channels, channels, kernel)
                     for n in range(n_conv)
                 ]
             )
-            feature_residual = Convolution(self, channels, channels, (1, 1, 1), bias=bias)
-            project = Convolution(self, self.input_channels, channels, kernel, bias=bias) if from_image else None
-            conv = Convolution(self, channels, channels, kernel, bias=bias)
-            merge = Chain([Norm(self, channels), Nonlinearity(self, channels), conv])
-            self.modules.append((up, residual_up, convolve, feature_residual, project, merge))
             self.segmentation_heads.append(Convolution(self, channels, self.classes, (1, 1, 1), bias=True))
-            self.residual_heads.append(Convolution(self, channels, self.classes, (1, 1, 1), bias=True))
+            width = residual_features[stage] if self.has_stream else channels
+            self.residual_heads.append(Convolution(self, width, self.classes, (1, 1, 1), bias=True))
+            if not self.has_stream:
+                self.modules.append((up, None, convolve))
+                continue
+            from_image = level == 0 and not self.shares_encoder
+            width_below = below if level == 0 else residual_features[stage + 1]
+            residual_up = None if from_image else Convolution(self, width_below, width, stride, stride, bias)
+            feature_residual = Convolution(self, channels, width, (1, 1, 1), bias=bias)
+            project = Convolution(self, self.input_channels, width, kernel, bias=bias) if from_image else None
+            conv = Convolution(self, width, width, kernel, bias=bias)
+            merge = Chain([Norm(self, width), Nonlinearity(self, width), conv])
+            gate = Convolution(self, width, channels, (1, 1, 1), bias=True) if self.attention == "identity" else None
+            self.modules.append((up, residual_up, convolve, feature_residual, project, merge, gate))
 
     def _basic_block(self, in_channels: int, channels: int, kernel: Size, stride: Size) -> Any:
         ledger = self.ledger
@@ -505,14 +526,17 @@ class DynamicConResNet(ConResNetNetwork):
 
     def level(self, level: int, segmentation: Sized, residual: Sized, skip: Sized, residual_skip: Sized | None) -> Any:
         ledger = self.ledger
-        up, residual_up, convolve, feature_residual, project, merge = self.modules[level]
+        up, residual_up, convolve, *of_stream = self.modules[level]
         segmentation = ledger.cat(ledger.crop(up.transposed(segmentation), skip.size), skip)
+        if not of_stream:
+            features = convolve(segmentation)
+            return features, features
         if residual_up is None:
             residual = ledger.tensor((*residual.shape[:2], *skip.size), residual.itemsize)
         else:
             residual = ledger.crop(residual_up.transposed(residual), skip.size)
             residual = residual if residual_skip is None else ledger.add(residual, residual_skip)
-        return self.context_residual(segmentation, residual, convolve, feature_residual, project, merge)
+        return self.context_residual(segmentation, residual, convolve, *of_stream)
 
 
 class PaperConResNet(ConResNetNetwork):

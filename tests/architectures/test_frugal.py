@@ -67,6 +67,11 @@ class TestAttend:
         assert torch.autograd.gradcheck(attend, (features, residual))
         torch.testing.assert_close(attend(features, residual), features * (1 + torch.sigmoid(residual)))
 
+    def test_gradient_of_another_start_and_gain(self) -> None:
+        features, residual = leaf(2, 3, 3, 4, 5), leaf(2, 3, 3, 4, 5, seed=1)
+        assert torch.autograd.gradcheck(lambda f, r: attend(f, r, 0, 2), (features, residual))
+        torch.testing.assert_close(attend(features, residual, 0, 2), features * 2 * torch.sigmoid(residual))
+
     def test_of_two_types(self) -> None:
         output = attend(leaf(1, 2, 3, 4, 5, dtype=torch.bfloat16), leaf(1, 2, 3, 4, 5, dtype=torch.float32))
         assert output.dtype == torch.float32

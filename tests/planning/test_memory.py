@@ -27,9 +27,27 @@ ANISOTROPIC = ([[1, 1, 1], [1, 2, 2], [2, 2, 2]], [[1, 3, 3], [3, 3, 3], [3, 3, 
 TWO_STAGES = ([[1, 1, 1], [2, 2, 2]], [[3, 3, 3]] * 2, [16, 32])
 SIX_STAGES = ([[1, 1, 1], *[[2, 2, 2]] * 5], [[3, 3, 3]] * 6, [16, 32, 64, 128, 160, 160])
 
+
+def conresnet_with(**arguments: Any) -> Callable[[ConfigurationManager], dict[str, Any]]:
+    """ConResNet of a configuration with other arguments than the trainer's own."""
+
+    def architecture(plans: ConfigurationManager) -> dict[str, Any]:
+        entry = architectures.conresnet_architecture(plans)
+        entry["arch_kwargs"] |= arguments
+        return entry
+
+    return architecture
+
+
 FAMILIES: dict[str, Callable[[ConfigurationManager], dict[str, Any]]] = {
     "conresnet": architectures.conresnet_architecture,
     "shared_encoder": lambda plans: architectures.conresnet_architecture(plans, "shared_encoder"),
+    "whole_stream": conresnet_with(
+        residual_stream=True, residual_features_per_stage=None, attention="paper", n_conv_per_stage_decoder=1
+    ),
+    "no_stream": conresnet_with(residual_stream=False),
+    "narrow_identity": conresnet_with(residual_stream=True, residual_features_per_stage=8, attention="identity"),
+    "narrow_none": conresnet_with(residual_stream=True, residual_features_per_stage=8, attention="none"),
     "conresnet_paper": architectures.conresnet_paper_architecture,
     "vnet": architectures.vnet_architecture,
     "vnet_paper": architectures.vnet_paper_architecture,
@@ -87,6 +105,14 @@ PLANS = [
     step("conresnet", checkpointing="decoder"),
     step("shared_encoder", ANISOTROPIC, device="cuda"),
     step("shared_encoder", checkpointing="full"),
+    step("whole_stream"),
+    step("whole_stream", ANISOTROPIC, checkpointing="decoder", device="cuda"),
+    step("no_stream"),
+    step("no_stream", ANISOTROPIC, checkpointing="full", input_channels=4, has_regions=True, device="cuda"),
+    step("narrow_identity"),
+    step("narrow_identity", ANISOTROPIC, checkpointing="decoder", device="cuda"),
+    step("narrow_none", mixed_precision=False),
+    step("narrow_none", device="cuda"),
     step("conresnet_paper", input_channels=4, has_regions=True, optimizer="adam"),
     step("conresnet_paper", checkpointing="decoder", device="cuda"),
     step("conresnet_paper", checkpointing="full", input_channels=4, has_regions=True, device="cuda", batch_size=1),

@@ -1,0 +1,77 @@
+"""Plans of the study's networks: one plans file each, on the same preprocessed data, patch and batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from copy import deepcopy
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from recipe import STOCK
+
+
+def plans_name(network: str) -> str:
+    """Name of the plans of a network of runs.yaml."""
+    return f"study_{network}"
+
+
+def prepare_plans(study: dict[str, Any]) -> Path:
+    """Writes the plans of all networks beside the stock plans that they are made from; those that are there stay.
+
+    Stock plans and preprocessed data are made by nnU-Net's commands where they are missing.
+
+    Returns:
+        nnU-Net's folder of the preprocessed data set.
+
+    Raises:
+        RuntimeError: If plans of such a name are there and differ, or there is no such data set.
+    """
+    protocol = study["protocol"]
+    number, configuration = protocol["dataset"], protocol["configuration"]
+    found = sorted(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{number:03d}_*"))
+    if len(found) != 1:
+        raise RuntimeError(f"nnUNet_raw holds {len(found)} data sets {number}; expected one, in nnU-Net's raw format.")
+    folder = Path(os.environ["nnUNet_preprocessed"]) / found[0].name
+    if not (folder / f"{protocol['plans']}.json").is_file():
+        subprocess.run(["nnUNetv2_plan_and_preprocess", "-d", str(number), "-c", configuration], check=True)
+    for planner in {entry["planner"] for entry in study["networks"].values() if "planner" in entry}:
+        if not (folder / f"{study['planners'][planner]}.json").is_file():
+            subprocess.run(["nnUNetv2_plan_experiment", "-d", str(number), "-pl", planner], check=True)
+    for network, entry in study["networks"].items():
+        plans = plans_of(study, network, entry, folder)
+        file = folder / f"{plans['plans_name']}.json"
+        if file.is_file() and json.loads(file.read_text()) != plans:
+            raise RuntimeError(f"{file} is there and differs from what runs.yaml asks for: rename the network.")
+        if not file.is_file():
+            file.write_text(json.dumps(plans, indent=4) + "\n")
+    return folder
+
+
+def plans_of(study: dict[str, Any], network: str, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Plans of one network: stock plans of its planner, with the protocol's data, patch and batch.
+
+    Args:
+        study: Content of runs.yaml.
+        network: Name of the network.
+        entry: What runs.yaml says of it.
+        folder: nnU-Net's folder of the preprocessed data set.
+    """
+    protocol = study["protocol"]
+    configuration = protocol["configuration"]
+    source = study["planners"][entry["planner"]] if "planner" in entry else protocol["plans"]
+    plans = json.loads((folder / f"{source}.json").read_text())
+    stock = json.loads((folder / f"{protocol['plans']}.json").read_text())["configurations"][configuration]
+    plans["plans_name"] = plans_name(network)
+    settings = plans["configurations"][configuration]
+    settings |= {key: stock[key] for key in ("data_identifier", "patch_size")}
+    settings["batch_size"] = protocol["batch_size"]
+    trainer = entry.get("trainer", STOCK)
+    if trainer != STOCK:
+        maker = getattr(import_module("nnunet_conres.trainers"), trainer)
+        settings["architecture"] = deepcopy(maker.architecture(PlansManager(plans).get_configuration(configuration)))
+    settings["architecture"]["arch_kwargs"] |= entry.get("architecture", {})
+    return plans

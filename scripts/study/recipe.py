@@ -1,0 +1,176 @@
+"""What all trainings of the study have in common.
+
+All of them, nnU-Net's own trainer among them, take the same precision, epoch length and augmentation; with the same
+seed and one worker process they see the same batches, so that networks are compared on equal terms.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_conres.trainers.precision import cpu_autocast, training_precision
+
+STOCK = "nnUNetTrainer"
+
+
+class SeededTransform(BasicTransform):
+    """A pipeline that draws from the same random numbers in every training.
+
+    Reseeding with each sample also settles what the data loader draws for the next one.
+
+    Args:
+        pipeline: What to apply.
+        seed: Where the random numbers start.
+        samples: How many samples went before, in a training that is continued.
+    """
+
+    def __init__(self, pipeline: BasicTransform, seed: int, samples: int) -> None:
+        super().__init__()
+        self.pipeline = pipeline
+        self.seed = seed
+        self.samples = samples
+
+    def __call__(self, **sample: Any) -> dict[str, Any]:
+        self.samples += 1
+        state = np.random.SeedSequence((self.seed, self.samples)).generate_state(1)[0]
+        np.random.seed(state)
+        torch.manual_seed(int(state))
+        return self.pipeline(**sample)
+
+
+class StudyRecipe:  # mixed into a subclass of nnUNetTrainer, which has what super() is asked for
+    """Mixed into a trainer: length, seed, no mirroring.
+
+    Attributes:
+        study_epochs: Number of epochs.
+        study_iterations: Training iterations of an epoch.
+        study_validation_iterations: Validation iterations of an epoch; they choose nothing.
+        study_seed: Of initial weights, patches and augmentation.
+        study_optimizer: "sgd", nnU-Net's own, or "adamw", with warm-up over the first tenth of the iterations.
+        study_lr: Learning rate; None for the trainer's own.
+    """
+
+    study_epochs = 10
+    study_iterations = 100
+    study_validation_iterations = 10
+    study_seed = 0
+    study_optimizer = "sgd"
+    study_lr: float | None = None
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's own signature)
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.study_epochs
+        self.num_iterations_per_epoch = self._full_epoch_iterations = self.study_iterations
+        self.num_val_iterations_per_epoch = self.study_validation_iterations
+        self.save_every = 1
+        if self.study_lr is not None:
+            self.initial_lr = self.study_lr
+
+    def initialize(self) -> None:
+        if not self.was_initialized:
+            torch.manual_seed(self.study_seed)
+            np.random.seed(self.study_seed)
+        super().initialize()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        if self.study_optimizer == "sgd":
+            return super().configure_optimizers()
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, WarmUpPolyLR(optimizer, self.initial_lr, self.num_epochs, self.num_epochs // 10)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802
+        rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.inference_allowed_mirroring_axes = None
+        return rotation, dummy_2d, initial_patch_size, None
+
+    def on_train_start(self) -> None:
+        # nnU-Net takes all cores of a CPU, however many trainings share it
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+        super().on_train_start()
+
+    # nnU-Net calls these static methods on the instance
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
+        samples = self.current_epoch * self.num_iterations_per_epoch * self.batch_size
+        return SeededTransform(super().get_training_transforms(*args, **kwargs), self.study_seed, samples)
+
+    def get_validation_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
+        samples = self.current_epoch * self.num_val_iterations_per_epoch * self.batch_size
+        return SeededTransform(super().get_validation_transforms(*args, **kwargs), self.study_seed, samples)
+
+
+class WarmUpPolyLR(PolyLRScheduler):
+    """nnU-Net's schedule behind epochs in which the rate rises linearly."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, epochs: int, warm_up: int) -> None:
+        self.warm_up = warm_up
+        super().__init__(optimizer, initial_lr, epochs)
+
+    def step(self, current_step: int | None = None) -> None:
+        super().step(current_step)
+        if current_step is not None and 0 <= current_step < self.warm_up:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.initial_lr * (current_step + 1) / (self.warm_up + 1)
+
+
+class StudyStockTrainer(StudyRecipe, nnUNetTrainer):
+    """nnU-Net's own trainer, with bfloat16 steps on a CPU that has them in hardware, as this package's trainers."""
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's own signature)
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.training_precision = training_precision(self.device)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        with cpu_autocast(self.device):
+            return super().train_step(batch)
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        with cpu_autocast(self.device):
+            return super().validation_step(batch)
+
+
+def study_trainer(name: str, module: str, network: Mapping[str, Any], iterations: int, seed: int) -> type:
+    """The trainer of a run.
+
+    Args:
+        name: What the class is called; nnU-Net's results are named after it.
+        module: Name of the module that defines it, by which it is pickled.
+        network: Entry of the network in runs.yaml.
+        iterations: How long to train.
+        seed: Of initial weights, patches and augmentation.
+    """
+    attributes = {
+        "__module__": module,
+        "__doc__": f"{iterations} iterations, seed {seed}.",
+        "study_epochs": iterations // StudyRecipe.study_iterations,
+        "study_seed": seed,
+        **network.get("trainer_attributes", {}),
+    }
+    if "residual_loss" in network:
+        attributes["residual_loss"] = getattr(import_module("candidates"), network["residual_loss"])
+    trainer = network.get("trainer", STOCK)
+    if trainer == STOCK:
+        return type(name, (StudyStockTrainer,), attributes)
+    return type(name, (StudyRecipe, getattr(import_module("nnunet_conres.trainers"), trainer)), attributes)

@@ -1,0 +1,119 @@
+"""The list of runs, and a stage of it as a configuration of `nnunet-conres workflow`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from recipe import StudyRecipe
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a stage, on each of the stage's folds.
+
+    Attributes:
+        network: Name in runs.yaml.
+        iterations: Training steps.
+        seed: Of initial weights, patches and augmentation.
+    """
+
+    network: str
+    iterations: int
+    seed: int
+
+    @property
+    def trainer(self) -> str:
+        return f"nnUNetTrainerStudy_{self.network}_{self.iterations}it_seed{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return f"{self.network}-{self.iterations}-seed{self.seed}"
+
+
+def read_study() -> dict[str, Any]:
+    """Content of runs.yaml.
+
+    Raises:
+        ValueError: If a stage has a run of a network that is not described, or of a length that is no whole epochs.
+    """
+    study = yaml.safe_load((HERE / "runs.yaml").read_text(encoding="utf-8"))
+    for stage in study["stages"]:
+        for run in runs_of(study, stage):
+            if run.network not in study["networks"]:
+                raise ValueError(f"Stage {stage}: no network {run.network}; expected {', '.join(study['networks'])}.")
+            if run.iterations % StudyRecipe.study_iterations:
+                raise ValueError(f"Stage {stage}: {run.iterations} iterations are no whole number of epochs.")
+    return study
+
+
+def runs_of(study: dict[str, Any], stage: str) -> list[Run]:
+    """The runs of a stage, the baseline first."""
+    entry = study["stages"][stage]
+    runs = []
+    for given in entry["runs"]:
+        given = {"network": given} if isinstance(given, str) else given
+        for seed in entry.get("seeds", [0]):
+            runs.append(Run(given["network"], given.get("iterations", entry["iterations"]), given.get("seed", seed)))
+    return runs
+
+
+def write_stage(study: dict[str, Any], stage: str, work: Path, device: str, threads: int) -> Path:
+    """Writes the trainers of a stage, a module each, and the configuration of its workflow.
+
+    Args:
+        study: Content of runs.yaml.
+        stage: Which stage.
+        work: Folder for all files of the study.
+        device: Where to train.
+        threads: Of a training on a CPU.
+
+    Returns:
+        The configuration.
+    """
+    from plans import plans_name
+
+    protocol, runs = study["protocol"], runs_of(study, stage)
+    trainers = work / "trainers"
+    trainers.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        # The workflow trains anew where this text has changed: it says all that makes the run what it is.
+        text = (
+            f"from recipe import study_trainer\n\n{run.trainer} = study_trainer(\n    {run.trainer!r}, __name__, "
+            f"{study['networks'][run.network]!r}, {run.iterations}, {run.seed}\n)\n"
+        )
+        file = trainers / f"{run.trainer}.py"
+        if not file.is_file() or file.read_text() != text:
+            file.write_text(text)
+    config = {
+        "work": str(work / stage),
+        "data": {"id": protocol["dataset"]},
+        "models": {
+            run.name: {
+                "trainer": run.trainer,
+                "plans": plans_name(run.network),
+                "configuration": protocol["configuration"],
+            }
+            for run in runs
+        },
+        "plans": {plans_name(run.network): {"planner": "none"} for run in runs},
+        "folds": study["stages"][stage]["folds"],
+        "ensembles": "none",
+        "device": device,
+        "environment": {
+            "nnUNet_extTrainer": str(trainers),
+            "PYTHONPATH": str(HERE),
+            # one worker, so that the order of the batches is settled
+            "nnUNet_n_proc_DA": 1,
+            "OMP_NUM_THREADS": threads,
+        },
+        "resources": {"default": {"cpus": 2, "memory_gb": 4, "minutes": 60}, "train": {"cpus": threads}},
+    }
+    file = work / f"{stage}.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    return file

@@ -1,0 +1,103 @@
+"""The study behind docs/results.md: trains what is missing of a stage of runs.yaml, compares, and writes the tables.
+
+    python scripts/study/study.py run screen --work STUDY            # preprocess, train, compare; can be interrupted
+    python scripts/study/study.py steps --work STUDY                 # time of a training step, on a quiet machine
+    python scripts/study/study.py table                              # docs/results.md from scripts/study/results
+
+nnUNet_raw, nnUNet_preprocessed and nnUNet_results must be set, and the data set of the protocol be in nnUNet_raw. What
+trains is `nnunet-conres workflow`; its options (--dry-run, --profile slurm, ...) can be given behind --.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+DOCUMENT = HERE.parents[1] / "docs" / "results.md"
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,steps,table}")
+    run = commands.add_parser("run", help="train what is missing of a stage, and compare")
+    run.add_argument("stage", help="a stage of runs.yaml")
+    run.add_argument("options", nargs="*", help="options of nnunet-conres workflow, behind --")
+    steps = commands.add_parser("steps", help="measure the time of a training step of each network")
+    steps.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all)")
+    steps.add_argument("--rounds", type=int, default=9, help="steps of each network, in turns (default: %(default)s)")
+    for command in (run, steps):
+        command.add_argument("--work", type=Path, default=Path("study"), help="folder for files (default: %(default)s)")
+        command.add_argument("-device", default="cpu", help="(default: %(default)s)")
+        command.add_argument("--threads", type=int, default=2, help="of a CPU training (default: %(default)s)")
+    commands.add_parser("table", help="write the tables of docs/results.md")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed = parse_arguments(arguments)
+    from runs import read_study
+
+    study = read_study()
+    if parsed.command == "table":
+        from tables import write_tables
+
+        write_tables(study, RESULTS, DOCUMENT)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", str(parsed.threads))
+    if parsed.command == "steps":
+        _steps(study, parsed)
+        return
+    if parsed.stage not in study["stages"]:
+        sys.exit(f"error: runs.yaml has no stage {parsed.stage}; it has {', '.join(study['stages'])}")
+    _run(study, parsed)
+
+
+def _run(study: dict[str, Any], parsed: argparse.Namespace) -> None:
+    from plans import prepare_plans
+    from runs import write_stage
+
+    work = parsed.work.resolve()
+    prepare_plans(study)
+    config = write_stage(study, parsed.stage, work, parsed.device, parsed.threads)
+    command = [sys.executable, "-m", "nnunet_conres.cli", "workflow", str(config), *parsed.options]
+    code = subprocess.run(command, check=False).returncode
+    report = work / parsed.stage / "report" / "folds" / "report.json"
+    if code == 0 and report.is_file():
+        from tables import save_results
+
+        save_results(study, parsed.stage, json.loads(report.read_text()), RESULTS / f"{parsed.stage}.json")
+    sys.exit(code)
+
+
+def _steps(study: dict[str, Any], parsed: argparse.Namespace) -> None:
+    from plans import prepare_plans
+    from steps import measure
+
+    folder = prepare_plans(study)
+    networks = parsed.networks or list(study["networks"])
+    times = measure(study, networks, folder, parsed.device, parsed.threads, parsed.rounds, parsed.work.resolve())
+    medians = {network: statistics.median(seconds) for network, seconds in times.items()}
+    baseline = medians[networks[0]]
+    for network, seconds in medians.items():
+        print(f"{network:24} {1000 * seconds:7.0f} ms  {seconds / baseline:.2f}")
+    file = RESULTS / "steps.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    known |= {
+        network: {"ms": round(1000 * seconds, 1), "ratio": round(seconds / baseline, 3), "baseline": networks[0]}
+        for network, seconds in medians.items()
+    }
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
