@@ -39,7 +39,15 @@ _IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 
 # What the constructors do with an argument that is left out. These never change: an argument missing in plans that name
 # one of our networks means what it meant when they were written. A better default goes into the functions below.
-_CONSTRUCTOR_DEFAULTS = {"residual_input": "decoder", "slice_axis": 0, "topology": "dynamic", "checkpointing": "none"}
+_CONSTRUCTOR_DEFAULTS = {
+    "residual_input": "decoder",
+    "slice_axis": 0,
+    "topology": "dynamic",
+    "checkpointing": "none",
+    "residual_stream": True,
+    "residual_features_per_stage": None,
+    "attention": "paper",
+}
 _NO_LAYERS = {
     "norm_op": None,
     "norm_op_kwargs": None,

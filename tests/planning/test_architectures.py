@@ -67,6 +67,9 @@ class TestConResNetArchitecture:
             "slice_axis": 0,
             "topology": "dynamic",
             "checkpointing": "none",
+            "residual_stream": True,
+            "residual_features_per_stage": None,
+            "attention": "paper",
         }
 
     def test_takes_the_blocks_of_residual_encoder_plans(self) -> None:
