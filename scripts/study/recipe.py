@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+from dynamic_network_architectures.initialization.weight_init import init_last_bn_before_add_to_0
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -57,6 +59,7 @@ class StudyRecipe:  # mixed into a subclass of nnUNetTrainer, which has what sup
         study_seed: Of initial weights, patches and augmentation.
         study_optimizer: "sgd", nnU-Net's own, or "adamw", with warm-up over the first tenth of the iterations.
         study_lr: Learning rate; None for the trainer's own.
+        study_identity_blocks: Whether residual blocks start as the identity, as in nnU-Net's residual networks.
     """
 
     study_epochs = 10
@@ -65,6 +68,7 @@ class StudyRecipe:  # mixed into a subclass of nnUNetTrainer, which has what sup
     study_seed = 0
     study_optimizer = "sgd"
     study_lr: float | None = None
+    study_identity_blocks = False
 
     def __init__(
         self,
@@ -87,6 +91,10 @@ class StudyRecipe:  # mixed into a subclass of nnUNetTrainer, which has what sup
             torch.manual_seed(self.study_seed)
             np.random.seed(self.study_seed)
         super().initialize()
+        if self.study_identity_blocks:
+            for module in self.network.modules():
+                if isinstance(module, BasicBlockD):
+                    init_last_bn_before_add_to_0(module)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         if self.study_optimizer == "sgd":

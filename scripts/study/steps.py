@@ -1,15 +1,19 @@
-"""Time of a training step of each network: whole steps of its trainer, with loss and optimiser, on a made-up batch."""
+"""Steps of each network's trainer: how long they take, and how fast the loss falls at the start."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from plans import plans_name
+from recipe import study_trainer
 
 
 def measure(
@@ -26,22 +30,9 @@ def measure(
         rounds: Steps of each network.
         work: Folder for what the trainers write.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=work) as results:
-        os.environ["nnUNet_results"] = results  # trainers make a folder there
-        from plans import plans_name
-        from recipe import study_trainer
-
-        torch.set_num_threads(threads)
-        dataset_json = json.loads((folder / "dataset.json").read_text())
-        trainers = {}
-        for network in networks:
-            trainer_class = study_trainer(f"nnUNetTrainerSteps_{network}", __name__, study["networks"][network], 100, 0)
-            plans = json.loads((folder / f"{plans_name(network)}.json").read_text()) | {"continue_training": False}
-            trainer = trainer_class(plans, study["protocol"]["configuration"], 0, dataset_json, torch.device(device))
-            trainer.initialize()
-            trainer.network.train()
-            trainers[network] = trainer
+    torch.set_num_threads(threads)
+    with _results_in(work):
+        trainers = {network: _trainer(study, network, folder, device, 1000) for network in networks}
         batches = {network: _batch(trainer) for network, trainer in trainers.items()}
         times: dict[str, list[float]] = {network: [] for network in networks}
         for number in range(rounds + 2):
@@ -53,6 +44,61 @@ def measure(
                 if number >= 2:
                     times[network].append(time.perf_counter() - begun)
     return times
+
+
+def begin(
+    study: dict[str, Any], networks: list[str], folder: Path, device: str, threads: int, iterations: int, work: Path
+) -> dict[str, list[float]]:
+    """Segmentation loss of the first iterations of fold 0 by network, as in a run of 1,000 iterations and seed 0.
+
+    Args:
+        study: Content of runs.yaml.
+        networks: Names of the networks.
+        folder: nnU-Net's folder of the preprocessed data set, with the plans.
+        device: Where to train.
+        threads: On a CPU.
+        iterations: How many.
+        work: Folder for what the trainers write.
+    """
+    losses: dict[str, list[float]] = {}
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # what the recipe goes by
+    with _results_in(work):
+        for network in networks:
+            trainer = _trainer(study, network, folder, device, 1000)
+            trainer.on_train_start()
+            trainer.on_epoch_start()
+            trainer.on_train_epoch_start()
+            outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(iterations)]
+            losses[network] = [float(output.get("segmentation_loss", output["loss"])) for output in outputs]
+            trainer.dataloader_train._finish()
+            trainer.dataloader_val._finish()
+    return losses
+
+
+@contextlib.contextmanager
+def _results_in(work: Path) -> Iterator[None]:
+    """Trainers make a folder in nnUNet_results, here one that is removed again."""
+    work.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("nnUNet_results")
+    with tempfile.TemporaryDirectory(dir=work) as results:
+        os.environ["nnUNet_results"] = results  # looked up by nnU-Net whenever it is needed
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["nnUNet_results"]
+            else:
+                os.environ["nnUNet_results"] = before
+
+
+def _trainer(study: dict[str, Any], network: str, folder: Path, device: str, iterations: int) -> Any:
+    trainer_class = study_trainer(f"nnUNetTrainerSteps_{network}", __name__, study["networks"][network], iterations, 0)
+    plans = json.loads((folder / f"{plans_name(network)}.json").read_text()) | {"continue_training": False}
+    dataset_json = json.loads((folder / "dataset.json").read_text())
+    trainer = trainer_class(plans, study["protocol"]["configuration"], 0, dataset_json, torch.device(device))
+    trainer.initialize()
+    trainer.network.train()
+    return trainer
 
 
 def _batch(trainer: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python scripts/study/study.py run screen --work STUDY            # preprocess, train, compare; can be interrupted
     python scripts/study/study.py steps --work STUDY                 # time of a training step, on a quiet machine
+    python scripts/study/study.py begin --work STUDY --networks stock stream      # how the loss falls at the start
     python scripts/study/study.py table                              # docs/results.md from scripts/study/results
 
 nnUNet_raw, nnUNet_preprocessed and nnUNet_results must be set, and the data set of the protocol be in nnUNet_raw. What
@@ -27,14 +28,17 @@ DOCUMENT = HERE.parents[1] / "docs" / "results.md"
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,steps,table}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,steps,begin,table}")
     run = commands.add_parser("run", help="train what is missing of a stage, and compare")
     run.add_argument("stage", help="a stage of runs.yaml")
     run.add_argument("options", nargs="*", help="options of nnunet-conres workflow, behind --")
     steps = commands.add_parser("steps", help="measure the time of a training step of each network")
     steps.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all)")
     steps.add_argument("--rounds", type=int, default=9, help="steps of each network, in turns (default: %(default)s)")
-    for command in (run, steps):
+    begin = commands.add_parser("begin", help="print how the loss of each network falls at the start")
+    begin.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all)")
+    begin.add_argument("--iterations", type=int, default=100, help="(default: %(default)s)")
+    for command in (run, steps, begin):
         command.add_argument("--work", type=Path, default=Path("study"), help="folder for files (default: %(default)s)")
         command.add_argument("-device", default="cpu", help="(default: %(default)s)")
         command.add_argument("--threads", type=int, default=2, help="of a CPU training (default: %(default)s)")
@@ -55,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(parsed.threads))
     if parsed.command == "steps":
         _steps(study, parsed)
+        return
+    if parsed.command == "begin":
+        _begin(study, parsed)
         return
     if parsed.stage not in study["stages"]:
         sys.exit(f"error: runs.yaml has no stage {parsed.stage}; it has {', '.join(study['stages'])}")
@@ -97,6 +104,19 @@ def _steps(study: dict[str, Any], parsed: argparse.Namespace) -> None:
     }
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def _begin(study: dict[str, Any], parsed: argparse.Namespace) -> None:
+    from plans import prepare_plans
+    from steps import begin
+
+    networks = parsed.networks or list(study["networks"])
+    losses = begin(
+        study, networks, prepare_plans(study), parsed.device, parsed.threads, parsed.iterations, parsed.work.resolve()
+    )
+    for network, values in losses.items():
+        means = [statistics.fmean(values[start : start + 10]) for start in range(0, len(values), 10)]
+        print(f"{network:24} " + " ".join(f"{mean:6.2f}" for mean in means))
 
 
 if __name__ == "__main__":
