@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from recipe import STOCK
 
@@ -22,7 +23,7 @@ def plans_name(network: str) -> str:
 def prepare_plans(study: dict[str, Any]) -> Path:
     """Writes the plans of all networks beside the stock plans that they are made from; those that are there stay.
 
-    Stock plans and preprocessed data are made by nnU-Net's commands where they are missing.
+    Stock plans, preprocessed data and folds are made as by nnU-Net's commands where they are missing.
 
     Returns:
         nnU-Net's folder of the preprocessed data set.
@@ -38,6 +39,12 @@ def prepare_plans(study: dict[str, Any]) -> Path:
     folder = Path(os.environ["nnUNet_preprocessed"]) / found[0].name
     if not (folder / f"{protocol['plans']}.json").is_file():
         subprocess.run(["nnUNetv2_plan_and_preprocess", "-d", str(number), "-c", configuration], check=True)
+    splits = folder / "splits_final.json"
+    if not splits.is_file():  # those that nnU-Net's first training would make; the workflow's own would be others
+        names = sorted(file.name for file in (found[0] / "labelsTr").iterdir())
+        ending = json.loads((found[0] / "dataset.json").read_text())["file_ending"]
+        folds = generate_crossval_split([name.removesuffix(ending) for name in names if name.endswith(ending)])
+        splits.write_text(json.dumps([{k: list(map(str, v)) for k, v in fold.items()} for fold in folds], indent=4))
     for planner in {entry["planner"] for entry in study["networks"].values() if "planner" in entry}:
         if not (folder / f"{study['planners'][planner]}.json").is_file():
             subprocess.run(["nnUNetv2_plan_experiment", "-d", str(number), "-pl", planner], check=True)

@@ -6,7 +6,7 @@
     python scripts/study/study.py table                              # docs/results.md from scripts/study/results
 
 nnUNet_raw, nnUNet_preprocessed and nnUNet_results must be set, and the data set of the protocol be in nnUNet_raw. What
-trains is `nnunet-conres workflow`; its options (--dry-run, --profile slurm, ...) can be given behind --.
+trains is `nnunet-conres workflow`; its options (--dry-run, --profile slurm, ...) can be given to run, behind --.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{run,steps,begin,table}")
     run = commands.add_parser("run", help="train what is missing of a stage, and compare")
     run.add_argument("stage", help="a stage of runs.yaml")
-    run.add_argument("options", nargs="*", help="options of nnunet-conres workflow, behind --")
     steps = commands.add_parser("steps", help="measure the time of a training step of each network")
     steps.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all)")
     steps.add_argument("--rounds", type=int, default=9, help="steps of each network, in turns (default: %(default)s)")
@@ -43,7 +42,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("-device", default="cpu", help="(default: %(default)s)")
         command.add_argument("--threads", type=int, default=2, help="of a CPU training (default: %(default)s)")
     commands.add_parser("table", help="write the tables of docs/results.md")
-    return parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    at = given.index("--") if "--" in given else len(given)
+    parsed = parser.parse_args(given[:at])
+    parsed.options = given[at + 1 :]
+    if parsed.options and parsed.command != "run":
+        parser.error("options behind -- are those of the workflow, which only run starts")
+    return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
