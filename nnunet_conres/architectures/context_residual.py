@@ -70,6 +70,19 @@ class ContextResidualModule(nn.Module):
             return attend(features, residual), residual
         return attend(features, self.gate(residual), start=0, gain=2), residual
 
+    def attention(self, residual: Tensor) -> Tensor:
+        """What features are multiplied with where the module returned this residual stream, 0 to 2.
+
+        Args:
+            residual: Residual stream as ``forward`` returns it, (B, C, X, Y, Z).
+
+        Returns:
+            (B, C', X, Y, Z), with the channels of the features, or of the residual stream where it is 1 everywhere.
+        """
+        if not self.attends:
+            return torch.ones_like(residual)
+        return 1 + torch.sigmoid(residual) if self.gate is None else 2 * torch.sigmoid(self.gate(residual))
+
     def compute_conv_feature_map_size(self, size: Sequence[int]) -> np.int64:
         """Number of output elements of the module's convolutions, as nnU-Net's planner counts them."""
         parts = [self.segmentation, self.feature_residual, self.merge]
@@ -92,6 +105,10 @@ class SupervisedModule(nn.Module):
         """Takes the segmentation stream, (B, C, X, Y, Z); returns its features twice, for either kind of head."""
         features = self.segmentation(segmentation)
         return features, features
+
+    def attention(self, residual: Tensor) -> Tensor:
+        """1 everywhere; see ``ContextResidualModule.attention``."""
+        return torch.ones_like(residual)
 
     def compute_conv_feature_map_size(self, size: Sequence[int]) -> np.int64:
         """Number of output elements of the module's convolutions, as nnU-Net's planner counts them."""

@@ -193,7 +193,7 @@ def predicted_residual_figure(
         images: One per channel, axes z, y, x; one of them is shown, with the outlines of the labels.
         prediction: Label map of the same shape.
         predicted: Predicted residuals, 0 to 1, by name; shown is the largest at every voxel.
-        attention: 1 to 2.
+        attention: 0 to 2.
         of_prediction: Residual of the predicted labels, by name.
         regions: Label values by name.
         reference: True label map, if there is one.
@@ -212,7 +212,7 @@ def predicted_residual_figure(
     true_masks = {} if reference is None else {n: np.isin(reference, values) for n, values in regions.items()}
     strongest = np.maximum.reduce(list(predicted.values()))
     nothing = np.zeros(image.shape, np.uint8)
-    low, high = _range(attention[attention > 1])
+    low, high = _range(attention[attention != 1])
     columns = [
         Column("image", image, _range(image[image != image.flat[0]]), outlined=true_masks, dashed=predicted_masks)
     ]

@@ -48,8 +48,8 @@ class Prediction:
     Attributes:
         segmentation: Label map.
         residuals: Predicted residual of every label or region by name, float32, 0 to 1.
-        attention: What the segmentation features were multiplied with, 1 + sigmoid, mean over the channels, float32, 1
-            to 2.
+        attention: What the segmentation features were multiplied with, mean over the channels, float32, 0
+            to 2; by default 1 + sigmoid, 1 to 2.
     """
 
     segmentation: NDArray[Any]
@@ -123,7 +123,7 @@ class ResidualNetwork(nn.Module):
             segmentation, *residuals = self.network(x)
         finally:
             hook.remove()
-        attention = 1 + torch.sigmoid(streams[0]).mean(1, keepdim=True)
+        attention = stage.attention(streams[0]).mean(1, keepdim=True)
         maps = (segmentation, residuals[self.level], attention)
         return torch.cat([self._full_size(one, x.shape[2:]).to(segmentation.dtype) for one in maps], 1)
 
@@ -249,7 +249,7 @@ class ResidualPredictor:
             for number, name in enumerate(self.regions)
         }
         # interpolation leaves the range by rounding only
-        attention = self._put_back(np.clip(maps[-1], 1, 2), properties, _NO_ATTENTION)
+        attention = self._put_back(np.clip(maps[-1], 0, 2), properties, _NO_ATTENTION)
         return Prediction(segmentation, residuals, attention)
 
     def _sliding_window(self, data: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def write_predicted_residuals(
 
     Args:
         source: A folder of images named as for nnU-Net, CASE_0000 and so on, or one of the files of a case.
-        output_folder: Gets CASE_predicted_residual_REGION.nii.gz (0 to 1), CASE_attention.nii.gz (1 to 2),
+        output_folder: Gets CASE_predicted_residual_REGION.nii.gz (0 to 1), CASE_attention.nii.gz (0 to 2),
             CASE_segmentation.nii.gz and the residual of it, CASE_segmentation_residual_REGION.nii.gz (0 or 1), with a
             reference CASE_reference_residual_REGION.nii.gz, all in the geometry of the case, and CASE_residual.png.
         predictor: The model.

@@ -207,7 +207,7 @@ class TestResidualPredictor:
         np.testing.assert_array_equal(found.segmentation, segmentation[0].argmax(0).numpy())
 
         # features are multiplied with the attention of their own channel
-        attention = (seen["attended"] / seen["features"].where(seen["features"].abs() > 1e-6, torch.nan))[0]
+        attention = (seen["attended"] / seen["features"].where(seen["features"] != 0, torch.nan))[0]
         attention = attention.nanmean(0).numpy().astype(np.float64)
         assert np.isfinite(attention).all()
         maps = [residuals[level][0, channel].numpy() for channel in (1, 2)]
