@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from nnunet_conres.architectures.blocks import crop, resize
 from nnunet_conres.architectures.conresnet import ConResNet
+from nnunet_conres.architectures.context_residual import ContextResidualModule, SupervisedModule
 from nnunet_conres.datasets.raw import InputError, short_message, some, write_json
 from nnunet_conres.evaluation.labels import label_values
 from nnunet_conres.evaluation.residual_maps import (
@@ -123,6 +124,7 @@ class ResidualNetwork(nn.Module):
             segmentation, *residuals = self.network(x)
         finally:
             hook.remove()
+        assert isinstance(stage, (ContextResidualModule, SupervisedModule))
         attention = stage.attention(streams[0]).mean(1, keepdim=True)
         maps = (segmentation, residuals[self.level], attention)
         return torch.cat([self._full_size(one, x.shape[2:]).to(segmentation.dtype) for one in maps], 1)
