@@ -25,7 +25,12 @@ TOPOLOGY_ARGUMENTS = (
     "residual_input",
     "downsampling",
     "auxiliary_heads",
+    "residual_stream",
+    "residual_features_per_stage",
+    "attention",
 )
+# What older plans and checkpoints mean, which don't name these.
+_UNNAMED = {"residual_stream": True, "attention": "paper"}
 
 
 def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -37,10 +42,14 @@ def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> lis
     """
     if theirs["network_class_name"] != ours["network_class_name"]:
         return [f"{theirs['network_class_name']} there, {ours['network_class_name']} here"]
+    there, here = (
+        [entry["arch_kwargs"].get(argument, _UNNAMED.get(argument)) for argument in TOPOLOGY_ARGUMENTS]
+        for entry in (theirs, ours)
+    )
     return [
-        f"{argument}: {theirs['arch_kwargs'].get(argument)} there, {ours['arch_kwargs'].get(argument)} here"
-        for argument in TOPOLOGY_ARGUMENTS
-        if theirs["arch_kwargs"].get(argument) != ours["arch_kwargs"].get(argument)
+        f"{argument}: {their} there, {our} here"
+        for argument, their, our in zip(TOPOLOGY_ARGUMENTS, there, here, strict=True)
+        if their != our
     ]
 
 

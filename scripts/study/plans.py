@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -20,8 +21,8 @@ def plans_name(network: str) -> str:
     return f"study_{network}"
 
 
-def prepare_plans(study: dict[str, Any]) -> Path:
-    """Writes the plans of all networks beside the stock plans that they are made from; those that are there stay.
+def prepare_plans(study: dict[str, Any], networks: Sequence[str]) -> Path:
+    """Writes the plans of networks beside the stock plans that they are made from; those that are there stay.
 
     Stock plans, preprocessed data and folds are made as by nnU-Net's commands where they are missing.
 
@@ -45,11 +46,11 @@ def prepare_plans(study: dict[str, Any]) -> Path:
         ending = json.loads((found[0] / "dataset.json").read_text())["file_ending"]
         folds = generate_crossval_split([name.removesuffix(ending) for name in names if name.endswith(ending)])
         splits.write_text(json.dumps([{k: list(map(str, v)) for k, v in fold.items()} for fold in folds], indent=4))
-    for planner in {entry["planner"] for entry in study["networks"].values() if "planner" in entry}:
+    for planner in {study["networks"][network].get("planner") for network in networks} - {None}:
         if not (folder / f"{study['planners'][planner]}.json").is_file():
             subprocess.run(["nnUNetv2_plan_experiment", "-d", str(number), "-pl", planner], check=True)
-    for network, entry in study["networks"].items():
-        plans = plans_of(study, network, entry, folder)
+    for network in dict.fromkeys(networks):
+        plans = plans_of(study, network, study["networks"][network], folder)
         file = folder / f"{plans['plans_name']}.json"
         if file.is_file() and json.loads(file.read_text()) != plans:
             raise RuntimeError(f"{file} is there and differs from what runs.yaml asks for: rename the network.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +83,16 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, device: str, thre
     protocol, runs = study["protocol"], runs_of(study, stage)
     trainers = work / "trainers"
     trainers.mkdir(parents=True, exist_ok=True)
+    sources = hashlib.sha256(
+        b"".join((HERE / f"{name}.py").read_bytes() for name in ("recipe", "candidates"))
+    ).hexdigest()
     for run in runs:
-        # The workflow trains anew where this text has changed: it says all that makes the run what it is.
+        # The workflow trains anew where this text has changed: it says all that makes the run what it is, but for the
+        # architecture, which is in the plans.
         text = (
-            f"from recipe import study_trainer\n\n{run.trainer} = study_trainer(\n    {run.trainer!r}, __name__, "
-            f"{study['networks'][run.network]!r}, {run.iterations}, {run.seed}\n)\n"
+            f"# {sources}\nfrom recipe import study_trainer\n\n\nclass {run.trainer}(\n"
+            f"    study_trainer({run.trainer!r}, __name__, {study['networks'][run.network]!r}, {run.iterations}, "
+            f"{run.seed})\n):\n    pass\n"
         )
         file = trainers / f"{run.trainer}.py"
         if not file.is_file() or file.read_text() != text:
@@ -107,7 +114,7 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, device: str, thre
         "device": device,
         "environment": {
             "nnUNet_extTrainer": str(trainers),
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
             # one worker, so that the order of the batches is settled
             "nnUNet_n_proc_DA": 1,
             "OMP_NUM_THREADS": threads,

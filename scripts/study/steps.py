@@ -62,6 +62,7 @@ def begin(
     """
     losses: dict[str, list[float]] = {}
     os.environ["OMP_NUM_THREADS"] = str(threads)  # what the recipe goes by
+    os.environ["nnUNet_n_proc_DA"] = "1"  # as in a run, so that the order of the batches is settled
     with _results_in(work):
         for network in networks:
             trainer = _trainer(study, network, folder, device, 1000)

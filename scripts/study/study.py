@@ -61,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         write_tables(study, RESULTS, DOCUMENT)
         return
+    unset = [name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results") if not os.environ.get(name)]
+    if unset:
+        sys.exit(f"error: set {', '.join(unset)}, nnU-Net's folders.")
+    unknown = set(getattr(parsed, "networks", None) or ()) - set(study["networks"])
+    if unknown:
+        sys.exit(f"error: runs.yaml has no network {', '.join(sorted(unknown))}; it has {', '.join(study['networks'])}")
     os.environ.setdefault("OMP_NUM_THREADS", str(parsed.threads))
     if parsed.command == "steps":
         _steps(study, parsed)
@@ -75,15 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(study: dict[str, Any], parsed: argparse.Namespace) -> None:
     from plans import prepare_plans
-    from runs import write_stage
+    from runs import runs_of, write_stage
 
     work = parsed.work.resolve()
-    prepare_plans(study)
+    prepare_plans(study, [run.network for run in runs_of(study, parsed.stage)])
     config = write_stage(study, parsed.stage, work, parsed.device, parsed.threads)
     command = [sys.executable, "-m", "nnunet_conres.cli", "workflow", str(config), *parsed.options]
     code = subprocess.run(command, check=False).returncode
     report = work / parsed.stage / "report" / "folds" / "report.json"
-    if code == 0 and report.is_file():
+    if code == 0 and report.is_file() and not parsed.options:  # with options, the report may be an older one
         from tables import save_results
 
         save_results(study, parsed.stage, json.loads(report.read_text()), RESULTS / f"{parsed.stage}.json")
@@ -94,8 +100,8 @@ def _steps(study: dict[str, Any], parsed: argparse.Namespace) -> None:
     from plans import prepare_plans
     from steps import measure
 
-    folder = prepare_plans(study)
     networks = parsed.networks or list(study["networks"])
+    folder = prepare_plans(study, networks)
     times = measure(study, networks, folder, parsed.device, parsed.threads, parsed.rounds, parsed.work.resolve())
     medians = {network: statistics.median(seconds) for network, seconds in times.items()}
     baseline = medians[networks[0]]
@@ -117,7 +123,13 @@ def _begin(study: dict[str, Any], parsed: argparse.Namespace) -> None:
 
     networks = parsed.networks or list(study["networks"])
     losses = begin(
-        study, networks, prepare_plans(study), parsed.device, parsed.threads, parsed.iterations, parsed.work.resolve()
+        study,
+        networks,
+        prepare_plans(study, networks),
+        parsed.device,
+        parsed.threads,
+        parsed.iterations,
+        parsed.work.resolve(),
     )
     for network, values in losses.items():
         means = [statistics.fmean(values[start : start + 10]) for start in range(0, len(values), 10)]

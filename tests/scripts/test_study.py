@@ -18,6 +18,7 @@ from tables import save_results, write_tables  # noqa: E402
 
 from nnunet_conres.trainers import nnUNetTrainerConResNet  # noqa: E402
 from nnunet_conres.workflow.config import read_config  # noqa: E402
+from nnunet_conres.workflow.records import trainer_state  # noqa: E402
 
 
 @pytest.fixture
@@ -38,10 +39,14 @@ def test_every_stage_is_a_configuration_that_the_workflow_takes(
         assert experiment.ensembles == ()
 
 
-def test_a_trainer_is_written_again_only_where_it_changes(study: dict[str, Any], tmp_path: Path) -> None:
+def test_a_trainer_is_written_again_only_where_it_changes(
+    study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The workflow trains anew where the text of a trainer has changed."""
     write_stage(study, "screen", tmp_path, "cpu", 2)
     files = sorted((tmp_path / "trainers").iterdir())
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
+    assert "source" in trainer_state(files[0].stem)
     before = [file.read_text() for file in files]
     study["networks"]["another"] = {}
     write_stage(study, "screen", tmp_path, "cpu", 2)
