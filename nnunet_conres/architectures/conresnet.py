@@ -308,6 +308,11 @@ class ConResNet(PlansNetwork):
             positive("residual_features_per_stage", residual_features)
         if topology == "paper" or residual_input == "shared_encoder":
             _check_whole_stream(topology, residual_input, residual_stream, residual_features_per_stage)
+        if not residual_stream and (attention != "paper" or residual_features_per_stage is not None):
+            raise ValueError(
+                "Without a residual stream (residual_stream is False) there is no attention and no width of it: leave "
+                "attention and residual_features_per_stage out."
+            )
         if attention == "paper" and residual_stream and list(residual_features) != self.features:
             raise ValueError(
                 f"attention 'paper' multiplies the two streams, so that both need {self.features} channels; "
@@ -425,8 +430,12 @@ class ConResNet(PlansNetwork):
 
     def summary(self) -> str:
         """The topology in a few words, for messages."""
-        channels = [head.in_channels for head in self.decoder.seg_layers.residual.children()]
-        return f"{self.topology} topology, decoder channels {channels}, strides {self.strides}, {self.residual_input}"
+        channels = [head.in_channels for head in self.decoder.seg_layers.segmentation.children()]
+        stream = [head.in_channels for head in self.decoder.seg_layers.residual.children()]
+        return (
+            f"{self.topology} topology, decoder channels {channels}, residual channels {stream}, "
+            f"strides {self.strides}, {self.residual_input}"
+        )
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

@@ -15,6 +15,8 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from recipe import STOCK
 
+HERE = Path(__file__).resolve().parent
+
 
 def plans_name(network: str) -> str:
     """Name of the plans of a network of runs.yaml."""
@@ -37,14 +39,21 @@ def prepare_plans(study: dict[str, Any], networks: Sequence[str]) -> Path:
     found = sorted(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{number:03d}_*"))
     if len(found) != 1:
         raise RuntimeError(f"nnUNet_raw holds {len(found)} data sets {number}; expected one, in nnU-Net's raw format.")
+    listed = (HERE / "cases.txt").read_text().split()
+    ending = json.loads((found[0] / "dataset.json").read_text())["file_ending"]
+    here = sorted(file.name.removesuffix(ending) for file in (found[0] / "labelsTr").glob(f"*{ending}"))
+    if here != listed:
+        missing, more = sorted(set(listed) - set(here)), sorted(set(here) - set(listed))
+        raise RuntimeError(
+            f"{found[0]} holds other cases than the study: {len(missing)} of cases.txt are missing ({missing[:3]} ...) "
+            f"and {len(more)} are not in it ({more[:3]} ...). Give the study a data set with its cases alone."
+        )
     folder = Path(os.environ["nnUNet_preprocessed"]) / found[0].name
     if not (folder / f"{protocol['plans']}.json").is_file():
         subprocess.run(["nnUNetv2_plan_and_preprocess", "-d", str(number), "-c", configuration], check=True)
     splits = folder / "splits_final.json"
     if not splits.is_file():  # those that nnU-Net's first training would make; the workflow's own would be others
-        names = sorted(file.name for file in (found[0] / "labelsTr").iterdir())
-        ending = json.loads((found[0] / "dataset.json").read_text())["file_ending"]
-        folds = generate_crossval_split([name.removesuffix(ending) for name in names if name.endswith(ending)])
+        folds = generate_crossval_split(here)
         splits.write_text(json.dumps([{k: list(map(str, v)) for k, v in fold.items()} for fold in folds], indent=4))
     for planner in {study["networks"][network].get("planner") for network in networks} - {None}:
         if not (folder / f"{study['planners'][planner]}.json").is_file():

@@ -68,6 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         sys.exit(f"error: runs.yaml has no network {', '.join(sorted(unknown))}; it has {', '.join(study['networks'])}")
     os.environ.setdefault("OMP_NUM_THREADS", str(parsed.threads))
+    try:
+        _train_or_measure(study, parsed)
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+
+
+def _train_or_measure(study: dict[str, Any], parsed: argparse.Namespace) -> None:
     if parsed.command == "steps":
         _steps(study, parsed)
         return

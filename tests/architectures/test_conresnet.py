@@ -446,6 +446,8 @@ class TestForms:
             ({"residual_features_per_stage": [3, 5], "attention": "none"}, "must be one value or have 3 entries"),
             ({"residual_features_per_stage": 0, "attention": "none"}, "must be 1 or more"),
             ({"residual_stream": False, "residual_input": "shared_encoder"}, "needs the residual stream"),
+            ({"residual_stream": False, "attention": "identity"}, "leave attention and"),
+            ({"residual_stream": False, "residual_features_per_stage": 4}, "leave attention and"),
             (
                 {"residual_features_per_stage": 4, "residual_input": "shared_encoder", "attention": "none"},
                 "as wide as the segmentation's",

@@ -71,7 +71,8 @@ elif name == "nnUNetv2_train":
     with zipfile.ZipFile(folder / "checkpoint_latest.pth", "w") as archive:
         archive.writestr("weights", call)
     wake = Path(os.environ["CALLS"]).with_name("wake")
-    while os.environ.get("SLEEP") and os.environ["SLEEP"] in call and not wake.exists():
+    until = time.monotonic() + 120  # should the test fail before it wakes this
+    while os.environ.get("SLEEP") and os.environ["SLEEP"] in call and not wake.exists() and time.monotonic() < until:
         time.sleep(0.05)
     if not fails:
         (folder / "checkpoint_latest.pth").rename(folder / "checkpoint_final.pth")
