@@ -118,14 +118,18 @@ def _run_to_its_end(command: Sequence[str], descriptor: int) -> int:
     a minute, and is waited for. Snakemake is kept from the terminal, which would interrupt it a second time.
     """
     started: list[subprocess.Popen[bytes]] = []
-    interruptions: list[int] = []
+    too_early: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
-        interruptions.append(number)
         print("Interrupted. Snakemake ends its jobs; the same command goes on later.", file=sys.stderr, flush=True)
-        for process in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT)
+        if started:
+            hand_on()
+        else:
+            too_early.append(number)
+
+    def hand_on() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started[0].pid, signal.SIGINT)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
@@ -133,10 +137,9 @@ def _run_to_its_end(command: Sequence[str], descriptor: int) -> int:
     # before Snakemake is there, which would inherit that a background job of a script ignores interruptions
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        process = subprocess.Popen(command, pass_fds=[descriptor], start_new_session=True)
-        if interruptions:  # while Snakemake was being started, and nobody was there to be told
-            os.killpg(process.pid, signal.SIGINT)
-        started.append(process)
+        started.append(subprocess.Popen(command, pass_fds=[descriptor], start_new_session=True))
+        if too_early:  # while Snakemake was being started, and nobody was there to be told
+            hand_on()
         code = started[0].wait()
     finally:
         for number, handler in before.items():

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from nnunet_conres.datasets.raw import InputError
 from nnunet_conres.workflow import records
-from nnunet_conres.workflow.config import Experiment, Model, parse_config
+from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, parse_config
 from nnunet_conres.workflow.locks import LockedError, hold, hold_some, holder
 from nnunet_conres.workflow.records import digest, read_json, write_if_changed
 
@@ -495,7 +495,8 @@ class Step:
         experiment, partial = self.experiment, _output_of(self.command)
         name = partial.name.removeprefix(".")
         folder = experiment.predictions(name)
-        made_of = [self.command, self._contents(f"predict/{member}/part_*.json" for member in name.split("+"))]
+        members = next(members for members in experiment.ensembles if ensemble_name(members) == name)
+        made_of = [self.command, self._contents(f"predict/{member}/part_*.json" for member in members)]
         with hold(partial.with_name(f"{partial.name}.lock")) as descriptor:
             if self._is_done(folder / ".made.json", made_of):
                 return
