@@ -77,7 +77,9 @@ class ResidualMapLoss(nn.Module):
             ValueError: If the maps have another number of channels than there are classes or regions.
         """
         with torch.no_grad():
-            residual, mask = self.residual_of(target)
+            residual, mask = label_residual(
+                target, classes=self.classes, ignore_label=self.ignore_label, slice_axis=self.slice_axis
+            )
             targets = residual_pyramid(residual, mask, [logits.shape[2:] for logits in residual_logits])
             counts = torch.stack([self._counts(*scale) for scale in targets])
             world_size = 1
@@ -107,10 +109,6 @@ class ResidualMapLoss(nn.Module):
             )
             loss = loss + weight * summed * (world_size / (defined * len(positive)))
         return loss, counts[0, 0]
-
-    def residual_of(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the maps are to predict of an annotation, and where it is defined; see `residuals.label_residual`."""
-        return label_residual(target, classes=self.classes, ignore_label=self.ignore_label, slice_axis=self.slice_axis)
 
     @staticmethod
     def _counts(residual: Tensor, mask: Tensor | None) -> Tensor:

@@ -36,7 +36,6 @@ class nnUNetTrainerConResNet(PluginTrainer):
     network_name = "ConResNet"
     loss_parts = ("segmentation", "residual")
     residual_weight: float = RESIDUAL_WEIGHT
-    residual_loss: type[ResidualMapLoss] = ResidualMapLoss
     residual_input: str | None = None
 
     @classmethod
@@ -83,7 +82,7 @@ class nnUNetTrainerConResNet(PluginTrainer):
         scales = self._get_deep_supervision_scales()
         assert scales is not None
         labels = self.label_manager
-        residual = self.residual_loss(
+        residual = ResidualMapLoss(
             classes=None if labels.has_regions else labels.foreground_labels,
             ignore_label=labels.ignore_label,
             slice_axis=self.configuration_manager.network_arch_init_kwargs["slice_axis"],

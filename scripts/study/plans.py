@@ -55,9 +55,6 @@ def prepare_plans(study: dict[str, Any], networks: Sequence[str]) -> Path:
     if not splits.is_file():  # those that nnU-Net's first training would make; the workflow's own would be others
         folds = generate_crossval_split(here)
         splits.write_text(json.dumps([{k: list(map(str, v)) for k, v in fold.items()} for fold in folds], indent=4))
-    for planner in {study["networks"][network].get("planner") for network in networks} - {None}:
-        if not (folder / f"{study['planners'][planner]}.json").is_file():
-            subprocess.run(["nnUNetv2_plan_experiment", "-d", str(number), "-pl", planner], check=True)
     for network in dict.fromkeys(networks):
         plans = plans_of(study, network, study["networks"][network], folder)
         file = folder / f"{plans['plans_name']}.json"
@@ -69,7 +66,7 @@ def prepare_plans(study: dict[str, Any], networks: Sequence[str]) -> Path:
 
 
 def plans_of(study: dict[str, Any], network: str, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Plans of one network: stock plans of its planner, with the protocol's data, patch and batch.
+    """Plans of one network: the protocol's stock plans, with its batch.
 
     Args:
         study: Content of runs.yaml.
@@ -79,12 +76,9 @@ def plans_of(study: dict[str, Any], network: str, entry: dict[str, Any], folder:
     """
     protocol = study["protocol"]
     configuration = protocol["configuration"]
-    source = study["planners"][entry["planner"]] if "planner" in entry else protocol["plans"]
-    plans = json.loads((folder / f"{source}.json").read_text())
-    stock = json.loads((folder / f"{protocol['plans']}.json").read_text())["configurations"][configuration]
+    plans = json.loads((folder / f"{protocol['plans']}.json").read_text())
     plans["plans_name"] = plans_name(network)
     settings = plans["configurations"][configuration]
-    settings |= {key: stock[key] for key in ("data_identifier", "patch_size")}
     settings["batch_size"] = protocol["batch_size"]
     trainer = entry.get("trainer", STOCK)
     if trainer != STOCK:

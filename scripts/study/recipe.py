@@ -16,8 +16,9 @@ import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from dynamic_network_architectures.initialization.weight_init import init_last_bn_before_add_to_0
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import (
+    nnUNetTrainerNoMirroring,
+)
 
 from nnunet_conres.trainers.precision import cpu_autocast, training_precision
 
@@ -49,15 +50,14 @@ class SeededTransform(BasicTransform):
         return self.pipeline(**sample)
 
 
-class StudyRecipe:  # mixed into a subclass of nnUNetTrainer, which has what super() is asked for
-    """Mixed into a trainer: length, seed, no mirroring.
+class StudyRecipe(nnUNetTrainerNoMirroring):
+    """Comes before a trainer among the bases of a study's: length, seed, no mirroring.
 
     Attributes:
         study_epochs: Number of epochs.
         study_iterations: Training iterations of an epoch.
         study_validation_iterations: Validation iterations of an epoch; they choose nothing.
         study_seed: Of initial weights, patches and augmentation.
-        study_optimizer: "sgd", nnU-Net's own, or "adamw", with warm-up over the first tenth of the iterations.
         study_lr: Learning rate; None for the trainer's own.
         study_identity_blocks: Whether residual blocks start as the identity, as in nnU-Net's residual networks.
     """
@@ -66,46 +66,23 @@ class StudyRecipe:  # mixed into a subclass of nnUNetTrainer, which has what sup
     study_iterations = 100
     study_validation_iterations = 10
     study_seed = 0
-    study_optimizer = "sgd"
     study_lr: float | None = None
     study_identity_blocks = False
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's own signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def initialize(self) -> None:
         self.num_epochs = self.study_epochs
-        self.num_iterations_per_epoch = self._full_epoch_iterations = self.study_iterations
+        self.num_iterations_per_epoch = self.study_iterations
         self.num_val_iterations_per_epoch = self.study_validation_iterations
         self.save_every = 1
         if self.study_lr is not None:
             self.initial_lr = self.study_lr
-
-    def initialize(self) -> None:
-        if not self.was_initialized:
-            torch.manual_seed(self.study_seed)
-            np.random.seed(self.study_seed)
+        torch.manual_seed(self.study_seed)
+        np.random.seed(self.study_seed)
         super().initialize()
         if self.study_identity_blocks:
             for module in self.network.modules():
                 if isinstance(module, BasicBlockD):
                     init_last_bn_before_add_to_0(module)
-
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
-        if self.study_optimizer == "sgd":
-            return super().configure_optimizers()
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
-        return optimizer, WarmUpPolyLR(optimizer, self.initial_lr, self.num_epochs, self.num_epochs // 10)
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802
-        rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        self.inference_allowed_mirroring_axes = None
-        return rotation, dummy_2d, initial_patch_size, None
 
     def on_train_start(self) -> None:
         # nnU-Net takes all cores of a CPU, however many trainings share it
@@ -122,32 +99,11 @@ class StudyRecipe:  # mixed into a subclass of nnUNetTrainer, which has what sup
         return SeededTransform(super().get_validation_transforms(*args, **kwargs), self.study_seed, samples)
 
 
-class WarmUpPolyLR(PolyLRScheduler):
-    """nnU-Net's schedule behind epochs in which the rate rises linearly."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, epochs: int, warm_up: int) -> None:
-        self.warm_up = warm_up
-        super().__init__(optimizer, initial_lr, epochs)
-
-    def step(self, current_step: int | None = None) -> None:
-        super().step(current_step)
-        if current_step is not None and 0 <= current_step < self.warm_up:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.initial_lr * (current_step + 1) / (self.warm_up + 1)
-
-
-class StudyStockTrainer(StudyRecipe, nnUNetTrainer):
+class StudyStockTrainer(StudyRecipe):
     """nnU-Net's own trainer, with bfloat16 steps on a CPU that has them in hardware, as this package's trainers."""
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's own signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def initialize(self) -> None:
+        super().initialize()
         self.training_precision = training_precision(self.device)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -176,8 +132,6 @@ def study_trainer(name: str, module: str, network: Mapping[str, Any], iterations
         "study_seed": seed,
         **network.get("trainer_attributes", {}),
     }
-    if "residual_loss" in network:
-        attributes["residual_loss"] = getattr(import_module("candidates"), network["residual_loss"])
     trainer = network.get("trainer", STOCK)
     if trainer == STOCK:
         return type(name, (StudyStockTrainer,), attributes)

@@ -83,14 +83,12 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, device: str, thre
     protocol, runs = study["protocol"], runs_of(study, stage)
     trainers = work / "trainers"
     trainers.mkdir(parents=True, exist_ok=True)
-    sources = hashlib.sha256(
-        b"".join((HERE / f"{name}.py").read_bytes() for name in ("recipe", "candidates"))
-    ).hexdigest()
+    recipe = hashlib.sha256((HERE / "recipe.py").read_bytes()).hexdigest()
     for run in runs:
         # The workflow trains anew where this text has changed: it says all that makes the run what it is, but for the
         # architecture, which is in the plans.
         text = (
-            f"# {sources}\nfrom recipe import study_trainer\n\n\nclass {run.trainer}(\n"
+            f"# {recipe}\nfrom recipe import study_trainer\n\n\nclass {run.trainer}(\n"
             f"    study_trainer({run.trainer!r}, __name__, {study['networks'][run.network]!r}, {run.iterations}, "
             f"{run.seed})\n):\n    pass\n"
         )

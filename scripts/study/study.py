@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -75,23 +75,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train_or_measure(study: dict[str, Any], parsed: argparse.Namespace) -> None:
-    if parsed.command == "steps":
-        _steps(study, parsed)
-        return
-    if parsed.command == "begin":
-        _begin(study, parsed)
-        return
-    if parsed.stage not in study["stages"]:
-        sys.exit(f"error: runs.yaml has no stage {parsed.stage}; it has {', '.join(study['stages'])}")
-    _run(study, parsed)
-
-
-def _run(study: dict[str, Any], parsed: argparse.Namespace) -> None:
     from plans import prepare_plans
-    from runs import runs_of, write_stage
+    from runs import runs_of
 
     work = parsed.work.resolve()
-    prepare_plans(study, [run.network for run in runs_of(study, parsed.stage)])
+    if parsed.command == "run":
+        if parsed.stage not in study["stages"]:
+            sys.exit(f"error: runs.yaml has no stage {parsed.stage}; it has {', '.join(study['stages'])}")
+        prepare_plans(study, [run.network for run in runs_of(study, parsed.stage)])
+        _run(study, parsed, work)
+    networks = parsed.networks or list(study["networks"])
+    folder = prepare_plans(study, networks)
+    (_steps if parsed.command == "steps" else _begin)(study, networks, folder, parsed, work)
+
+
+def _run(study: dict[str, Any], parsed: argparse.Namespace, work: Path) -> NoReturn:
+    from runs import write_stage
+
     config = write_stage(study, parsed.stage, work, parsed.device, parsed.threads)
     command = [sys.executable, "-m", "nnunet_conres.cli", "workflow", str(config), *parsed.options]
     code = subprocess.run(command, check=False).returncode
@@ -103,13 +103,10 @@ def _run(study: dict[str, Any], parsed: argparse.Namespace) -> None:
     sys.exit(code)
 
 
-def _steps(study: dict[str, Any], parsed: argparse.Namespace) -> None:
-    from plans import prepare_plans
+def _steps(study: dict[str, Any], networks: list[str], folder: Path, parsed: argparse.Namespace, work: Path) -> None:
     from steps import measure
 
-    networks = parsed.networks or list(study["networks"])
-    folder = prepare_plans(study, networks)
-    times = measure(study, networks, folder, parsed.device, parsed.threads, parsed.rounds, parsed.work.resolve())
+    times = measure(study, networks, folder, parsed.device, parsed.threads, parsed.rounds, work)
     medians = {network: statistics.median(seconds) for network, seconds in times.items()}
     baseline = medians[networks[0]]
     for network, seconds in medians.items():
@@ -124,20 +121,10 @@ def _steps(study: dict[str, Any], parsed: argparse.Namespace) -> None:
     file.write_text(json.dumps(known, indent=1) + "\n")
 
 
-def _begin(study: dict[str, Any], parsed: argparse.Namespace) -> None:
-    from plans import prepare_plans
+def _begin(study: dict[str, Any], networks: list[str], folder: Path, parsed: argparse.Namespace, work: Path) -> None:
     from steps import begin
 
-    networks = parsed.networks or list(study["networks"])
-    losses = begin(
-        study,
-        networks,
-        prepare_plans(study, networks),
-        parsed.device,
-        parsed.threads,
-        parsed.iterations,
-        parsed.work.resolve(),
-    )
+    losses = begin(study, networks, folder, parsed.device, parsed.threads, parsed.iterations, work)
     for network, values in losses.items():
         means = [statistics.fmean(values[start : start + 10]) for start in range(0, len(values), 10)]
         print(f"{network:24} " + " ".join(f"{mean:6.2f}" for mean in means))

@@ -10,6 +10,8 @@ from typing import Any
 
 from runs import runs_of
 
+from nnunet_conres.text import markdown_table
+
 _METRICS = ("dice", "hd95")
 
 
@@ -79,7 +81,7 @@ def _table(content: Mapping[str, Any], steps: Mapping[str, Any]) -> str:
     several = [len({row[key] for row in content["rows"]}) > 1 for key in ("iterations", "seed")]
     header = ["network", *(["iterations"] if several[0] else []), *(["seed"] if several[1] else [])]
     header += ["Dice, %", "against the first, points", "p (Holm)", "better in", "HD95, mm", "p (Holm)", "step"]
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    table = []
     for row in content["rows"]:
         cells = [f"`{row['network']}`", *([str(row["iterations"])] if several[0] else [])]
         cells += [str(row["seed"])] if several[1] else []
@@ -95,8 +97,8 @@ def _table(content: Mapping[str, Any], steps: Mapping[str, Any]) -> str:
         cells.append(_p(row["hd95_difference"]["p_holm"]) if "hd95_difference" in row else "")
         step = steps.get(row["network"])
         cells.append("" if step is None else f"{step['ratio']:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append(cells)
+    return markdown_table(header, table)
 
 
 def _p(value: float | None) -> str:
