@@ -1,8 +1,8 @@
-"""Text for a person at a terminal."""
+"""Text for a person."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
@@ -19,6 +19,12 @@ def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def times(extents: Sequence[int]) -> str:

@@ -241,3 +241,12 @@ def count_elements(module: nn.Module, size: Sequence[int]) -> np.int64:
 def strided_size(size: Sequence[int], stride: Sequence[int]) -> list[int]:
     """Spatial size behind a strided convolution with "same" padding."""
     return [-(-extent // step) for extent, step in zip(size, stride, strict=True)]
+
+
+def stage_sizes(size: Sequence[int], strides: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Spatial size at every stage, each behind its stride, for a spatial input size (x, y, z)."""
+    sizes, current = [], list(size)
+    for stride in strides:
+        current = strided_size(current, stride)
+        sizes.append(current)
+    return sizes

@@ -144,12 +144,12 @@ class DynamicDecoder(ContextResidualDecoder):
             # The heads of all levels are always built, so that a checkpoint trained with deep supervision loads for
             # prediction without it.
             segmentation_heads.append(conv_op(features, num_classes, 1, bias=True))
+            width = residual_features[-(level + 2)]
+            residual_heads.append(conv_op(width, num_classes, 1, bias=True))
             if not residual_stream:
                 stages.append(SupervisedModule(segmentation))
-                residual_heads.append(conv_op(features, num_classes, 1, bias=True))
                 continue
             starts_from_image = level == 0 and residual_input == "decoder"
-            width = residual_features[-(level + 2)]
             # what the residual stream has below; features of the shared encoder are as wide as the segmentation's
             width_below = below if level == 0 else residual_features[-(level + 1)]
             residual_up.append(
@@ -157,7 +157,6 @@ class DynamicDecoder(ContextResidualDecoder):
                 if starts_from_image
                 else transposed_conv_op(width_below, width, stride, stride, bias=bias)
             )
-            residual_heads.append(conv_op(width, num_classes, 1, bias=True))
             stages.append(
                 ContextResidualModule(
                     segmentation=segmentation,
@@ -295,35 +294,16 @@ class ConResNet(PlansNetwork):
             raise ValueError(f"topology must be one of {TOPOLOGIES}, got {topology!r}.")
         if slice_axis not in (0, 1, 2):
             raise ValueError(f"slice_axis must be 0, 1 or 2, got {slice_axis}.")
-        if attention not in ATTENTIONS:
-            raise ValueError(f"attention must be one of {ATTENTIONS}, got {attention!r}.")
         self.topology = topology
         self.residual_input = residual_input
         self.residual_stream = residual_stream
         self.slice_axis = slice_axis
 
-        residual_features = self.features
-        if residual_features_per_stage is not None:
-            residual_features = per_stage("residual_features_per_stage", residual_features_per_stage, n_stages)
-            positive("residual_features_per_stage", residual_features)
-        if topology == "paper" or residual_input == "shared_encoder":
-            _check_whole_stream(topology, residual_input, residual_stream, residual_features_per_stage)
-        if not residual_stream and (attention != "paper" or residual_features_per_stage is not None):
-            raise ValueError(
-                "Without a residual stream (residual_stream is False) there is no attention and no width of it: leave "
-                "attention and residual_features_per_stage out."
-            )
-        if attention == "paper" and residual_stream and list(residual_features) != self.features:
-            raise ValueError(
-                f"attention 'paper' multiplies the two streams, so that both need {self.features} channels; "
-                f"residual_features_per_stage is {residual_features}. Leave it out, or use attention 'identity'."
-            )
+        residual_features = self._residual_features(residual_features_per_stage, attention)
 
         self.encoder: nn.Module
         self.decoder: ContextResidualDecoder
         if topology == "paper":
-            if attention != "paper":
-                raise ValueError(f"The paper topology has attention 'paper', got {attention!r}.")
             check_paper_arguments(self.features, self.kernel_sizes, self.strides)
             self.encoder = PaperEncoder(input_channels, checkpointing == "full")
             self.decoder = PaperDecoder(
@@ -367,6 +347,46 @@ class ConResNet(PlansNetwork):
             attention,
         )
         self.decoder.checkpointing = checkpointing != "none"
+
+    def _residual_features(self, given: int | Sequence[int] | None, attention: str) -> list[int]:
+        """Channels of the residual stream at every stage.
+
+        Args:
+            given: ``residual_features_per_stage``.
+            attention: ``attention``.
+
+        Raises:
+            ValueError: If one of the two, or ``residual_stream``, is out of range or does not fit the others.
+        """
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {ATTENTIONS}, got {attention!r}.")
+        features = self.features
+        if given is not None:
+            features = per_stage("residual_features_per_stage", given, len(self.features))
+            positive("residual_features_per_stage", features)
+        if self.topology == "paper" or self.residual_input == "shared_encoder":
+            paper = self.topology == "paper"
+            form = "The paper topology" if paper else f"residual_input {self.residual_input!r}"
+            if not self.residual_stream:
+                raise ValueError(f"{form} needs the residual stream, but residual_stream is False.")
+            if given is not None:
+                raise ValueError(
+                    f"{form} has a residual stream as wide as the segmentation's, but residual_features_per_stage is "
+                    f"{given}. Leave it out."
+                )
+            if paper and attention != "paper":
+                raise ValueError(f"{form} has attention 'paper', got {attention!r}.")
+        if not self.residual_stream and (attention != "paper" or given is not None):
+            raise ValueError(
+                "Without a residual stream (residual_stream is False) there is no attention and no width of it: leave "
+                "attention and residual_features_per_stage out."
+            )
+        if attention == "paper" and features != self.features:
+            raise ValueError(
+                f"attention 'paper' multiplies the two streams, so that both need {self.features} channels; "
+                f"residual_features_per_stage is {features}. Leave it out, or use attention 'identity'."
+            )
+        return features
 
     @classmethod
     def paper(cls, input_channels: int, num_classes: int, **kwargs: Any) -> ConResNet:
@@ -448,24 +468,6 @@ class ConResNet(PlansNetwork):
         if isinstance(module, Gate):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
-
-
-def _check_whole_stream(
-    topology: str, residual_input: str, residual_stream: bool, residual_features_per_stage: int | Sequence[int] | None
-) -> None:
-    """Refuses to leave the residual stream out, or to narrow it, in forms that are defined with all of it.
-
-    Raises:
-        ValueError: If an argument asks for that.
-    """
-    form = "The paper topology" if topology == "paper" else f"residual_input {residual_input!r}"
-    if not residual_stream:
-        raise ValueError(f"{form} needs the residual stream, but residual_stream is False.")
-    if residual_features_per_stage is not None:
-        raise ValueError(
-            f"{form} has a residual stream as wide as the segmentation's, but residual_features_per_stage is "
-            f"{residual_features_per_stage}. Leave it out."
-        )
 
 
 # How the authors' names map to ours. Their module holds layers that no output depends on; those are listed by name, so

@@ -8,7 +8,7 @@ from typing import Any
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from torch import nn
 
-from nnunet_conres.architectures.blocks import per_stage, strided_size, triple
+from nnunet_conres.architectures.blocks import per_stage, stage_sizes, triple
 
 CHECKPOINTINGS = ("none", "decoder", "full")
 
@@ -81,11 +81,7 @@ class PlansNetwork(nn.Module):
         """
         if len(input_size) != 3:
             raise ValueError(f"Give the spatial patch size (x, y, z) only, got {tuple(input_size)}.")
-        sizes, size = [], list(input_size)
-        for stride in self.strides:
-            size = strided_size(size, stride)
-            sizes.append(size)
-        return sizes
+        return stage_sizes(input_size, self.strides)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in ``nn.Module``; an error says that the checkpoint belongs to another topology, and how they differ.

@@ -39,7 +39,7 @@ _IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 
 # What the constructors do with an argument that is left out. These never change: an argument missing in plans that name
 # one of our networks means what it meant when they were written. A better default goes into the functions below.
-_CONSTRUCTOR_DEFAULTS = {
+CONRESNET_DEFAULTS = {
     "residual_input": "decoder",
     "slice_axis": 0,
     "topology": "dynamic",
@@ -93,7 +93,7 @@ def conresnet_architecture(configuration: ConfigurationManager, residual_input: 
     given = deepcopy(configuration.network_arch_init_kwargs)
     arguments = _shared_arguments(configuration, "ConResNet")
     arguments["conv_bias"] = bool(given.get("conv_bias", False))
-    arguments |= _CONSTRUCTOR_DEFAULTS
+    arguments |= CONRESNET_DEFAULTS
     n_stages = given["n_stages"]
     blocks = given.get("n_blocks_per_stage")
     if blocks is None:
@@ -120,7 +120,7 @@ def conresnet_paper_architecture(
         configuration: Any configuration; one that names the paper topology itself keeps its other arguments.
         residual_input: As for ``conresnet_architecture``.
     """
-    arguments = _as_plans(conresnet_paper.paper_arguments()) | _CONSTRUCTOR_DEFAULTS | {"topology": "paper"}
+    arguments = _as_plans(conresnet_paper.paper_arguments()) | CONRESNET_DEFAULTS | {"topology": "paper"}
     if names_paper_topology(configuration):
         arguments |= configuration.network_arch_init_kwargs
     arguments["checkpointing"] = _checkpointing_of(configuration, CONRESNET)

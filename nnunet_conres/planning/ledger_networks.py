@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from nnunet_conres.architectures.blocks import per_stage, strided_size, triple
+from nnunet_conres.architectures.blocks import per_stage, stage_sizes, strided_size, triple
 from nnunet_conres.architectures.conresnet_paper import (
     PAPER_BLOCKS,
     PAPER_BOTTLENECK,
@@ -46,11 +46,7 @@ class Network(ABC):
         checkpointing = self.arguments.get("checkpointing", "none")
         self.checkpoints_encoder = checkpointing == "full"
         self.checkpoints_decoder = checkpointing != "none"
-        self.sizes = []
-        size = list(step.patch_size)
-        for stride in self.strides:
-            size = strided_size(size, stride)
-            self.sizes.append(size)
+        self.sizes = stage_sizes(step.patch_size, self.strides)
         self.parts = [f"encoder stage {stage}" for stage in range(n_stages)]
         self.parts += [f"decoder level {stage}" for stage in range(n_stages - 2, -1, -1)]
 
@@ -484,7 +480,7 @@ class DynamicConResNet(ConResNetNetwork):
                 ]
             )
             self.segmentation_heads.append(Convolution(self, channels, self.classes, (1, 1, 1), bias=True))
-            width = residual_features[stage] if self.has_stream else channels
+            width = residual_features[stage]
             self.residual_heads.append(Convolution(self, width, self.classes, (1, 1, 1), bias=True))
             if not self.has_stream:
                 self.modules.append((up, None, convolve))

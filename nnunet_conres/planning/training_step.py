@@ -141,13 +141,10 @@ class RunningStep:
 
 def target_sizes(step: TrainingStep) -> list[list[int]]:
     """Spatial size of the annotation at every scale of deep supervision, full resolution first."""
-    from nnunet_conres.architectures.blocks import strided_size
+    from nnunet_conres.architectures.blocks import stage_sizes
 
-    sizes, size = [list(step.patch_size)], list(step.patch_size)
-    for stride in step.arguments["strides"][1 : step.n_segmentation_outputs]:
-        size = strided_size(size, stride)
-        sizes.append(size)
-    return sizes
+    strides = step.arguments["strides"][1 : step.n_segmentation_outputs]
+    return [list(step.patch_size), *stage_sizes(step.patch_size, strides)]
 
 
 def training_loss(step: TrainingStep) -> nn.Module:

@@ -24,7 +24,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_conres import __version__
-from nnunet_conres.architectures.blocks import per_stage, strided_size, triple
+from nnunet_conres.architectures.blocks import per_stage, stage_sizes, triple
 from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.planning.architectures import has_auxiliary_heads
 from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
@@ -244,10 +244,12 @@ class PluginTrainer(nnUNetTrainer):
         if device.type != "cpu" or precision == "float32":
             return precision
         arguments = self.configuration_manager.network_arch_init_kwargs
-        n_stages, depths = arguments["n_stages"], [int(self.configuration_manager.patch_size[0])]
-        for stride in per_stage("strides", arguments["strides"], n_stages)[1:]:
-            depths.append(strided_size(depths[-1:], triple(stride)[:1])[0])
-        kernels = [triple(kernel)[0] for kernel in per_stage("kernel_sizes", arguments["kernel_sizes"], n_stages)]
+        strides, kernel_sizes = (
+            [triple(value) for value in per_stage(name, arguments[name], arguments["n_stages"])]
+            for name in ("strides", "kernel_sizes")
+        )
+        depths = [size[0] for size in stage_sizes(self.configuration_manager.patch_size, strides)]
+        kernels = [kernel[0] for kernel in kernel_sizes]
         if not bfloat16_gradients_are_wrong(depths, kernels):
             return precision
         self.print_to_log_file(

@@ -13,6 +13,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_conres import __version__
+from nnunet_conres.planning.architectures import CONRESNET_DEFAULTS
 
 # What plans and trainer ask for by name; a checkpoint that differs here can't be continued. In all other arguments a
 # continued training follows its checkpoint.
@@ -29,8 +30,6 @@ TOPOLOGY_ARGUMENTS = (
     "residual_features_per_stage",
     "attention",
 )
-# What older plans and checkpoints mean, which don't name these.
-_UNNAMED = {"residual_stream": True, "attention": "paper"}
 
 
 def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -43,7 +42,8 @@ def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> lis
     if theirs["network_class_name"] != ours["network_class_name"]:
         return [f"{theirs['network_class_name']} there, {ours['network_class_name']} here"]
     there, here = (
-        [entry["arch_kwargs"].get(argument, _UNNAMED.get(argument)) for argument in TOPOLOGY_ARGUMENTS]
+        # older plans and checkpoints don't name all of them
+        [entry["arch_kwargs"].get(argument, CONRESNET_DEFAULTS.get(argument)) for argument in TOPOLOGY_ARGUMENTS]
         for entry in (theirs, ours)
     )
     return [

@@ -14,19 +14,19 @@ CPU_BFLOAT16_VARIABLE = "nnUNet_conres_cpu_bf16"
 
 def cpu_has_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16)."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    # releases of torch before get_capabilities know the answers under private names
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return cpu_has_amx() or _cpu_has("avx512_bf16", "_is_avx512_bf16_supported")
 
 
 def cpu_has_amx() -> bool:
     """Whether this processor multiplies bfloat16 matrices in tiles (AMX)."""
+    return _cpu_has("amx_bf16", "_is_amx_tile_supported")
+
+
+def _cpu_has(capability: str, check: str) -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
-        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+        return bool(torch.cpu.get_capabilities().get(capability))
+    # releases of torch before get_capabilities know the answers under private names
+    return bool(getattr(torch.cpu, check, lambda: False)())
 
 
 def bfloat16_gradients_are_wrong(depths: Sequence[int], kernel_depths: Sequence[int]) -> bool:

@@ -42,12 +42,9 @@ def conresnet_with(**arguments: Any) -> Callable[[ConfigurationManager], dict[st
 FAMILIES: dict[str, Callable[[ConfigurationManager], dict[str, Any]]] = {
     "conresnet": architectures.conresnet_architecture,
     "shared_encoder": lambda plans: architectures.conresnet_architecture(plans, "shared_encoder"),
-    "whole_stream": conresnet_with(
-        residual_stream=True, residual_features_per_stage=None, attention="paper", n_conv_per_stage_decoder=1
-    ),
     "no_stream": conresnet_with(residual_stream=False),
-    "narrow_identity": conresnet_with(residual_stream=True, residual_features_per_stage=8, attention="identity"),
-    "narrow_none": conresnet_with(residual_stream=True, residual_features_per_stage=8, attention="none"),
+    "narrow_identity": conresnet_with(residual_features_per_stage=8, attention="identity"),
+    "narrow_none": conresnet_with(residual_features_per_stage=8, attention="none"),
     "conresnet_paper": architectures.conresnet_paper_architecture,
     "vnet": architectures.vnet_architecture,
     "vnet_paper": architectures.vnet_paper_architecture,
@@ -105,8 +102,7 @@ PLANS = [
     step("conresnet", checkpointing="decoder"),
     step("shared_encoder", ANISOTROPIC, device="cuda"),
     step("shared_encoder", checkpointing="full"),
-    step("whole_stream"),
-    step("whole_stream", ANISOTROPIC, checkpointing="decoder", device="cuda"),
+    step("conresnet", ANISOTROPIC, checkpointing="decoder", device="cuda"),
     step("no_stream"),
     step("no_stream", ANISOTROPIC, checkpointing="full", input_channels=4, has_regions=True, device="cuda"),
     step("narrow_identity"),
