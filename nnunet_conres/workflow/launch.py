@@ -50,7 +50,7 @@ def snakemake_command(
         at_hand = [f"mem_mb={_memory_mb()}"]
         if experiment.device == "cuda":
             # Snakemake would take away from jobs what there is not, in a dry run too
-            at_hand.append(f"gpu={max(_most_gpus(experiment), len(gpus_here()))}")
+            at_hand.append(f"gpu={max(_most_gpus(experiment), len(_gpus_of(experiment)))}")
         command += ["--resources", *at_hand]
     # Our own lock is given back when this process ends, however it ends; Snakemake's would have to be removed by hand.
     command += ["--directory", str(experiment.work), "--nolock", "--profile", str(folder)]
@@ -72,13 +72,18 @@ def _most_gpus(experiment: Experiment) -> int:
 
 
 def _check_gpus(experiment: Experiment) -> None:
-    here, needed = len(gpus_here()), _most_gpus(experiment)
+    here, needed = len(_gpus_of(experiment)), _most_gpus(experiment)
     if here < needed:
         raise RuntimeError(
             f"device is cuda, and a training needs {needed} GPU{'s' if needed > 1 else ''}, but nvidia-smi and "
             f"CUDA_VISIBLE_DEVICES tell of {here} here. Set that variable if they are there, or device: cpu, or "
             f"use --profile slurm."
         )
+
+
+def _gpus_of(experiment: Experiment) -> list[str]:
+    """GPUs that the steps of an experiment will see, whose variables come before those of this process."""
+    return gpus_here({**os.environ, **experiment.environment})
 
 
 def _memory_mb() -> int:

@@ -171,10 +171,12 @@ def _jobs_of_trainings(experiment: Experiment) -> dict[tuple[str, int], str]:
     trainings = {
         f"rule_train_wildcards_{model.name}_{fold}": (model.name, fold) for model, fold in iterate_trainings(experiment)
     }
+    # another experiment's name may begin with that of this one
+    ours = re.compile(re.escape(job_name(experiment)) + "_[0-9a-f-]+")
     found = {}
     for line in asked.stdout.splitlines():
         number, name, state, reason, comment = [*line.split("|", 4), *[""] * 4][:5]
-        if comment in trainings and name.startswith(f"{job_name(experiment)}_"):
+        if comment in trainings and ours.fullmatch(name):
             why = f" ({reason})" if reason not in ("", "None") else ""
             found[trainings[comment]] = f"SLURM job {number}, {state.lower()}{why}"
     return found

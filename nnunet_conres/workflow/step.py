@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -152,9 +152,13 @@ def gpus(experiment: Experiment, number: int) -> Iterator[tuple[dict[str, str], 
         yield {"CUDA_VISIBLE_DEVICES": ",".join(names[position] for position in positions)}, descriptors
 
 
-def gpus_here() -> list[str]:
-    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+def gpus_here(environment: Mapping[str, str] | None = None) -> list[str]:
+    """GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them.
+
+    Args:
+        environment: Variables of the process; None for those of this one.
+    """
+    visible = (os.environ if environment is None else environment).get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]
     if shutil.which("nvidia-smi") is None:

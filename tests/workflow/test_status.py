@@ -105,6 +105,7 @@ class TestStatus:
             "#!/bin/sh\n"
             "echo '14|work_0a1b|PENDING|Resources|rule_train_wildcards_ours_0'\n"
             "echo '15|other_0a1b|PENDING|Priority|rule_train_wildcards_ours_1'\n"
+            "echo '18|work_two_0a1b|PENDING|Priority|rule_train_wildcards_ours_1'\n"
             "echo '16|work_0a1b|PENDING|Priority|rule_predict_wildcards_ours_1'\n"
             "echo '17|work_0a1b|RUNNING|None|rule_train_wildcards_stock_1'\n"
         )
