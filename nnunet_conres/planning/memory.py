@@ -6,6 +6,7 @@ PyTorch keeps of each for backward. `tracker` counts the same by executing the s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -76,7 +77,10 @@ def estimate_memory(step: TrainingStep) -> MemoryEstimate:
     kept_by_loss = ledger.by_part.get("loss", 0)
     ledger.backward(loss)
     # what the optimiser makes while no activation is left
-    if step.device == "cuda":  # all parameters at once
+    if step.optimizer == "muon":  # all weights of one shape at once
+        counts = Counter(parameter.numel for parameter in network.parameters)
+        temporary = _MUON_COPIES * FLOAT32 * max(numel * count for numel, count in counts.items())
+    elif step.device == "cuda":  # all parameters at once
         temporary = parameters * _FOREACH_COPIES[step.optimizer]
     else:
         temporary = 2 * FLOAT32 * max(parameter.numel for parameter in network.parameters)
@@ -97,3 +101,5 @@ def estimate_memory(step: TrainingStep) -> MemoryEstimate:
 
 # Copies of all gradients that PyTorch's optimisers make with foreach.
 _FOREACH_COPIES = {"sgd": 1, "adam": 2}
+# The steps of weights with momentum, stacked, normalised and orthogonal.
+_MUON_COPIES = 4

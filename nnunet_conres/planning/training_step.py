@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, muon_of
+
 DEVICES = ("cuda", "cpu")
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam", "muon")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class TrainingStep:
         mixed_precision: Whether to train under autocast, float16 on CUDA and bfloat16 on a CPU; float32 if not.
         has_regions: Whether targets are regions.
         has_ignore_label: Whether there is an ignore label.
-        optimizer: "sgd", nnU-Net's with Nesterov momentum, or "adam".
+        optimizer: "sgd", nnU-Net's with Nesterov momentum, "adam" or "muon".
 
     Raises:
         ValueError: Device or optimiser is unknown, or a number below 1.
@@ -100,7 +102,7 @@ class RunningStep:
         if step.is_conresnet:
             self.network.residual_outputs = True
         self.loss = training_loss(step)
-        self.optimizer = _optimizer(step, list(self.network.parameters()))
+        self.optimizer = _optimizer(step, self.network)
         sizes = target_sizes(step)
         self.data = torch.randn(step.batch_size, step.input_channels, *step.patch_size, device=device)
         self.targets = [_target(step, size, device) for size in sizes]
@@ -197,11 +199,20 @@ def _target(step: TrainingStep, size: Sequence[int], device: torch.device) -> Te
     return labels.to(torch.int16)
 
 
-def _optimizer(step: TrainingStep, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(step: TrainingStep, network: nn.Module) -> torch.optim.Optimizer:
+    parameters = list(network.parameters())
     # what PyTorch chooses by itself on either device
     foreach = step.device == "cuda"
     optimizer: torch.optim.Optimizer
-    if step.optimizer == "adam":
+    if step.optimizer == "muon":
+        optimizer = muon_of(network, MUON_LR, MUON_WEIGHT_DECAY)
+        for group in optimizer.param_groups:
+            names = ["momentum_buffer"] if group["orthogonal"] else ["exp_avg", "exp_avg_sq", "step"]
+            for parameter in group["params"]:
+                optimizer.state[parameter] = {
+                    name: torch.zeros(()) if name == "step" else torch.zeros_like(parameter) for name in names
+                }
+    elif step.optimizer == "adam":
         optimizer = torch.optim.Adam(parameters, 1e-4, weight_decay=5e-4, foreach=foreach)
         for parameter in parameters:
             state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

@@ -33,10 +33,11 @@ TRAINING_LENGTHS: dict[str, int] = {
 }
 """Endings of the names of trainers with another number of epochs."""
 
-_FAMILIES = ("nnUNetTrainerConResNet", "nnUNetTrainerVNet", "nnUNetTrainerUNet3D")
+_FAMILIES = ("nnUNetTrainerConResNet", "nnUNetTrainerVNet", "nnUNetTrainerUNet3D", "nnUNetTrainerMuon")
 
 TRAINERS: dict[str, str] = {
-    "nnUNetTrainerConResNet": "ConResNet under nnU-Net's own recipe",
+    "nnUNetTrainerConResNet": "ConResNet under nnU-Net's recipe, with Muon as the optimiser",
+    "nnUNetTrainerConResNet_SGD": "ConResNet under nnU-Net's own recipe",
     "nnUNetTrainerConResNetPaper": "ConResNet in the paper's topology, loss, optimiser, schedule and augmentation",
     "nnUNetTrainerConResNetSharedEncoder": "ConResNet with one encoder over the image and the image residual",
     "nnUNetTrainerConResNetBSpline": "nnUNetTrainerConResNet with B-spline deformations in the augmentation",
@@ -45,12 +46,16 @@ TRAINERS: dict[str, str] = {
     "nnUNetTrainerVNetPaper": "V-Net in the paper's topology, loss, optimiser, schedule and augmentation",
     "nnUNetTrainerUNet3D": "3D U-Net under nnU-Net's own recipe",
     "nnUNetTrainerUNet3DPaper": "3D U-Net in the paper's topology, loss, batch norm and augmentation",
+    "nnUNetTrainerMuon": "nnU-Net's own network, trained as nnUNetTrainerConResNet trains ConResNet",
 } | {
     f"{family}_{ending}": f"{family} for {epochs} epoch" + ("s" if epochs > 1 else ", to try the pipeline")
     for family in _FAMILIES
     for ending, epochs in TRAINING_LENGTHS.items()
 }
 """What ``-tr`` can be, with a line on each: all that `nnunet_conres.trainers` exports."""
+
+WITH_NETWORK_OF_THE_PLANS = frozenset(name for name in TRAINERS if name.startswith("nnUNetTrainerMuon"))
+"""Those of them that bring no network of their own."""
 
 
 def folders() -> list[str]:

@@ -7,10 +7,12 @@ from nnunet_conres.trainers import lengths
 from nnunet_conres.trainers.conresnet import (
     nnUNetTrainerConResNet,
     nnUNetTrainerConResNet_NoMirroring,
+    nnUNetTrainerConResNet_SGD,
     nnUNetTrainerConResNetBSpline,
     nnUNetTrainerConResNetPaper,
     nnUNetTrainerConResNetSharedEncoder,
 )
+from nnunet_conres.trainers.stock import nnUNetTrainerMuon
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D, nnUNetTrainerUNet3DPaper
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNet, nnUNetTrainerVNetPaper
 
@@ -22,6 +24,8 @@ __all__ = [
     "nnUNetTrainerConResNetPaper",
     "nnUNetTrainerConResNetSharedEncoder",
     "nnUNetTrainerConResNet_NoMirroring",
+    "nnUNetTrainerConResNet_SGD",
+    "nnUNetTrainerMuon",
     "nnUNetTrainerUNet3D",
     "nnUNetTrainerUNet3DPaper",
     "nnUNetTrainerVNet",

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_conres import __version__
 from nnunet_conres.architectures.blocks import per_stage, stage_sizes, triple
 from nnunet_conres.losses import SegmentationLoss
+from nnunet_conres.optimizers import muon_of
 from nnunet_conres.planning.architectures import has_auxiliary_heads
 from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
 from nnunet_conres.trainers.plans import (
@@ -51,7 +53,8 @@ class PluginTrainer(nnUNetTrainer):
         training_epochs: Number of epochs; nnU-Net's own 1000.
         training_lr: Learning rate at the start; None for nnU-Net's own.
         training_weight_decay: Weight decay; None for nnU-Net's own.
-        optimizer_kind: "sgd" or "adam"; for estimates of memory.
+        optimizer_kind: "sgd", nnU-Net's own, or "muon"; "adam" for subclasses that make it in ``configure_optimizers``.
+        lr_by_iteration: Whether the learning rate falls with every iteration rather than with every epoch.
         checkpoint_interval_minutes: At least this often checkpoint_latest.pth is written, in mid-epoch and in mid-
             validation as well; a training that is killed loses no more steps than that when it goes on with ``--c``.
             The environment variable NNUNET_CONRES_CHECKPOINT_MINUTES comes before it.
@@ -63,6 +66,7 @@ class PluginTrainer(nnUNetTrainer):
     training_lr: float | None = None
     training_weight_decay: float | None = None
     optimizer_kind: str = "sgd"
+    lr_by_iteration: bool = False
     checkpoint_interval_minutes: float = 5.0
     loss_parts: tuple[str, ...] = ()
 
@@ -222,7 +226,15 @@ class PluginTrainer(nnUNetTrainer):
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        if self.optimizer_kind != "muon":
+            return super().configure_optimizers()
+        optimizer = muon_of(self.network, self.initial_lr, self.weight_decay)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if self.lr_by_iteration:
+            self.lr_scheduler.step(self.current_epoch + len(self._epoch_outputs) / self._full_epoch_iterations)
         with self._autocast():
             outputs = super().train_step(batch)
         outputs |= self._loss_part_values()
@@ -369,25 +381,30 @@ class PluginTrainer(nnUNetTrainer):
             RuntimeError: If the checkpoint belongs to another topology than plans and trainer ask for.
         """
         if not self.was_initialized:
-            self._take_architecture_from(filename_or_checkpoint)
+            checkpoint = _open_checkpoint(filename_or_checkpoint)
+            self._take_architecture_from(checkpoint, filename_or_checkpoint)
+            self._take_optimizer_from(checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
         versions = self.my_init_kwargs["plans"].setdefault("nnunet_conres", {"version": "unknown"})
         if versions["version"] != __version__:
             versions["continued_with"] = __version__
 
-    def _take_architecture_from(self, filename: str) -> None:
+    def _take_optimizer_from(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with nnU-Net's optimiser where the training was begun with it, before this trainer had another."""
+        groups = checkpoint["optimizer_state"]["param_groups"]
+        if self.optimizer_kind != "muon" or "orthogonal" in groups[0]:
+            return
+        self.optimizer_kind, self.lr_by_iteration = "sgd", False
+        self.initial_lr, self.weight_decay = groups[0]["initial_lr"], groups[0]["weight_decay"]
+        self.print_to_log_file(
+            f"This training was begun with nnU-Net's SGD, learning rate {self.initial_lr:g}, and goes on with it."
+        )
+
+    def _take_architecture_from(self, checkpoint: dict[str, Any], filename: str) -> None:
         """Adopts the architecture arguments of a checkpoint, so that a changed default doesn't break ``--c``.
 
         What comes from the plans must agree: continuing with other strides would be another network.
         """
-        try:
-            # memory-mapped: reads the plans, not the weights
-            checkpoint = torch.load(filename, map_location="cpu", weights_only=False, mmap=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise RuntimeError(
-                f"{filename} is damaged and cannot be loaded ({str(error).splitlines()[0]}). Move it away: --c then "
-                f"takes another checkpoint of its folder if there is one, or starts anew."
-            ) from error
         plans = checkpoint["init_args"]["plans"]
         if checkpoint["init_args"]["configuration"] != self.configuration_name:
             raise RuntimeError(
@@ -421,6 +438,21 @@ def build_network(
         allow_init=True,
         deep_supervision=enable_deep_supervision,
     )
+
+
+def _open_checkpoint(filename: str) -> dict[str, Any]:
+    """Reads a checkpoint; weights and the optimiser's state stay in the file until they are asked for.
+
+    Raises:
+        RuntimeError: If it is damaged.
+    """
+    try:
+        return torch.load(filename, map_location="cpu", weights_only=False, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RuntimeError(
+            f"{filename} is damaged and cannot be loaded ({str(error).splitlines()[0]}). Move it away: --c then "
+            f"takes another checkpoint of its folder if there is one, or starts anew."
+        ) from error
 
 
 def _checkpoint_interval(minutes: float) -> float:

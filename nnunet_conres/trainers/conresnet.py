@@ -17,6 +17,7 @@ from torch import nn
 from nnunet_conres.architectures.conresnet import ConResNet
 from nnunet_conres.architectures.conresnet_paper import PAPER_DIVISOR
 from nnunet_conres.losses import PAPER_RESIDUAL_WEIGHT, RESIDUAL_WEIGHT, ConResLoss, ResidualMapLoss
+from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY
 from nnunet_conres.planning.architectures import (
     conresnet_architecture,
     conresnet_paper_architecture,
@@ -31,9 +32,16 @@ PAPER_BATCH_SIZE = 2
 
 
 class nnUNetTrainerConResNet(PluginTrainer):
-    """ConResNet under nnU-Net's own recipe, its topology derived from the plans."""
+    """ConResNet, its topology derived from the plans, under nnU-Net's recipe with another optimiser, Muon.
+
+    docs/results.md has the evidence for what this trainer does otherwise than nnU-Net's.
+    """
 
     network_name = "ConResNet"
+    optimizer_kind = "muon"
+    training_lr: float | None = MUON_LR
+    training_weight_decay: float | None = MUON_WEIGHT_DECAY
+    lr_by_iteration = True
     loss_parts = ("segmentation", "residual")
     residual_weight: float = RESIDUAL_WEIGHT
     residual_input: str | None = None
@@ -148,6 +156,15 @@ class nnUNetTrainerConResNet_NoMirroring(nnUNetTrainerConResNet):
         return rotation, dummy_2d, initial_patch_size, None
 
 
+class nnUNetTrainerConResNet_SGD(nnUNetTrainerConResNet):
+    """With nnU-Net's own optimiser and schedule."""
+
+    optimizer_kind = "sgd"
+    training_lr = None
+    training_weight_decay = None
+    lr_by_iteration = False
+
+
 class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
     """The paper: its topology, loss, optimiser, schedule, patch, batch and augmentation.
 
@@ -178,12 +195,6 @@ class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, exponent=0.9)
-
-    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        # the paper's rate falls with every iteration, nnU-Net's with every epoch
-        iteration = len(self._epoch_outputs) / self._full_epoch_iterations
-        self.lr_scheduler.step(self.current_epoch + iteration)
-        return super().train_step(batch)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802
         _, dummy_2d, _, mirror_axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()

@@ -1,0 +1,28 @@
+"""nnU-Net's own network under the recipe of this package."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY
+from nnunet_conres.trainers.base import PluginTrainer
+
+
+class nnUNetTrainerMuon(PluginTrainer):
+    """The network of the plans, as it is, trained as nnUNetTrainerConResNet trains its own.
+
+    It is what ConResNet has to be compared with to tell what the network does from what the optimiser does.
+    """
+
+    network_name = "This trainer's network"
+    optimizer_kind = "muon"
+    training_lr = MUON_LR
+    training_weight_decay = MUON_WEIGHT_DECAY
+    lr_by_iteration = True
+
+    @classmethod
+    def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
+        return deepcopy(configuration.configuration["architecture"])

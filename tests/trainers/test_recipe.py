@@ -1,0 +1,116 @@
+"""Optimiser and schedule: Muon, and nnU-Net's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_conres.optimizers import Muon
+from nnunet_conres.trainers import (
+    nnUNetTrainerConResNet,
+    nnUNetTrainerConResNet_SGD,
+    nnUNetTrainerMuon,
+    nnUNetTrainerMuon_1epoch,
+    nnUNetTrainerUNet3D,
+)
+
+
+def rates(trainer: Any) -> list[float]:
+    """Learning rates of the first epoch's steps."""
+    trainer.num_epochs = 2
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    found = []
+    for _ in range(3):
+        trainer.train_step(next(trainer.dataloader_train))
+        found.append(trainer.optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet, nnUNetTrainerMuon])
+def test_muon(make_trainer: Callable[..., Any], trainer_class: type) -> None:
+    trainer = make_trainer(trainer_class)
+    found = rates(trainer)
+    # nnU-Net's polynomial of 2 epochs, in steps of a third of an epoch
+    np.testing.assert_allclose(found, [0.03 * (1 - i / 6) ** 0.9 for i in range(3)])
+    assert isinstance(trainer.optimizer, Muon)
+    matrices, others = trainer.optimizer.param_groups
+    names = {id(parameter): name for name, parameter in trainer.network.named_parameters()}
+    assert all(".weight" in names[id(parameter)] for parameter in matrices["params"])
+    heads = [names[id(parameter)] for parameter in others["params"] if parameter.ndim == 5]
+    assert heads
+    assert all("seg_layers" in name for name in heads)
+    assert (others["lr"], others["lr_factor"]) == (matrices["lr"], 0.1)
+    assert (matrices["weight_decay"], others["weight_decay"]) == (1e-3, 0)
+    assert len(matrices["params"]) + len(others["params"]) == len(names)
+
+
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet_SGD, nnUNetTrainerUNet3D])
+def test_nnunets_own(make_trainer: Callable[..., Any], trainer_class: type) -> None:
+    trainer = make_trainer(trainer_class)
+    assert rates(trainer) == [0.01, 0.01, 0.01]
+    assert type(trainer.optimizer) is torch.optim.SGD
+    (group,) = trainer.optimizer.param_groups
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.99, True, 3e-5)
+
+
+@pytest.mark.parametrize("kind", ["labels", "ignored_regions"])
+def test_network_of_the_plans(make_trainer: Callable[..., Any], kind: str) -> None:
+    trainer = make_trainer(nnUNetTrainerMuon, kind)
+    trainer.num_epochs = 1
+    trainer.run_training()
+    assert type(trainer.network).__name__ == "PlainConvUNet"
+    trainer.perform_actual_validation()
+    folder = Path(trainer.output_folder)
+    assert (folder / "validation" / "summary.json").is_file()
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, use_mirroring=False)
+    predictor.initialize_from_trained_model_folder(str(folder.parent), ("0",))
+    patch = torch.randn(1, trainer.num_input_channels, *trainer.configuration_manager.patch_size)
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(predictor.network.eval()(patch), trainer.network(patch))
+    assert nnUNetTrainerMuon_1epoch.training_epochs == 1
+
+
+def test_a_training_begun_with_nnunets_sgd_goes_on_with_it(make_trainer: Callable[..., Any]) -> None:
+    """Checkpoints of versions whose nnUNetTrainerConResNet had it."""
+    earlier = make_trainer(nnUNetTrainerConResNet_SGD)
+    earlier.num_epochs = 1
+    earlier.run_training()
+    file = str(Path(earlier.output_folder) / "checkpoint_final.pth")
+
+    today = make_trainer(nnUNetTrainerConResNet)
+    today.load_checkpoint(file)
+    today.num_epochs = 2
+    assert type(today.optimizer) is torch.optim.SGD
+    assert today.optimizer.param_groups[0]["momentum"] == 0.99
+    buffers = [state["momentum_buffer"] for state in today.optimizer.state.values()]
+    for ours, theirs in zip(buffers, earlier.optimizer.state.values(), strict=True):
+        torch.testing.assert_close(ours, theirs["momentum_buffer"])
+    assert (today.initial_lr, today.weight_decay) == (0.01, 3e-5)
+    today.lr_scheduler.max_steps = 2
+    today.run_training()
+    assert today.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.5**0.9)
+    log = next(Path(today.output_folder).glob("training_log*.txt")).read_text()
+    assert "begun with nnU-Net's SGD, learning rate 0.01, and goes on with it" in log
+
+
+def test_a_training_goes_on_with_muon(make_trainer: Callable[..., Any]) -> None:
+    first = make_trainer(nnUNetTrainerConResNet)
+    first.num_epochs = 1
+    first.run_training()
+    again = make_trainer(nnUNetTrainerConResNet, continue_training=True)
+    again.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    assert isinstance(again.optimizer, Muon)
+    for ours, theirs in zip(again.optimizer.state.values(), first.optimizer.state.values(), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name])
