@@ -157,16 +157,19 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalize(matrices.mT).mT
     a, b, c = _COEFFICIENTS
-    matrices = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + _EPSILON)
-    gram = matrices @ matrices.mT
-    factor = None
-    for _ in range(_ROUNDS):
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        polynomial.diagonal(dim1=1, dim2=2).add_(a)
-        factor = polynomial if factor is None else polynomial @ factor
-        gram = polynomial @ gram @ polynomial
-    assert factor is not None
-    return factor @ matrices
+    # Squared singular values need the digits of single precision, and a trainer may step under autocast.
+    with torch.autocast(matrices.device.type, enabled=False):
+        matrices = matrices.float()
+        matrices = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + _EPSILON)
+        gram = matrices @ matrices.mT
+        factor = None
+        for _ in range(_ROUNDS):
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            polynomial.diagonal(dim1=1, dim2=2).add_(a)
+            factor = polynomial if factor is None else polynomial @ factor
+            gram = polynomial @ gram @ polynomial
+        assert factor is not None
+        return factor @ matrices
 
 
 def muon_of(network: nn.Module, lr: float, weight_decay: float) -> Muon:

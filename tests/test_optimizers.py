@@ -46,6 +46,13 @@ class TestOrthogonalize:
         found = orthogonalize(matrix[None])[0]
         torch.testing.assert_close(found.double(), newton_schulz(matrix), rtol=0, atol=1e-3)
 
+    def test_in_single_precision_whatever_the_trainer_has(self) -> None:
+        """A step under bfloat16 autocast was unstable: half the digits are gone where singular values are squared."""
+        matrices = torch.randn(1, 32, 100, generator=torch.Generator().manual_seed(3))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = orthogonalize(matrices)
+        assert torch.equal(found, orthogonalize(matrices))
+
     def test_nothing_of_nothing(self) -> None:
         assert torch.equal(orthogonalize(torch.zeros(1, 4, 9)), torch.zeros(1, 4, 9))
 
