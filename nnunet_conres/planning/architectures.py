@@ -74,13 +74,18 @@ _UNET3D_DEFAULTS = _NO_LAYERS | {
 }
 
 
-def conresnet_architecture(configuration: ConfigurationManager, residual_input: str | None = None) -> dict[str, Any]:
+def conresnet_architecture(
+    configuration: ConfigurationManager, residual_input: str | None = None, residual_stream: bool | None = None
+) -> dict[str, Any]:
     """The ``architecture`` entry of a configuration for ConResNet.
 
     Args:
         configuration: Configuration of stock plans, which becomes the dynamic topology, or of plans that name ConResNet
             already, which keep their topology and arguments.
-        residual_input: ``"decoder"`` or ``"shared_encoder"``; None keeps what the plans say, else "decoder".
+        residual_input: ``"decoder"`` or ``"shared_encoder"``, which has the residual stream; None keeps what the plans
+            say, else "decoder".
+        residual_stream: Whether there is a residual stream; None keeps what the plans say, else there is none:
+            docs/results.md has the evidence.
 
     Returns:
         Dictionary with ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, as plans hold it.
@@ -103,11 +108,15 @@ def conresnet_architecture(configuration: ConfigurationManager, residual_input: 
     arguments["n_blocks_per_stage"] = blocks
     # Stock plans have two convolutions per decoder level; here one is the segmentation's and one the residual's.
     arguments["n_conv_per_stage_decoder"] = [1] * (n_stages - 1)
-    if configuration.network_arch_class_name == CONRESNET:
+    if configuration.network_arch_class_name != CONRESNET:
+        arguments["residual_stream"] = False
+    else:
         arguments |= {argument: value for argument, value in given.items() if argument != "n_conv_per_stage"}
         arguments["n_blocks_per_stage"] = blocks
     if residual_input is not None:
         arguments["residual_input"] = residual_input
+    if residual_stream is not None or arguments["residual_input"] == "shared_encoder":
+        arguments["residual_stream"] = residual_stream is not False
     return _entry(CONRESNET, arguments)
 
 

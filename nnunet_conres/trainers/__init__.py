@@ -11,6 +11,7 @@ from nnunet_conres.trainers.conresnet import (
     nnUNetTrainerConResNetBSpline,
     nnUNetTrainerConResNetPaper,
     nnUNetTrainerConResNetSharedEncoder,
+    nnUNetTrainerConResNetStream,
 )
 from nnunet_conres.trainers.stock import nnUNetTrainerMuon
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D, nnUNetTrainerUNet3DPaper
@@ -23,6 +24,7 @@ __all__ = [
     "nnUNetTrainerConResNetBSpline",
     "nnUNetTrainerConResNetPaper",
     "nnUNetTrainerConResNetSharedEncoder",
+    "nnUNetTrainerConResNetStream",
     "nnUNetTrainerConResNet_NoMirroring",
     "nnUNetTrainerConResNet_SGD",
     "nnUNetTrainerMuon",

@@ -34,7 +34,13 @@ PAPER_BATCH_SIZE = 2
 class nnUNetTrainerConResNet(PluginTrainer):
     """ConResNet, its topology derived from the plans, under nnU-Net's recipe with another optimiser, Muon.
 
-    docs/results.md has the evidence for what this trainer does otherwise than nnU-Net's.
+    Without a residual stream, unless the plans have one: residual maps are predicted from the segmentation's own
+    features, to teach these. docs/results.md has the evidence for that and for the optimiser.
+
+    Attributes:
+        residual_weight: Weight of the residual maps in the objective.
+        residual_input: ``"decoder"``, ``"shared_encoder"``, or None for what the plans say.
+        residual_stream: Whether there is a residual stream; None for what the plans say.
     """
 
     network_name = "ConResNet"
@@ -45,10 +51,11 @@ class nnUNetTrainerConResNet(PluginTrainer):
     loss_parts = ("segmentation", "residual")
     residual_weight: float = RESIDUAL_WEIGHT
     residual_input: str | None = None
+    residual_stream: bool | None = None
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return conresnet_architecture(configuration, cls.residual_input)
+        return conresnet_architecture(configuration, cls.residual_input, cls.residual_stream)
 
     @classmethod
     def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
@@ -141,8 +148,14 @@ def check_paper_patch(configuration: ConfigurationManager, name: str) -> None:
         )
 
 
+class nnUNetTrainerConResNetStream(nnUNetTrainerConResNet):
+    """With the paper's residual stream, a second decoder whose attention acts on the first."""
+
+    residual_stream = True
+
+
 class nnUNetTrainerConResNetSharedEncoder(nnUNetTrainerConResNet):
-    """One encoder, with the same weights, runs over the image and over its inter-slice residual."""
+    """With the residual stream; one encoder, with the same weights, runs over image and inter-slice residual."""
 
     residual_input = "shared_encoder"
 

@@ -26,7 +26,6 @@ TOPOLOGY_ARGUMENTS = (
     "residual_input",
     "downsampling",
     "auxiliary_heads",
-    "residual_stream",
     "residual_features_per_stage",
     "attention",
 )

@@ -67,7 +67,7 @@ class TestConResNetArchitecture:
             "slice_axis": 0,
             "topology": "dynamic",
             "checkpointing": "none",
-            "residual_stream": True,
+            "residual_stream": False,
             "residual_features_per_stage": None,
             "attention": "paper",
         }
@@ -95,7 +95,20 @@ class TestConResNetArchitecture:
         assert resolved(once) == once["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
 
     def test_shared_encoder(self) -> None:
-        assert resolved(plans(), residual_input="shared_encoder")["residual_input"] == "shared_encoder"
+        arguments = resolved(plans(), residual_input="shared_encoder")
+        assert (arguments["residual_input"], arguments["residual_stream"]) == ("shared_encoder", True)
+
+    def test_residual_stream(self) -> None:
+        assert resolved(plans(), residual_stream=True)["residual_stream"] is True
+        # plans older than the argument mean the network that they were made for
+        older = plans(CONRESNET, n_conv_per_stage="left out", n_blocks_per_stage=[1, 2, 2])
+        assert resolved(older)["residual_stream"] is True
+        without = plans(CONRESNET, n_conv_per_stage="left out", n_blocks_per_stage=[1, 2, 2], residual_stream=False)
+        assert resolved(without)["residual_stream"] is False
+        assert resolved(without, residual_stream=True)["residual_stream"] is True
+        assert resolved(without, residual_input="shared_encoder")["residual_stream"] is True
+        both = plans(CONRESNET, n_conv_per_stage="left out", residual_input="shared_encoder")
+        assert resolved(both)["residual_stream"] is True
 
     def test_refuses_networks_without_stages(self) -> None:
         with pytest.raises(ValueError, match=r"Primus has no n_stages, strides"):

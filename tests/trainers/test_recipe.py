@@ -80,16 +80,19 @@ def test_network_of_the_plans(make_trainer: Callable[..., Any], kind: str) -> No
     assert nnUNetTrainerMuon_1epoch.training_epochs == 1
 
 
-def test_a_training_begun_with_nnunets_sgd_goes_on_with_it(make_trainer: Callable[..., Any]) -> None:
-    """Checkpoints of versions whose nnUNetTrainerConResNet had it."""
+def test_a_training_goes_on_as_it_was_begun(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of versions whose nnUNetTrainerConResNet had nnU-Net's optimiser and the residual stream."""
+    monkeypatch.setattr(nnUNetTrainerConResNet_SGD, "residual_stream", True)
     earlier = make_trainer(nnUNetTrainerConResNet_SGD)
     earlier.num_epochs = 1
     earlier.run_training()
     file = str(Path(earlier.output_folder) / "checkpoint_final.pth")
 
     today = make_trainer(nnUNetTrainerConResNet)
+    assert not today.configuration_manager.network_arch_init_kwargs["residual_stream"]
     today.load_checkpoint(file)
     today.num_epochs = 2
+    assert today.network.residual_stream
     assert type(today.optimizer) is torch.optim.SGD
     assert today.optimizer.param_groups[0]["momentum"] == 0.99
     buffers = [state["momentum_buffer"] for state in today.optimizer.state.values()]
