@@ -67,6 +67,7 @@ class Muon(Optimizer):
             "betas": betas,
             "eps": eps,
             "orthogonal": False,
+            "steps": 0,  # for Adam's corrections; among the groups' entries, as it is saved with these
         }
         super().__init__(groups, defaults)
         for group in self.param_groups:
@@ -110,9 +111,8 @@ class Muon(Optimizer):
     def _adam(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         gradients = _gradients(parameters)
         means, squares = self._state("exp_avg", parameters), self._state("exp_avg_sq", parameters)
-        counts = self._state("step", parameters)
-        torch._foreach_add_(counts, 1)
-        number = float(counts[0])  # on the CPU
+        group["steps"] += 1
+        number = group["steps"]
         first, second = group["betas"]
         torch._foreach_lerp_(means, gradients, 1 - first)
         torch._foreach_mul_(squares, second)
@@ -126,7 +126,7 @@ class Muon(Optimizer):
     def _state(self, name: str, parameters: list[Tensor]) -> list[Tensor]:
         for parameter in parameters:
             if name not in self.state[parameter]:
-                self.state[parameter][name] = torch.zeros(()) if name == "step" else torch.zeros_like(parameter)
+                self.state[parameter][name] = torch.zeros_like(parameter)
         return [self.state[parameter][name] for parameter in parameters]
 
 

@@ -43,6 +43,7 @@ class Cost:
             preprocessed data.
         device: Where it was trained.
         precision: Of training steps.
+        optimizer: Its name and the learning rate that it started with.
     """
 
     parameters: int | None = None
@@ -56,6 +57,7 @@ class Cost:
     prediction_seconds_per_case: float | None = None
     device: str | None = None
     precision: str | None = None
+    optimizer: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -85,6 +87,7 @@ def model_cost(model: Model) -> tuple[Cost, Curves, list[str]]:
     peaks: list[float] = []
     precisions: set[str] = set()
     devices: set[str] = set()
+    optimizers: set[str] = set()
     for fold in model.folds:
         folder = model.folder / f"fold_{fold}"
         logged = _logged(folder)
@@ -97,10 +100,11 @@ def model_cost(model: Model) -> tuple[Cost, Curves, list[str]]:
         lines = _log_lines(folder)
         predicting += _prediction_seconds(lines)
         peaks += [float(found[1]) for _, line in lines if (found := _PEAK_MEMORY_LINE.match(line))]
-        device, precision = _device_and_precision(folder)
+        device, precision, optimizer = _training_conditions(folder)
         devices |= {device} if device else set()
         precisions |= {precision} if precision else set()
-    for what, values in (("devices", devices), ("precisions", precisions)):
+        optimizers |= {optimizer} if optimizer else set()
+    for what, values in (("devices", devices), ("precisions", precisions), ("optimisers", optimizers)):
         if len(values) > 1:
             notes.append(f"{model.name}: folds were trained on different {what}: {', '.join(sorted(values))}.")
     every_epoch = [seconds for of_fold in durations.values() for seconds in of_fold]
@@ -114,6 +118,7 @@ def model_cost(model: Model) -> tuple[Cost, Curves, list[str]]:
             prediction_seconds_per_case=statistics.median(predicting) if predicting else None,
             device=", ".join(sorted(devices)) or None,
             precision=", ".join(sorted(precisions)) or None,
+            optimizer=", ".join(sorted(optimizers)) or None,
         ),
         curves,
         notes,
@@ -141,6 +146,7 @@ def unlike_conditions(costs: Mapping[str, Cost]) -> list[str]:
     """
     warned = []
     for attribute, what in (
+        ("optimizer", "optimiser"),
         ("precision", "precision"),
         ("device", "device"),
         ("epochs", "number of epochs"),
@@ -277,14 +283,24 @@ def _prediction_seconds(lines: Sequence[tuple[datetime, str]]) -> list[float]:
     return seconds
 
 
-def _device_and_precision(fold_folder: Path) -> tuple[str | None, str | None]:
-    """Where a fold was trained, and in which precision; what nnU-Net wrote about the last start of its training."""
+def _training_conditions(fold_folder: Path) -> tuple[str | None, str | None, str | None]:
+    """Device, precision and optimiser of a fold; what nnU-Net wrote about the last start of its training."""
     try:
         debug = read_json(fold_folder / "debug.json")
     except (OSError, ValueError):
-        return None, None
+        return None, None, None
     kind = str(debug.get("device", "")).split(":")[0]
     # nnU-Net's own training steps are in mixed precision on CUDA and in single precision elsewhere.
     stock = "float16 mixed" if kind == "cuda" else "float32"
     device = f"{kind} ({debug['gpu_name']})" if kind == "cuda" and "gpu_name" in debug else kind
-    return device or None, str(debug.get(_PRECISION_ATTRIBUTE, stock)) if kind else None
+    precision = str(debug.get(_PRECISION_ATTRIBUTE, stock)) if kind else None
+    return device or None, precision, _optimizer(str(debug.get("optimizer", "")))
+
+
+def _optimizer(text: str) -> str | None:
+    """Name and first learning rate of an optimiser as PyTorch prints it."""
+    name = re.match(r"(\w+) \(", text)
+    if name is None:
+        return None
+    rate = re.search(r"\binitial_lr: ([\d.e+-]+)", text)
+    return name[1] if rate is None else f"{name[1]}, learning rate {float(rate[1]):g}"

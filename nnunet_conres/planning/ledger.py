@@ -56,11 +56,17 @@ class Node:
 
 
 class Parameter(Node):
-    """A leaf: its gradient stays."""
+    """A leaf: its gradient stays.
 
-    def __init__(self, numel: int) -> None:
+    Args:
+        numel: Number of elements.
+        is_matrix: Whether Muon would take it for a matrix: weights of convolutions, but for those of heads.
+    """
+
+    def __init__(self, numel: int, is_matrix: bool = False) -> None:
         super().__init__([], [])
         self.numel = numel
+        self.is_matrix = is_matrix
         self.lowered: tuple[Storage, Node] | None = None
 
 

@@ -56,8 +56,8 @@ class Network(ABC):
 
     # --- layers -----------------------------------------------------------------------------------------------------
 
-    def parameter(self, numel: int) -> Parameter:
-        parameter = Parameter(numel)
+    def parameter(self, numel: int, is_matrix: bool = False) -> Parameter:
+        parameter = Parameter(numel, is_matrix)
         self.parameters.append(parameter)
         return parameter
 
@@ -74,11 +74,12 @@ class Convolution:
         stride: Size = (1, 1, 1),
         bias: bool = False,
         standardized: bool = False,
+        is_head: bool = False,
     ) -> None:
         self.ledger = network.ledger
         self.out_channels = out_channels
         self.stride = stride
-        self.weight = network.parameter(in_channels * out_channels * math.prod(kernel))
+        self.weight = network.parameter(in_channels * out_channels * math.prod(kernel), is_matrix=not is_head)
         self.bias = network.parameter(out_channels) if bias else None
         self.standardized = standardized
 
@@ -246,7 +247,7 @@ class UNet3DNetwork(EncoderDecoderNetwork):
             self.up.append(Convolution(self, below, below, stride, stride).transposed)
             self.levels.append(pair(below + features[stage], [features[stage]] * n_conv, self.kernels[stage]))
             if arguments.get("auxiliary_heads", True) or stage == 0:
-                self.heads.append(Convolution(self, features[stage], self.classes, (1, 1, 1), bias=True))
+                self.heads.append(Convolution(self, features[stage], self.classes, (1, 1, 1), bias=True, is_head=True))
 
     def _max_pool(self, stage: int) -> Any:
         stride = self.strides[stage]
@@ -283,7 +284,7 @@ class VNetNetwork(EncoderDecoderNetwork):
             below = 2 * skip
             self.levels.append(self._residual_stage(below, below, n_conv, self.kernels[stage]))
             if arguments.get("auxiliary_heads", True) or stage == 0:
-                self.heads.append(Convolution(self, below, self.classes, (1, 1, 1), bias=True))
+                self.heads.append(Convolution(self, below, self.classes, (1, 1, 1), bias=True, is_head=True))
 
     def _residual_stage(self, in_channels: int, channels: int, n_conv: int, kernel: Size) -> Any:
         ledger = self.ledger
@@ -479,9 +480,11 @@ class DynamicConResNet(ConResNetNetwork):
                     for n in range(n_conv)
                 ]
             )
-            self.segmentation_heads.append(Convolution(self, channels, self.classes, (1, 1, 1), bias=True))
+            self.segmentation_heads.append(
+                Convolution(self, channels, self.classes, (1, 1, 1), bias=True, is_head=True)
+            )
             width = residual_features[stage]
-            self.residual_heads.append(Convolution(self, width, self.classes, (1, 1, 1), bias=True))
+            self.residual_heads.append(Convolution(self, width, self.classes, (1, 1, 1), bias=True, is_head=True))
             if not self.has_stream:
                 self.modules.append((up, None, convolve))
                 continue

@@ -64,6 +64,8 @@ def estimate_memory(step: TrainingStep) -> MemoryEstimate:
     network = network_of(step, ledger)
     parameters = FLOAT32 * sum(parameter.numel for parameter in network.parameters)
     optimizer = parameters * (2 if step.optimizer == "adam" else 1)
+    if step.optimizer == "muon":  # and Adam for what is no matrix
+        optimizer += FLOAT32 * sum(parameter.numel for parameter in network.parameters if not parameter.is_matrix)
     fixed = [ledger.storage(parameters), ledger.storage(optimizer + network.buffer_bytes)]
     data = ledger.tensor((step.batch_size, step.input_channels, *step.patch_size), FLOAT32)
     losses = Loss(step, ledger)
@@ -78,7 +80,7 @@ def estimate_memory(step: TrainingStep) -> MemoryEstimate:
     ledger.backward(loss)
     # what the optimiser makes while no activation is left
     if step.optimizer == "muon":  # all weights of one shape at once
-        counts = Counter(parameter.numel for parameter in network.parameters)
+        counts = Counter(parameter.numel for parameter in network.parameters if parameter.is_matrix)
         temporary = _MUON_COPIES * FLOAT32 * max(numel * count for numel, count in counts.items())
     elif step.device == "cuda":  # all parameters at once
         temporary = parameters * _FOREACH_COPIES[step.optimizer]

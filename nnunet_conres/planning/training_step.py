@@ -207,11 +207,9 @@ def _optimizer(step: TrainingStep, network: nn.Module) -> torch.optim.Optimizer:
     if step.optimizer == "muon":
         optimizer = muon_of(network, MUON_LR, MUON_WEIGHT_DECAY)
         for group in optimizer.param_groups:
-            names = ["momentum_buffer"] if group["orthogonal"] else ["exp_avg", "exp_avg_sq", "step"]
+            names = ["momentum_buffer"] if group["orthogonal"] else ["exp_avg", "exp_avg_sq"]
             for parameter in group["params"]:
-                optimizer.state[parameter] = {
-                    name: torch.zeros(()) if name == "step" else torch.zeros_like(parameter) for name in names
-                }
+                optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in names}
     elif step.optimizer == "adam":
         optimizer = torch.optim.Adam(parameters, 1e-4, weight_decay=5e-4, foreach=foreach)
         for parameter in parameters:

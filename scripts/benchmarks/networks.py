@@ -26,6 +26,7 @@ from nnunet_conres.trainers.conresnet import (
     nnUNetTrainerConResNet,
     nnUNetTrainerConResNetPaper,
     nnUNetTrainerConResNetSharedEncoder,
+    nnUNetTrainerConResNetStream,
 )
 from nnunet_conres.trainers.plans import configuration_of, with_configuration
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
@@ -36,6 +37,7 @@ NETWORKS: dict[str, type[nnUNetTrainer]] = {
     "plainconvunet": nnUNetTrainer,
     "resenc": nnUNetTrainer,
     "conresnet": nnUNetTrainerConResNet,
+    "conresnet_stream": nnUNetTrainerConResNetStream,
     "conresnet_shared_encoder": nnUNetTrainerConResNetSharedEncoder,
     "conresnet_paper": nnUNetTrainerConResNetPaper,
     "vnet": nnUNetTrainerVNet,
@@ -95,6 +97,7 @@ class Model:
         plans: Plans that name it.
         configuration: Their only configuration.
         task: What it segments.
+        optimizer: "muon", or nnU-Net's "sgd"; Adam of the paper's trainer is taken for the latter.
     """
 
     network: nn.Module
@@ -103,6 +106,7 @@ class Model:
     plans: PlansManager
     configuration: ConfigurationManager
     task: Task
+    optimizer: str
 
 
 def stock_plans(task: Task, residual_encoder: bool = False) -> dict[str, Any]:
@@ -193,7 +197,8 @@ def build(name: str, task: Task, device: torch.device, deep_supervision: bool = 
     heads = manager.get_label_manager(task.dataset_json).num_segmentation_heads
     network = trainer.build_network_architecture(manager, configuration, task.channels, heads, deep_supervision)
     loss, scales = _loss_of(trainer, manager, configuration, task)
-    return Model(network.to(device), loss.to(device), scales, manager, configuration, task)
+    optimizer = trainer.optimizer_kind if issubclass(trainer, PluginTrainer) else "sgd"
+    return Model(network.to(device), loss.to(device), scales, manager, configuration, task, optimizer)
 
 
 def _loss_of(

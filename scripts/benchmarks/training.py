@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import Model, make_batch
 from benchmarks.timing import BenchmarkError, Clock, Phases
+from nnunet_conres.optimizers import muon_of
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float16}
 LOSS_PHASES = ("loss forward", "loss backward")
@@ -51,9 +52,13 @@ class TimedStep:
         self.images, self.targets = make_batch(model, device)
         network = model.network.train()
         self.parameters = list(network.parameters())
-        self.optimizer = torch.optim.SGD(
-            self.parameters, _LEARNING_RATE, weight_decay=3e-5, momentum=0.99, nesterov=True
-        )
+        self.optimizer: torch.optim.Optimizer
+        if model.optimizer == "muon":
+            self.optimizer = muon_of(network, _LEARNING_RATE, weight_decay=3e-5)
+        else:
+            self.optimizer = torch.optim.SGD(
+                self.parameters, _LEARNING_RATE, weight_decay=3e-5, momentum=0.99, nesterov=True
+            )
         self.scaler = torch.amp.GradScaler("cuda") if precision == "mixed" else None
         self.network: Callable[[Tensor], Any] = network
         self.loss: Callable[[Any, Any], Tensor] = model.loss

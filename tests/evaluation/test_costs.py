@@ -5,9 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunet_conres.evaluation.costs import Cost, ensemble_cost, model_cost, unlike_conditions
 from nnunet_conres.evaluation.models import Model, ModelName, find_cross_validation
+from nnunet_conres.optimizers import Muon
 
 NAME = "Dataset801_Models"
 
@@ -107,6 +110,22 @@ class TestLogs:
         cost = model_cost(find())[0]
         assert (cost.device, cost.precision) == expected
 
+    @pytest.mark.parametrize(
+        ("optimizer", "expected"),
+        [
+            (torch.optim.SGD([torch.zeros(1)], 0.01, momentum=0.99), "SGD, learning rate 0.01"),
+            (Muon([torch.zeros(2)], 0.03), "Muon, learning rate 0.03"),
+            (torch.optim.Adam([torch.zeros(1)], 1e-4), "Adam, learning rate 0.0001"),
+        ],
+    )
+    def test_optimiser(self, lab: Callable[..., Any], optimizer: torch.optim.Optimizer, expected: str) -> None:
+        """As nnU-Net writes it: the text of the object, behind a scheduler."""
+        folder = lab().add()
+        PolyLRScheduler(optimizer, optimizer.param_groups[0]["lr"], 10)
+        optimizer.param_groups[0]["lr"] = 0.5
+        (folder / "fold_0" / "debug.json").write_text(json.dumps({"device": "cpu", "optimizer": str(optimizer)}))
+        assert model_cost(find())[0].optimizer == expected
+
     def test_name_of_the_gpu(self, lab: Callable[..., Any]) -> None:
         folder = lab().add()
         (folder / "fold_0" / "debug.json").write_text(json.dumps({"device": "cuda:0", "gpu_name": "GPU X"}))
@@ -131,6 +150,13 @@ def test_conditions_that_differ() -> None:
     (warning,) = unlike_conditions(costs)
     assert "precision" in warning
     assert "A: float32; B: bfloat16 mixed" in warning
+
+
+def test_optimisers_that_differ() -> None:
+    costs = {"A": Cost(optimizer="SGD, learning rate 0.01"), "B": Cost(optimizer="Muon, learning rate 0.03")}
+    (warning,) = unlike_conditions(costs)
+    assert "differ in their optimiser" in warning
+    assert "A: SGD, learning rate 0.01; B: Muon, learning rate 0.03" in warning
 
 
 def test_an_ensemble_costs_its_members() -> None:

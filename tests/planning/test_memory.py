@@ -42,9 +42,9 @@ def conresnet_with(**arguments: Any) -> Callable[[ConfigurationManager], dict[st
 FAMILIES: dict[str, Callable[[ConfigurationManager], dict[str, Any]]] = {
     "conresnet": architectures.conresnet_architecture,
     "shared_encoder": lambda plans: architectures.conresnet_architecture(plans, "shared_encoder"),
-    "no_stream": conresnet_with(residual_stream=False),
-    "narrow_identity": conresnet_with(residual_features_per_stage=8, attention="identity"),
-    "narrow_none": conresnet_with(residual_features_per_stage=8, attention="none"),
+    "stream": conresnet_with(residual_stream=True),
+    "narrow_identity": conresnet_with(residual_stream=True, residual_features_per_stage=8, attention="identity"),
+    "narrow_none": conresnet_with(residual_stream=True, residual_features_per_stage=8, attention="none"),
     "conresnet_paper": architectures.conresnet_paper_architecture,
     "vnet": architectures.vnet_architecture,
     "vnet_paper": architectures.vnet_paper_architecture,
@@ -94,17 +94,22 @@ def step(
 
 
 PLANS = [
-    step("conresnet"),
-    step("conresnet", device="cuda"),
-    step("conresnet", mixed_precision=False),
-    step("conresnet", ANISOTROPIC, input_channels=4, has_regions=True),
-    step("conresnet", SIX_STAGES, "full", (64, 64, 64), device="cuda"),
-    step("conresnet", checkpointing="decoder"),
+    step("stream"),
+    step("stream", device="cuda"),
+    step("stream", mixed_precision=False),
+    step("stream", ANISOTROPIC, input_channels=4, has_regions=True),
+    step("stream", SIX_STAGES, "full", (64, 64, 64), device="cuda"),
+    step("stream", checkpointing="decoder"),
     step("shared_encoder", ANISOTROPIC, device="cuda"),
     step("shared_encoder", checkpointing="full"),
-    step("conresnet", ANISOTROPIC, checkpointing="decoder", device="cuda"),
-    step("no_stream"),
-    step("no_stream", ANISOTROPIC, checkpointing="full", input_channels=4, has_regions=True, device="cuda"),
+    step("stream", ANISOTROPIC, checkpointing="decoder", device="cuda"),
+    step("conresnet"),
+    step("conresnet", optimizer="muon"),
+    step("conresnet", SIX_STAGES, patch_size=(64, 64, 64), device="cuda", optimizer="muon"),
+    # so small a patch that the optimiser takes most
+    step("conresnet", SIX_STAGES, patch_size=(64, 64, 32), batch_size=1, device="cuda", optimizer="muon"),
+    step("stream", ANISOTROPIC, optimizer="muon"),
+    step("conresnet", ANISOTROPIC, checkpointing="full", input_channels=4, has_regions=True, device="cuda"),
     step("narrow_identity"),
     step("narrow_identity", ANISOTROPIC, checkpointing="decoder", device="cuda"),
     step("narrow_none", mixed_precision=False),
@@ -122,12 +127,12 @@ PLANS = [
     step("unet3d_paper", device="cuda"),
     step("unet3d_paper", checkpointing="full"),
     # many labels, whose logits and losses weigh as much as the network; unannotated voxels
-    step("conresnet", TWO_STAGES, output_channels=14),
+    step("stream", TWO_STAGES, output_channels=14),
     step("vnet", TWO_STAGES, output_channels=14, device="cuda"),
     step("unet3d", TWO_STAGES, output_channels=6, has_regions=True, has_ignore_label=True),
-    step("conresnet", TWO_STAGES, output_channels=6, has_regions=True, has_ignore_label=True, device="cuda"),
+    step("stream", TWO_STAGES, output_channels=6, has_regions=True, has_ignore_label=True, device="cuda"),
     # sizes that the strides don't divide
-    step("conresnet", patch_size=(31, 45, 50)),
+    step("stream", patch_size=(31, 45, 50)),
     step("unet3d", patch_size=(31, 45, 50)),
 ]
 
@@ -351,7 +356,7 @@ class TestCommand:
         for part in (
             "parameters",
             "gradients",
-            "optimiser (sgd)",
+            "optimiser (muon)",
             "encoder stage 3",
             "decoder level 0",
             "loss",

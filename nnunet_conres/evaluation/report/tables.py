@@ -234,13 +234,14 @@ def cost_table(comparison: Mapping[str, Any]) -> str:
             duration(cost.get("prediction_seconds_per_case")),
         )
         named = "".join(f'<td class="figure">{cell}</td>' for cell in cells)
-        where = "".join(f"<td>{escape(cost[key]) if cost.get(key) else NONE}</td>" for key in ("device", "precision"))
+        conditions = ("device", "precision", "optimizer")
+        where = "".join(f"<td>{escape(cost[key]) if cost.get(key) else NONE}</td>" for key in conditions)
         rows.append(f'<tr><th scope="row">{model_name(index, model)}</th>{named}{where}</tr>')
     headings = _headings(
         ("Model",),
         ("Parameters", "GFLOP per patch", "Patch (voxels)", "Epoch", "Training", "Peak memory",
          "Prediction per case"),
-        ("Device", "Precision"),
+        ("Device", "Precision", "Optimiser"),
     )  # fmt: skip
     table = f"<table><thead><tr>{headings}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return scroll_box(table, "Costs")

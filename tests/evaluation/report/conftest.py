@@ -104,6 +104,7 @@ def made_up_comparison(
                 "prediction_seconds_per_case": 1.9,
                 "device": "cpu",
                 "precision": "bfloat16",
+                "optimizer": "Muon, learning rate 0.03",
             },
             "curves": {str(fold): curves(rng, fold, index > 0) for fold in (0, 1)} if with_curves else None,
         }

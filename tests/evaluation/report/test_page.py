@@ -168,6 +168,7 @@ class TestContent:
             "51.7 min",
             "1.90 s",
             "bfloat16",
+            "Muon, learning rate 0.03",
         ):
             assert expected in page.text
 
