@@ -193,7 +193,7 @@ def predicted_residual_figure(
         images: One per channel, axes z, y, x; one of them is shown, with the outlines of the labels.
         prediction: Label map of the same shape.
         predicted: Predicted residuals, 0 to 1, by name; shown is the largest at every voxel.
-        attention: 0 to 2.
+        attention: 0 to 2; not shown where it is 1 everywhere.
         of_prediction: Residual of the predicted labels, by name.
         regions: Label values by name.
         reference: True label map, if there is one.
@@ -212,7 +212,6 @@ def predicted_residual_figure(
     true_masks = {} if reference is None else {n: np.isin(reference, values) for n, values in regions.items()}
     strongest = np.maximum.reduce(list(predicted.values()))
     nothing = np.zeros(image.shape, np.uint8)
-    low, high = _range(attention[attention != 1])
     columns = [
         Column("image", image, _range(image[image != image.flat[0]]), outlined=true_masks, dashed=predicted_masks)
     ]
@@ -221,8 +220,11 @@ def predicted_residual_figure(
     columns += [
         Column("residual of the prediction", nothing, (0, 1), tinted=of_prediction),
         Column("predicted residual, 0 to 1", strongest, (0.0, 1.0), _MAP_COLOURS),
-        Column(f"attention, {low:.2f} to {high:.2f}", attention, (low, high), _MAP_COLOURS),
     ]
+    attended = attention[attention != 1]
+    if attended.size:  # else there is none
+        low, high = _range(attended)
+        columns.append(Column(f"attention, {low:.2f} to {high:.2f}", attention, (low, high), _MAP_COLOURS))
     known = of_reference or of_prediction
     curves = [Curve("predicted residual", _means(strongest, axis), "white")]
     curves.append(Curve("of the prediction", _means(np.logical_or.reduce([*of_prediction.values()]), axis), "grey"))
