@@ -74,7 +74,7 @@ def count() -> Iterator[Counted]:
     planners = {
         "nnU-Net": (ExperimentPlanner, 1.0),
         "ResEnc-M": (nnUNetPlannerResEncM, 1.0),
-        "ConResNet": (PLANNERS["conresnet"], 1.22),
+        "ConResNet": (PLANNERS["conresnet"], 1.1),
         "V-Net": (PLANNERS["vnet"], 1.0),
     }
     with nnunet_folders(data), torch.device("meta"):

@@ -84,5 +84,8 @@ def plans_of(study: dict[str, Any], network: str, entry: dict[str, Any], folder:
     if trainer != STOCK:
         maker = getattr(import_module("nnunet_conres.trainers"), trainer)
         settings["architecture"] = deepcopy(maker.architecture(PlansManager(plans).get_configuration(configuration)))
-    settings["architecture"]["arch_kwargs"] |= entry.get("architecture", {})
+    architecture = settings["architecture"]
+    architecture["network_class_name"] = entry.get("network_class", architecture["network_class_name"])
+    arguments = architecture["arch_kwargs"] | entry.get("architecture", {})
+    architecture["arch_kwargs"] = {name: value for name, value in arguments.items() if value != "left out"}
     return plans
