@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -158,7 +159,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         return orthogonalize(matrices.mT).mT
     a, b, c = _COEFFICIENTS
     # Squared singular values need the digits of single precision, and a trainer may step under autocast.
-    with torch.autocast(matrices.device.type, enabled=False):
+    kind = matrices.device.type  # older versions of PyTorch have no autocast elsewhere
+    with torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext():
         matrices = matrices.float()
         matrices = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + _EPSILON)
         gram = matrices @ matrices.mT

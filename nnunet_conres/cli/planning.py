@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
     from nnunet_conres.planning.commands import PlanOptions
 
-_ARCHITECTURES = ("conresnet", "vnet", "unet3d")
+_ARCHITECTURES = ("conresnet", "conresnet_stream", "vnet", "unet3d")
 
 
 def add_plan(subparsers: "Subparsers") -> None:
@@ -187,9 +187,15 @@ def _memory(arguments: argparse.Namespace) -> int:
     trainer = None
     if arguments.tr is not None:
         from nnunet_conres import trainers
+        from nnunet_conres.registration import WITH_NETWORK_OF_THE_PLANS
 
         if arguments.tr not in trainers.__all__:
             raise ValueError(f"{arguments.tr} is no trainer of this package; it has {', '.join(trainers.__all__)}.")
+        if arguments.tr in WITH_NETWORK_OF_THE_PLANS:
+            raise ValueError(
+                f"{arguments.tr} trains the network of the plans. Leave -tr out for plans of this package; the "
+                f"memory of nnU-Net's own networks is not estimated."
+            )
         trainer = getattr(trainers, arguments.tr)
     # nnU-Net has things to say of old plans, which must not get among the JSON
     with contextlib.redirect_stdout(sys.stderr):
@@ -199,7 +205,7 @@ def _memory(arguments: argparse.Namespace) -> int:
             arguments.c,
             resolve=None if trainer is None else trainer.resolve,
             trainer_name=arguments.tr,
-            optimizer="sgd" if trainer is None else trainer.optimizer_kind,
+            optimizer=None if trainer is None else trainer.optimizer_kind,
             patch_size=arguments.patch_size,
             batch_size=arguments.batch_size,
             device=arguments.device,

@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.architectures.blocks import triple
 from nnunet_conres.datasets.raw import InputError, find_dataset, folder_from_environment, read_dataset_json
+from nnunet_conres.planning.architectures import CONRESNET
 from nnunet_conres.planning.memory import MemoryEstimate, estimate_memory
 from nnunet_conres.planning.preprocessing import read_plans
 from nnunet_conres.planning.training_step import TrainingStep
@@ -91,7 +92,7 @@ def report_memory(
     *,
     resolve: Resolve | None = None,
     trainer_name: str | None = None,
-    optimizer: str = "sgd",
+    optimizer: str | None = None,
     patch_size: Sequence[int] | None = None,
     batch_size: int | None = None,
     device: str = "cuda",
@@ -106,7 +107,7 @@ def report_memory(
         configuration: A 3D configuration.
         resolve: What the trainer makes of the plans; None where they name the network themselves.
         trainer_name: Its name, for the title.
-        optimizer: "sgd" or "adam".
+        optimizer: "sgd", "adam" or "muon"; None for that of the trainer that the network is planned for.
         patch_size: Another patch than the plans'.
         batch_size: Another batch than the plans'.
         device: "cuda" or "cpu".
@@ -143,7 +144,7 @@ def report_memory(
         mixed_precision=mixed_precision,
         has_regions=labels.has_regions,
         has_ignore_label=labels.has_ignore_label,
-        optimizer=optimizer,
+        optimizer=_optimizer_of(entries["architecture"]) if optimizer is None else optimizer,
     )
     title = f"{plans['dataset_name']}, {plans_name} {configuration}"
     if trainer_name is not None:
@@ -228,3 +229,8 @@ def _plans_and_dataset(dataset: int | str, plans_name: str) -> tuple[dict[str, A
 
 def _line(name: str, nbytes: int) -> str:
     return f"  {name:38s} {nbytes / 2**20:10.1f} MiB"
+
+
+def _optimizer_of(architecture: Mapping[str, Any]) -> str:
+    is_dynamic = architecture["arch_kwargs"].get("topology", "dynamic") == "dynamic"
+    return "muon" if architecture["network_class_name"] == CONRESNET and is_dynamic else "sgd"

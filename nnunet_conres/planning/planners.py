@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -78,12 +79,14 @@ class NetworkPlanner(ExperimentPlanner):
         default_plans_name: Name of the plans where none is asked for.
         trainer_name: The trainer to train the plans with.
         min_slices: Slices of a patch along its first axis that the network needs.
+        optimizer: That of the trainer.
     """
 
     network_name: ClassVar[str]
     default_plans_name: ClassVar[str]
     trainer_name: ClassVar[str]
     min_slices: ClassVar[int] = 1
+    optimizer: ClassVar[str] = "sgd"
 
     dataset_name: str
     dataset_json: dict[str, Any]
@@ -127,7 +130,7 @@ class NetworkPlanner(ExperimentPlanner):
     # --- memory -----------------------------------------------------------------------------------------------------
 
     def _memory(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> int:
-        """Bytes of a training step under nnU-Net's recipe, with mixed precision."""
+        """Bytes of a training step with mixed precision."""
         channels = len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", ())))
         step = TrainingStep(
             architecture=architecture,
@@ -137,6 +140,7 @@ class NetworkPlanner(ExperimentPlanner):
             output_channels=self._labels.num_segmentation_heads,
             has_regions=self._labels.has_regions,
             has_ignore_label=self._labels.has_ignore_label,
+            optimizer=self.optimizer,
         )
         # the search for a lowres configuration comes by the same patches again and again
         key = (json.dumps(architecture), step.patch_size, batch_size, step.input_channels)
@@ -382,6 +386,16 @@ class ConResNetPlanner(NetworkPlanner):
     trainer_name = "nnUNetTrainerConResNet"
     min_slices = 2  # a residual is a difference between two
     architecture = staticmethod(conresnet_architecture)
+    optimizer = "muon"
+
+
+class ConResNetStreamPlanner(ConResNetPlanner):
+    """Plans for ConResNet with the residual stream."""
+
+    network_name = "ConResNet with stream"
+    default_plans_name = "nnUNetConResNetStreamPlans"
+    trainer_name = "nnUNetTrainerConResNetStream"
+    architecture = staticmethod(partial(conresnet_architecture, residual_stream=True))
 
 
 class VNetPlanner(NetworkPlanner):
@@ -404,6 +418,7 @@ class UNet3DPlanner(NetworkPlanner):
 
 PLANNERS: Final[dict[str, type[NetworkPlanner]]] = {
     "conresnet": ConResNetPlanner,
+    "conresnet_stream": ConResNetStreamPlanner,
     "vnet": VNetPlanner,
     "unet3d": UNet3DPlanner,
 }

@@ -33,7 +33,14 @@ TRAINING_LENGTHS: dict[str, int] = {
 }
 """Endings of the names of trainers with another number of epochs."""
 
-_FAMILIES = ("nnUNetTrainerConResNet", "nnUNetTrainerVNet", "nnUNetTrainerUNet3D", "nnUNetTrainerMuon")
+_FAMILIES = (
+    "nnUNetTrainerConResNet",
+    "nnUNetTrainerConResNetStream",
+    "nnUNetTrainerConResNet_SGD",
+    "nnUNetTrainerVNet",
+    "nnUNetTrainerUNet3D",
+    "nnUNetTrainerMuon",
+)
 
 TRAINERS: dict[str, str] = {
     "nnUNetTrainerConResNet": "ConResNet under nnU-Net's recipe, with Muon as the optimiser",
@@ -47,7 +54,7 @@ TRAINERS: dict[str, str] = {
     "nnUNetTrainerVNetPaper": "V-Net in the paper's topology, loss, optimiser, schedule and augmentation",
     "nnUNetTrainerUNet3D": "3D U-Net under nnU-Net's own recipe",
     "nnUNetTrainerUNet3DPaper": "3D U-Net in the paper's topology, loss, batch norm and augmentation",
-    "nnUNetTrainerMuon": "nnU-Net's own network, trained as nnUNetTrainerConResNet trains ConResNet",
+    "nnUNetTrainerMuon": "nnU-Net's own 3D network, trained as nnUNetTrainerConResNet trains ConResNet",
 } | {
     f"{family}_{ending}": f"{family} for {epochs} epoch" + ("s" if epochs > 1 else ", to try the pipeline")
     for family in _FAMILIES

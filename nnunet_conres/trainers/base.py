@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_conres import __version__
 from nnunet_conres.architectures.blocks import per_stage, stage_sizes, triple
 from nnunet_conres.losses import SegmentationLoss
-from nnunet_conres.optimizers import muon_of
-from nnunet_conres.planning.architectures import has_auxiliary_heads
+from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, Muon, muon_of
+from nnunet_conres.planning.architectures import CONRESNET_DEFAULTS, has_auxiliary_heads
 from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
 from nnunet_conres.trainers.plans import (
     configuration_of,
@@ -51,10 +51,11 @@ class PluginTrainer(nnUNetTrainer):
     Attributes:
         network_name: What messages call the network.
         training_epochs: Number of epochs; nnU-Net's own 1000.
-        training_lr: Learning rate at the start; None for nnU-Net's own.
-        training_weight_decay: Weight decay; None for nnU-Net's own.
         optimizer_kind: "sgd", nnU-Net's own, or "muon"; "adam" for subclasses that make it in ``configure_optimizers``.
-        lr_by_iteration: Whether the learning rate falls with every iteration rather than with every epoch.
+        training_lr: Learning rate at the start; None for that of the optimiser, with Muon 0.03, else nnU-Net's own.
+        training_weight_decay: Weight decay; None for that of the optimiser, with Muon 1e-3, else nnU-Net's own.
+        lr_by_iteration: Whether the learning rate falls with every iteration rather than with every epoch; None for yes
+            with Muon and no otherwise.
         checkpoint_interval_minutes: At least this often checkpoint_latest.pth is written, in mid-epoch and in mid-
             validation as well; a training that is killed loses no more steps than that when it goes on with ``--c``.
             The environment variable NNUNET_CONRES_CHECKPOINT_MINUTES comes before it.
@@ -66,7 +67,7 @@ class PluginTrainer(nnUNetTrainer):
     training_lr: float | None = None
     training_weight_decay: float | None = None
     optimizer_kind: str = "sgd"
-    lr_by_iteration: bool = False
+    lr_by_iteration: bool | None = None
     checkpoint_interval_minutes: float = 5.0
     loss_parts: tuple[str, ...] = ()
 
@@ -98,6 +99,8 @@ class PluginTrainer(nnUNetTrainer):
         self.num_epochs = self.training_epochs
         self.checkpoint_interval_minutes = interval
         self.training_precision = self._precision(device)  # nnU-Net writes it into debug.json, for comparisons
+        if self.optimizer_kind == "muon" and self._has_our_optimizer:
+            self.initial_lr, self.weight_decay = MUON_LR, MUON_WEIGHT_DECAY
         if self.training_lr is not None:
             self.initial_lr = self.training_lr
         if self.training_weight_decay is not None:
@@ -226,6 +229,11 @@ class PluginTrainer(nnUNetTrainer):
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _has_our_optimizer(self) -> bool:
+        """Whether no subclass makes an optimiser of its own."""
+        return type(self).configure_optimizers is PluginTrainer.configure_optimizers
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         if self.optimizer_kind != "muon":
             return super().configure_optimizers()
@@ -233,7 +241,8 @@ class PluginTrainer(nnUNetTrainer):
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        if self.lr_by_iteration:
+        by_iteration = isinstance(self.optimizer, Muon) if self.lr_by_iteration is None else self.lr_by_iteration
+        if by_iteration:
             self.lr_scheduler.step(self.current_epoch + len(self._epoch_outputs) / self._full_epoch_iterations)
         with self._autocast():
             outputs = super().train_step(batch)
@@ -391,11 +400,13 @@ class PluginTrainer(nnUNetTrainer):
 
     def _take_optimizer_from(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with nnU-Net's optimiser where the training was begun with it, before this trainer had another."""
-        groups = checkpoint["optimizer_state"]["param_groups"]
-        if self.optimizer_kind != "muon" or "orthogonal" in groups[0]:
+        if self.optimizer_kind != "muon" or not self._has_our_optimizer:
             return
-        self.optimizer_kind, self.lr_by_iteration = "sgd", False
-        self.initial_lr, self.weight_decay = groups[0]["initial_lr"], groups[0]["weight_decay"]
+        (first, *_) = checkpoint["optimizer_state"]["param_groups"]
+        if "nesterov" not in first:
+            return
+        self.optimizer_kind = "sgd"
+        self.initial_lr, self.weight_decay = first.get("initial_lr", first["lr"]), first["weight_decay"]
         self.print_to_log_file(
             f"This training was begun with nnU-Net's SGD, learning rate {self.initial_lr:g}, and goes on with it."
         )
@@ -419,10 +430,17 @@ class PluginTrainer(nnUNetTrainer):
                 f"{filename} belongs to another topology than these plans and this trainer: {'; '.join(different)}. "
                 f"Continue it with the plans it was started with, or start a new training without --c."
             )
+        self._tell_of_differences(theirs, ours)
         self.plans_manager = PlansManager(
             with_configuration(self.plans_manager.plans, self.configuration_name, architecture=deepcopy(theirs))
         )
         self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
+
+    def _tell_of_differences(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+        there, here = ({**CONRESNET_DEFAULTS, **entry["arch_kwargs"]} for entry in (theirs, ours))
+        different = [f"{name} {there.get(name)} (here {here[name]})" for name in here if there.get(name) != here[name]]
+        if different:
+            self.print_to_log_file(f"This training goes on with the network it was begun with: {', '.join(different)}.")
 
 
 def build_network(

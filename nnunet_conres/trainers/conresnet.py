@@ -17,7 +17,6 @@ from torch import nn
 from nnunet_conres.architectures.conresnet import ConResNet
 from nnunet_conres.architectures.conresnet_paper import PAPER_DIVISOR
 from nnunet_conres.losses import PAPER_RESIDUAL_WEIGHT, RESIDUAL_WEIGHT, ConResLoss, ResidualMapLoss
-from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY
 from nnunet_conres.planning.architectures import (
     conresnet_architecture,
     conresnet_paper_architecture,
@@ -45,9 +44,6 @@ class nnUNetTrainerConResNet(PluginTrainer):
 
     network_name = "ConResNet"
     optimizer_kind = "muon"
-    training_lr: float | None = MUON_LR
-    training_weight_decay: float | None = MUON_WEIGHT_DECAY
-    lr_by_iteration = True
     loss_parts = ("segmentation", "residual")
     residual_weight: float = RESIDUAL_WEIGHT
     residual_input: str | None = None
@@ -173,9 +169,6 @@ class nnUNetTrainerConResNet_SGD(nnUNetTrainerConResNet):
     """With nnU-Net's own optimiser and schedule."""
 
     optimizer_kind = "sgd"
-    training_lr = None
-    training_weight_decay = None
-    lr_by_iteration = False
 
 
 class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
@@ -191,6 +184,7 @@ class nnUNetTrainerConResNetPaper(nnUNetTrainerConResNet):
     training_lr = 1e-4
     training_weight_decay = 5e-4
     optimizer_kind = "adam"
+    lr_by_iteration = True
     residual_weight = PAPER_RESIDUAL_WEIGHT
     scaling = (0.9, 1.1)
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from nnunet_conres.registration import TRAINING_LENGTHS
 from nnunet_conres.trainers.base import PluginTrainer
-from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet
+from nnunet_conres.trainers.conresnet import (
+    nnUNetTrainerConResNet,
+    nnUNetTrainerConResNet_SGD,
+    nnUNetTrainerConResNetStream,
+)
 from nnunet_conres.trainers.stock import nnUNetTrainerMuon
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNet
@@ -17,7 +21,14 @@ def with_epochs(trainer: type[PluginTrainer], name: str, epochs: int) -> type[Pl
 
 ALL = {
     f"{trainer.__name__}_{suffix}": with_epochs(trainer, f"{trainer.__name__}_{suffix}", epochs)
-    for trainer in (nnUNetTrainerConResNet, nnUNetTrainerVNet, nnUNetTrainerUNet3D, nnUNetTrainerMuon)
+    for trainer in (
+        nnUNetTrainerConResNet,
+        nnUNetTrainerConResNetStream,
+        nnUNetTrainerConResNet_SGD,
+        nnUNetTrainerVNet,
+        nnUNetTrainerUNet3D,
+        nnUNetTrainerMuon,
+    )
     for suffix, epochs in TRAINING_LENGTHS.items()
 }
 """The trainers by name; they are attributes of this module too."""

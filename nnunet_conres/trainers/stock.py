@@ -7,21 +7,17 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY
 from nnunet_conres.trainers.base import PluginTrainer
 
 
 class nnUNetTrainerMuon(PluginTrainer):
-    """The network of the plans, as it is, trained as nnUNetTrainerConResNet trains its own.
+    """The network of the plans, as it is, trained as nnUNetTrainerConResNet trains its own; in 3D.
 
     It is what ConResNet has to be compared with to tell what the network does from what the optimiser does.
     """
 
-    network_name = "This trainer's network"
+    network_name = "What nnUNetTrainerMuon trains"
     optimizer_kind = "muon"
-    training_lr = MUON_LR
-    training_weight_decay = MUON_WEIGHT_DECAY
-    lr_by_iteration = True
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:

@@ -75,7 +75,12 @@ STOCK_PLANNERS: Final = {
     "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
     "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
 }
-OWN_PLANNERS: Final = {"nnUNetConResNetPlans": "conresnet", "nnUNetVNetPlans": "vnet", "nnUNetUNet3DPlans": "unet3d"}
+OWN_PLANNERS: Final = {
+    "nnUNetConResNetPlans": "conresnet",
+    "nnUNetConResNetStreamPlans": "conresnet_stream",
+    "nnUNetVNetPlans": "vnet",
+    "nnUNetUNet3DPlans": "unet3d",
+}
 STOCK_LENGTHS: Final = (1, 5, 10, 20, 50, 100, 250, 500, 2000, 4000, 8000)
 _STANDARD_EPOCHS: Final = 1000
 _ENSEMBLE_WORDS: Final = ("all", "pairs", "none")

@@ -33,6 +33,8 @@ CONFIGURATIONS = ("3d_fullres", "3d_lowres", "3d_cascade_fullres")
 TARGETS = (8, 12, 16, 24, 40, 80)
 STOCK = "nnU-Net"
 
+NETWORKS = ("conresnet", "vnet", "unet3d")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -43,14 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help=f"what a training step may take (default: {' '.join(map(str, TARGETS))})",
     )
-    for flag, known, what in (("--data", DATA_SETS, "made-up data sets"), ("--networks", PLANNERS, "networks")):
+    for flag, known, default, what in (
+        ("--data", DATA_SETS, tuple(DATA_SETS), "made-up data sets"),
+        ("--networks", PLANNERS, NETWORKS, "networks"),
+    ):
         parser.add_argument(
             flag,
             nargs="+",
             choices=tuple(known),
-            default=tuple(known),
+            default=default,
             metavar="NAME",
-            help=f"{what}, among {', '.join(known)} (default: all)",
+            help=f"{what}, among {', '.join(known)} (default: {' '.join(default)})",
         )
     parser.add_argument(
         "--count", action="store_true", help="also count every plan's training step, on tensors without data"

@@ -24,11 +24,16 @@ from nnunet_conres.planning.commands import PlanOptions, plan, plan_and_preproce
 from nnunet_conres.planning.memory import TrainingStep
 from nnunet_conres.planning.planners import GIB, PLANNERS
 from nnunet_conres.planning.preprocessing import PreprocessedDataset
-from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet
+from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet, nnUNetTrainerConResNetStream
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNet
 
-TRAINERS = {"conresnet": nnUNetTrainerConResNet, "vnet": nnUNetTrainerVNet, "unet3d": nnUNetTrainerUNet3D}
+TRAINERS = {
+    "conresnet": nnUNetTrainerConResNet,
+    "conresnet_stream": nnUNetTrainerConResNetStream,
+    "vnet": nnUNetTrainerVNet,
+    "unet3d": nnUNetTrainerUNet3D,
+}
 FAMILIES = list(PLANNERS)
 NAME = "Dataset701_Made"
 ISOTROPIC = {"shape": (150, 160, 140), "spacing": (1.0, 1.0, 1.0)}

@@ -104,6 +104,43 @@ def test_a_training_goes_on_as_it_was_begun(make_trainer: Callable[..., Any], mo
     assert today.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.5**0.9)
     log = next(Path(today.output_folder).glob("training_log*.txt")).read_text()
     assert "begun with nnU-Net's SGD, learning rate 0.01, and goes on with it" in log
+    assert "goes on with the network it was begun with: residual_stream True (here False)" in log
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "kind", "expected"),
+    [
+        (nnUNetTrainerConResNet, "sgd", (torch.optim.SGD, 0.01, 3e-5, 0.01)),
+        (nnUNetTrainerUNet3D, "muon", (Muon, 0.03, 1e-3, 0.03 * (5 / 6) ** 0.9)),
+    ],
+)
+def test_the_kind_alone_decides(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, trainer_class: type, kind: str, expected: Any
+) -> None:
+    monkeypatch.setattr(trainer_class, "optimizer_kind", kind)
+    trainer = make_trainer(trainer_class)
+    second = rates(trainer)[1]
+    assert (type(trainer.optimizer), trainer.initial_lr, trainer.weight_decay) == expected[:3]
+    assert second == pytest.approx(expected[3])
+
+
+def test_an_optimiser_of_the_users_own(make_trainer: Callable[..., Any]) -> None:
+    """It finds nnU-Net's numbers, keeps its schedule, and goes on as it was begun."""
+
+    class nnUNetTrainerOwn(nnUNetTrainerConResNet):
+        def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+            optimizer = torch.optim.SGD(self.network.parameters(), self.initial_lr, nesterov=True, momentum=0.9)
+            return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+    trainer = make_trainer(nnUNetTrainerOwn)
+    assert (trainer.initial_lr, trainer.weight_decay) == (0.01, 3e-5)
+    assert rates(trainer) == [0.01, 0.01, 0.01]
+    file = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    trainer.save_checkpoint(file)
+    again = make_trainer(nnUNetTrainerOwn)
+    again.load_checkpoint(file)
+    assert again.optimizer_kind == "muon"  # untouched
+    assert again.optimizer.param_groups[0]["momentum"] == 0.9
 
 
 def test_a_training_goes_on_with_muon(make_trainer: Callable[..., Any]) -> None:
