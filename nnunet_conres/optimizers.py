@@ -87,16 +87,17 @@ class Muon(Optimizer):
             parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["lr_factor"] * group["weight_decay"])
+            lr = group["lr"] * group["lr_factor"]
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
             if not group["orthogonal"]:
-                self._adam(group, parameters)
+                self._adam(group, parameters, lr)
                 continue
             # those of one shape in one go: fast on a GPU, and no more memory than the most frequent shape needs
             for alike in _by_shape(parameters):
-                self._muon(group, alike)
+                self._muon(group, alike, lr)
         return loss
 
-    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor], lr: float) -> None:
         buffers = self._state("momentum_buffer", parameters)
         gradients = _gradients(parameters)
         torch._foreach_mul_(buffers, group["momentum"])
@@ -106,10 +107,9 @@ class Muon(Optimizer):
         del steps
         rows, columns = matrices.shape[1:]
         matrices = orthogonalize(matrices).mul_(max(1.0, rows / columns) ** 0.5)
-        lr = group["lr"] * group["lr_factor"]
         torch._foreach_add_(parameters, [matrix.view(parameters[0].shape) for matrix in matrices], alpha=-lr)
 
-    def _adam(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _adam(self, group: dict[str, Any], parameters: list[Tensor], lr: float) -> None:
         gradients = _gradients(parameters)
         means, squares = self._state("exp_avg", parameters), self._state("exp_avg_sq", parameters)
         group["steps"] += 1
@@ -121,8 +121,7 @@ class Muon(Optimizer):
         roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, (1 - second**number) ** 0.5)
         torch._foreach_add_(roots, group["eps"])
-        lr = group["lr"] * group["lr_factor"] / (1 - first**number)
-        torch._foreach_addcdiv_(parameters, means, roots, -lr)
+        torch._foreach_addcdiv_(parameters, means, roots, -lr / (1 - first**number))
 
     def _state(self, name: str, parameters: list[Tensor]) -> list[Tensor]:
         for parameter in parameters:

@@ -18,6 +18,8 @@ from nnunet_conres.evaluation.models import Model, ModelName, read_json
 
 # What the trainers of this package say besides: an attribute, which nnU-Net writes into debug.json, and a logged line.
 _PRECISION_ATTRIBUTE: Final = "training_precision"
+# What the folds of a model should have in common: attributes of Cost, and what many of them are called.
+_CONDITIONS: Final = {"device": "devices", "precision": "precisions", "optimizer": "optimisers"}
 _PEAK_MEMORY_LINE: Final = re.compile(r"Peak GPU memory: ([\d.]+) GiB")
 
 _CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
@@ -85,9 +87,7 @@ def model_cost(model: Model) -> tuple[Cost, Curves, list[str]]:
     durations: dict[int | str, list[float]] = {}
     predicting: list[float] = []
     peaks: list[float] = []
-    precisions: set[str] = set()
-    devices: set[str] = set()
-    optimizers: set[str] = set()
+    conditions: dict[str, set[str]] = {name: set() for name in _CONDITIONS}
     for fold in model.folds:
         folder = model.folder / f"fold_{fold}"
         logged = _logged(folder)
@@ -100,13 +100,12 @@ def model_cost(model: Model) -> tuple[Cost, Curves, list[str]]:
         lines = _log_lines(folder)
         predicting += _prediction_seconds(lines)
         peaks += [float(found[1]) for _, line in lines if (found := _PEAK_MEMORY_LINE.match(line))]
-        device, precision, optimizer = _training_conditions(folder)
-        devices |= {device} if device else set()
-        precisions |= {precision} if precision else set()
-        optimizers |= {optimizer} if optimizer else set()
-    for what, values in (("devices", devices), ("precisions", precisions), ("optimisers", optimizers)):
-        if len(values) > 1:
+        for name, value in _training_conditions(folder).items():
+            conditions[name].add(value)
+    for name, what in _CONDITIONS.items():
+        if len(values := conditions[name]) > 1:
             notes.append(f"{model.name}: folds were trained on different {what}: {', '.join(sorted(values))}.")
+    known |= {name: ", ".join(sorted(values)) or None for name, values in conditions.items()}
     every_epoch = [seconds for of_fold in durations.values() for seconds in of_fold]
     return (
         Cost(
@@ -116,9 +115,6 @@ def model_cost(model: Model) -> tuple[Cost, Curves, list[str]]:
             training_seconds=statistics.mean(map(sum, durations.values())) if every_epoch else None,
             peak_memory_gib=max(peaks, default=None),
             prediction_seconds_per_case=statistics.median(predicting) if predicting else None,
-            device=", ".join(sorted(devices)) or None,
-            precision=", ".join(sorted(precisions)) or None,
-            optimizer=", ".join(sorted(optimizers)) or None,
         ),
         curves,
         notes,
@@ -283,18 +279,19 @@ def _prediction_seconds(lines: Sequence[tuple[datetime, str]]) -> list[float]:
     return seconds
 
 
-def _training_conditions(fold_folder: Path) -> tuple[str | None, str | None, str | None]:
-    """Device, precision and optimiser of a fold; what nnU-Net wrote about the last start of its training."""
+def _training_conditions(fold_folder: Path) -> dict[str, str]:
+    """What is known of `_CONDITIONS` in a fold; what nnU-Net wrote about the last start of its training."""
     try:
         debug = read_json(fold_folder / "debug.json")
     except (OSError, ValueError):
-        return None, None, None
+        return {}
     kind = str(debug.get("device", "")).split(":")[0]
     # nnU-Net's own training steps are in mixed precision on CUDA and in single precision elsewhere.
     stock = "float16 mixed" if kind == "cuda" else "float32"
     device = f"{kind} ({debug['gpu_name']})" if kind == "cuda" and "gpu_name" in debug else kind
     precision = str(debug.get(_PRECISION_ATTRIBUTE, stock)) if kind else None
-    return device or None, precision, _optimizer(str(debug.get("optimizer", "")))
+    found = {"device": device, "precision": precision, "optimizer": _optimizer(str(debug.get("optimizer", "")))}
+    return {name: value for name, value in found.items() if value}
 
 
 def _optimizer(text: str) -> str | None:
