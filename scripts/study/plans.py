@@ -11,11 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.crossval_split import generate_crossval_split
+from data import folds_of, prepare_raw
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from recipe import STOCK
-
-HERE = Path(__file__).resolve().parent
 
 
 def plans_name(network: str) -> str:
@@ -23,10 +21,16 @@ def plans_name(network: str) -> str:
     return f"study_{network}"
 
 
-def prepare_plans(study: dict[str, Any], networks: Sequence[str]) -> Path:
+def prepare_plans(study: dict[str, Any], networks: Sequence[str], dataset: str | None = None) -> Path:
     """Writes the plans of networks beside the stock plans that they are made from; those that are there stay.
 
-    Stock plans, preprocessed data and folds are made as by nnU-Net's commands where they are missing.
+    The data set, stock plans, preprocessed data and folds are made where they are missing, plans and preprocessed data
+    by nnU-Net's command.
+
+    Args:
+        study: Content of runs.yaml.
+        networks: Names of networks there.
+        dataset: Name of a data set there; that of the protocol by default.
 
     Returns:
         nnU-Net's folder of the preprocessed data set.
@@ -35,26 +39,15 @@ def prepare_plans(study: dict[str, Any], networks: Sequence[str]) -> Path:
         RuntimeError: If plans of such a name are there and differ, or there is no such data set.
     """
     protocol = study["protocol"]
-    number, configuration = protocol["dataset"], protocol["configuration"]
-    found = sorted(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{number:03d}_*"))
-    if len(found) != 1:
-        raise RuntimeError(f"nnUNet_raw holds {len(found)} data sets {number}; expected one, in nnU-Net's raw format.")
-    listed = (HERE / "cases.txt").read_text().split()
-    ending = json.loads((found[0] / "dataset.json").read_text())["file_ending"]
-    here = sorted(file.name.removesuffix(ending) for file in (found[0] / "labelsTr").glob(f"*{ending}"))
-    if here != listed:
-        missing, more = sorted(set(listed) - set(here)), sorted(set(here) - set(listed))
-        raise RuntimeError(
-            f"{found[0]} holds other cases than the study: {len(missing)} of cases.txt are missing ({missing[:3]} ...) "
-            f"and {len(more)} are not in it ({more[:3]} ...). Give the study a data set with its cases alone."
-        )
-    folder = Path(os.environ["nnUNet_preprocessed"]) / found[0].name
+    raw = prepare_raw(study, dataset or protocol["dataset"])
+    folder = Path(os.environ["nnUNet_preprocessed"]) / raw.name
     if not (folder / f"{protocol['plans']}.json").is_file():
-        subprocess.run(["nnUNetv2_plan_and_preprocess", "-d", str(number), "-c", configuration], check=True)
+        number = str(int(raw.name[7:10]))
+        command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", protocol["configuration"], "-np", "2"]
+        subprocess.run(command, check=True)
     splits = folder / "splits_final.json"
-    if not splits.is_file():  # those that nnU-Net's first training would make; the workflow's own would be others
-        folds = generate_crossval_split(here)
-        splits.write_text(json.dumps([{k: list(map(str, v)) for k, v in fold.items()} for fold in folds], indent=4))
+    if not splits.is_file():  # the workflow's own would be others
+        splits.write_text(json.dumps(folds_of(raw), indent=4))
     for network in dict.fromkeys(networks):
         plans = plans_of(study, network, study["networks"][network], folder)
         file = folder / f"{plans['plans_name']}.json"

@@ -42,10 +42,13 @@ def read_study() -> dict[str, Any]:
     """Content of runs.yaml.
 
     Raises:
-        ValueError: If a stage has a run of a network that is not described, or of a length that is no whole epochs.
+        ValueError: If a stage has a data set or a run of a network that is not described, or of a length that is no
+            whole number of epochs.
     """
     study = yaml.safe_load((HERE / "runs.yaml").read_text(encoding="utf-8"))
-    for stage in study["stages"]:
+    for stage, entry in study["stages"].items():
+        if entry.get("dataset", study["protocol"]["dataset"]) not in study["datasets"]:
+            raise ValueError(f"Stage {stage}: no data set {entry['dataset']}; expected {', '.join(study['datasets'])}.")
         for run in runs_of(study, stage):
             if run.network not in study["networks"]:
                 raise ValueError(f"Stage {stage}: no network {run.network}; expected {', '.join(study['networks'])}.")
@@ -78,6 +81,7 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, device: str, thre
     Returns:
         The configuration.
     """
+    from data import dataset_of
     from plans import plans_name
 
     protocol, runs = study["protocol"], runs_of(study, stage)
@@ -97,7 +101,7 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, device: str, thre
             file.write_text(text)
     config = {
         "work": str(work / stage),
-        "data": {"id": protocol["dataset"]},
+        "data": {"id": study["datasets"][dataset_of(study, stage)]["id"]},
         "models": {
             run.name: {
                 "trainer": run.trainer,

@@ -5,8 +5,9 @@
     python scripts/study/study.py begin --work STUDY --networks stock stream      # how the loss falls at the start
     python scripts/study/study.py table                              # docs/results.md from scripts/study/results
 
-nnUNet_raw, nnUNet_preprocessed and nnUNet_results must be set, and the data set of the protocol be in nnUNet_raw. What
-trains is `nnunet-conres workflow`; its options (--dry-run, --profile slurm, ...) can be given to run, behind --.
+nnUNet_raw, nnUNet_preprocessed and nnUNet_results must be set, and the data set of the protocol be in nnUNet_raw;
+others are made from it or made up, where a stage needs them. What trains is `nnunet-conres workflow`; its options
+(--dry-run, --profile slurm, ...) can be given to run, behind --.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def _train_or_measure(study: dict[str, Any], parsed: argparse.Namespace) -> None
     if parsed.command == "run":
         if parsed.stage not in study["stages"]:
             sys.exit(f"error: runs.yaml has no stage {parsed.stage}; it has {', '.join(study['stages'])}")
-        prepare_plans(study, [run.network for run in runs_of(study, parsed.stage)])
+        from data import dataset_of
+
+        prepare_plans(study, [run.network for run in runs_of(study, parsed.stage)], dataset_of(study, parsed.stage))
         _run(study, parsed, work)
     networks = parsed.networks or list(study["networks"])
     folder = prepare_plans(study, networks)

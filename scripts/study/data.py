@@ -1,0 +1,182 @@
+"""The study's data sets: one that is given, and others made from it or made up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import SimpleITK
+from branches import make_branches
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_conres.datasets.brats import convert_brats
+from nnunet_conres.datasets.phantom import write_brats_phantoms
+from nnunet_conres.datasets.sparse import SlabRule, keep_slices
+
+HERE = Path(__file__).resolve().parent
+ENDING = ".nii.gz"
+
+
+def dataset_of(study: Mapping[str, Any], stage: str) -> str:
+    """Name of a stage's data set in runs.yaml."""
+    return study["stages"][stage].get("dataset", study["protocol"]["dataset"])
+
+
+def folder_name(study: Mapping[str, Any], dataset: str) -> str:
+    """What nnU-Net calls a data set of runs.yaml."""
+    entry = study["datasets"][dataset]
+    return f"Dataset{entry['id']:03d}_{entry['name']}"
+
+
+def prepare_raw(study: Mapping[str, Any], dataset: str) -> Path:
+    """Makes a data set of runs.yaml in nnUNet_raw, or checks that one that cannot be made is there.
+
+    Data sets are made from the same ones, with the same seeds, and get their name only when complete.
+
+    Args:
+        study: Content of runs.yaml.
+        dataset: Name of the data set there.
+
+    Returns:
+        Its folder in nnUNet_raw.
+
+    Raises:
+        RuntimeError: If the data set is given and is missing, or has other cases than the study's.
+        InputError: If another data set has the number already.
+    """
+    entry = study["datasets"][dataset]
+    folder = Path(os.environ["nnUNet_raw"]) / folder_name(study, dataset)
+    if "made" not in entry:
+        _check_given(folder)
+    elif not folder.is_dir():
+        source = prepare_raw(study, entry["from"]) if "from" in entry else None
+        _MAKERS[entry["made"]](entry, source, folder)
+    return folder
+
+
+def folds_of(folder: Path) -> list[dict[str, list[str]]]:
+    """nnU-Net's folds: those that its first training of the data set would make.
+
+    Args:
+        folder: Folder of the data set in nnUNet_raw.
+    """
+    folds = generate_crossval_split(_cases(folder))
+    return [{part: [str(case) for case in cases] for part, cases in fold.items()} for fold in folds]
+
+
+def _cases(folder: Path) -> list[str]:
+    ending = json.loads((folder / "dataset.json").read_text())["file_ending"]
+    return sorted(file.name.removesuffix(ending) for file in (folder / "labelsTr").glob(f"*{ending}"))
+
+
+def _check_given(folder: Path) -> None:
+    if not folder.is_dir():
+        raise RuntimeError(f"The study needs {folder.name} in nnU-Net's raw format; there is no {folder}.")
+    listed, here = (HERE / "cases.txt").read_text().split(), _cases(folder)
+    if here != listed:
+        missing, more = sorted(set(listed) - set(here)), sorted(set(here) - set(listed))
+        raise RuntimeError(
+            f"{folder} holds other cases than the study: {len(missing)} of cases.txt are missing ({missing[:3]} ...) "
+            f"and {len(more)} are not in it ({more[:3]} ...). Give the study a data set with its cases alone."
+        )
+
+
+def _make_thick(entry: Mapping[str, Any], source: Path | None, folder: Path) -> None:
+    """Every so many slices of the source, from the first one on; what is between is dropped, in images and labels."""
+    assert source is not None
+
+    def fill(new: Path) -> None:
+        for part in ("imagesTr", "labelsTr"):
+            (new / part).mkdir()
+            for file in sorted((source / part).glob(f"*{ENDING}")):
+                # SimpleITK's slicing sets the spacing, too. Its last axis is the first of nnU-Net's arrays.
+                SimpleITK.WriteImage(
+                    SimpleITK.ReadImage(str(file))[:, :, :: entry["every"]], str(new / part / file.name)
+                )
+        shutil.copyfile(source / "dataset.json", new / "dataset.json")
+
+    _complete(folder, fill)
+
+
+def _make_slabs(entry: Mapping[str, Any], source: Path | None, folder: Path) -> None:
+    """Labels in slabs alone, but for the validation cases of one fold, which are judged on all of their slices."""
+    assert source is not None
+    rule = SlabRule(every=entry["every"], slab=entry["slab"])
+    dense = folds_of(source)[entry["dense_fold"]]["val"]
+    described = json.loads((source / "dataset.json").read_text())
+    ignore = max(described["labels"].values()) + 1
+
+    def fill(new: Path) -> None:
+        shutil.copytree(source / "imagesTr", new / "imagesTr")
+        (new / "labelsTr").mkdir()
+        for case in _cases(source):
+            image = SimpleITK.ReadImage(str(source / "labelsTr" / f"{case}{ENDING}"))
+            labels = SimpleITK.GetArrayFromImage(image)
+            if case not in dense:
+                labels = keep_slices(labels, 0, rule.annotated_slices(case, len(labels)), ignore)
+            sparse = SimpleITK.GetImageFromArray(labels)
+            sparse.CopyInformation(image)
+            SimpleITK.WriteImage(sparse, str(new / "labelsTr" / f"{case}{ENDING}"))
+        described["labels"]["ignore"] = ignore
+        (new / "dataset.json").write_text(json.dumps(described, indent=4) + "\n")
+
+    _complete(folder, fill)
+
+
+def _make_tumours(entry: Mapping[str, Any], source: Path | None, folder: Path) -> None:
+    """Made-up brain tumours, with BraTS's regions, of the quickstart's size."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = write_brats_phantoms(
+            temporary,
+            training_cases=entry["cases"],
+            held_out_cases=0,
+            shape=entry["shape"],
+            spacing=entry["spacing"],
+            seed=0,
+        )
+        convert_brats([made.training], entry["id"], dataset_name=entry["name"], image_mode="copy", progress=False)
+
+
+def _make_branches(entry: Mapping[str, Any], source: Path | None, folder: Path) -> None:
+    """Made-up trees of thin vessels, with bulbs on some of them."""
+
+    def fill(new: Path) -> None:
+        for part in ("imagesTr", "labelsTr"):
+            (new / part).mkdir()
+        for number in range(entry["cases"]):
+            image, labels = make_branches(entry["shape"], (0, number))
+            for part, name, volume in (("imagesTr", "_0000", image), ("labelsTr", "", labels)):
+                SimpleITK.WriteImage(
+                    SimpleITK.GetImageFromArray(volume), str(new / part / f"tree_{number:03d}{name}{ENDING}")
+                )
+        described = {
+            "channel_names": {"0": "image"},
+            "labels": {"background": 0, "vessel": 1, "bulb": 2},
+            "numTraining": entry["cases"],
+            "file_ending": ENDING,
+        }
+        (new / "dataset.json").write_text(json.dumps(described, indent=4) + "\n")
+
+    _complete(folder, fill)
+
+
+def _complete(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fills a folder of another name first: one that was interrupted must not pass for the data set."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary) / folder.name
+        new.mkdir()
+        fill(new)
+        new.rename(folder)
+
+
+_MAKERS: dict[str, Callable[[Mapping[str, Any], Path | None, Path], None]] = {
+    "thick": _make_thick,
+    "slabs": _make_slabs,
+    "tumours": _make_tumours,
+    "branches": _make_branches,
+}
