@@ -58,9 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     study = read_study()
     if parsed.command == "table":
-        from tables import write_tables
+        from tables import draw_curves, write_tables
 
         write_tables(study, RESULTS, DOCUMENT)
+        for stage, image in study["figures"].items():
+            saved = RESULTS / f"{stage}.json"
+            if saved.is_file():
+                draw_curves(json.loads(saved.read_text()), DOCUMENT.parent / "images" / image)
         return
     unset = [name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results") if not os.environ.get(name)]
     if unset:
@@ -102,8 +106,28 @@ def _run(study: dict[str, Any], parsed: argparse.Namespace, work: Path) -> NoRet
     if code == 0 and report.is_file() and not parsed.options:  # with options, the report may be an older one
         from tables import save_results
 
-        save_results(study, parsed.stage, json.loads(report.read_text()), RESULTS / f"{parsed.stage}.json")
+        saved = RESULTS / f"{parsed.stage}.json"
+        save_results(study, parsed.stage, json.loads(report.read_text()), saved, _curves(study, parsed.stage))
     sys.exit(code)
+
+
+def _curves(study: dict[str, Any], stage: str) -> dict[str, list[float]]:
+    """By a run's name, the mean Dice of its validation patches by epoch, averaged over the stage's folds."""
+    import torch
+    from data import dataset_of, folder_name
+    from plans import plans_name
+    from runs import runs_of
+
+    results = Path(os.environ["nnUNet_results"]) / folder_name(study, dataset_of(study, stage))
+    curves = {}
+    for run in runs_of(study, stage):
+        model = results / f"{run.trainer}__{plans_name(run.network)}__{study['protocol']['configuration']}"
+        folds = []
+        for fold in study["stages"][stage]["folds"]:
+            file = model / f"fold_{fold}" / "checkpoint_final.pth"
+            folds.append(torch.load(file, map_location="cpu", weights_only=False)["logging"]["mean_fg_dice"])
+        curves[run.name] = [statistics.fmean(map(float, values)) for values in zip(*folds, strict=True)]
+    return curves
 
 
 def _steps(study: dict[str, Any], networks: list[str], folder: Path, parsed: argparse.Namespace, work: Path) -> None:

@@ -1,21 +1,32 @@
-"""What came out of the study's stages, kept beside the list of runs, and as tables in docs/results.md."""
+"""What came out of the study's stages, kept beside the list of runs, and as tables and curves in docs/results.md."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipe import StudyRecipe
 from runs import runs_of
 
+from nnunet_conres.evaluation.scoring import MEAN
+from nnunet_conres.evaluation.statistics import compare_paired
 from nnunet_conres.text import markdown_table
 
 _METRICS = ("dice", "hd95")
 
 
-def save_results(study: Mapping[str, Any], stage: str, report: Mapping[str, Any], file: Path) -> None:
+def save_results(
+    study: Mapping[str, Any],
+    stage: str,
+    report: Mapping[str, Any],
+    file: Path,
+    curves: Mapping[str, Sequence[float]] | None = None,
+) -> None:
     """Keeps what the tables need of a report of `nnunet-conres compare`.
 
     Args:
@@ -23,6 +34,7 @@ def save_results(study: Mapping[str, Any], stage: str, report: Mapping[str, Any]
         stage: The stage.
         report: Content of report.json.
         file: Where to.
+        curves: By a run's name, the mean Dice of validation patches by epoch, for the figure.
     """
     region = "mean" if "mean" in next(iter(report["summary"].values())) else report["regions"][0]
     keys = {model["name"]: model for model in report["models"]}
@@ -31,6 +43,8 @@ def save_results(study: Mapping[str, Any], stage: str, report: Mapping[str, Any]
         model = keys[run.name]
         row: dict[str, Any] = {"network": run.network, "iterations": run.iterations, "seed": run.seed}
         row["parameters"] = model["cost"]["parameters"]
+        if curves and run.name in curves:
+            row["validation_dice"] = [round(float(value), 4) for value in curves[run.name]]
         for metric in _METRICS:
             row[metric] = {key: report["summary"][model["key"]][region][metric][key] for key in ("mean", "low", "high")}
             for comparison in report["comparisons"]:
@@ -52,29 +66,110 @@ def save_results(study: Mapping[str, Any], stage: str, report: Mapping[str, Any]
 def _json(content: Any) -> str:
     """JSON with a case to a line rather than a number to a line."""
     text = json.dumps(content, indent=1)
-    return re.sub(r"\[\s+([-\d.e]+|null),\s+([-\d.e]+|null)\s+\]", r"[\1, \2]", text)
+    return re.sub(r"\[[-\d.e,\s]+\]|\[\s+[-\d.e]+,\s+null\s+\]", lambda found: " ".join(found[0].split()), text)
 
 
 def write_tables(study: Mapping[str, Any], results: Path, document: Path) -> None:
-    """Puts the tables between their marks in the document.
+    """Puts the tables of stages and contrasts between their marks in the document.
 
     Raises:
-        RuntimeError: If the document has no marks for a stage that has results.
+        RuntimeError: If the document has no marks for a stage that has results, or for a contrast whose stages have.
+        ValueError: If a contrast names a run that its stage does not have.
     """
     text = document.read_text()
-    steps_file = results / "steps.json"
-    steps = json.loads(steps_file.read_text()) if steps_file.is_file() else {}
+    stages = {}
     for stage in study["stages"]:
         file = results / f"{stage}.json"
-        if not file.is_file():
-            continue
-        begin, end = f"<!-- study: {stage} -->", "<!-- end -->"
+        if file.is_file():
+            stages[stage] = json.loads(file.read_text())
+    steps_file = results / "steps.json"
+    steps = json.loads(steps_file.read_text()) if steps_file.is_file() else {}
+    tables = {stage: _table(content, steps) for stage, content in stages.items()}
+    for name, runs in study.get("contrasts", {}).items():
+        if all(run.split("/")[0] in stages for run in runs):
+            tables[name] = _table(contrast(runs, stages), steps)
+    for name, table in tables.items():
+        begin, end = f"<!-- study: {name} -->", "<!-- end -->"
         if begin not in text:
-            raise RuntimeError(f"{document} has no line {begin}, behind which the table of that stage would stand.")
+            raise RuntimeError(f"{document} has no line {begin}, behind which the table of that name would stand.")
         head, rest = text.split(begin, 1)
         tail = rest.split(end, 1)[1]
-        text = f"{head}{begin}\n{_table(json.loads(file.read_text()), steps)}\n{end}{tail}"
+        text = f"{head}{begin}\n{table}\n{end}{tail}"
     document.write_text(text)
+
+
+def contrast(runs: Sequence[str], stages: Mapping[str, Any]) -> dict[str, Any]:
+    """Compares runs of any stages, the first being the baseline, on the cases that all of them were judged on.
+
+    Args:
+        runs: As in runs.yaml: stage/network, or stage/network@iterations where the stage has several lengths of it.
+        stages: Saved results by stage.
+
+    Returns:
+        Content like that of a stage's results.
+
+    Raises:
+        ValueError: If a stage has no such run, or several, or the runs have no case in common.
+    """
+    rows = [dict(_find(run, stages)) for run in runs]
+    common = [case for case in rows[0]["cases"] if all(case in row["cases"] for row in rows)]
+    if not common:
+        raise ValueError(f"{', '.join(runs)} were judged on no common case.")
+    values: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for run, row in zip(runs, rows, strict=True):
+        values[run] = {}
+        for case in common:
+            scores = zip(_METRICS, row["cases"][case], strict=True)
+            values[run][case] = {MEAN: {metric: math.nan if s is None else s for metric, s in scores}}
+        for number, metric in enumerate(_METRICS):
+            scored = [row["cases"][case][number] for case in common if row["cases"][case][number] is not None]
+            row[metric] = {"mean": statistics.fmean(scored) if scored else math.nan}
+            row.pop(f"{metric}_difference", None)
+    for comparison in compare_paired(values, runs[0], regions=[MEAN], metrics=_METRICS):
+        rows[runs.index(comparison.model)][f"{comparison.metric}_difference"] = {
+            "mean_difference": comparison.mean_difference,
+            "low": comparison.mean_interval.low,
+            "high": comparison.mean_interval.high,
+            "p": comparison.p_value,
+            "p_holm": comparison.p_corrected,
+            "wins": comparison.wins,
+            "losses": comparison.losses,
+        }
+    return {"cases": len(common), "rows": rows}
+
+
+def _find(run: str, stages: Mapping[str, Any]) -> dict[str, Any]:
+    stage, _, rest = run.partition("/")
+    network, _, iterations = rest.partition("@")
+    found = [
+        row for row in stages[stage]["rows"] if row["network"] == network and iterations in ("", str(row["iterations"]))
+    ]
+    if len(found) != 1:
+        raise ValueError(f"Stage {stage} has {len(found)} runs {rest}; expected one.")
+    return found[0]
+
+
+def draw_curves(stage: Mapping[str, Any], file: Path) -> None:
+    """Draws the mean Dice of validation patches over the iterations, a line for each run of a stage.
+
+    Args:
+        stage: Saved results of a stage.
+        file: Where to, a PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in stage["rows"]:
+        dice = row.get("validation_dice")
+        if dice:
+            iterations = [StudyRecipe.study_iterations * (number + 1) for number in range(len(dice))]
+            axes.plot(iterations, [100 * value for value in dice], label=row["network"])
+    axes.set(xlabel="iterations", ylabel="Dice of validation patches, %")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
 
 
 def _table(content: Mapping[str, Any], steps: Mapping[str, Any]) -> str:

@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK
 
 yaml = pytest.importorskip("yaml", reason="needs the extra [workflow]")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "study"))
 
+from branches import BULB, VESSEL, make_branches  # noqa: E402
+from data import dataset_of, folds_of, prepare_raw  # noqa: E402
 from recipe import SeededTransform, StudyRecipe, study_trainer  # noqa: E402
 from runs import read_study, runs_of, write_stage  # noqa: E402
-from tables import save_results, write_tables  # noqa: E402
+from scipy import ndimage  # noqa: E402
+from tables import contrast, draw_curves, save_results, write_tables  # noqa: E402
 
 from nnunet_conres.trainers import nnUNetTrainerConResNet  # noqa: E402
 from nnunet_conres.workflow.config import read_config  # noqa: E402
@@ -31,11 +35,13 @@ def test_every_stage_is_a_configuration_that_the_workflow_takes(
 ) -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    (tmp_path / "nnUNet_raw" / "Dataset004_Hippocampus").mkdir(parents=True)
+    for entry in study["datasets"].values():
+        (tmp_path / "nnUNet_raw" / f"Dataset{entry['id']:03d}_{entry['name']}").mkdir(parents=True)
     for stage, entry in study["stages"].items():
         experiment = read_config(write_stage(study, stage, tmp_path, "cpu", 2))
         assert [model.trainer for model in experiment.models] == [run.trainer for run in runs_of(study, stage)]
         assert experiment.folds == tuple(entry["folds"])
+        assert experiment.dataset.endswith(study["datasets"][dataset_of(study, stage)]["name"])
         assert experiment.ensembles == ()
 
 
@@ -131,3 +137,145 @@ def test_a_document_without_marks_is_refused(study: dict[str, Any], tmp_path: Pa
     document.write_text("nothing\n")
     with pytest.raises(RuntimeError, match="study: screen"):
         write_tables(study, tmp_path / "results", document)
+
+
+def test_contrasts_are_of_runs_that_there_are(study: dict[str, Any]) -> None:
+    stages = {
+        stage: {
+            "rows": [
+                {"network": run.network, "iterations": run.iterations, "cases": {"c1": [0.5, 1.0]}}
+                for run in runs_of(study, stage)
+            ]
+        }
+        for stage in study["stages"]
+    }
+    for runs in study["contrasts"].values():
+        assert [row["network"] for row in contrast(runs, stages)["rows"]] == [
+            run.split("/")[1].split("@")[0] for run in runs
+        ]
+
+
+def test_a_contrast_takes_the_common_cases_of_two_stages() -> None:
+    rng = np.random.default_rng(0)
+    scores = {name: rng.uniform(0.7, 0.9, 12) for name in ("a", "b")}
+    stages = {
+        name: {
+            "rows": [
+                {"network": "net", "iterations": 100, "cases": {f"c{n}": [dice, None] for n, dice in enumerate(values)}}
+            ]
+        }
+        for name, values in scores.items()
+    }
+    del stages["a"]["rows"][0]["cases"]["c3"]
+    content = contrast(["a/net", "b/net"], stages)
+    expected = np.delete(scores["b"] - scores["a"], 3)
+    difference = content["rows"][1]["dice_difference"]
+    assert content["cases"] == 11
+    assert difference["mean_difference"] == pytest.approx(expected.mean())
+    assert difference["wins"] == (expected > 0).sum()
+    with pytest.raises(ValueError, match="0 runs net@200"):
+        contrast(["a/net@200", "b/net"], stages)
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    row = {"network": "net", "validation_dice": [0.5, 0.7]}
+    draw_curves({"rows": [row, {"network": "without"}]}, tmp_path / "images" / "curves.png")
+    assert (tmp_path / "images" / "curves.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def hippocampus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set with the study's cases: 16 slices, the label's size telling the slice."""
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    folder = tmp_path / "Dataset004_Hippocampus"
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    labels = np.zeros((16, 5, 20), dtype=np.uint8)
+    for number in range(16):
+        labels[number, 2, :number] = 1
+    volume = SimpleITK.GetImageFromArray(labels)
+    volume.SetSpacing((1.0, 1.5, 2.0))
+    SimpleITK.WriteImage(volume, str(tmp_path / "volume.nii.gz"))
+    content = (tmp_path / "volume.nii.gz").read_bytes()
+    for case in (Path(sys.path[0]) / "cases.txt").read_text().split():
+        (folder / "imagesTr" / f"{case}_0000.nii.gz").write_bytes(content)
+        (folder / "labelsTr" / f"{case}.nii.gz").write_bytes(content)
+    described = {
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0, "Anterior": 1, "Posterior": 2},
+        "numTraining": 200,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(described))
+    return folder
+
+
+def test_thick_slices_are_every_third_one(study: dict[str, Any], hippocampus: Path) -> None:
+    folder = prepare_raw(study, "thick")
+    assert folder.name == "Dataset941_StudyThick"
+    assert folds_of(folder) == folds_of(hippocampus)
+    case = folds_of(folder)[0]["val"][0]
+    for file in (f"imagesTr/{case}_0000.nii.gz", f"labelsTr/{case}.nii.gz"):
+        volume = SimpleITK.ReadImage(str(folder / file))
+        assert volume.GetSpacing() == (1.0, 1.5, 6.0)
+        assert SimpleITK.GetArrayFromImage(volume).sum((1, 2)).tolist() == [0, 3, 6, 9, 12, 15]
+
+
+def test_slabs_are_annotated_alone_but_where_they_judge(study: dict[str, Any], hippocampus: Path) -> None:
+    folder = prepare_raw(study, "slabs")
+    assert json.loads((folder / "dataset.json").read_text())["labels"]["ignore"] == 3
+    folds = folds_of(folder)[1]
+    for case in folds["train"][:5]:
+        labels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / "labelsTr" / f"{case}.nii.gz")))
+        annotated = [slice_number for slice_number in range(16) if (labels[slice_number] != 3).any()]
+        assert len(annotated) in (2, 4)
+        assert annotated[1] == annotated[0] + 1
+        for slice_number in annotated:
+            assert (labels[slice_number] == 1).sum() == slice_number
+    for case in folds["val"]:
+        labels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / "labelsTr" / f"{case}.nii.gz")))
+        assert (labels != 3).all()
+    assert prepare_raw(study, "slabs") == folder  # left as it is
+
+
+def test_a_data_set_of_other_cases_is_refused(study: dict[str, Any], hippocampus: Path) -> None:
+    next((hippocampus / "labelsTr").iterdir()).unlink()
+    with pytest.raises(RuntimeError, match=r"1 of cases\.txt are missing"):
+        prepare_raw(study, "thick")
+    assert not (hippocampus.parent / "Dataset941_StudyThick").exists()
+
+
+@pytest.mark.parametrize("name", ["tumours", "branches"])
+def test_made_up_data_sets_are_in_the_raw_format(
+    study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    study["datasets"][name]["cases"] = 3
+    folder = prepare_raw(study, name)
+    described = json.loads((folder / "dataset.json").read_text())
+    assert described["numTraining"] == len(list((folder / "labelsTr").glob("*.nii.gz"))) == 3
+    images = sorted((folder / "imagesTr").glob("*.nii.gz"))
+    assert len(images) == 3 * len(described["channel_names"])
+    assert SimpleITK.ReadImage(str(images[0])).GetSize() == tuple(
+        study["datasets"][name]["shape"][:: 1 if name == "tumours" else -1]
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
+
+
+def test_branches_are_thin_and_change_between_slices() -> None:
+    image, labels = make_branches((40, 48, 48), 0)
+    again = make_branches((40, 48, 48), 0)
+    assert (image == again[0]).all()
+    assert (labels == again[1]).all()
+    assert image.shape == labels.shape == (40, 48, 48)
+    assert set(np.unique(labels)) == {0, VESSEL, BULB}
+    width = 2 * ndimage.distance_transform_edt(labels == VESSEL).max()
+    assert width < 5
+    foreground = labels > 0
+    assert 0.005 < foreground.mean() < 0.05
+    slices = foreground[foreground.any((1, 2))]
+    changed = (slices[1:] ^ slices[:-1]).sum() / foreground.sum()
+    assert changed > 0.5
+    assert image[foreground].mean() - image[~foreground].mean() > 1
+    with pytest.raises(ValueError, match="at least 24"):
+        make_branches((40, 48, 20), 0)
