@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from importlib import import_module
@@ -14,6 +16,8 @@ from typing import Any
 from data import folds_of, prepare_raw
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from recipe import STOCK
+
+from nnunet_conres.datasets.raw import write_json
 
 
 def plans_name(network: str) -> str:
@@ -36,25 +40,29 @@ def prepare_plans(study: dict[str, Any], networks: Sequence[str], dataset: str |
         nnU-Net's folder of the preprocessed data set.
 
     Raises:
-        RuntimeError: If plans of such a name are there and differ, or there is no such data set.
+        RuntimeError: If plans of such a name or folds are there and differ, or there is no such data set.
     """
     protocol = study["protocol"]
     raw = prepare_raw(study, dataset or protocol["dataset"])
     folder = Path(os.environ["nnUNet_preprocessed"]) / raw.name
     if not (folder / f"{protocol['plans']}.json").is_file():
-        number = str(int(raw.name[7:10]))
-        command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", protocol["configuration"], "-np", "2"]
-        subprocess.run(command, check=True)
-    splits = folder / "splits_final.json"
+        number = str(study["datasets"][dataset or protocol["dataset"]]["id"])
+        # beside the interpreter, whose environment may not be activated
+        command = shutil.which("nnUNetv2_plan_and_preprocess", path=str(Path(sys.executable).parent))
+        arguments = ["-d", number, "-c", protocol["configuration"], "-np", "2"]
+        subprocess.run([command or "nnUNetv2_plan_and_preprocess", *arguments], check=True)
+    splits, folds = folder / "splits_final.json", folds_of(raw)
     if not splits.is_file():  # the workflow's own would be others
-        splits.write_text(json.dumps(folds_of(raw), indent=4))
+        write_json(splits, folds)
+    elif json.loads(splits.read_text()) != folds:
+        raise RuntimeError(f"{splits} has other folds than nnU-Net makes of these cases, which are the study's.")
     for network in dict.fromkeys(networks):
         plans = plans_of(study, network, study["networks"][network], folder)
         file = folder / f"{plans['plans_name']}.json"
         if file.is_file() and json.loads(file.read_text()) != plans:
             raise RuntimeError(f"{file} is there and differs from what runs.yaml asks for: rename the network.")
         if not file.is_file():
-            file.write_text(json.dumps(plans, indent=4) + "\n")
+            write_json(file, plans)
     return folder
 
 

@@ -43,7 +43,7 @@ def read_study() -> dict[str, Any]:
 
     Raises:
         ValueError: If a stage has a data set or a run of a network that is not described, or of a length that is no
-            whole number of epochs.
+            whole number of epochs; if a contrast is of stages that there are not, or two tables have one name.
     """
     study = yaml.safe_load((HERE / "runs.yaml").read_text(encoding="utf-8"))
     for stage, entry in study["stages"].items():
@@ -54,6 +54,15 @@ def read_study() -> dict[str, Any]:
                 raise ValueError(f"Stage {stage}: no network {run.network}; expected {', '.join(study['networks'])}.")
             if run.iterations % StudyRecipe.study_iterations:
                 raise ValueError(f"Stage {stage}: {run.iterations} iterations are no whole number of epochs.")
+    compared = [run for pairs in study["pairs"].values() for pair in pairs for run in pair]
+    compared += [run for runs in study["contrasts"].values() for run in runs]
+    for stage in [run.split("/")[0] for run in compared] + list(study["figures"]):
+        if stage not in study["stages"]:
+            raise ValueError(f"A contrast, a pair or a figure is of a stage {stage}, which there is not.")
+    names = [*study["stages"], *study["contrasts"], *study["pairs"]]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"{', '.join(sorted(twice))}: the table of each stage, contrast and pairs needs its own name.")
     return study
 
 

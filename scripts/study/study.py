@@ -1,5 +1,6 @@
 """The study behind docs/results.md: trains what is missing of a stage of runs.yaml, compares, and writes the tables.
 
+    python scripts/study/study.py data FOLDER                        # the study's cases of the Decathlon's Task04
     python scripts/study/study.py run screen --work STUDY            # preprocess, train, compare; can be interrupted
     python scripts/study/study.py steps --work STUDY                 # time of a training step, on a quiet machine
     python scripts/study/study.py begin --work STUDY --networks stock stream      # how the loss falls at the start
@@ -7,7 +8,8 @@
 
 nnUNet_raw, nnUNet_preprocessed and nnUNet_results must be set, and the data set of the protocol be in nnUNet_raw;
 others are made from it or made up, where a stage needs them. What trains is `nnunet-conres workflow`; its options
-(--dry-run, --profile slurm, ...) can be given to run, behind --.
+(--dry-run, --profile slurm, ...) can be given to run, behind --. With options no results are saved: run the stage once
+more without them, which trains nothing that is there.
 """
 
 from __future__ import annotations
@@ -22,18 +24,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nnunet_conres.datasets.raw import write_json
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DOCUMENT = HERE.parents[1] / "docs" / "results.md"
+BASELINE = "stock"  # what times of steps are told against
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,steps,begin,table}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{data,run,steps,begin,table}")
+    data = commands.add_parser("data", help="copy the study's cases of a larger data set to nnUNet_raw")
+    data.add_argument("source", type=Path, help="Task04_Hippocampus of the Decathlon, in nnU-Net's raw format")
     run = commands.add_parser("run", help="train what is missing of a stage, and compare")
     run.add_argument("stage", help="a stage of runs.yaml")
     steps = commands.add_parser("steps", help="measure the time of a training step of each network")
-    steps.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all)")
+    steps.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all); stock is always measured")
+    steps.add_argument("--dataset", help="data set of runs.yaml (default: that of the protocol)")
     steps.add_argument("--rounds", type=int, default=9, help="steps of each network, in turns (default: %(default)s)")
     begin = commands.add_parser("begin", help="print how the loss of each network falls at the start")
     begin.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all)")
@@ -57,42 +65,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from runs import read_study
 
     study = read_study()
-    if parsed.command == "table":
-        from tables import draw_curves, write_tables
-
-        write_tables(study, RESULTS, DOCUMENT)
-        for stage, image in study["figures"].items():
-            saved = RESULTS / f"{stage}.json"
-            if saved.is_file():
-                draw_curves(json.loads(saved.read_text()), DOCUMENT.parent / "images" / image)
-        return
-    unset = [name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results") if not os.environ.get(name)]
-    if unset:
-        sys.exit(f"error: set {', '.join(unset)}, nnU-Net's folders.")
-    unknown = set(getattr(parsed, "networks", None) or ()) - set(study["networks"])
-    if unknown:
-        sys.exit(f"error: runs.yaml has no network {', '.join(sorted(unknown))}; it has {', '.join(study['networks'])}")
-    os.environ.setdefault("OMP_NUM_THREADS", str(parsed.threads))
     try:
+        if parsed.command == "table":
+            _table(study)
+            return
+        unset = [name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results") if not os.environ.get(name)]
+        if unset:
+            raise RuntimeError(f"set {', '.join(unset)}, nnU-Net's folders.")
+        if parsed.command == "data":
+            from data import copy_cases, folder_name
+
+            copy_cases(parsed.source, Path(os.environ["nnUNet_raw"]) / folder_name(study, study["protocol"]["dataset"]))
+            return
+        for kind, given in (("networks", getattr(parsed, "networks", None)), ("datasets", [_dataset(study, parsed)])):
+            unknown = set(given or ()) - set(study[kind])
+            if unknown:
+                has = f"it has {', '.join(study[kind])}"
+                raise RuntimeError(f"runs.yaml has none of its {kind} called {', '.join(sorted(unknown))}; {has}.")
+        os.environ.setdefault("OMP_NUM_THREADS", str(parsed.threads))
         _train_or_measure(study, parsed)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")
+
+
+def _table(study: dict[str, Any]) -> None:
+    from tables import draw_curves, write_tables
+
+    write_tables(study, RESULTS, DOCUMENT)
+    for stage, image in study["figures"].items():
+        saved = RESULTS / f"{stage}.json"
+        if saved.is_file():
+            draw_curves(json.loads(saved.read_text()), DOCUMENT.parent / "images" / image)
+
+
+def _dataset(study: dict[str, Any], parsed: argparse.Namespace) -> str:
+    from data import dataset_of
+
+    if parsed.command != "run":
+        return getattr(parsed, "dataset", None) or study["protocol"]["dataset"]
+    if parsed.stage not in study["stages"]:
+        raise RuntimeError(f"runs.yaml has no stage {parsed.stage}; it has {', '.join(study['stages'])}.")
+    return dataset_of(study, parsed.stage)
 
 
 def _train_or_measure(study: dict[str, Any], parsed: argparse.Namespace) -> None:
     from plans import prepare_plans
     from runs import runs_of
 
-    work = parsed.work.resolve()
+    work, dataset = parsed.work.resolve(), _dataset(study, parsed)
     if parsed.command == "run":
-        if parsed.stage not in study["stages"]:
-            sys.exit(f"error: runs.yaml has no stage {parsed.stage}; it has {', '.join(study['stages'])}")
-        from data import dataset_of
-
-        prepare_plans(study, [run.network for run in runs_of(study, parsed.stage)], dataset_of(study, parsed.stage))
+        prepare_plans(study, [run.network for run in runs_of(study, parsed.stage)], dataset)
         _run(study, parsed, work)
     networks = parsed.networks or list(study["networks"])
-    folder = prepare_plans(study, networks)
+    if parsed.command == "steps":
+        networks = list(dict.fromkeys([BASELINE, *networks]))
+    folder = prepare_plans(study, networks, dataset)
     (_steps if parsed.command == "steps" else _begin)(study, networks, folder, parsed, work)
 
 
@@ -103,11 +130,14 @@ def _run(study: dict[str, Any], parsed: argparse.Namespace, work: Path) -> NoRet
     command = [sys.executable, "-m", "nnunet_conres.cli", "workflow", str(config), *parsed.options]
     code = subprocess.run(command, check=False).returncode
     report = work / parsed.stage / "report" / "folds" / "report.json"
-    if code == 0 and report.is_file() and not parsed.options:  # with options, the report may be an older one
+    if code == 0 and parsed.options:
+        print(f"No results are saved with options; {parsed.stage} once more without them saves them.")
+    elif code == 0 and report.is_file():
         from tables import save_results
 
         saved = RESULTS / f"{parsed.stage}.json"
         save_results(study, parsed.stage, json.loads(report.read_text()), saved, _curves(study, parsed.stage))
+        print(f"Saved {saved}; `study.py table` writes it into {DOCUMENT.name}.")
     sys.exit(code)
 
 
@@ -125,7 +155,8 @@ def _curves(study: dict[str, Any], stage: str) -> dict[str, list[float]]:
         folds = []
         for fold in study["stages"][stage]["folds"]:
             file = model / f"fold_{fold}" / "checkpoint_final.pth"
-            folds.append(torch.load(file, map_location="cpu", weights_only=False)["logging"]["mean_fg_dice"])
+            if file.is_file():
+                folds.append(torch.load(file, map_location="cpu", weights_only=False)["logging"]["mean_fg_dice"])
         curves[run.name] = [statistics.fmean(map(float, values)) for values in zip(*folds, strict=True)]
     return curves
 
@@ -135,17 +166,22 @@ def _steps(study: dict[str, Any], networks: list[str], folder: Path, parsed: arg
 
     times = measure(study, networks, folder, parsed.device, parsed.threads, parsed.rounds, work)
     medians = {network: statistics.median(seconds) for network, seconds in times.items()}
-    baseline = medians[networks[0]]
+    baseline = medians[BASELINE]
     for network, seconds in medians.items():
         print(f"{network:24} {1000 * seconds:7.0f} ms  {seconds / baseline:.2f}")
     file = RESULTS / "steps.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
-    known |= {
-        network: {"ms": round(1000 * seconds, 1), "ratio": round(seconds / baseline, 3), "baseline": networks[0]}
-        for network, seconds in medians.items()
-    }
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(known, indent=1) + "\n")
+    known.setdefault(_dataset(study, parsed), {}).update(
+        {
+            network: {
+                "ms": round(1000 * seconds, 1),
+                "baseline_ms": round(1000 * baseline, 1),
+                "ratio": round(seconds / baseline, 3),
+            }
+            for network, seconds in medians.items()
+        }
+    )
+    write_json(file, known)
 
 
 def _begin(study: dict[str, Any], networks: list[str], folder: Path, parsed: argparse.Namespace, work: Path) -> None:

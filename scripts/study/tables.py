@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from recipe import StudyRecipe
 from runs import runs_of
 
 from nnunet_conres.evaluation.scoring import MEAN
-from nnunet_conres.evaluation.statistics import compare_paired
+from nnunet_conres.evaluation.statistics import compare_paired, holm
 from nnunet_conres.text import markdown_table
 
 _METRICS = ("dice", "hd95")
@@ -70,48 +70,74 @@ def _json(content: Any) -> str:
 
 
 def write_tables(study: Mapping[str, Any], results: Path, document: Path) -> None:
-    """Puts the tables of stages and contrasts between their marks in the document.
+    """Puts the tables of stages, contrasts and pairs between their marks in the document.
+
+    Args:
+        study: Content of runs.yaml.
+        results: Folder of the saved results.
+        document: Markdown file with a line ``<!-- study: NAME -->`` and one ``<!-- end -->`` for each table.
 
     Raises:
-        RuntimeError: If the document has no marks for a stage that has results, or for a contrast whose stages have.
-        ValueError: If a contrast names a run that its stage does not have.
+        RuntimeError: If the document has no marks for a stage that has results, or for a contrast or pairs whose stages
+            have, or the results of a stage are those of other runs than runs.yaml has.
     """
     text = document.read_text()
-    stages = {}
-    for stage in study["stages"]:
-        file = results / f"{stage}.json"
-        if file.is_file():
-            stages[stage] = json.loads(file.read_text())
-    steps_file = results / "steps.json"
-    steps = json.loads(steps_file.read_text()) if steps_file.is_file() else {}
-    tables = {stage: _table(content, steps) for stage, content in stages.items()}
-    for name, runs in study.get("contrasts", {}).items():
-        if all(run.split("/")[0] in stages for run in runs):
-            tables[name] = _table(contrast(runs, stages), steps)
-    for name, table in tables.items():
-        begin, end = f"<!-- study: {name} -->", "<!-- end -->"
-        if begin not in text:
-            raise RuntimeError(f"{document} has no line {begin}, behind which the table of that name would stand.")
-        head, rest = text.split(begin, 1)
-        tail = rest.split(end, 1)[1]
-        text = f"{head}{begin}\n{table}\n{end}{tail}"
+    stages = {stage: json.loads(file.read_text()) for stage, file in _files(study, results).items()}
+    for stage, content in stages.items():
+        saved = [(row["network"], row["iterations"], row["seed"]) for row in content["rows"]]
+        if saved != [(run.network, run.iterations, run.seed) for run in runs_of(dict(study), stage)]:
+            raise RuntimeError(f"{results / stage}.json has other runs than runs.yaml; run the stage {stage}.")
+    for name, table in _tables(study, stages, _steps(results)).items():
+        found = re.search(f"(<!-- study: {name} -->\n)(.*?)(<!-- end -->)", text, re.DOTALL)
+        if found is None:
+            raise RuntimeError(
+                f"{document} has no lines <!-- study: {name} --> and <!-- end -->, between which to write."
+            )
+        text = f"{text[: found.end(1)]}{table}\n{text[found.start(3) :]}"
     document.write_text(text)
+
+
+def _files(study: Mapping[str, Any], results: Path) -> dict[str, Path]:
+    files = {stage: results / f"{stage}.json" for stage in study["stages"]}
+    return {stage: file for stage, file in files.items() if file.is_file()}
+
+
+def _steps(results: Path) -> dict[str, Any]:
+    file = results / "steps.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _tables(study: Mapping[str, Any], stages: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[str, str]:
+    def there(runs: Sequence[str]) -> bool:
+        return all(run.split("/")[0] in stages for run in runs)
+
+    def steps_of(stage: str) -> Mapping[str, Any]:
+        return steps.get(study["stages"][stage].get("dataset", study["protocol"]["dataset"]), {})
+
+    tables = {stage: _table(content, steps_of(stage)) for stage, content in stages.items()}
+    for name, runs in study.get("contrasts", {}).items():
+        if there(runs):
+            tables[name] = _table(contrast(runs, stages), steps_of(runs[0].split("/")[0]))
+    for name, pairs in study.get("pairs", {}).items():
+        if all(there(pair) for pair in pairs):
+            tables[name] = _pairs_table(study, pairs, stages, steps_of)
+    return tables
 
 
 def contrast(runs: Sequence[str], stages: Mapping[str, Any]) -> dict[str, Any]:
     """Compares runs of any stages, the first being the baseline, on the cases that all of them were judged on.
 
     Args:
-        runs: As in runs.yaml: stage/network, or stage/network@iterations where the stage has several lengths of it.
+        runs: As in runs.yaml: stage/network, with @iterations and #seed where the stage has several.
         stages: Saved results by stage.
 
     Returns:
-        Content like that of a stage's results.
+        Content like that of a stage's results. p are corrected over the runs given, a metric at a time.
 
     Raises:
         ValueError: If a stage has no such run, or several, or the runs have no case in common.
     """
-    rows = [dict(_find(run, stages)) for run in runs]
+    rows = [dict(find_run(run, stages)) for run in runs]
     common = [case for case in rows[0]["cases"] if all(case in row["cases"] for row in rows)]
     if not common:
         raise ValueError(f"{', '.join(runs)} were judged on no common case.")
@@ -138,15 +164,60 @@ def contrast(runs: Sequence[str], stages: Mapping[str, Any]) -> dict[str, Any]:
     return {"cases": len(common), "rows": rows}
 
 
-def _find(run: str, stages: Mapping[str, Any]) -> dict[str, Any]:
-    stage, _, rest = run.partition("/")
-    network, _, iterations = rest.partition("@")
-    found = [
-        row for row in stages[stage]["rows"] if row["network"] == network and iterations in ("", str(row["iterations"]))
+def find_run(run: str, stages: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a run, which is given as in ``contrast``.
+
+    Raises:
+        ValueError: If the stage has no such run, or several.
+    """
+    found = re.fullmatch(r"(?P<stage>\w+)/(?P<network>\w+)(@(?P<iterations>\d+))?(#(?P<seed>\d+))?", run)
+    if found is None or found["stage"] not in stages:
+        raise ValueError(f"{run} is no run; expected stage/network, stage/network@iterations or stage/network#seed.")
+    rows = [
+        row
+        for row in stages[found["stage"]]["rows"]
+        if row["network"] == found["network"]
+        and found["iterations"] in (None, str(row["iterations"]))
+        and found["seed"] in (None, str(row["seed"]))
     ]
-    if len(found) != 1:
-        raise ValueError(f"Stage {stage} has {len(found)} runs {rest}; expected one.")
-    return found[0]
+    if len(rows) != 1:
+        raise ValueError(f"Stage {found['stage']} has {len(rows)} runs {run}; expected one.")
+    return rows[0]
+
+
+def _pairs_table(
+    study: Mapping[str, Any],
+    pairs: Sequence[Sequence[str]],
+    stages: Mapping[str, Any],
+    steps_of: Callable[[str], Mapping[str, Any]],
+) -> str:
+    compared = [contrast(pair, stages) for pair in pairs]
+    corrected = {
+        metric: holm([content["rows"][1][f"{metric}_difference"]["p"] for content in compared]) for metric in _METRICS
+    }
+    table = []
+    for number, (pair, content) in enumerate(zip(pairs, compared, strict=True)):
+        first, second = content["rows"]
+        stage = pair[1].split("/")[0]
+        difference = second["dice_difference"]
+        times = [steps_of(stage).get(row["network"], {}).get("ms") for row in (first, second)]
+        table.append(
+            [
+                study["stages"][stage].get("dataset", study["protocol"]["dataset"]),
+                str(second["iterations"]),
+                *(f"{100 * row['dice']['mean']:.2f}" for row in (first, second)),
+                _points(difference),
+                _p(corrected["dice"][number]),
+                f"{difference['wins']} of {content['cases']}",
+                *(f"{row['hd95']['mean']:.2f}" for row in (first, second)),
+                _p(corrected["hd95"][number]),
+                "" if None in times else f"{times[1] / times[0]:.2f}",
+            ]
+        )
+    a, b = (f"`{row['network']}`" for row in compared[0]["rows"])
+    header = ["data", "iterations", f"{a}, %", f"{b}, %", "points", "p (Holm)", "better in"]
+    header += [f"{a}, HD95, mm", f"{b}, HD95, mm", "p (Holm)", "step"]
+    return markdown_table(header, table)
 
 
 def draw_curves(stage: Mapping[str, Any], file: Path) -> None:
@@ -164,7 +235,7 @@ def draw_curves(stage: Mapping[str, Any], file: Path) -> None:
         dice = row.get("validation_dice")
         if dice:
             iterations = [StudyRecipe.study_iterations * (number + 1) for number in range(len(dice))]
-            axes.plot(iterations, [100 * value for value in dice], label=row["network"])
+            axes.plot(iterations, [100 * value for value in dice], label=_label(row, stage["rows"]))
     axes.set(xlabel="iterations", ylabel="Dice of validation patches, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -185,8 +256,7 @@ def _table(content: Mapping[str, Any], steps: Mapping[str, Any]) -> str:
         if difference is None:
             cells += ["", "", ""]
         else:
-            low, high = 100 * difference["low"], 100 * difference["high"]
-            cells.append(f"{100 * difference['mean_difference']:+.2f} ({low:+.2f} to {high:+.2f})")
+            cells.append(_points(difference))
             cells += [_p(difference["p_holm"]), f"{difference['wins']} of {content['cases']}"]
         cells.append(f"{row['hd95']['mean']:.2f}")
         cells.append(_p(row["hd95_difference"]["p_holm"]) if "hd95_difference" in row else "")
@@ -194,6 +264,19 @@ def _table(content: Mapping[str, Any], steps: Mapping[str, Any]) -> str:
         cells.append("" if step is None else f"{step['ratio']:.2f}")
         table.append(cells)
     return markdown_table(header, table)
+
+
+def _label(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    label = row["network"]
+    for key, words in (("iterations", "{} iterations"), ("seed", "seed {}")):
+        if len({other.get(key) for other in rows}) > 1:
+            label += ", " + words.format(row[key])
+    return label
+
+
+def _points(difference: Mapping[str, float]) -> str:
+    low, high = 100 * difference["low"], 100 * difference["high"]
+    return f"{100 * difference['mean_difference']:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _p(value: float | None) -> str:

@@ -1,6 +1,8 @@
 """The study of defaults: its list of runs, what it hands to the workflow, and its tables."""
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ yaml = pytest.importorskip("yaml", reason="needs the extra [workflow]")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "study"))
 
 from branches import BULB, VESSEL, make_branches  # noqa: E402
-from data import dataset_of, folds_of, prepare_raw  # noqa: E402
+from data import HERE, copy_cases, dataset_of, folds_of, prepare_raw  # noqa: E402
 from recipe import SeededTransform, StudyRecipe, study_trainer  # noqa: E402
 from runs import read_study, runs_of, write_stage  # noqa: E402
 from scipy import ndimage  # noqa: E402
-from tables import contrast, draw_curves, save_results, write_tables  # noqa: E402
+from scipy.stats import wilcoxon  # noqa: E402
+from tables import contrast, draw_curves, find_run, save_results, write_tables  # noqa: E402
 
 from nnunet_conres.trainers import nnUNetTrainerConResNet  # noqa: E402
 from nnunet_conres.workflow.config import read_config  # noqa: E402
@@ -117,7 +120,7 @@ def made_up_report(study: dict[str, Any], stage: str) -> dict[str, Any]:
 
 def test_tables_stand_between_their_marks(study: dict[str, Any], tmp_path: Path) -> None:
     save_results(study, "screen", made_up_report(study, "screen"), tmp_path / "results" / "screen.json")
-    (tmp_path / "results" / "steps.json").write_text(json.dumps({"stock": {"ms": 100, "ratio": 1.0}}))
+    (tmp_path / "results" / "steps.json").write_text(json.dumps({"hippocampus": {"stock": {"ms": 100, "ratio": 1.0}}}))
     document = tmp_path / "results.md"
     document.write_text("before\n<!-- study: screen -->\nold\n<!-- end -->\nbehind\n")
     write_tables(study, tmp_path / "results", document)
@@ -143,16 +146,16 @@ def test_contrasts_are_of_runs_that_there_are(study: dict[str, Any]) -> None:
     stages = {
         stage: {
             "rows": [
-                {"network": run.network, "iterations": run.iterations, "cases": {"c1": [0.5, 1.0]}}
+                {"network": run.network, "iterations": run.iterations, "seed": run.seed}
                 for run in runs_of(study, stage)
             ]
         }
         for stage in study["stages"]
     }
-    for runs in study["contrasts"].values():
-        assert [row["network"] for row in contrast(runs, stages)["rows"]] == [
-            run.split("/")[1].split("@")[0] for run in runs
-        ]
+    compared = [*study["contrasts"].values(), *(pair for pairs in study["pairs"].values() for pair in pairs)]
+    for runs in compared:
+        for run in runs:
+            assert find_run(run, stages)["network"] == re.split("[/@#]", run)[1]
 
 
 def test_a_contrast_takes_the_common_cases_of_two_stages() -> None:
@@ -161,7 +164,12 @@ def test_a_contrast_takes_the_common_cases_of_two_stages() -> None:
     stages = {
         name: {
             "rows": [
-                {"network": "net", "iterations": 100, "cases": {f"c{n}": [dice, None] for n, dice in enumerate(values)}}
+                {
+                    "network": "net",
+                    "iterations": 100,
+                    "seed": 0,
+                    "cases": {f"c{n}": [dice, None] for n, dice in enumerate(values)},
+                }
             ]
         }
         for name, values in scores.items()
@@ -173,8 +181,56 @@ def test_a_contrast_takes_the_common_cases_of_two_stages() -> None:
     assert content["cases"] == 11
     assert difference["mean_difference"] == pytest.approx(expected.mean())
     assert difference["wins"] == (expected > 0).sum()
-    with pytest.raises(ValueError, match="0 runs net@200"):
+    with pytest.raises(ValueError, match="0 runs a/net@200"):
         contrast(["a/net@200", "b/net"], stages)
+    with pytest.raises(ValueError, match="no run; expected"):
+        contrast(["a/net", "b"], stages)
+
+
+def test_pairs_are_corrected_over_their_table(study: dict[str, Any], tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    first = rng.uniform(0.7, 0.9, (2, 12))
+    second = first + np.stack((np.full(12, 0.01), rng.normal(0, 0.01, 12))) + rng.normal(0, 1e-4, (2, 12))
+    study["stages"] = {}
+    results = tmp_path / "results"
+    results.mkdir()
+    for number, stage in enumerate(("one", "two")):
+        study["stages"][stage] = {"folds": [0], "iterations": 100, "runs": ["stock", "plain"]}
+        rows = [
+            {"network": network, "iterations": 100, "seed": 0, "dice": {"mean": 0.5}, "hd95": {"mean": 1.0}}
+            | {"cases": {f"c{case}": [float(value), 1.0] for case, value in enumerate(values[number])}}
+            for network, values in (("stock", first), ("plain", second))
+        ]
+        (results / f"{stage}.json").write_text(json.dumps({"cases": 12, "rows": rows}))
+    study["contrasts"], study["pairs"] = {}, {"both": [["one/stock", "one/plain"], ["two/stock", "two/plain"]]}
+    (results / "steps.json").write_text(
+        json.dumps({"hippocampus": {"stock": {"ms": 100, "ratio": 1}, "plain": {"ms": 150, "ratio": 1.5}}})
+    )
+    document = tmp_path / "results.md"
+    document.write_text("".join(f"<!-- study: {name} -->\n<!-- end -->\n" for name in ("one", "two", "both")))
+    write_tables(study, results, document)
+    lines = [line.split(" | ") for line in document.read_text().splitlines() if line.startswith("| hippocampus")]
+    p = [wilcoxon(second[number] - first[number]).pvalue for number in range(2)]
+    assert p[0] < p[1]
+    assert [line[5] for line in lines] == ["< 0.001", f"{p[1]:.3f}"]
+    assert lines[0][4].startswith("+1.00 (")
+    assert lines[0][-1] == "1.50 |"
+
+
+def test_the_tables_of_the_document_are_those_of_the_saved_results(study: dict[str, Any], tmp_path: Path) -> None:
+    document = tmp_path / "results.md"
+    shutil.copyfile(HERE.parents[1] / "docs" / "results.md", document)
+    before = document.read_text()
+    write_tables(study, HERE / "results", document)
+    assert document.read_text() == before
+
+
+def test_results_of_other_runs_are_refused(study: dict[str, Any], tmp_path: Path) -> None:
+    save_results(study, "screen", made_up_report(study, "screen"), tmp_path / "results" / "screen.json")
+    study["stages"]["screen"]["runs"].append("plain")
+    (tmp_path / "results.md").write_text("<!-- study: screen -->\n<!-- end -->\n")
+    with pytest.raises(RuntimeError, match="run the stage screen"):
+        write_tables(study, tmp_path / "results", tmp_path / "results.md")
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
@@ -197,7 +253,7 @@ def hippocampus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     volume.SetSpacing((1.0, 1.5, 2.0))
     SimpleITK.WriteImage(volume, str(tmp_path / "volume.nii.gz"))
     content = (tmp_path / "volume.nii.gz").read_bytes()
-    for case in (Path(sys.path[0]) / "cases.txt").read_text().split():
+    for case in (HERE / "cases.txt").read_text().split():
         (folder / "imagesTr" / f"{case}_0000.nii.gz").write_bytes(content)
         (folder / "labelsTr" / f"{case}.nii.gz").write_bytes(content)
     described = {
@@ -236,6 +292,27 @@ def test_slabs_are_annotated_alone_but_where_they_judge(study: dict[str, Any], h
         labels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / "labelsTr" / f"{case}.nii.gz")))
         assert (labels != 3).all()
     assert prepare_raw(study, "slabs") == folder  # left as it is
+
+
+def test_a_data_set_made_by_another_entry_is_refused(study: dict[str, Any], hippocampus: Path) -> None:
+    prepare_raw(study, "thick")
+    study["datasets"]["thick"]["every"] = 2
+    with pytest.raises(RuntimeError, match="another entry"):
+        prepare_raw(study, "thick")
+    study["datasets"]["thick"]["name"] = "Other"
+    with pytest.raises(RuntimeError, match="941 is taken"):
+        prepare_raw(study, "thick")
+
+
+def test_the_studys_cases_are_copied_from_a_larger_data_set(study: dict[str, Any], hippocampus: Path) -> None:
+    larger = hippocampus.rename(hippocampus.parent / "larger")
+    for part, name in (("imagesTr", "hippocampus_999_0000.nii.gz"), ("labelsTr", "hippocampus_999.nii.gz")):
+        (larger / part / name).write_bytes(b"")
+    copy_cases(larger, hippocampus)
+    assert prepare_raw(study, "hippocampus") == hippocampus
+    assert json.loads((hippocampus / "dataset.json").read_text())["numTraining"] == 200
+    with pytest.raises(RuntimeError, match="is there already"):
+        copy_cases(larger, hippocampus)
 
 
 def test_a_data_set_of_other_cases_is_refused(study: dict[str, Any], hippocampus: Path) -> None:
