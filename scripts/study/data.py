@@ -84,8 +84,10 @@ def copy_cases(source: Path, folder: Path) -> None:
         folder: Where to, a folder that is not there yet.
 
     Raises:
-        RuntimeError: If cases are missing, or there is something in the way.
+        RuntimeError: If that is no data set, cases are missing, or there is something in the way.
     """
+    if not (source / "dataset.json").is_file():
+        raise RuntimeError(f"{source} has no dataset.json; expected a data set in nnU-Net's raw format.")
     listed, here = (HERE / "cases.txt").read_text().split(), _cases(source)
     missing = sorted(set(listed) - set(here))
     if missing:

@@ -313,6 +313,8 @@ def test_the_studys_cases_are_copied_from_a_larger_data_set(study: dict[str, Any
     assert json.loads((hippocampus / "dataset.json").read_text())["numTraining"] == 200
     with pytest.raises(RuntimeError, match="is there already"):
         copy_cases(larger, hippocampus)
+    with pytest.raises(RuntimeError, match=r"no dataset\.json"):
+        copy_cases(larger / "imagesTr", hippocampus)
 
 
 def test_a_data_set_of_other_cases_is_refused(study: dict[str, Any], hippocampus: Path) -> None:
