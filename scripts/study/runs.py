@@ -42,13 +42,16 @@ def read_study() -> dict[str, Any]:
     """Content of runs.yaml.
 
     Raises:
-        ValueError: If a stage has a data set or a run of a network that is not described, or of a length that is no
-            whole number of epochs; if a contrast is of stages that there are not, or two tables have one name.
+        ValueError: If a stage has a data set or a run of a network that is not described, a run of a length that is no
+            whole number of epochs, or a single run; if a contrast is of stages that there are not, or two tables have
+            one name.
     """
     study = yaml.safe_load((HERE / "runs.yaml").read_text(encoding="utf-8"))
     for stage, entry in study["stages"].items():
         if entry.get("dataset", study["protocol"]["dataset"]) not in study["datasets"]:
             raise ValueError(f"Stage {stage}: no data set {entry['dataset']}; expected {', '.join(study['datasets'])}.")
+        if len(runs_of(study, stage)) < 2:
+            raise ValueError(f"Stage {stage} has nothing to compare; expected two runs or more.")
         for run in runs_of(study, stage):
             if run.network not in study["networks"]:
                 raise ValueError(f"Stage {stage}: no network {run.network}; expected {', '.join(study['networks'])}.")

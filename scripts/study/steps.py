@@ -109,7 +109,10 @@ def _batch(trainer: Any) -> dict[str, Any]:
     axes = torch.meshgrid(*[torch.linspace(-1, 1, extent) for extent in patch], indexing="ij")
     inside = sum(axis.square() for axis in axes) < 0.3
     labels = (inside.int() + (inside & (axes[0] > 0)).int())[None, None].repeat(batch, 1, 1, 1, 1)
-    image = labels + torch.randn(labels.shape, generator=generator)
+    noise = torch.randn((batch, trainer.num_input_channels, *patch), generator=generator)
+    image = labels + noise
+    if trainer.label_manager.has_regions:
+        labels = torch.cat([labels > 0] * len(trainer.label_manager.foreground_regions), 1)
     targets = [
         labels[(..., *[slice(None, None, round(1 / factor)) for factor in scale])].to(torch.int16)
         for scale in trainer._get_deep_supervision_scales()
