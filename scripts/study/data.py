@@ -16,7 +16,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_conres.datasets.brats import convert_brats
 from nnunet_conres.datasets.phantom import write_brats_phantoms
-from nnunet_conres.datasets.raw import target_faults, write_json
+from nnunet_conres.datasets.raw import folder_name, target_faults, write_json
 from nnunet_conres.datasets.sparse import SlabRule, keep_slices
 
 HERE = Path(__file__).resolve().parent
@@ -24,15 +24,10 @@ ENDING = ".nii.gz"
 MADE_BY = "study.json"  # in the folder of a data set that was made: its entry of runs.yaml
 
 
-def dataset_of(study: Mapping[str, Any], stage: str) -> str:
-    """Name of a stage's data set in runs.yaml."""
-    return study["stages"][stage].get("dataset", study["protocol"]["dataset"])
-
-
-def folder_name(study: Mapping[str, Any], dataset: str) -> str:
+def folder_of(study: Mapping[str, Any], dataset: str) -> str:
     """What nnU-Net calls a data set of runs.yaml."""
     entry = study["datasets"][dataset]
-    return f"Dataset{entry['id']:03d}_{entry['name']}"
+    return folder_name(entry["id"], entry["name"])
 
 
 def prepare_raw(study: Mapping[str, Any], dataset: str) -> Path:
@@ -54,7 +49,7 @@ def prepare_raw(study: Mapping[str, Any], dataset: str) -> Path:
     """
     entry = study["datasets"][dataset]
     raw = Path(os.environ["nnUNet_raw"])
-    folder = raw / folder_name(study, dataset)
+    folder = raw / folder_of(study, dataset)
     if "made" not in entry:
         _check_given(folder)
         return folder
@@ -88,7 +83,7 @@ def copy_cases(source: Path, folder: Path) -> None:
     """
     if not (source / "dataset.json").is_file():
         raise RuntimeError(f"{source} has no dataset.json; expected a data set in nnU-Net's raw format.")
-    listed, here = (HERE / "cases.txt").read_text().split(), _cases(source)
+    listed, here = _listed_cases(), _cases(source)
     missing = sorted(set(listed) - set(here))
     if missing:
         raise RuntimeError(f"{source} has no case {missing[0]}, and {len(missing)} of the study's are missing in all.")
@@ -121,11 +116,15 @@ def _cases(folder: Path) -> list[str]:
     return sorted(file.name.removesuffix(ending) for file in (folder / "labelsTr").glob(f"*{ending}"))
 
 
+def _listed_cases() -> list[str]:
+    return (HERE / "cases.txt").read_text().split()
+
+
 def _check_given(folder: Path) -> None:
     how = f"`study.py data FOLDER` makes {folder.name} of the Decathlon's Task04 in nnU-Net's raw format."
     if not (folder / "dataset.json").is_file():
         raise RuntimeError(f"There is no {folder}. {how}")
-    listed, here = (HERE / "cases.txt").read_text().split(), _cases(folder)
+    listed, here = _listed_cases(), _cases(folder)
     if here != listed:
         missing, more = sorted(set(listed) - set(here)), sorted(set(here) - set(listed))
         raise RuntimeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def read_study() -> dict[str, Any]:
             one name.
     """
     study = yaml.safe_load((HERE / "runs.yaml").read_text(encoding="utf-8"))
-    for stage, entry in study["stages"].items():
-        if entry.get("dataset", study["protocol"]["dataset"]) not in study["datasets"]:
-            raise ValueError(f"Stage {stage}: no data set {entry['dataset']}; expected {', '.join(study['datasets'])}.")
+    for stage in study["stages"]:
+        dataset = dataset_of(study, stage)
+        if dataset not in study["datasets"]:
+            raise ValueError(f"Stage {stage}: no data set {dataset}; expected {', '.join(study['datasets'])}.")
         if len(runs_of(study, stage)) < 2:
             raise ValueError(f"Stage {stage} has nothing to compare; expected two runs or more.")
         for run in runs_of(study, stage):
@@ -80,6 +82,11 @@ def runs_of(study: dict[str, Any], stage: str) -> list[Run]:
     return runs
 
 
+def dataset_of(study: Mapping[str, Any], stage: str) -> str:
+    """Name of a stage's data set in runs.yaml."""
+    return study["stages"][stage].get("dataset", study["protocol"]["dataset"])
+
+
 def write_stage(study: dict[str, Any], stage: str, work: Path, device: str, threads: int) -> Path:
     """Writes the trainers of a stage, a module each, and the configuration of its workflow.
 
@@ -93,7 +100,6 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, device: str, thre
     Returns:
         The configuration.
     """
-    from data import dataset_of
     from plans import plans_name
 
     protocol, runs = study["protocol"], runs_of(study, stage)

@@ -73,9 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if unset:
             raise RuntimeError(f"set {', '.join(unset)}, nnU-Net's folders.")
         if parsed.command == "data":
-            from data import copy_cases, folder_name
+            from data import copy_cases, folder_of
 
-            copy_cases(parsed.source, Path(os.environ["nnUNet_raw"]) / folder_name(study, study["protocol"]["dataset"]))
+            copy_cases(parsed.source, Path(os.environ["nnUNet_raw"]) / folder_of(study, study["protocol"]["dataset"]))
             return
         for kind, given in (("networks", getattr(parsed, "networks", None)), ("datasets", [_dataset(study, parsed)])):
             unknown = set(given or ()) - set(study[kind])
@@ -99,7 +99,7 @@ def _table(study: dict[str, Any]) -> None:
 
 
 def _dataset(study: dict[str, Any], parsed: argparse.Namespace) -> str:
-    from data import dataset_of
+    from runs import dataset_of
 
     if parsed.command != "run":
         return getattr(parsed, "dataset", None) or study["protocol"]["dataset"]
@@ -144,11 +144,11 @@ def _run(study: dict[str, Any], parsed: argparse.Namespace, work: Path) -> NoRet
 def _curves(study: dict[str, Any], stage: str) -> dict[str, list[float]]:
     """By a run's name, the mean Dice of its validation patches by epoch, averaged over the stage's folds."""
     import torch
-    from data import dataset_of, folder_name
+    from data import folder_of
     from plans import plans_name
-    from runs import runs_of
+    from runs import dataset_of, runs_of
 
-    results = Path(os.environ["nnUNet_results"]) / folder_name(study, dataset_of(study, stage))
+    results = Path(os.environ["nnUNet_results"]) / folder_of(study, dataset_of(study, stage))
     curves = {}
     for run in runs_of(study, stage):
         model = results / f"{run.trainer}__{plans_name(run.network)}__{study['protocol']['configuration']}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe import StudyRecipe
-from runs import runs_of
+from runs import dataset_of, runs_of
 
 from nnunet_conres.evaluation.scoring import MEAN
 from nnunet_conres.evaluation.statistics import compare_paired, holm
@@ -112,7 +112,7 @@ def _tables(study: Mapping[str, Any], stages: Mapping[str, Any], steps: Mapping[
         return all(run.split("/")[0] in stages for run in runs)
 
     def steps_of(stage: str) -> Mapping[str, Any]:
-        return steps.get(study["stages"][stage].get("dataset", study["protocol"]["dataset"]), {})
+        return steps.get(dataset_of(study, stage), {})
 
     tables = {stage: _table(content, steps_of(stage)) for stage, content in stages.items()}
     for name, runs in study.get("contrasts", {}).items():
@@ -203,7 +203,7 @@ def _pairs_table(
         times = [steps_of(stage).get(row["network"], {}).get("ms") for row in (first, second)]
         table.append(
             [
-                study["stages"][stage].get("dataset", study["protocol"]["dataset"]),
+                dataset_of(study, stage),
                 str(second["iterations"]),
                 *(f"{100 * row['dice']['mean']:.2f}" for row in (first, second)),
                 _points(difference),

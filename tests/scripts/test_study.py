@@ -16,9 +16,9 @@ yaml = pytest.importorskip("yaml", reason="needs the extra [workflow]")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "study"))
 
 from branches import BULB, VESSEL, make_branches  # noqa: E402
-from data import HERE, copy_cases, dataset_of, folds_of, prepare_raw  # noqa: E402
+from data import HERE, copy_cases, folds_of, prepare_raw  # noqa: E402
 from recipe import SeededTransform, StudyRecipe, study_trainer  # noqa: E402
-from runs import read_study, runs_of, write_stage  # noqa: E402
+from runs import dataset_of, read_study, runs_of, write_stage  # noqa: E402
 from scipy import ndimage  # noqa: E402
 from scipy.stats import wilcoxon  # noqa: E402
 from tables import contrast, draw_curves, find_run, save_results, write_tables  # noqa: E402
