@@ -16,16 +16,12 @@ from typing import Any
 from data import folds_of, prepare_raw
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from recipe import STOCK
+from runs import Setting, plans_name
 
 from nnunet_conres.datasets.raw import write_json
 
 
-def plans_name(network: str) -> str:
-    """Name of the plans of a network of runs.yaml."""
-    return f"study_{network}"
-
-
-def prepare_plans(study: dict[str, Any], networks: Sequence[str], dataset: str | None = None) -> Path:
+def prepare_plans(study: dict[str, Any], networks: Sequence[str], setting: Setting) -> Path:
     """Writes the plans of networks beside the stock plans that they are made from; those that are there stay.
 
     The data set, stock plans, preprocessed data and folds are made where they are missing, plans and preprocessed data
@@ -34,7 +30,7 @@ def prepare_plans(study: dict[str, Any], networks: Sequence[str], dataset: str |
     Args:
         study: Content of runs.yaml.
         networks: Names of networks there.
-        dataset: Name of a data set there; that of the protocol by default.
+        setting: Data set and batch.
 
     Returns:
         nnU-Net's folder of the preprocessed data set.
@@ -43,10 +39,10 @@ def prepare_plans(study: dict[str, Any], networks: Sequence[str], dataset: str |
         RuntimeError: If plans of such a name or folds are there and differ, or there is no such data set.
     """
     protocol = study["protocol"]
-    raw = prepare_raw(study, dataset or protocol["dataset"])
+    raw = prepare_raw(study, setting.dataset)
     folder = Path(os.environ["nnUNet_preprocessed"]) / raw.name
     if not (folder / f"{protocol['plans']}.json").is_file():
-        number = str(study["datasets"][dataset or protocol["dataset"]]["id"])
+        number = str(study["datasets"][setting.dataset]["id"])
         # beside the interpreter, whose environment may not be activated
         command = shutil.which("nnUNetv2_plan_and_preprocess", path=str(Path(sys.executable).parent))
         arguments = ["-d", number, "-c", protocol["configuration"], "-np", "2"]
@@ -57,7 +53,7 @@ def prepare_plans(study: dict[str, Any], networks: Sequence[str], dataset: str |
     elif json.loads(splits.read_text()) != folds:
         raise RuntimeError(f"{splits} has other folds than nnU-Net makes of these cases, which are the study's.")
     for network in dict.fromkeys(networks):
-        plans = plans_of(study, network, study["networks"][network], folder)
+        plans = plans_of(study, network, study["networks"][network], folder, setting.batch_size)
         file = folder / f"{plans['plans_name']}.json"
         if file.is_file() and json.loads(file.read_text()) != plans:
             raise RuntimeError(f"{file} is there and differs from what runs.yaml asks for: rename the network.")
@@ -66,21 +62,24 @@ def prepare_plans(study: dict[str, Any], networks: Sequence[str], dataset: str |
     return folder
 
 
-def plans_of(study: dict[str, Any], network: str, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Plans of one network: the protocol's stock plans, with its batch.
+def plans_of(
+    study: dict[str, Any], network: str, entry: dict[str, Any], folder: Path, batch_size: int
+) -> dict[str, Any]:
+    """Plans of one network: the protocol's stock plans, with another batch.
 
     Args:
         study: Content of runs.yaml.
         network: Name of the network.
         entry: What runs.yaml says of it.
         folder: nnU-Net's folder of the preprocessed data set.
+        batch_size: Patches per step.
     """
     protocol = study["protocol"]
     configuration = protocol["configuration"]
     plans = json.loads((folder / f"{protocol['plans']}.json").read_text())
-    plans["plans_name"] = plans_name(network)
+    plans["plans_name"] = plans_name(study, network, batch_size)
     settings = plans["configurations"][configuration]
-    settings["batch_size"] = protocol["batch_size"]
+    settings["batch_size"] = batch_size
     trainer = entry.get("trainer", STOCK)
     if trainer != STOCK:
         maker = getattr(import_module("nnunet_conres.trainers"), trainer)

@@ -1,7 +1,7 @@
 """What all trainings of the study have in common.
 
 All of them, nnU-Net's own trainer among them, take the same precision, epoch length and augmentation; with the same
-seed and one worker process they see the same batches, so that networks are compared on equal terms.
+seed and one worker process, as on a CPU, they see the same batches, so that networks are compared on equal terms.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from dynamic_network_architectures.initialization.weight_init import init_last_b
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import (
     nnUNetTrainerNoMirroring,
 )
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_conres.trainers.precision import cpu_autocast, training_precision
 
 STOCK = "nnUNetTrainer"
+EPOCH = 100  # iterations, where a stage says nothing else
 
 
 class SeededTransform(BasicTransform):
@@ -57,13 +59,13 @@ class StudyRecipe(nnUNetTrainerNoMirroring):
         study_epochs: Number of epochs.
         study_iterations: Training iterations of an epoch.
         study_validation_iterations: Validation iterations of an epoch; they choose nothing.
-        study_seed: Of initial weights, patches and augmentation.
+        study_seed: Of initial weights and, with one worker process, patches and augmentation.
         study_lr: Learning rate; None for the trainer's own.
         study_identity_blocks: Whether residual blocks start as the identity, as in nnU-Net's residual networks.
     """
 
     study_epochs = 10
-    study_iterations = 100
+    study_iterations = EPOCH
     study_validation_iterations = 10
     study_seed = 0
     study_lr: float | None = None
@@ -91,12 +93,16 @@ class StudyRecipe(nnUNetTrainerNoMirroring):
 
     # nnU-Net calls these static methods on the instance
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        samples = self.current_epoch * self.num_iterations_per_epoch * self.batch_size
-        return SeededTransform(super().get_training_transforms(*args, **kwargs), self.study_seed, samples)
+        return self._seeded(super().get_training_transforms(*args, **kwargs), self.num_iterations_per_epoch)
 
     def get_validation_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        samples = self.current_epoch * self.num_val_iterations_per_epoch * self.batch_size
-        return SeededTransform(super().get_validation_transforms(*args, **kwargs), self.study_seed, samples)
+        return self._seeded(super().get_validation_transforms(*args, **kwargs), self.num_val_iterations_per_epoch)
+
+    def _seeded(self, pipeline: BasicTransform, iterations: int) -> BasicTransform:
+        # several workers, as a GPU needs, would all draw the same; and which of them is first is not settled anyway
+        if get_allowed_n_proc_DA() > 1:
+            return pipeline
+        return SeededTransform(pipeline, self.study_seed, self.current_epoch * iterations * self.batch_size)
 
 
 class StudyStockTrainer(StudyRecipe):
@@ -115,7 +121,9 @@ class StudyStockTrainer(StudyRecipe):
             return super().validation_step(batch)
 
 
-def study_trainer(name: str, module: str, network: Mapping[str, Any], iterations: int, seed: int) -> type:
+def study_trainer(
+    name: str, module: str, network: Mapping[str, Any], iterations: int, seed: int, epoch: int = EPOCH
+) -> type:
     """The trainer of a run.
 
     Args:
@@ -124,11 +132,13 @@ def study_trainer(name: str, module: str, network: Mapping[str, Any], iterations
         network: Entry of the network in runs.yaml.
         iterations: How long to train.
         seed: Of initial weights, patches and augmentation.
+        epoch: Iterations of an epoch.
     """
     attributes = {
         "__module__": module,
         "__doc__": f"{iterations} iterations, seed {seed}.",
-        "study_epochs": iterations // StudyRecipe.study_iterations,
+        "study_epochs": iterations // epoch,
+        "study_iterations": epoch,
         "study_seed": seed,
         **network.get("trainer_attributes", {}),
     }

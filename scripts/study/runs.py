@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from recipe import StudyRecipe
+from recipe import EPOCH
 
 HERE = Path(__file__).resolve().parent
 
@@ -23,20 +23,43 @@ class Run:
         network: Name in runs.yaml.
         iterations: Training steps.
         seed: Of initial weights, patches and augmentation.
+        epoch: Training steps of an epoch.
     """
 
     network: str
     iterations: int
     seed: int
+    epoch: int = EPOCH
 
     @property
     def trainer(self) -> str:
-        return f"nnUNetTrainerStudy_{self.network}_{self.iterations}it_seed{self.seed}"
+        name = f"nnUNetTrainerStudy_{self.network}_{self.iterations}it_seed{self.seed}"
+        return name if self.epoch == EPOCH else f"{name}_epoch{self.epoch}"
 
     @property
     def name(self) -> str:
         """What reports call it."""
         return f"{self.network}-{self.iterations}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a stage have in common, and the times of their steps depend on.
+
+    Attributes:
+        dataset: Name in runs.yaml.
+        batch_size: Of the plans.
+        device: Where to train.
+    """
+
+    dataset: str
+    batch_size: int
+    device: str
+
+    @property
+    def name(self) -> str:
+        """What its times of steps are kept under."""
+        return self.dataset if self.device == "cpu" else f"{self.dataset}, {self.device}, batch {self.batch_size}"
 
 
 def read_study() -> dict[str, Any]:
@@ -57,7 +80,7 @@ def read_study() -> dict[str, Any]:
         for run in runs_of(study, stage):
             if run.network not in study["networks"]:
                 raise ValueError(f"Stage {stage}: no network {run.network}; expected {', '.join(study['networks'])}.")
-            if run.iterations % StudyRecipe.study_iterations:
+            if run.iterations % run.epoch:
                 raise ValueError(f"Stage {stage}: {run.iterations} iterations are no whole number of epochs.")
     compared = [run for pairs in study["pairs"].values() for pair in pairs for run in pair]
     compared += [run for runs in study["contrasts"].values() for run in runs]
@@ -78,7 +101,8 @@ def runs_of(study: dict[str, Any], stage: str) -> list[Run]:
     for given in entry["runs"]:
         given = {"network": given} if isinstance(given, str) else given
         for seed in entry.get("seeds", [0]):
-            runs.append(Run(given["network"], given.get("iterations", entry["iterations"]), given.get("seed", seed)))
+            iterations, epoch = given.get("iterations", entry["iterations"]), entry.get("epoch", EPOCH)
+            runs.append(Run(given["network"], iterations, given.get("seed", seed), epoch))
     return runs
 
 
@@ -87,22 +111,33 @@ def dataset_of(study: Mapping[str, Any], stage: str) -> str:
     return study["stages"][stage].get("dataset", study["protocol"]["dataset"])
 
 
-def write_stage(study: dict[str, Any], stage: str, work: Path, device: str, threads: int) -> Path:
+def plans_name(study: Mapping[str, Any], network: str, batch_size: int) -> str:
+    """Name of the plans of a network of runs.yaml."""
+    name = f"study_{network}"
+    return name if batch_size == study["protocol"]["batch_size"] else f"{name}_batch{batch_size}"
+
+
+def setting_of(study: Mapping[str, Any], stage: str, device: str | None = None) -> Setting:
+    """What a stage is trained on; ``device`` comes before the stage's own."""
+    entry, protocol = study["stages"][stage], study["protocol"]
+    batch_size = entry.get("batch_size", protocol["batch_size"])
+    return Setting(dataset_of(study, stage), batch_size, device or entry.get("device", protocol["device"]))
+
+
+def write_stage(study: dict[str, Any], stage: str, work: Path, device: str | None, threads: int) -> Path:
     """Writes the trainers of a stage, a module each, and the configuration of its workflow.
 
     Args:
         study: Content of runs.yaml.
         stage: Which stage.
         work: Folder for all files of the study.
-        device: Where to train.
+        device: Where to train; None for where the stage says.
         threads: Of a training on a CPU.
 
     Returns:
         The configuration.
     """
-    from plans import plans_name
-
-    protocol, runs = study["protocol"], runs_of(study, stage)
+    protocol, runs, setting = study["protocol"], runs_of(study, stage), setting_of(study, stage, device)
     trainers = work / "trainers"
     trainers.mkdir(parents=True, exist_ok=True)
     recipe = hashlib.sha256((HERE / "recipe.py").read_bytes()).hexdigest()
@@ -112,7 +147,7 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, device: str, thre
         text = (
             f"# {recipe}\nfrom recipe import study_trainer\n\n\nclass {run.trainer}(\n"
             f"    study_trainer({run.trainer!r}, __name__, {study['networks'][run.network]!r}, {run.iterations}, "
-            f"{run.seed})\n):\n    pass\n"
+            f"{run.seed}, {run.epoch})\n):\n    pass\n"
         )
         file = trainers / f"{run.trainer}.py"
         if not file.is_file() or file.read_text() != text:
@@ -123,21 +158,21 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, device: str, thre
         "models": {
             run.name: {
                 "trainer": run.trainer,
-                "plans": plans_name(run.network),
+                "plans": plans_name(study, run.network, setting.batch_size),
                 "configuration": protocol["configuration"],
             }
             for run in runs
         },
-        "plans": {plans_name(run.network): {"planner": "none"} for run in runs},
+        "plans": {plans_name(study, run.network, setting.batch_size): {"planner": "none"} for run in runs},
         "folds": study["stages"][stage]["folds"],
         "ensembles": "none",
-        "device": device,
+        "device": setting.device,
         "environment": {
             "nnUNet_extTrainer": str(trainers),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
-            # one worker, so that the order of the batches is settled
-            "nnUNet_n_proc_DA": 1,
             "OMP_NUM_THREADS": threads,
+            # one worker, so that the order of the batches is settled; a GPU would wait for it
+            **({"nnUNet_n_proc_DA": 1} if setting.device == "cpu" else {}),
         },
         "resources": {"default": {"cpus": 2, "memory_gb": 4, "minutes": 60}, "train": {"cpus": threads}},
     }

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plans import plans_name
 from recipe import study_trainer
+from runs import Setting, plans_name
 
 
 def measure(
-    study: dict[str, Any], networks: list[str], folder: Path, device: str, threads: int, rounds: int, work: Path
+    study: dict[str, Any], networks: list[str], folder: Path, setting: Setting, threads: int, rounds: int, work: Path
 ) -> dict[str, list[float]]:
     """Seconds of every timed step by network; networks take turns, behind two steps each that are not counted.
 
@@ -25,21 +25,21 @@ def measure(
         study: Content of runs.yaml.
         networks: Names of the networks, the baseline first.
         folder: nnU-Net's folder of the preprocessed data set, with the plans.
-        device: Where to train.
+        setting: Batch and device.
         threads: On a CPU.
         rounds: Steps of each network.
         work: Folder for what the trainers write.
     """
     torch.set_num_threads(threads)
     with _results_in(work):
-        trainers = {network: _trainer(study, network, folder, device, 1000) for network in networks}
+        trainers = {network: _trainer(study, network, folder, setting) for network in networks}
         batches = {network: _batch(trainer) for network, trainer in trainers.items()}
         times: dict[str, list[float]] = {network: [] for network in networks}
         for number in range(rounds + 2):
             for network, trainer in trainers.items():
                 begun = time.perf_counter()
                 trainer.train_step(batches[network])
-                if device == "cuda":
+                if setting.device == "cuda":
                     torch.cuda.synchronize()
                 if number >= 2:
                     times[network].append(time.perf_counter() - begun)
@@ -47,7 +47,13 @@ def measure(
 
 
 def begin(
-    study: dict[str, Any], networks: list[str], folder: Path, device: str, threads: int, iterations: int, work: Path
+    study: dict[str, Any],
+    networks: list[str],
+    folder: Path,
+    setting: Setting,
+    threads: int,
+    iterations: int,
+    work: Path,
 ) -> dict[str, list[float]]:
     """Segmentation loss of the first iterations of fold 0 by network, as in a run of 1,000 iterations and seed 0.
 
@@ -55,7 +61,7 @@ def begin(
         study: Content of runs.yaml.
         networks: Names of the networks.
         folder: nnU-Net's folder of the preprocessed data set, with the plans.
-        device: Where to train.
+        setting: Batch and device.
         threads: On a CPU.
         iterations: How many.
         work: Folder for what the trainers write.
@@ -65,7 +71,7 @@ def begin(
     os.environ["nnUNet_n_proc_DA"] = "1"  # as in a run, so that the order of the batches is settled
     with _results_in(work):
         for network in networks:
-            trainer = _trainer(study, network, folder, device, 1000)
+            trainer = _trainer(study, network, folder, setting)
             trainer.on_train_start()
             trainer.on_epoch_start()
             trainer.on_train_epoch_start()
@@ -92,11 +98,12 @@ def _results_in(work: Path) -> Iterator[None]:
                 os.environ["nnUNet_results"] = before
 
 
-def _trainer(study: dict[str, Any], network: str, folder: Path, device: str, iterations: int) -> Any:
-    trainer_class = study_trainer(f"nnUNetTrainerSteps_{network}", __name__, study["networks"][network], iterations, 0)
-    plans = json.loads((folder / f"{plans_name(network)}.json").read_text()) | {"continue_training": False}
+def _trainer(study: dict[str, Any], network: str, folder: Path, setting: Setting) -> Any:
+    trainer_class = study_trainer(f"nnUNetTrainerSteps_{network}", __name__, study["networks"][network], 1000, 0)
+    file = folder / f"{plans_name(study, network, setting.batch_size)}.json"
+    plans = json.loads(file.read_text()) | {"continue_training": False}
     dataset_json = json.loads((folder / "dataset.json").read_text())
-    trainer = trainer_class(plans, study["protocol"]["configuration"], 0, dataset_json, torch.device(device))
+    trainer = trainer_class(plans, study["protocol"]["configuration"], 0, dataset_json, torch.device(setting.device))
     trainer.initialize()
     trainer.network.train()
     return trainer

@@ -22,9 +22,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nnunet_conres.datasets.raw import write_json
+
+if TYPE_CHECKING:
+    from runs import Setting
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -42,13 +45,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     steps = commands.add_parser("steps", help="measure the time of a training step of each network")
     steps.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all); stock is always measured")
     steps.add_argument("--dataset", help="data set of runs.yaml (default: that of the protocol)")
+    steps.add_argument("--batch", type=int, help="patches per step (default: that of the protocol)")
     steps.add_argument("--rounds", type=int, default=9, help="steps of each network, in turns (default: %(default)s)")
     begin = commands.add_parser("begin", help="print how the loss of each network falls at the start")
     begin.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all)")
     begin.add_argument("--iterations", type=int, default=100, help="(default: %(default)s)")
     for command in (run, steps, begin):
         command.add_argument("--work", type=Path, default=Path("study"), help="folder for files (default: %(default)s)")
-        command.add_argument("-device", default="cpu", help="(default: %(default)s)")
+        command.add_argument("-device", help="cpu or cuda (default: that of the stage, else of the protocol)")
         command.add_argument("--threads", type=int, default=2, help="of a CPU training (default: %(default)s)")
     commands.add_parser("table", help="write the tables of docs/results.md")
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -110,17 +114,21 @@ def _dataset(study: dict[str, Any], parsed: argparse.Namespace) -> str:
 
 def _train_or_measure(study: dict[str, Any], parsed: argparse.Namespace) -> None:
     from plans import prepare_plans
-    from runs import runs_of
+    from runs import Setting, runs_of, setting_of
 
-    work, dataset = parsed.work.resolve(), _dataset(study, parsed)
+    work = parsed.work.resolve()
     if parsed.command == "run":
-        prepare_plans(study, [run.network for run in runs_of(study, parsed.stage)], dataset)
+        networks = [run.network for run in runs_of(study, parsed.stage)]
+        prepare_plans(study, networks, setting_of(study, parsed.stage, parsed.device))
         _run(study, parsed, work)
     networks = parsed.networks or list(study["networks"])
     if parsed.command == "steps":
         networks = list(dict.fromkeys([BASELINE, *networks]))
-    folder = prepare_plans(study, networks, dataset)
-    (_steps if parsed.command == "steps" else _begin)(study, networks, folder, parsed, work)
+    protocol = study["protocol"]
+    batch_size = getattr(parsed, "batch", None) or protocol["batch_size"]
+    setting = Setting(_dataset(study, parsed), batch_size, parsed.device or protocol["device"])
+    folder = prepare_plans(study, networks, setting)
+    (_steps if parsed.command == "steps" else _begin)(study, networks, folder, setting, parsed, work)
 
 
 def _run(study: dict[str, Any], parsed: argparse.Namespace, work: Path) -> NoReturn:
@@ -145,13 +153,14 @@ def _curves(study: dict[str, Any], stage: str) -> dict[str, list[float]]:
     """By a run's name, the mean Dice of its validation patches by epoch, averaged over the stage's folds."""
     import torch
     from data import folder_of
-    from plans import plans_name
-    from runs import dataset_of, runs_of
+    from runs import plans_name, runs_of, setting_of
 
-    results = Path(os.environ["nnUNet_results"]) / folder_of(study, dataset_of(study, stage))
+    setting = setting_of(study, stage)
+    results = Path(os.environ["nnUNet_results"]) / folder_of(study, setting.dataset)
     curves = {}
     for run in runs_of(study, stage):
-        model = results / f"{run.trainer}__{plans_name(run.network)}__{study['protocol']['configuration']}"
+        plans = plans_name(study, run.network, setting.batch_size)
+        model = results / f"{run.trainer}__{plans}__{study['protocol']['configuration']}"
         folds = []
         for fold in study["stages"][stage]["folds"]:
             file = model / f"fold_{fold}" / "checkpoint_final.pth"
@@ -161,17 +170,19 @@ def _curves(study: dict[str, Any], stage: str) -> dict[str, list[float]]:
     return curves
 
 
-def _steps(study: dict[str, Any], networks: list[str], folder: Path, parsed: argparse.Namespace, work: Path) -> None:
+def _steps(
+    study: dict[str, Any], networks: list[str], folder: Path, setting: Setting, parsed: argparse.Namespace, work: Path
+) -> None:
     from steps import measure
 
-    times = measure(study, networks, folder, parsed.device, parsed.threads, parsed.rounds, work)
+    times = measure(study, networks, folder, setting, parsed.threads, parsed.rounds, work)
     medians = {network: statistics.median(seconds) for network, seconds in times.items()}
     baseline = medians[BASELINE]
     for network, seconds in medians.items():
         print(f"{network:24} {1000 * seconds:7.0f} ms  {seconds / baseline:.2f}")
     file = RESULTS / "steps.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
-    known.setdefault(_dataset(study, parsed), {}).update(
+    known.setdefault(setting.name, {}).update(
         {
             network: {
                 "ms": round(1000 * seconds, 1),
@@ -184,10 +195,12 @@ def _steps(study: dict[str, Any], networks: list[str], folder: Path, parsed: arg
     write_json(file, known)
 
 
-def _begin(study: dict[str, Any], networks: list[str], folder: Path, parsed: argparse.Namespace, work: Path) -> None:
+def _begin(
+    study: dict[str, Any], networks: list[str], folder: Path, setting: Setting, parsed: argparse.Namespace, work: Path
+) -> None:
     from steps import begin
 
-    losses = begin(study, networks, folder, parsed.device, parsed.threads, parsed.iterations, work)
+    losses = begin(study, networks, folder, setting, parsed.threads, parsed.iterations, work)
     for network, values in losses.items():
         means = [statistics.fmean(values[start : start + 10]) for start in range(0, len(values), 10)]
         print(f"{network:24} " + " ".join(f"{mean:6.2f}" for mean in means))

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipe import StudyRecipe
-from runs import dataset_of, runs_of
+from runs import dataset_of, runs_of, setting_of
 
 from nnunet_conres.evaluation.scoring import MEAN
 from nnunet_conres.evaluation.statistics import compare_paired, holm
@@ -112,7 +111,7 @@ def _tables(study: Mapping[str, Any], stages: Mapping[str, Any], steps: Mapping[
         return all(run.split("/")[0] in stages for run in runs)
 
     def steps_of(stage: str) -> Mapping[str, Any]:
-        return steps.get(dataset_of(study, stage), {})
+        return steps.get(setting_of(study, stage).name, {})
 
     tables = {stage: _table(content, steps_of(stage)) for stage, content in stages.items()}
     for name, runs in study.get("contrasts", {}).items():
@@ -234,7 +233,7 @@ def draw_curves(stage: Mapping[str, Any], file: Path) -> None:
     for row in stage["rows"]:
         dice = row.get("validation_dice")
         if dice:
-            iterations = [StudyRecipe.study_iterations * (number + 1) for number in range(len(dice))]
+            iterations = [row["iterations"] * (number + 1) / len(dice) for number in range(len(dice))]
             axes.plot(iterations, [100 * value for value in dice], label=_label(row, stage["rows"]))
     axes.set(xlabel="iterations", ylabel="Dice of validation patches, %")
     axes.grid(alpha=0.3)

@@ -234,7 +234,7 @@ def test_results_of_other_runs_are_refused(study: dict[str, Any], tmp_path: Path
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
-    row = {"network": "net", "validation_dice": [0.5, 0.7]}
+    row = {"network": "net", "iterations": 200, "validation_dice": [0.5, 0.7]}
     draw_curves({"rows": [row, {"network": "without"}]}, tmp_path / "images" / "curves.png")
     assert (tmp_path / "images" / "curves.png").stat().st_size > 5000
 
