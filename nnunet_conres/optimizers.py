@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -92,9 +92,7 @@ class Muon(Optimizer):
             if not group["orthogonal"]:
                 self._adam(group, parameters, lr)
                 continue
-            # those of one shape in one go: fast on a GPU, and no more memory than the most frequent shape needs
-            for alike in _by_shape(parameters):
-                self._muon(group, alike, lr)
+            self._muon(group, parameters, lr)
         return loss
 
     def _muon(self, group: dict[str, Any], parameters: list[Tensor], lr: float) -> None:
@@ -103,11 +101,15 @@ class Muon(Optimizer):
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, gradients)
         steps = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
-        matrices = torch.stack([step.flatten(1) for step in steps])
+        alike = _by_shape(parameters)
+        # those of one shape in one go: a GPU would wait for each
+        matrices = [torch.stack([steps[number].flatten(1) for number in numbers]) for numbers in alike]
         del steps
-        rows, columns = matrices.shape[1:]
-        matrices = orthogonalize(matrices).mul_(max(1.0, rows / columns) ** 0.5)
-        torch._foreach_add_(parameters, [matrix.view(parameters[0].shape) for matrix in matrices], alpha=-lr)
+        for numbers, orthogonal in zip(alike, orthogonalize(matrices), strict=True):
+            rows, columns = orthogonal.shape[1:]
+            ours = [parameters[number] for number in numbers]
+            changes = [matrix.view(ours[0].shape) for matrix in orthogonal]
+            torch._foreach_add_(ours, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
     def _adam(self, group: dict[str, Any], parameters: list[Tensor], lr: float) -> None:
         gradients = _gradients(parameters)
@@ -134,43 +136,59 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _by_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
-    shapes: dict[torch.Size, list[Tensor]] = {}
-    for parameter in parameters:
-        shapes.setdefault(parameter.shape, []).append(parameter)
+def _by_shape(parameters: list[Tensor]) -> list[list[int]]:
+    """Where in the list those of each shape are."""
+    shapes: dict[torch.Size, list[int]] = {}
+    for number, parameter in enumerate(parameters):
+        shapes.setdefault(parameter.shape, []).append(number)
     return list(shapes.values())
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """About the nearest (semi-)orthogonal matrix: U V^T of the singular value decomposition U S V^T.
+def orthogonalize(batches: Sequence[Tensor]) -> list[Tensor]:
+    """About the nearest (semi-)orthogonal matrices: U V^T of the singular value decomposition U S V^T.
 
     Newton-Schulz multiplies by polynomials of X X^T only. These commute, so that all rounds are done on that matrix,
-    which is small where X is wide, and X itself is multiplied once.
+    which is small where X is wide, and X itself is multiplied once. Of a network's many shapes few have different
+    numbers of rows: the rounds, two dozen small operations that a GPU waits for, are done once for each of these.
 
     Args:
-        matrices: (B, n, m), finite.
+        batches: (B, n, m) each, finite.
 
     Returns:
-        (B, n, m) with singular values of about 0.7 to 1.2, but for those below a thousandth of the norm, which stay
-        smaller. 0 where a matrix is 0.
+        Of each batch (B, n, m) with singular values of about 0.7 to 1.2, but for those below a thousandth of the norm,
+        which stay smaller. 0 where a matrix is 0.
     """
-    if matrices.shape[1] > matrices.shape[2]:
-        return orthogonalize(matrices.mT).mT
-    a, b, c = _COEFFICIENTS
+    wide = [batch.mT if batch.shape[1] > batch.shape[2] else batch for batch in batches]
     # Squared singular values need the digits of single precision, and a trainer may step under autocast.
-    kind = matrices.device.type  # older versions of PyTorch have no autocast elsewhere
+    kind = batches[0].device.type  # older versions of PyTorch have no autocast elsewhere
     with torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext():
-        matrices = matrices.float()
-        matrices = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + _EPSILON)
-        gram = matrices @ matrices.mT
-        factor = None
-        for _ in range(_ROUNDS):
-            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            polynomial.diagonal(dim1=1, dim2=2).add_(a)
-            factor = polynomial if factor is None else polynomial @ factor
-            gram = polynomial @ gram @ polynomial
-        assert factor is not None
-        return factor @ matrices
+        wide = [batch.float() for batch in wide]
+        norms = [torch.linalg.matrix_norm(batch, keepdim=True) + _EPSILON for batch in wide]
+        by_rows: dict[int, list[int]] = {}
+        for number, batch in enumerate(wide):
+            by_rows.setdefault(batch.shape[1], []).append(number)
+        orthogonal: dict[int, Tensor] = {}
+        for numbers in by_rows.values():
+            normal = (wide[number] / norms[number] for number in numbers)
+            grams = torch.cat([torch.bmm(matrices, matrices.mT) for matrices in normal])
+            factors = _newton_schulz(grams).split([len(wide[number]) for number in numbers])
+            for number, factor in zip(numbers, factors, strict=True):
+                orthogonal[number] = torch.bmm(factor / norms[number], wide[number])
+    ours = [orthogonal[number] for number in range(len(wide))]
+    return [one.mT if one.shape != batch.shape else one for one, batch in zip(ours, batches, strict=True)]
+
+
+def _newton_schulz(gram: Tensor) -> Tensor:
+    """What matrices X of norm 1 have to be multiplied by, given all X X^T (B, n, n)."""
+    a, b, c = _COEFFICIENTS
+    factor = None
+    for _ in range(_ROUNDS):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        factor = polynomial if factor is None else torch.bmm(polynomial, factor)
+        gram = torch.bmm(torch.bmm(polynomial, gram), polynomial)
+    assert factor is not None
+    return factor
 
 
 def muon_of(network: nn.Module, lr: float, weight_decay: float) -> Muon:

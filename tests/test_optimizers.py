@@ -24,7 +24,7 @@ class TestOrthogonalize:
     @pytest.mark.parametrize("shape", [(32, 27), (32, 864), (96, 32), (3, 3)])
     def test_is_newton_schulz(self, shape: tuple[int, int]) -> None:
         matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-        found = orthogonalize(matrices)
+        (found,) = orthogonalize([matrices])
         for matrix, one in zip(matrices, found, strict=True):
             wide = shape[0] <= shape[1]
             expected = newton_schulz(matrix) if wide else newton_schulz(matrix.mT).mT
@@ -33,7 +33,7 @@ class TestOrthogonalize:
     def test_singular_values_become_about_1_and_vectors_stay(self) -> None:
         matrix = torch.randn(24, 60, generator=torch.Generator().manual_seed(1))
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-        found = orthogonalize(1e-6 * matrix[None])[0]  # whatever the size
+        found = orthogonalize([1e-6 * matrix[None]])[0][0]  # whatever the size
         assert ((torch.linalg.svdvals(found) > 0.65) & (torch.linalg.svdvals(found) < 1.25)).all()
         in_their_axes = u.mT @ found @ v.mT
         off_diagonal = in_their_axes - torch.diag(in_their_axes.diagonal())
@@ -43,18 +43,32 @@ class TestOrthogonalize:
         generator = torch.Generator().manual_seed(2)
         u, _, v = torch.linalg.svd(torch.randn(64, 400, generator=generator), full_matrices=False)
         matrix = u @ torch.diag(10 ** torch.linspace(0, -7, 64)) @ v
-        found = orthogonalize(matrix[None])[0]
+        found = orthogonalize([matrix[None]])[0][0]
         torch.testing.assert_close(found.double(), newton_schulz(matrix), rtol=0, atol=1e-3)
 
     def test_in_single_precision_whatever_the_trainer_has(self) -> None:
         """A step under bfloat16 autocast was unstable: half the digits are gone where singular values are squared."""
         matrices = torch.randn(1, 32, 100, generator=torch.Generator().manual_seed(3))
         with torch.autocast("cpu", torch.bfloat16):
-            found = orthogonalize(matrices)
-        assert torch.equal(found, orthogonalize(matrices))
+            (found,) = orthogonalize([matrices])
+        assert torch.equal(found, orthogonalize([matrices])[0])
 
     def test_nothing_of_nothing(self) -> None:
-        assert torch.equal(orthogonalize(torch.zeros(1, 4, 9)), torch.zeros(1, 4, 9))
+        (found,) = orthogonalize([torch.zeros(1, 4, 9)])
+        assert torch.equal(found, torch.zeros(1, 4, 9))
+
+    def test_batches_do_not_mix(self) -> None:
+        """Some have the same number of rows, as they are or transposed, and are calculated with together."""
+        generator = torch.Generator().manual_seed(4)
+        shapes = [(2, 8, 30), (1, 12, 12), (3, 8, 9), (1, 40, 8), (2, 12, 50)]
+        batches = [10.0**number * torch.randn(*shape, generator=generator) for number, shape in enumerate(shapes)]
+        before = [batch.clone() for batch in batches]
+        for batch, found in zip(batches, orthogonalize(batches), strict=True):
+            for matrix, one in zip(batch, found, strict=True):
+                wide = matrix.shape[0] <= matrix.shape[1]
+                expected = newton_schulz(matrix) if wide else newton_schulz(matrix.mT).mT
+                torch.testing.assert_close(one.double(), expected, rtol=0, atol=1e-4)
+        assert all(map(torch.equal, batches, before))
 
 
 class TestMuon:

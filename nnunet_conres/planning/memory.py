@@ -6,7 +6,6 @@ PyTorch keeps of each for backward. `tracker` counts the same by executing the s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -79,9 +78,8 @@ def estimate_memory(step: TrainingStep) -> MemoryEstimate:
     kept_by_loss = ledger.by_part.get("loss", 0)
     ledger.backward(loss)
     # what the optimiser makes while no activation is left
-    if step.optimizer == "muon":  # all weights of one shape at once
-        counts = Counter(parameter.numel for parameter in network.parameters if parameter.is_matrix)
-        temporary = _MUON_COPIES * FLOAT32 * max(numel * count for numel, count in counts.items())
+    if step.optimizer == "muon":
+        temporary = _MUON_COPIES * FLOAT32 * sum(p.numel for p in network.parameters if p.is_matrix)
     elif step.device == "cuda":  # all parameters at once
         temporary = parameters * _FOREACH_COPIES[step.optimizer]
     else:
@@ -103,5 +101,5 @@ def estimate_memory(step: TrainingStep) -> MemoryEstimate:
 
 # Copies of all gradients that PyTorch's optimisers make with foreach.
 _FOREACH_COPIES = {"sgd": 1, "adam": 2}
-# The steps of weights with momentum, stacked, normalised and orthogonal.
-_MUON_COPIES = 4
+# The steps of all matrices with momentum, and stacked by shape; then these, and orthogonal.
+_MUON_COPIES = 2
