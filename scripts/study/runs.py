@@ -67,24 +67,25 @@ def read_study() -> dict[str, Any]:
 
     Raises:
         ValueError: If a stage has a data set or a run of a network that is not described, a run of a length that is no
-            whole number of epochs, or a single run; if a contrast is of stages that there are not, or two tables have
-            one name.
+            whole number of epochs, or a single run that is in no contrast; if a contrast is of stages that there are
+            not, or two tables have one name.
     """
     study = yaml.safe_load((HERE / "runs.yaml").read_text(encoding="utf-8"))
+    compared = [run for pairs in study["pairs"].values() for pair in pairs for run in pair]
+    compared += [run for runs in study["contrasts"].values() for run in runs]
+    in_contrasts = {run.split("/")[0] for run in compared}
     for stage in study["stages"]:
         dataset = dataset_of(study, stage)
         if dataset not in study["datasets"]:
             raise ValueError(f"Stage {stage}: no data set {dataset}; expected {', '.join(study['datasets'])}.")
-        if len(runs_of(study, stage)) < 2:
-            raise ValueError(f"Stage {stage} has nothing to compare; expected two runs or more.")
+        if len(runs_of(study, stage)) < 2 and stage not in in_contrasts:
+            raise ValueError(f"Stage {stage} has nothing to compare; expected two runs or more, or a contrast.")
         for run in runs_of(study, stage):
             if run.network not in study["networks"]:
                 raise ValueError(f"Stage {stage}: no network {run.network}; expected {', '.join(study['networks'])}.")
             if run.iterations % run.epoch:
                 raise ValueError(f"Stage {stage}: {run.iterations} iterations are no whole number of epochs.")
-    compared = [run for pairs in study["pairs"].values() for pair in pairs for run in pair]
-    compared += [run for runs in study["contrasts"].values() for run in runs]
-    for stage in [run.split("/")[0] for run in compared] + list(study["figures"]):
+    for stage in [*in_contrasts, *study["figures"]]:
         if stage not in study["stages"]:
             raise ValueError(f"A contrast, a pair or a figure is of a stage {stage}, which there is not.")
     names = [*study["stages"], *study["contrasts"], *study["pairs"]]

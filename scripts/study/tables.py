@@ -113,7 +113,9 @@ def _tables(study: Mapping[str, Any], stages: Mapping[str, Any], steps: Mapping[
     def steps_of(stage: str) -> Mapping[str, Any]:
         return steps.get(setting_of(study, stage).name, {})
 
-    tables = {stage: _table(content, steps_of(stage)) for stage, content in stages.items()}
+    # a single run is in tables of contrasts
+    several = {stage: content for stage, content in stages.items() if len(content["rows"]) > 1}
+    tables = {stage: _table(content, steps_of(stage)) for stage, content in several.items()}
     for name, runs in study.get("contrasts", {}).items():
         if there(runs):
             tables[name] = _table(contrast(runs, stages), steps_of(runs[0].split("/")[0]))
