@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "study"
 from branches import BULB, VESSEL, make_branches  # noqa: E402
 from data import HERE, copy_cases, folds_of, prepare_raw  # noqa: E402
 from recipe import SeededTransform, StudyRecipe, study_trainer  # noqa: E402
-from runs import dataset_of, read_study, runs_of, write_stage  # noqa: E402
+from runs import dataset_of, read_study, runs_of, setting_of, write_stage  # noqa: E402
 from scipy import ndimage  # noqa: E402
 from scipy.stats import wilcoxon  # noqa: E402
 from tables import contrast, draw_curves, find_run, save_results, write_tables  # noqa: E402
@@ -48,6 +48,46 @@ def test_every_stage_is_a_configuration_that_the_workflow_takes(
         assert experiment.ensembles == ()
 
 
+def test_a_stage_may_have_device_batch_and_epochs_of_its_own(study: dict[str, Any], tmp_path: Path) -> None:
+    study["stages"]["here"] = {"folds": [0], "iterations": 200, "runs": ["stock", "plain"]}
+    there = {"device": "cuda", "batch_size": 5, "epoch": 50}
+    study["stages"]["there"] = study["stages"]["here"] | there
+    here, elsewhere = (yaml.safe_load(write_stage(study, s, tmp_path, None, 1).read_text()) for s in ("here", "there"))
+    assert (here["device"], elsewhere["device"]) == ("cpu", "cuda")
+    assert here["environment"]["nnUNet_n_proc_DA"] == 1
+    assert "nnUNet_n_proc_DA" not in elsewhere["environment"]
+    assert list(here["plans"]) == ["study_stock", "study_plain"]
+    assert list(elsewhere["plans"]) == ["study_stock_batch5", "study_plain_batch5"]
+    run = runs_of(study, "there")[0]
+    assert run.trainer == "nnUNetTrainerStudy_stock_200it_seed0_epoch50"
+    assert "200, 0, 50)" in (tmp_path / "trainers" / f"{run.trainer}.py").read_text()
+    assert setting_of(study, "there").name == "hippocampus, cuda, batch 5"
+    assert setting_of(study, "there", "cpu").device == "cpu"
+    assert setting_of(study, "here").name == "hippocampus"
+
+
+def test_a_single_run_needs_a_contrast(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runs.HERE", tmp_path)
+    study["stages"]["alone"] = {"folds": [0], "iterations": 200, "runs": ["stock"]}
+    (tmp_path / "runs.yaml").write_text(yaml.safe_dump(study))
+    with pytest.raises(ValueError, match="alone has nothing to compare"):
+        read_study()
+    study["contrasts"]["not_alone"] = ["alone/stock", "parts/heads_muon"]
+    (tmp_path / "runs.yaml").write_text(yaml.safe_dump(study))
+    assert read_study()["stages"]["alone"]["runs"] == ["stock"]
+
+
+@pytest.mark.parametrize(("workers", "seeded"), [("1", True), ("4", False)])
+def test_batches_are_settled_with_one_worker_only(workers: str, seeded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", workers)
+    trainer: Any = object.__new__(study_trainer("nnUNetTrainerStudy_a", __name__, {}, 1000, 3))
+    trainer.current_epoch, trainer.batch_size = 2, 5
+    pipeline = trainer._seeded(lambda **sample: sample, 100)
+    assert isinstance(pipeline, SeededTransform) == seeded
+    if seeded:
+        assert (pipeline.seed, pipeline.samples) == (3, 1000)
+
+
 def test_a_trainer_is_written_again_only_where_it_changes(
     study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,7 +111,9 @@ def test_trainers_differ_in_what_the_list_says() -> None:
         500,
         3,
     )
-    assert stock.study_epochs == 10
+    longer_epochs = study_trainer("nnUNetTrainerStudy_c", __name__, {}, 1000, 3, 250)
+    assert (stock.study_epochs, stock.study_iterations) == (10, 100)
+    assert (longer_epochs.study_epochs, longer_epochs.study_iterations) == (4, 250)
     assert (ours.study_epochs, ours.study_lr, ours.study_seed) == (5, 0.5, 3)
     assert issubclass(ours, (StudyRecipe, nnUNetTrainerConResNet))
     assert not issubclass(stock, nnUNetTrainerConResNet)
