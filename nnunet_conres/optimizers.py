@@ -164,9 +164,9 @@ def orthogonalize(batches: Sequence[Tensor]) -> list[Tensor]:
     with torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext():
         wide = [batch.float() for batch in wide]
         norms = [torch.linalg.matrix_norm(batch, keepdim=True) + _EPSILON for batch in wide]
-        by_rows: dict[int, list[int]] = {}
+        by_rows: dict[tuple[torch.device, int], list[int]] = {}
         for number, batch in enumerate(wide):
-            by_rows.setdefault(batch.shape[1], []).append(number)
+            by_rows.setdefault((batch.device, batch.shape[1]), []).append(number)
         orthogonal: dict[int, Tensor] = {}
         for numbers in by_rows.values():
             normal = (wide[number] / norms[number] for number in numbers)

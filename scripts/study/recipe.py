@@ -131,7 +131,7 @@ def study_trainer(
         module: Name of the module that defines it, by which it is pickled.
         network: Entry of the network in runs.yaml.
         iterations: How long to train.
-        seed: Of initial weights, patches and augmentation.
+        seed: Of initial weights and, with one worker process (nnUNet_n_proc_DA=1), patches and augmentation.
         epoch: Iterations of an epoch.
     """
     attributes = {

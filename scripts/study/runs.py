@@ -59,7 +59,7 @@ class Setting:
     @property
     def name(self) -> str:
         """What its times of steps are kept under."""
-        return self.dataset if self.device == "cpu" else f"{self.dataset}, {self.device}, batch {self.batch_size}"
+        return f"{self.dataset}, {self.device}, batch {self.batch_size}"
 
 
 def read_study() -> dict[str, Any]:
@@ -118,29 +118,29 @@ def plans_name(study: Mapping[str, Any], network: str, batch_size: int) -> str:
     return name if batch_size == study["protocol"]["batch_size"] else f"{name}_batch{batch_size}"
 
 
-def setting_of(study: Mapping[str, Any], stage: str, device: str | None = None) -> Setting:
-    """What a stage is trained on; ``device`` comes before the stage's own."""
+def setting_of(study: Mapping[str, Any], stage: str) -> Setting:
+    """What a stage is trained on."""
     entry, protocol = study["stages"][stage], study["protocol"]
-    batch_size = entry.get("batch_size", protocol["batch_size"])
-    return Setting(dataset_of(study, stage), batch_size, device or entry.get("device", protocol["device"]))
+    given = (entry.get(key, protocol[key]) for key in ("batch_size", "device"))
+    return Setting(dataset_of(study, stage), *given)
 
 
-def write_stage(study: dict[str, Any], stage: str, work: Path, device: str | None, threads: int) -> Path:
+def write_stage(study: dict[str, Any], stage: str, work: Path, threads: int) -> Path:
     """Writes the trainers of a stage, a module each, and the configuration of its workflow.
 
     Args:
         study: Content of runs.yaml.
         stage: Which stage.
         work: Folder for all files of the study.
-        device: Where to train; None for where the stage says.
         threads: Of a training on a CPU.
 
     Returns:
         The configuration.
     """
-    protocol, runs, setting = study["protocol"], runs_of(study, stage), setting_of(study, stage, device)
+    protocol, runs, setting = study["protocol"], runs_of(study, stage), setting_of(study, stage)
     trainers = work / "trainers"
     trainers.mkdir(parents=True, exist_ok=True)
+    on_cpu = setting.device == "cpu"
     recipe = hashlib.sha256((HERE / "recipe.py").read_bytes()).hexdigest()
     for run in runs:
         # The workflow trains anew where this text has changed: it says all that makes the run what it is, but for the
@@ -173,10 +173,11 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, device: str | Non
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": threads,
             # one worker, so that the order of the batches is settled; a GPU would wait for it
-            **({"nnUNet_n_proc_DA": 1} if setting.device == "cpu" else {}),
+            **({"nnUNet_n_proc_DA": 1} if on_cpu else {}),
         },
-        "resources": {"default": {"cpus": 2, "memory_gb": 4, "minutes": 60}, "train": {"cpus": threads}},
     }
+    if on_cpu:  # a GPU wants more workers and memory: what the workflow takes by itself
+        config["resources"] = {"default": {"cpus": 2, "memory_gb": 4, "minutes": 60}, "train": {"cpus": threads}}
     file = work / f"{stage}.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     return file

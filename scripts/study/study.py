@@ -50,9 +50,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     begin = commands.add_parser("begin", help="print how the loss of each network falls at the start")
     begin.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all)")
     begin.add_argument("--iterations", type=int, default=100, help="(default: %(default)s)")
+    for command in (steps, begin):
+        command.add_argument(
+            "-device", help="cpu or cuda (default: that of the protocol); a stage to run names its own"
+        )
     for command in (run, steps, begin):
         command.add_argument("--work", type=Path, default=Path("study"), help="folder for files (default: %(default)s)")
-        command.add_argument("-device", help="cpu or cuda (default: that of the stage, else of the protocol)")
         command.add_argument("--threads", type=int, default=2, help="of a CPU training (default: %(default)s)")
     commands.add_parser("table", help="write the tables of docs/results.md")
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -119,7 +122,7 @@ def _train_or_measure(study: dict[str, Any], parsed: argparse.Namespace) -> None
     work = parsed.work.resolve()
     if parsed.command == "run":
         networks = [run.network for run in runs_of(study, parsed.stage)]
-        prepare_plans(study, networks, setting_of(study, parsed.stage, parsed.device))
+        prepare_plans(study, networks, setting_of(study, parsed.stage))
         _run(study, parsed, work)
     networks = parsed.networks or list(study["networks"])
     if parsed.command == "steps":
@@ -134,7 +137,7 @@ def _train_or_measure(study: dict[str, Any], parsed: argparse.Namespace) -> None
 def _run(study: dict[str, Any], parsed: argparse.Namespace, work: Path) -> NoReturn:
     from runs import write_stage
 
-    config = write_stage(study, parsed.stage, work, parsed.device, parsed.threads)
+    config = write_stage(study, parsed.stage, work, parsed.threads)
     command = [sys.executable, "-m", "nnunet_conres.cli", "workflow", str(config), *parsed.options]
     code = subprocess.run(command, check=False).returncode
     report = work / parsed.stage / "report" / "folds" / "report.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -58,8 +59,13 @@ def save_results(
         }
         rows.append(row)
     file.parent.mkdir(exist_ok=True)
-    content = {"stage": stage, "folds": report["dataset"]["folds"], "cases": len(report["cases"]), "rows": rows}
+    content = {"stage": stage, "setting": _setting(study, stage), "folds": report["dataset"]["folds"]}
+    content |= {"cases": len(report["cases"]), "rows": rows}
     file.write_text(_json(content) + "\n")
+
+
+def _setting(study: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    return dataclasses.asdict(setting_of(study, stage)) | {"epoch": runs_of(dict(study), stage)[0].epoch}
 
 
 def _json(content: Any) -> str:
@@ -77,14 +83,16 @@ def write_tables(study: Mapping[str, Any], results: Path, document: Path) -> Non
         document: Markdown file with a line ``<!-- study: NAME -->`` and one ``<!-- end -->`` for each table.
 
     Raises:
-        RuntimeError: If the document has no marks for a stage that has results, or for a contrast or pairs whose stages
-            have, or the results of a stage are those of other runs than runs.yaml has.
+        RuntimeError: If the document has no marks for a stage that has results of several runs, or for a contrast or
+            pairs whose stages have results, or those of a stage are of other runs than runs.yaml has, or of the same
+            ones on another data set or device, or with another batch or length of epochs.
     """
     text = document.read_text()
     stages = {stage: json.loads(file.read_text()) for stage, file in _files(study, results).items()}
     for stage, content in stages.items():
         saved = [(row["network"], row["iterations"], row["seed"]) for row in content["rows"]]
-        if saved != [(run.network, run.iterations, run.seed) for run in runs_of(dict(study), stage)]:
+        listed = [(run.network, run.iterations, run.seed) for run in runs_of(dict(study), stage)]
+        if saved != listed or content["setting"] != _setting(study, stage):
             raise RuntimeError(f"{results / stage}.json has other runs than runs.yaml; run the stage {stage}.")
     for name, table in _tables(study, stages, _steps(results)).items():
         found = re.search(f"(<!-- study: {name} -->\n)(.*?)(<!-- end -->)", text, re.DOTALL)

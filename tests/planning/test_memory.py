@@ -106,8 +106,10 @@ PLANS = [
     step("conresnet"),
     step("conresnet", optimizer="muon"),
     step("conresnet", SIX_STAGES, patch_size=(64, 64, 64), device="cuda", optimizer="muon"),
-    # so small a patch that the optimiser takes most
-    step("conresnet", SIX_STAGES, patch_size=(64, 64, 32), batch_size=1, device="cuda", optimizer="muon"),
+    # so small patches that the optimiser takes most
+    step("conresnet", patch_size=(16, 16, 16), batch_size=1, optimizer="muon"),
+    step("conresnet", patch_size=(16, 16, 16), batch_size=1, device="cuda", optimizer="muon"),
+    step("stream", ANISOTROPIC, patch_size=(8, 16, 16), batch_size=1, device="cuda", optimizer="muon"),
     step("stream", ANISOTROPIC, optimizer="muon"),
     step("conresnet", ANISOTROPIC, checkpointing="full", input_channels=4, has_regions=True, device="cuda"),
     step("narrow_identity"),

@@ -41,7 +41,7 @@ def test_every_stage_is_a_configuration_that_the_workflow_takes(
     for entry in study["datasets"].values():
         (tmp_path / "nnUNet_raw" / f"Dataset{entry['id']:03d}_{entry['name']}").mkdir(parents=True)
     for stage, entry in study["stages"].items():
-        experiment = read_config(write_stage(study, stage, tmp_path, "cpu", 2))
+        experiment = read_config(write_stage(study, stage, tmp_path, 2))
         assert [model.trainer for model in experiment.models] == [run.trainer for run in runs_of(study, stage)]
         assert experiment.folds == tuple(entry["folds"])
         assert experiment.dataset.endswith(study["datasets"][dataset_of(study, stage)]["name"])
@@ -52,7 +52,7 @@ def test_a_stage_may_have_device_batch_and_epochs_of_its_own(study: dict[str, An
     study["stages"]["here"] = {"folds": [0], "iterations": 200, "runs": ["stock", "plain"]}
     there = {"device": "cuda", "batch_size": 5, "epoch": 50}
     study["stages"]["there"] = study["stages"]["here"] | there
-    here, elsewhere = (yaml.safe_load(write_stage(study, s, tmp_path, None, 1).read_text()) for s in ("here", "there"))
+    here, elsewhere = (yaml.safe_load(write_stage(study, s, tmp_path, 1).read_text()) for s in ("here", "there"))
     assert (here["device"], elsewhere["device"]) == ("cpu", "cuda")
     assert here["environment"]["nnUNet_n_proc_DA"] == 1
     assert "nnUNet_n_proc_DA" not in elsewhere["environment"]
@@ -62,8 +62,7 @@ def test_a_stage_may_have_device_batch_and_epochs_of_its_own(study: dict[str, An
     assert run.trainer == "nnUNetTrainerStudy_stock_200it_seed0_epoch50"
     assert "200, 0, 50)" in (tmp_path / "trainers" / f"{run.trainer}.py").read_text()
     assert setting_of(study, "there").name == "hippocampus, cuda, batch 5"
-    assert setting_of(study, "there", "cpu").device == "cpu"
-    assert setting_of(study, "here").name == "hippocampus"
+    assert setting_of(study, "here").name == "hippocampus, cpu, batch 2"
 
 
 def test_a_single_run_needs_a_contrast(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,13 +91,13 @@ def test_a_trainer_is_written_again_only_where_it_changes(
     study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The workflow trains anew where the text of a trainer has changed."""
-    write_stage(study, "screen", tmp_path, "cpu", 2)
+    write_stage(study, "screen", tmp_path, 2)
     files = sorted((tmp_path / "trainers").iterdir())
     monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
     assert "source" in trainer_state(files[0].stem)
     before = [file.read_text() for file in files]
     study["networks"]["another"] = {}
-    write_stage(study, "screen", tmp_path, "cpu", 2)
+    write_stage(study, "screen", tmp_path, 2)
     assert [file.read_text() for file in files] == before
 
 
@@ -162,7 +161,9 @@ def made_up_report(study: dict[str, Any], stage: str) -> dict[str, Any]:
 
 def test_tables_stand_between_their_marks(study: dict[str, Any], tmp_path: Path) -> None:
     save_results(study, "screen", made_up_report(study, "screen"), tmp_path / "results" / "screen.json")
-    (tmp_path / "results" / "steps.json").write_text(json.dumps({"hippocampus": {"stock": {"ms": 100, "ratio": 1.0}}}))
+    (tmp_path / "results" / "steps.json").write_text(
+        json.dumps({"hippocampus, cpu, batch 2": {"stock": {"ms": 100, "ratio": 1.0}}})
+    )
     document = tmp_path / "results.md"
     document.write_text("before\n<!-- study: screen -->\nold\n<!-- end -->\nbehind\n")
     write_tables(study, tmp_path / "results", document)
@@ -243,10 +244,13 @@ def test_pairs_are_corrected_over_their_table(study: dict[str, Any], tmp_path: P
             | {"cases": {f"c{case}": [float(value), 1.0] for case, value in enumerate(values[number])}}
             for network, values in (("stock", first), ("plain", second))
         ]
-        (results / f"{stage}.json").write_text(json.dumps({"cases": 12, "rows": rows}))
+        setting = {"dataset": "hippocampus", "batch_size": 2, "device": "cpu", "epoch": 100}
+        (results / f"{stage}.json").write_text(json.dumps({"cases": 12, "setting": setting, "rows": rows}))
     study["contrasts"], study["pairs"] = {}, {"both": [["one/stock", "one/plain"], ["two/stock", "two/plain"]]}
     (results / "steps.json").write_text(
-        json.dumps({"hippocampus": {"stock": {"ms": 100, "ratio": 1}, "plain": {"ms": 150, "ratio": 1.5}}})
+        json.dumps(
+            {"hippocampus, cpu, batch 2": {"stock": {"ms": 100, "ratio": 1}, "plain": {"ms": 150, "ratio": 1.5}}}
+        )
     )
     document = tmp_path / "results.md"
     document.write_text("".join(f"<!-- study: {name} -->\n<!-- end -->\n" for name in ("one", "two", "both")))
@@ -267,9 +271,12 @@ def test_the_tables_of_the_document_are_those_of_the_saved_results(study: dict[s
     assert document.read_text() == before
 
 
-def test_results_of_other_runs_are_refused(study: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change", [{"runs": ["stock", "plain"]}, {"batch_size": 4}, {"device": "cuda"}, {"epoch": 50}, {"dataset": "thick"}]
+)
+def test_results_of_other_runs_are_refused(study: dict[str, Any], tmp_path: Path, change: dict[str, Any]) -> None:
     save_results(study, "screen", made_up_report(study, "screen"), tmp_path / "results" / "screen.json")
-    study["stages"]["screen"]["runs"].append("plain")
+    study["stages"]["screen"].update(change)
     (tmp_path / "results.md").write_text("<!-- study: screen -->\n<!-- end -->\n")
     with pytest.raises(RuntimeError, match="run the stage screen"):
         write_tables(study, tmp_path / "results", tmp_path / "results.md")
