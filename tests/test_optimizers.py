@@ -154,6 +154,21 @@ class TestMuon:
             step(which, 3)
         torch.testing.assert_close(list(networks[0].parameters()), list(networks[1].parameters()), rtol=0, atol=0)
 
+    @pytest.mark.gpu
+    def test_a_gpu_takes_the_steps_of_a_cpu(self) -> None:
+        torch.manual_seed(0)
+        here = nn.Sequential(nn.Conv3d(3, 8, 3), nn.InstanceNorm3d(8, affine=True), nn.Conv3d(8, 8, 1))
+        there = copy.deepcopy(here).cuda()
+        optimizers = [muon_of(network, 0.1, 0.01) for network in (here, there)]
+        for _ in range(3):
+            for one, other in zip(here.parameters(), there.parameters(), strict=True):
+                one.grad = torch.randn_like(one)
+                other.grad = one.grad.cuda()
+            for optimizer in optimizers:
+                optimizer.step()
+        for one, other in zip(here.parameters(), there.parameters(), strict=True):
+            torch.testing.assert_close(one, other.cpu(), rtol=0, atol=1e-4)
+
     def test_without_gradient_nothing_moves(self) -> None:
         still, moving = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
         moving.grad = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
