@@ -77,9 +77,7 @@ class ResidualMapLoss(nn.Module):
             ValueError: If the maps have another number of channels than there are classes or regions.
         """
         with torch.no_grad():
-            residual, mask = label_residual(
-                target, classes=self.classes, ignore_label=self.ignore_label, slice_axis=self.slice_axis
-            )
+            residual, mask = self.residual_of(target)
             targets = residual_pyramid(residual, mask, [logits.shape[2:] for logits in residual_logits])
             counts = torch.stack([self._counts(*scale) for scale in targets])
             world_size = 1
@@ -109,6 +107,10 @@ class ResidualMapLoss(nn.Module):
             )
             loss = loss + weight * summed * (world_size / (defined * len(positive)))
         return loss, counts[0, 0]
+
+    def residual_of(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The residual of an annotation and where it is defined, as of ``label_residual``."""
+        return label_residual(target, classes=self.classes, ignore_label=self.ignore_label, slice_axis=self.slice_axis)
 
     @staticmethod
     def _counts(residual: Tensor, mask: Tensor | None) -> Tensor:

@@ -145,4 +145,5 @@ def study_trainer(
     trainer = network.get("trainer", STOCK)
     if trainer == STOCK:
         return type(name, (StudyStockTrainer,), attributes)
-    return type(name, (StudyRecipe, getattr(import_module("nnunet_conres.trainers"), trainer)), attributes)
+    forms = (getattr(import_module("forms"), network["form"]),) if "form" in network else ()
+    return type(name, (StudyRecipe, *forms, getattr(import_module("nnunet_conres.trainers"), trainer)), attributes)

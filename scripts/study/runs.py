@@ -141,12 +141,13 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, threads: int) -> 
     trainers = work / "trainers"
     trainers.mkdir(parents=True, exist_ok=True)
     on_cpu = setting.device == "cpu"
-    recipe = hashlib.sha256((HERE / "recipe.py").read_bytes()).hexdigest()
+    recipe, forms = (hashlib.sha256((HERE / f).read_bytes()).hexdigest() for f in ("recipe.py", "forms.py"))
     for run in runs:
+        made_by = f"{recipe} {forms}" if "form" in study["networks"][run.network] else recipe
         # The workflow trains anew where this text has changed: it says all that makes the run what it is, but for the
         # architecture, which is in the plans.
         text = (
-            f"# {recipe}\nfrom recipe import study_trainer\n\n\nclass {run.trainer}(\n"
+            f"# {made_by}\nfrom recipe import study_trainer\n\n\nclass {run.trainer}(\n"
             f"    study_trainer({run.trainer!r}, __name__, {study['networks'][run.network]!r}, {run.iterations}, "
             f"{run.seed}, {run.epoch})\n):\n    pass\n"
         )

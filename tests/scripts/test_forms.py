@@ -1,0 +1,203 @@
+"""Other forms of ConResNet in the study: that each is what its description says."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "study"))
+
+import forms
+from forms import BorderMapLoss, FallingWeight, border, signed_differences
+
+from nnunet_conres.architectures.blocks import WeightStandardizedConv3d
+from nnunet_conres.architectures.conresnet import ConResNet
+from nnunet_conres.losses import RESIDUAL_WEIGHT
+
+KERNELS = [[1, 3, 3], [3, 3, 3], [3, 3, 3]]
+STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+SIZE = (6, 8, 8)
+STREAM_FORMS = ("Signed", "Stopped", "Border", "Finest")
+OTHER_FORMS = ("DifferenceInput", "Context", "AddedSkips", "Trilinear", "GroupNorms")
+
+
+def network_of(form: str | None, stream: bool) -> ConResNet:
+    torch.manual_seed(0)
+    change: Any = getattr(forms, form) if form else forms.Form
+    network = ConResNet(
+        input_channels=2 * change.inputs_per_channel,
+        n_stages=3,
+        features_per_stage=[8, 16, 16],
+        conv_op=nn.Conv3d,
+        kernel_sizes=KERNELS,
+        strides=STRIDES,
+        num_classes=3,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=True,
+        residual_outputs=True,
+        residual_stream=stream,
+    )
+    network.apply(network.initialize)
+    change.change(network)
+    return network
+
+
+def images() -> Tensor:
+    return torch.randn(2, 2, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("form", STREAM_FORMS + OTHER_FORMS)
+def test_outputs_are_those_of_the_package_and_everything_learns(form: str) -> None:
+    stream = form in STREAM_FORMS
+    network = network_of(form, stream)
+    outputs, expected = network(images()), network_of(None, stream)(images())
+    assert [output.shape for output in outputs] == [output.shape for output in expected]
+    sum(output.float().square().mean() for output in outputs).backward()
+    idle = [n for n, p in network.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not idle
+
+
+def test_signed_differences_are_those_of_a_loop() -> None:
+    volume = images().numpy()
+    expected = np.zeros((2, 4, *SIZE), np.float32)
+    for k in range(SIZE[1]):
+        if k > 0:
+            expected[:, :2, :, k] = volume[:, :, :, k] - volume[:, :, :, k - 1]
+        if k < SIZE[1] - 1:
+            expected[:, 2:, :, k] = volume[:, :, :, k] - volume[:, :, :, k + 1]
+    np.testing.assert_array_equal(signed_differences(torch.from_numpy(volume), 1).numpy(), expected)
+
+
+def test_borders_are_those_of_a_loop() -> None:
+    volume = images().numpy()
+    expected = np.zeros_like(volume)
+    for index in np.ndindex(*volume.shape):
+        for axis in (2, 3, 4):
+            if index[axis]:
+                before = list(index)
+                before[axis] -= 1
+                expected[index] = max(expected[index], abs(volume[index] - volume[tuple(before)]))
+    np.testing.assert_array_equal(border(torch.from_numpy(volume)).numpy(), expected)
+    mask = images() > 0.5
+    torch.testing.assert_close(border(mask).float(), border(mask.float()))
+
+
+def test_the_target_of_borders_marks_changes_along_all_axes() -> None:
+    labels = torch.zeros(1, 1, 5, 5, 5, dtype=torch.int16)
+    labels[0, 0, 2, 2, 2] = 1
+    target, mask = BorderMapLoss(classes=[1, 2]).residual_of(labels)
+    assert mask is None
+    assert torch.nonzero(target[0, 0]).tolist() == [[2, 2, 2], [2, 2, 3], [2, 3, 2], [3, 2, 2]]
+    assert not target[0, 1].any()
+
+
+def test_context_starts_as_the_identity_and_then_does_not() -> None:
+    network, plain = network_of("Context", stream=False), network_of(None, stream=False)
+    for output, expected in zip(network(images()), plain(images()), strict=True):
+        torch.testing.assert_close(output, expected)
+    nn.init.ones_(network.decoder.stages[-1].context.weight)
+    assert not torch.allclose(network(images())[0], plain(images())[0])
+
+
+@pytest.mark.parametrize(("form", "reaches"), [(None, False), ("DifferenceInput", True), ("Context", True)])
+def test_neighbouring_slices_are_seen_where_kernels_are_flat(form: str | None, reaches: bool) -> None:
+    """At full resolution, with coarser levels cut off, plans of thick slices have no kernel across slices."""
+    network = network_of(form, stream=False)
+    if form == "Context":
+        nn.init.ones_(network.decoder.stages[-1].context.weight)
+    for up in network.decoder.segmentation_up:
+        nn.init.zeros_(up.weight)
+    x = images().requires_grad_()
+    # a norm would reach everywhere
+    for parent in list(network.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, nn.InstanceNorm3d):
+                setattr(parent, name, nn.Identity())
+    network(x)[0][:, :, 2].sum().backward()
+    seen = {int(k) for k in torch.nonzero(x.grad.abs().sum((0, 1, 3, 4)))}
+    assert seen == ({1, 2, 3} if reaches else {2})
+
+
+def gradients_of_residual_maps(form: str | None) -> Sequence[Tensor | None]:
+    network = network_of(form, stream=True)
+    module: Any = network.decoder.stages[0]  # the coarsest: no attention of a level below reaches it
+    torch.stack([output.square().mean() for output in network(images())[-1:]]).sum().backward()
+    return [parameter.grad for parameter in module.segmentation.parameters()]
+
+
+def test_stopped_gradients_do_not_reach_the_features() -> None:
+    assert all(gradient is None for gradient in gradients_of_residual_maps("Stopped"))
+    assert all(gradient is not None and gradient.any() for gradient in gradients_of_residual_maps(None))
+
+
+def test_stopping_gradients_changes_no_output() -> None:
+    for output, expected in zip(
+        network_of("Stopped", stream=True)(images()), network_of(None, stream=True)(images()), strict=True
+    ):
+        torch.testing.assert_close(output, expected)
+
+
+def test_the_finest_stream_depends_on_the_image_residual_itself() -> None:
+    network = network_of("Finest", stream=True)
+    network(images())
+    finest: Any = network.decoder.stages[-1]
+    assert finest.image_residual.shape[2:] == SIZE
+    features = torch.randn(2, 16, *SIZE)
+    with torch.no_grad():
+        before = finest(features, torch.zeros(1))[0]
+        finest.image_residual = finest.image_residual + 1
+        assert not torch.allclose(before, finest(features, torch.zeros(1))[0])
+
+
+def test_no_norm_but_group_norm_is_left() -> None:
+    network = network_of("GroupNorms", stream=False)
+    assert not any(isinstance(module, nn.InstanceNorm3d) for module in network.modules())
+    wide = [m for m in network.modules() if type(m) is nn.Conv3d and max(m.kernel_size) > 1]
+    assert not wide
+    assert any(isinstance(module, WeightStandardizedConv3d) for module in network.modules())
+
+
+def test_skips_are_added() -> None:
+    network: Any = network_of("AddedSkips", stream=False)
+    skip = torch.randn(2, 8, *SIZE)
+    below = torch.randn(2, 16, 6, 4, 4)
+    lifted, _ = network.decoder.lift(1, below, below, skip, None)
+    torch.testing.assert_close(lifted, network.decoder.segmentation_up[1](below) + skip)
+
+
+def test_trilinear_upsampling_keeps_what_is_constant() -> None:
+    network: Any = network_of("Trilinear", stream=False)
+    up = network.decoder.segmentation_up[1](torch.ones(1, 16, 6, 4, 4))
+    assert up.shape == (1, 8, *SIZE)
+    torch.testing.assert_close(up, up[..., :1, :1, :1].expand_as(up))
+
+
+def test_the_weight_falls_to_0_over_the_training() -> None:
+    weights = []
+
+    class Trainer:
+        current_epoch, num_epochs, num_iterations_per_epoch = 0, 2, 5
+        loss = nn.Identity()
+
+        def on_train_epoch_start(self) -> None:
+            pass
+
+        def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+            weights.append(self.loss.residual_weight)
+            return batch
+
+    trainer = type("Falling", (FallingWeight, Trainer), {})()
+    for trainer.current_epoch in range(2):
+        trainer.on_train_epoch_start()
+        for _ in range(5):
+            trainer.train_step({})
+    np.testing.assert_allclose(weights, RESIDUAL_WEIGHT * (1 - np.arange(10) / 10))
