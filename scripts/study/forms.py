@@ -1,7 +1,7 @@
-"""Other forms of ConResNet that were tried: classes that come before a trainer among the bases of a study's.
+"""Other forms of ConResNet to try: classes that come before a trainer among the bases of a study's.
 
-They are no part of the package, since none of them paid; docs/results.md has what came out. All change a network that
-the trainer has built of its plans, so that whatever they don't name is the package's own.
+They are no part of the package, where only what pays has a place; docs/results.md has what came out. They change a
+network that the trainer has built of its plans, so that whatever they don't name is the package's own.
 """
 
 from __future__ import annotations
@@ -215,6 +215,25 @@ class FallingWeight:
         loss.residual_weight = RESIDUAL_WEIGHT * (1 - self._steps_before / steps)
         self._steps_before += 1
         return super().train_step(batch)  # type: ignore[misc]
+
+
+# --- nnU-Net's optimiser ---------------------------------------------------------------------------------------------
+
+
+class LowMomentum:
+    """SGD with a momentum that remembers twenty steps, not a hundred, as short trainings may want it.
+
+    Attributes:
+        momentum: Nesterov momentum; nnU-Net's is 0.99.
+    """
+
+    momentum = 0.95
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer, schedule = super().configure_optimizers()  # type: ignore[misc]
+        for group in optimizer.param_groups:
+            group["momentum"] = self.momentum
+        return optimizer, schedule
 
 
 # --- without a residual stream ----------------------------------------------------------------------------------------

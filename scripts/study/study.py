@@ -187,11 +187,7 @@ def _steps(
     known = json.loads(file.read_text()) if file.is_file() else {}
     known.setdefault(setting.name, {}).update(
         {
-            network: {
-                "ms": round(1000 * seconds, 1),
-                "baseline_ms": round(1000 * baseline, 1),
-                "ratio": round(seconds / baseline, 3),
-            }
+            network: {"ms": round(1000 * seconds, 1), "baseline_ms": round(1000 * baseline, 1)}
             for network, seconds in medians.items()
         }
     )

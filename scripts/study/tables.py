@@ -270,7 +270,7 @@ def _table(content: Mapping[str, Any], steps: Mapping[str, Any]) -> str:
         cells.append(f"{row['hd95']['mean']:.2f}")
         cells.append(_p(row["hd95_difference"]["p_holm"]) if "hd95_difference" in row else "")
         step = steps.get(row["network"])
-        cells.append("" if step is None else f"{step['ratio']:.2f}")
+        cells.append("" if step is None else f"{step['ms'] / step['baseline_ms']:.2f}")
         table.append(cells)
     return markdown_table(header, table)
 

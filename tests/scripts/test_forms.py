@@ -13,7 +13,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "study"))
 
 import forms
-from forms import BorderMapLoss, FallingWeight, border, signed_differences
+from forms import BorderMapLoss, FallingWeight, LowMomentum, border, signed_differences
 
 from nnunet_conres.architectures.blocks import WeightStandardizedConv3d
 from nnunet_conres.architectures.conresnet import ConResNet
@@ -201,3 +201,15 @@ def test_the_weight_falls_to_0_over_the_training() -> None:
         for _ in range(5):
             trainer.train_step({})
     np.testing.assert_allclose(weights, RESIDUAL_WEIGHT * (1 - np.arange(10) / 10))
+
+
+def test_low_momentum_changes_the_momentum_alone() -> None:
+    class Trainer:
+        def configure_optimizers(self) -> tuple[torch.optim.Optimizer, str]:
+            weight = nn.Parameter(torch.zeros(1))
+            return torch.optim.SGD([weight], 0.1, momentum=0.99, weight_decay=3e-5, nesterov=True), "schedule"
+
+    optimizer, schedule = type("Low", (LowMomentum, Trainer), {})().configure_optimizers()
+    (group,) = optimizer.param_groups
+    assert (group["momentum"], group["lr"], group["weight_decay"], group["nesterov"]) == (0.95, 0.1, 3e-5, True)
+    assert schedule == "schedule"

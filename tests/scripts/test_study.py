@@ -162,7 +162,14 @@ def made_up_report(study: dict[str, Any], stage: str) -> dict[str, Any]:
 def test_tables_stand_between_their_marks(study: dict[str, Any], tmp_path: Path) -> None:
     save_results(study, "screen", made_up_report(study, "screen"), tmp_path / "results" / "screen.json")
     (tmp_path / "results" / "steps.json").write_text(
-        json.dumps({"hippocampus, cpu, batch 2": {"stock": {"ms": 100, "ratio": 1.0}}})
+        json.dumps(
+            {
+                "hippocampus, cpu, batch 2": {
+                    "stock": {"ms": 485.3, "baseline_ms": 485.3},
+                    "stock_lr3": {"ms": 555.4, "baseline_ms": 485.3},
+                }
+            }
+        )
     )
     document = tmp_path / "results.md"
     document.write_text("before\n<!-- study: screen -->\nold\n<!-- end -->\nbehind\n")
@@ -172,6 +179,7 @@ def test_tables_stand_between_their_marks(study: dict[str, Any], tmp_path: Path)
     assert text.endswith("|\n<!-- end -->\nbehind\n")
     assert "old" not in text
     assert "| `stock` | 50.00 |  |  |  | 1.50 |  | 1.00 |" in text
+    assert re.search(r"\| `stock_lr3` \|.*\| 1.14 \|\n", text)  # rounded once, not to 1.145 and then to 1.15
     assert "+1.20 (-0.10 to +2.00) | < 0.001 | 7 of 1 | 1.50 | < 0.001 |" in text
     write_tables(study, tmp_path / "results", document)
     assert document.read_text() == text
@@ -249,7 +257,12 @@ def test_pairs_are_corrected_over_their_table(study: dict[str, Any], tmp_path: P
     study["contrasts"], study["pairs"] = {}, {"both": [["one/stock", "one/plain"], ["two/stock", "two/plain"]]}
     (results / "steps.json").write_text(
         json.dumps(
-            {"hippocampus, cpu, batch 2": {"stock": {"ms": 100, "ratio": 1}, "plain": {"ms": 150, "ratio": 1.5}}}
+            {
+                "hippocampus, cpu, batch 2": {
+                    "stock": {"ms": 100, "baseline_ms": 100},
+                    "plain": {"ms": 150, "baseline_ms": 100},
+                }
+            }
         )
     )
     document = tmp_path / "results.md"
