@@ -6,6 +6,7 @@ network that the trainer has built of its plans, so that whatever they don't nam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -80,11 +81,11 @@ def border(volume: Tensor) -> Tensor:
 # --- the residual stream ----------------------------------------------------------------------------------------------
 
 
-class _Module(ContextResidualModule):
-    """The package's, but for what the residual stream is told of the features."""
+class ModuleForm(ContextResidualModule):
+    """The package's, but for what the residual stream is told of the features, or what it does to them."""
 
     @classmethod
-    def of(cls, module: ContextResidualModule, **changes: Any) -> _Module:
+    def of(cls, module: ContextResidualModule, **changes: Any) -> ModuleForm:
         """Made of the parts of another, but for ``changes``."""
         parts = ("segmentation", "feature_residual", "project", "merge", "slice_axis", "gate", "attends")
         return cls(**{part: getattr(module, part) for part in parts} | changes)
@@ -92,15 +93,18 @@ class _Module(ContextResidualModule):
     def told(self, features: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def attended(self, features: Tensor, residual: Tensor) -> Tensor:
+        return attend(features, residual)
+
     def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         features = self.segmentation(segmentation)
         if self.project is not None:
             residual = self.project(residual)
         residual = self.merge(residual + self.feature_residual(self.told(features)))
-        return attend(features, residual), residual
+        return self.attended(features, residual), residual
 
 
-class _SignedModule(_Module):
+class _SignedModule(ModuleForm):
     def told(self, features: Tensor) -> Tensor:
         return signed_differences(torch.sigmoid(features), self.slice_axis)
 
@@ -117,7 +121,7 @@ class Signed(Form):
             network.decoder.stages[level] = _SignedModule.of(module, feature_residual=new)
 
 
-class _StoppedModule(_Module):
+class _StoppedModule(ModuleForm):
     def told(self, features: Tensor) -> Tensor:
         return inter_slice_residual(torch.sigmoid(features.detach()), self.slice_axis)
 
@@ -131,7 +135,7 @@ class Stopped(Form):
             network.decoder.stages[level] = _StoppedModule.of(module)
 
 
-class _BorderModule(_Module):
+class _BorderModule(ModuleForm):
     def told(self, features: Tensor) -> Tensor:
         return border(torch.sigmoid(features))
 
@@ -161,7 +165,7 @@ class Border(Form):
         return loss
 
 
-class _FinestModule(_Module):
+class _FinestModule(ModuleForm):
     image_residual: Tensor
 
     def told(self, features: Tensor) -> Tensor:
@@ -276,6 +280,37 @@ class Context(Form):
         for level, module in enumerate(network.decoder.stages):
             features = network.decoder.seg_layers.residual[level].in_channels
             network.decoder.stages[level] = _ContextModule(module.segmentation, features, network.slice_axis)
+
+
+class DerivedLoss(ConResLoss):
+    """The residual of the predicted segmentation itself is held against the annotation's, by their Dice.
+
+    Takes the arguments of the package's objective; residual maps are left alone.
+    """
+
+    def forward(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        segmentation = self.segmentation(outputs[: self.n_segmentation_outputs], targets)
+        logits, axis = outputs[0].float(), self.residual.slice_axis
+        labels = self.residual.background_channel
+        probability = torch.softmax(logits, 1)[:, 1:] if labels else torch.sigmoid(logits)
+        derived = inter_slice_residual(probability, axis)
+        with torch.no_grad():
+            truth, mask = self.residual.residual_of(targets[0])
+        if mask is not None:
+            derived = derived * mask
+        dims = (0, 2, 3, 4)
+        dice = (2 * (derived * truth).sum(dims) + 1) / (derived.sum(dims) + truth.sum(dims) + 1)
+        residual = 1 - dice.mean()
+        self.parts = {"segmentation": segmentation.detach(), "residual": residual.detach()}
+        return segmentation + self.residual_weight * residual
+
+
+class Derived(Form):
+    """No residual maps: the differences of the segmentation between slices are themselves supervised."""
+
+    def _build_loss(self) -> nn.Module:
+        loss = super()._build_loss()  # type: ignore[misc]
+        return DerivedLoss(loss.segmentation, loss.residual, loss.n_segmentation_outputs, loss.residual_weight)
 
 
 class AddedSkips(Form):

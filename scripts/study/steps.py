@@ -31,8 +31,8 @@ def measure(
         work: Folder for what the trainers write.
     """
     torch.set_num_threads(threads)
-    with _results_in(work):
-        trainers = {network: _trainer(study, network, folder, setting) for network in networks}
+    with results_in(work):
+        trainers = {network: network_trainer(study, network, folder, setting) for network in networks}
         batches = {network: _batch(trainer) for network, trainer in trainers.items()}
         times: dict[str, list[float]] = {network: [] for network in networks}
         for number in range(rounds + 2):
@@ -69,9 +69,9 @@ def begin(
     losses: dict[str, list[float]] = {}
     os.environ["OMP_NUM_THREADS"] = str(threads)  # what the recipe goes by
     os.environ["nnUNet_n_proc_DA"] = "1"  # as in a run, so that the order of the batches is settled
-    with _results_in(work):
+    with results_in(work):
         for network in networks:
-            trainer = _trainer(study, network, folder, setting)
+            trainer = network_trainer(study, network, folder, setting)
             trainer.on_train_start()
             trainer.on_epoch_start()
             trainer.on_train_epoch_start()
@@ -83,7 +83,7 @@ def begin(
 
 
 @contextlib.contextmanager
-def _results_in(work: Path) -> Iterator[None]:
+def results_in(work: Path) -> Iterator[None]:
     """Trainers make a folder in nnUNet_results, here one that is removed again."""
     work.mkdir(parents=True, exist_ok=True)
     before = os.environ.get("nnUNet_results")
@@ -98,12 +98,21 @@ def _results_in(work: Path) -> Iterator[None]:
                 os.environ["nnUNet_results"] = before
 
 
-def _trainer(study: dict[str, Any], network: str, folder: Path, setting: Setting) -> Any:
+def network_trainer(study: dict[str, Any], network: str, folder: Path, setting: Setting, fold: int = 0) -> Any:
+    """The initialised trainer of a network, as in a run of 1,000 iterations and seed 0.
+
+    Args:
+        study: Content of runs.yaml.
+        network: Name of the network.
+        folder: nnU-Net's folder of the preprocessed data set, with the plans.
+        setting: Batch and device.
+        fold: Whose cases.
+    """
     trainer_class = study_trainer(f"nnUNetTrainerSteps_{network}", __name__, study["networks"][network], 1000, 0)
     file = folder / f"{plans_name(study, network, setting.batch_size)}.json"
     plans = json.loads(file.read_text()) | {"continue_training": False}
     dataset_json = json.loads((folder / "dataset.json").read_text())
-    trainer = trainer_class(plans, study["protocol"]["configuration"], 0, dataset_json, torch.device(setting.device))
+    trainer = trainer_class(plans, study["protocol"]["configuration"], fold, dataset_json, torch.device(setting.device))
     trainer.initialize()
     trainer.network.train()
     return trainer

@@ -4,6 +4,7 @@
     python scripts/study/study.py run screen --work STUDY            # preprocess, train, compare; can be interrupted
     python scripts/study/study.py steps --work STUDY                 # time of a training step, on a quiet machine
     python scripts/study/study.py begin --work STUDY --networks stock stream      # how the loss falls at the start
+    python scripts/study/study.py look thick --work STUDY            # what trained networks make of the residual stream
     python scripts/study/study.py table                              # docs/results.md from scripts/study/results
 
 nnUNet_raw, nnUNet_preprocessed and nnUNet_results must be set, and the data set of the protocol be in nnUNet_raw;
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from nnunet_conres.datasets.raw import write_json
 
 if TYPE_CHECKING:
-    from runs import Setting
+    from runs import Run, Setting
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -37,7 +38,7 @@ BASELINE = "stock"  # what times of steps are told against
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{data,run,steps,begin,table}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{data,run,steps,begin,look,table}")
     data = commands.add_parser("data", help="copy the study's cases of a larger data set to nnUNet_raw")
     data.add_argument("source", type=Path, help="Task04_Hippocampus of the Decathlon, in nnU-Net's raw format")
     run = commands.add_parser("run", help="train what is missing of a stage, and compare")
@@ -50,11 +51,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     begin = commands.add_parser("begin", help="print how the loss of each network falls at the start")
     begin.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all)")
     begin.add_argument("--iterations", type=int, default=100, help="(default: %(default)s)")
+    look = commands.add_parser("look", help="print what trained networks of a stage make of their residual stream")
+    look.add_argument("stage", help="a stage of runs.yaml that was run")
+    look.add_argument("--networks", nargs="+", help="networks of the stage (default: all)")
+    look.add_argument("--batches", type=int, default=16, help="of validation patches (default: %(default)s)")
     for command in (steps, begin):
         command.add_argument(
             "-device", help="cpu or cuda (default: that of the protocol); a stage to run names its own"
         )
-    for command in (run, steps, begin):
+    for command in (run, steps, begin, look):
         command.add_argument("--work", type=Path, default=Path("study"), help="folder for files (default: %(default)s)")
         command.add_argument("--threads", type=int, default=2, help="of a CPU training (default: %(default)s)")
     commands.add_parser("table", help="write the tables of docs/results.md")
@@ -108,7 +113,7 @@ def _table(study: dict[str, Any]) -> None:
 def _dataset(study: dict[str, Any], parsed: argparse.Namespace) -> str:
     from runs import dataset_of
 
-    if parsed.command != "run":
+    if parsed.command not in ("run", "look"):
         return getattr(parsed, "dataset", None) or study["protocol"]["dataset"]
     if parsed.stage not in study["stages"]:
         raise RuntimeError(f"runs.yaml has no stage {parsed.stage}; it has {', '.join(study['stages'])}.")
@@ -124,6 +129,9 @@ def _train_or_measure(study: dict[str, Any], parsed: argparse.Namespace) -> None
         networks = [run.network for run in runs_of(study, parsed.stage)]
         prepare_plans(study, networks, setting_of(study, parsed.stage))
         _run(study, parsed, work)
+    if parsed.command == "look":
+        _look(study, parsed, work)
+        return
     networks = parsed.networks or list(study["networks"])
     if parsed.command == "steps":
         networks = list(dict.fromkeys([BASELINE, *networks]))
@@ -155,15 +163,11 @@ def _run(study: dict[str, Any], parsed: argparse.Namespace, work: Path) -> NoRet
 def _curves(study: dict[str, Any], stage: str) -> dict[str, list[float]]:
     """By a run's name, the mean Dice of its validation patches by epoch, averaged over the stage's folds."""
     import torch
-    from data import folder_of
-    from runs import plans_name, runs_of, setting_of
+    from runs import runs_of
 
-    setting = setting_of(study, stage)
-    results = Path(os.environ["nnUNet_results"]) / folder_of(study, setting.dataset)
     curves = {}
     for run in runs_of(study, stage):
-        plans = plans_name(study, run.network, setting.batch_size)
-        model = results / f"{run.trainer}__{plans}__{study['protocol']['configuration']}"
+        model = _model(study, stage, run)
         folds = []
         for fold in study["stages"][stage]["folds"]:
             file = model / f"fold_{fold}" / "checkpoint_final.pth"
@@ -203,6 +207,46 @@ def _begin(
     for network, values in losses.items():
         means = [statistics.fmean(values[start : start + 10]) for start in range(0, len(values), 10)]
         print(f"{network:24} " + " ".join(f"{mean:6.2f}" for mean in means))
+
+
+def _look(study: dict[str, Any], parsed: argparse.Namespace, work: Path) -> None:
+    import torch
+    from look import look
+    from plans import prepare_plans
+    from runs import runs_of, setting_of
+
+    setting, fold = setting_of(study, parsed.stage), study["stages"][parsed.stage]["folds"][0]
+    runs = [run for run in runs_of(study, parsed.stage) if run.network in (parsed.networks or [run.network])]
+    folder = prepare_plans(study, [run.network for run in runs], setting)
+    torch.set_num_threads(parsed.threads)
+    for run in runs:
+        checkpoint = _model(study, parsed.stage, run) / f"fold_{fold}" / "checkpoint_final.pth"
+        if not checkpoint.is_file():
+            raise RuntimeError(f"there is no {checkpoint}: run the stage {parsed.stage}.")
+        found = look(study, run, folder, setting, fold, parsed.batches, checkpoint, work)
+        print(f"{run.name}, fold {fold}")
+        for name, value in found.items():
+            print(f"  {name}: {_written(value)}")
+
+
+def _model(study: dict[str, Any], stage: str, run: Run) -> Path:
+    """nnU-Net's folder of a run's trainings."""
+    from data import folder_of
+    from runs import plans_name, setting_of
+
+    setting = setting_of(study, stage)
+    plans = plans_name(study, run.network, setting.batch_size)
+    name = f"{run.trainer}__{plans}__{study['protocol']['configuration']}"
+    return Path(os.environ["nnUNet_results"]) / folder_of(study, setting.dataset) / name
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        named = [f"without {name} {_written(v)}" if name else _written(v) for name, v in value.items()]
+        return ", ".join(named)
+    if isinstance(value, list):
+        return ", ".join(f"{mean:.3f} +- {deviation:.3f}" for mean, deviation in value)
+    return f"{value:.4g}"
 
 
 if __name__ == "__main__":

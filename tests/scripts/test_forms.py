@@ -1,7 +1,7 @@
 """Other forms of ConResNet in the study: that each is what its description says."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +12,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "study"))
 
-import forms
-from forms import BorderMapLoss, FallingWeight, LowMomentum, border, signed_differences
+from forms import BorderMapLoss, DerivedLoss, FallingWeight, LowMomentum, border, signed_differences
 
 from nnunet_conres.architectures.blocks import WeightStandardizedConv3d
 from nnunet_conres.architectures.conresnet import ConResNet
-from nnunet_conres.losses import RESIDUAL_WEIGHT
+from nnunet_conres.losses import RESIDUAL_WEIGHT, ResidualMapLoss
 
-KERNELS = [[1, 3, 3], [3, 3, 3], [3, 3, 3]]
-STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
-SIZE = (6, 8, 8)
 STREAM_FORMS = ("Signed", "Stopped", "Border", "Finest")
 OTHER_FORMS = ("DifferenceInput", "Context", "AddedSkips", "Trilinear", "GroupNorms")
+SIZE = (6, 8, 8)
 
-
-def network_of(form: str | None, stream: bool) -> ConResNet:
-    torch.manual_seed(0)
-    change: Any = getattr(forms, form) if form else forms.Form
-    network = ConResNet(
-        input_channels=2 * change.inputs_per_channel,
-        n_stages=3,
-        features_per_stage=[8, 16, 16],
-        conv_op=nn.Conv3d,
-        kernel_sizes=KERNELS,
-        strides=STRIDES,
-        num_classes=3,
-        conv_bias=True,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-        deep_supervision=True,
-        residual_outputs=True,
-        residual_stream=stream,
-    )
-    network.apply(network.initialize)
-    change.change(network)
-    return network
+NetworkOf = Callable[[str | None, bool], ConResNet]
 
 
 def images() -> Tensor:
@@ -56,7 +30,7 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("form", STREAM_FORMS + OTHER_FORMS)
-def test_outputs_are_those_of_the_package_and_everything_learns(form: str) -> None:
+def test_outputs_are_those_of_the_package_and_everything_learns(form: str, network_of: NetworkOf) -> None:
     stream = form in STREAM_FORMS
     network = network_of(form, stream)
     outputs, expected = network(images()), network_of(None, stream)(images())
@@ -100,8 +74,41 @@ def test_the_target_of_borders_marks_changes_along_all_axes() -> None:
     assert not target[0, 1].any()
 
 
-def test_context_starts_as_the_identity_and_then_does_not() -> None:
-    network, plain = network_of("Context", stream=False), network_of(None, stream=False)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_derived_loss_is_the_dice_of_residuals(ignored: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(2, 3, 4, 3, 3, generator=generator)
+    labels = torch.randint(0, 3, (2, 1, 4, 3, 3), generator=generator)
+    annotated = torch.ones_like(labels, dtype=torch.bool)
+    if ignored:
+        annotated[:, :, 2] = False
+    residual = ResidualMapLoss([1, 2], ignore_label=3 if ignored else None, background_channel=True)
+    loss = DerivedLoss(Zero(), residual, 1, residual_weight=2.0)
+    value = loss([logits, torch.zeros(2, 3, 4, 3, 3)], [torch.where(annotated, labels, 3)])
+
+    probability = torch.softmax(logits, 1).numpy()
+    dices = []
+    for label in (1, 2):
+        overlap = sizes = 0.0
+        for b, k in np.ndindex(2, 4):
+            if k == 0 or (ignored and k in (2, 3)):
+                continue
+            truth = (labels[b, 0, k] == label).numpy() != (labels[b, 0, k - 1] == label).numpy()
+            derived = abs(probability[b, label, k] - probability[b, label, k - 1])
+            overlap += (derived * truth).sum()
+            sizes += derived.sum() + truth.sum()
+        dices.append((2 * overlap + 1) / (sizes + 1))
+    assert float(value) == pytest.approx(2 * (1 - np.mean(dices)), rel=1e-5)
+    assert float(loss.parts["residual"]) == pytest.approx(1 - np.mean(dices), rel=1e-5)
+
+
+class Zero(nn.Module):
+    def forward(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        return torch.zeros(())
+
+
+def test_context_starts_as_the_identity_and_then_does_not(network_of: NetworkOf) -> None:
+    network, plain = network_of("Context", False), network_of(None, False)
     for output, expected in zip(network(images()), plain(images()), strict=True):
         torch.testing.assert_close(output, expected)
     nn.init.ones_(network.decoder.stages[-1].context.weight)
@@ -109,9 +116,11 @@ def test_context_starts_as_the_identity_and_then_does_not() -> None:
 
 
 @pytest.mark.parametrize(("form", "reaches"), [(None, False), ("DifferenceInput", True), ("Context", True)])
-def test_neighbouring_slices_are_seen_where_kernels_are_flat(form: str | None, reaches: bool) -> None:
+def test_neighbouring_slices_are_seen_where_kernels_are_flat(
+    form: str | None, reaches: bool, network_of: NetworkOf
+) -> None:
     """At full resolution, with coarser levels cut off, plans of thick slices have no kernel across slices."""
-    network = network_of(form, stream=False)
+    network = network_of(form, False)
     if form == "Context":
         nn.init.ones_(network.decoder.stages[-1].context.weight)
     for up in network.decoder.segmentation_up:
@@ -127,27 +136,25 @@ def test_neighbouring_slices_are_seen_where_kernels_are_flat(form: str | None, r
     assert seen == ({1, 2, 3} if reaches else {2})
 
 
-def gradients_of_residual_maps(form: str | None) -> Sequence[Tensor | None]:
-    network = network_of(form, stream=True)
+def gradients_of_residual_maps(network_of: NetworkOf, form: str | None) -> Sequence[Tensor | None]:
+    network = network_of(form, True)
     module: Any = network.decoder.stages[0]  # the coarsest: no attention of a level below reaches it
     torch.stack([output.square().mean() for output in network(images())[-1:]]).sum().backward()
     return [parameter.grad for parameter in module.segmentation.parameters()]
 
 
-def test_stopped_gradients_do_not_reach_the_features() -> None:
-    assert all(gradient is None for gradient in gradients_of_residual_maps("Stopped"))
-    assert all(gradient is not None and gradient.any() for gradient in gradients_of_residual_maps(None))
+def test_stopped_gradients_do_not_reach_the_features(network_of: NetworkOf) -> None:
+    assert all(gradient is None for gradient in gradients_of_residual_maps(network_of, "Stopped"))
+    assert all(gradient is not None and gradient.any() for gradient in gradients_of_residual_maps(network_of, None))
 
 
-def test_stopping_gradients_changes_no_output() -> None:
-    for output, expected in zip(
-        network_of("Stopped", stream=True)(images()), network_of(None, stream=True)(images()), strict=True
-    ):
+def test_stopping_gradients_changes_no_output(network_of: NetworkOf) -> None:
+    for output, expected in zip(network_of("Stopped", True)(images()), network_of(None, True)(images()), strict=True):
         torch.testing.assert_close(output, expected)
 
 
-def test_the_finest_stream_depends_on_the_image_residual_itself() -> None:
-    network = network_of("Finest", stream=True)
+def test_the_finest_stream_depends_on_the_image_residual_itself(network_of: NetworkOf) -> None:
+    network = network_of("Finest", True)
     network(images())
     finest: Any = network.decoder.stages[-1]
     assert finest.image_residual.shape[2:] == SIZE
@@ -158,24 +165,24 @@ def test_the_finest_stream_depends_on_the_image_residual_itself() -> None:
         assert not torch.allclose(before, finest(features, torch.zeros(1))[0])
 
 
-def test_no_norm_but_group_norm_is_left() -> None:
-    network = network_of("GroupNorms", stream=False)
+def test_no_norm_but_group_norm_is_left(network_of: NetworkOf) -> None:
+    network = network_of("GroupNorms", False)
     assert not any(isinstance(module, nn.InstanceNorm3d) for module in network.modules())
     wide = [m for m in network.modules() if type(m) is nn.Conv3d and max(m.kernel_size) > 1]
     assert not wide
     assert any(isinstance(module, WeightStandardizedConv3d) for module in network.modules())
 
 
-def test_skips_are_added() -> None:
-    network: Any = network_of("AddedSkips", stream=False)
+def test_skips_are_added(network_of: NetworkOf) -> None:
+    network: Any = network_of("AddedSkips", False)
     skip = torch.randn(2, 8, *SIZE)
     below = torch.randn(2, 16, 6, 4, 4)
     lifted, _ = network.decoder.lift(1, below, below, skip, None)
     torch.testing.assert_close(lifted, network.decoder.segmentation_up[1](below) + skip)
 
 
-def test_trilinear_upsampling_keeps_what_is_constant() -> None:
-    network: Any = network_of("Trilinear", stream=False)
+def test_trilinear_upsampling_keeps_what_is_constant(network_of: NetworkOf) -> None:
+    network: Any = network_of("Trilinear", False)
     up = network.decoder.segmentation_up[1](torch.ones(1, 16, 6, 4, 4))
     assert up.shape == (1, 8, *SIZE)
     torch.testing.assert_close(up, up[..., :1, :1, :1].expand_as(up))
