@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from nnunet_conres.architectures.blocks import WeightStandardizedConv3d, crop
 from nnunet_conres.architectures.conresnet import ConResNet, DynamicDecoder
 from nnunet_conres.architectures.context_residual import ContextResidualModule, SupervisedModule
-from nnunet_conres.architectures.frugal import attend
-from nnunet_conres.losses import RESIDUAL_WEIGHT, ConResLoss, ResidualMapLoss
+from nnunet_conres.architectures.frugal import residual_of_sigmoid
+from nnunet_conres.losses import ConResLoss, ResidualMapLoss
 from nnunet_conres.residuals import inter_slice_residual, label_residual
 
 
@@ -73,8 +73,7 @@ def border(volume: Tensor) -> Tensor:
     """The largest absolute difference of a voxel to the previous one along any of the three axes; as ``volume``."""
     largest = inter_slice_residual(volume, 0)
     for axis in (1, 2):
-        other = inter_slice_residual(volume, axis)
-        largest = largest | other if volume.dtype == torch.bool else torch.maximum(largest, other)
+        largest = torch.maximum(largest, inter_slice_residual(volume, axis))
     return largest
 
 
@@ -82,7 +81,7 @@ def border(volume: Tensor) -> Tensor:
 
 
 class ModuleForm(ContextResidualModule):
-    """The package's, but for what the residual stream is told of the features, or what it does to them."""
+    """The package's, but for what the residual stream is told of the features (``told``)."""
 
     @classmethod
     def of(cls, module: ContextResidualModule, **changes: Any) -> ModuleForm:
@@ -91,10 +90,10 @@ class ModuleForm(ContextResidualModule):
         return cls(**{part: getattr(module, part) for part in parts} | changes)
 
     def told(self, features: Tensor) -> Tensor:
-        raise NotImplementedError
+        return residual_of_sigmoid(features, self.slice_axis)
 
     def attended(self, features: Tensor, residual: Tensor) -> Tensor:
-        return attend(features, residual)
+        return features * self.attention(residual) if self.attends else features
 
     def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         features = self.segmentation(segmentation)
@@ -145,7 +144,7 @@ class BorderMapLoss(ResidualMapLoss):
 
     def residual_of(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
         changes = [label_residual(target, classes=self.classes, slice_axis=axis)[0] for axis in range(3)]
-        return changes[0] | changes[1] | changes[2], None
+        return torch.stack(changes).any(0), None
 
 
 class Border(Form):
@@ -167,9 +166,6 @@ class Border(Form):
 
 class _FinestModule(ModuleForm):
     image_residual: Tensor
-
-    def told(self, features: Tensor) -> Tensor:
-        return inter_slice_residual(torch.sigmoid(features), self.slice_axis)
 
     def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(segmentation, self.image_residual)
@@ -197,10 +193,11 @@ class Finest(Form):
         network.initialize(project)
         for level in range(last):
             stages[level] = SupervisedModule(stages[level].segmentation)
-        stages[last] = finest = _FinestModule.of(stages[last], project=project)
+        stages[last] = _FinestModule.of(stages[last], project=project)
         network.decoder.residual_up = nn.ModuleList()  # so that lift leaves the residual stream alone
 
         def remember(network: ConResNet, inputs: tuple[Tensor]) -> None:
+            finest: Any = network.decoder.stages[-1]
             finest.image_residual = inter_slice_residual(inputs[0], network.slice_axis)
 
         network.register_forward_pre_hook(remember)
@@ -209,15 +206,11 @@ class Finest(Form):
 class FallingWeight:
     """The weight of the residual maps falls to 0 over the training, by iteration."""
 
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()  # type: ignore[misc]
-        self._steps_before = self.current_epoch * self.num_iterations_per_epoch  # type: ignore[attr-defined]
-
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        loss: ConResLoss = self.loss  # type: ignore[attr-defined]
-        steps = self.num_epochs * self.num_iterations_per_epoch  # type: ignore[attr-defined]
-        loss.residual_weight = RESIDUAL_WEIGHT * (1 - self._steps_before / steps)
-        self._steps_before += 1
+        trainer: Any = self
+        # a continued epoch has fewer iterations to go, which is why the trainer keeps the full number
+        epochs = trainer.current_epoch + len(trainer._epoch_outputs) / trainer._full_epoch_iterations
+        trainer.loss.residual_weight = trainer.residual_weight * (1 - epochs / trainer.num_epochs)
         return super().train_step(batch)  # type: ignore[misc]
 
 
@@ -306,7 +299,7 @@ class DerivedLoss(ConResLoss):
 
 
 class Derived(Form):
-    """No residual maps: the differences of the segmentation between slices are themselves supervised."""
+    """The differences of the segmentation between slices are themselves supervised; residual maps are made, but not."""
 
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()  # type: ignore[misc]
@@ -347,7 +340,7 @@ class AddedSkips(Form):
 
 
 class Trilinear(Form):
-    """Trilinear upsampling behind a 1x1x1 convolution, as in the paper, instead of transposed convolutions."""
+    """Trilinear upsampling behind a 1x1x1 convolution, not transposed convolutions; corners are not aligned."""
 
     @classmethod
     def change(cls, network: ConResNet) -> None:

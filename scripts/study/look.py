@@ -10,35 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forms import ModuleForm
+from forms import BorderMapLoss, ModuleForm, border
 from runs import Run, Setting
 from sklearn.metrics import average_precision_score
 from steps import network_trainer, results_in
 from torch import Tensor, nn
 
 from nnunet_conres.architectures.context_residual import ContextResidualModule
-from nnunet_conres.architectures.frugal import residual_of_sigmoid
+from nnunet_conres.losses import ConResLoss
 from nnunet_conres.residuals import inter_slice_residual
 
 
-class _FlatModule(ModuleForm):
-    """Attention replaced by its mean over voxels: it scales channels, and says nothing of where."""
-
-    def told(self, features: Tensor) -> Tensor:
-        return residual_of_sigmoid(features, self.slice_axis)
+class _Flat(ModuleForm):
+    """Attention replaced by its mean over voxels of the batch: it scales channels, and says nothing of where."""
 
     def attended(self, features: Tensor, residual: Tensor) -> Tensor:
+        if not self.attends:
+            return features
         return features * self.attention(residual).mean((0, 2, 3, 4), keepdim=True)
 
 
-class _UntoldModule(ModuleForm):
+class _Untold(ModuleForm):
     """The stream is told nothing of the features' residual."""
 
     def told(self, features: Tensor) -> Tensor:
-        return torch.zeros_like(features)
+        return torch.zeros_like(super().told(features))
 
 
-WITHOUT = {"attention over space": _FlatModule, "the features' residual": _UntoldModule}
+WITHOUT: dict[str, type[ModuleForm]] = {"attention over space": _Flat, "the features' residual": _Untold}
 
 
 def look(
@@ -69,7 +68,10 @@ def look(
         as trained and by what is taken away; ``attention``, mean and standard deviation over voxels by level, coarsest
         first; ``residual_precision`` and ``segmentation_precision``, average precision of the finest residual maps, and
         of the differences of the predicted segmentation between slices, as predictions of the annotation's residual.
-        What the network does not have is left out.
+        What the network does not have is left out, also residual maps where their weight is 0 or they are not trained.
+
+    Raises:
+        ValueError: If there are labels to ignore, which are not told from background here.
     """
     os.environ["nnUNet_n_proc_DA"] = "1"  # so that the order of the batches is settled
     with results_in(work):
@@ -80,8 +82,11 @@ def look(
         drawn = [next(trainer.dataloader_val) for _ in range(batches)]
         for loader in (trainer.dataloader_train, trainer.dataloader_val):
             loader._finish()
+    if trainer.label_manager.has_ignore_label:
+        raise ValueError("look does not know what to make of labels that are ignored.")
     found: dict[str, Any] = {}
-    if hasattr(trainer.loss, "residual"):
+    has_maps = type(trainer.loss) is ConResLoss and trainer.loss.residual_weight > 0
+    if has_maps:
         found |= gradients(trainer.network, trainer.loss, drawn)
     trainer.network.eval()
     with torch.no_grad():
@@ -92,7 +97,7 @@ def look(
             for name, module in WITHOUT.items():
                 with replaced(trainer.network, module):
                     found["dice"][name] = dice(trainer, drawn)
-        if hasattr(trainer.loss, "residual"):
+        if has_maps:
             found |= precision(trainer, drawn)
     return found
 
@@ -159,17 +164,17 @@ def attention(
 
 @contextlib.contextmanager
 def replaced(network: Any, form: type[ModuleForm]) -> Iterator[None]:
-    """The network with its context residual modules in another form, of the same weights."""
-    stages = network.decoder.stages
-    before = list(stages)
-    for level, module in enumerate(before):
-        if isinstance(module, ContextResidualModule):
-            stages[level] = form.of(module)
+    """The network with its context residual modules changed as the form says, whatever else they are."""
+    modules = [module for module in network.decoder.stages if isinstance(module, ContextResidualModule)]
+    before = [type(module) for module in modules]
+    for module in modules:
+        own = type(module) if isinstance(module, ModuleForm) else ModuleForm
+        module.__class__ = form if own is ModuleForm else type("Changed", (form, own), {})
     try:
         yield
     finally:
-        for level, module in enumerate(before):
-            stages[level] = module
+        for module, own in zip(modules, before, strict=True):
+            module.__class__ = own
 
 
 def precision(trainer: Any, drawn: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -182,7 +187,10 @@ def precision(trainer: Any, drawn: Sequence[dict[str, Any]]) -> dict[str, float]
         truth, mask = loss.residual.residual_of(batch["target"][0])
         probability = torch.softmax(outputs[0], 1)[:, 1:] if background else torch.sigmoid(outputs[0])
         defined = torch.ones_like(truth) if mask is None else mask.expand_as(truth)
-        predictions = (outputs[loss.n_segmentation_outputs][:, background:], inter_slice_residual(probability, axis))
+        of_segmentation = (
+            border(probability) if isinstance(loss.residual, BorderMapLoss) else inter_slice_residual(probability, axis)
+        )
+        predictions = (outputs[loss.n_segmentation_outputs][:, background:], of_segmentation)
         for values, kept in zip((truth, *predictions), (truths, maps, derived), strict=True):
             kept.append([values[:, c][defined[:, c]] for c in range(truth.shape[1])])
     joined = [[torch.cat(parts) for parts in zip(*of_batches, strict=True)] for of_batches in (truths, maps, derived)]

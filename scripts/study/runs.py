@@ -66,9 +66,9 @@ def read_study() -> dict[str, Any]:
     """Content of runs.yaml.
 
     Raises:
-        ValueError: If a stage has a data set or a run of a network that is not described, a run of a length that is no
-            whole number of epochs, or a single run that is in no contrast; if a contrast is of stages that there are
-            not, or two tables have one name.
+        ValueError: If a network has a form without a trainer; if a stage has a data set or a run of a network that is
+            not described, a run of a length that is no whole number of epochs, or a single run that is in no contrast;
+            if a contrast is of stages that there are not, or two tables have one name.
     """
     study = yaml.safe_load((HERE / "runs.yaml").read_text(encoding="utf-8"))
     compared = [run for pairs in study["pairs"].values() for pair in pairs for run in pair]
@@ -88,6 +88,9 @@ def read_study() -> dict[str, Any]:
     for stage in [*in_contrasts, *study["figures"]]:
         if stage not in study["stages"]:
             raise ValueError(f"A contrast, a pair or a figure is of a stage {stage}, which there is not.")
+    for network, entry in study["networks"].items():
+        if "form" in entry and "trainer" not in entry:
+            raise ValueError(f"Network {network} has a form, which needs a trainer of this package to come before.")
     names = [*study["stages"], *study["contrasts"], *study["pairs"]]
     twice = {name for name in names if names.count(name) > 1}
     if twice:

@@ -51,7 +51,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     begin = commands.add_parser("begin", help="print how the loss of each network falls at the start")
     begin.add_argument("--networks", nargs="+", help="networks of runs.yaml (default: all)")
     begin.add_argument("--iterations", type=int, default=100, help="(default: %(default)s)")
-    look = commands.add_parser("look", help="print what trained networks of a stage make of their residual stream")
+    look = commands.add_parser(
+        "look", help="print what trained networks of a stage make of their residual stream, on its first fold, on a CPU"
+    )
     look.add_argument("stage", help="a stage of runs.yaml that was run")
     look.add_argument("--networks", nargs="+", help="networks of the stage (default: all)")
     look.add_argument("--batches", type=int, default=16, help="of validation patches (default: %(default)s)")
@@ -210,19 +212,26 @@ def _begin(
 
 
 def _look(study: dict[str, Any], parsed: argparse.Namespace, work: Path) -> None:
+    from dataclasses import replace
+
     import torch
     from look import look
     from plans import prepare_plans
     from runs import runs_of, setting_of
 
-    setting, fold = setting_of(study, parsed.stage), study["stages"][parsed.stage]["folds"][0]
-    runs = [run for run in runs_of(study, parsed.stage) if run.network in (parsed.networks or [run.network])]
+    setting, fold = replace(setting_of(study, parsed.stage), device="cpu"), study["stages"][parsed.stage]["folds"][0]
+    networks = [run.network for run in runs_of(study, parsed.stage)]
+    unknown = set(parsed.networks or ()) - set(networks)
+    if unknown:
+        raise RuntimeError(f"stage {parsed.stage} has no {', '.join(sorted(unknown))}; it has {', '.join(networks)}.")
+    runs = [run for run in runs_of(study, parsed.stage) if run.network in (parsed.networks or networks)]
+    checkpoints = [_model(study, parsed.stage, run) / f"fold_{fold}" / "checkpoint_final.pth" for run in runs]
+    missing = [str(checkpoint) for checkpoint in checkpoints if not checkpoint.is_file()]
+    if missing:
+        raise RuntimeError(f"there is no {', nor '.join(missing)}: run the stage {parsed.stage}.")
     folder = prepare_plans(study, [run.network for run in runs], setting)
     torch.set_num_threads(parsed.threads)
-    for run in runs:
-        checkpoint = _model(study, parsed.stage, run) / f"fold_{fold}" / "checkpoint_final.pth"
-        if not checkpoint.is_file():
-            raise RuntimeError(f"there is no {checkpoint}: run the stage {parsed.stage}.")
+    for run, checkpoint in zip(runs, checkpoints, strict=True):
         found = look(study, run, folder, setting, fold, parsed.batches, checkpoint, work)
         print(f"{run.name}, fold {fold}")
         for name, value in found.items():

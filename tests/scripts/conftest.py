@@ -15,13 +15,14 @@ sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "study")]
 
 
 @pytest.fixture
-def network_of() -> Callable[[str | None, bool], ConResNet]:
-    """Makes a small network for two image channels and three labels, in a form of the study, with a stream or without.
+def network_of() -> Callable[..., ConResNet]:
+    """Makes a small network for two image channels and three labels, in a form of the study, with a stream or without,
+    and with further arguments of ConResNet.
 
     Kernels are flat at full resolution, as in plans of thick slices. Its weights are the same each time.
     """
 
-    def make(form: str | None, stream: bool) -> ConResNet:
+    def make(form: str | None, stream: bool, **arguments: Any) -> ConResNet:
         import forms
 
         change: Any = getattr(forms, form) if form else forms.Form
@@ -42,6 +43,7 @@ def network_of() -> Callable[[str | None, bool], ConResNet]:
             deep_supervision=True,
             residual_outputs=True,
             residual_stream=stream,
+            **arguments,
         )
         network.apply(network.initialize)
         change.change(network)

@@ -1,22 +1,19 @@
 """Other forms of ConResNet in the study: that each is what its description says."""
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "study"))
-
 from forms import BorderMapLoss, DerivedLoss, FallingWeight, LowMomentum, border, signed_differences
+from torch import Tensor, nn
 
 from nnunet_conres.architectures.blocks import WeightStandardizedConv3d
 from nnunet_conres.architectures.conresnet import ConResNet
-from nnunet_conres.losses import RESIDUAL_WEIGHT, ResidualMapLoss
+from nnunet_conres.architectures.context_residual import SupervisedModule
+from nnunet_conres.losses import ResidualMapLoss
+from nnunet_conres.residuals import inter_slice_residual
 
 STREAM_FORMS = ("Signed", "Stopped", "Border", "Finest")
 OTHER_FORMS = ("DifferenceInput", "Context", "AddedSkips", "Trilinear", "GroupNorms")
@@ -36,7 +33,9 @@ def test_outputs_are_those_of_the_package_and_everything_learns(form: str, netwo
     outputs, expected = network(images()), network_of(None, stream)(images())
     assert [output.shape for output in outputs] == [output.shape for output in expected]
     sum(output.float().square().mean() for output in outputs).backward()
+    # what a norm takes away again, a bias before it, learns nothing, and at random no weight does
     idle = [n for n, p in network.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    idle += [n for n, p in network.named_parameters() if n.endswith("weight") and not p.grad.any()]
     assert not idle
 
 
@@ -61,8 +60,6 @@ def test_borders_are_those_of_a_loop() -> None:
                 before[axis] -= 1
                 expected[index] = max(expected[index], abs(volume[index] - volume[tuple(before)]))
     np.testing.assert_array_equal(border(torch.from_numpy(volume)).numpy(), expected)
-    mask = images() > 0.5
-    torch.testing.assert_close(border(mask).float(), border(mask.float()))
 
 
 def test_the_target_of_borders_marks_changes_along_all_axes() -> None:
@@ -157,7 +154,8 @@ def test_the_finest_stream_depends_on_the_image_residual_itself(network_of: Netw
     network = network_of("Finest", True)
     network(images())
     finest: Any = network.decoder.stages[-1]
-    assert finest.image_residual.shape[2:] == SIZE
+    torch.testing.assert_close(finest.image_residual, inter_slice_residual(images(), 0))
+    assert isinstance(network.decoder.stages[0], SupervisedModule)
     features = torch.randn(2, 16, *SIZE)
     with torch.no_grad():
         before = finest(features, torch.zeros(1))[0]
@@ -188,26 +186,28 @@ def test_trilinear_upsampling_keeps_what_is_constant(network_of: NetworkOf) -> N
     torch.testing.assert_close(up, up[..., :1, :1, :1].expand_as(up))
 
 
-def test_the_weight_falls_to_0_over_the_training() -> None:
+def test_the_weight_falls_to_0_over_the_training_also_where_it_was_interrupted() -> None:
     weights = []
 
     class Trainer:
-        current_epoch, num_epochs, num_iterations_per_epoch = 0, 2, 5
+        current_epoch, num_epochs, _full_epoch_iterations, residual_weight = 0, 2, 5, 0.5
         loss = nn.Identity()
 
-        def on_train_epoch_start(self) -> None:
-            pass
+        def __init__(self) -> None:
+            self._epoch_outputs: list[dict[str, Any]] = []
 
         def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
             weights.append(self.loss.residual_weight)
+            self._epoch_outputs.append(batch)
             return batch
 
     trainer = type("Falling", (FallingWeight, Trainer), {})()
-    for trainer.current_epoch in range(2):
-        trainer.on_train_epoch_start()
-        for _ in range(5):
-            trainer.train_step({})
-    np.testing.assert_allclose(weights, RESIDUAL_WEIGHT * (1 - np.arange(10) / 10))
+    for _ in range(5):
+        trainer.train_step({})
+    trainer.current_epoch, trainer._epoch_outputs = 1, [{}, {}]  # what a checkpoint in mid-epoch had
+    for _ in range(3):
+        trainer.train_step({})
+    np.testing.assert_allclose(weights, 0.5 * (1 - np.array([0, 1, 2, 3, 4, 7, 8, 9]) / 10))
 
 
 def test_low_momentum_changes_the_momentum_alone() -> None:

@@ -12,6 +12,7 @@ from look import WITHOUT, attention, dice, gradients, precision, replaced
 from torch import Tensor, nn
 
 from nnunet_conres.architectures.conresnet import ConResNet
+from nnunet_conres.architectures.context_residual import ContextResidualModule
 from nnunet_conres.losses import ConResLoss, ResidualMapLoss
 
 SIZE = (6, 8, 8)
@@ -34,7 +35,7 @@ def batches(number: int = 2) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def trainer(network_of: Callable[[str | None, bool], ConResNet]) -> Any:
+def trainer(network_of: Callable[..., ConResNet]) -> Any:
     network = network_of(None, True)
     loss = ConResLoss(Segmentation(), ResidualMapLoss([1, 2], background_channel=True), 2)
     return SimpleNamespace(network=network, loss=loss, label_manager=SimpleNamespace(has_regions=False))
@@ -48,13 +49,16 @@ def test_gradients_are_those_of_the_parts(trainer: Any) -> None:
     trainer.network.zero_grad()
     trainer.loss.residual_weight = 0
     trainer.loss(trainer.network(batch["data"]), batch["target"]).backward()
-    everything = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+    everything = [p.grad.clone() for p in trainer.network.parameters() if p.grad is not None]
     assert found["segmentation_gradient"] == pytest.approx(float(torch.cat([g.flatten() for g in everything]).norm()))
     of_segmentation = torch.cat([p.grad.flatten() for p in trainer.network.encoder.parameters()])
     of_residual = encoder - of_segmentation
     cosine = float(of_segmentation @ of_residual / of_segmentation.norm() / of_residual.norm())
     assert found["cosine"] == pytest.approx(cosine, abs=1e-4)
-    assert found["residual_gradient"] > 0
+    trainer.network.zero_grad()
+    (0.5 * trainer.loss.residual(trainer.network(batch["data"])[2:], batch["target"][0])[0]).backward()
+    residual = torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None])
+    assert found["residual_gradient"] == pytest.approx(float(residual.norm()), rel=1e-4)
 
 
 def test_dice_is_that_of_a_loop(trainer: Any) -> None:
@@ -90,26 +94,63 @@ def test_attention_is_what_features_are_multiplied_with(trainer: Any) -> None:
     assert not any(stage._forward_hooks for stage in stages)
 
 
-def test_flat_attention_changes_nothing_where_it_is_flat_and_something_where_not(trainer: Any) -> None:
+STREAMS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "paper": (None, {}),
+    "identity": (None, {"attention": "identity"}),
+    "narrow": (None, {"attention": "identity", "residual_features_per_stage": [4, 8, 8]}),
+    "signed": ("Signed", {}),
+    "border": ("Border", {}),
+    "finest": ("Finest", {}),
+}
+
+
+def with_a_stream(network_of: Callable[..., ConResNet], stream: str) -> tuple[ConResNet, list[Any]]:
+    form, arguments = STREAMS[stream]
+    network = network_of(form, True, **arguments)
+    modules = [module for module in network.decoder.stages if isinstance(module, ContextResidualModule)]
+    for module in modules:
+        if module.gate is not None:
+            nn.init.normal_(module.gate.weight)
+    return network, modules
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_flat_attention_changes_nothing_where_it_is_flat_and_something_where_not(
+    network_of: Callable[..., ConResNet], stream: str
+) -> None:
+    network, modules = with_a_stream(network_of, stream)
     data = batches()[0]["data"]
-    before = trainer.network(data)[0]
-    with replaced(trainer.network, WITHOUT["attention over space"]):
-        assert not torch.allclose(trainer.network(data)[0], before)
-    torch.testing.assert_close(trainer.network(data)[0], before)
-    for stage in trainer.network.decoder.stages:
-        nn.init.zeros_(stage.merge.conv.weight)
-    before = trainer.network(data)[0]
-    with replaced(trainer.network, WITHOUT["attention over space"]):
-        torch.testing.assert_close(trainer.network(data)[0], before)
-
-
-def test_untold_streams_do_not_depend_on_the_features(trainer: Any) -> None:
-    network, data = trainer.network, batches()[0]["data"]
-    for stage in network.decoder.stages:
-        nn.init.zeros_(stage.feature_residual.weight)
-        nn.init.zeros_(stage.feature_residual.bias)
     before = network(data)[0]
+    with replaced(network, WITHOUT["attention over space"]):
+        assert not torch.allclose(network(data)[0], before)
+    torch.testing.assert_close(network(data)[0], before)
+    for module in modules:
+        nn.init.zeros_(module.merge.conv.weight)
+    before = network(data)[0]
+    with replaced(network, WITHOUT["attention over space"]):
+        torch.testing.assert_close(network(data)[0], before)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_untold_streams_are_those_whose_weights_for_the_features_are_0(
+    network_of: Callable[..., ConResNet], stream: str
+) -> None:
+    network, modules = with_a_stream(network_of, stream)
+    data = batches()[0]["data"]
+    told = network(data)[0]
     with replaced(network, WITHOUT["the features' residual"]):
+        untold = network(data)[0]
+    assert not torch.allclose(untold, told)
+    for module in modules:
+        nn.init.zeros_(module.feature_residual.weight)
+    torch.testing.assert_close(network(data)[0], untold)
+
+
+def test_without_attention_there_is_none_to_flatten(network_of: Callable[..., ConResNet]) -> None:
+    network = network_of(None, True, attention="none")
+    data = batches()[0]["data"]
+    before = network(data)[0]
+    with replaced(network, WITHOUT["attention over space"]):
         torch.testing.assert_close(network(data)[0], before)
 
 
