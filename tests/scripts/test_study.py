@@ -76,6 +76,31 @@ def test_a_single_run_needs_a_contrast(study: dict[str, Any], tmp_path: Path, mo
     assert read_study()["stages"]["alone"]["runs"] == ["stock"]
 
 
+def test_a_form_needs_a_trainer(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runs.HERE", tmp_path)
+    study["networks"]["shapeless"] = {"form": "Signed"}
+    (tmp_path / "runs.yaml").write_text(yaml.safe_dump(study))
+    with pytest.raises(ValueError, match="shapeless has a form"):
+        read_study()
+
+
+def test_a_run_with_a_form_is_trained_anew_where_the_forms_change(
+    study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("recipe.py", "forms.py"):
+        shutil.copy(HERE / name, tmp_path / name)
+    monkeypatch.setattr("runs.HERE", tmp_path)
+
+    def written() -> dict[str, str]:
+        write_stage(study, "finest", tmp_path, 1)
+        return {file.stem: file.read_text() for file in (tmp_path / "trainers").glob("*.py")}
+
+    before = written()
+    (tmp_path / "forms.py").write_text("# other forms\n")
+    changed = [name for name, text in written().items() if text != before[name]]
+    assert changed == ["nnUNetTrainerStudy_stream_finest_400it_seed0"]
+
+
 @pytest.mark.parametrize(("workers", "seeded"), [("1", True), ("4", False)])
 def test_batches_are_settled_with_one_worker_only(workers: str, seeded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_n_proc_DA", workers)
