@@ -155,7 +155,8 @@ def crop(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def pad_to_multiple(x: Tensor, divisor: Sequence[int]) -> Tensor:
     """Repeats the last voxels of (B, C, X, Y, Z) until every axis is divisible; itself if it fits."""
-    missing = [-extent % d for extent, d in zip(x.shape[2:], divisor, strict=True)]
+    # no modulo: PyTorch up to 2.14 at least cannot compile it where sizes vary from call to call
+    missing = [-(-extent // d) * d - extent for extent, d in zip(x.shape[2:], divisor, strict=True)]
     if any(missing):
         x = F.pad(x, [0, missing[2], 0, missing[1], 0, missing[0]], mode="replicate")
     return x

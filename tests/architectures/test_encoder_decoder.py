@@ -11,6 +11,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
+from nnunet_conres.architectures.blocks import pad_to_multiple
 from nnunet_conres.architectures.network import PlansNetwork
 from nnunet_conres.architectures.unet3d import UNet3D
 from nnunet_conres.architectures.vnet import VNet
@@ -173,6 +174,20 @@ def test_max_pooling_with_odd_sizes_equals_ceil_mode() -> None:
     image = torch.randn(1, 2, 5, 7, 9)
     torch.testing.assert_close(pool(image), nn.functional.max_pool3d(image, 2, ceil_mode=True))
     assert network.compute_conv_feature_map_size((4, 8, 8)) > 0
+
+
+def test_padding_compiles_for_sizes_that_vary() -> None:
+    """PyTorch could not compile a modulo of sizes in front of what divides by their number of voxels, as norms do."""
+
+    def padded_and_normalised(image: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(pad_to_multiple(image, (1, 2, 2)), None, None, training=True)
+
+    torch.compiler.reset()
+    # as PyTorch's own compiler, short of making code
+    compiled = torch.compile(padded_and_normalised, fullgraph=True, backend="aot_eager_decomp_partition")
+    for size in ((4, 8, 8), (5, 7, 9)):
+        image = torch.randn(2, 2, *size, requires_grad=True)
+        torch.testing.assert_close(compiled(image), padded_and_normalised(image))
 
 
 @pytest.mark.gpu
