@@ -14,9 +14,9 @@ from nnunet_conres.planning.ledger_losses import Loss
 from nnunet_conres.planning.ledger_networks import network_of
 from nnunet_conres.planning.training_step import TrainingStep
 
-# What no operation shows: kernels' own workspace and the gaps between blocks of PyTorch's allocator, by experience with
-# nnU-Net 5 to 10 % of the peak; and on a GPU the CUDA context with its libraries.
-WORKSPACE_SHARE = 0.08
+# What no operation shows: kernels' own workspace, 0 to 12 % of the peak at 128 x 128 x 128 on an H200
+# (docs/benchmarks.md); and on a GPU the CUDA context with its libraries, and gaps between blocks of PyTorch's allocator.
+WORKSPACE_SHARE = 0.12
 CUDA_CONTEXT = 500 * 2**20
 
 

@@ -304,6 +304,6 @@ class TestOnAGpu:
         assert report["contenders"]["conresnet mixed"]["share_of_matmul_rate"] > 0
 
     def test_memory(self, tmp_path: Path) -> None:
-        report = measure(tmp_path, "memory", "--device", "cuda", "--policies", "cuda_float16", *SMALL_ARGUMENTS[:7])
+        report = measure(tmp_path, "memory", "--device", "cuda", "--policies", "cuda_float16", *SMALL_ARGUMENTS[:6])
         found = report["contenders"]
         assert all(entry["measured"] > entry["between_steps"] > 0 for entry in found.values())
