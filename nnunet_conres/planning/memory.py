@@ -14,8 +14,8 @@ from nnunet_conres.planning.ledger_losses import Loss
 from nnunet_conres.planning.ledger_networks import network_of
 from nnunet_conres.planning.training_step import TrainingStep
 
-# What no operation shows: kernels' own workspace, 0 to 12 % of the peak at 128 x 128 x 128 on an H200
-# (docs/benchmarks.md); and on a GPU the CUDA context with its libraries, and gaps between blocks of PyTorch's allocator.
+# What no operation shows: kernels' own workspace, 0 to 12 % of the peak at 128 x 128 x 128 on an H200, as
+# docs/benchmarks.md has it; and on a GPU the CUDA context with its libraries, and gaps between PyTorch's blocks.
 WORKSPACE_SHARE = 0.12
 CUDA_CONTEXT = 500 * 2**20
 

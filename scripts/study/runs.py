@@ -144,6 +144,8 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, threads: int) -> 
     trainers = work / "trainers"
     trainers.mkdir(parents=True, exist_ok=True)
     on_cpu = setting.device == "cpu"
+    # one, so that the order of the batches is settled; a GPU may wait for it, and takes nnU-Net's own number by itself
+    workers = study["stages"][stage].get("workers", 1 if on_cpu else None)
     recipe, forms = (hashlib.sha256((HERE / f).read_bytes()).hexdigest() for f in ("recipe.py", "forms.py"))
     for run in runs:
         made_by = f"{recipe} {forms}" if "form" in study["networks"][run.network] else recipe
@@ -176,8 +178,7 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, threads: int) -> 
             "nnUNet_extTrainer": str(trainers),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": threads,
-            # one worker, so that the order of the batches is settled; a GPU would wait for it
-            **({"nnUNet_n_proc_DA": 1} if on_cpu else {}),
+            **({"nnUNet_n_proc_DA": workers} if workers else {}),
         },
     }
     if on_cpu:  # a GPU wants more workers and memory: what the workflow takes by itself
