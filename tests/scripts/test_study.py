@@ -56,6 +56,9 @@ def test_a_stage_may_have_device_batch_and_epochs_of_its_own(study: dict[str, An
     assert (here["device"], elsewhere["device"]) == ("cpu", "cuda")
     assert here["environment"]["nnUNet_n_proc_DA"] == 1
     assert "nnUNet_n_proc_DA" not in elsewhere["environment"]
+    study["stages"]["settled"] = study["stages"]["there"] | {"workers": 1}
+    settled = yaml.safe_load(write_stage(study, "settled", tmp_path, 1).read_text())
+    assert settled["environment"]["nnUNet_n_proc_DA"] == 1
     assert list(here["plans"]) == ["study_stock", "study_plain"]
     assert list(elsewhere["plans"]) == ["study_stock_batch5", "study_plain_batch5"]
     run = runs_of(study, "there")[0]
