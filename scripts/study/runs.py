@@ -13,6 +13,7 @@ import yaml
 from recipe import EPOCH
 
 HERE = Path(__file__).resolve().parent
+_STAGE_ENTRIES = {"dataset", "folds", "iterations", "runs", "seeds", "device", "batch_size", "epoch", "workers"}
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def read_study() -> dict[str, Any]:
     """Content of runs.yaml.
 
     Raises:
-        ValueError: If a network has a form without a trainer; if a stage has a data set or a run of a network that is
-            not described, a run of a length that is no whole number of epochs, or a single run that is in no contrast;
-            if a contrast is of stages that there are not, or two tables have one name.
+        ValueError: If a network has a form without a trainer; if a stage has an entry that is not known, no worker, a
+            data set or a run of a network that is not described, a run of a length that is no whole number of epochs,
+            or a single run; if a contrast is of stages that there are not, or two tables have one name.
     """
     study = yaml.safe_load((HERE / "runs.yaml").read_text(encoding="utf-8"))
     compared = [run for pairs in study["pairs"].values() for pair in pairs for run in pair]
@@ -78,8 +79,14 @@ def read_study() -> dict[str, Any]:
         dataset = dataset_of(study, stage)
         if dataset not in study["datasets"]:
             raise ValueError(f"Stage {stage}: no data set {dataset}; expected {', '.join(study['datasets'])}.")
-        if len(runs_of(study, stage)) < 2 and stage not in in_contrasts:
-            raise ValueError(f"Stage {stage} has nothing to compare; expected two runs or more, or a contrast.")
+        unknown = set(study["stages"][stage]) - _STAGE_ENTRIES
+        if unknown:
+            known = ", ".join(sorted(_STAGE_ENTRIES))
+            raise ValueError(f"Stage {stage}: {', '.join(sorted(unknown))}; expected {known}.")
+        if study["stages"][stage].get("workers", 1) < 1:
+            raise ValueError(f"Stage {stage}: {study['stages'][stage]['workers']} workers; expected 1 or more.")
+        if len(runs_of(study, stage)) < 2:
+            raise ValueError(f"Stage {stage} has nothing to compare; expected two runs or more.")
         for run in runs_of(study, stage):
             if run.network not in study["networks"]:
                 raise ValueError(f"Stage {stage}: no network {run.network}; expected {', '.join(study['networks'])}.")
@@ -144,7 +151,8 @@ def write_stage(study: dict[str, Any], stage: str, work: Path, threads: int) -> 
     trainers = work / "trainers"
     trainers.mkdir(parents=True, exist_ok=True)
     on_cpu = setting.device == "cpu"
-    # one, so that the order of the batches is settled; a GPU may wait for it, and takes nnU-Net's own number by itself
+    # With one the order of the batches is settled. A stage on a GPU, which may have to wait for one, has nnU-Net's own
+    # number where it says nothing else.
     workers = study["stages"][stage].get("workers", 1 if on_cpu else None)
     recipe, forms = (hashlib.sha256((HERE / f).read_bytes()).hexdigest() for f in ("recipe.py", "forms.py"))
     for run in runs:

@@ -78,12 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
     from runs import read_study
 
-    study = read_study()
     try:
+        study = read_study()
         if parsed.command == "table":
             _table(study)
             return
-        unset = [name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results") if not os.environ.get(name)]
+        needed = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")[: 1 if parsed.command == "data" else 3]
+        unset = [name for name in needed if not os.environ.get(name)]
         if unset:
             raise RuntimeError(f"set {', '.join(unset)}, nnU-Net's folders.")
         if parsed.command == "data":
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise RuntimeError(f"runs.yaml has none of its {kind} called {', '.join(sorted(unknown))}; {has}.")
         os.environ.setdefault("OMP_NUM_THREADS", str(parsed.threads))
         _train_or_measure(study, parsed)
-    except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -152,13 +153,15 @@ def _run(study: dict[str, Any], parsed: argparse.Namespace, work: Path) -> NoRet
     code = subprocess.run(command, check=False).returncode
     report = work / parsed.stage / "report" / "folds" / "report.json"
     if code == 0 and parsed.options:
-        print(f"No results are saved with options; {parsed.stage} once more without them saves them.")
+        print(f"With options nothing is saved; run {parsed.stage} without them, when its trainings are there.")
     elif code == 0 and report.is_file():
         from tables import save_results
 
         saved = RESULTS / f"{parsed.stage}.json"
         save_results(study, parsed.stage, json.loads(report.read_text()), saved, _curves(study, parsed.stage))
         print(f"Saved {saved}; `study.py table` writes it into {DOCUMENT.name}.")
+    elif code == 0:
+        sys.exit(f"error: there is no {report}; nothing was saved.")
     sys.exit(code)
 
 

@@ -84,15 +84,17 @@ def write_tables(study: Mapping[str, Any], results: Path, document: Path) -> Non
 
     Raises:
         RuntimeError: If the document has no marks for a stage that has results of several runs, or for a contrast or
-            pairs whose stages have results, or those of a stage are of other runs than runs.yaml has, or of the same
-            ones on another data set or device, or with another batch or length of epochs.
+            pairs whose stages have results, a file of results is damaged, or those of a stage are of other runs than
+            runs.yaml has, or of the same ones on another data set, other folds or another device, or with another
+            batch or length of epochs.
     """
     text = document.read_text()
-    stages = {stage: json.loads(file.read_text()) for stage, file in _files(study, results).items()}
+    stages = {stage: _read(file) for stage, file in _files(study, results).items()}
     for stage, content in stages.items():
         saved = [(row["network"], row["iterations"], row["seed"]) for row in content["rows"]]
         listed = [(run.network, run.iterations, run.seed) for run in runs_of(dict(study), stage)]
-        if saved != listed or content["setting"] != _setting(study, stage):
+        of_others = content["folds"] != study["stages"][stage]["folds"] or content["setting"] != _setting(study, stage)
+        if saved != listed or of_others:
             raise RuntimeError(f"{results / stage}.json has other runs than runs.yaml; run the stage {stage}.")
     for name, table in _tables(study, stages, _steps(results)).items():
         found = re.search(f"(<!-- study: {name} -->\n)(.*?)(<!-- end -->)", text, re.DOTALL)
@@ -111,7 +113,17 @@ def _files(study: Mapping[str, Any], results: Path) -> dict[str, Path]:
 
 def _steps(results: Path) -> dict[str, Any]:
     file = results / "steps.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return _read(file) if file.is_file() else {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+        if file.name != "steps.json":
+            _ = content["setting"], content["folds"], content["cases"], content["rows"][0]["dice"]["mean"]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise RuntimeError(f"{file} is damaged ({error!r}); take it out, and run its stage again.") from error
+    return dict(content)
 
 
 def _tables(study: Mapping[str, Any], stages: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[str, str]:
@@ -121,9 +133,9 @@ def _tables(study: Mapping[str, Any], stages: Mapping[str, Any], steps: Mapping[
     def steps_of(stage: str) -> Mapping[str, Any]:
         return steps.get(setting_of(study, stage).name, {})
 
-    # a single run is in tables of contrasts
-    several = {stage: content for stage, content in stages.items() if len(content["rows"]) > 1}
-    tables = {stage: _table(content, steps_of(stage)) for stage, content in several.items()}
+    tables = {
+        stage: f"{_table(content, steps_of(stage))}\n\n(`study.py run {stage}`)" for stage, content in stages.items()
+    }
     for name, runs in study.get("contrasts", {}).items():
         if there(runs):
             tables[name] = _table(contrast(runs, stages), steps_of(runs[0].split("/")[0]))
@@ -209,7 +221,8 @@ def _pairs_table(
         first, second = content["rows"]
         stage = pair[1].split("/")[0]
         difference = second["dice_difference"]
-        times = [steps_of(stage).get(row["network"], {}).get("ms") for row in (first, second)]
+        steps = [steps_of(stage).get(row["network"]) for row in (first, second)]
+        times = [None if step is None else step["ms"] / step["baseline_ms"] for step in steps]
         table.append(
             [
                 dataset_of(study, stage),

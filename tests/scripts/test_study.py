@@ -68,15 +68,22 @@ def test_a_stage_may_have_device_batch_and_epochs_of_its_own(study: dict[str, An
     assert setting_of(study, "here").name == "hippocampus, cpu, batch 2"
 
 
-def test_a_single_run_needs_a_contrast(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runs": ["stock"]}, "wrong has nothing to compare"),
+        ({"worker": 1}, "wrong: worker; expected"),
+        ({"workers": 0}, "wrong: 0 workers"),
+    ],
+)
+def test_stages_that_are_wrong(
+    study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
     monkeypatch.setattr("runs.HERE", tmp_path)
-    study["stages"]["alone"] = {"folds": [0], "iterations": 200, "runs": ["stock"]}
+    study["stages"]["wrong"] = {"folds": [0], "iterations": 200, "runs": ["stock", "plain"]} | changes
     (tmp_path / "runs.yaml").write_text(yaml.safe_dump(study))
-    with pytest.raises(ValueError, match="alone has nothing to compare"):
+    with pytest.raises(ValueError, match=message):
         read_study()
-    study["contrasts"]["not_alone"] = ["alone/stock", "parts/heads_muon"]
-    (tmp_path / "runs.yaml").write_text(yaml.safe_dump(study))
-    assert read_study()["stages"]["alone"]["runs"] == ["stock"]
 
 
 def test_a_form_needs_a_trainer(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +211,7 @@ def test_tables_stand_between_their_marks(study: dict[str, Any], tmp_path: Path)
     write_tables(study, tmp_path / "results", document)
     text = document.read_text()
     assert text.startswith("before\n<!-- study: screen -->\n| network |")
-    assert text.endswith("|\n<!-- end -->\nbehind\n")
+    assert text.endswith("|\n\n(`study.py run screen`)\n<!-- end -->\nbehind\n")
     assert "old" not in text
     assert "| `stock` | 50.00 |  |  |  | 1.50 |  | 1.00 |" in text
     assert re.search(r"\| `stock_lr3` \|.*\| 1.14 \|\n", text)  # rounded once, not to 1.145 and then to 1.15
@@ -281,14 +288,16 @@ def test_pairs_are_corrected_over_their_table(study: dict[str, Any], tmp_path: P
             for network, values in (("stock", first), ("plain", second))
         ]
         setting = {"dataset": "hippocampus", "batch_size": 2, "device": "cpu", "epoch": 100}
-        (results / f"{stage}.json").write_text(json.dumps({"cases": 12, "setting": setting, "rows": rows}))
+        (results / f"{stage}.json").write_text(
+            json.dumps({"folds": [0], "cases": 12, "setting": setting, "rows": rows})
+        )
     study["contrasts"], study["pairs"] = {}, {"both": [["one/stock", "one/plain"], ["two/stock", "two/plain"]]}
     (results / "steps.json").write_text(
         json.dumps(
             {
                 "hippocampus, cpu, batch 2": {
                     "stock": {"ms": 100, "baseline_ms": 100},
-                    "plain": {"ms": 150, "baseline_ms": 100},
+                    "plain": {"ms": 450, "baseline_ms": 300},  # measured on a slower machine
                 }
             }
         )
@@ -313,7 +322,15 @@ def test_the_tables_of_the_document_are_those_of_the_saved_results(study: dict[s
 
 
 @pytest.mark.parametrize(
-    "change", [{"runs": ["stock", "plain"]}, {"batch_size": 4}, {"device": "cuda"}, {"epoch": 50}, {"dataset": "thick"}]
+    "change",
+    [
+        {"runs": ["stock", "plain"]},
+        {"batch_size": 4},
+        {"device": "cuda"},
+        {"epoch": 50},
+        {"dataset": "thick"},
+        {"folds": [3]},
+    ],
 )
 def test_results_of_other_runs_are_refused(study: dict[str, Any], tmp_path: Path, change: dict[str, Any]) -> None:
     save_results(study, "screen", made_up_report(study, "screen"), tmp_path / "results" / "screen.json")
@@ -321,6 +338,14 @@ def test_results_of_other_runs_are_refused(study: dict[str, Any], tmp_path: Path
     (tmp_path / "results.md").write_text("<!-- study: screen -->\n<!-- end -->\n")
     with pytest.raises(RuntimeError, match="run the stage screen"):
         write_tables(study, tmp_path / "results", tmp_path / "results.md")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"setting": {}, "folds": [], "cases": 1, "rows": [{}]}'])
+def test_damaged_results_are_told_by_name(study: dict[str, Any], tmp_path: Path, content: str) -> None:
+    (tmp_path / "screen.json").write_text(content)
+    (tmp_path / "results.md").write_text("")
+    with pytest.raises(RuntimeError, match=r"screen\.json is damaged"):
+        write_tables(study, tmp_path, tmp_path / "results.md")
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
