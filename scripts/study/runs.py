@@ -75,16 +75,16 @@ def read_study() -> dict[str, Any]:
     compared = [run for pairs in study["pairs"].values() for pair in pairs for run in pair]
     compared += [run for runs in study["contrasts"].values() for run in runs]
     in_contrasts = {run.split("/")[0] for run in compared}
-    for stage in study["stages"]:
+    for stage, entry in study["stages"].items():
         dataset = dataset_of(study, stage)
         if dataset not in study["datasets"]:
             raise ValueError(f"Stage {stage}: no data set {dataset}; expected {', '.join(study['datasets'])}.")
-        unknown = set(study["stages"][stage]) - _STAGE_ENTRIES
+        unknown = set(entry) - _STAGE_ENTRIES
         if unknown:
             known = ", ".join(sorted(_STAGE_ENTRIES))
             raise ValueError(f"Stage {stage}: {', '.join(sorted(unknown))}; expected {known}.")
-        if study["stages"][stage].get("workers", 1) < 1:
-            raise ValueError(f"Stage {stage}: {study['stages'][stage]['workers']} workers; expected 1 or more.")
+        if entry.get("workers", 1) < 1:
+            raise ValueError(f"Stage {stage}: {entry['workers']} workers; expected 1 or more.")
         if len(runs_of(study, stage)) < 2:
             raise ValueError(f"Stage {stage} has nothing to compare; expected two runs or more.")
         for run in runs_of(study, stage):

@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if parsed.command == "table":
             _table(study)
             return
-        needed = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")[: 1 if parsed.command == "data" else 3]
+        others = () if parsed.command == "data" else ("nnUNet_preprocessed", "nnUNet_results")
+        needed = ("nnUNet_raw", *others)
         unset = [name for name in needed if not os.environ.get(name)]
         if unset:
             raise RuntimeError(f"set {', '.join(unset)}, nnU-Net's folders.")
@@ -186,6 +187,7 @@ def _steps(
     study: dict[str, Any], networks: list[str], folder: Path, setting: Setting, parsed: argparse.Namespace, work: Path
 ) -> None:
     from steps import measure
+    from tables import read_steps
 
     times = measure(study, networks, folder, setting, parsed.threads, parsed.rounds, work)
     medians = {network: statistics.median(seconds) for network, seconds in times.items()}
@@ -193,7 +195,7 @@ def _steps(
     for network, seconds in medians.items():
         print(f"{network:24} {1000 * seconds:7.0f} ms  {seconds / baseline:.2f}")
     file = RESULTS / "steps.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = read_steps(file)
     known.setdefault(setting.name, {}).update(
         {
             network: {"ms": round(1000 * seconds, 1), "baseline_ms": round(1000 * baseline, 1)}

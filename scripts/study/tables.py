@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +84,19 @@ def write_tables(study: Mapping[str, Any], results: Path, document: Path) -> Non
         document: Markdown file with a line ``<!-- study: NAME -->`` and one ``<!-- end -->`` for each table.
 
     Raises:
-        RuntimeError: If the document has no marks for a stage that has results of several runs, or for a contrast or
-            pairs whose stages have results, a file of results is damaged, or those of a stage are of other runs than
-            runs.yaml has, or of the same ones on another data set, other folds or another device, or with another
-            batch or length of epochs.
+        RuntimeError: If the document has no marks for a stage that has results, or for a contrast or pairs whose stages
+            have results, a file of results is damaged, or those of a stage are of other runs than runs.yaml has, or of
+            the same ones on another data set, other folds or another device, or with another batch or length of epochs.
     """
     text = document.read_text()
-    stages = {stage: _read(file) for stage, file in _files(study, results).items()}
+    stages = {stage: _read_stage(file) for stage, file in _files(study, results).items()}
     for stage, content in stages.items():
         saved = [(row["network"], row["iterations"], row["seed"]) for row in content["rows"]]
         listed = [(run.network, run.iterations, run.seed) for run in runs_of(dict(study), stage)]
         of_others = content["folds"] != study["stages"][stage]["folds"] or content["setting"] != _setting(study, stage)
         if saved != listed or of_others:
             raise RuntimeError(f"{results / stage}.json has other runs than runs.yaml; run the stage {stage}.")
-    for name, table in _tables(study, stages, _steps(results)).items():
+    for name, table in _tables(study, stages, read_steps(results / "steps.json")).items():
         found = re.search(f"(<!-- study: {name} -->\n)(.*?)(<!-- end -->)", text, re.DOTALL)
         if found is None:
             raise RuntimeError(
@@ -111,19 +111,31 @@ def _files(study: Mapping[str, Any], results: Path) -> dict[str, Path]:
     return {stage: file for stage, file in files.items() if file.is_file()}
 
 
-def _steps(results: Path) -> dict[str, Any]:
-    file = results / "steps.json"
-    return _read(file) if file.is_file() else {}
+def read_steps(file: Path) -> dict[str, Any]:
+    """Saved times of steps by setting and network; none where there is no such file.
+
+    Raises:
+        RuntimeError: If the file is damaged.
+    """
+    if not file.is_file():
+        return {}
+    with _told_by_name(file):
+        return dict(json.loads(file.read_text()))
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
+def _read_stage(file: Path) -> dict[str, Any]:
+    with _told_by_name(file):
         content = json.loads(file.read_text())
-        if file.name != "steps.json":
-            _ = content["setting"], content["folds"], content["cases"], content["rows"][0]["dice"]["mean"]
+        _ = content["setting"], content["folds"], content["cases"], content["rows"][0]["dice"]["mean"]
+        return dict(content)
+
+
+@contextlib.contextmanager
+def _told_by_name(file: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise RuntimeError(f"{file} is damaged ({error!r}); take it out, and run its stage again.") from error
-    return dict(content)
+        raise RuntimeError(f"{file} is damaged ({error!r}); remove it, and make it again.") from error
 
 
 def _tables(study: Mapping[str, Any], stages: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[str, str]:

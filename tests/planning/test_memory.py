@@ -251,7 +251,7 @@ class TestTracker:
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     @pytest.mark.parametrize("family", list(FAMILIES))
-    def test_a_gpu_takes_what_is_alive_and_a_sixth_at_most(self, family: str) -> None:
+    def test_close_to_what_a_gpu_takes(self, family: str) -> None:
         from nnunet_conres.planning.training_step import RunningStep
 
         plans = step(family, patch_size=(64, 96, 96), device="cuda")
@@ -259,8 +259,9 @@ class TestTracker:
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
             running.run(lambda: torch.autocast("cuda", torch.float16))
-        # what kernels ask for themselves is not seen; with the U-Nets it was 14 and 17 % on an H200
-        assert 0.97 < torch.cuda.max_memory_allocated() / estimate_memory(plans).peak < 1.2
+        # what kernels ask for themselves is not seen; on an H200 it was 12 and 14 % of the whole with the U-Nets
+        unseen = 0.15 if family.startswith("unet3d") else 0.1
+        assert estimate_memory(plans).peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=unseen)
 
 
 class TestLedger:
