@@ -17,7 +17,6 @@ from nnunet_conres.datasets.brats_write import TRANSFERS, ImageMode, Job, Transf
 from nnunet_conres.datasets.raw import (
     FOLDER_VARIABLES,
     RAW_NOT_SET,
-    InputError,
     folder_from_environment,
     folder_name,
     id_faults,
@@ -25,6 +24,7 @@ from nnunet_conres.datasets.raw import (
     some,
     target_faults,
 )
+from nnunet_conres.errors import InputError
 
 
 class ConversionError(InputError):

@@ -23,7 +23,8 @@ from nnunet_conres.datasets.nifti import (
     stem,
     write_nifti,
 )
-from nnunet_conres.datasets.raw import InputError, map_cases, short_message, some
+from nnunet_conres.datasets.raw import map_cases, short_message, some
+from nnunet_conres.errors import InputError
 
 
 class ExportError(InputError):

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from nnunet_conres.datasets.raw import (
     FOLDER_VARIABLES,
-    InputError,
     TrainingCase,
     find_dataset,
     find_training_cases,
@@ -35,6 +34,7 @@ from nnunet_conres.datasets.raw import (
     write_json,
 )
 from nnunet_conres.datasets.sparse import IGNORE
+from nnunet_conres.errors import InputError
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor

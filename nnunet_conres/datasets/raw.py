@@ -20,6 +20,8 @@ from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 
+from nnunet_conres.errors import InputError
+
 # nnU-Net's own folders; the first holds the raw data sets.
 FOLDER_VARIABLES: Final = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
@@ -30,20 +32,6 @@ RAW_NOT_SET: Final = (
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-
-
-class InputError(ValueError):
-    """The input or the target does not allow what was asked for; nothing was written.
-
-    Attributes:
-        faults: One message per fault, each with the file or value at fault.
-    """
-
-    def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
-        noun = "fault" if len(faults) == 1 else "faults"
-        lines = "\n".join(f"  - {fault}" for fault in faults)
-        super().__init__(f"Nothing was written: {len(faults)} {noun} found.\n{lines}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.datasets.raw import (
-    InputError,
     TrainingCase,
     find_dataset,
     find_training_cases,
@@ -33,6 +32,7 @@ from nnunet_conres.datasets.raw import (
     target_faults,
     write_json,
 )
+from nnunet_conres.errors import InputError
 
 Axis = Literal["slice", 0, 1, 2]
 

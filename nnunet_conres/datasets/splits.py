@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from nnunet_conres.datasets.brats_write import CASES_FILE
 from nnunet_conres.datasets.raw import (
     FOLDER_VARIABLES,
-    InputError,
     TrainingCase,
     find_dataset,
     find_training_cases,
@@ -29,6 +28,7 @@ from nnunet_conres.datasets.raw import (
     some,
     write_json,
 )
+from nnunet_conres.errors import InputError
 from nnunet_conres.text import aligned
 
 Balance = Literal["both", "grade", "volume", "none"]

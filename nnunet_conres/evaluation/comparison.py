@@ -15,12 +15,12 @@ from typing import Any, Final
 from nnunet_conres import __version__
 from nnunet_conres.datasets.raw import (
     FOLDER_VARIABLES,
-    InputError,
     folder_from_environment,
     short_message,
     some,
     write_json,
 )
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.costs import Cost, Curves, ensemble_cost, model_cost, unlike_conditions
 from nnunet_conres.evaluation.ensembles import build_ensemble, ensemble_members, settings_differences
 from nnunet_conres.evaluation.json_values import without_nan

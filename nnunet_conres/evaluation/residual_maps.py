@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.datasets.nifti import READ_ERRORS, is_nifti, read_nifti
-from nnunet_conres.datasets.raw import InputError, short_message, some, write_json
+from nnunet_conres.datasets.raw import short_message, some, write_json
 from nnunet_conres.datasets.sparse import Axis, slice_axis
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import Legend, read_legend
 from nnunet_conres.evaluation.summary import dataset_json_near
 

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from nnunet_conres.architectures.blocks import crop, resize
 from nnunet_conres.architectures.conresnet import ConResNet
 from nnunet_conres.architectures.context_residual import ContextResidualModule, SupervisedModule
-from nnunet_conres.datasets.raw import InputError, short_message, some, write_json
+from nnunet_conres.datasets.raw import short_message, some, write_json
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.labels import label_values
 from nnunet_conres.evaluation.residual_maps import (
     ENDINGS,

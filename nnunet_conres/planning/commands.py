@@ -19,12 +19,12 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_conres.datasets.raw import (
-    InputError,
     find_dataset,
     find_training_cases,
     folder_from_environment,
     read_dataset_json,
 )
+from nnunet_conres.errors import InputError
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.planning.preprocessing import STOCK_PLANS, Preprocessed, PreprocessedDataset, read_plans
 from nnunet_conres.text import aligned

@@ -12,7 +12,8 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_conres.architectures.blocks import triple
-from nnunet_conres.datasets.raw import InputError, find_dataset, folder_from_environment, read_dataset_json
+from nnunet_conres.datasets.raw import find_dataset, folder_from_environment, read_dataset_json
+from nnunet_conres.errors import InputError
 from nnunet_conres.planning.architectures import CONRESNET
 from nnunet_conres.planning.memory import MemoryEstimate, estimate_memory
 from nnunet_conres.planning.preprocessing import read_plans

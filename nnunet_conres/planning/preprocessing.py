@@ -24,7 +24,8 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_conres.datasets.raw import InputError, TrainingCase, find_training_cases, map_cases, short_message, some
+from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, map_cases, short_message, some
+from nnunet_conres.errors import InputError
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 
 STOCK_PLANS: Final = "nnUNetPlans"

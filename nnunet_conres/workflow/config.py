@@ -14,7 +14,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
-from nnunet_conres.datasets.raw import FOLDER_VARIABLES, InputError, folder_name, id_faults
+from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_name, id_faults
+from nnunet_conres.errors import InputError
 from nnunet_conres.registration import TRAINERS, VARIABLE
 
 # What rules there are, for `resources`.

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from nnunet_conres.datasets.raw import InputError
+from nnunet_conres.errors import InputError
 from nnunet_conres.workflow import records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, parse_config
 from nnunet_conres.workflow.locks import LockedError, hold, hold_some, holder

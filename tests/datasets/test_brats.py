@@ -773,7 +773,7 @@ class TestCommand:
         _remove(write_case(source / "a", "a"))
         assert cli.main(["brats-convert", "-i", str(source), "-d", "77"]) == 2
         error = capsys.readouterr().err
-        assert "1 fault found" in error
+        assert "1 error found" in error
         assert "a_t1ce.nii.gz is missing" in error
 
 

@@ -16,8 +16,8 @@ import tifffile
 
 from nnunet_conres import cli
 from nnunet_conres.datasets import sparse
-from nnunet_conres.datasets.raw import InputError
 from nnunet_conres.datasets.sparse import SIDECAR, SlabRule, Sparsification, slice_axis, sparsify
+from nnunet_conres.errors import InputError
 
 LABELS = {"background": 0, "oedema": 1, "necrosis": 2}
 REGIONS = {"background": 0, "whole tumor": [1, 2], "tumor core": 2}

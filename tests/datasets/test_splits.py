@@ -8,7 +8,6 @@ import pytest
 import SimpleITK
 
 from nnunet_conres import cli
-from nnunet_conres.datasets.raw import InputError
 from nnunet_conres.datasets.splits import (
     UNKNOWN,
     CaseFacts,
@@ -18,6 +17,7 @@ from nnunet_conres.datasets.splits import (
     patient_of,
     split,
 )
+from nnunet_conres.errors import InputError
 
 SPACING = (1.0, 2.0, 2.5)  # x, y, z: a voxel has 5 mm3
 SITES = r"Brats18_(TCIA\d+|CBICA|2013)_"

@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
 
 from nnunet_conres import cli
-from nnunet_conres.datasets.raw import InputError
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.comparison import (
     CompareOptions,
     compare_cross_validation,

@@ -6,7 +6,7 @@ import pytest
 import SimpleITK
 
 from nnunet_conres import cli
-from nnunet_conres.datasets.raw import InputError
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.residual_maps import (
     ResidualMaps,
     file_parts,

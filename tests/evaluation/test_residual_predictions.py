@@ -19,7 +19,7 @@ from scipy.special import expit
 from nnunet_conres import cli, trainers
 from nnunet_conres.architectures.conresnet import ConResNet
 from nnunet_conres.architectures.conresnet_paper import paper_arguments
-from nnunet_conres.datasets.raw import InputError
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.residual_predictions import ResidualPredictor, write_predicted_residuals
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 

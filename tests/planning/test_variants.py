@@ -14,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres import cli
-from nnunet_conres.datasets.raw import InputError
+from nnunet_conres.errors import InputError
 from nnunet_conres.planning.commands import PlanOptions, plan
 from nnunet_conres.planning.variants import add_variants
 from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet

@@ -15,7 +15,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_conres import cli
 from nnunet_conres.datasets.densify import Densification, Model, densify, merge
-from nnunet_conres.datasets.raw import InputError
+from nnunet_conres.errors import InputError
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from nnunet_conres.trainers import nnUNetTrainerConResNet
 

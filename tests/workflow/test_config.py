@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from nnunet_conres.datasets.raw import InputError
+from nnunet_conres.errors import InputError
 from nnunet_conres.workflow.config import iterate_trainings, parse_config, read_config
 from nnunet_conres.workflow.launch import EXAMPLES
 
