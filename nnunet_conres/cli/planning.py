@@ -17,7 +17,7 @@ _ARCHITECTURES = ("conresnet", "residual_maps", "vnet", "unet3d")
 def add_plan(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan",
-        help="plan ConResNet, V-Net or 3D U-Net for the memory there is",
+        help="plan ConResNet, ResidualMapUNet, V-Net or 3D U-Net for the memory there is",
         description="Plans data sets for a network of this package, as nnUNetv2_plan_experiment does for nnU-Net's "
         "own: patch, batch and checkpointing are chosen by the memory that the network takes. Fingerprints have to be "
         "there.",
@@ -49,7 +49,7 @@ def _add_planning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-overwrite_plans_name",
         metavar="NAME",
-        help="name of the plans (default: nnUNetConResNetPlans, nnUNetVNetPlans or nnUNetUNet3DPlans)",
+        help="name of the plans (default: that of the network, such as nnUNetConResNetPlans)",
     )
     parser.add_argument(
         "-preprocessor_name",
