@@ -34,11 +34,14 @@ class TestInfo:
         monkeypatch.delenv(VARIABLE)
         assert cli.main(["info"]) == 1
 
-    def test_text_lists_the_trainers(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_all_lists_every_trainer(self, capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["info"])
+        families = capsys.readouterr().out
+        cli.main(["info", "--all"])
         text = capsys.readouterr().out
         for name, description in TRAINERS.items():
             assert any(line.split(maxsplit=1) == [name, description] for line in text.splitlines())
+        assert len(families.splitlines()) < len(text.splitlines()) / 2
 
     def test_json(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setenv(VARIABLE, TRAINER_FOLDER)

@@ -52,7 +52,12 @@ class TestFileErrors:
     def test_what_a_file_holds(self, tmp_path: Path) -> None:
         path = tmp_path / "image.nii.gz"
         path.write_bytes(b"no gzip")
-        assert attempt(lambda: gzip.open(path).read(), path) == f"{path}: Not a gzipped file (b'no')"
+
+        def read() -> bytes:
+            with gzip.open(path) as file:
+                return file.read()
+
+        assert attempt(read, path) == f"{path}: Not a gzipped file (b'no')"
 
     @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EBADF, "x"), BrokenPipeError(errno.EPIPE, "x")])
     def test_everything_else_passes(self, error: Exception) -> None:
