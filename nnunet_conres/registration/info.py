@@ -162,7 +162,7 @@ def _wrapped(begin: str, text: str, width: int | None) -> list[str]:
         return [begin + text]
     return textwrap.wrap(
         text,
-        max(width, len(begin) + 20),
+        max(width, len(begin) + 30),
         initial_indent=begin,
         subsequent_indent=" " * len(begin),
         break_on_hyphens=False,

@@ -81,7 +81,7 @@ class TestTrainers:
     def test_wrapped_for_a_terminal(self, width: int) -> None:
         text = collect().as_text(width=width).split("-tr NAME)\n")[1]
         longest = 2 + max(len(name) for name in self.lines()) + 2
-        assert max(map(len, text.splitlines())) <= max(width, longest + 20)
+        assert max(map(len, text.splitlines())) <= max(width, longest + 30)
         assert text.split() == collect().as_text().split("-tr NAME)\n")[1].split()
 
 
