@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.errors import InputError
-from nnunet_conres.locks import LockedError, hold, hold_some, holder
+from nnunet_conres.locks import LockedError, hold, hold_some, holder, private_folder
 from nnunet_conres.workflow import records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, parse_config
 from nnunet_conres.workflow.records import digest, read_json, write_if_changed
@@ -42,7 +42,7 @@ _GRACE_SECONDS: Final = 20.0
 _BY_HAND_SECONDS: Final = 600.0
 
 
-class StepError(RuntimeError):
+class StepError(InputError):
     """A step cannot be done; the message says why and what to do."""
 
 
@@ -147,7 +147,7 @@ def gpus(experiment: Experiment, number: int) -> Iterator[tuple[dict[str, str], 
         return
     if number > len(names):
         raise StepError(f"{number} GPUs are needed, but this machine has {len(names)}: {', '.join(names)}.")
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"nnunet-conres-gpus-{os.getuid()}"
+    folder = private_folder(Path(os.environ.get("TMPDIR") or "/tmp") / f"nnunet-conres-gpus-{os.getuid()}")
     with hold_some([folder / f"gpu_{name}.lock" for name in names], number) as (positions, descriptors):
         yield {"CUDA_VISIBLE_DEVICES": ",".join(names[position] for position in positions)}, descriptors
 
