@@ -132,7 +132,7 @@ def hold_some(paths: list[Path], number: int, *, poll_seconds: float = 2.0) -> I
         Positions of the locks among ``paths``, and their file descriptors.
     """
     if number > len(paths):
-        raise ValueError(f"{number} GPUs were asked for, but there are {len(paths)} here.")
+        raise InputError(f"{number} GPUs were asked for, but there are {len(paths)} here.")
     while True:
         with contextlib.ExitStack() as stack:
             taken: dict[int, int] = {}
@@ -160,8 +160,8 @@ def private_folder(path: Path) -> Path:
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
             raise InputError(
-                f"{path} is not a folder of your own, which others could misuse. Remove it, or set TMPDIR to a folder "
-                f"that only you can write to."
+                f"{path} is not a folder of your own: others could change what is in it. Remove it, or set TMPDIR to "
+                f"a folder that only you can write to."
             )
         if stat.S_IMODE(found.st_mode) != 0o700:
             path.chmod(0o700)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from nnunet_conres.errors import InputError
 from nnunet_conres.locks import LockedError, hold
 from nnunet_conres.workflow.config import Experiment
 from nnunet_conres.workflow.step import gpus_here
@@ -38,13 +39,13 @@ def snakemake_command(
         dry_run: Only tell what would be done.
 
     Raises:
-        FileNotFoundError: There is no such profile.
+        InputError: There is no such profile.
     """
     folder = FOLDER / "profiles" / profile
     if profile not in PROFILES:
         folder = Path(profile).expanduser().absolute()
         if not folder.is_dir():
-            raise FileNotFoundError(f"--profile {profile}: expected {' or '.join(PROFILES)}, or a profile's folder.")
+            raise InputError(f"--profile {profile}: expected {' or '.join(PROFILES)}, or a profile's folder.")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--configfile", str(config.resolve())]
     if profile == "local":
         at_hand = [f"mem_mb={_memory_mb()}"]
@@ -74,7 +75,7 @@ def _most_gpus(experiment: Experiment) -> int:
 def _check_gpus(experiment: Experiment) -> None:
     here, needed = len(_gpus_of(experiment)), _most_gpus(experiment)
     if here < needed:
-        raise RuntimeError(
+        raise InputError(
             f"device is cuda, and a training needs {needed} GPU{'s' if needed > 1 else ''}, but nvidia-smi and "
             f"CUDA_VISIBLE_DEVICES tell of {here} here. Set that variable if they are there, or device: cpu, or "
             f"use --profile slurm."
@@ -98,10 +99,10 @@ def launch(experiment: Experiment, config: Path, profile: str, options: Sequence
         Snakemake's exit code.
 
     Raises:
-        RuntimeError: Snakemake is not installed, the experiment is being run already, or GPUs are missing.
+        InputError: Snakemake is not installed, the experiment is being run already, or GPUs are missing.
     """
     if importlib.util.find_spec("snakemake") is None:
-        raise RuntimeError("Snakemake is not installed. Run: pip install 'nnunet-conres[workflow]'")
+        raise InputError("Snakemake is not installed. Run: pip install 'nnunet-conres[workflow]'")
     command = snakemake_command(experiment, config, profile, options, dry_run=dry_run)
     if dry_run or _ONLY_TELL.intersection(options):
         return subprocess.run(command, check=False).returncode
@@ -111,7 +112,7 @@ def launch(experiment: Experiment, config: Path, profile: str, options: Sequence
         with hold(experiment.work / "workflow.lock", wait=False) as descriptor:
             return _run_to_its_end(command, descriptor)
     except LockedError as error:
-        raise RuntimeError(
+        raise InputError(
             f"This experiment is being run already: {error} If that process is gone, its Snakemake is not."
         ) from error
 
