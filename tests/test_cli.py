@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,13 +55,14 @@ class TestInfo:
         assert read["trainers"] == TRAINERS
 
     def test_answers_in_half_a_second(self, repository_root: Path) -> None:
-        # The best of some: what else the machine is doing does not count.
+        # The best of some, in time of the processor: what else the machine is doing does not count.
         seconds = []
-        for _ in range(5):
-            begin = time.perf_counter()
+        for _ in range(3):
+            begin = os.times()
             command = [sys.executable, "-m", "nnunet_conres.cli", "info"]
             run = subprocess.run(command, cwd=repository_root, capture_output=True, text=True, check=False)
-            seconds.append(time.perf_counter() - begin)
+            end = os.times()
+            seconds.append(end.children_user + end.children_system - begin.children_user - begin.children_system)
             assert "Trainers" in run.stdout
         assert min(seconds) < 0.5
 

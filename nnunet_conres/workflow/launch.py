@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.files import writing
 from nnunet_conres.locks import LockedError, hold
 from nnunet_conres.workflow.config import Experiment
 from nnunet_conres.workflow.step import gpus_here
@@ -22,6 +24,8 @@ FOLDER: Final = Path(__file__).resolve().parent
 SNAKEFILE: Final = FOLDER / "Snakefile"
 EXAMPLES: Final = {path.stem: path for path in sorted((FOLDER / "examples").glob("*.yaml"))}
 PROFILES: Final = tuple(sorted(path.parent.name for path in FOLDER.glob("profiles/*/config.yaml")))
+# In the experiment's folder, held by the one process that runs it.
+_LOCK: Final = "workflow.lock"
 # Options of Snakemake with which it runs nothing, so that they may be used beside a running experiment.
 _ONLY_TELL: Final = frozenset({"--dag", "--rulegraph", "--filegraph", "--summary", "--list-rules", "-n"})
 
@@ -105,11 +109,19 @@ def launch(experiment: Experiment, config: Path, profile: str, options: Sequence
         raise InputError("Snakemake is not installed. Run: pip install 'nnunet-conres[workflow]'")
     command = snakemake_command(experiment, config, profile, options, dry_run=dry_run)
     if dry_run or _ONLY_TELL.intersection(options):
-        return subprocess.run(command, check=False).returncode
+        if experiment.work.exists():
+            return subprocess.run(command, check=False).returncode
+        # Snakemake makes its folder all the same; the lock keeps out a run that begins meanwhile
+        with writing(experiment.work, lock=_LOCK):
+            try:
+                return subprocess.run(command, check=False).returncode
+            finally:
+                for path in set(experiment.work.iterdir()) - {experiment.work / _LOCK}:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
     if profile == "local" and experiment.device == "cuda":
         _check_gpus(experiment)
     try:
-        with hold(experiment.work / "workflow.lock", wait=False) as descriptor:
+        with hold(experiment.work / _LOCK, wait=False) as descriptor:
             return _run_to_its_end(command, descriptor)
     except LockedError as error:
         raise InputError(
