@@ -638,7 +638,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         steps[arguments.step]()
     except InputError as error:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             print(*arguments.log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:], sep="\n", file=sys.stderr)
         print(f"{MARK} error: {error}", file=sys.stderr)
         _note_failure(arguments.log, str(error))
