@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nnunet_conres.cli.arguments import PROCESSES_VARIABLE, number_of_processes
+from nnunet_conres.errors import InputError
 
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
@@ -190,9 +191,9 @@ def _memory(arguments: argparse.Namespace) -> int:
         from nnunet_conres.registration import WITH_NETWORK_OF_THE_PLANS
 
         if arguments.tr not in trainers.__all__:
-            raise ValueError(f"{arguments.tr} is no trainer of this package; it has {', '.join(trainers.__all__)}.")
+            raise InputError(f"{arguments.tr} is no trainer of this package; it has {', '.join(trainers.__all__)}.")
         if arguments.tr in WITH_NETWORK_OF_THE_PLANS:
-            raise ValueError(
+            raise InputError(
                 f"{arguments.tr} trains the network of the plans. Leave -tr out for plans of this package; the "
                 f"memory of nnU-Net's own networks is not estimated."
             )

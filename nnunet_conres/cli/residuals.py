@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nnunet_conres.cli.arguments import fold
+from nnunet_conres.errors import InputError
 
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
@@ -64,7 +65,7 @@ def _residuals(arguments: argparse.Namespace) -> int:
     if arguments.model is not None:
         return _of_model(arguments)
     if arguments.ref is not None:
-        raise ValueError("-ref is for --model; the residual of reference labels alone: give them with -i.")
+        raise InputError("-ref is for --model; the residual of reference labels alone: give them with -i.")
     from nnunet_conres.evaluation.residual_maps import write_residual_maps
 
     done = write_residual_maps(
@@ -88,7 +89,7 @@ def _of_model(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("axis", "kind", "intensities", "djfile")}
     unused = [f"{'-' if name == 'djfile' else '--'}{name}" for name, value in given.items() if value is not None]
     if unused:
-        raise ValueError(f"With --model the model tells what {', '.join(unused)} would; leave it out.")
+        raise InputError(f"With --model the model tells what {', '.join(unused)} would; leave it out.")
     from nnunet_conres.evaluation.residual_predictions import ResidualPredictor, write_predicted_residuals
 
     predictor = ResidualPredictor(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from nnunet_conres.errors import file_errors
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from nnunet_conres.workflow.config import Experiment, Model, iterate_trainings
@@ -39,16 +40,24 @@ def write_if_changed(path: Path, content: Mapping[str, Any], *, sort: bool = Tru
 
     Returns:
         Whether it was written.
+
+    Raises:
+        InputError: The file system refuses.
     """
     text = json.dumps(content, indent=1, sort_keys=sort) + "\n"
-    try:
-        if path.read_text() == text:
-            return False
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with file_errors(path):
+        try:
+            if path.read_text() == text:
+                return False
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     return True
 
 
@@ -67,8 +76,8 @@ def digest(content: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """A digest of a file: of all of it, or of size and both ends where it is large."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with file_errors(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         if size <= _WHOLE_BYTES:
             return hashlib.sha256(file.read()).hexdigest()[:16]
         content = file.read(_END_BYTES)
