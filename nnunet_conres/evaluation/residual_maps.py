@@ -320,7 +320,7 @@ def look_at_file(path: Path, kind: Kind | None = None, reader: type | None = Non
     voxels, properties = volume.voxels, volume.properties
     axes = len(properties["sitk_stuff"]["spacing"]) if "sitk_stuff" in properties else 3
     if voxels.shape[0] != 1 and axes == 3:
-        return FileLook(path, faults=(f"{path} has several values per voxel (colours?); expected one.",))
+        return FileLook(path, faults=(f"{path} has {voxels.shape[-1]} values per voxel (colours?); expected one.",))
     if axes != 3 or voxels.shape[0] != 1:
         return FileLook(
             path,

@@ -181,7 +181,7 @@ class TestFaults:
         assert "does not name: 7; expected 0, 1, 2" in lines[2]
         # ITK reads NaN in NIfTI files as zero, as if it were background.
         assert "nan.nii.gz has 1 voxels that are NaN or infinite; expected labels." in lines[3]
-        assert "does not name: nan" in lines[4]
+        assert "nrrd.nrrd has 1 voxels that are NaN or infinite; expected labels." in lines[4]
         assert all("cannot be read" in line for line in lines[5:])
         # The one without fault need not be scored again.
         assert len(list((tmp_path / "c").iterdir())) == 1
