@@ -13,8 +13,10 @@ import numpy as np
 
 from nnunet_conres.datasets.brats_find import image_of, nifti_files
 from nnunet_conres.datasets.brats_schemes import LABEL_SETS, SCHEMES, LabelSet, Mode, labels_outside, map_labels
-from nnunet_conres.datasets.nifti import (
-    READ_ERRORS,
+from nnunet_conres.datasets.raw import map_cases, some
+from nnunet_conres.errors import InputError
+from nnunet_conres.images.content import DamagedFileError
+from nnunet_conres.images.nifti import (
     grid_difference,
     is_nifti,
     read_grid,
@@ -23,8 +25,7 @@ from nnunet_conres.datasets.nifti import (
     stem,
     write_nifti,
 )
-from nnunet_conres.datasets.raw import map_cases, short_message, some
-from nnunet_conres.errors import InputError
+from nnunet_conres.text import number_text
 
 
 class ExportError(InputError):
@@ -167,9 +168,13 @@ def export_case(job: Prediction) -> Result:
     try:
         file = read_nifti(job.path)
         grid = read_grid(job.path, file.header)
-    except READ_ERRORS as error:
-        return Result((f"{job.path} cannot be read: {short_message(error)}. Predict the case anew.",), 0)
-    labels = file.values()
+    except InputError as error:
+        advice = " Predict the case again." if isinstance(error, DamagedFileError) else ""
+        return Result((f"{error}{advice}",), 0)
+    not_finite = file.not_finite()
+    if not_finite:
+        return Result((f"{job.path} has {not_finite} voxels that are NaN or infinite; expected labels.",), 0)
+    labels = file.labels()
     faults = []
     if labels.ndim != 3 or labels.dtype.kind not in "iuf":
         return Result((f"{job.path} has {labels.ndim} dimensions; expected one three-dimensional label map.",), 0)
@@ -181,8 +186,8 @@ def export_case(job: Prediction) -> Result:
         try:
             header = read_header(job.reference)
             difference = grid_difference(read_grid(job.reference, header), grid)
-        except READ_ERRORS as error:
-            return Result((*faults, f"{job.reference} cannot be read: {short_message(error)}."), 0)
+        except InputError as error:
+            return Result((*faults, str(error)), 0)
         if difference:
             faults.append(f"{job.path} and {job.reference} do not lie on the same voxel grid: {difference}.")
     if faults or job.output is None:
@@ -203,7 +208,7 @@ def _label_fault(job: Prediction, strange: Mapping[float, int]) -> str:
     scheme = SCHEMES[job.scheme]
     tissues = {float(label): tissue for label, tissue in job.known.items()}
     found = ", ".join(
-        f"{value:g}{f' {tissues[value]}' if value in tissues else ''} ({count} voxels)"
+        f"{number_text(value)}{f' {tissues[value]}' if value in tissues else ''} ({count} voxels)"
         for value, count in list(strange.items())[:5]
     )
     if strange.keys() <= tissues.keys():

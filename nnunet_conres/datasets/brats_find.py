@@ -19,8 +19,8 @@ from nnunet_conres.datasets.brats_schemes import (
     choose_scheme,
     common_label_set,
 )
-from nnunet_conres.datasets.nifti import is_nifti
 from nnunet_conres.datasets.raw import some
+from nnunet_conres.images.nifti import is_nifti
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.text import number_text
+
 Mode = Literal["regions", "labels"]
 
 CHANNELS: Final = ("FLAIR", "T1", "T1ce", "T2")
@@ -326,7 +328,7 @@ def labels_outside(labels: NDArray[Any], known: Iterable[int]) -> dict[float, in
 
 def label_message(where: object, strange: Mapping[float, int], scheme: Scheme) -> str:
     """What is wrong with labels that have values outside their scheme, and which scheme has them."""
-    found = ", ".join(f"{value:g} ({count} voxels)" for value, count in list(strange.items())[:5])
+    found = ", ".join(f"{number_text(value)} ({count} voxels)" for value, count in list(strange.items())[:5])
     more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
     others = [
         other.name

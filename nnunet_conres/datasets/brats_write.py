@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from nnunet_conres.datasets.brats_find import Case
 from nnunet_conres.datasets.brats_schemes import CHANNELS, SCHEMES, LabelSet, Mode, to_nnunet_labels
-from nnunet_conres.datasets.nifti import Nifti, compress, read_header, read_nifti, write_nifti
 from nnunet_conres.datasets.raw import link_or_copy
+from nnunet_conres.files import write_json
+from nnunet_conres.images.nifti import Nifti, compress, is_compressed, read_header, read_nifti, write_nifti
 
 ImageMode = Literal["link", "copy"]
 Transfer = Literal["linked", "copied", "compressed", "split"]
@@ -44,7 +44,7 @@ def write_case(job: Job) -> list[Transfer]:
     else:
         transfers = [_transfer(source, target, mode) for source, target in zip(case.images, targets, strict=True)]
     if case.labels is not None:
-        labels = to_nnunet_labels(read_nifti(case.labels).values(), case.scheme)
+        labels = to_nnunet_labels(read_nifti(case.labels).labels(), case.scheme)
         # The image's geometry, equal within tolerance: nnU-Net's own check is stricter than the last bit of a float32.
         write_nifti(dataset / f"labels{part}" / f"{case.case_id}.nii.gz", labels, read_header(case.images[0]))
     return transfers
@@ -58,7 +58,7 @@ def _split_channels(image: Nifti, targets: Sequence[Path]) -> list[Transfer]:
 
 
 def _transfer(source: Path, target: Path, mode: ImageMode) -> Transfer:
-    if not source.name.lower().endswith(".gz"):
+    if not is_compressed(source):
         compress(source, target)
         return "compressed"
     if mode == "link":
@@ -82,13 +82,9 @@ def write_descriptions(dataset: Path, name: str, cases: Sequence[Case], label_se
         "converted_by": f"nnunet-conres {__version__}",
         "brats_schemes": [name for name in SCHEMES if any(case.scheme == name for case in cases)],
     }
-    _write(dataset / "dataset.json", content)
+    write_json(dataset / "dataset.json", content)
     known = {}
     for case in cases:
         about = {"scheme": case.scheme, "source": str(case.images[0].parent)}
         known[case.case_id] = about if case.grade is None else {"grade": case.grade, **about}
-    _write(dataset / CASES_FILE, known)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(dataset / CASES_FILE, known)

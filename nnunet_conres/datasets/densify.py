@@ -31,10 +31,11 @@ from nnunet_conres.datasets.raw import (
     map_cases,
     read_dataset_json,
     short_message,
-    write_json,
 )
 from nnunet_conres.datasets.sparse import IGNORE
 from nnunet_conres.errors import InputError
+from nnunet_conres.files import write_json
+from nnunet_conres.images.volumes import read_labels, write_labels
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -561,22 +562,13 @@ def _write_case(job: _Output) -> str:
     prediction = convert_predicted_logits_to_segmentation_with_correct_shape(
         job.logits, job.plans_manager, job.configuration_manager, manager, job.properties
     )
-    reader_writer = job.plans_manager.image_reader_writer_class()
-    labels, properties = reader_writer.read_seg(str(job.case.labels))
+    reader_writer = job.plans_manager.image_reader_writer_class
+    labels = read_labels(job.case.labels, reader_writer)
     try:
-        merged = merge(labels[0], prediction, manager.ignore_label)
+        merged = merge(labels.voxels, prediction, manager.ignore_label)
     except ValueError as error:
-        raise ValueError(f"{job.case.labels} and its prediction do not fit each other: {error}") from error
-    # In a folder of its own: for TIFF nnU-Net writes a second file with the spacing beside the labels.
-    partial = job.path.with_name(f".{job.case.case_id}.partial")
-    partial.mkdir(exist_ok=True)
-    try:
-        reader_writer.write_seg(merged, str(partial / job.path.name), properties)
-        # The label file last: where it is, the case is complete.
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == job.path.name):
-            path.replace(job.path.with_name(path.name))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{job.case.labels} and its prediction do not fit each other: {error}") from error
+    write_labels(job.path, merged, labels.properties, reader_writer)
     return job.case.case_id
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from nnunet_conres.images.nifti import header_of, write_nifti
+
 Grade = Literal["HGG", "LGG"]
 FloatVolume = NDArray[np.float32]
 BoolVolume = NDArray[np.bool_]
@@ -323,10 +325,7 @@ def _write_case(
 
 
 def _write_nifti(path: Path, array: NDArray[Any], spacing: Sequence[float]) -> None:
-    """Write a (z, y, x) array with BraTS's geometry: identity direction, origin at the last row's negative y."""
-    import SimpleITK
-
-    image = SimpleITK.GetImageFromArray(array)
-    image.SetSpacing([float(s) for s in spacing])
-    image.SetOrigin((0.0, -(array.shape[1] - 1) * float(spacing[1]), 0.0))
-    SimpleITK.WriteImage(image, str(path), useCompression=True)
+    """Write a (z, y, x) array with BraTS's geometry: axes to the left and the back, the last row at y = 0."""
+    affine = np.diag([-float(spacing[0]), -float(spacing[1]), float(spacing[2]), 1.0])
+    affine[1, 3] = (array.shape[1] - 1) * float(spacing[1])
+    write_nifti(path, array.T, header_of(affine))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
 import json
 import multiprocessing
 import os
@@ -18,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-import numpy as np
-
 from nnunet_conres.errors import InputError
+from nnunet_conres.images.volumes import read_labels, read_volume
 
 # nnU-Net's own folders; the first holds the raw data sets.
 FOLDER_VARIABLES: Final = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -239,32 +235,6 @@ def read_dataset_json(dataset_folder: Path) -> tuple[dict[str, Any] | None, list
     return content, []
 
 
-def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write a JSON file; whoever looks finds it whole or not at all."""
-    partial = path.with_name(f".{path.name}.new")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def reader_writer_class(dataset_json: Mapping[str, Any], cases: Sequence[TrainingCase]) -> type | None:
-    """nnU-Net's reader and writer for a data set, chosen as nnU-Net does when it plans.
-
-    Args:
-        dataset_json: Content of dataset.json.
-        cases: The cases; nnU-Net takes a class that can read the first. Where none can, the next case is asked.
-
-    Returns:
-        A subclass of nnU-Net's BaseReaderWriter, None if no image can be read.
-    """
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-
-    for case in cases:
-        # What nnU-Net prints about classes that do not fit looks like an error.
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(RuntimeError):
-            return determine_reader_writer_from_dataset_json(dict(dataset_json), str(case.images[0]), verbose=False)
-    return None
-
-
 @dataclass(frozen=True)
 class CaseLook:
     """What a look into a case's files showed.
@@ -291,36 +261,17 @@ def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
     Returns:
         Shape and spacing, and what is wrong.
     """
-    case, reader_class, allowed = job
-    reader: Any = reader_class()
-    faults = []
+    case, reader, allowed = job
     try:
-        for path in (*case.images, case.labels):
-            read_to_the_end(path)
-        for path in case.images:
-            image, properties = reader.read_images([str(path)])
-        path = case.labels
-        labels, _ = reader.read_seg(str(path))
-    except Exception as error:  # each of nnU-Net's readers has its own
-        return CaseLook(case.case_id, faults=(f"{path} cannot be read: {short_message(error)}.",))
-    if labels.shape[1:] != image.shape[1:]:
-        faults.append(f"{case.labels} has shape {labels.shape[1:]}; expected {image.shape[1:]} like its image.")
-    values = np.unique(labels)
-    strange = values[~np.isin(values, allowed)]
-    if strange.size:
-        listed = some([f"{float(value):g}" for value in strange])
-        what = "values that are no integers" if (strange % 1 != 0).any() else "labels that dataset.json does not name"
-        faults.append(f"{case.labels} has {what}: {listed}; expected {', '.join(map(str, allowed))}.")
-    spacing = tuple(float(value) for value in properties["spacing"])
-    return CaseLook(case.case_id, tuple(image.shape[1:]), spacing, tuple(faults))
-
-
-def read_to_the_end(path: Path) -> None:
-    """Raises if a compressed file is cut short or damaged: ITK puts zeros in place of what is missing, unasked."""
-    if path.name.lower().endswith(".gz"):
-        with gzip.open(path, "rb") as stream:
-            while stream.read(1 << 20):
-                pass
+        image = [read_volume(path, reader) for path in case.images][-1]
+        labels = read_labels(case.labels, reader, allowed)
+    except InputError as error:
+        return CaseLook(case.case_id, faults=error.faults)
+    shape = tuple(image.voxels.shape[1:])
+    faults = []
+    if labels.voxels.shape != shape:
+        faults.append(f"{case.labels} has shape {labels.voxels.shape}; expected {shape} like its image.")
+    return CaseLook(case.case_id, shape, image.spacing, tuple(faults))
 
 
 # --- work over cases ------------------------------------------------------------------------------------------------

@@ -26,13 +26,13 @@ from nnunet_conres.datasets.raw import (
     look_at_case,
     map_cases,
     read_dataset_json,
-    reader_writer_class,
     short_message,
     some,
     target_faults,
-    write_json,
 )
 from nnunet_conres.errors import InputError
+from nnunet_conres.files import write_json
+from nnunet_conres.images.volumes import read_labels, reader_for, write_labels
 
 Axis = Literal["slice", 0, 1, 2]
 
@@ -218,9 +218,12 @@ def sparsify(
     cases, found = find_training_cases(source_folder, dataset_json)
     faults += found
     # Faulty arguments do not keep the files from being looked at: whoever has to repair both learns of both at once.
-    reader = reader_writer_class(dataset_json, cases)
-    if reader is None and cases:
-        faults.append(f"No image of {source_folder} can be read; expected files of the kind that their ending tells.")
+    reader: type | None = None
+    if cases:
+        try:
+            reader = reader_for(dataset_json, [case.images[0] for case in cases])
+        except InputError as error:
+            faults += error.faults
     jobs = [(case, reader, allowed) for case in cases if reader is not None and allowed]
     looks = list(map_cases(look_at_case, jobs, max(1, processes), "Checking", progress))
     faults += [fault for look in looks for fault in look.faults]
@@ -339,11 +342,11 @@ def _write_case(write: _Write) -> _Written:
     if spacing_file.is_file():
         link_or_copy(spacing_file, write.dataset_folder / "imagesTr" / f"{case.case_id}.json")
 
-    reader: Any = write.reader()
-    labels, properties = reader.read_seg(str(case.labels))
-    dense = labels[0].astype(np.uint16)
+    labels = read_labels(case.labels, write.reader)
+    dense = labels.voxels.astype(np.uint16)
     sparse = keep_slices(dense, write.axis, write.annotated, write.ignore_label)
-    reader.write_seg(sparse, str(write.dataset_folder / "labelsTr" / f"{case.case_id}{ending}"), properties)
+    path = write.dataset_folder / "labelsTr" / f"{case.case_id}{ending}"
+    write_labels(path, sparse, labels.properties, write.reader)
     kept = np.take(dense, write.annotated, axis=write.axis)
     return _Written(tuple(transfers), bool(dense.any() and not kept.any()))
 

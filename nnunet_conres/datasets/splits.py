@@ -23,13 +23,12 @@ from nnunet_conres.datasets.raw import (
     folder_from_environment,
     map_cases,
     read_dataset_json,
-    reader_writer_class,
-    short_message,
     some,
-    write_json,
 )
 from nnunet_conres.errors import InputError
-from nnunet_conres.text import aligned
+from nnunet_conres.files import write_json
+from nnunet_conres.images.volumes import read_labels, reader_for
+from nnunet_conres.text import aligned, number_text
 
 Balance = Literal["both", "grade", "volume", "none"]
 
@@ -169,9 +168,12 @@ def split(
     faults += found
     grades, found = _grades(folder, grades_file, ids)
     faults += found
-    reader = reader_writer_class(dataset_json, cases)
-    if reader is None and cases:
-        faults.append(f"No image of {folder} can be read; expected files of the kind that their ending tells.")
+    reader: type | None = None
+    if cases:
+        try:
+            reader = reader_for(dataset_json, [case.images[0] for case in cases])
+        except InputError as error:
+            faults += error.faults
     volumes: dict[str, float] = {}
     if reader is not None:
         jobs = [_Measure(case, reader, dataset_json["labels"].get("ignore")) for case in cases]
@@ -463,15 +465,20 @@ class _Measure:
 
 def _measure(job: _Measure) -> float | str:
     """Labelled volume in ml, or a message that tells why it cannot be known."""
-    reader: Any = job.reader()
     try:
-        labels, properties = reader.read_seg(str(job.case.labels))
-    except Exception as error:  # each of nnU-Net's readers has its own
-        return f"{job.case.labels} cannot be read: {short_message(error)}."
-    foreground = labels != 0
+        labels = read_labels(job.case.labels, job.reader)
+    except InputError as error:
+        return str(error)
+    if labels.inexact is not None:
+        return (
+            f"{job.case.labels} has labels that nnU-Net's {job.reader.__name__} reads as "
+            f"{number_text(labels.inexact)} and the like, and its training cuts the fraction off. Write the labels as "
+            f"integers, without a scale factor."
+        )
+    foreground = labels.voxels != 0
     if job.ignore_label is not None:
-        foreground &= labels != job.ignore_label
-    return float(np.count_nonzero(foreground) * np.prod(properties["spacing"]) / 1000)
+        foreground &= labels.voxels != job.ignore_label
+    return float(np.count_nonzero(foreground) * np.prod(labels.spacing) / 1000)
 
 
 def _grades(folder: Path, grades_file: str | Path | None, ids: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -18,7 +18,6 @@ from nnunet_conres.datasets.raw import (
     folder_from_environment,
     short_message,
     some,
-    write_json,
 )
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.costs import Cost, Curves, ensemble_cost, model_cost, unlike_conditions
@@ -41,6 +40,8 @@ from nnunet_conres.evaluation.models import (
 from nnunet_conres.evaluation.report import REPORT_FORMAT, CaseVolumes, write_report
 from nnunet_conres.evaluation.scoring import MEAN, Scores, ScoringJob, score_cases
 from nnunet_conres.evaluation.statistics import PairedComparison, compare_paired, mean_interval
+from nnunet_conres.files import write_json, written_whole
+from nnunet_conres.images.volumes import reader_for
 from nnunet_conres.text import aligned
 
 MOST_DISAGREEMENTS: Final = 10
@@ -641,8 +642,7 @@ def _write_csv(path: Path, content: Mapping[str, Any]) -> None:
     """A row per case, model and region; an empty cell where there is no value."""
     metrics = [metric["key"] for metric in content["metrics"]]
     names = {model["key"]: model["name"] for model in content["models"]}
-    partial = path.with_name(f".{path.name}.new")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["case", "fold", "model", "region", *metrics])
         for case in content["cases"]:
@@ -651,7 +651,6 @@ def _write_csv(path: Path, content: Mapping[str, Any]) -> None:
                     cells = ["" if values[metric] is None else values[metric] for metric in metrics]
                     fold = "" if case["fold"] is None else case["fold"]
                     writer.writerow([case["id"], fold, names[key], region, *cells])
-    partial.replace(path)
 
 
 def _write_report(path: Path, task: _Task, models: Sequence[Model], content: dict[str, Any]) -> None:
@@ -663,7 +662,7 @@ def _write_report(path: Path, task: _Task, models: Sequence[Model], content: dic
     def volumes() -> Iterator[CaseVolumes]:
         import numpy as np
 
-        from nnunet_conres.evaluation.figures import read_standing
+        from nnunet_conres.evaluation.figures import read_standing, read_standing_labels
 
         regions = label_values(task.dataset_json["labels"])
         channel_names = task.dataset_json.get("channel_names", task.dataset_json.get("modality", {}))
@@ -671,18 +670,19 @@ def _write_report(path: Path, task: _Task, models: Sequence[Model], content: dic
             if case not in task.images:
                 continue
             try:
-                images, spacings = zip(*(read_standing(file) for file in task.images[case]), strict=True)
+                reader = reader_for(task.dataset_json, [task.images[case][0]])
+                images, spacings = zip(*(read_standing(file, reader) for file in task.images[case]), strict=True)
                 found = CaseVolumes(
                     case,
                     np.stack(images),
                     [str(channel_names.get(str(number), f"channel {number}")) for number in range(len(images))],
-                    read_standing(task.references[case])[0],
-                    {model.key: read_standing(model.predictions[case].labels)[0] for model in models},
+                    read_standing_labels(task.references[case], reader),
+                    {model.key: read_standing_labels(model.predictions[case].labels, reader) for model in models},
                     regions,
                     spacings[0],
                 )
                 faults = found.faults()
-            except (RuntimeError, ValueError) as error:
+            except ValueError as error:
                 faults = [f"{short_message(error)}."]
             # Scores and statistics are there already: what can't be shown must not cost them.
             if faults:

@@ -9,8 +9,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from nnunet_conres.datasets.raw import map_cases, short_message, write_json
+from nnunet_conres.datasets.raw import map_cases, short_message
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.models import Model, Prediction, read_json
+from nnunet_conres.files import write_json
+from nnunet_conres.images.volumes import write_labels
 
 _SOURCES = "sources.json"
 
@@ -157,9 +160,9 @@ def _average_case(job: tuple[list[str], str, str]) -> str | None:
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         return f"{properties_file} can't be read: {short_message(error)}. nnU-Net writes it beside the probabilities."
     labels = plans.get_label_manager(dataset_json).convert_probabilities_to_segmentation(total / len(files))
-    # Whoever looks finds the label map whole or not at all.
-    file_ending = str(dataset_json["file_ending"])
-    partial = Path(target).with_name(f".{Path(target).name}.partial{file_ending}")
-    plans.image_reader_writer_class().write_seg(labels, str(partial), properties)
-    partial.replace(f"{target}{file_ending}")
+    path = Path(f"{target}{dataset_json['file_ending']}")
+    try:
+        write_labels(path, labels, properties, plans.image_reader_writer_class)
+    except InputError as error:
+        return str(error)
     return None

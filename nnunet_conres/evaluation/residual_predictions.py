@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from nnunet_conres.architectures.blocks import crop, resize
 from nnunet_conres.architectures.context_residual import ContextResidualDecoder
 from nnunet_conres.architectures.network import ResidualMapsMixin
-from nnunet_conres.datasets.raw import short_message, some, write_json
+from nnunet_conres.datasets.raw import short_message, some
 from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.figures import reversed_axes
 from nnunet_conres.evaluation.labels import label_values
 from nnunet_conres.evaluation.residual_maps import (
     ENDINGS,
@@ -30,12 +31,11 @@ from nnunet_conres.evaluation.residual_maps import (
     file_parts,
     look_at_file,
     output_faults,
-    read,
     residual_of_labels,
     slice_faults,
-    voxels_of,
-    write_like,
 )
+from nnunet_conres.files import write_json
+from nnunet_conres.images.volumes import read_labels, read_volume, write_map
 
 DEFAULT_CHECKPOINT: Final = "checkpoint_final.pth"
 
@@ -162,6 +162,7 @@ class ResidualPredictor:
     Attributes:
         regions: Label values of every label or region, by name, in the order of the network's channels.
         slice_axis: Axis of the slices, in arrays as the model's reader gives them.
+        reader: That reader.
 
     Raises:
         InputError: There is no such model, or it predicts no residual maps.
@@ -202,9 +203,7 @@ class ResidualPredictor:
         network = getattr(predictor.network, "_orig_mod", predictor.network)
         plans = predictor.plans_manager
         faults = list(_network_faults(folder, network, predictor, level))
-        reader = plans.image_reader_writer_class
-        if reader.__name__.endswith("WithReorient"):
-            faults.append(f"{folder} reads images with {reader.__name__}, which turns them; that is not supported.")
+        self.reader: type = plans.image_reader_writer_class
         self.file_ending = str(predictor.dataset_json["file_ending"])
         if self.file_ending not in ENDINGS:
             faults.append(f"{folder} reads {self.file_ending} files; expected a format with a geometry, like .nii.gz.")
@@ -331,7 +330,7 @@ def write_predicted_residuals(
     faults += found
     looks: dict[Path, FileLook] = {}
     for path in tqdm(paths, desc="Checking", unit="file", disable=not progress):
-        looks[path] = look_at_file(path, "image")
+        looks[path] = look_at_file(path, "image", predictor.reader)
         faults += looks[path].faults or slice_faults(looks[path], predictor.slice_axis)
     for case_id, path in references.items():
         faults += _reference_faults(path, looks[cases[case_id][0]], predictor)
@@ -352,22 +351,23 @@ def _write_case(
 ) -> CaseResiduals:
     from nnunet_conres.evaluation.residual_figures import predicted_residual_figure, save_figure
 
-    image = read(images[0])
+    volumes = [read_volume(path, predictor.reader) for path in images]
+    properties = volumes[0].properties
     axis, regions = predictor.slice_axis, predictor.regions
     predicted = predictor.predict(images)
     of_prediction = residual_of_labels(predicted.segmentation, regions, axis)
-    labels = None if reference is None else voxels_of(read(reference))
+    labels = None if reference is None else read_labels(reference, predictor.reader).voxels
     of_reference = {} if labels is None else residual_of_labels(labels, regions, axis, predictor.ignore_label)
 
     def write(maps: Mapping[str, NDArray[Any]], what: str, kind: type) -> dict[str, Path]:
         parts = file_parts(maps)
         return {
-            name: write_like(one.astype(kind), image, output / f"{case_id}_{what}_{parts[name]}.nii.gz")
+            name: write_map(output / f"{case_id}_{what}_{parts[name]}.nii.gz", one.astype(kind), properties)
             for name, one in maps.items()
         }
 
     figure = predicted_residual_figure(
-        [voxels_of(read(path)) for path in images],
+        [volume.voxels[0] for volume in volumes],
         predicted.segmentation,
         predicted.residuals,
         predicted.attention,
@@ -377,14 +377,14 @@ def _write_case(
         regions=regions,
         channels=predictor.channels,
         axis=axis,
-        spacing=image.GetSpacing()[::-1],
-        direction=image.GetDirection(),
+        spacing=volumes[0].spacing,
+        reverse=reversed_axes(properties),
         title=case_id,
     )
     return CaseResiduals(
         case_id=case_id,
-        segmentation=write_like(predicted.segmentation, image, output / f"{case_id}_segmentation.nii.gz"),
-        attention=write_like(predicted.attention, image, output / f"{case_id}_attention.nii.gz"),
+        segmentation=write_map(output / f"{case_id}_segmentation.nii.gz", predicted.segmentation, properties),
+        attention=write_map(output / f"{case_id}_attention.nii.gz", predicted.attention, properties),
         predicted=write(predicted.residuals, "predicted_residual", np.float32),
         of_prediction=write(of_prediction, "segmentation_residual", np.uint8),
         of_reference=write(of_reference, "reference_residual", np.uint8),
@@ -451,7 +451,7 @@ def _references(
 
 
 def _reference_faults(path: Path, image: FileLook, predictor: ResidualPredictor) -> Iterator[str]:
-    look = look_at_file(path, "labels")
+    look = look_at_file(path, "labels", predictor.reader)
     if look.faults or image.faults:
         yield from look.faults
         return

@@ -547,7 +547,7 @@ def _truncate_uncompressed(files: dict[str, Path]) -> str:
     save(path, load(files["t2"]))
     files["t2"].unlink()
     path.write_bytes(path.read_bytes()[:-2])
-    return "a_t2.nii cannot be read: it is truncated: 770 bytes where its header promises 772"
+    return "a_t2.nii cannot be read: it is cut short: 770 bytes, its header says 772"
 
 
 def _damage(files: dict[str, Path]) -> str:
@@ -564,7 +564,7 @@ def _empty_file(files: dict[str, Path]) -> str:
 
 def _not_nifti(files: dict[str, Path]) -> str:
     files["t1"].write_bytes(gzip.compress(b"no image " * 100))
-    return "a_t1.nii.gz cannot be read: it does not begin with a NIfTI-1 header"
+    return "a_t1.nii.gz cannot be read: it does not begin with a NIfTI header"
 
 
 def _colour(files: dict[str, Path]) -> str:

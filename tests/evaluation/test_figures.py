@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from nnunet_conres import cli
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import (
     Legend,
     _border,
@@ -240,7 +241,7 @@ class TestReadLegend:
             read_legend(folders / "dataset.json")
 
     def test_missing(self, folders: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
+        with pytest.raises(InputError, match=r"none\.json does not exist"):
             read_legend(folders / "none.json")
 
 

@@ -180,8 +180,8 @@ class TestFaults:
         assert "2.5 x 0.9 x 1 mm; expected 2.5 x 0.9 x 1.1 mm" in lines[1]
         assert "does not name: 7; expected 0, 1, 2" in lines[2]
         # ITK reads NaN in NIfTI files as zero, as if it were background.
-        assert "cannot be read: voxels that are NaN or infinite: 1." in lines[3]
-        assert "does not name: nan" in lines[4]
+        assert "nan.nii.gz has 1 voxels that are NaN or infinite; expected labels." in lines[3]
+        assert "nrrd.nrrd has 1 voxels that are NaN or infinite; expected labels." in lines[4]
         assert all("cannot be read" in line for line in lines[5:])
         # The one without fault need not be scored again.
         assert len(list((tmp_path / "c").iterdir())) == 1
