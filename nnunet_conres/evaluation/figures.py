@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.evaluation.labels import ignore_label, label_values
+from nnunet_conres.folders import list_files, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -214,12 +216,13 @@ def write_overlays(
     Raises:
         ValueError: Files are missing or do not fit each other; all missing ones are named before anything is written.
     """
-    from tqdm import tqdm
 
     ending = legend.file_ending
     jobs: list[tuple[str, list[Path], Path, Path | None]] = []
     faults: list[str] = []
-    for prediction in sorted(Path(prediction_folder).glob(f"*{ending}")):
+    predictions = list_files(Path(prediction_folder), ending)
+    faults += unsafe_ids((prediction.name[: -len(ending)] for prediction in predictions), prediction_folder)
+    for prediction in predictions:
         case_id = prediction.name[: -len(ending)]
         images = [Path(image_folder) / f"{case_id}_{i:04d}{ending}" for i in range(len(legend.channels))]
         reference = None if reference_folder is None else Path(reference_folder) / prediction.name
@@ -232,7 +235,15 @@ def write_overlays(
         raise ValueError("\n".join(faults))
 
     output = Path(output_folder)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        return _write_overlays(jobs, output, legend, progress)
+
+
+def _write_overlays(
+    jobs: Sequence[tuple[str, list[Path], Path, Path | None]], output: Path, legend: Legend, progress: bool
+) -> list[Path]:
+    from tqdm import tqdm
+
     written = []
     for case_id, images, prediction, reference in tqdm(jobs, desc="Drawing", unit="case", disable=not progress):
         voxels = [read_standing(path) for path in images]
@@ -416,15 +427,23 @@ def write_sparse_annotation_figures(
     Raises:
         ValueError: The files of a case do not fit each other, or dataset.json has no ignore label.
     """
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-    from tqdm import tqdm
 
     legend = read_legend(dataset_json)
     content = json.loads(Path(dataset_json).read_text(encoding="utf-8"))
     if legend.ignore_label is None:
         raise ValueError(f"{dataset_json} has no label 'ignore'; expected that of a sparsely annotated data set.")
     output = Path(output_folder)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        return _write_sparse_annotation_figures(cases, output, content, legend, progress)
+
+
+def _write_sparse_annotation_figures(
+    cases: Sequence[SparseCase], output: Path, content: Mapping[str, Any], legend: Legend, progress: bool
+) -> list[Path]:
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+    from tqdm import tqdm
+
+    assert legend.ignore_label is not None, "checked before"
     written = []
     for case in tqdm(cases, desc="Drawing", unit="case", disable=not progress):
         files = [str(path) for path in case.images]
