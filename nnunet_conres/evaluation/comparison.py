@@ -41,6 +41,7 @@ from nnunet_conres.evaluation.report import REPORT_FORMAT, CaseVolumes, write_re
 from nnunet_conres.evaluation.scoring import MEAN, Scores, ScoringJob, score_cases
 from nnunet_conres.evaluation.statistics import PairedComparison, compare_paired, mean_interval
 from nnunet_conres.files import write_json, written_whole
+from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.volumes import reader_for
 from nnunet_conres.text import aligned
 
@@ -185,7 +186,8 @@ def compare_cross_validation(
     task = _task(
         "cross-validation", dataset_name, dataset_json, found, references, _raw_images(dataset_name), settings, options
     )
-    return _compare(task, Path(output_folder), options)
+    with writing(Path(output_folder)):
+        return _compare(task, Path(output_folder), options)
 
 
 def compare_test_set(
@@ -239,7 +241,8 @@ def compare_test_set(
     shown = {} if images is None else _images_by_case(Path(images), file_ending)
     name = str(content.get("name", Path(dataset_json).resolve().parent.name))
     task = _task("test", name, content, found, Path(references), shown, settings, options)
-    return _compare(task, Path(output_folder), options)
+    with writing(Path(output_folder)):
+        return _compare(task, Path(output_folder), options)
 
 
 def _found_or_made(find: Callable[[], Found], options: CompareOptions, number: int) -> Found:
@@ -284,11 +287,7 @@ def _task(
     options: CompareOptions,
 ) -> _Task:
     file_ending = str(dataset_json["file_ending"])
-    references = {
-        path.name.removesuffix(file_ending): path
-        for path in sorted(reference_folder.iterdir())
-        if path.name.endswith(file_ending) and not path.name.startswith(".")
-    }
+    references = {path.name.removesuffix(file_ending): path for path in list_files(reference_folder, file_ending)}
     cases, faults = same_cases(found.models, list(references), intersection=options.intersection)
     faults += _other_labels(found.models, dataset_json, settings)
     groups, ungrouped = _groups(cases, options.group_pattern)
@@ -367,9 +366,9 @@ def _raw_images(dataset_name: str) -> dict[str, list[Path]]:
 
 def _images_by_case(folder: Path, file_ending: str) -> dict[str, list[Path]]:
     cases: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
+    for path in list_files(folder, file_ending):
         stem = path.name.removesuffix(file_ending)
-        if path.name.endswith(file_ending) and stem[-5:-4] == "_" and stem[-4:].isdigit():
+        if stem[-5:-4] == "_" and stem[-4:].isdigit():
             cases.setdefault(stem[:-5], []).append(path)
     return cases
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment, some
+from nnunet_conres.folders import list_files
 
 PROBABILITIES_ENDING: Final = ".npz"
 # What nnU-Net writes into folders of predictions besides.
@@ -346,6 +348,7 @@ def same_cases(
     faults: list[str] = []
     everywhere = set.intersection(*(set(model.predictions) for model in models)) if models else set()
     for model in models:
+        faults += unsafe_ids(model.predictions, model.name)
         extra = sorted(set(model.predictions) - everywhere)
         if extra and not intersection:
             without = [other.name for other in models if any(case not in other.predictions for case in extra)]
@@ -385,8 +388,7 @@ def _in_other_folds(first: Model, second: Model) -> set[str]:
 
 
 def _predictions(folder: Path, file_ending: str, fold: int | None) -> dict[str, Prediction]:
-    files = (path for path in sorted(folder.iterdir()) if path.name.endswith(file_ending) and path.is_file())
-    cases = {path.name.removesuffix(file_ending): path for path in files if not path.name.startswith(".")}
+    cases = {path.name.removesuffix(file_ending): path for path in list_files(folder, file_ending)}
     return {case_id: Prediction(case_id, path, fold) for case_id, path in cases.items()}
 
 

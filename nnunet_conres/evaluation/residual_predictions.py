@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from nnunet_conres.architectures.blocks import crop, resize
 from nnunet_conres.architectures.context_residual import ContextResidualDecoder
 from nnunet_conres.architectures.network import ResidualMapsMixin
+from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import short_message, some
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import reversed_axes
@@ -35,6 +36,7 @@ from nnunet_conres.evaluation.residual_maps import (
     slice_faults,
 )
 from nnunet_conres.files import write_json
+from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.volumes import read_labels, read_volume, write_map
 
 DEFAULT_CHECKPOINT: Final = "checkpoint_final.pth"
@@ -337,12 +339,12 @@ def write_predicted_residuals(
     if faults:
         raise InputError(faults)
 
-    output.mkdir(parents=True, exist_ok=True)
     done = []
-    for case_id, images in tqdm(cases.items(), desc="Predicting", unit="case", disable=not progress):
-        done.append(_write_case(case_id, images, references.get(case_id), output, predictor))
-    content = {"axis": predictor.slice_axis, "cases": [case.as_json() for case in done]}
-    write_json(output / RECORD, content)
+    with writing(output):
+        for case_id, images in tqdm(cases.items(), desc="Predicting", unit="case", disable=not progress):
+            done.append(_write_case(case_id, images, references.get(case_id), output, predictor))
+        content = {"axis": predictor.slice_axis, "cases": [case.as_json() for case in done]}
+        write_json(output / RECORD, content)
     return done
 
 
@@ -413,15 +415,15 @@ def find_cases(source: Path, ending: str, channels: int) -> tuple[dict[str, tupl
         found = {match[1]: {number: source.with_name(name) for number, name in enumerate(names)}}
     elif source.is_dir():
         found = defaultdict(dict)
-        for path in sorted(source.iterdir()):
+        for path in list_files(source, ending):
             match = pattern.fullmatch(path.name)
-            if match and not path.name.startswith("."):
+            if match:
                 found[match[1]][int(match[2])] = path
     else:
         return {}, [f"{source} does not exist; expected a folder of {expected}, or one such file."]
     if not found:
         return {}, [f"{source} has no {expected}. BraTS's own names: nnunet-conres brats-convert."]
-    faults: list[str] = []
+    faults = unsafe_ids(found, source)
     cases = {}
     for case_id, images in found.items():
         folder = next(iter(images.values())).parent
