@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_conres.datasets.raw import map_cases, short_message, write_json
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.models import Model, Prediction, read_json
+from nnunet_conres.unpickling import read_pickle
 
 _SOURCES = "sources.json"
 
@@ -86,7 +88,7 @@ def build_ensemble(
         The ensemble.
 
     Raises:
-        ValueError: The probabilities of a case do not fit each other, or a file can't be read.
+        InputError: The probabilities of a case do not fit each other, or a file can't be read.
     """
     name = " + ".join(member.name for member in members)
     file_ending = str(read_json(settings_folder / "dataset.json")["file_ending"])
@@ -108,7 +110,7 @@ def build_ensemble(
     ]
     for case, fault in zip(todo, map_cases(_average_case, jobs, processes, f"Ensemble {name}", progress), strict=True):
         if fault:
-            raise ValueError(fault)
+            raise InputError(fault)
         done[case] = [*sources[case], _fingerprint(targets[case])]
         write_json(output_folder / _SOURCES, done)
     predictions = {case: Prediction(case, targets[case], members[0].predictions[case].fold) for case in cases}
@@ -127,8 +129,6 @@ def _fingerprint(path: Path) -> list[Any]:
 
 def _average_case(job: tuple[list[str], str, str]) -> str | None:
     """Writes a case's label map with nnU-Net's own means; returns what is wrong, if anything is."""
-    import pickle
-
     import numpy as np
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -153,9 +153,9 @@ def _average_case(job: tuple[list[str], str, str]) -> str | None:
         total = probabilities if total is None else total + probabilities
     properties_file = Path(files[0]).with_suffix(".pkl")
     try:
-        properties = pickle.loads(properties_file.read_bytes())
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        return f"{properties_file} can't be read: {short_message(error)}. nnU-Net writes it beside the probabilities."
+        properties = read_pickle(properties_file)
+    except InputError as error:
+        return f"{error} nnU-Net writes it with the probabilities; predict the case again."
     labels = plans.get_label_manager(dataset_json).convert_probabilities_to_segmentation(total / len(files))
     # Whoever looks finds the label map whole or not at all.
     file_ending = str(dataset_json["file_ending"])

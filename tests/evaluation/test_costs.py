@@ -1,7 +1,9 @@
 """Costs by hand: parameters, operations, seconds."""
 
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +87,22 @@ class TestLogs:
         assert cost.epochs is None
         assert not curves
         assert "fold 0" in note
+        assert "checkpoint_final.pth cannot be read as a checkpoint" in note
+
+    def test_a_checkpoint_that_runs_code(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        folder = lab().add()
+
+        class Touch:
+            def __reduce__(self) -> Any:
+                return os.mknod, (str(tmp_path / "made"),)
+
+        path = folder / "fold_0" / "checkpoint_final.pth"
+        torch.save(torch.load(path, weights_only=False) | {"more": Touch()}, path)
+        cost, curves, (note,) = model_cost(find())
+        assert not (tmp_path / "made").exists()
+        assert cost.epochs is None
+        assert not curves
+        assert "checkpoint_final.pth holds posix.mknod" in note
 
     def test_peak_memory(self, lab: Callable[..., Any]) -> None:
         folder = lab().add()

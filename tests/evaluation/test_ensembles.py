@@ -1,6 +1,8 @@
 """Averaged probabilities: what nnU-Net makes of two models, and a loop of any number."""
 
 import json
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
 from nnunetv2.ensembling.ensemble import ensemble_folders
 
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.ensembles import build_ensemble, ensemble_members, settings_differences
 from nnunet_conres.evaluation.models import Model, ModelName, find_cross_validation
 
@@ -121,8 +124,22 @@ class TestRefused:
             path = made.added[0] / "fold_0" / "validation" / "case_2.pkl"
             path.unlink()
         models = find_cross_validation(NAME, names, [0]).models
-        with pytest.raises(ValueError, match=path.name):
+        with pytest.raises(InputError, match=path.name):
             build(made, models, tmp_path / "e")
+        assert not (tmp_path / "e" / "case_2.nii.gz").exists()
+
+    def test_a_pickle_that_runs_code(self, trained: tuple[Any, list[Model]], tmp_path: Path) -> None:
+        made, models = trained
+
+        class Touch:
+            def __reduce__(self) -> Any:
+                return os.mknod, (str(tmp_path / "made"),)
+
+        path = made.added[0] / "fold_0" / "validation" / "case_2.pkl"
+        path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()) | {"more": Touch()}))
+        with pytest.raises(InputError, match=r"case_2.pkl holds posix.mknod"):
+            build(made, models, tmp_path / "e")
+        assert not (tmp_path / "made").exists()
         assert not (tmp_path / "e" / "case_2.nii.gz").exists()
 
     @pytest.mark.parametrize(
