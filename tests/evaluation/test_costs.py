@@ -18,7 +18,9 @@ NAME = "Dataset801_Models"
 
 
 def find(trainer: str = "nnUNetTrainer", folds: tuple[int, ...] = (0,)) -> Model:
-    (model,) = find_cross_validation(NAME, [ModelName(trainer, "nnUNetPlans", "3d_fullres")], folds).models
+    (model,) = find_cross_validation(
+        NAME, [ModelName(trainer, "nnUNetPlans", "3d_fullres")], folds, device="cpu"
+    ).models
     return model
 
 

@@ -26,7 +26,7 @@ def trained(lab: Callable[..., Any], request: pytest.FixtureRequest) -> tuple[An
     for number, trainer in enumerate(("A", "B", "C")):
         made.add(trainer, blur=0.6, seed=number)
         names.append(ModelName(trainer, "nnUNetPlans", "3d_fullres"))
-    return made, find_cross_validation(NAME, names, [0]).models
+    return made, find_cross_validation(NAME, names, [0], device="cpu").models
 
 
 def voxels(path: Path) -> np.ndarray:
@@ -123,7 +123,7 @@ class TestRefused:
         else:
             path = made.added[0] / "fold_0" / "validation" / "case_2.pkl"
             path.unlink()
-        models = find_cross_validation(NAME, names, [0]).models
+        models = find_cross_validation(NAME, names, [0], device="cpu").models
         with pytest.raises(InputError, match=path.name):
             build(made, models, tmp_path / "e")
         assert not (tmp_path / "e" / "case_2.nii.gz").exists()
@@ -156,7 +156,7 @@ class TestRefused:
             made.add(name.trainer)
         path = made.added[1] / file
         path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
-        models = find_cross_validation(NAME, names, [0]).models
+        models = find_cross_validation(NAME, names, [0], device="cpu").models
         (fault,) = settings_differences(models, {model.key: model.folder for model in models})
         assert entry in fault
         path.unlink()
