@@ -33,7 +33,7 @@ class _ValuesUnpickler(pickle.Unpickler):
         if module in _NUMPY_MODULES:
             # the functions of the installed NumPy, whichever version wrote the file
             array, number = np.zeros(1), np.float64(0)
-            functions = (array.__reduce__()[0], array.__reduce_ex__(5)[0], number.__reduce__()[0])
+            functions: tuple[Any, ...] = (array.__reduce__()[0], array.__reduce_ex__(5)[0], number.__reduce__()[0])
             for function in functions:
                 if function.__name__ == name:
                     return function

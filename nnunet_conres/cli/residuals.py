@@ -110,7 +110,7 @@ def _of_model(arguments: argparse.Namespace) -> int:
         for maps in (case.predicted, case.of_prediction, case.of_reference):
             for path in maps.values():
                 print(path)
-        for path in (case.segmentation, case.attention, case.figure):
-            if path is not None:
-                print(path)
+        for written in (case.segmentation, case.attention, case.figure):
+            if written is not None:
+                print(written)
     return 0

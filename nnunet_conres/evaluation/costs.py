@@ -223,7 +223,7 @@ def _trainer_class(name: str) -> Any:
 
 def _logged(fold_folder: Path) -> tuple[dict[str, list[Any]] | None, list[str]]:
     """What nnU-Net's logger keeps in checkpoints, a value per epoch; and why checkpoints that are there have none."""
-    reasons = []
+    reasons: list[str] = []
     for name in _CHECKPOINTS:
         if (fold_folder / name).is_file():
             try:
