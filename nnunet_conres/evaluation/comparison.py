@@ -20,7 +20,7 @@ from nnunet_conres.datasets.raw import (
     some,
     write_json,
 )
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.costs import Cost, Curves, ensemble_cost, model_cost, unlike_conditions
 from nnunet_conres.evaluation.ensembles import build_ensemble, ensemble_members, settings_differences
 from nnunet_conres.evaluation.json_values import without_nan
@@ -387,7 +387,7 @@ def _raw_images(dataset_name: str) -> dict[str, list[Path]]:
         return {}
     try:
         file_ending = str(read_json(raw / dataset_name / "dataset.json")["file_ending"])
-    except (OSError, ValueError, KeyError):
+    except (InputError, KeyError):
         return {}
     return _images_by_case(raw / dataset_name / "imagesTr", file_ending)
 
@@ -405,7 +405,8 @@ def _images_by_case(folder: Path, file_ending: str) -> dict[str, list[Path]]:
 
 
 def _compare(task: _Task, output: Path, options: CompareOptions) -> Comparison:
-    output.mkdir(parents=True, exist_ok=True)
+    with file_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
     warnings = list(task.warnings)
     models = task.models + (_ensembles(task, output, options, warnings) if options.ensembles else [])
     jobs = [

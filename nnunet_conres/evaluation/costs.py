@@ -286,7 +286,7 @@ def _training_conditions(fold_folder: Path) -> dict[str, str]:
     """What is known of `_CONDITIONS` in a fold; what nnU-Net wrote about the last start of its training."""
     try:
         debug = read_json(fold_folder / "debug.json")
-    except (OSError, ValueError):
+    except InputError:
         return {}
     kind = str(debug.get("device", "")).split(":")[0]
     # nnU-Net's own training steps are in mixed precision on CUDA and in single precision elsewhere.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_conres.datasets.raw import map_cases, short_message, write_json
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.models import Model, Prediction, read_json
 from nnunet_conres.unpickling import read_pickle
 
@@ -41,8 +41,8 @@ def settings_differences(models: Sequence[Model], settings: Mapping[str, Path]) 
         folder = settings[model.key]
         try:
             read[model.key] = (read_json(folder / "dataset.json"), read_json(folder / "plans.json"))
-        except (OSError, ValueError) as error:
-            faults.append(f"{model.name} can't be averaged with others: {short_message(error)}.")
+        except InputError as error:
+            faults.append(f"{model.name} can't be averaged with others: {error}")
     if faults:
         return faults
     first = models[0]
@@ -92,10 +92,11 @@ def build_ensemble(
     """
     name = " + ".join(member.name for member in members)
     file_ending = str(read_json(settings_folder / "dataset.json")["file_ending"])
-    output_folder.mkdir(parents=True, exist_ok=True)
+    with file_errors(output_folder):
+        output_folder.mkdir(parents=True, exist_ok=True)
     try:
         done = read_json(output_folder / _SOURCES)
-    except (OSError, ValueError):
+    except InputError:
         done = {}
     sources = {case: [_fingerprint(path) for path in _files(members, case, file_ending)] for case in cases}
     targets = {case: output_folder / f"{case}{file_ending}" for case in cases}

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from nnunet_conres.architectures.blocks import crop, resize
 from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.datasets.raw import short_message, some, write_json
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.labels import label_values
 from nnunet_conres.evaluation.residual_maps import (
     ENDINGS,
@@ -352,7 +352,8 @@ def write_predicted_residuals(
     if faults:
         raise InputError(faults)
 
-    output.mkdir(parents=True, exist_ok=True)
+    with file_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
     done = []
     for case_id, images in tqdm(cases.items(), desc="Predicting", unit="case", disable=not progress):
         done.append(_write_case(case_id, images, references.get(case_id), output, predictor))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nnunet_conres import __version__
 from nnunet_conres.datasets.nifti import READ_ERRORS, is_nifti, read_header, read_nifti
 from nnunet_conres.datasets.raw import map_cases, read_to_the_end, short_message, some
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.json_values import without_nan
 from nnunet_conres.evaluation.labels import ignore_label, label_values
 from nnunet_conres.evaluation.metrics import METRIC_VERSION, METRICS, MetricOptions, measure
@@ -106,7 +106,8 @@ def score_cases(
         raise InputError(faults)
     cache = None if cache_folder is None else Path(cache_folder)
     if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
+        with file_errors(cache):
+            cache.mkdir(parents=True, exist_ok=True)
     reader = _reader_class(dataset_json, [job.reference for job in jobs])
 
     tasks = [_Task(job, scheme, options, reader, cache) for job in jobs]
@@ -331,7 +332,8 @@ def _content_key(task: _Task) -> str:
     for path in (task.job.reference, task.job.prediction):
         # The same bytes may be read as another image under another ending.
         key.update(path.suffix.lower().encode())
-        key.update(hashlib.sha256(path.read_bytes()).digest())
+        with file_errors(path):
+            key.update(hashlib.sha256(path.read_bytes()).digest())
     return key.hexdigest()
 
 
@@ -356,5 +358,6 @@ def _write_entry(entry: Path, task: _Task, scores: CaseScores, displaced: bool) 
     content["scores"] = without_nan(scores)
     # A name of this process's own: two models may have made the very same prediction.
     partial = entry.with_name(f".{entry.stem}.{os.getpid()}.new")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(entry)
+    with file_errors(entry):
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(entry)
