@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from nnunet_conres.datasets.raw import short_message
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.models import Model, ModelName, read_json
+from nnunet_conres.evaluation.models import Model, ModelName, architecture_faults, read_json
 from nnunet_conres.unpickling import read_checkpoint
 
 # What the trainers of this package say besides: an attribute, which nnU-Net writes into debug.json, and a logged line.
@@ -177,6 +177,8 @@ def _network_cost(folder: Path, model: ModelName, name: str, notes: list[str]) -
 
     known: dict[str, Any] = {}
     try:
+        if faults := architecture_faults(folder / "plans.json"):
+            raise InputError(faults[0])
         dataset_json = read_json(folder / "dataset.json")
         plans = PlansManager(read_json(folder / "plans.json"))
         configuration = plans.get_configuration(model.configuration)

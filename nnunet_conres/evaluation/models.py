@@ -535,6 +535,40 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def architecture_faults(plans_file: Path) -> list[str]:
+    """What a model's plans name as network or layer that is none, and would be called when the network is built.
+
+    Args:
+        plans_file: The plans.json of a model, which other people may have made.
+
+    Returns:
+        A message for every such name.
+
+    Raises:
+        InputError: The file cannot be read, or holds no plans.
+    """
+    import pydoc
+
+    from torch import nn
+
+    names: list[Any] = []
+    content = read_json(plans_file)
+    try:
+        for configuration in content["configurations"].values():
+            architecture = configuration.get("architecture", {})
+            arguments = architecture.get("arch_kwargs", {})
+            names += [architecture.get("network_class_name")]
+            names += [arguments.get(key) for key in architecture.get("_kw_requires_import", ())]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{plans_file} holds no plans of nnU-Net: {error!r}.") from error
+    faults = []
+    for name in dict.fromkeys(name for name in names if isinstance(name, str)):
+        found = pydoc.locate(name)  # as nnU-Net finds it
+        if found is not None and not (isinstance(found, type) and issubclass(found, nn.Module)):
+            faults.append(f"{plans_file} names {name} as part of a network; expected a class of torch.nn.Module.")
+    return faults
+
+
 def iterate_missing(found: Found, *, probabilities: bool) -> Iterator[Missing]:
     """All that commands have to make before the comparison, each command once."""
     seen: set[tuple[str, ...] | str] = set()

@@ -22,6 +22,7 @@ from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.datasets.raw import short_message, some, write_json
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.labels import label_values
+from nnunet_conres.evaluation.models import architecture_faults
 from nnunet_conres.evaluation.residual_maps import (
     ENDINGS,
     RECORD,
@@ -194,6 +195,7 @@ class ResidualPredictor:
                 device=torch.device(device),
                 allow_tqdm=progress,
             )
+        faults += architecture_faults(folder / "plans.json")
         for fold in folds:
             try:  # nnU-Net's own loading runs what is in a checkpoint
                 read_checkpoint(folder / f"fold_{fold}" / checkpoint)

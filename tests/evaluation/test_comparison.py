@@ -189,8 +189,12 @@ class TestCrossValidation:
         content = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", options).content
         assert any(f"{OURS}: trained on other splits" in warning for warning in content["warnings"])
 
-    def test_predictions_that_are_gone(self, two: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        for folder, case in zip(two.added, ("case_2", "case_3"), strict=True):
+    def test_predictions_that_are_gone(
+        self, lab: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        made = lab()
+        for trainer, case in ((STOCK, "case_2"), (OURS, "case_3")):
+            folder = made.add(trainer, folds=(0, 1), npz=False)
             (path,) = folder.glob(f"fold_*/validation/{case}.nii.gz")
             path.unlink()
         arguments = ["compare", "-d", "801", "-tr", STOCK, OURS, "-f", "0", "1", "-np", "1", "-device", "cpu"]
@@ -212,8 +216,9 @@ class TestCrossValidation:
             assert f"{STOCK}, fold 0, has no prediction of case_2, which its summary.json lists. Left out" in text
             assert f"{OURS}, fold 1, has no prediction of case_3, which its summary.json lists. Left out" in text
 
-    def test_folds_are_those_of_the_compared_cases(self, two: Any, tmp_path: Path) -> None:
-        first, second = (folder / "fold_1" / "validation" for folder in two.added)
+    def test_folds_are_those_of_the_compared_cases(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        first, second = (made.add(name, folds=(0, 1), npz=False) / "fold_1" / "validation" for name in (STOCK, OURS))
         for path in (*first.glob("case_[13].nii.gz"), *second.glob("case_[57].nii.gz")):
             path.unlink()
         options = CompareOptions(intersection=True, progress=False)
@@ -224,9 +229,12 @@ class TestCrossValidation:
 
     @pytest.mark.parametrize("intersection", [False, True])
     def test_models_from_zips(
-        self, two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intersection: bool
+        self, lab: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intersection: bool
     ) -> None:
         """nnU-Net's export leaves predictions out, but not summary.json."""
+        made = lab()
+        for trainer in (STOCK, OURS):
+            made.add(trainer, folds=(0, 1))
         from nnunetv2.model_sharing import model_export, model_import
 
         for module in (model_export, model_import):
@@ -236,7 +244,7 @@ class TestCrossValidation:
             for module in ("nnunetv2.utilities.dataset_name_id_conversion", "nnunetv2.paths"):
                 monkeypatch.setattr(f"{module}.nnUNet_{variable}", str(tmp_path / variable), raising=False)
         zips = []
-        for folder, trainer in zip(two.added, (STOCK, OURS), strict=True):
+        for folder, trainer in zip(made.added, (STOCK, OURS), strict=True):
             for file in (folder / "dataset_fingerprint.json", *(folder / f"fold_{f}" / "progress.png" for f in (0, 1))):
                 file.write_text("")
             zips.append(tmp_path / f"{trainer}.zip")

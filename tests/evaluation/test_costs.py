@@ -52,6 +52,17 @@ class TestNetwork:
         assert cost.epochs == 3
         assert "nnUNetTrainerOfSomebodyElse" in note
 
+    def test_plans_that_run_code(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        path = lab().add() / "plans.json"
+        plans = json.loads(path.read_text())
+        arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        arguments |= {"nonlin": "os.system", "nonlin_kwargs": {"command": f"touch {tmp_path / 'made'}"}}
+        path.write_text(json.dumps(plans))
+        cost, _, (note,) = model_cost(find())
+        assert cost.parameters is None
+        assert "names os.system as part of a network" in note
+        assert not (tmp_path / "made").exists()
+
 
 class TestLogs:
     def test_seconds(self, lab: Callable[..., Any]) -> None:

@@ -341,6 +341,16 @@ class TestFaults:
             load(model, (0, 1))
         assert not (tmp_path / "made").exists()
 
+    def test_plans_that_run_code(self, tmp_path: Path) -> None:
+        model = make_model(tmp_path / "model")
+        plans = json.loads((model / "plans.json").read_text())
+        arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        arguments |= {"nonlin": "os.system", "nonlin_kwargs": {"command": f"touch {tmp_path / 'made'}"}}
+        (model / "plans.json").write_text(json.dumps(plans))
+        with pytest.raises(InputError, match=r"names os.system as part of a network"):
+            load(model)
+        assert not (tmp_path / "made").exists()
+
     def test_network_without_residual_maps(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="nnUNetTrainerVNet, whose VNet predicts no residual maps"):
             load(make_model(tmp_path / "model", "vnet"))
