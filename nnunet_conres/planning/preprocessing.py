@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import tempfile
 import zipfile
@@ -27,6 +26,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, map_cases, short_message, some
 from nnunet_conres.errors import InputError
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
+from nnunet_conres.unpickling import read_pickle
 
 STOCK_PLANS: Final = "nnUNetPlans"
 
@@ -225,14 +225,14 @@ def _look_at(job: tuple[str, _Wanted]) -> _State:
 
 def _read(folder: Path, case_id: str) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
     """Shapes of a case's image and labels, and its properties. Raises if a file is missing or was cut short."""
+    properties = read_pickle(folder / f"{case_id}.pkl")  # before nnU-Net does so, which trusts it
     compressed = folder / f"{case_id}.npz"
     if not compressed.is_file():
-        image, annotation, _, properties = nnUNetDatasetBlosc2(str(folder), [case_id]).load_case(case_id)
+        image, annotation, _, _ = nnUNetDatasetBlosc2(str(folder), [case_id]).load_case(case_id)
         return tuple(image.shape), tuple(annotation.shape), properties
     with zipfile.ZipFile(compressed) as archive:  # the heads only: nnU-Net would unpack all of it
         shapes = _array_shape(archive, "data"), _array_shape(archive, "seg")
-    with open(folder / f"{case_id}.pkl", "rb") as stream:
-        return *shapes, pickle.load(stream)
+    return *shapes, properties
 
 
 def _array_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:

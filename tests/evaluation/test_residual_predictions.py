@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,28 @@ class TestResidualPredictor:
 
 
 class TestFaults:
+    def test_a_checkpoint_that_runs_code(self, tmp_path: Path) -> None:
+        class Touch:
+            def __reduce__(self) -> Any:
+                return os.mknod, (str(tmp_path / "made"),)
+
+        model = make_model(tmp_path / "model", folds=2)
+        path = model / "fold_1" / "checkpoint_final.pth"
+        torch.save(torch.load(path, weights_only=False) | {"more": Touch()}, path)
+        with pytest.raises(InputError, match=r"fold_1/checkpoint_final.pth holds posix.mknod"):
+            load(model, (0, 1))
+        assert not (tmp_path / "made").exists()
+
+    def test_plans_that_run_code(self, tmp_path: Path) -> None:
+        model = make_model(tmp_path / "model")
+        plans = json.loads((model / "plans.json").read_text())
+        arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        arguments |= {"nonlin": "os.system", "nonlin_kwargs": {"command": f"touch {tmp_path / 'made'}"}}
+        (model / "plans.json").write_text(json.dumps(plans))
+        with pytest.raises(InputError, match=r"names os.system as part of a network"):
+            load(model)
+        assert not (tmp_path / "made").exists()
+
     def test_network_without_residual_maps(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="nnUNetTrainerVNet, whose VNet predicts no residual maps"):
             load(make_model(tmp_path / "model", "vnet"))
@@ -446,3 +469,12 @@ class TestCommand:
             "case_residual.png",
         ]
         assert all(Path(line).is_file() for line in lines[1:])
+
+    def test_a_network_without_attention(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        source = save_case(tmp_path / "in", made_up())[0]
+        model = make_model(tmp_path / "model", "residual_maps")
+        command = ["residuals", "--model", str(model), "-i", str(source), "-o", str(tmp_path / "out")]
+        assert cli.main([*command, "-device", "cpu"]) == 0
+        assert "attention" not in capsys.readouterr().out
+        assert not list((tmp_path / "out").glob("*attention*"))
+        assert json.loads((tmp_path / "out" / "residuals.json").read_text())["cases"][0]["attention"] is None
