@@ -17,7 +17,6 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed, nn
@@ -30,6 +29,7 @@ from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, Muon, muon_of
 from nnunet_conres.planning.architectures import CONRESNET_DEFAULTS, has_auxiliary_heads
 from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
+from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.plans import (
     configuration_of,
     differences_in_topology,
@@ -43,7 +43,7 @@ CHECKPOINT_VARIABLE = "NNUNET_CONRES_CHECKPOINT_MINUTES"
 """Environment variable with another `PluginTrainer.checkpoint_interval_minutes` for all trainers."""
 
 
-class PluginTrainer(nnUNetTrainer):
+class PluginTrainer(FiniteStepsTrainer):
     """nnU-Net's trainer plus what every network of this package needs of it.
 
     Subclasses say which network they train in ``architecture``, and what else they write into the plans in ``resolve``.
@@ -291,8 +291,8 @@ class PluginTrainer(nnUNetTrainer):
                 gathered: list[list[float]] = [[] for _ in range(distributed.get_world_size())]
                 distributed.all_gather_object(gathered, values)
                 values = [value for one in gathered for value in one]
-            # NaN marks batches in which the part was not defined
-            defined = [value for value in values if not math.isnan(value)]
+            # NaN marks batches in which the part was not defined; those that are infinite were skipped
+            defined = [value for value in values if math.isfinite(value)]
             mean = float(np.mean(defined)) if defined else math.nan
             self.logger.log(loss_part_key(phase, part), mean, self.current_epoch)
 
