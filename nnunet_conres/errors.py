@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+_NO_PERMISSION: Final = "Give yourself the permission, or choose another place."
+_NO_SPACE: Final = "Free some space, or choose another place; then run the command again."
+# What a user can do about the errors of a file system. Other numbers, such as EBADF, are errors of a program.
+_ADVICE: Final = {
+    errno.ENOENT: "Check the name, and that its folder exists.",
+    errno.ENOTDIR: "Check the name: one of its folders is a file.",
+    errno.EISDIR: "Expected a file.",
+    errno.EEXIST: "Remove it, or choose another name.",
+    errno.ENOTEMPTY: "Remove it, or choose another name.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "Remove the symbolic link, or name the file itself.",
+    errno.EACCES: _NO_PERMISSION,
+    errno.EPERM: _NO_PERMISSION,
+    errno.EROFS: "Choose another place.",
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EFBIG: _NO_SPACE,
+    errno.EIO: "Check the disk.",
+    errno.ESTALE: "Check the network file system; then run the command again.",
+    errno.EBUSY: "End the program that uses it.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer processes.",
+    errno.ENFILE: "Raise the limit of open files (ulimit -n), or use fewer processes.",
+}
 
 
 class InputError(ValueError):
@@ -31,3 +59,26 @@ class InputError(ValueError):
     def __reduce__(self) -> tuple[type[InputError], tuple[str | tuple[str, ...]]]:
         # worker processes send it back; BaseException would call the class with the finished message
         return type(self), (self.faults[0] if str(self) == self.faults[0] else self.faults,)
+
+
+@contextlib.contextmanager
+def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns errors of the file system into an `InputError` that names the file and says what to do.
+
+    For the lines that touch a file, not for more: within it an OSError counts as the user's.
+
+    Args:
+        path: The file or folder, named where the operating system names none.
+
+    Raises:
+        InputError: The file system refused, as with a missing file, a missing permission or a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # libraries raise it for what a file holds: gzip, nibabel
+            raise InputError(f"{os.fspath(path)}: {' '.join(str(error).split())}") from error
+        if error.errno not in _ADVICE:
+            raise
+        named = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else os.fspath(path)
+        raise InputError(f"{named}: {os.strerror(error.errno)}. {_ADVICE[error.errno]}") from error

@@ -1,8 +1,12 @@
+import errno
+import gzip
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 
 
 @pytest.mark.parametrize("faults", ["The id is 0.", ["The id is 0."], ["The id is 0.", "There is no folder."]])
@@ -20,3 +24,38 @@ def test_a_list_is_counted():
     error = InputError(["The id is 0.", "There is no folder."])
     assert "2 errors found" in str(error)
     assert all(fault in str(error) for fault in error.faults)
+
+
+def attempt(do: Callable[[], object], path: Path) -> str:
+    """The message of what goes wrong."""
+    with pytest.raises(InputError) as caught, file_errors(path):
+        do()
+    return str(caught.value)
+
+
+class TestFileErrors:
+    def test_names_the_file_and_what_to_do(self, tmp_path: Path) -> None:
+        path = tmp_path / "gone" / "labels.json"
+        message = f"{path}: No such file or directory. Check the name, and that its folder exists."
+        assert attempt(path.read_text, tmp_path) == message
+        assert "Is a directory" in attempt(tmp_path.read_text, tmp_path)
+        (tmp_path / "file").touch()
+        assert "one of its folders is a file" in attempt((tmp_path / "file" / "below").read_text, tmp_path)
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+    def test_a_full_disk_names_the_file_that_the_system_does_not_name(self) -> None:
+        path = Path("/dev/full")
+        assert attempt(lambda: path.write_text("much"), path) == (
+            "/dev/full: No space left on device. Free some space, or choose another place; then run the command again."
+        )
+
+    def test_what_a_file_holds(self, tmp_path: Path) -> None:
+        path = tmp_path / "image.nii.gz"
+        path.write_bytes(b"no gzip")
+        assert attempt(lambda: gzip.open(path).read(), path) == f"{path}: Not a gzipped file (b'no')"
+
+    @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EBADF, "x"), BrokenPipeError(errno.EPIPE, "x")])
+    def test_everything_else_passes(self, error: Exception) -> None:
+        with pytest.raises(type(error)) as caught, file_errors("file"):
+            raise error
+        assert caught.value is error

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from nnunet_conres.locks import LockedError, hold
 from nnunet_conres.workflow.config import Experiment
-from nnunet_conres.workflow.locks import LockedError, hold
 from nnunet_conres.workflow.step import gpus_here
 
 FOLDER: Final = Path(__file__).resolve().parent

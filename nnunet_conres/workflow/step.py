@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.locks import LockedError, hold, hold_some, holder
 from nnunet_conres.workflow import records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, parse_config
-from nnunet_conres.workflow.locks import LockedError, hold, hold_some, holder
 from nnunet_conres.workflow.records import digest, read_json, write_if_changed
 
 MARK: Final = "[workflow]"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from nnunet_conres.locks import hold, holder
 from nnunet_conres.workflow import commands, records
 from nnunet_conres.workflow.config import Experiment
-from nnunet_conres.workflow.locks import hold, holder
 from nnunet_conres.workflow.step import Step, StepError, gpus, run
 
 pytest.importorskip("fcntl", reason="needs an operating system with flock")

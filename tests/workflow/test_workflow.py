@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from nnunet_conres import cli
+from nnunet_conres.locks import hold
 from nnunet_conres.workflow.config import parse_config
 from nnunet_conres.workflow.launch import job_name
-from nnunet_conres.workflow.locks import hold
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install 'nnunet-conres[workflow]'")
 pytest.importorskip("snakemake", reason="needs Snakemake: pip install 'nnunet-conres[workflow]'")

@@ -8,6 +8,7 @@ it, and the holder touches it all the time: what another node has touched lately
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Final
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 HEARTBEAT_SECONDS: Final = 30.0
 # What a node may be late with its touch, clocks that differ included, before its lock counts as abandoned.
@@ -55,13 +61,12 @@ def holder(path: Path) -> Holder | None:
     """Who holds a lock now; None if nobody does, or whoever took it last is gone."""
     try:
         with path.open() as file:
-            if _taken(file):
+            # Shared: two that only look must not see each other. It needs no right to write.
+            free = _flock(file, shared=True)
+            if free is False:
                 return _read(path) or Holder(host="unknown", pid=0)
-            # Nobody on this node, which is all that some file systems tell.
-            elsewhere = _read(path)
-            if elsewhere is None or elsewhere.host == socket.gethostname() or _is_gone(elsewhere, path):
-                return None
-            return elsewhere
+            _unlock(file)
+            return _noted(path, without_flock=free is None)
     except FileNotFoundError:
         return None
 
@@ -71,7 +76,8 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0) -> Iterato
     """Holds a lock.
 
     Args:
-        path: The lock's file; made where it is not there, with its folder. It stays afterwards, empty.
+        path: The lock's file; made where it is not there, with its folder. It stays afterwards, empty, unless the
+            holder removes it.
         wait: Whether to wait for a lock that is held.
         poll_seconds: How often to look.
 
@@ -83,8 +89,9 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0) -> Iterato
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     told = False
-    with path.open("a+") as file:
-        while not _take(file, path):
+    with contextlib.ExitStack() as stack:
+        while not _take(file := stack.enter_context(path.open("a+")), path):
+            stack.close()  # its holder may remove the file
             message = f"{path} is held by {holder(path) or 'another process'}"
             if not wait:
                 raise LockedError(f"{message}.")
@@ -133,29 +140,61 @@ def hold_some(paths: list[Path], number: int, *, poll_seconds: float = 2.0) -> I
 
 
 def _take(file: IO[str], path: Path) -> bool:
-    import fcntl  # not on Windows, where the workflow does not run, but the command's help does
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    free = _flock(file, shared=False)
+    if free is False:
         return False
-    elsewhere = _read(path)
-    if elsewhere is not None and elsewhere.host != socket.gethostname() and not _is_gone(elsewhere, path):
-        fcntl.flock(file, fcntl.LOCK_UN)
+    try:
+        is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        is_current = False
+    # A file that its holder has removed meanwhile excludes nobody.
+    if not is_current or _noted(path, without_flock=free is None) is not None:
+        _unlock(file)
         return False
     return True
 
 
-def _taken(file: IO[str]) -> bool:
-    import fcntl
+def _noted(path: Path, *, without_flock: bool) -> Holder | None:
+    """Who holds a lock by what its file says: another node, or any process where the file system has no such locks."""
+    who = _read(path)
+    if who is None or _is_gone(who, path):
+        return None
+    if who.host != socket.gethostname():
+        return who
+    return who if without_flock and _is_alive(who.pid) else None
 
+
+def _flock(file: IO[str], *, shared: bool) -> bool | None:
+    """Take the operating system's lock; whether it was free, None where the file system or the system has none."""
+    if fcntl is None:
+        return None
     try:
-        # Shared: two that only look must not see each other. It needs no right to write.
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    fcntl.flock(file, fcntl.LOCK_UN)
-    return False
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return None
+        raise
+    return True
+
+
+def _unlock(file: IO[str]) -> None:
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # asking would end it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _is_gone(who: Holder, path: Path) -> bool:

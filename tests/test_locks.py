@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_conres.workflow import locks
-from nnunet_conres.workflow.locks import STALE_SECONDS, LockedError, hold, hold_some, holder
+from nnunet_conres import locks
+from nnunet_conres.locks import STALE_SECONDS, LockedError, hold, hold_some, holder
 
 pytest.importorskip("fcntl", reason="needs an operating system with flock")
 
@@ -18,7 +18,7 @@ pytest.importorskip("fcntl", reason="needs an operating system with flock")
 HOLD = """
 import subprocess, sys, time
 from pathlib import Path
-from nnunet_conres.workflow.locks import hold
+from nnunet_conres.locks import hold
 with hold(Path(sys.argv[1])) as descriptor:
     child = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor]) if "child" in sys.argv else None
     print(child.pid if child else 0, flush=True)
