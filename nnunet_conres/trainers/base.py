@@ -25,9 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_conres import __version__
 from nnunet_conres.architectures.blocks import per_stage, stage_sizes, triple
+from nnunet_conres.errors import InputError
 from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, Muon, muon_of
 from nnunet_conres.planning.architectures import CONRESNET_DEFAULTS, has_auxiliary_heads
+from nnunet_conres.planning.preprocessing import preprocessing_settings
+from nnunet_conres.planning.sources import training_data_faults
 from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
 from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.plans import (
@@ -299,11 +302,39 @@ class PluginTrainer(FiniteStepsTrainer):
     # --- epochs -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
+        if self.local_rank == 0:
+            self._check_raw_data()
         super().on_train_start()
         if self.local_rank == 0:
             for leftover in Path(self.output_folder).glob("checkpoint_*.pth.partial"):
                 leftover.unlink()  # of a training that was killed while it wrote
         self._last_checkpoint = time.monotonic()
+
+    def _check_raw_data(self) -> None:
+        """Refuses to train on cases whose raw files changed since, and warns where that can't be told.
+
+        Raises:
+            InputError: Raw data and preprocessed data differ. Nothing is known where there are no raw data.
+        """
+        raw = os.environ.get("nnUNet_raw")
+        if not raw:
+            return
+        folder, plans = Path(raw, self.plans_manager.dataset_name), self.plans_manager.plans
+        faults, warnings = training_data_faults(
+            folder,
+            Path(self.preprocessed_dataset_folder_base),
+            Path(self.preprocessed_dataset_folder),
+            preprocessing_settings(plans, self.configuration_name),
+        )
+        advice = (
+            f"Preprocess again: nnunet-conres plan_and_preprocess with the options that made {plans['plans_name']} and "
+            f"--clean, or nnUNetv2_preprocess -d {plans['dataset_name']} -plans_name {plans['plans_name']} -c "
+            f"{self.configuration_name}, which makes every case again."
+        )
+        if faults:
+            raise InputError(f"{' '.join(faults)} {advice} To train on them all the same, unset nnUNet_raw.")
+        for warning in warnings:
+            self.print_to_log_file(f"Warning: {warning} {advice}")
 
     def on_epoch_start(self) -> None:
         unfinished = self._local_logger.unfinished_epoch
