@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
     from nnunet_conres.planning.commands import PlanOptions
 
-_ARCHITECTURES = ("conresnet", "conresnet_stream", "vnet", "unet3d")
+_ARCHITECTURES = ("conresnet", "residual_maps", "vnet", "unet3d")
 
 
 def add_plan(subparsers: "Subparsers") -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_conres.architectures.blocks import crop, resize
-from nnunet_conres.architectures.conresnet import ConResNet
-from nnunet_conres.architectures.context_residual import ContextResidualModule, SupervisedModule
+from nnunet_conres.architectures.context_residual import ContextResidualDecoder
+from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.datasets.raw import short_message, some, write_json
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.labels import label_values
@@ -99,14 +99,14 @@ class CaseResiduals:
 
 
 class ResidualNetwork(nn.Module):
-    """A ConResNet that returns segmentation, residual maps and attention of one level as a single tensor.
+    """A network that returns segmentation, residual maps and attention of one level as a single tensor.
 
     Args:
-        network: The ConResNet; it is switched to return residual maps.
+        network: A network with residual maps; it is switched to return them.
         level: Decoder level, 0 for full resolution, 1 for the next coarser one.
     """
 
-    def __init__(self, network: ConResNet, level: int) -> None:
+    def __init__(self, network: Any, level: int) -> None:
         super().__init__()
         self.network = network
         self.level = level
@@ -114,27 +114,31 @@ class ResidualNetwork(nn.Module):
         network.residual_outputs = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (B, C, X, Y, Z) to (B, 2 N + 1, X, Y, Z).
+        """Maps images (B, C, X, Y, Z) to (B, N + M + 1, X, Y, Z).
 
-        The channels are the N logits of the segmentation, the N logits of the residual maps, and the attention.
+        The channels are the N logits of the segmentation, the M logits of the residual maps, and the attention.
         """
-        streams: list[Tensor] = []
-        stage = self.network.decoder.stages[-(self.level + 1)]
-        hook = stage.register_forward_hook(lambda module, inputs, outputs: streams.append(outputs[1]))
-        try:
+        decoder = self.network.decoder
+        if not isinstance(decoder, ContextResidualDecoder):
             segmentation, *residuals = self.network(x)
-        finally:
-            hook.remove()
-        assert isinstance(stage, (ContextResidualModule, SupervisedModule))
-        attention = stage.attention(streams[0]).mean(1, keepdim=True)
+            attention = torch.ones_like(residuals[self.level][:, :1])
+        else:
+            streams: list[Tensor] = []
+            stage = decoder.stages[-(self.level + 1)]
+            hook = stage.register_forward_hook(lambda module, inputs, outputs: streams.append(outputs[1]))
+            try:
+                segmentation, *residuals = self.network(x)
+            finally:
+                hook.remove()
+            attention = stage.attention(streams[0]).mean(1, keepdim=True)  # type: ignore[operator]
         maps = (segmentation, residuals[self.level], attention)
         return torch.cat([self._full_size(one, x.shape[2:]).to(segmentation.dtype) for one in maps], 1)
 
     def _full_size(self, x: Tensor, size: torch.Size) -> Tensor:
         if x.shape[2:] == size:
             return x
-        if self.network.topology == "paper":
-            return resize(x, size)  # as that topology itself does
+        if getattr(self.network.decoder, "full_size_residuals", False):
+            return resize(x, size)  # as the network itself does
         # a coarse voxel lies in the middle of the voxels that it was made of, also where the last ones are missing
         factors = np.prod(self.network.strides[: self.level + 1], axis=0)
         return crop(F.interpolate(x, scale_factor=tuple(map(float, factors)), mode="trilinear"), size)
@@ -213,7 +217,7 @@ class ResidualPredictor:
         self._progress = progress
         self.number_of_channels = len(predictor.dataset_json["channel_names"])
         self.channels = tuple(name for _, name in sorted(_by_number(predictor.dataset_json["channel_names"])))
-        self.slice_axis = int(plans.transpose_forward[network.slice_axis])
+        self.slice_axis = int(plans.transpose_forward[getattr(network, "slice_axis", 0)])
         self.regions = _regions(predictor.dataset_json["labels"])
         self.ignore_label: int | None = self._labels.ignore_label
 
@@ -245,11 +249,8 @@ class ResidualPredictor:
         shape = properties["shape_after_cropping_and_before_resampling"]
         maps = configuration.resampling_fn_probabilities(logits[heads:], shape, configuration.spacing, spacing)
         maps = np.asarray(maps, dtype=np.float32)
-        # labels have a channel for the background, of which no residual is learned
-        first = 0 if self._labels.has_regions else 1
         residuals = {
-            name: self._put_back(_sigmoid(maps[first + number]), properties, 0.0)
-            for number, name in enumerate(self.regions)
+            name: self._put_back(_sigmoid(maps[number]), properties, 0.0) for number, name in enumerate(self.regions)
         }
         # interpolation leaves the range by rounding only
         attention = self._put_back(np.clip(maps[-1], 0, 2), properties, _NO_ATTENTION)
@@ -490,13 +491,14 @@ def _device_faults(device: str) -> Iterator[str]:
 
 
 def _network_faults(folder: Path, network: nn.Module, predictor: Any, level: int) -> Iterator[str]:
-    if not isinstance(network, ConResNet):
+    if not isinstance(network, ResidualMapsMixin):
         yield (
             f"{folder} was trained with {predictor.trainer_name}, whose {type(network).__name__} predicts no residual "
-            f"maps; expected a ConResNet. The residual of its predictions: leave --model out, and give them with -i."
+            f"maps; expected a ConResNet or a ResidualMapUNet. The residual of its predictions: leave --model out, and "
+            f"give them with -i."
         )
         return
-    levels = len(network.decoder.stages)
+    levels = len(network.decoder.stages)  # type: ignore[arg-type]
     if not 0 <= level < levels:
         yield f"The level is {level}; {folder} has the levels 0 (full resolution) to {levels - 1}."
     previous = predictor.configuration_manager.previous_stage_name

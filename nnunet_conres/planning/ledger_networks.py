@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from nnunet_conres.architectures.blocks import per_stage, stage_sizes, strided_size, triple
-from nnunet_conres.architectures.conresnet_paper import (
-    PAPER_BLOCKS,
-    PAPER_BOTTLENECK,
-    PAPER_DECODER_FEATURES,
-    PAPER_FEATURES,
-)
+from nnunet_conres.architectures.conresnet_paper import _BLOCKS as PAPER_BLOCKS
+from nnunet_conres.architectures.conresnet_paper import _BOTTLENECK as PAPER_BOTTLENECK
+from nnunet_conres.architectures.conresnet_paper import _DECODER_FEATURES as PAPER_DECODER_FEATURES
+from nnunet_conres.architectures.conresnet_paper import FEATURES as PAPER_FEATURES
 from nnunet_conres.architectures.vnet import convolutions_per_stage
 from nnunet_conres.planning.ledger import FLOAT32, Ledger, Parameter, Sized
 from nnunet_conres.planning.training_step import TrainingStep
@@ -329,8 +327,8 @@ class ConResNetNetwork(Network):
 
     def __init__(self, step: TrainingStep, ledger: Ledger) -> None:
         super().__init__(step, ledger)
-        self.shares_encoder = self.arguments.get("residual_input", "decoder") == "shared_encoder"
-        self.has_stream = bool(self.arguments.get("residual_stream", True))
+        self.shares_encoder = bool(self.arguments.get("shared_encoder", False))
+        self.has_stream = not str(step.architecture["network_class_name"]).endswith(".ResidualMapUNet")
         self.attention = self.arguments.get("attention", "paper")
 
     def encode(self, x: Sized) -> list[Sized]:
@@ -619,9 +617,9 @@ def network_of(step: TrainingStep, ledger: Ledger) -> Network:
     classes: dict[str, type[Network]] = {
         "nnunet_conres.architectures.vnet.VNet": VNetNetwork,
         "nnunet_conres.architectures.unet3d.UNet3D": UNet3DNetwork,
-        "nnunet_conres.architectures.conresnet.ConResNet": (
-            PaperConResNet if step.arguments.get("topology") == "paper" else DynamicConResNet
-        ),
+        "nnunet_conres.architectures.conresnet.ConResNet": DynamicConResNet,
+        "nnunet_conres.architectures.residual_map_unet.ResidualMapUNet": DynamicConResNet,
+        "nnunet_conres.architectures.conresnet_paper.ConResNetPaper": PaperConResNet,
     }
     if name not in classes:
         raise ValueError(

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_conres.architectures.blocks import triple
 from nnunet_conres.datasets.raw import find_dataset, folder_from_environment, read_dataset_json
 from nnunet_conres.errors import InputError
-from nnunet_conres.planning.architectures import CONRESNET
+from nnunet_conres.planning.architectures import CONRESNET, RESIDUAL_MAP_UNET
 from nnunet_conres.planning.memory import MemoryEstimate, estimate_memory
 from nnunet_conres.planning.preprocessing import read_plans
 from nnunet_conres.planning.training_step import TrainingStep
@@ -233,5 +233,4 @@ def _line(name: str, nbytes: int) -> str:
 
 
 def _optimizer_of(architecture: Mapping[str, Any]) -> str:
-    is_dynamic = architecture["arch_kwargs"].get("topology", "dynamic") == "dynamic"
-    return "muon" if architecture["network_class_name"] == CONRESNET and is_dynamic else "sgd"
+    return "muon" if architecture["network_class_name"] in (CONRESNET, RESIDUAL_MAP_UNET) else "sgd"

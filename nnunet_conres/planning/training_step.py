@@ -65,13 +65,13 @@ class TrainingStep:
 
     @property
     def is_conresnet(self) -> bool:
-        """Whether the network is ConResNet, which is trained with its residual maps."""
-        return str(self.architecture["network_class_name"]).endswith(".ConResNet")
+        """Whether the network is trained with residual maps."""
+        return "background_class" in self.arguments
 
     @property
     def n_segmentation_outputs(self) -> int:
         """Number of scales of the segmentation that the network puts out under deep supervision."""
-        has_one = self.arguments.get("topology") == "paper" or self.arguments.get("auxiliary_heads") is False
+        has_one = "n_stages" not in self.arguments or self.arguments.get("auxiliary_heads") is False
         return 1 if has_one else int(self.arguments["n_stages"]) - 1
 
 
@@ -185,7 +185,6 @@ def training_loss(step: TrainingStep) -> nn.Module:
             classes=None if step.has_regions else list(range(1, step.output_channels)),
             ignore_label=step.output_channels if step.has_ignore_label else None,
             slice_axis=step.arguments.get("slice_axis", 0),
-            background_channel=not step.has_regions,
         )
         loss = ConResLoss(loss, residual, n_scales)
     return loss

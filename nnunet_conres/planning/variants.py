@@ -12,9 +12,10 @@ from typing import Any, Final
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_conres.architectures.conresnet_paper import PAPER_DIVISOR
+from nnunet_conres.architectures.conresnet_paper import DIVISOR
 from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment, write_json
 from nnunet_conres.errors import InputError
+from nnunet_conres.planning.architectures import CONRESNET_PAPER
 from nnunet_conres.text import aligned, times
 
 # What nnU-Net's planners take: an axis is halved until it is shorter than twice this, and features are doubled up to
@@ -232,10 +233,10 @@ def derive_architecture(
     """
     derived = deepcopy(dict(architecture))
     arguments = derived["arch_kwargs"]
-    if arguments.get("topology") == "paper":
-        uneven = [extent for extent in patch_size if extent % PAPER_DIVISOR]
+    if derived["network_class_name"] == CONRESNET_PAPER:
+        uneven = [extent for extent in patch_size if extent % DIVISOR]
         if uneven:
-            raise ValueError(f"the paper's topology is fixed; expected multiples of {PAPER_DIVISOR}.")
+            raise ValueError(f"ConResNetPaper's topology is fixed; expected multiples of {DIVISOR}.")
         return derived, tuple(int(extent) for extent in patch_size)
     missing = [key for key in ("features_per_stage", "strides", "kernel_sizes", "n_stages") if key not in arguments]
     if missing:

@@ -8,7 +8,6 @@ import pickle
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_conres import __version__
-from nnunet_conres.architectures.blocks import per_stage, stage_sizes, triple
+from nnunet_conres.architectures.blocks import stage_sizes
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, Muon, muon_of
-from nnunet_conres.planning.architectures import CONRESNET_DEFAULTS, has_auxiliary_heads
+from nnunet_conres.planning.architectures import has_auxiliary_heads, set_background_class, stages_of
 from nnunet_conres.planning.preprocessing import preprocessing_settings
 from nnunet_conres.planning.sources import training_data_faults
 from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
@@ -94,6 +93,8 @@ class PluginTrainer(FiniteStepsTrainer):
         _check_device(device)
         interval = _checkpoint_interval(self.checkpoint_interval_minutes)
         resolved = self.resolve(configuration_of(plans, configuration), configuration)
+        labels = PlansManager(plans).get_label_manager(dataset_json)
+        set_background_class(resolved["architecture"], labels.has_regions)
         _check_network(resolved["architecture"], configuration)
         _check_preprocessed(plans, configuration)
         resolved = self._as_in_other_folds(resolved, plans, configuration, fold)
@@ -167,7 +168,7 @@ class PluginTrainer(FiniteStepsTrainer):
         changed would change what the earlier ones predict.
 
         Raises:
-            RuntimeError: If they were trained in another topology.
+            RuntimeError: If they were trained with another network.
         """
         results = os.environ.get("nnUNet_results")
         if results is None:
@@ -181,7 +182,7 @@ class PluginTrainer(FiniteStepsTrainer):
         different = differences_in_topology(existing["architecture"], resolved["architecture"])
         if different:
             raise RuntimeError(
-                f"{', '.join(trained)} in {model} were trained in another topology than this fold would be: "
+                f"{', '.join(trained)} in {model} were trained with another network than this fold would be: "
                 f"{'; '.join(different)}. All folds of a model share one plans.json. Train all folds with the plans "
                 f"that the existing ones have, or under another plans name, or move the existing ones away."
             )
@@ -267,11 +268,7 @@ class PluginTrainer(FiniteStepsTrainer):
         precision = training_precision(device)
         if device.type != "cpu" or precision == "float32":
             return precision
-        arguments = self.configuration_manager.network_arch_init_kwargs
-        strides, kernel_sizes = (
-            [triple(value) for value in per_stage(name, arguments[name], arguments["n_stages"])]
-            for name in ("strides", "kernel_sizes")
-        )
+        strides, kernel_sizes = stages_of(self.configuration_manager)
         depths = [size[0] for size in stage_sizes(self.configuration_manager.patch_size, strides)]
         kernels = [kernel[0] for kernel in kernel_sizes]
         if not bfloat16_gradients_are_wrong(depths, kernels):
@@ -405,7 +402,7 @@ class PluginTrainer(FiniteStepsTrainer):
             self._local_logger.unfinished_epoch = None
 
     def save_checkpoint(self, filename: str) -> None:
-        """Writes a checkpoint to a temporary name and renames it, so that a killed training leaves none in halves."""
+        """Writes a checkpoint to a temporary name and renames it: a killed training leaves no truncated file."""
         partial = f"{filename}.partial"
         super().save_checkpoint(partial)
         if self.local_rank == 0 and not self.disable_checkpointing:
@@ -415,38 +412,19 @@ class PluginTrainer(FiniteStepsTrainer):
             self._last_checkpoint = time.monotonic()
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net's; the network is the one that the checkpoint was trained with.
+        """As nnU-Net's, after a check that the checkpoint belongs to this network.
 
         Raises:
-            RuntimeError: If the checkpoint belongs to another topology than plans and trainer ask for.
+            RuntimeError: If the checkpoint belongs to another network than plans and trainer ask for.
         """
         if not self.was_initialized:
-            checkpoint = _open_checkpoint(filename_or_checkpoint)
-            self._take_architecture_from(checkpoint, filename_or_checkpoint)
-            self._take_optimizer_from(checkpoint)
+            self._check_same_network(_open_checkpoint(filename_or_checkpoint), filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
         versions = self.my_init_kwargs["plans"].setdefault("nnunet_conres", {"version": "unknown"})
         if versions["version"] != __version__:
             versions["continued_with"] = __version__
 
-    def _take_optimizer_from(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with nnU-Net's optimiser where the training was begun with it, before this trainer had another."""
-        if self.optimizer_kind != "muon" or not self._has_our_optimizer:
-            return
-        (first, *_) = checkpoint["optimizer_state"]["param_groups"]
-        if "nesterov" not in first:
-            return
-        self.optimizer_kind = "sgd"
-        self.initial_lr, self.weight_decay = first.get("initial_lr", first["lr"]), first["weight_decay"]
-        self.print_to_log_file(
-            f"This training was begun with nnU-Net's SGD, learning rate {self.initial_lr:g}, and goes on with it."
-        )
-
-    def _take_architecture_from(self, checkpoint: dict[str, Any], filename: str) -> None:
-        """Adopts the architecture arguments of a checkpoint, so that a changed default doesn't break ``--c``.
-
-        What comes from the plans must agree: continuing with other strides would be another network.
-        """
+    def _check_same_network(self, checkpoint: dict[str, Any], filename: str) -> None:
         plans = checkpoint["init_args"]["plans"]
         if checkpoint["init_args"]["configuration"] != self.configuration_name:
             raise RuntimeError(
@@ -454,24 +432,12 @@ class PluginTrainer(FiniteStepsTrainer):
                 f"in {self.configuration_name}."
             )
         theirs = configuration_of(plans, self.configuration_name).configuration["architecture"]
-        ours = self.configuration_manager.configuration["architecture"]
-        different = differences_in_topology(theirs, ours)
+        different = differences_in_topology(theirs, self.configuration_manager.configuration["architecture"])
         if different:
             raise RuntimeError(
-                f"{filename} belongs to another topology than these plans and this trainer: {'; '.join(different)}. "
+                f"{filename} belongs to another network than these plans and this trainer: {'; '.join(different)}. "
                 f"Continue it with the plans it was started with, or start a new training without --c."
             )
-        self._tell_of_differences(theirs, ours)
-        self.plans_manager = PlansManager(
-            with_configuration(self.plans_manager.plans, self.configuration_name, architecture=deepcopy(theirs))
-        )
-        self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
-
-    def _tell_of_differences(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-        there, here = ({**CONRESNET_DEFAULTS, **entry["arch_kwargs"]} for entry in (theirs, ours))
-        different = [f"{name} {there.get(name)} (here {here[name]})" for name in here if there.get(name) != here[name]]
-        if different:
-            self.print_to_log_file(f"This training goes on with the network it was begun with: {', '.join(different)}.")
 
 
 def build_network(
