@@ -331,12 +331,13 @@ def _preprocess_case(job: _Job) -> str:
             f"Case {case_id} can't be preprocessed for configuration {job.configuration}: {short_message(error)}. "
             f"Its files: {', '.join((*images, labels_file))}."
         ) from error
-    _note(own / f"{case_id}.pkl", record)
-    # What says that the case is complete goes first and comes last: never is it beside data of another making.
-    (job.folder / f"{case_id}.pkl").unlink(missing_ok=True)
-    for path in sorted(own.iterdir(), key=lambda path: (path.suffix == ".pkl", path.name)):
-        os.replace(path, job.folder / path.name)
-    own.rmdir()
+    with file_errors(job.folder):
+        _note(own / f"{case_id}.pkl", record)
+        # What says that the case is complete goes first and comes last: never is it beside data of another making.
+        (job.folder / f"{case_id}.pkl").unlink(missing_ok=True)
+        for path in sorted(own.iterdir(), key=lambda path: (path.suffix == ".pkl", path.name)):
+            os.replace(path, job.folder / path.name)
+        own.rmdir()
     return case_id
 
 
@@ -471,7 +472,8 @@ class PreprocessedDataset:
                 folder: self._preprocess(name, states[folder], numbers[name], verbose, progress)
                 for folder, name in folders.items()
             }
-        self._copy_labels()
+        with file_errors(self._folder / GT_SEGMENTATIONS):
+            self._copy_labels()
         return [
             Preprocessed(
                 name,
@@ -490,11 +492,13 @@ class PreprocessedDataset:
         folder = self.folder(configuration)
         for case_id, state in states.items():
             if state.record is not None:
-                _note(folder / f"{case_id}.pkl", state.record)
+                with file_errors(folder):
+                    _note(folder / f"{case_id}.pkl", state.record)
         case_ids = [case_id for case_id, state in states.items() if not state.complete or state.outdated]
         if not case_ids:
             return ()
-        folder.mkdir(parents=True, exist_ok=True)
+        with file_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         as_npz = _holds_npz(folder)
         settings = preprocessing_settings(self._plans, configuration)
         # on the same drive, for what isn't complete yet
