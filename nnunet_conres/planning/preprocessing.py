@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -313,11 +313,10 @@ def _preprocess_case(job: _Job) -> str:
     own = job.partial / case_id
     own.mkdir()
     target = str(own / case_id)
-    record = {
-        "files": files_of(job.case),
-        "settings": dict(job.settings),
-        "labels": dict(job.dataset_json["labels"]),
-    }
+    with file_errors(job.case.labels):
+        files = files_of(job.case)
+    record = {"files": files, "settings": dict(job.settings), "labels": dict(job.dataset_json["labels"])}
+    preprocessor.run_case = _checked(preprocessor.run_case)
     arguments = (images, labels_file, plans, configuration, dict(job.dataset_json))
     try:
         if job.as_npz:
@@ -339,6 +338,25 @@ def _preprocess_case(job: _Job) -> str:
             os.replace(path, job.folder / path.name)
         own.rmdir()
     return case_id
+
+
+def _checked(run_case: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """nnU-Net's preprocessing of one case, which refuses images with voxels that are not finite.
+
+    One such voxel makes its whole channel NaN where nnU-Net normalises by mean and standard deviation.
+    """
+
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        image, *others = run_case(*arguments)
+        broken = [str(number) for number, channel in enumerate(image) if not np.isfinite(channel).all()]
+        if broken:
+            raise InputError(
+                f"after preprocessing, channel {', '.join(broken)} has voxels that are NaN or infinite. Look for such "
+                f"voxels in the raw images, and correct them or remove the case"
+            )
+        return (image, *others)
+
+    return run
 
 
 def _note(properties_file: Path, record: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.dummy
 import os
 import pickle
 import shutil
@@ -43,6 +44,9 @@ def raw(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(planners, "estimate_memory", lambda step: Estimate)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    # nnU-Net reads three images in processes, each of which imports all of it
+    extractor = "nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor.multiprocessing.get_context"
+    monkeypatch.setattr(extractor, lambda _: multiprocessing.dummy)
     return tmp_path / "raw" / NAME
 
 
@@ -167,6 +171,19 @@ class TestImages:
         before = labels_there(folder, "case_2")
         assert complete().preprocessed[0].written == ("case_2",)
         np.testing.assert_array_equal(labels_there(folder, "case_2"), before)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_with_voxels_that_are_not_finite_are_refused(self, raw: Path, folder: Path, value: float) -> None:
+        complete()
+        path = raw / "imagesTr" / "case_2_0000.nii.gz"
+        voxels = sitk.GetArrayFromImage(sitk.ReadImage(path))
+        voxels[5, 6, 7] = value
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), path)
+        keep_fingerprint(folder)
+        before = snapshot(folder / DATA)
+        with pytest.raises(InputError, match=r"Case case_2 can't be .*channel 0 has voxels that are NaN or infinite"):
+            complete()
+        assert snapshot(folder / DATA) == before
 
 
 class TestStockData:
