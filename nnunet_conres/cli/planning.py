@@ -86,9 +86,9 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan_and_preprocess",
         help="take fingerprints, plan, and preprocess what is missing",
-        description="Takes fingerprints where there are none, plans as plan does, and preprocesses. Preprocessed data "
-        "are shared with nnU-Net's own plans where they would be the same, and complete cases are never removed or "
-        "made again.",
+        description="Takes fingerprints where they are missing or outdated, plans as plan does, and preprocesses. "
+        "Preprocessed data are shared with nnU-Net's own plans where they would be the same. Cases that are complete "
+        "are made again only if their raw files changed.",
     )
     _add_planning_options(parser)
     parser.add_argument(
@@ -121,7 +121,9 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
     )
     parser.add_argument("--no_pp", action="store_true", help="do not preprocess")
     parser.add_argument(
-        "--clean", action="store_true", help="take fingerprints again, as after a change of the data set"
+        "--clean",
+        action="store_true",
+        help="take fingerprints again, and remove preprocessed cases that the raw data set no longer has",
     )
     parser.add_argument("--no_pbar", action="store_true", help="show no progress bars")
     parser.set_defaults(handler=_plan_and_preprocess)

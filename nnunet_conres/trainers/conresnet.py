@@ -13,6 +13,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.architectures.conresnet_paper import DIVISOR
+from nnunet_conres.errors import InputError
 from nnunet_conres.losses import PAPER_RESIDUAL_WEIGHT
 from nnunet_conres.planning.architectures import (
     conresnet_architecture,
@@ -68,12 +69,12 @@ def check_paper_patch(configuration: ConfigurationManager, name: str) -> None:
     """Refuses patches that ConResNetPaper can't take.
 
     Raises:
-        ValueError: If a side of the patch is not divisible by 8.
+        InputError: If a side of the patch is not divisible by 8.
     """
     patch_size = [int(extent) for extent in configuration.patch_size]
     if any(extent % DIVISOR for extent in patch_size):
         fitting = [-(-extent // DIVISOR) * DIVISOR for extent in patch_size]
-        raise ValueError(
+        raise InputError(
             f"ConResNetPaper halves the resolution three times: every side of the patch must be divisible by "
             f"{DIVISOR}, but configuration {name} has {patch_size}. {fitting} would do."
         )

@@ -19,6 +19,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres import cli
+from nnunet_conres.errors import InputError
 from nnunet_conres.planning import planners
 from nnunet_conres.planning.commands import PlanOptions, plan, plan_and_preprocess
 from nnunet_conres.planning.memory import TrainingStep
@@ -448,7 +449,8 @@ class TestData:
         broken = tmp_path / "raw" / NAME / "imagesTr" / "case_1_0000.nii.gz"
         content = broken.read_bytes()
         broken.write_bytes(b"no image")
-        with pytest.raises(RuntimeError, match=r"Case case_1 can't be preprocessed for configuration 3d_fullres"):
+        os.utime(folder / "dataset_fingerprint.json", (2e9, 2e9))  # not to be taken again
+        with pytest.raises(InputError, match=r"Case case_1 can't be preprocessed for configuration 3d_fullres"):
             complete()
         data = folder / "nnUNetConResNetPlans_3d_fullres"
         before = snapshot(data)
@@ -543,6 +545,7 @@ class TestData:
         source, copy = tmp_path / "raw" / NAME / "labelsTr" / "case_0.nii.gz", folder / "gt_segmentations"
         before = snapshot(copy)
         os.utime(source, (2e9, 2e9))
+        os.utime(folder / "dataset_fingerprint.json", (3e9, 3e9))  # not to be taken again
         complete()
         after = snapshot(copy)
         assert {name for name in after if after[name] != before[name]} == {"case_0.nii.gz"}

@@ -29,6 +29,7 @@ from nnunet_conres.architectures.conresnet import ConResNet
 from nnunet_conres.architectures.conresnet_paper import ConResNetPaper
 from nnunet_conres.architectures.residual_map_unet import ResidualMapUNet
 from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
+from nnunet_conres.errors import InputError
 from nnunet_conres.trainers import (
     nnUNetTrainerConResNet,
     nnUNetTrainerConResNet_NoMirroring,
@@ -403,7 +404,7 @@ class TestRefusals:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_cuda_where_there_is_none(self, stock_plans: dict[str, Any]) -> None:
-        with pytest.raises(RuntimeError, match="-device cpu"):
+        with pytest.raises(InputError, match="-device cpu"):
             nnUNetTrainerConResNet(stock_plans, "3d_fullres", 0, {"labels": {}}, torch.device("cuda"))
 
     def test_networks_without_stages(self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any]) -> None:
@@ -481,7 +482,7 @@ class TestContinuing:
         trainer = make_trainer(nnUNetTrainerConResNet)
         file = Path(trainer.output_folder) / "checkpoint_latest.pth"
         file.write_bytes(b"PK\x03\x04 cut off")
-        with pytest.raises(RuntimeError, match=r"checkpoint_latest.pth is damaged.*Move it away"):
+        with pytest.raises(InputError, match=r"checkpoint_latest.pth is damaged.*Move it away"):
             maybe_load_checkpoint(trainer, True, False)
 
     def test_other_folds_share_what_the_first_was_trained_with(
@@ -505,7 +506,7 @@ class TestContinuing:
         again = make_trainer(nnUNetTrainerConResNet, fold=0)  # from scratch: nothing else depends on it
         assert again.configuration_manager.network_arch_init_kwargs["conv_bias"] is False
         stock_plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"][0] = 8
-        with pytest.raises(RuntimeError, match=r"fold_0 in .* another network.*features_per_stage"):
+        with pytest.raises(InputError, match=r"fold_0 in .* another network.*features_per_stage"):
             make_trainer(nnUNetTrainerConResNet, fold=1, plans=stock_plans)
 
     def test_the_latest_checkpoint_never_gets_old(
@@ -568,7 +569,7 @@ class TestContinuing:
         trainer.run_training()
         stock_plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"][0] = 8
         other = make_trainer(nnUNetTrainerConResNet, plans=stock_plans)
-        with pytest.raises(RuntimeError, match=r"another network.*features_per_stage: \[4, .* there, \[8, .* here"):
+        with pytest.raises(InputError, match=r"another network.*features_per_stage: \[4, .* there, \[8, .* here"):
             other.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
 
     def test_a_training_that_is_killed_goes_on(self, preprocessed: Callable[[str], Path], results: Path) -> None:
