@@ -10,6 +10,7 @@ import contextlib
 import filecmp
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import zipfile
@@ -361,7 +362,7 @@ def _checked(run_case: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
 
 def _note(properties_file: Path, record: Mapping[str, Any]) -> None:
     """Writes a record into a case's properties."""
-    properties = pickle.loads(properties_file.read_bytes())
+    properties = read_pickle(properties_file)
     partial = properties_file.with_name(f".{properties_file.name}.new")
     partial.write_bytes(pickle.dumps(properties | {RECORD: dict(record)}))
     partial.replace(properties_file)
