@@ -262,11 +262,10 @@ def sparsify(
         for transfer in _transfer_test_cases(source_folder, partial):
             transfers[transfer] += 1
         content = _sparse_dataset_json(dataset_json, target.name, ignore_label, len(cases))
+        sidecar = _sidecar(source_folder.name, rule, axis, chosen, ignore_label, annotated, depths)
         with file_errors(partial):
             write_json(partial / "dataset.json", content)
-            write_json(
-                partial / SIDECAR, _sidecar(source_folder.name, rule, axis, chosen, ignore_label, annotated, depths)
-            )
+            write_json(partial / SIDECAR, sidecar)
         check_complete(partial, (file for case in cases for file in _files(case, ending)))
     median = ", ".join(f"{value:g}" for value in np.median(spacings, axis=0))
     return Sparsification(

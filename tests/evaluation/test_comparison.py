@@ -27,6 +27,7 @@ from nnunet_conres.evaluation.comparison import (
 from nnunet_conres.evaluation.metrics import MetricOptions
 from nnunet_conres.evaluation.models import ModelName
 from nnunet_conres.evaluation.statistics import mean_interval
+from nnunet_conres.folders import writing
 
 NAME = "Dataset801_Models"
 QUIET = CompareOptions(progress=False)
@@ -57,6 +58,9 @@ def two(lab: Callable[..., Any], request: pytest.FixtureRequest) -> Any:
 class TestCrossValidation:
     def test_scores_are_those_of_a_loop(self, two: Any, tmp_path: Path) -> None:
         done = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET)
+        assert not list((tmp_path / "out").glob(".*"))
+        with writing(tmp_path / "out"), pytest.raises(InputError, match="out is being written by process"):
+            compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET)
         content = json.loads(done.json.read_text())
         assert [model["name"] for model in content["models"]] == [STOCK, OURS, f"{STOCK} + {OURS}"]
         assert [model["key"] for model in content["models"] if model["baseline"]] == ["m0"]
