@@ -103,6 +103,15 @@ class MemoryModel:
         Raises:
             UntrainableError: The topology can't be trained with this patch.
         """
+        peak = self.peak(step)
+        return peak + _workspace(step, peak)
+
+    def peak(self, step: TrainingStep) -> int:
+        """The most that is alive at any moment, bytes.
+
+        Raises:
+            UntrainableError: The topology can't be trained with this patch.
+        """
         key = _key(step)
         if key in self._executed:
             return self._executed[key]
@@ -110,20 +119,18 @@ class MemoryModel:
         if topology not in self._moments:
             first, second = (self._run(dataclasses.replace(step, batch_size=batch)) for batch in _BATCHES)
             self._moments[topology] = _Moments.between(first, second, _voxels(step))
-        peak = self._moments[topology].peak(step.batch_size * _voxels(step))
-        return peak + _workspace(step, peak)
+        return self._moments[topology].peak(step.batch_size * _voxels(step))
 
     def execute(self, step: TrainingStep) -> int:
-        """The same by executing this very step; remembered, so that `total` gives it from now on.
+        """The total by executing this very step; remembered, so that `total` gives it from now on.
 
         Raises:
             UntrainableError: Such a step can't be taken.
         """
         key = _key(step)
         if key not in self._executed:
-            peak = self._run(step).peak
-            self._executed[key] = peak + _workspace(step, peak)
-        return self._executed[key]
+            self._executed[key] = self._run(step).peak
+        return self.total(step)
 
     def _run(self, step: TrainingStep) -> Measurement:
         measured = _execute(step)

@@ -39,7 +39,9 @@ CONFIGURATIONS: Final = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
 """What a planner plans; other configurations in a plans file are somebody's own, and are left alone."""
 
 _MIN_STAGES = 2
-_MIN_EDGE = 2
+MIN_EDGE: Final = 4
+"""Smallest edge of a patch, voxels. The blur of nnU-Net's augmentation mirrors three voxels at the border and fails, in
+the first batches of a training, where there are no more. Smaller images are padded, as nnU-Net pads all."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,13 @@ class NetworkPlanner(ExperimentPlanner):
         network_name: What messages call the network.
         default_plans_name: Name of the plans where none is asked for.
         trainer_name: The trainer to train the plans with.
-        min_slices: Slices of a patch along its first axis that the network needs.
         progress: Whether to show a progress bar on stderr.
+        model: Memory of training steps; planners that plan alike may share one.
     """
 
     network_name: ClassVar[str]
     default_plans_name: ClassVar[str]
     trainer_name: ClassVar[str]
-    min_slices: ClassVar[int] = 1
     progress: bool = True
 
     dataset_name: str
@@ -124,7 +125,7 @@ class NetworkPlanner(ExperimentPlanner):
         self._previous_stage_channels = 0
         self._search: list[tuple[list[int], int]] = []
         self._bar = tqdm(disable=True)
-        self._model = MemoryModel(progress=lambda: self._bar.update())
+        self.model = MemoryModel(progress=lambda: self._bar.update())
 
     @staticmethod
     def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class NetworkPlanner(ExperimentPlanner):
 
     def _memory(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> int:
         """Bytes of a training step by the memory model."""
-        return self._model.total(self._step(architecture, patch_size, batch_size))
+        return self.model.total(self._step(architecture, patch_size, batch_size))
 
     def _fits(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> bool:
         return self._memory(architecture, patch_size, batch_size) <= self.memory_target
@@ -192,17 +193,13 @@ class NetworkPlanner(ExperimentPlanner):
         return needed
 
     def _check_patch(self, patch: list[int], n_stages: int) -> None:
-        wanted = self._search[0][0] if self._search else patch
-        smallest = [min(_MIN_EDGE, extent) for extent in wanted]
-        smallest[0] = max(smallest[0], self.min_slices)
-        if n_stages >= _MIN_STAGES and all(extent >= least for extent, least in zip(patch, smallest, strict=True)):
+        if n_stages >= _MIN_STAGES and min(patch) >= MIN_EDGE:
             return
         if not self._search:
             raise InputError(
                 f"The images of {self.dataset_name} are too small for {self.network_name}: a patch of {times(patch)} "
-                f"voxels makes a network of {n_stages} stages; expected {_MIN_STAGES} stages or more"
-                + (f", and {self.min_slices} slices." if self.min_slices > 1 else ".")
-                + " A finer -overwrite_target_spacing makes them larger."
+                f"voxels makes a network of {n_stages} stages; expected {_MIN_STAGES} stages or more, and {MIN_EDGE} "
+                f"voxels along each axis. A finer -overwrite_target_spacing makes them larger."
             )
         patch, needed = min(self._search, key=lambda tried: tried[1])
         raise TooLittleMemoryError(
@@ -245,7 +242,12 @@ class NetworkPlanner(ExperimentPlanner):
             return super().get_plans_for_configuration(
                 spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
             )
-        arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
+        arguments = (
+            spacing,
+            tuple(max(extent, MIN_EDGE) if extent >= 1 else extent for extent in median_shape),
+            data_identifier,
+            approximate_n_voxels_dataset,
+        )
         try:
             plan = super().get_plans_for_configuration(*arguments, {})
         except ZeroDivisionError:  # a patch of no voxels
@@ -265,6 +267,7 @@ class NetworkPlanner(ExperimentPlanner):
         patch_size = plan["patch_size"]
         largest = math.floor(approximate_n_voxels_dataset * self.max_dataset_covered / math.prod(patch_size))
         plan["batch_size"] = self._batch_size(plan["architecture"], patch_size, largest)
+        plan["median_image_size_in_voxels"] = median_shape
         return plan
 
     def _largest_patch_under(self, checkpointing: str, arguments: tuple[Any, ...]) -> dict[str, Any] | None:
@@ -320,7 +323,7 @@ class NetworkPlanner(ExperimentPlanner):
         self._previous_stage_channels = len(self._labels.foreground_labels) if is_cascade else 0
         try:
             architecture = configuration.configuration["architecture"]
-            return self._model.execute(self._step(architecture, configuration.patch_size, configuration.batch_size))
+            return self.model.execute(self._step(architecture, configuration.patch_size, configuration.batch_size))
         finally:
             self._previous_stage_channels = 0
 
@@ -429,7 +432,6 @@ class ConResNetPlanner(NetworkPlanner):
     network_name = "ConResNet"
     default_plans_name = "nnUNetConResNetPlans"
     trainer_name = "nnUNetTrainerConResNet"
-    min_slices = 2  # a residual is a difference between two
     architecture = staticmethod(conresnet_architecture)
 
 
