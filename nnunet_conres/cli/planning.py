@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from nnunet_conres.cli.arguments import PROCESSES_VARIABLE, number_of_processes
-from nnunet_conres.errors import InputError
 
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
@@ -157,18 +156,18 @@ def add_memory(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "memory",
         help="tell how much memory a training takes, and which patches fit",
-        description="Estimates the peak memory of a training step from the plans, part by part, without running it, "
-        "and the largest patches that fit given budgets.",
+        description="Estimates the peak memory of a training step, part by part, by executing it on tensors without "
+        "data, and the largest patches that fit given budgets. Knows any trainer that nnU-Net finds, on any plans.",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id")
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans (default: %(default)s)")
     parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres", help="default: %(default)s")
     parser.add_argument(
-        "-tr", metavar="TRAINER", help="trainer of this package; may be left out where the plans name the network"
+        "-tr", metavar="TRAINER", default="nnUNetTrainer", help="trainer, as for nnUNetv2_train (default: %(default)s)"
     )
     parser.add_argument("--batch_size", metavar="B", type=int, help="another batch than the plans'")
     parser.add_argument(
-        "--patch_size", metavar=("X", "Y", "Z"), type=int, nargs=3, help="another patch than the plans', in voxels"
+        "--patch_size", metavar="N", type=int, nargs="+", help="another patch than the plans', in voxels, as x y z"
     )
     parser.add_argument(
         "--budget",
@@ -187,28 +186,13 @@ def add_memory(subparsers: "Subparsers") -> None:
 def _memory(arguments: argparse.Namespace) -> int:
     from nnunet_conres.planning.memory_report import report_memory
 
-    trainer = None
-    if arguments.tr is not None:
-        from nnunet_conres import trainers
-        from nnunet_conres.registration import WITH_NETWORK_OF_THE_PLANS
-
-        if arguments.tr not in trainers.__all__:
-            raise InputError(f"{arguments.tr} is no trainer of this package; it has {', '.join(trainers.__all__)}.")
-        if arguments.tr in WITH_NETWORK_OF_THE_PLANS:
-            raise InputError(
-                f"{arguments.tr} trains the network of the plans. Leave -tr out for plans of this package; the "
-                f"memory of nnU-Net's own networks is not estimated."
-            )
-        trainer = getattr(trainers, arguments.tr)
     # nnU-Net has things to say of old plans, which must not get among the JSON
     with contextlib.redirect_stdout(sys.stderr):
         report = report_memory(
             arguments.d,
             arguments.p,
             arguments.c,
-            resolve=None if trainer is None else trainer.resolve,
-            trainer_name=arguments.tr,
-            optimizer=None if trainer is None else trainer.optimizer_kind,
+            arguments.tr,
             patch_size=arguments.patch_size,
             batch_size=arguments.batch_size,
             device=arguments.device,
