@@ -48,20 +48,27 @@ def add_compare(subparsers: "Subparsers") -> None:
         metavar="NAME=FOLDER",
         nargs="+",
         default=[],
-        help="trained model folders of names in --predictions, for costs and training curves",
+        help="trained model folders of names in --predictions, for costs and training curves; only plain values are "
+        "read of their checkpoints",
     )
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
     parser.add_argument("--no_ensembles", action="store_true", help="do not average probabilities")
     parser.add_argument(
-        "--intersection", action="store_true", help="compare on the common cases where models have different ones"
+        "--intersection",
+        action="store_true",
+        help="compare on the common cases where models have different ones, or where predictions are gone; the report "
+        "names what is left out",
     )
     parser.add_argument(
         "--run",
         action="store_true",
-        help="run the commands of nnU-Net that make missing validations and probabilities; nothing is trained",
+        help="run the commands of nnU-Net that make missing validations and probabilities; nothing is trained. nnU-Net "
+        "runs code that a checkpoint holds: only with models that you trust",
     )
     parser.add_argument(
-        "-device", choices=("cuda", "cpu", "mps"), default="cuda", help="for --run (default: %(default)s)"
+        "-device",
+        choices=("cuda", "cpu", "mps"),
+        help="of the commands that are named or run (default: cuda where there is a GPU, else cpu)",
     )
     parser.add_argument(
         "--group",

@@ -45,7 +45,12 @@ def add_residuals(subparsers: "Subparsers") -> None:
         "-djfile", metavar="FILE", help="dataset.json for labels and regions (default: the one beside or above a file)"
     )
     model = parser.add_argument_group("of a trained ConResNet")
-    model.add_argument("--model", metavar="FOLDER", help="trained model, nnU-Net's TRAINER__PLANS__CONFIGURATION")
+    model.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="trained model, nnU-Net's TRAINER__PLANS__CONFIGURATION; its checkpoints are refused where they hold more "
+        "than weights and plain values, so that nothing in them is run",
+    )
     model.add_argument("-f", metavar="FOLD", nargs="+", type=fold, default=[0], help="folds to average (default: 0)")
     model.add_argument(
         "-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint's name (default: %(default)s)"
@@ -106,6 +111,7 @@ def _of_model(arguments: argparse.Namespace) -> int:
         for maps in (case.predicted, case.of_prediction, case.of_reference):
             for path in maps.values():
                 print(path)
-        for path in (case.segmentation, case.attention, case.figure):
-            print(path)
+        for written in (case.segmentation, case.attention, case.figure):
+            if written is not None:
+                print(written)
     return 0

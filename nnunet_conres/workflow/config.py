@@ -78,7 +78,7 @@ STOCK_PLANNERS: Final = {
 }
 OWN_PLANNERS: Final = {
     "nnUNetConResNetPlans": "conresnet",
-    "nnUNetConResNetStreamPlans": "conresnet_stream",
+    "nnUNetResidualMapsPlans": "residual_maps",
     "nnUNetVNetPlans": "vnet",
     "nnUNetUNet3DPlans": "unet3d",
 }
@@ -114,8 +114,8 @@ class Plans:
 
     Attributes:
         name: Name of the plans.
-        planner: A planner class of nnU-Net's, or ``conresnet``, ``vnet``, ``unet3d``, or ``none`` for plans that are
-            there already, made by hand.
+        planner: A planner class of nnU-Net's, or ``conresnet``, ``residual_maps``, ``vnet``, ``unet3d``, or ``none``
+            for plans that are there already, made by hand.
         gpu_memory_target: GiB; None for the planner's own.
     """
 

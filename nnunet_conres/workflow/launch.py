@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.errors import InputError
-from nnunet_conres.files import writing
+from nnunet_conres.folders import writing
 from nnunet_conres.locks import LockedError, hold
 from nnunet_conres.workflow.config import Experiment
 from nnunet_conres.workflow.step import gpus_here

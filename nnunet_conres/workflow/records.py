@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.errors import file_errors
+from nnunet_conres.folders import list_files
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from nnunet_conres.workflow.config import Experiment, Model, iterate_trainings
@@ -95,10 +96,8 @@ def folders_digest(folders: Iterable[Path], files: Iterable[Path], cache: Path) 
     """
     known = read_json(cache) or {}
     seen: dict[str, list[Any]] = {}
-    paths = [Path(entry.path) for folder in folders if folder.is_dir() for entry in os.scandir(folder)]
-    for path in sorted([*paths, *files]):
-        if not path.is_file() or path.name.startswith("."):
-            continue
+    paths = [path for folder in folders if folder.is_dir() for path in list_files(folder)]
+    for path in sorted([*paths, *(file for file in files if file.is_file())]):
         stat = path.stat()
         name = f"{path.parent.name}/{path.name}"
         before = known.get(name)
@@ -159,7 +158,7 @@ def holds_all_cases(experiment: Experiment, folder: Path) -> bool:
     """Whether each training case has its properties, which are written last, and its data in a preprocessed folder."""
     ending = (read_json(experiment.raw / "dataset.json") or {}).get("file_ending", "")
     labels = experiment.raw / "labelsTr"
-    cases = [path.name[: -len(ending)] for path in labels.glob(f"*{ending}")] if ending else []
+    cases = [path.name[: -len(ending)] for path in list_files(labels, ending)] if ending and labels.is_dir() else []
     there = {path.name: path.stat().st_size for path in folder.glob("*")} if folder.is_dir() else {}
     return bool(cases) and all(
         there.get(f"{case}.pkl") and any(there.get(f"{case}{kind}") for kind in (".b2nd", ".npz", ".npy"))
