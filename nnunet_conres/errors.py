@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Final
+
+_MOST_KINDS: Final = 20
+_MOST_OF_A_KIND: Final = 5
 
 _NO_PERMISSION: Final = "Give yourself the permission, or choose another place."
 _NO_SPACE: Final = "Free some space, or choose another place; then run the command again."
@@ -53,12 +57,38 @@ class InputError(ValueError):
             return
         self.faults = tuple(faults)
         noun = "error" if len(faults) == 1 else "errors"
-        lines = "\n".join(f"  - {fault}" for fault in faults)
+        lines = "\n".join(f"  - {line}" for line in grouped(faults))
         super().__init__(f"Nothing was written: {len(faults)} {noun} found.\n{lines}")
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str | tuple[str, ...]]]:
         # worker processes send it back; BaseException would call the class with the finished message
         return type(self), (self.faults[0] if str(self) == self.faults[0] else self.faults,)
+
+
+def grouped(messages: Sequence[str]) -> list[str]:
+    """Messages by kind, the first few of each kind and how many more there are: a thousand lines help nobody.
+
+    Two are of one kind if they differ only in words with digits or slashes: files, ids and numbers.
+
+    Args:
+        messages: One for every error.
+
+    Returns:
+        The lines to show; the messages themselves where there are few.
+    """
+    kinds: dict[str, list[str]] = {}
+    for message in messages:
+        kinds.setdefault(re.sub(r"\S*[\d/\\]\S*", "*", message), []).append(message)
+    lines = []
+    for number, found in enumerate(kinds.values()):
+        if number == _MOST_KINDS:
+            left = sum(map(len, list(kinds.values())[number:]))
+            lines.append(f"... and {left} more errors, of {len(kinds) - number} other kinds.")
+            break
+        lines += found[:_MOST_OF_A_KIND]
+        if len(found) > _MOST_OF_A_KIND:
+            lines.append(f"... and {len(found) - _MOST_OF_A_KIND} more errors of this kind, {len(found)} in all.")
+    return lines
 
 
 @contextlib.contextmanager
@@ -80,5 +110,7 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
             raise InputError(f"{os.fspath(path)}: {' '.join(str(error).split())}") from error
         if error.errno not in _ADVICE:
             raise
-        named = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else os.fspath(path)
+        # Of two, such as a copy's source and target, the second is the one that could not be written.
+        found = error.filename if error.filename2 is None or error.errno == errno.ENOENT else error.filename2
+        named = os.fsdecode(found) if isinstance(found, (str, bytes)) else os.fspath(path)
         raise InputError(f"{named}: {os.strerror(error.errno)}. {_ADVICE[error.errno]}") from error

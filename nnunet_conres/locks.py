@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -20,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Final
+
+from nnunet_conres.errors import InputError, file_errors
 
 try:
     import fcntl
@@ -29,10 +32,12 @@ except ImportError:  # Windows
 HEARTBEAT_SECONDS: Final = 30.0
 # What a node may be late with its touch, clocks that differ included, before its lock counts as abandoned.
 STALE_SECONDS: Final = 600.0
+# A lock's file has about 100.
+_MOST_CHARACTERS: Final = 10_000
 JOB_VARIABLE: Final = "SLURM_JOB_ID"
 
 
-class LockedError(RuntimeError):
+class LockedError(InputError):
     """A lock is held by somebody else."""
 
 
@@ -86,11 +91,12 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0) -> Iterato
 
     Raises:
         LockedError: It is held and not to be waited for.
+        InputError: The file is a symbolic link, or is not one of a lock; or the file system refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     told = False
     with contextlib.ExitStack() as stack:
-        while not _take(file := stack.enter_context(path.open("a+")), path):
+        while not _take(file := stack.enter_context(_open(path)), path):
             stack.close()  # its holder may remove the file
             message = f"{path} is held by {holder(path) or 'another process'}"
             if not wait:
@@ -99,6 +105,7 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0) -> Iterato
                 print(f"Waiting: {message}.", flush=True)
                 told = True
             time.sleep(poll_seconds)
+        _check_is_lock(file, path)
         me = Holder(socket.gethostname(), os.getpid(), os.environ.get(JOB_VARIABLE, ""), time.time())
         _write(file, json.dumps(asdict(me)))
         done = threading.Event()
@@ -125,7 +132,7 @@ def hold_some(paths: list[Path], number: int, *, poll_seconds: float = 2.0) -> I
         Positions of the locks among ``paths``, and their file descriptors.
     """
     if number > len(paths):
-        raise ValueError(f"{number} GPUs were asked for, but there are {len(paths)} here.")
+        raise InputError(f"{number} GPUs were asked for, but there are {len(paths)} here.")
     while True:
         with contextlib.ExitStack() as stack:
             taken: dict[int, int] = {}
@@ -137,6 +144,42 @@ def hold_some(paths: list[Path], number: int, *, poll_seconds: float = 2.0) -> I
                 yield list(taken), list(taken.values())
                 return
         time.sleep(poll_seconds)
+
+
+def private_folder(path: Path) -> Path:
+    """A folder in a place that all users write to, such as /tmp, which only this user can use.
+
+    Args:
+        path: The folder; made where it is not there.
+
+    Raises:
+        InputError: It is a symbolic link or a file, or belongs to somebody else.
+    """
+    with file_errors(path):
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise InputError(
+                f"{path} is not a folder of your own: others could change what is in it. Remove it, or set TMPDIR to "
+                f"a folder that only you can write to."
+            )
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            path.chmod(0o700)
+    return path
+
+
+def _open(path: Path) -> IO[str]:
+    """Opens a lock's file without following a symbolic link, which somebody else may have put there."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with file_errors(path):
+        return os.fdopen(os.open(path, flags, 0o666), "r+", errors="replace")
+
+
+def _check_is_lock(file: IO[str], path: Path) -> None:
+    """Refuses a file that holds something else, which would be lost."""
+    text = file.read(_MOST_CHARACTERS)
+    if text.strip() and _holder_in(text) is None:
+        raise InputError(f"{path} is not the file of a lock: it holds something else. Rename or remove it.")
 
 
 def _take(file: IO[str], path: Path) -> bool:
@@ -211,8 +254,15 @@ def _is_gone(who: Holder, path: Path) -> bool:
 
 def _read(path: Path) -> Holder | None:
     try:
-        return Holder(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return _holder_in(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _holder_in(text: str) -> Holder | None:
+    try:
+        return Holder(**json.loads(text))
+    except (ValueError, TypeError):
         return None
 
 

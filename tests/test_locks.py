@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nnunet_conres import locks
-from nnunet_conres.locks import STALE_SECONDS, LockedError, hold, hold_some, holder
+from nnunet_conres.errors import InputError
+from nnunet_conres.locks import STALE_SECONDS, LockedError, hold, hold_some, holder, private_folder
 
 pytest.importorskip("fcntl", reason="needs an operating system with flock")
 
@@ -77,6 +78,63 @@ class TestHold:
             pass
         assert f"is held by process {process.pid}" in capsys.readouterr().out
         process.wait()
+
+
+class TestFilesOfOthers:
+    """A lock's file must not lead to another file, which would be emptied."""
+
+    @pytest.fixture
+    def thesis(self, tmp_path: Path) -> Path:
+        path = tmp_path / "thesis.tex"
+        path.write_text("years of work")
+        return path
+
+    def test_a_symbolic_link_is_refused(self, tmp_path: Path, thesis: Path) -> None:
+        lock = tmp_path / "lock"
+        lock.symlink_to(thesis)
+        with pytest.raises(InputError, match=r"lock: Too many levels of symbolic links\. Remove"), hold(lock):
+            pass
+        assert thesis.read_text() == "years of work"
+
+    @pytest.mark.parametrize("content", [b"years of work", b'{"a": 1}', b"\xff\x00", b"[]"])
+    def test_a_file_that_holds_something_else_is_refused(self, thesis: Path, content: bytes) -> None:
+        thesis.write_bytes(content)
+        with pytest.raises(InputError, match="is not the file of a lock"), hold(thesis):
+            pass
+        assert thesis.read_bytes() == content
+
+    def test_what_a_killed_holder_left_is_taken(self, tmp_path: Path) -> None:
+        elsewhere(tmp_path / "lock", STALE_SECONDS + 60)
+        with hold(tmp_path / "lock") as descriptor:
+            assert json.loads(os.pread(descriptor, 1000, 0))["pid"] == os.getpid()
+
+
+class TestPrivateFolder:
+    def test_is_made_for_this_user_only(self, tmp_path: Path) -> None:
+        for _ in range(2):
+            assert private_folder(tmp_path / "gpus").stat().st_mode & 0o777 == 0o700
+        (tmp_path / "gpus").chmod(0o777)
+        assert private_folder(tmp_path / "gpus").stat().st_mode & 0o777 == 0o700
+
+    @pytest.mark.parametrize("kind", ["link", "broken link", "file"])
+    def test_anything_else_is_refused(self, tmp_path: Path, kind: str) -> None:
+        path, target = tmp_path / "gpus", tmp_path / "target"
+        if kind == "link":
+            target.mkdir(mode=0o755)
+        if kind == "file":
+            path.touch()
+        else:
+            path.symlink_to(target)
+        with pytest.raises(InputError, match="gpus"):
+            private_folder(path)
+        assert not target.exists() or target.stat().st_mode & 0o777 == 0o755
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs a superuser, who can give a folder away")
+    def test_one_of_somebody_else_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "gpus").mkdir(mode=0o700)
+        os.chown(tmp_path / "gpus", 12345, 12345)
+        with pytest.raises(InputError, match="not a folder of your own"):
+            private_folder(tmp_path / "gpus")
 
 
 class TestAnotherNode:

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nnunet_conres.cli.arguments import PROCESSES_VARIABLE, number_of_processes
+from nnunet_conres.errors import InputError
 
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
@@ -17,7 +18,7 @@ _ARCHITECTURES = ("conresnet", "residual_maps", "vnet", "unet3d")
 def add_plan(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan",
-        help="plan ConResNet, V-Net or 3D U-Net for the memory there is",
+        help="plan ConResNet, ResidualMapUNet, V-Net or 3D U-Net for the memory there is",
         description="Plans data sets for a network of this package, as nnUNetv2_plan_experiment does for nnU-Net's "
         "own: patch, batch and checkpointing are chosen by the memory that the network takes. Fingerprints have to be "
         "there.",
@@ -49,7 +50,7 @@ def _add_planning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-overwrite_plans_name",
         metavar="NAME",
-        help="name of the plans (default: nnUNetConResNetPlans, nnUNetVNetPlans or nnUNetUNet3DPlans)",
+        help="name of the plans (default: that of the network, such as nnUNetConResNetPlans)",
     )
     parser.add_argument(
         "-preprocessor_name",
@@ -192,9 +193,9 @@ def _memory(arguments: argparse.Namespace) -> int:
         from nnunet_conres.registration import WITH_NETWORK_OF_THE_PLANS
 
         if arguments.tr not in trainers.__all__:
-            raise ValueError(f"{arguments.tr} is no trainer of this package; it has {', '.join(trainers.__all__)}.")
+            raise InputError(f"{arguments.tr} is no trainer of this package; it has {', '.join(trainers.__all__)}.")
         if arguments.tr in WITH_NETWORK_OF_THE_PLANS:
-            raise ValueError(
+            raise InputError(
                 f"{arguments.tr} trains the network of the plans. Leave -tr out for plans of this package; the "
                 f"memory of nnU-Net's own networks is not estimated."
             )

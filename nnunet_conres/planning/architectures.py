@@ -298,12 +298,13 @@ def _shared_arguments(configuration: ConfigurationManager, network: str) -> dict
     """
     given = deepcopy(configuration.network_arch_init_kwargs)
     missing = [argument for argument in _REQUIRED_ARGUMENTS if argument not in given]
-    if missing:
+    is_paper = names_conresnet_paper(configuration) or given.get("auxiliary_heads") is False
+    if missing and not is_paper:
         raise ValueError(
             f"Cannot derive {network} from these plans: their network {configuration.network_arch_class_name} has no "
             f"{', '.join(missing)}. Use plans of a U-Net, such as nnUNetPlans or nnUNetResEncUNetMPlans."
         )
-    if given.get("nonlin") is None or given.get("auxiliary_heads") is False:
+    if is_paper or given.get("nonlin") is None:
         raise ValueError(
             f"Cannot derive {network} from these plans: their network {configuration.network_arch_class_name} is a "
             f"paper's own, or has no nonlinearity. Train it with its own trainer, or use plans of a U-Net, such as "

@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres import __version__
 from nnunet_conres.architectures.network import CHECKPOINTINGS
-from nnunet_conres.datasets.raw import write_json
+from nnunet_conres.files import write_json
 from nnunet_conres.planning.architectures import (
     conresnet_architecture,
     residual_maps_architecture,

@@ -32,6 +32,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.locks import hold
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 from nnunet_conres.planning.sources import GT_SEGMENTATIONS, RECORD, cases_in, files_of, judge
+from nnunet_conres.unpickling import read_pickle
 
 STOCK_PLANS: Final = "nnUNetPlans"
 
@@ -263,14 +264,14 @@ def _look_at(job: tuple[TrainingCase, _Wanted]) -> _State:
 
 def _read(folder: Path, case_id: str) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
     """Shapes of a case's image and labels, and its properties. Raises if a file is missing or was cut short."""
+    properties = read_pickle(folder / f"{case_id}.pkl")  # before nnU-Net does so, which trusts it
     compressed = folder / f"{case_id}.npz"
     if not compressed.is_file():
-        image, annotation, _, properties = nnUNetDatasetBlosc2(str(folder), [case_id]).load_case(case_id)
+        image, annotation, _, _ = nnUNetDatasetBlosc2(str(folder), [case_id]).load_case(case_id)
         return tuple(image.shape), tuple(annotation.shape), properties
     with zipfile.ZipFile(compressed) as archive:  # the heads only: nnU-Net would unpack all of it
         shapes = _array_shape(archive, "data"), _array_shape(archive, "seg")
-    with open(folder / f"{case_id}.pkl", "rb") as stream:
-        return *shapes, pickle.load(stream)
+    return *shapes, properties
 
 
 def _array_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
@@ -361,7 +362,7 @@ def _checked(run_case: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
 
 def _note(properties_file: Path, record: Mapping[str, Any]) -> None:
     """Writes a record into a case's properties."""
-    properties = pickle.loads(properties_file.read_bytes())
+    properties = read_pickle(properties_file)
     partial = properties_file.with_name(f".{properties_file.name}.new")
     partial.write_bytes(pickle.dumps(properties | {RECORD: dict(record)}))
     partial.replace(properties_file)

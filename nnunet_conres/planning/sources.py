@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, read_dataset_json, some, write_json
+from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, read_dataset_json, some
+from nnunet_conres.files import write_json
 
 RECORD: Final = "nnunet_conres_sources"
 """Key of a record among a case's properties, and in a fingerprint."""

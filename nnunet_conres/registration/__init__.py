@@ -2,9 +2,10 @@
 
 nnU-Net (2.8 and later) looks up a trainer that is not its own in the folders that the environment variable
 ``nnUNet_extTrainer`` names, and imports every module found there. ``external_trainers/`` beside this file is such a
-folder, with one module in it. A start-up file at the top of site-packages (``nnunet_conres.pth``, kept beside this
-file) adds it to the variable whenever Python starts in an environment that the package is installed in: last, so that
-a user's own trainers win, and once, also in child processes.
+folder, with one module in it. A start-up file at the top of site-packages adds it to the variable whenever Python
+starts in an environment that the package is installed in: last, so that a user's own trainers win, and once, also in
+child processes. Python up to 3.14 reads ``nnunet_conres.pth``, later ones ``nnunet_conres.start``; both call one
+function, and ``site_packages/`` beside this file holds all three.
 
 A new trainer is made known to nnU-Net by a line in `TRAINERS`.
 """

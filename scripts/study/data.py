@@ -16,8 +16,9 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_conres.datasets.brats import convert_brats
 from nnunet_conres.datasets.phantom import write_brats_phantoms
-from nnunet_conres.datasets.raw import folder_name, target_faults, write_json
+from nnunet_conres.datasets.raw import folder_name, target_faults
 from nnunet_conres.datasets.sparse import SlabRule, keep_slices
+from nnunet_conres.files import write_json
 
 HERE = Path(__file__).resolve().parent
 ENDING = ".nii.gz"

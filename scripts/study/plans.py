@@ -18,7 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from recipe import STOCK
 from runs import Setting, plans_name
 
-from nnunet_conres.datasets.raw import write_json
+from nnunet_conres.files import write_json
 
 
 def prepare_plans(study: dict[str, Any], networks: Sequence[str], setting: Setting) -> Path:

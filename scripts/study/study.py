@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nnunet_conres.datasets.raw import write_json
+from nnunet_conres.files import write_json
 
 if TYPE_CHECKING:
     from runs import Run, Setting

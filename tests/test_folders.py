@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from nnunet_conres.errors import InputError
-from nnunet_conres.files import being_written, check_complete, list_files, new_folder, visible, writing
+from nnunet_conres.folders import being_written, check_complete, list_files, new_folder, visible, writing
 
 # Writes a folder, and waits in it before it ends.
 WRITE = """
 import sys, time
 from pathlib import Path
-from nnunet_conres.files import new_folder, writing
+from nnunet_conres.folders import new_folder, writing
 
 target = Path(sys.argv[2])
 with {"new": new_folder, "existing": writing}[sys.argv[1]](target) as folder:
@@ -133,7 +133,7 @@ class TestNewFolder:
 import sys, time
 from pathlib import Path
 from nnunet_conres.errors import InputError
-from nnunet_conres.files import new_folder
+from nnunet_conres.folders import new_folder
 while time.time() < float(sys.argv[2]):
     pass
 try:
