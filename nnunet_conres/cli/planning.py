@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
     from nnunet_conres.planning.commands import PlanOptions
 
-_ARCHITECTURES = ("conresnet", "conresnet_stream", "vnet", "unet3d")
+_ARCHITECTURES = ("conresnet", "residual_maps", "vnet", "unet3d")
 
 
 def add_plan(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan",
-        help="plan ConResNet, V-Net or 3D U-Net for the memory there is",
+        help="plan ConResNet, ResidualMapUNet, V-Net or 3D U-Net for the memory there is",
         description="Plans data sets for a network of this package, as nnUNetv2_plan_experiment does for nnU-Net's "
         "own: patch, batch and checkpointing are chosen by the memory that the network takes. Fingerprints have to be "
         "there.",
@@ -49,7 +49,7 @@ def _add_planning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-overwrite_plans_name",
         metavar="NAME",
-        help="name of the plans (default: nnUNetConResNetPlans, nnUNetVNetPlans or nnUNetUNet3DPlans)",
+        help="name of the plans (default: that of the network, such as nnUNetConResNetPlans)",
     )
     parser.add_argument(
         "-preprocessor_name",
@@ -85,9 +85,9 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan_and_preprocess",
         help="take fingerprints, plan, and preprocess what is missing",
-        description="Takes fingerprints where there are none, plans as plan does, and preprocesses. Preprocessed data "
-        "are shared with nnU-Net's own plans where they would be the same, and complete cases are never removed or "
-        "made again.",
+        description="Takes fingerprints where they are missing or outdated, plans as plan does, and preprocesses. "
+        "Preprocessed data are shared with nnU-Net's own plans where they would be the same. Cases that are complete "
+        "are made again only if their raw files changed.",
     )
     _add_planning_options(parser)
     parser.add_argument(
@@ -120,7 +120,9 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
     )
     parser.add_argument("--no_pp", action="store_true", help="do not preprocess")
     parser.add_argument(
-        "--clean", action="store_true", help="take fingerprints again, as after a change of the data set"
+        "--clean",
+        action="store_true",
+        help="take fingerprints again, and remove preprocessed cases that the raw data set no longer has",
     )
     parser.add_argument("--no_pbar", action="store_true", help="show no progress bars")
     parser.set_defaults(handler=_plan_and_preprocess)
@@ -154,18 +156,18 @@ def add_memory(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "memory",
         help="tell how much memory a training takes, and which patches fit",
-        description="Estimates the peak memory of a training step from the plans, part by part, without running it, "
-        "and the largest patches that fit given budgets.",
+        description="Estimates the peak memory of a training step, part by part, by executing it on tensors without "
+        "data, and the largest patches that fit given budgets. Knows any trainer that nnU-Net finds, on any plans.",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id")
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans (default: %(default)s)")
     parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres", help="default: %(default)s")
     parser.add_argument(
-        "-tr", metavar="TRAINER", help="trainer of this package; may be left out where the plans name the network"
+        "-tr", metavar="TRAINER", default="nnUNetTrainer", help="trainer, as for nnUNetv2_train (default: %(default)s)"
     )
     parser.add_argument("--batch_size", metavar="B", type=int, help="another batch than the plans'")
     parser.add_argument(
-        "--patch_size", metavar=("X", "Y", "Z"), type=int, nargs=3, help="another patch than the plans', in voxels"
+        "--patch_size", metavar="N", type=int, nargs="+", help="another patch than the plans', in voxels, as x y z"
     )
     parser.add_argument(
         "--budget",
@@ -184,28 +186,13 @@ def add_memory(subparsers: "Subparsers") -> None:
 def _memory(arguments: argparse.Namespace) -> int:
     from nnunet_conres.planning.memory_report import report_memory
 
-    trainer = None
-    if arguments.tr is not None:
-        from nnunet_conres import trainers
-        from nnunet_conres.registration import WITH_NETWORK_OF_THE_PLANS
-
-        if arguments.tr not in trainers.__all__:
-            raise ValueError(f"{arguments.tr} is no trainer of this package; it has {', '.join(trainers.__all__)}.")
-        if arguments.tr in WITH_NETWORK_OF_THE_PLANS:
-            raise ValueError(
-                f"{arguments.tr} trains the network of the plans. Leave -tr out for plans of this package; the "
-                f"memory of nnU-Net's own networks is not estimated."
-            )
-        trainer = getattr(trainers, arguments.tr)
     # nnU-Net has things to say of old plans, which must not get among the JSON
     with contextlib.redirect_stdout(sys.stderr):
         report = report_memory(
             arguments.d,
             arguments.p,
             arguments.c,
-            resolve=None if trainer is None else trainer.resolve,
-            trainer_name=arguments.tr,
-            optimizer=None if trainer is None else trainer.optimizer_kind,
+            arguments.tr,
             patch_size=arguments.patch_size,
             batch_size=arguments.batch_size,
             device=arguments.device,

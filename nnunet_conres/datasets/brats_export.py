@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnunet_conres.datasets.brats_find import image_of, nifti_files
+from nnunet_conres.case_ids import unsafe_ids
+from nnunet_conres.datasets.brats_find import image_of, names_image, nifti_files
 from nnunet_conres.datasets.brats_schemes import LABEL_SETS, SCHEMES, LabelSet, Mode, labels_outside, map_labels
 from nnunet_conres.datasets.raw import map_cases, some
 from nnunet_conres.errors import InputError
+from nnunet_conres.folders import being_written, check_complete, new_folder, visible
 from nnunet_conres.images.content import DamagedFileError
 from nnunet_conres.images.nifti import (
     grid_difference,
@@ -111,16 +113,18 @@ def export_brats(
     Raises:
         ExportError: The predictions do not fit the data set or the scheme, or the target is taken. Lists all faults.
     """
-    folder, output = Path(predictions_folder), Path(output_folder).absolute()
+    # Resolved: a link to an empty folder is not replaced, but what it leads to.
+    folder, output = Path(predictions_folder), Path(output_folder).resolve()
     faults = list(_argument_faults(scheme, et_min_voxels, processes))
+    faults += being_written(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         faults.append(f"{output} exists already and is not an empty folder; remove it, or choose another -o.")
-    paths = sorted(path for path in folder.iterdir() if is_nifti(path)) if folder.is_dir() else []
+    paths = [path for path in visible(folder) if is_nifti(path)] if folder.is_dir() else []
     if not folder.is_dir():
         faults.append(f"{folder} is not a folder; expected a folder with predictions.")
     elif not paths:
         faults.append(f"{folder} has no NIfTI file; expected predictions named CASE.nii.gz.")
-    faults += _name_faults(paths, scheme)
+    faults += _name_faults(folder, paths, scheme)
     tissues, found = _tissues(folder / "dataset.json" if dataset_json is None else Path(dataset_json))
     faults += found
     references, found, warnings = _references(reference_folder, [stem(path) for path in paths])
@@ -143,18 +147,10 @@ def export_brats(
     if faults:
         raise ExportError(faults)
 
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(output) as partial:
         jobs = [job._replace(output=partial / f"{stem(job.path)}.nii.gz") for job in jobs]
         results = list(map_cases(export_case, jobs, processes, "Writing", progress))
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        check_complete(partial, [job.output.name for job in jobs if job.output is not None])
     cleaned = {stem(job.path): result.cleaned for job, result in zip(jobs, results, strict=True) if result.cleaned}
     return Export(output, tuple(stem(path) for path in paths), cleaned, tuple(warnings))
 
@@ -219,7 +215,7 @@ def _label_fault(job: Prediction, strange: Mapping[float, int]) -> str:
     expected = ", ".join(f"{label} {tissue}" for label, tissue in job.known.items())
     return (
         f"{job.path} has labels {found}; the data set has 0 background, {expected}. Expected nnU-Net's own prediction: "
-        f"is this a file in the challenge's labels already?"
+        f"is this an image, or a file in the challenge's labels already?"
     )
 
 
@@ -232,15 +228,17 @@ def _argument_faults(scheme: str, et_min_voxels: int, processes: int) -> Iterato
         yield f"The number of processes is {processes}; expected 1 or more."
 
 
-def _name_faults(paths: Sequence[Path], scheme: str) -> Iterator[str]:
+def _name_faults(folder: Path, paths: Sequence[Path], scheme: str) -> Iterator[str]:
     """Files that are no case's, or whose name is another challenge's."""
     ids = [stem(path) for path in paths]
-    doubled = sorted({case_id for case_id in ids if ids.count(case_id) > 1})
+    yield from unsafe_ids(ids, folder)
+    doubled = sorted(case_id for case_id, times in Counter(ids).items() if times > 1)
     if doubled:
         yield f"{some(doubled)}: more than one file; keep one of each."
-    images = [path.name for path in paths if image_of(path) not in (None, stem(path))]
+    # Not CASE_0000.nii.gz, as nnU-Net names images: ids may end so. What is no prediction has other values.
+    images = [path.name for path in paths if names_image(path)]
     if images:
-        yield f"{some(images)}: named as images are; expected predictions named CASE.nii.gz."
+        yield f"{some(images)}: named as BraTS names images; expected predictions named CASE.nii.gz."
     if scheme not in SCHEMES:
         return
     foreign = [case_id for case_id in ids if _others(case_id, scheme)]
@@ -309,7 +307,8 @@ def _references(folder: str | Path | None, case_ids: Sequence[str]) -> tuple[dic
         if case_id is not None:
             images.setdefault(case_id, path)
     missing = [case_id for case_id in case_ids if case_id not in images]
+    predicted = set(case_ids)
     faults = [f"{some(missing)}: no image in {folder} to compare the prediction with."] if missing else []
-    unpredicted = sorted(case_id for case_id in images if case_id not in case_ids)
+    unpredicted = sorted(case_id for case_id in images if case_id not in predicted)
     warnings = [f"{some(unpredicted)}: in {folder}, but not predicted."] if unpredicted else []
     return images, faults, warnings

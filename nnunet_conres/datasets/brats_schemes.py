@@ -99,7 +99,7 @@ class Layout:
     def split(self, folder_name: str, file_name: str) -> tuple[str, str] | None:
         """Case id and file part (lower case) of a NIfTI file that is named so, else None."""
         parts = "|".join((*self.modalities.values(), self.label_part))
-        match = re.fullmatch(rf"(.+){self.separator}({parts})\.nii(?:\.gz)?", file_name, re.IGNORECASE)
+        match = re.fullmatch(rf"(.+){self.separator}({parts})\.nii(?:\.gz)?", file_name, re.I | re.DOTALL)
         return None if match is None else (match[1], match[2].lower())
 
     @property
@@ -278,7 +278,7 @@ def _options(schemes: Iterable[Scheme]) -> str:
 
 def common_label_set(names: Iterable[str]) -> LabelSet | None:
     """The label set that holds the tissues of all these schemes, None where they contradict each other."""
-    sets = [SCHEMES[name].label_set for name in names]
+    sets = [SCHEMES[name].label_set for name in dict.fromkeys(names)]
     for candidate in sets:
         if all(candidate.contains(other) for other in sets):
             return candidate

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from nnunet_conres.datasets.brats_find import Case
 from nnunet_conres.datasets.brats_schemes import CHANNELS, SCHEMES, LabelSet, Mode, to_nnunet_labels
 from nnunet_conres.datasets.raw import link_or_copy
+from nnunet_conres.errors import file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.images.nifti import Nifti, compress, is_compressed, read_header, read_nifti, write_nifti
 
@@ -29,6 +30,13 @@ class Job(NamedTuple):
     image_mode: ImageMode
 
 
+def case_files(case: Case) -> list[str]:
+    """The files of a case in a data set: the images of all channels, and the labels where it has any."""
+    part = "Tr" if case.trains else "Ts"
+    files = [f"images{part}/{case.case_id}_{index:04d}.nii.gz" for index in range(len(CHANNELS))]
+    return files if case.labels is None else [*files, f"labels{part}/{case.case_id}.nii.gz"]
+
+
 def write_case(job: Job) -> list[Transfer]:
     """Write a case's images and labels.
 
@@ -36,8 +44,8 @@ def write_case(job: Job) -> list[Transfer]:
         How each image came about.
     """
     case, dataset, mode = job
-    part = "Tr" if case.trains else "Ts"
-    targets = [dataset / f"images{part}" / f"{case.case_id}_{index:04d}.nii.gz" for index in range(len(CHANNELS))]
+    files = [dataset / file for file in case_files(case)]
+    targets = files[: len(CHANNELS)]
     transfers: list[Transfer]
     if len(case.images) == 1:
         transfers = _split_channels(read_nifti(case.images[0]), targets)
@@ -46,7 +54,7 @@ def write_case(job: Job) -> list[Transfer]:
     if case.labels is not None:
         labels = to_nnunet_labels(read_nifti(case.labels).labels(), case.scheme)
         # The image's geometry, equal within tolerance: nnU-Net's own check is stricter than the last bit of a float32.
-        write_nifti(dataset / f"labels{part}" / f"{case.case_id}.nii.gz", labels, read_header(case.images[0]))
+        write_nifti(files[-1], labels, read_header(case.images[0]))
     return transfers
 
 
@@ -63,7 +71,8 @@ def _transfer(source: Path, target: Path, mode: ImageMode) -> Transfer:
         return "compressed"
     if mode == "link":
         return link_or_copy(source, target)
-    shutil.copyfile(source, target)
+    with file_errors(target):
+        shutil.copyfile(source, target)
     return "copied"
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import (
     FOLDER_VARIABLES,
     TrainingCase,
@@ -33,8 +34,9 @@ from nnunet_conres.datasets.raw import (
     short_message,
 )
 from nnunet_conres.datasets.sparse import IGNORE
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
+from nnunet_conres.folders import check_complete, visible, writing
 from nnunet_conres.images.volumes import read_labels, write_labels
 
 if TYPE_CHECKING:
@@ -207,37 +209,47 @@ def densify(
         if faults:
             raise InputError(faults)
 
-    is_new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
-    for leftover in output.glob(".*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
     written: list[str] = []
-    try:
-        if existing == "overwrite":
-            # What is left of another model would pass for this one's if this run were interrupted and continued.
-            for case in cases:
-                (output / f"{case.case_id}{ending}").unlink(missing_ok=True)
-        write_json(output / RECORD, record)
-        shutil.copyfile(model_folder / "plans.json", output / "plans.json")
-        write_json(output / "dataset.json", _dense_dataset_json(dataset_json, len(cases)))
-        for case_id in _with_bar(
-            _predict_groups(
-                predictors,
-                list(pending.values()),
-                output,
-                ending,
-                None if previous_stage_folder is None else Path(previous_stage_folder),
-                preprocessing_processes,
-                export_processes,
-            ),
-            len(unpredicted),
-            progress,
-        ):
-            written.append(case_id)
-    except BaseException:
-        if is_new and not written:
-            shutil.rmtree(output, ignore_errors=True)
-        raise
+    with writing(output):
+        # Once more, since another run may have written there while this one checked.
+        faults = list(_output_faults(output, dataset_folder, cases, existing, record))
+        if faults:
+            raise InputError(faults)
+        before = {path.name for path in output.iterdir()}
+        for leftover in output.glob(".*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            with file_errors(output):
+                if existing == "overwrite":
+                    # What is left of another model would pass for this one's if this run were interrupted and
+                    # continued.
+                    for case in cases:
+                        (output / f"{case.case_id}{ending}").unlink(missing_ok=True)
+                write_json(output / RECORD, record)
+                shutil.copyfile(model_folder / "plans.json", output / "plans.json")
+                write_json(output / "dataset.json", _dense_dataset_json(dataset_json, len(cases)))
+            for case_id in _with_bar(
+                _predict_groups(
+                    predictors,
+                    list(pending.values()),
+                    output,
+                    ending,
+                    None if previous_stage_folder is None else Path(previous_stage_folder),
+                    preprocessing_processes,
+                    export_processes,
+                ),
+                len(unpredicted),
+                progress,
+            ):
+                written.append(case_id)
+        except BaseException:
+            if not written:
+                # As it was, so that the same command can be given again.
+                for path in visible(output):
+                    if path.name not in before and path.is_file():
+                        path.unlink(missing_ok=True)
+            raise
+        check_complete(output, (f"{case.case_id}{ending}" for case in cases))
     return Densification(
         output_folder=output,
         cases=tuple(cases),
@@ -350,6 +362,9 @@ def _by_validation_fold(
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {}, [f"{path} cannot be read, so it is unknown which fold had a case in its validation set: {error}"]
+    unsafe = unsafe_ids(sorted({str(case_id) for ids in held_out.values() for case_id in ids}), path)
+    if unsafe:
+        return {}, unsafe
     groups: dict[tuple[Fold, ...], list[TrainingCase]] = defaultdict(list)
     for case in cases:
         groups[tuple(fold for fold in model.folds if case.case_id in held_out[fold])].append(case)
@@ -376,7 +391,7 @@ def _output_faults(
     if output.resolve() in inputs or raw in (output.resolve(), *output.resolve().parents):
         yield f"{output} holds files of a data set in {raw}; choose another -o."
         return
-    if not output.is_dir() or not any(path for path in output.iterdir() if not path.name.endswith(".partial")):
+    if not output.is_dir() or not visible(output):
         return
     if existing == "refuse":
         yield f"{output} is not empty; choose another -o, or add --overwrite or --continue."

@@ -25,8 +25,9 @@ from nnunet_conres.datasets.raw import (
     read_dataset_json,
     some,
 )
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
+from nnunet_conres.folders import list_files, visible, writing
 from nnunet_conres.images.volumes import read_labels, reader_for
 from nnunet_conres.text import aligned, number_text
 
@@ -202,16 +203,18 @@ def split(
 
     path = preprocessed / folder.name / SPLITS_FILE
     content = [entry.as_json() for entry in entries]
-    before = _read_splits(path)
     results = folder_from_environment(FOLDER_VARIABLES[2])
     ending = str(dataset_json["file_ending"])
-    trainings = [] if results is None else list(_other_trainings(results / folder.name, entries, before, ending))
-    if path.exists() and before != content and not force:
-        reasons = [f"{path} exists already and holds other splits; add --force to replace it."]
-        raise InputError(reasons + [f"Already trained: {training}" for training in trainings])
-    if before != content:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
+    # From the look at what is there to the replacement: two splits must not both find none.
+    with writing(path.parent, lock=f".{path.name}.lock"):
+        before = _read_splits(path)
+        trainings = [] if results is None else list(_other_trainings(results / folder.name, entries, before, ending))
+        if path.exists() and before != content and not force:
+            reasons = [f"{path} exists already and holds other splits; add --force to replace it."]
+            raise InputError(reasons + [f"Already trained: {training}" for training in trainings])
+        if before != content:
+            with file_errors(path):
+                write_json(path, content)
     notes = _notes(folder, facts, entries, balance if validation_file is None else "none", pattern, content)
     return Split(path, tuple(entries), facts, tuple(trainings), tuple(notes), unchanged=before == content)
 
@@ -560,7 +563,10 @@ def _other_trainings(results: Path, folds: Sequence[Fold], before: Any, ending: 
         before: The splits that the file held until now, None if there was none.
         ending: Of the data set's files.
     """
-    for fold_folder in sorted(results.glob("*__*__*/fold_*")):
+    models = [model for model in visible(results) if model.name.count("__") >= 2] if results.is_dir() else []
+    for fold_folder in [folder for model in models if model.is_dir() for folder in visible(model)]:
+        if not fold_folder.name.startswith("fold_"):
+            continue
         number = fold_folder.name.removeprefix("fold_")
         if not number.isdigit() or not any(fold_folder.glob("checkpoint_*.pth")):
             continue
@@ -594,7 +600,7 @@ def _held_out(fold_folder: Path, number: int, before: Any, ending: str) -> tuple
     # A validation that was not finished has fewer files than cases; the old splits are all of them.
     if before is not None and number < len(before):
         return set(before[number]["val"]), "the splits file until now"
-    files = list(validation.glob(f"*{ending}"))
+    files = list_files(validation, ending) if validation.is_dir() else []
     return ({path.name.removesuffix(ending) for path in files} or None), "the files in validation"
 
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.labels import ignore_label, label_values
 from nnunet_conres.files import written_whole
+from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.volumes import affine_of, read_labels, read_volume, reader_for, standing
 
 if TYPE_CHECKING:
@@ -220,12 +222,12 @@ def write_overlays(
         InputError: Files are missing, can't be read or do not fit each other. All missing ones are named before
             anything is written; the others are named after all cases that can be drawn have been.
     """
-    from tqdm import tqdm
-
     ending = legend.file_ending
     jobs: list[tuple[str, list[Path], Path, Path | None]] = []
     faults: list[str] = []
-    for prediction in sorted(Path(prediction_folder).glob(f"*{ending}")):
+    predictions = list_files(Path(prediction_folder), ending)
+    faults += unsafe_ids((prediction.name[: -len(ending)] for prediction in predictions), prediction_folder)
+    for prediction in predictions:
         case_id = prediction.name[: -len(ending)]
         images = [Path(image_folder) / f"{case_id}_{i:04d}{ending}" for i in range(len(legend.channels))]
         reference = None if reference_folder is None else Path(reference_folder) / prediction.name
@@ -240,7 +242,20 @@ def write_overlays(
     content = {"file_ending": ending, "overwrite_image_reader_writer": legend.reader}
     reader = reader_for(content, [images[0] for _, images, _, _ in jobs])
     output = Path(output_folder)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        return _write_overlays(jobs, output, legend, reader, progress)
+
+
+def _write_overlays(
+    jobs: Sequence[tuple[str, list[Path], Path, Path | None]],
+    output: Path,
+    legend: Legend,
+    reader: type,
+    progress: bool,
+) -> list[Path]:
+    from tqdm import tqdm
+
+    faults: list[str] = []
     written = []
     for case_id, images, prediction, reference in tqdm(jobs, desc="Drawing", unit="case", disable=not progress):
         try:
@@ -435,8 +450,6 @@ def write_sparse_annotation_figures(
     Raises:
         InputError: The files of a case can't be read or do not fit each other, or dataset.json has no ignore label.
     """
-    from tqdm import tqdm
-
     legend = read_legend(dataset_json)
     if legend.ignore_label is None:
         raise InputError(f"{dataset_json} has no label 'ignore'; expected that of a sparsely annotated data set.")
@@ -445,7 +458,16 @@ def write_sparse_annotation_figures(
         return []
     reader = reader_for(content, [case.images[0] for case in cases])
     output = Path(output_folder)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        return _write_sparse_annotation_figures(cases, output, legend, reader, progress)
+
+
+def _write_sparse_annotation_figures(
+    cases: Sequence[SparseCase], output: Path, legend: Legend, reader: type, progress: bool
+) -> list[Path]:
+    from tqdm import tqdm
+
+    assert legend.ignore_label is not None, "checked before"
     written = []
     for case in tqdm(cases, desc="Drawing", unit="case", disable=not progress):
         image = read_volume(case.images[channels_to_show(legend.channels, len(case.images))[0]], reader)

@@ -175,7 +175,7 @@ def predicted_residual_figure(
     images: Sequence[NDArray[Any]],
     prediction: NDArray[Any],
     predicted: Mapping[str, NDArray[np.float32]],
-    attention: NDArray[np.float32],
+    attention: NDArray[np.float32] | None,
     of_prediction: Mapping[str, NDArray[np.bool_]],
     *,
     regions: Mapping[str, Sequence[int]],
@@ -193,7 +193,7 @@ def predicted_residual_figure(
         images: One per channel, axes z, y, x; one of them is shown, with the outlines of the labels.
         prediction: Label map of the same shape.
         predicted: Predicted residuals, 0 to 1, by name; shown is the largest at every voxel.
-        attention: 0 to 2; not shown where it is 1 everywhere.
+        attention: 0 to 2; None where there is none.
         of_prediction: Residual of the predicted labels, by name.
         regions: Label values by name.
         reference: True label map, if there is one.
@@ -221,9 +221,8 @@ def predicted_residual_figure(
         Column("residual of the prediction", nothing, (0, 1), tinted=of_prediction),
         Column("predicted residual, 0 to 1", strongest, (0.0, 1.0), _MAP_COLOURS),
     ]
-    attended = attention[attention != 1]
-    if attended.size:  # else there is none
-        low, high = _range(attended)
+    if attention is not None:
+        low, high = _range(attention[attention != 1])
         columns.append(Column(f"attention, {low:.2f} to {high:.2f}", attention, (low, high), _MAP_COLOURS))
     known = of_reference or of_prediction
     curves = [Curve("predicted residual", _means(strongest, axis), "white")]

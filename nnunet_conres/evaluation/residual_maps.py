@@ -14,12 +14,14 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import some
 from nnunet_conres.datasets.sparse import Axis, slice_axis
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import Legend, read_legend, reversed_axes
 from nnunet_conres.evaluation.summary import dataset_json_near
 from nnunet_conres.files import write_json
+from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.nifti import whole_numbers
 from nnunet_conres.images.volumes import affine_of, read_labels, read_volume, reader_of_file, write_map
 
@@ -169,7 +171,22 @@ def write_residual_maps(
         raise InputError(faults)
 
     output = Path(output_folder)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        return _write_residual_maps(looks, legends, output, axis, chosen, intensities, warnings, progress)
+
+
+def _write_residual_maps(
+    looks: Sequence[FileLook],
+    legends: Mapping[Path, Legend | None],
+    output: Path,
+    axis: Axis,
+    chosen: int,
+    intensities: Intensities,
+    warnings: list[str],
+    progress: bool,
+) -> ResidualMaps:
+    from tqdm import tqdm
+
     done = []
     for look in tqdm(looks, desc="Residuals", unit="file", disable=not progress):
         if look.kind == "image":
@@ -272,17 +289,15 @@ def normalise(voxels: NDArray[Any]) -> NDArray[np.float32]:
 def find_files(source: Path) -> tuple[list[Path], list[str]]:
     """The file itself, or the files of a folder with an ending in `ENDINGS`; and a message for every fault."""
     if source.is_file():
-        return [source], []
+        return [source], unsafe_ids([stem(source)], source)
     if not source.is_dir():
         return [], [f"{source} does not exist; expected an image or label file, or a folder of such."]
-    paths = sorted(
-        path for path in source.iterdir() if path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
-    )
-    paths = [path for path in paths if path.is_file()]
+    paths = list_files(source, ENDINGS, ignore_case=True)
     if not paths:
         return [], [f"{source} has no file that ends in {', '.join(ENDINGS)}; expected images or labels there."]
     twice = [name for name, times in Counter(stem(path).casefold() for path in paths).items() if times > 1]
-    return paths, [f"{source} has several files called {name}, with different endings; keep one." for name in twice]
+    faults = [f"{source} has several files called {name}, with different endings; keep one." for name in twice]
+    return paths, faults + unsafe_ids(map(stem, paths), source)
 
 
 def stem(path: Path) -> str:

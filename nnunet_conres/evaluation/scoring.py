@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nnunet_conres import __version__
 from nnunet_conres.datasets.raw import map_cases
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.json_values import without_nan
 from nnunet_conres.evaluation.labels import ignore_label, label_values
 from nnunet_conres.evaluation.metrics import METRIC_VERSION, METRICS, MetricOptions, measure
@@ -90,8 +90,8 @@ def score_cases(
         The scores, models and cases in the order of the jobs, regions in that of dataset.json.
 
     Raises:
-        ValueError: Files are missing, cannot be read, do not fit each other or hold labels that dataset.json does not
-            name; all faults are listed together, missing files before any is read.
+        InputError: Files are missing, cannot be read, do not fit each other or hold labels that dataset.json does not
+            name; all errors are listed together, missing files before any is read.
     """
     options = options or MetricOptions()
     faults = _job_faults(jobs)
@@ -101,10 +101,11 @@ def score_cases(
     if MEAN in scheme.regions:
         faults.append(f"A label is called {MEAN!r}, as the mean over all labels is; give it another name.")
     if faults:
-        raise ValueError("\n".join(faults))
+        raise InputError(faults)
     cache = None if cache_folder is None else Path(cache_folder)
     if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
+        with file_errors(cache):
+            cache.mkdir(parents=True, exist_ok=True)
     reader = reader_for(dataset_json, [job.reference for job in jobs])
 
     tasks = [_Task(job, scheme, options, reader, cache) for job in jobs]
@@ -118,7 +119,7 @@ def score_cases(
         values.setdefault(job.model, {})[job.case_id] = outcome.scores
     if faults:
         # A reference that is at fault is so for every model.
-        raise ValueError("\n".join(dict.fromkeys(faults)))
+        raise InputError("\n".join(dict.fromkeys(faults)))
     return Scores(values, options, cached, tuple(displaced))
 
 
@@ -176,14 +177,14 @@ def _scheme(dataset_json: Mapping[str, Any]) -> _Scheme:
     try:
         regions, ignore = label_values(dataset_json["labels"]), ignore_label(dataset_json["labels"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"The dataset.json has no usable labels ({error!r}); expected that of an nnU-Net data set."
         ) from error
     if "file_ending" not in dataset_json:
-        raise ValueError("The dataset.json has no file_ending; expected that of an nnU-Net data set.")
+        raise InputError("The dataset.json has no file_ending; expected that of an nnU-Net data set.")
     allowed = {0, *(value for values in regions.values() for value in values)}
     if not regions:
-        raise ValueError("The dataset.json names no label beside background and ignore; expected one or more.")
+        raise InputError("The dataset.json names no label beside background and ignore; expected one or more.")
     return _Scheme(regions, tuple(sorted(allowed)), ignore)
 
 
@@ -284,7 +285,8 @@ def _content_key(task: _Task) -> str:
     for path in (task.job.reference, task.job.prediction):
         # The same bytes may be read as another image under another ending.
         key.update(path.suffix.lower().encode())
-        key.update(hashlib.sha256(path.read_bytes()).digest())
+        with file_errors(path):
+            key.update(hashlib.sha256(path.read_bytes()).digest())
     return key.hexdigest()
 
 

@@ -1,18 +1,21 @@
-"""How much memory a training step takes, from the plans alone.
-
-The networks and losses are written down once more in the operations of `ledger`, which know shapes and types, and what
-PyTorch keeps of each for backward. `tracker` counts the same by executing the step on tensors without data.
-"""
+"""How much memory training steps take: executed on fake tensors, and interpolated between executions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from nnunet_conres.planning.ledger import FLOAT32, Ledger
-from nnunet_conres.planning.ledger_losses import Loss
-from nnunet_conres.planning.ledger_networks import network_of
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_conres.errors import InputError
+from nnunet_conres.planning.tracker import Measurement, measure_training_step
 from nnunet_conres.planning.training_step import TrainingStep
+from nnunet_conres.text import times
 
 # What no operation shows: kernels' own workspace, 0 to 12 % of the peak at 128 x 128 x 128 on an H200, as
 # docs/benchmarks.md has it; and on a GPU the CUDA context with its libraries, and gaps between PyTorch's blocks.
@@ -20,16 +23,20 @@ WORKSPACE_SHARE = 0.12
 CUDA_CONTEXT = 500 * 2**20
 
 
+class UntrainableError(InputError):
+    """A training step can't be taken: the network does not fit its patch."""
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Memory of a training step in bytes.
 
     Attributes:
-        parameters: Of the network.
+        parameters: Of the network, with its buffers.
         gradients: Of the parameters, at the end of backward.
         optimizer: State of the optimiser.
         batch: Images and annotations.
-        activations: What is kept for backward when the network is through, by encoder stage and decoder level.
+        activations: What is kept for backward when the network is through, by module that made it.
         loss: What the loss keeps for backward beside them.
         peak: The most that is alive at any moment.
         workspace: Allowance for what is not seen: kernels' workspace, gaps in the allocator, the CUDA context.
@@ -51,56 +58,149 @@ class MemoryEstimate:
 
 
 def estimate_memory(step: TrainingStep) -> MemoryEstimate:
-    """Predicts the memory of a training step from the second one on, when the optimiser has its state.
+    """Memory of a training step from the second one on, when the optimiser has its state; one execution.
 
     Args:
         step: What is trained, and how.
 
     Raises:
-        ValueError: The network is none of this package's.
+        UntrainableError: Such a step can't be taken.
     """
-    ledger = Ledger(mixed=step.mixed_precision, cuda=step.device == "cuda")
-    network = network_of(step, ledger)
-    parameters = FLOAT32 * sum(parameter.numel for parameter in network.parameters)
-    optimizer = parameters * (2 if step.optimizer == "adam" else 1)
-    if step.optimizer == "muon":  # and Adam for what is no matrix
-        optimizer += FLOAT32 * sum(parameter.numel for parameter in network.parameters if not parameter.is_matrix)
-    fixed = [ledger.storage(parameters), ledger.storage(optimizer + network.buffer_bytes)]
-    data = ledger.tensor((step.batch_size, step.input_channels, *step.patch_size), FLOAT32)
-    losses = Loss(step, ledger)
-    before = ledger.current
-
-    ledger.by_part.clear()
-    outputs = network.forward(data)
-    loss = losses.forward(outputs)
-    ledger.end_of_autocast()
-    activations = {part: ledger.by_part.get(part, 0) for part in network.parts}
-    kept_by_loss = ledger.by_part.get("loss", 0)
-    ledger.backward(loss)
-    # what the optimiser makes while no activation is left
-    if step.optimizer == "muon":
-        temporary = round(_MUON_COPIES * FLOAT32 * sum(p.numel for p in network.parameters if p.is_matrix))
-    elif step.device == "cuda":  # all parameters at once
-        temporary = parameters * _FOREACH_COPIES[step.optimizer]
-    else:
-        temporary = 2 * FLOAT32 * max(parameter.numel for parameter in network.parameters)
-    at_update = before + parameters + temporary + sum(output.nbytes for output in outputs)
-    peak = max(ledger.peak, int(at_update))
-    del fixed
+    measured = _execute(step)
+    activations = dict(measured.kept)
+    loss = activations.pop("loss", 0)
     return MemoryEstimate(
-        parameters=parameters,
-        gradients=parameters,
-        optimizer=optimizer,
-        batch=before - parameters - optimizer - network.buffer_bytes,
+        parameters=measured.before["parameters"],
+        gradients=measured.gradients,
+        optimizer=measured.before.get("optimizer", 0),
+        batch=measured.before["batch"],
         activations=activations,
-        loss=kept_by_loss,
-        peak=peak,
-        workspace=round(WORKSPACE_SHARE * peak) + (CUDA_CONTEXT if step.device == "cuda" else 0),
+        loss=loss,
+        peak=measured.peak,
+        workspace=_workspace(step, measured.peak),
     )
 
 
-# Copies of all gradients that PyTorch's optimisers make with foreach.
-_FOREACH_COPIES = {"sgd": 1, "adam": 2}
-# The steps of all matrices, as they are and orthogonal, and the small factors between: 2.06 to 2.10 copies in networks
-# that nnU-Net plans, counted as in `tracker`.
-_MUON_COPIES = 2.1
+class MemoryModel:
+    """Total memory of many training steps, from two executions per topology.
+
+    Every tensor of a step has a size that is constant, or proportional to the voxels of the batch. So is, after every
+    allocation of the step, what is alive: two batches of one patch tell both shares of all of these moments, and the
+    most of them is the peak for other batches, and for other patches that the network's strides divide.
+
+    Args:
+        progress: Called after every execution.
+    """
+
+    def __init__(self, progress: Callable[[], Any] = lambda: None) -> None:
+        self._progress = progress
+        self._moments: dict[str, _Moments] = {}
+        self._executed: dict[str, int] = {}
+
+    def total(self, step: TrainingStep) -> int:
+        """Peak and workspace in bytes.
+
+        Raises:
+            UntrainableError: The topology can't be trained with this patch.
+        """
+        peak = self.peak(step)
+        return peak + _workspace(step, peak)
+
+    def peak(self, step: TrainingStep) -> int:
+        """The most that is alive at any moment, bytes.
+
+        Raises:
+            UntrainableError: The topology can't be trained with this patch.
+        """
+        key = _key(step)
+        if key in self._executed:
+            return self._executed[key]
+        topology = _topology_key(step)
+        if topology not in self._moments:
+            first, second = (self._run(dataclasses.replace(step, batch_size=batch)) for batch in _BATCHES)
+            self._moments[topology] = _Moments.between(first, second, _voxels(step))
+        return self._moments[topology].peak(step.batch_size * _voxels(step))
+
+    def execute(self, step: TrainingStep) -> int:
+        """The total by executing this very step; remembered, so that `total` gives it from now on.
+
+        Raises:
+            UntrainableError: Such a step can't be taken.
+        """
+        key = _key(step)
+        if key not in self._executed:
+            self._executed[key] = self._run(step).peak
+        return self.total(step)
+
+    def _run(self, step: TrainingStep) -> Measurement:
+        measured = _execute(step)
+        self._progress()
+        return measured
+
+
+_BATCHES = (2, 3)  # nnU-Net's smallest, and one more
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Bytes alive after every allocation of a step: constant + slope * voxels of the batch."""
+
+    constant: NDArray[np.float64]
+    slope: NDArray[np.float64]
+
+    @classmethod
+    def between(cls, first: Measurement, second: Measurement, patch_voxels: int) -> _Moments:
+        low, high = (measured.live.astype(float) for measured in (first, second))
+        if low.shape != high.shape:  # what is executed depends on the batch
+            low, high = low.max(keepdims=True), high.max(keepdims=True)
+        per_patch = (high - low) / (_BATCHES[1] - _BATCHES[0])
+        return cls(low - _BATCHES[0] * per_patch, per_patch / patch_voxels)
+
+    def peak(self, voxels: int) -> int:
+        return int((self.constant + self.slope * voxels).max())
+
+
+def _execute(step: TrainingStep) -> Measurement:
+    try:
+        return measure_training_step(step)
+    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+        network = str(step.architecture["network_class_name"]).rpartition(".")[2]
+        raise UntrainableError(
+            f"{step.trainer.__name__} can't train {network} with a patch of {times(step.patch_size)} voxels and a "
+            f"batch of {step.batch_size}: {str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}"
+        ) from error
+
+
+def _workspace(step: TrainingStep, peak: int) -> int:
+    return round(WORKSPACE_SHARE * peak) + (CUDA_CONTEXT if step.device == "cuda" else 0)
+
+
+def _voxels(step: TrainingStep) -> int:
+    return math.prod(step.patch_size)
+
+
+def _key(step: TrainingStep) -> str:
+    return f"{_topology_key(step)} {tuple(step.patch_size)} {step.batch_size}"
+
+
+def _topology_key(step: TrainingStep) -> str:
+    """What two steps have in common whose memory differs by the voxels of their batches only."""
+    labels = (step.labels.label_dict, step.labels.regions_class_order)
+    key = [step.trainer.__name__, step.architecture, step.input_channels, labels, step.device, step.mixed_precision]
+    if not _is_divisible(step):
+        key.append(list(step.patch_size))  # feature maps are rounded up, each in its own way
+    return json.dumps(key, default=int)
+
+
+def _is_divisible(step: TrainingStep) -> bool:
+    divisors = stride_products(step)
+    return divisors is not None and not any(e % d for e, d in zip(step.patch_size, divisors, strict=True))
+
+
+def stride_products(step: TrainingStep) -> list[int] | None:
+    """What the network's strides multiply to along each axis; None where the plans don't tell."""
+    strides = step.arguments.get("strides")
+    if not isinstance(strides, Sequence):
+        return None
+    axes = range(len(step.patch_size))
+    return [math.prod(s[axis] if isinstance(s, Sequence) else int(s) for s in strides) for axis in axes]

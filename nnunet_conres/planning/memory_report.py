@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_conres.architectures.blocks import triple
 from nnunet_conres.datasets.raw import find_dataset, folder_from_environment, read_dataset_json
 from nnunet_conres.errors import InputError
-from nnunet_conres.planning.architectures import CONRESNET
-from nnunet_conres.planning.memory import MemoryEstimate, estimate_memory
+from nnunet_conres.planning.memory import MemoryEstimate, MemoryModel, estimate_memory, stride_products
 from nnunet_conres.planning.preprocessing import read_plans
-from nnunet_conres.planning.training_step import TrainingStep
+from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.text import times
 
 GIB: Final = 2**30
 _LARGEST_EDGE = 1024
-
-Resolve = Callable[[ConfigurationManager, str], Mapping[str, Any]]
-"""What a trainer writes into a configuration of the plans, as ``PluginTrainer.resolve``."""
+_SMALL = 0.01  # parts of less than this share are told together
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class MemoryReport:
     title: str
     step: TrainingStep
     estimate: MemoryEstimate
-    largest: Mapping[float, tuple[int, int, int] | None]
+    largest: Mapping[float, tuple[int, ...] | None]
 
     def as_json(self) -> dict[str, Any]:
         """For programs; memory in bytes."""
@@ -65,11 +61,14 @@ class MemoryReport:
         parts = [
             ("parameters", estimate.parameters),
             ("gradients", estimate.gradients),
-            (f"optimiser ({step.optimizer})", estimate.optimizer),
+            ("optimiser", estimate.optimizer),
             ("batch", estimate.batch),
             *estimate.activations.items(),
             ("loss", estimate.loss),
         ]
+        limit = _SMALL * sum(size for _, size in parts)
+        small = [size for _, size in parts if size < limit]
+        parts = [(name, size) for name, size in parts if size >= limit] + [(f"{len(small)} smaller parts", sum(small))]
         lines = [self.title, f"patch {times(step.patch_size)}, batch {step.batch_size}, {precision}", ""]
         lines.append("Kept for backward, and what is always there:")
         lines += [_line(name, nbytes) for name, nbytes in parts]
@@ -90,10 +89,8 @@ def report_memory(
     dataset: int | str,
     plans_name: str,
     configuration: str,
+    trainer_name: str = "nnUNetTrainer",
     *,
-    resolve: Resolve | None = None,
-    trainer_name: str | None = None,
-    optimizer: str | None = None,
     patch_size: Sequence[int] | None = None,
     batch_size: int | None = None,
     device: str = "cuda",
@@ -105,10 +102,8 @@ def report_memory(
     Args:
         dataset: Number or name of a data set.
         plans_name: Name of plans in its preprocessed folder.
-        configuration: A 3D configuration.
-        resolve: What the trainer makes of the plans; None where they name the network themselves.
-        trainer_name: Its name, for the title.
-        optimizer: "sgd", "adam" or "muon"; None for that of the trainer that the network is planned for.
+        configuration: A configuration of the plans.
+        trainer_name: Any trainer that nnU-Net finds.
         patch_size: Another patch than the plans'.
         batch_size: Another batch than the plans'.
         device: "cuda" or "cpu".
@@ -116,70 +111,66 @@ def report_memory(
         budgets: GiB to find the largest patches for.
 
     Raises:
-        ValueError: There is no such data set, plans or 3D configuration; the plans name a network of another package
-            and no trainer is given; or a number is out of range.
+        InputError: There is no such data set, plans, configuration or trainer; the trainer can't train that
+            configuration; or a number is out of range.
     """
     for budget in budgets:
         if not (math.isfinite(budget) and budget > 0):
-            raise ValueError(f"A budget is {budget:g} GiB; expected numbers above 0.")
+            raise InputError(f"A budget is {budget:g} GiB; expected numbers above 0.")
+    trainer = find_trainer(trainer_name)
     plans, dataset_json = _plans_and_dataset(dataset, plans_name)
     manager = PlansManager(plans)
     if configuration not in manager.available_configurations:
-        raise ValueError(
+        raise InputError(
             f"{plans_name} has no configuration {configuration}, only {', '.join(manager.available_configurations)}."
         )
     resolved = manager.get_configuration(configuration)
-    if len(resolved.patch_size) != 3:
-        raise ValueError(f"Configuration {configuration} is 2D; expected a 3D one, such as 3d_fullres.")
     entries: dict[str, Any] = dict(resolved.configuration)
-    if resolve is not None:
-        entries |= resolve(resolved, configuration)
-    labels = manager.get_label_manager(dataset_json)
+    if hasattr(trainer, "resolve"):  # a trainer of this package, which may change what the plans say
+        try:
+            entries |= trainer.resolve(resolved, configuration)
+        except ValueError as error:
+            raise InputError(str(error)) from error
     step = TrainingStep(
+        trainer=trainer,
         architecture=entries["architecture"],
         patch_size=[int(extent) for extent in (entries["patch_size"] if patch_size is None else patch_size)],
         batch_size=int(entries["batch_size"] if batch_size is None else batch_size),
         input_channels=determine_num_input_channels(manager, resolved, dataset_json),
-        output_channels=labels.num_segmentation_heads,
+        labels=manager.get_label_manager(dataset_json),
         device=device,
         mixed_precision=mixed_precision,
-        has_regions=labels.has_regions,
-        has_ignore_label=labels.has_ignore_label,
-        optimizer=_optimizer_of(entries["architecture"]) if optimizer is None else optimizer,
     )
-    title = f"{plans['dataset_name']}, {plans_name} {configuration}"
-    if trainer_name is not None:
-        title += f", {trainer_name}"
+    network = str(step.architecture["network_class_name"]).rpartition(".")[2]
+    model = MemoryModel()
     return MemoryReport(
-        title=f"{title}: {str(step.architecture['network_class_name']).rpartition('.')[2]}",
+        title=f"{plans['dataset_name']}, {plans_name} {configuration}, {trainer_name}: {network}",
         step=step,
         estimate=estimate_memory(step),
-        largest={budget: largest_patch(step, round(budget * GIB)) for budget in budgets},
+        largest={budget: largest_patch(step, round(budget * GIB), model) for budget in budgets},
     )
 
 
-def largest_patch(step: TrainingStep, budget: int) -> tuple[int, int, int] | None:
+def largest_patch(step: TrainingStep, budget: int, model: MemoryModel) -> tuple[int, ...] | None:
     """The largest patch of about the same proportions whose training step fits, with the same network.
 
     Args:
         step: A training step.
         budget: Bytes.
+        model: Tells the memory of steps.
 
     Returns:
         Patch in voxels, every axis a multiple of what the network's strides multiply to; None if not even the smallest
         fits.
     """
-    strides = [triple(stride) for stride in step.arguments["strides"]]
-    divisors = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
-
+    divisors = stride_products(step) or [1] * len(step.patch_size)
     # at least 4 voxels along an axis of the coarsest feature map, as nnU-Net has it, or as few as there are now
     least = [max(d, min(4 * d, extent // d * d)) for extent, d in zip(step.patch_size, divisors, strict=True)]
 
-    def scaled(scale: float) -> tuple[int, int, int]:
+    def scaled(scale: float) -> tuple[int, ...]:
         # a little more, so that a scale made from an extent gives that extent
         extents = [int(extent * scale / d + 1e-9) * d for extent, d in zip(step.patch_size, divisors, strict=True)]
-        x, y, z = (max(extent, smallest) for extent, smallest in zip(extents, least, strict=True))
-        return x, y, z
+        return tuple(max(extent, smallest) for extent, smallest in zip(extents, least, strict=True))
 
     # every scale at which an axis grows by one more multiple
     scales = sorted(
@@ -192,7 +183,7 @@ def largest_patch(step: TrainingStep, budget: int) -> tuple[int, int, int] | Non
     scales = [scale for scale in scales if max(scaled(scale)) <= _LARGEST_EDGE]
 
     def fits(scale: float) -> bool:
-        return estimate_memory(dataclasses.replace(step, patch_size=scaled(scale))).total <= budget
+        return model.total(dataclasses.replace(step, patch_size=scaled(scale))) <= budget
 
     if not scales or not fits(scales[0]):
         return None
@@ -209,29 +200,24 @@ def largest_patch(step: TrainingStep, budget: int) -> tuple[int, int, int] | Non
 def _plans_and_dataset(dataset: int | str, plans_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     preprocessed = folder_from_environment("nnUNet_preprocessed")
     if preprocessed is None:
-        raise ValueError(
+        raise InputError(
             "The environment variable nnUNet_preprocessed is not set; set it to nnU-Net's folder of preprocessed data."
         )
     try:
         raw = find_dataset(dataset)
     except InputError as error:  # whose text says that nothing was written, which is not to be expected here
-        raise ValueError(" ".join(error.faults)) from error
+        raise InputError(" ".join(error.faults)) from error
     found = read_plans(preprocessed / raw.name)
     if plans_name not in found:
-        raise ValueError(
+        raise InputError(
             f"There are no plans {plans_name} in {preprocessed / raw.name}, only {', '.join(found) or 'none'}. "
             f"Make them with nnunet-conres plan or nnUNetv2_plan_experiment."
         )
     dataset_json, faults = read_dataset_json(raw)
     if dataset_json is None:
-        raise ValueError(" ".join(faults))
+        raise InputError(" ".join(faults))
     return found[plans_name], dataset_json
 
 
 def _line(name: str, nbytes: int) -> str:
     return f"  {name:38s} {nbytes / 2**20:10.1f} MiB"
-
-
-def _optimizer_of(architecture: Mapping[str, Any]) -> str:
-    is_dynamic = architecture["arch_kwargs"].get("topology", "dynamic") == "dynamic"
-    return "muon" if architecture["network_class_name"] == CONRESNET and is_dynamic else "sgd"

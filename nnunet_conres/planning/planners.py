@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -19,13 +18,22 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from tqdm import tqdm
 
 from nnunet_conres import __version__
 from nnunet_conres.architectures.network import CHECKPOINTINGS
+from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
-from nnunet_conres.planning.architectures import conresnet_architecture, unet3d_architecture, vnet_architecture
-from nnunet_conres.planning.memory import TrainingStep, estimate_memory
+from nnunet_conres.planning.architectures import (
+    conresnet_architecture,
+    residual_maps_architecture,
+    set_background_class,
+    unet3d_architecture,
+    vnet_architecture,
+)
+from nnunet_conres.planning.memory import MemoryModel
 from nnunet_conres.planning.preprocessing import read_plans, settings_faults, share_data
+from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.text import times
 
 GIB: Final = 2**30
@@ -36,7 +44,9 @@ CONFIGURATIONS: Final = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
 """What a planner plans; other configurations in a plans file are somebody's own, and are left alone."""
 
 _MIN_STAGES = 2
-_MIN_EDGE = 2
+MIN_EDGE: Final = 4
+"""Smallest edge of a patch, voxels. The blur of nnU-Net's augmentation mirrors three voxels at the border and fails, in
+the first batches of a training, where there are no more. Smaller images are padded, as nnU-Net pads all."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +70,37 @@ class PlannedConfiguration:
     memory: int | None = None
 
 
-class TooLittleMemoryError(ValueError):
+class TooLittleMemoryError(InputError):
     """Not even the smallest patch fits the target."""
+
+
+class _PlanAgain(Exception):  # noqa: N818  (no error)
+    """A planned configuration takes more than the memory model said, which knows better now."""
 
 
 class NetworkPlanner(ExperimentPlanner):
     """nnU-Net's planner for a network of this package.
 
     What is preprocessed, and how, is planned by nnU-Net itself, and so is the way in which a patch shrinks: the axis
-    that is largest in comparison with the images goes first. When it is small enough is told by the memory model: at
-    batch 2 a training step has to fit the target. Wanted is a patch of as many voxels as nnU-Net plans for its own
+    that is largest in comparison with the images goes first. It is small enough when a training step at batch 2 fits
+    the target by the memory model. Wanted is a patch of as many voxels as nnU-Net plans for its own
     U-Net and the same target; checkpointing, which costs time, is the least under which such a patch fits, and where
     none does the patch is the largest that fits under full checkpointing. The batch is what fits beside, 2 at least,
-    and 5 % of the data set at most. 2d is nnU-Net's own network, planned its own way.
+    and 5 % of the data set at most. Before plans are written, a training step of every 3D configuration is executed on
+    fake tensors. 2d is nnU-Net's own network, planned its own way.
 
     Attributes:
         network_name: What messages call the network.
         default_plans_name: Name of the plans where none is asked for.
         trainer_name: The trainer to train the plans with.
-        min_slices: Slices of a patch along its first axis that the network needs.
-        optimizer: That of the trainer.
+        progress: Whether to show a progress bar on stderr.
+        model: Memory of training steps; planners that plan alike may share one.
     """
 
     network_name: ClassVar[str]
     default_plans_name: ClassVar[str]
     trainer_name: ClassVar[str]
-    min_slices: ClassVar[int] = 1
-    optimizer: ClassVar[str] = "sgd"
+    progress: bool = True
 
     dataset_name: str
     dataset_json: dict[str, Any]
@@ -115,7 +129,8 @@ class NetworkPlanner(ExperimentPlanner):
         self._labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         self._previous_stage_channels = 0
         self._search: list[tuple[list[int], int]] = []
-        self._estimates: dict[tuple[Any, ...], int] = {}
+        self._bar = tqdm(disable=True)
+        self.model = MemoryModel(progress=lambda: self._bar.update())
 
     @staticmethod
     def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
@@ -129,24 +144,21 @@ class NetworkPlanner(ExperimentPlanner):
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
-    def _memory(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> int:
-        """Bytes of a training step with mixed precision."""
+    def _step(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> TrainingStep:
+        """A training step with mixed precision."""
         channels = len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", ())))
-        step = TrainingStep(
+        return TrainingStep(
+            trainer=find_trainer(self.trainer_name),
             architecture=architecture,
             patch_size=tuple(int(extent) for extent in patch_size),
             batch_size=batch_size,
             input_channels=channels + self._previous_stage_channels,
-            output_channels=self._labels.num_segmentation_heads,
-            has_regions=self._labels.has_regions,
-            has_ignore_label=self._labels.has_ignore_label,
-            optimizer=self.optimizer,
+            labels=self._labels,
         )
-        # the search for a lowres configuration comes by the same patches again and again
-        key = (json.dumps(architecture), step.patch_size, batch_size, step.input_channels)
-        if key not in self._estimates:
-            self._estimates[key] = estimate_memory(step).total
-        return self._estimates[key]
+
+    def _memory(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> int:
+        """Bytes of a training step by the memory model."""
+        return self.model.total(self._step(architecture, patch_size, batch_size))
 
     def _fits(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> bool:
         return self._memory(architecture, patch_size, batch_size) <= self.memory_target
@@ -163,7 +175,7 @@ class NetworkPlanner(ExperimentPlanner):
         """What nnU-Net's search for a patch compares with the target; for our network bytes at the smallest batch.
 
         Raises:
-            ValueError: If the search has come to a patch that is too small for the network.
+            InputError: If the search has come to a patch that the network can't be trained with.
         """
         if self._checkpointing is None:
             key = (json.dumps(arch_kwargs, default=int), *map(int, patch_size), input_channels, output_channels)
@@ -186,17 +198,13 @@ class NetworkPlanner(ExperimentPlanner):
         return needed
 
     def _check_patch(self, patch: list[int], n_stages: int) -> None:
-        wanted = self._search[0][0] if self._search else patch
-        smallest = [min(_MIN_EDGE, extent) for extent in wanted]
-        smallest[0] = max(smallest[0], self.min_slices)
-        if n_stages >= _MIN_STAGES and all(extent >= least for extent, least in zip(patch, smallest, strict=True)):
+        if n_stages >= _MIN_STAGES and min(patch) >= MIN_EDGE:
             return
         if not self._search:
-            raise ValueError(
+            raise InputError(
                 f"The images of {self.dataset_name} are too small for {self.network_name}: a patch of {times(patch)} "
-                f"voxels makes a network of {n_stages} stages; expected {_MIN_STAGES} stages or more"
-                + (f", and {self.min_slices} slices." if self.min_slices > 1 else ".")
-                + " A finer -overwrite_target_spacing makes them larger."
+                f"voxels makes a network of {n_stages} stages; expected {_MIN_STAGES} stages or more, and {MIN_EDGE} "
+                f"voxels along each axis. A finer -overwrite_target_spacing makes them larger."
             )
         patch, needed = min(self._search, key=lambda tried: tried[1])
         raise TooLittleMemoryError(
@@ -212,6 +220,7 @@ class NetworkPlanner(ExperimentPlanner):
     def _derive(self, stock: Mapping[str, Any], checkpointing: str) -> dict[str, Any]:
         # as they will be read from the file, lists and not tuples: the trainer, too, derives from those
         entry = self.architecture(ConfigurationManager({"architecture": json.loads(json.dumps(stock))}))
+        set_background_class(entry, self._labels.has_regions)
         entry["arch_kwargs"]["checkpointing"] = checkpointing
         return entry
 
@@ -233,17 +242,22 @@ class NetworkPlanner(ExperimentPlanner):
             _cache: nnU-Net's, for 2d.
 
         Raises:
-            ValueError: If not even the smallest patch fits the target.
+            InputError: If not even the smallest patch fits the target, or the images are too small for the network.
         """
         if len(spacing) == 2:  # _checkpointing is None, so as nnU-Net does it
             return super().get_plans_for_configuration(
                 spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
             )
-        arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
+        arguments = (
+            spacing,
+            tuple(max(extent, MIN_EDGE) if extent >= 1 else extent for extent in median_shape),
+            data_identifier,
+            approximate_n_voxels_dataset,
+        )
         try:
             plan = super().get_plans_for_configuration(*arguments, {})
         except ZeroDivisionError:  # a patch of no voxels
-            raise ValueError(
+            raise InputError(
                 f"The images of {self.dataset_name} are too small for {self.network_name} at a voxel size of "
                 f"{' x '.join(f'{extent:g}' for extent in spacing)} mm: {times([round(e) for e in median_shape])} "
                 f"voxels. A finer -overwrite_target_spacing makes them larger."
@@ -259,13 +273,14 @@ class NetworkPlanner(ExperimentPlanner):
         patch_size = plan["patch_size"]
         largest = math.floor(approximate_n_voxels_dataset * self.max_dataset_covered / math.prod(patch_size))
         plan["batch_size"] = self._batch_size(plan["architecture"], patch_size, largest)
+        plan["median_image_size_in_voxels"] = median_shape
         return plan
 
     def _largest_patch_under(self, checkpointing: str, arguments: tuple[Any, ...]) -> dict[str, Any] | None:
         """The configuration with the largest patch that fits, None if none does but with more checkpointing.
 
         Raises:
-            ValueError: If none fits at all.
+            TooLittleMemoryError: If none fits at all.
         """
         self._search, self._checkpointing = [], checkpointing
         # nnU-Net compares what static_estimate_VRAM_usage returns for its reference batch, 2 in 3D, with this value
@@ -295,6 +310,29 @@ class NetworkPlanner(ExperimentPlanner):
                 too_large = middle
         return int(fits)
 
+    def _check_training_steps(self, plans: dict[str, Any]) -> None:
+        """Executes a training step of every 3D configuration.
+
+        Raises:
+            UntrainableError: If one can't be taken.
+            _PlanAgain: If one takes more than the target.
+        """
+        manager = PlansManager(deepcopy(plans))
+        for name in (name for name in CONFIGURATIONS if name in manager.available_configurations):
+            configuration = manager.get_configuration(name)
+            if len(configuration.patch_size) == 3 and self._execute(configuration) > self.memory_target:
+                raise _PlanAgain
+
+    def _execute(self, configuration: ConfigurationManager) -> int:
+        """Bytes of a configuration's training step, by executing it."""
+        is_cascade = configuration.previous_stage_name is not None
+        self._previous_stage_channels = len(self._labels.foreground_labels) if is_cascade else 0
+        try:
+            architecture = configuration.configuration["architecture"]
+            return self.model.execute(self._step(architecture, configuration.patch_size, configuration.batch_size))
+        finally:
+            self._previous_stage_channels = 0
+
     def _plan_cascade(self, configurations: dict[str, Any]) -> None:
         """Gives the cascade a patch, batch and network of its own where fullres's don't fit with its channels.
 
@@ -320,17 +358,34 @@ class NetworkPlanner(ExperimentPlanner):
 
     # --- plans ------------------------------------------------------------------------------------------------------
 
+    def plan_experiment(self) -> dict[str, Any]:
+        """Plans the data set and writes the plans.
+
+        Returns:
+            The plans.
+
+        Raises:
+            InputError: The data set can't be planned for this network and memory; nothing was written.
+        """
+        title = f"Planning {self.dataset_name}: training steps executed"
+        with tqdm(desc=title, unit="step", disable=not self.progress) as self._bar:
+            while True:
+                try:
+                    return super().plan_experiment()
+                except _PlanAgain:
+                    continue
+
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Completes what nnU-Net planned and writes it; called at the end of ``plan_experiment``.
 
         Configurations in an existing file that no planner made are kept.
 
         Raises:
-            ValueError: If the images are 2D, or the plans' own data are there already and were preprocessed otherwise.
+            InputError: If the images are 2D, or the plans' own data are there already and were preprocessed otherwise.
         """
         configurations = plans["configurations"]
         if "3d_fullres" not in configurations:
-            raise ValueError(
+            raise InputError(
                 f"The images of {self.dataset_name} are single slices, and {self.network_name} is a 3D network. Plan "
                 f"them with nnUNetv2_plan_experiment for nnU-Net's own."
             )
@@ -340,13 +395,14 @@ class NetworkPlanner(ExperimentPlanner):
         completed = json.loads(json.dumps(plans))
         plans.clear()
         plans.update(completed)
+        self._check_training_steps(plans)
 
         existing = read_plans(self.plans_file.parent)
         planners = [planner.__name__ for planner in PLANNERS.values()]
         share_data(plans, existing, planners, self.plans_file.parent)
         faults = list(settings_faults(plans, existing, self.plans_file.parent))
         if faults:
-            raise ValueError(" ".join(faults))
+            raise InputError(faults)
         for name, configuration in existing.get(self.plans_identifier, {}).get("configurations", {}).items():
             if name not in CONFIGURATIONS:
                 plans["configurations"][name] = configuration
@@ -360,21 +416,19 @@ class NetworkPlanner(ExperimentPlanner):
     def planned_configurations(self) -> Iterator[PlannedConfiguration]:
         """What was planned, configuration by configuration; after ``plan_experiment``."""
         plans = PlansManager(deepcopy(self.plans))
-        for name in CONFIGURATIONS:
-            if name not in plans.available_configurations:
-                continue
+        for name in (name for name in CONFIGURATIONS if name in plans.available_configurations):
             configuration = plans.get_configuration(name)
-            patch_size = tuple(configuration.patch_size)
             checkpointing = memory = None
-            if len(patch_size) == 3:
-                is_cascade = configuration.previous_stage_name is not None
-                self._previous_stage_channels = len(self._labels.foreground_labels) if is_cascade else 0
-                architecture = configuration.configuration["architecture"]
-                checkpointing = architecture["arch_kwargs"]["checkpointing"]
-                memory = self._memory(architecture, patch_size, configuration.batch_size)
-                self._previous_stage_channels = 0
+            if len(configuration.patch_size) == 3:
+                checkpointing = configuration.network_arch_init_kwargs["checkpointing"]
+                memory = self._execute(configuration)
             yield PlannedConfiguration(
-                name, patch_size, configuration.batch_size, configuration.data_identifier, checkpointing, memory
+                name,
+                tuple(configuration.patch_size),
+                configuration.batch_size,
+                configuration.data_identifier,
+                checkpointing,
+                memory,
             )
 
 
@@ -384,18 +438,16 @@ class ConResNetPlanner(NetworkPlanner):
     network_name = "ConResNet"
     default_plans_name = "nnUNetConResNetPlans"
     trainer_name = "nnUNetTrainerConResNet"
-    min_slices = 2  # a residual is a difference between two
     architecture = staticmethod(conresnet_architecture)
-    optimizer = "muon"
 
 
-class ConResNetStreamPlanner(ConResNetPlanner):
-    """Plans for ConResNet with the residual stream."""
+class ResidualMapsPlanner(NetworkPlanner):
+    """Plans for ResidualMapUNet."""
 
-    network_name = "ConResNet with stream"
-    default_plans_name = "nnUNetConResNetStreamPlans"
-    trainer_name = "nnUNetTrainerConResNetStream"
-    architecture = staticmethod(partial(conresnet_architecture, residual_stream=True))
+    network_name = "ResidualMapUNet"
+    default_plans_name = "nnUNetResidualMapsPlans"
+    trainer_name = "nnUNetTrainerResidualMaps"
+    architecture = staticmethod(residual_maps_architecture)
 
 
 class VNetPlanner(NetworkPlanner):
@@ -418,7 +470,7 @@ class UNet3DPlanner(NetworkPlanner):
 
 PLANNERS: Final[dict[str, type[NetworkPlanner]]] = {
     "conresnet": ConResNetPlanner,
-    "conresnet_stream": ConResNetStreamPlanner,
+    "residual_maps": ResidualMapsPlanner,
     "vnet": VNetPlanner,
     "unet3d": UNet3DPlanner,
 }

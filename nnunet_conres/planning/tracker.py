@@ -13,13 +13,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,30 +36,44 @@ class Measurement:
     """Memory of live storages in bytes.
 
     Attributes:
-        peak: The most at any moment of the step.
-        before: Before the step: parameters, state of the optimiser and the batch.
-        kept: Beyond that, at the end of forward and loss: what is kept for backward.
+        before: Before the step, by kind: parameters, optimizer, batch.
+        kept: Beyond that, what is kept for backward at the end of forward and loss: by module of the network, and loss.
+        gradients: Of the parameters.
+        live: After every allocation of the step, in their order.
     """
 
-    peak: int
-    before: int
-    kept: int
+    before: Mapping[str, int]
+    kept: Mapping[str, int]
+    gradients: int
+    live: NDArray[np.int64]
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment."""
+        return int(self.live.max())
 
 
 class LiveStorages(TorchDispatchMode):
     """Within, follows the storages that operations create.
 
     Attributes:
+        part: Name of the part that storages belong to from now on.
         current: Bytes alive now.
-        peak: The most so far.
+        by_part: The same by part.
+        live: Bytes alive after every allocation so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.current = self.peak = 0
+        self.part = ""
+        self.current = 0
+        self.by_part: Counter[str] = Counter()
+        self.live: list[int] = []
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1  # what depends on the data: there are annotated voxels, and all numbers are finite
         output = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.native_group_norm_backward.default and output[0].dtype != args[1].dtype:
             # what it does with bfloat16 on a CPU; without data it is computed in other types
@@ -67,17 +84,50 @@ class LiveStorages(TorchDispatchMode):
     def add(self, tensor: Tensor) -> None:
         """Follows the storage of a tensor from now on."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size, part = storage._cdata, storage.nbytes(), self.part
         if key in self._alive:
             return
         self.current += size
-        self.peak = max(self.peak, self.current)
+        self.by_part[part] += size
+        self.live.append(self.current)
 
         def gone(_: Any) -> None:
             self.current -= size
+            self.by_part[part] -= size
             del self._alive[key]
 
         self._alive[key] = weakref.ref(storage, gone)
+
+    @contextlib.contextmanager
+    def by_module(self, network: nn.Module) -> Iterator[None]:
+        """Within, what a module of the network creates belongs to the part with its name.
+
+        Names end with the first number in them, as in encoder.stages.0.
+        """
+        names = {module: _part_name(name) for name, module in network.named_modules()}
+        outer: list[str] = []
+
+        def enter(module: nn.Module, _: Any) -> None:
+            outer.append(self.part)
+            self.part = names[module]
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            self.part = outer.pop()
+
+        handles = []
+        for module in names:
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _part_name(module: str) -> str:
+    parts = module.split(".")
+    numbers = [position for position, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1] if numbers else parts) or "network"
 
 
 # What CUDA's autocast runs in other types than the CPU's does, as far as our networks and losses use it.
@@ -86,7 +136,7 @@ _FLOAT32 = frozenset(
     | {"binary_cross_entropy_with_logits", "prod", "logsumexp"}
 )
 _HALF = frozenset({"prelu"})
-_AS_THEY_COME = frozenset({"avg_pool3d", "pad"})
+_AS_THEY_COME = frozenset({"avg_pool2d", "avg_pool3d", "pad"})
 
 
 class CudaAutocast(TorchFunctionMode):
@@ -122,28 +172,43 @@ def _to_float16(tensor: Tensor) -> Tensor:
 
 
 def measure_training_step(step: TrainingStep, *, fake: bool = True) -> Measurement:
-    """Counts the memory of a training step.
+    """Counts the memory of a training step from the second one on, when the optimiser has its state.
 
     Args:
         step: What is trained, and how.
         fake: Whether to execute on tensors without data; otherwise the step is really taken, on the CPU.
 
-    Returns:
-        Memory of the second step, when the optimiser has its state.
+    Raises:
+        Exception: Whatever the network, the loss or the optimiser raise where such a step can't be taken.
     """
     with contextlib.ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         running = RunningStep(step, torch.device("cpu"))
         live = LiveStorages()
-        for tensor in running.tensors():
+        for live.part, tensor in running.tensors():
             live.add(tensor)
-        before = live.current
+        before = dict(live.by_part)
+        live.by_part.clear()
+        live.part = "loss"
+        kept: dict[str, int] = {}
+
+        def after(phase: str) -> None:
+            if phase == "loss":
+                kept.update({part: size for part, size in live.by_part.items() if size})
+
         stack.enter_context(live)
+        stack.enter_context(live.by_module(running.network))
         if step.device == "cuda":
             stack.enter_context(CudaAutocast())
-        kept = running.run(_autocast(step), lambda: live.current - before)
-        return Measurement(peak=live.peak, before=before, kept=kept)
+        running.run(_autocast(step), after)
+        gradients = [parameter.grad for parameter in running.network.parameters() if parameter.grad is not None]
+        return Measurement(
+            before=before,
+            kept=kept,
+            gradients=sum(gradient.untyped_storage().nbytes() for gradient in gradients),
+            live=np.array(live.live, np.int64),
+        )
 
 
 def _autocast(step: TrainingStep) -> Callable[[], contextlib.AbstractContextManager[Any]]:

@@ -1,19 +1,27 @@
-"""A training step as nnU-Net takes it, without data set and trainer: network, loss, optimiser and a made-up batch."""
+"""A training step as nnU-Net takes it, without data set: a trainer's network, loss, optimiser, and a random batch."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerNoDeepSupervision import (
+    nnUNetTrainerNoDeepSupervision,
+)
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
-from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, muon_of
+from nnunet_conres.errors import InputError
+from nnunet_conres.planning.architectures import set_background_class
 
 DEVICES = ("cuda", "cpu")
-OPTIMIZERS = ("sgd", "adam", "muon")
 
 
 @dataclass(frozen=True)
@@ -21,58 +29,60 @@ class TrainingStep:
     """What decides how much memory a training step takes.
 
     Attributes:
-        architecture: The plans' `architecture` entry, all arguments resolved.
-        patch_size: Voxels along each axis.
+        trainer: The trainer, whose network, loss and optimiser are used.
+        architecture: The plans' `architecture` entry.
+        patch_size: Voxels along each axis, three or two.
         batch_size: Patches in a batch.
         input_channels: Image channels, and in a cascade one more per foreground label.
-        output_channels: Segmentation heads: labels with background, or regions.
+        labels: Labels or regions, as nnU-Net reads them from dataset.json.
         device: "cuda" or "cpu": which operations autocast runs in 16 bits, and how the optimiser works.
         mixed_precision: Whether to train under autocast, float16 on CUDA and bfloat16 on a CPU; float32 if not.
-        has_regions: Whether targets are regions.
-        has_ignore_label: Whether there is an ignore label.
-        optimizer: "sgd", nnU-Net's with Nesterov momentum, "adam" or "muon".
 
     Raises:
-        ValueError: Device or optimiser is unknown, or a number below 1.
+        InputError: The device is unknown, or a number is below 1.
     """
 
+    trainer: type[nnUNetTrainer]
     architecture: Mapping[str, Any]
     patch_size: Sequence[int]
     batch_size: int
     input_channels: int
-    output_channels: int
+    labels: LabelManager
     device: str = "cuda"
     mixed_precision: bool = True
-    has_regions: bool = False
-    has_ignore_label: bool = False
-    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
-            raise ValueError(f"The device is {self.device!r}; expected one of {DEVICES}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"The optimiser is {self.optimizer!r}; expected one of {OPTIMIZERS}.")
-        if len(self.patch_size) != 3:
-            raise ValueError(f"The patch size is {list(self.patch_size)}; expected three numbers.")
-        numbers = (*self.patch_size, self.batch_size, self.input_channels, self.output_channels)
+            raise InputError(f"The device is {self.device!r}; expected one of {DEVICES}.")
+        if len(self.patch_size) not in (2, 3):
+            raise InputError(f"The patch size is {list(self.patch_size)}; expected three numbers, or two for 2D.")
+        numbers = (*self.patch_size, self.batch_size, self.input_channels)
         if min(numbers) < 1:
-            raise ValueError(f"Patch size, batch size and numbers of channels are {numbers}; expected 1 or more.")
+            raise InputError(f"Patch size, batch size and number of channels are {numbers}; expected 1 or more.")
 
     @property
     def arguments(self) -> Mapping[str, Any]:
         """The network's arguments."""
         return self.architecture["arch_kwargs"]
 
-    @property
-    def is_conresnet(self) -> bool:
-        """Whether the network is ConResNet, which is trained with its residual maps."""
-        return str(self.architecture["network_class_name"]).endswith(".ConResNet")
 
-    @property
-    def n_segmentation_outputs(self) -> int:
-        """Number of scales of the segmentation that the network puts out under deep supervision."""
-        has_one = self.arguments.get("topology") == "paper" or self.arguments.get("auxiliary_heads") is False
-        return 1 if has_one else int(self.arguments["n_stages"]) - 1
+def find_trainer(name: str) -> type[nnUNetTrainer]:
+    """The trainer that nnU-Net's commands find under a name.
+
+    Raises:
+        InputError: There is none.
+    """
+    from nnunet_conres import trainers
+
+    if name in trainers.__all__:
+        return getattr(trainers, name)
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        raise InputError(
+            f"There is no trainer {name}; expected one of nnU-Net's, one in a folder of nnUNet_extTrainer, or one of "
+            f"this package, which nnunet-conres info lists."
+        ) from error
 
 
 class RunningStep:
@@ -86,137 +96,103 @@ class RunningStep:
     """
 
     def __init__(self, step: TrainingStep, device: torch.device) -> None:
-        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-
-        self.step = step
+        trainer = _trainer(step)
         with device:
-            self.network: nn.Module = get_network_from_plans(
-                step.architecture["network_class_name"],
-                dict(step.arguments),
-                step.architecture["_kw_requires_import"],
+            self.network: nn.Module = trainer.build_network_architecture(
+                trainer.plans_manager,
+                trainer.configuration_manager,
                 step.input_channels,
-                step.output_channels,
-                allow_init=True,
-                deep_supervision=True,
+                step.labels.num_segmentation_heads,
+                trainer.enable_deep_supervision,
             )
-        if step.is_conresnet:
-            self.network.residual_outputs = True
-        self.loss = training_loss(step)
-        self.optimizer = _optimizer(step, self.network)
-        sizes = target_sizes(step)
+        trainer.network = self.network
+        self.optimizer: torch.optim.Optimizer = trainer.configure_optimizers()[0]
+        self.loss: nn.Module = trainer._build_loss()
+        self._make_optimizer_state(step)
         self.data = torch.randn(step.batch_size, step.input_channels, *step.patch_size, device=device)
-        self.targets = [_target(step, size, device) for size in sizes]
+        scales = trainer._get_deep_supervision_scales()
+        sizes = [step.patch_size if scale is None else _scaled(step.patch_size, scale) for scale in scales or [None]]
+        targets = [_target(step, size, device) for size in sizes]
+        self.targets = targets[0] if scales is None else targets
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Everything that is alive before the step."""
-        yield from self.network.parameters()
-        yield from self.network.buffers()
+    def _make_optimizer_state(self, step: TrainingStep) -> None:
+        for group in self.optimizer.param_groups:
+            if "foreach" in group and group["foreach"] is None:
+                group["foreach"] = step.device == "cuda"  # what PyTorch chooses by itself on either device
+        for parameter in self.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything that is alive before the step, with what it is: parameters, optimizer, batch."""
+        for tensor in (*self.network.parameters(), *self.network.buffers()):
+            yield "parameters", tensor
         for state in self.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
-        yield self.data
-        yield from self.targets
+            yield from (("optimizer", value) for value in state.values() if isinstance(value, Tensor))
+        for tensor in (self.data, *(self.targets if isinstance(self.targets, list) else [self.targets])):
+            yield "batch", tensor
 
     def run(
         self,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-        behind_loss: Callable[[], Any] = lambda: None,
-    ) -> Any:
+        after: Callable[[str], None] = lambda phase: None,
+    ) -> None:
         """Takes the step as nnU-Net's trainer does.
 
         Args:
             autocast: Makes the context in which forward and loss run.
-            behind_loss: Called between loss and backward.
-
-        Returns:
-            What ``behind_loss`` returned.
+            after: Called with the name of each phase when it is over: forward, loss, backward, optimizer.
         """
         self.optimizer.zero_grad(set_to_none=True)
         with autocast():
             output = self.network(self.data)
+            after("forward")
             loss = self.loss(output, self.targets)
-        result = behind_loss()
+        after("loss")
         loss.backward()
+        after("backward")
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
         self.optimizer.step()
-        return result
+        after("optimizer")
+        del output
 
 
-def target_sizes(step: TrainingStep) -> list[list[int]]:
-    """Spatial size of the annotation at every scale of deep supervision, full resolution first."""
-    from nnunet_conres.architectures.blocks import stage_sizes
+def _trainer(step: TrainingStep) -> Any:
+    """A trainer that can build network, loss and optimiser.
 
-    strides = step.arguments["strides"][1 : step.n_segmentation_outputs]
-    return [list(step.patch_size), *stage_sizes(step.patch_size, strides)]
-
-
-def training_loss(step: TrainingStep) -> nn.Module:
-    """The loss that our trainers give a network under nnU-Net's recipe.
-
-    Source: nnU-Net's ``nnUNetTrainer._build_loss``.
+    nnU-Net's constructor makes folders and files of a training, so it is not called; what these methods read is set
+    here. The trainer is on the CPU, so that nothing is compiled.
     """
-    from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
-    from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+    architecture = deepcopy(dict(step.architecture))
+    set_background_class(architecture, step.labels.has_regions)
+    configuration = {
+        "architecture": architecture,
+        "patch_size": list(step.patch_size),
+        "batch_size": step.batch_size,
+        "batch_dice": False,
+    }
+    trainer: Any = object.__new__(step.trainer)
+    trainer.plans_manager = PlansManager({"configurations": {"0": configuration}})
+    trainer.configuration_manager = ConfigurationManager(configuration)
+    trainer.configuration_name = "0"
+    trainer.label_manager = step.labels
+    trainer.device = torch.device("cpu")
+    trainer.is_ddp, trainer.local_rank = False, 0
+    trainer.initial_lr, trainer.weight_decay = 1e-2, 3e-5
+    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.current_epoch = 1000, 250, 0
+    trainer.enable_deep_supervision = not issubclass(step.trainer, nnUNetTrainerNoDeepSupervision)
+    return trainer
 
-    from nnunet_conres.losses import ConResLoss, ResidualMapLoss, SegmentationLoss
 
-    dice = {"batch_dice": False, "smooth": 1e-5, "ddp": False}
-    if step.has_regions:
-        single: nn.Module = DC_and_BCE_loss(
-            {},
-            dice | {"do_bg": True},
-            use_ignore_label=step.has_ignore_label,
-            dice_class=MemoryEfficientSoftDiceLoss,
-        )
-    else:
-        single = DC_and_CE_loss(
-            dice | {"do_bg": False},
-            {},
-            ignore_label=step.output_channels if step.has_ignore_label else None,
-            dice_class=MemoryEfficientSoftDiceLoss,
-        )
-    n_scales = step.n_segmentation_outputs
-    weights = [1.0 / 2**scale for scale in range(n_scales)]
-    if n_scales > 1:
-        weights[-1] = 0.0
-    loss: nn.Module = SegmentationLoss(DeepSupervisionWrapper(single, [w / sum(weights) for w in weights]))
-    if step.is_conresnet:
-        residual = ResidualMapLoss(
-            classes=None if step.has_regions else list(range(1, step.output_channels)),
-            ignore_label=step.output_channels if step.has_ignore_label else None,
-            slice_axis=step.arguments.get("slice_axis", 0),
-            background_channel=not step.has_regions,
-        )
-        loss = ConResLoss(loss, residual, n_scales)
-    return loss
+def _scaled(size: Sequence[int], scale: Sequence[float]) -> list[int]:
+    """Size of the annotation at a scale, as nnU-Net's transform for deep supervision rounds it."""
+    return [round(extent * float(share)) for extent, share in zip(size, scale, strict=True)]
 
 
 def _target(step: TrainingStep, size: Sequence[int], device: torch.device) -> Tensor:
-    if step.has_regions:
-        channels = step.output_channels + step.has_ignore_label
-        return torch.rand(step.batch_size, channels, *size, device=device) > 0.8
-    labels = torch.rand(step.batch_size, 1, *size, device=device) * (step.output_channels + step.has_ignore_label)
+    heads = step.labels.num_segmentation_heads
+    if step.labels.has_regions:
+        return torch.rand(step.batch_size, heads + step.labels.has_ignore_label, *size, device=device) > 0.8
+    labels = torch.rand(step.batch_size, 1, *size, device=device) * (heads + step.labels.has_ignore_label)
     return labels.to(torch.int16)
-
-
-def _optimizer(step: TrainingStep, network: nn.Module) -> torch.optim.Optimizer:
-    parameters = list(network.parameters())
-    # what PyTorch chooses by itself on either device
-    foreach = step.device == "cuda"
-    optimizer: torch.optim.Optimizer
-    if step.optimizer == "muon":
-        optimizer = muon_of(network, MUON_LR, MUON_WEIGHT_DECAY)
-        for group in optimizer.param_groups:
-            names = ["momentum_buffer"] if group["orthogonal"] else ["exp_avg", "exp_avg_sq"]
-            for parameter in group["params"]:
-                optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in names}
-    elif step.optimizer == "adam":
-        optimizer = torch.optim.Adam(parameters, 1e-4, weight_decay=5e-4, foreach=foreach)
-        for parameter in parameters:
-            state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            optimizer.state[parameter] = {"step": torch.tensor(1.0)} | state
-    else:
-        optimizer = torch.optim.SGD(parameters, 1e-2, momentum=0.99, nesterov=True, weight_decay=3e-5, foreach=foreach)
-        for parameter in parameters:
-            optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-    return optimizer

@@ -1,14 +1,16 @@
-"""Memory of a training step: predicted from the plans, counted on tensors without data, and measured on a GPU."""
+"""Memory of a training step: interpolated by the model, executed on fake tensors, and measured on a GPU."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from tqdm import tqdm
 
 from benchmarks import machine
@@ -17,13 +19,13 @@ from benchmarks.networks import CONFIGURATION, NETWORKS, OURS, Task, stock_plans
 from benchmarks.report import as_text, ratio_table, ratios_as_json, table
 from benchmarks.timing import Ratio
 from nnunet_conres.architectures.network import CHECKPOINTINGS
-from nnunet_conres.planning.memory import estimate_memory
+from nnunet_conres.planning.memory import MemoryModel
 from nnunet_conres.planning.tracker import measure_training_step
 from nnunet_conres.planning.training_step import RunningStep, TrainingStep
 from nnunet_conres.trainers.base import PluginTrainer
 from nnunet_conres.trainers.plans import configuration_of
 
-DEFAULT = ("plainconvunet", "conresnet", "conresnet_stream", "conresnet_paper", "vnet", "unet3d")
+DEFAULT = ("plainconvunet", "residual_maps", "conresnet", "conresnet_paper", "vnet", "unet3d")
 POLICIES = {"cpu_float32": ("cpu", False), "cpu_bfloat16": ("cpu", True), "cuda_float16": ("cuda", True)}
 
 # Of every kind: isotropic and anisotropic, few and many stages, one and four channels, labels and regions.
@@ -103,22 +105,20 @@ def _steps(arguments: argparse.Namespace) -> Iterator[tuple[str, TrainingStep]]:
 def _step(name: str, plans: dict[str, Any], task: Task, checkpointing: str, policy: str) -> TrainingStep:
     configuration = configuration_of(plans, CONFIGURATION)
     architecture = configuration.configuration["architecture"]
-    trainer, optimizer = NETWORKS[name], "sgd"
+    trainer = NETWORKS[name]
     if issubclass(trainer, PluginTrainer):
         architecture = trainer.architecture(configuration)
         architecture["arch_kwargs"]["checkpointing"] = checkpointing
-        optimizer = trainer.optimizer_kind
     device, mixed = POLICIES[policy]
     return TrainingStep(
+        trainer=trainer,
         architecture=architecture,
         patch_size=task.patch,
         batch_size=task.batch,
         input_channels=task.channels,
-        output_channels=task.classes + 1 if task.regions is None else task.regions,
+        labels=LabelManager(task.dataset_json["labels"], task.dataset_json.get("regions_class_order")),
         device=device,
         mixed_precision=mixed,
-        has_regions=task.regions is not None,
-        optimizer=optimizer,
     )
 
 
@@ -141,11 +141,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ratios = []
     for label, step in tqdm(list(_steps(arguments)), desc="Counting", unit="step"):
         counted = measure_training_step(step)
-        entry: dict[str, Any] = {"counted": counted.peak, "kept": counted.kept, "between_steps": counted.before}
-        is_ours = str(step.architecture["network_class_name"]).startswith("nnunet_conres.")
-        entry["predicted"] = estimate_memory(step).peak if is_ours else None
-        if is_ours:
-            ratios.append(Ratio(f"predicted / counted, {label}", entry["predicted"] / counted.peak, at_most=1.05))
+        entry: dict[str, Any] = {
+            "counted": counted.peak,
+            "kept": sum(counted.kept.values()),
+            "between_steps": sum(counted.before.values()),
+        }
+        # as a planner would, from executions of another patch
+        model = MemoryModel()
+        model.total(dataclasses.replace(step, patch_size=[2 * extent for extent in step.patch_size]))
+        entry["predicted"] = model.peak(step)
+        ratios.append(Ratio(f"predicted / counted, {label}", entry["predicted"] / counted.peak, at_most=1.001))
         if arguments.device.type == "cuda" and step.device == "cuda":
             entry["measured"] = _measured_on_cuda(step)
             ratios.append(Ratio(f"measured / counted, {label}", entry["measured"] / counted.peak))
@@ -157,7 +162,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "contenders": found,
         "ratios": ratios_as_json(ratios),
     }
-    errors = [abs(e["predicted"] / e["counted"] - 1) for e in found.values() if e["predicted"] is not None]
+    errors = [abs(e["predicted"] / e["counted"] - 1) for e in found.values()]
     report["largest_error"] = max(errors, default=None)
     if arguments.figure is not None:
         _draw(found, arguments.figure)
@@ -194,7 +199,7 @@ def _draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         points = [
             (entry["counted"] / 2**30, entry["predicted"] / 2**30)
             for label, entry in found.items()
-            if name in label.replace(",", " ").split() and entry["predicted"] is not None
+            if name in label.replace(",", " ").split()
         ]
         if points:
             axes.loglog(*zip(*points, strict=True), "o", label=name, markersize=5, alpha=0.6)

@@ -1,6 +1,6 @@
 """Patch, batch and checkpointing that the planners choose for a memory target, beside nnU-Net's own plans.
 
-Planned are made-up data sets, of which there is a fingerprint and no image.
+Planned are synthetic data sets, of which there is a fingerprint and no image.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from benchmarks import machine
 from benchmarks.made_up import DATA_SETS, DATASET_NAME, DataSet, nnunet_folders
 from benchmarks.report import as_text, table
 from benchmarks.timing import BenchmarkError
-from nnunet_conres.planning.memory import CUDA_CONTEXT, WORKSPACE_SHARE, estimate_memory
+from nnunet_conres.planning.memory import MemoryModel
 from nnunet_conres.planning.planners import GIB, PLANNERS, TooLittleMemoryError
-from nnunet_conres.planning.tracker import measure_training_step
-from nnunet_conres.planning.training_step import TrainingStep
+from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 
 CONFIGURATIONS = ("3d_fullres", "3d_lowres", "3d_cascade_fullres")
 TARGETS = (8, 12, 16, 24, 40, 80)
@@ -57,13 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="NAME",
             help=f"{what}, among {', '.join(known)} (default: {' '.join(default)})",
         )
-    parser.add_argument(
-        "--count", action="store_true", help="also count every plan's training step, on tensors without data"
-    )
 
 
 def _training_steps(
-    plans: dict[str, Any], data: DataSet, architecture: Callable[[ConfigurationManager], Any] | None = None
+    plans: dict[str, Any],
+    data: DataSet,
+    trainer_name: str = "nnUNetTrainer",
+    architecture: Callable[[ConfigurationManager], Any] | None = None,
 ) -> dict[str, TrainingStep]:
     """Training steps by 3D configuration, of the plans' own network or of one that is derived from them."""
     manager = PlansManager(json.loads(json.dumps(plans)))
@@ -72,24 +71,24 @@ def _training_steps(
     for name in (name for name in CONFIGURATIONS if name in manager.available_configurations):
         found = manager.get_configuration(name)
         steps[name] = TrainingStep(
+            trainer=find_trainer(trainer_name),
             architecture=found.configuration["architecture"] if architecture is None else architecture(found),
             patch_size=tuple(found.patch_size),
             batch_size=found.batch_size,
             input_channels=determine_num_input_channels(manager, found, data.dataset_json),
-            output_channels=labels.num_segmentation_heads,
-            has_regions=labels.has_regions,
+            labels=labels,
         )
     return steps
 
 
-def plan(data: DataSet, target: float, networks: Sequence[str], count: bool) -> Iterator[dict[str, Any]]:
+def plan(data: DataSet, target: float, networks: Sequence[str], model: MemoryModel) -> Iterator[dict[str, Any]]:
     """Plans a data set for nnU-Net's own network and for ours; within ``nnunet_folders``.
 
     Args:
         data: The data set.
         target: GiB.
         networks: Keys of PLANNERS.
-        count: Whether to count the memory of what is planned.
+        model: Memory of training steps, for all targets.
 
     Yields:
         For every configuration what was planned, memory in bytes; for a refused network the message.
@@ -101,6 +100,7 @@ def plan(data: DataSet, target: float, networks: Sequence[str], count: bool) -> 
         yield _entry(target, STOCK, name, step)
     for network in networks:
         planner = PLANNERS[network](DATASET_NAME, gpu_memory_target_in_gb=target)
+        planner.model, planner.progress = model, False
         try:
             with silence:
                 plans = planner.plan_experiment()
@@ -113,18 +113,13 @@ def plan(data: DataSet, target: float, networks: Sequence[str], count: bool) -> 
                 "needs": None if needs is None else float(needs[1]),
             }
             continue
-        estimates = {planned.name: planned.memory for planned in planner.planned_configurations()}
-        at_stock_plan = _training_steps(stock, data, planner.architecture)
+        memory = {planned.name: planned.memory for planned in planner.planned_configurations()}
+        at_stock_plan = _training_steps(stock, data, planner.trainer_name, planner.architecture)
         for name, step in _training_steps(plans, data).items():
             entry = _entry(target, planner.network_name, name, step)
-            entry |= {"checkpointing": step.arguments["checkpointing"], "estimated": estimates[name]}
-            if count:
-                peak = measure_training_step(step).peak
-                # with what the estimate allows for
-                counted = round((1 + WORKSPACE_SHARE) * peak) + CUDA_CONTEXT
-                entry |= {"counted_peak": peak, "counted": counted, "within": counted <= target * GIB}
+            entry |= {"checkpointing": step.arguments["checkpointing"], "memory": memory[name]}
             if name in at_stock_plan:
-                entry["at_stock_plan"] = estimate_memory(at_stock_plan[name]).total
+                entry["at_stock_plan"] = model.total(at_stock_plan[name])
             yield entry
 
 
@@ -141,12 +136,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise BenchmarkError("--targets must be above 0.")
     about = machine.describe(arguments.device)
     report: dict[str, Any] = {"benchmark": "plans", "title": "Plans for a memory target", "machine": about, "data": {}}
+    model = MemoryModel()
     rounds = [(name, target) for name in arguments.data for target in arguments.targets]
     for name, target in tqdm(rounds, desc="Plans", unit="target"):
         data = DATA_SETS[name]
         entry = report["data"].setdefault(name, {**asdict(data), "plans": []})
         with nnunet_folders(data):
-            entry["plans"] += plan(data, target, arguments.networks, arguments.count)
+            entry["plans"] += plan(data, target, arguments.networks, model)
     return report
 
 
@@ -158,27 +154,22 @@ def as_table(report: dict[str, Any]) -> str:
 def _tables(data: dict[str, Any]) -> Iterator[str]:
     spacing, shape = (" x ".join(f"{extent:g}" for extent in data[key]) for key in ("spacing", "shape"))
     yield f"{data['title']}, {shape} voxels of {spacing} mm, {data['cases']} cases; memory in GiB"
-    is_counted = any("counted" in entry for entry in data["plans"])
-    head = ["target", "network", "patch", "batch", "checkpointing", "estimated"]
-    head += [*(["counted", "within target"] if is_counted else []), "at nnU-Net's plan"]
+    head = ["target", "network", "patch", "batch", "checkpointing", "memory", "at nnU-Net's plan"]
     for name in CONFIGURATIONS:
         # what was refused has no configurations
         entries = [entry for entry in data["plans"] if entry.get("configuration", CONFIGURATIONS[0]) == name]
         if entries:
             yield name
-            yield table(head, [_row(entry, is_counted) for entry in entries])
+            yield table(head, [_row(entry) for entry in entries])
 
 
-def _row(entry: dict[str, Any], is_counted: bool) -> list[str]:
+def _row(entry: dict[str, Any]) -> list[str]:
     row = [f"{entry['target']:g}", entry["network"]]
     if "refused" in entry:
         row.append("does not fit" + ("" if entry["needs"] is None else f", needs {entry['needs']:g}"))
-        return row + [""] * (6 if is_counted else 4)
+        return row + [""] * 4
     row += [" x ".join(map(str, entry["patch"])), str(entry["batch"]), entry.get("checkpointing", "")]
-    row.append(_gib(entry, "estimated"))
-    if is_counted:
-        row += [_gib(entry, "counted"), ("yes" if entry["within"] else "NO") if "within" in entry else ""]
-    return [*row, _gib(entry, "at_stock_plan")]
+    return [*row, _gib(entry, "memory"), _gib(entry, "at_stock_plan")]
 
 
 def _gib(entry: dict[str, Any], key: str) -> str:
