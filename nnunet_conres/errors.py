@@ -2,7 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+_MOST_KINDS: Final = 20
+_MOST_OF_A_KIND: Final = 5
+
+_NO_PERMISSION: Final = "Give yourself the permission, or choose another place."
+_NO_SPACE: Final = "Free some space, or choose another place; then run the command again."
+# What a user can do about the errors of a file system. Other numbers, such as EBADF, are errors of a program.
+_ADVICE: Final = {
+    errno.ENOENT: "Check the name, and that its folder exists.",
+    errno.ENOTDIR: "Check the name: one of its folders is a file.",
+    errno.EISDIR: "Expected a file.",
+    errno.EEXIST: "Remove it, or choose another name.",
+    errno.ENOTEMPTY: "Remove it, or choose another name.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "Remove the symbolic link, or name the file itself.",
+    errno.EACCES: _NO_PERMISSION,
+    errno.EPERM: _NO_PERMISSION,
+    errno.EROFS: "Choose another place.",
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EFBIG: _NO_SPACE,
+    errno.EIO: "Check the disk.",
+    errno.ESTALE: "Check the network file system; then run the command again.",
+    errno.EBUSY: "End the program that uses it.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer processes.",
+    errno.ENFILE: "Raise the limit of open files (ulimit -n), or use fewer processes.",
+}
 
 
 class InputError(ValueError):
@@ -25,9 +57,60 @@ class InputError(ValueError):
             return
         self.faults = tuple(faults)
         noun = "error" if len(faults) == 1 else "errors"
-        lines = "\n".join(f"  - {fault}" for fault in faults)
+        lines = "\n".join(f"  - {line}" for line in grouped(faults))
         super().__init__(f"Nothing was written: {len(faults)} {noun} found.\n{lines}")
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str | tuple[str, ...]]]:
         # worker processes send it back; BaseException would call the class with the finished message
         return type(self), (self.faults[0] if str(self) == self.faults[0] else self.faults,)
+
+
+def grouped(messages: Sequence[str]) -> list[str]:
+    """Messages by kind, the first few of each kind and how many more there are: a thousand lines help nobody.
+
+    Two are of one kind if they differ only in words with digits or slashes: files, ids and numbers.
+
+    Args:
+        messages: One for every error.
+
+    Returns:
+        The lines to show; the messages themselves where there are few.
+    """
+    kinds: dict[str, list[str]] = {}
+    for message in messages:
+        kinds.setdefault(re.sub(r"\S*[\d/\\]\S*", "*", message), []).append(message)
+    lines = []
+    for number, found in enumerate(kinds.values()):
+        if number == _MOST_KINDS:
+            left = sum(map(len, list(kinds.values())[number:]))
+            lines.append(f"... and {left} more errors, of {len(kinds) - number} other kinds.")
+            break
+        lines += found[:_MOST_OF_A_KIND]
+        if len(found) > _MOST_OF_A_KIND:
+            lines.append(f"... and {len(found) - _MOST_OF_A_KIND} more errors of this kind, {len(found)} in all.")
+    return lines
+
+
+@contextlib.contextmanager
+def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns errors of the file system into an `InputError` that names the file and says what to do.
+
+    For the lines that touch a file, not for more: within it an OSError counts as the user's.
+
+    Args:
+        path: The file or folder, named where the operating system names none.
+
+    Raises:
+        InputError: The file system refused, as with a missing file, a missing permission or a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # libraries raise it for what a file holds: gzip, nibabel
+            raise InputError(f"{os.fspath(path)}: {' '.join(str(error).split())}") from error
+        if error.errno not in _ADVICE:
+            raise
+        # Of two, such as a copy's source and target, the second is the one that could not be written.
+        found = error.filename if error.filename2 is None or error.errno == errno.ENOENT else error.filename2
+        named = os.fsdecode(found) if isinstance(found, (str, bytes)) else os.fspath(path)
+        raise InputError(f"{named}: {os.strerror(error.errno)}. {_ADVICE[error.errno]}") from error

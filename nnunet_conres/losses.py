@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from nnunet_conres.residuals import LabelOrRegion, label_residual, residual_pyramid
 
-# Share of the residual maps in the objective of nnUNetTrainerConResNet, relative to the segmentation's.
+# Weight of the residual maps in the objective, relative to the segmentation's.
 RESIDUAL_WEIGHT = 0.5
 # The paper sums its three scales 1 : 0.5 : 0.5; this weight undoes their normalisation to a sum of 1.
 PAPER_RESIDUAL_WEIGHT = 2.0
@@ -39,8 +39,6 @@ class ResidualMapLoss(nn.Module):
         ignore_label: Label of unannotated voxels, None where everything is annotated. For region targets any value but
             None says that their last channel marks such voxels.
         slice_axis: Spatial axis along which slices follow each other.
-        background_channel: Whether the first channel of the maps belongs to the background, which has no residual
-            target: it is left out. True with label maps, where heads have one channel per label.
         ddp: Whether to reduce counts over the processes of the default group.
 
     Source: Zhang et al. 2021, section III-E. The authors' released code feeds raw outputs to the cross-entropy after
@@ -52,21 +50,20 @@ class ResidualMapLoss(nn.Module):
         classes: Sequence[LabelOrRegion] | None,
         ignore_label: int | None = None,
         slice_axis: int = 0,
-        background_channel: bool = False,
         ddp: bool = False,
     ) -> None:
         super().__init__()
         self.classes = None if classes is None else list(classes)
         self.ignore_label = ignore_label
         self.slice_axis = slice_axis
-        self.background_channel = background_channel
         self.ddp = ddp
 
     def forward(self, residual_logits: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the loss.
 
         Args:
-            residual_logits: Residual maps, finest first, shape (B, C, x, y, z) each, at full or lower resolution.
+            residual_logits: Residual maps, finest first, shape (B, C, x, y, z) each, at full or lower resolution, with
+                one channel for each foreground class or region.
             target: Annotation at full resolution, (B, 1, X, Y, Z) labels or (B, R[+1], X, Y, Z) regions.
 
         Returns:
@@ -89,10 +86,9 @@ class ResidualMapLoss(nn.Module):
         for weight, logits, (scale_target, scale_mask), count in zip(
             residual_scale_weights(len(residual_logits)), residual_logits, targets, counts, strict=True
         ):
-            logits = logits[:, 1:] if self.background_channel else logits
             if logits.shape[1] != scale_target.shape[1]:
                 raise ValueError(
-                    f"Residual maps have {logits.shape[1]} foreground channels, the annotation has "
+                    f"Residual maps have {logits.shape[1]} channels, the annotation has "
                     f"{scale_target.shape[1]} classes or regions."
                 )
             defined, positive = count[0].clamp(min=1), count[1:]

@@ -1,17 +1,22 @@
-"""Optimisers: Muon, SGD whose steps for the weights of convolutions are orthogonal matrices."""
+"""Optimisers: Muon, SGD whose steps for hidden matrices are orthogonal matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
-# Quintic Newton-Schulz iteration: p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5 takes singular values in (0, 1] to about 1
-# (0.7 to 1.2) in five rounds, small ones fastest.
+from nnunet_conres.errors import InputError
+
+# Quintic Newton-Schulz iteration: p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5. Five rounds take singular values in
+# [0.0015, 1] to [0.68, 1.203]; smaller ones grow by a factor of at most 485.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
 _EPSILON = 1e-7
@@ -19,6 +24,22 @@ MUON_LR = 0.03
 # Times the learning rate that is 3e-5 per step, as in nnU-Net, where 0.01 and a momentum of 0.99 act like a rate of 1.
 MUON_WEIGHT_DECAY = 1e-3
 ADAM_LR_FACTOR = 0.1
+
+# nnU-Net's name for all layers that make a network's outputs; it leaves these out of pretrained weights.
+_HEADS = "seg_layers"
+# Embeddings of patches as tokens, and what maps tokens to the output: Adam's, with everything in them.
+_BLOCKS = "dynamic_network_architectures.building_blocks."
+_EMBEDDINGS = (
+    (_BLOCKS + "patch_encode_decode", "PatchEmbed"),
+    (_BLOCKS + "patch_encode_decode", "PatchEmbed_deeper"),
+    (_BLOCKS + "patch_encode_decode", "PatchEmbedDeeperControlled"),
+)
+_DECODERS = ((_BLOCKS + "patch_encode_decode", "PatchDecode"),)
+# Parameters that are vectors, one per token.
+_TOKENS = {
+    "pos_embed": ((_BLOCKS + "eva", "Eva"),),
+    "register_tokens": (("dynamic_network_architectures.architectures.primus", "Primus"),),
+}
 
 
 class Muon(Optimizer):
@@ -28,19 +49,26 @@ class Muon(Optimizer):
     would take by the nearest (semi-)orthogonal matrix, so that the weights change in all directions at the same pace,
     however large the gradient.
 
+    A step with a gradient that is not finite (NaN, Inf, or a norm beyond the range of float32) changes neither
+    parameters nor state. That is decided on the device, without waiting for it.
+
     Args:
-        groups: Parameter groups as for any optimiser of PyTorch, or parameters. A group with ``orthogonal`` true holds
-            matrices: parameters of two dimensions or more, all but the first of which are taken together. Adam takes
+        groups: Parameter groups as for any optimiser of PyTorch, or parameters; all on one device. A group with
+            ``orthogonal`` true holds matrices: parameters of two dimensions or more, (outputs, inputs, ...) where all
+            but the first are taken together, or (inputs, outputs, ...) if ``transposed`` is true as well. Adam takes
             the others.
-        lr: Learning rate of the matrices: a step changes all singular directions of an n x m matrix by
-            lr * sqrt(max(1, n / m)). Adam's is ``lr * lr_factor`` of the group, so that one schedule is enough for all.
-        momentum: Share of the earlier steps in Muon's.
+        lr: Learning rate of the matrices: a step changes all singular directions of a matrix by
+            lr * sqrt(max(1, n / m)), with n the number of outputs and m that of inputs; kernel positions are inputs
+            of convolutions and outputs of transposed convolutions. Adam's is ``lr * lr_factor`` of the group, so that
+            one schedule is enough for all.
+        momentum: Share of the earlier steps in Muon's, in [0, 1).
         weight_decay: By how much parameters shrink, relative to their size and the group's learning rate.
-        betas: Adam's shares of the earlier gradients and squared gradients.
-        eps: Added to Adam's denominator.
+        betas: Adam's shares of the earlier gradients and squared gradients, in [0, 1).
+        eps: Added to Adam's denominator, above 0.
 
     Raises:
-        ValueError: If a number is out of range, or a parameter of an orthogonal group has fewer than two dimensions.
+        ValueError: If a number is out of range or not finite, or a parameter of an orthogonal group has fewer than two
+            dimensions.
 
     Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks",
         https://kellerjordan.github.io/posts/muon/, with the learning rate of the reference implementation.
@@ -55,11 +83,6 @@ class Muon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
     ) -> None:
-        if lr < 0 or weight_decay < 0 or not all(0 <= share < 1 for share in (momentum, *betas)):
-            raise ValueError(
-                f"Expected lr and weight_decay of 0 or more, momentum and betas in [0, 1); got {lr}, {weight_decay}, "
-                f"{momentum} and {betas}."
-            )
         defaults = {
             "lr": lr,
             "lr_factor": 1.0,
@@ -68,13 +91,27 @@ class Muon(Optimizer):
             "betas": betas,
             "eps": eps,
             "orthogonal": False,
+            "transposed": False,
             "steps": 0,  # for Adam's corrections; among the groups' entries, as it is saved with these
         }
         super().__init__(groups, defaults)
-        for group in self.param_groups:
-            flat = [tuple(parameter.shape) for parameter in group["params"] if parameter.ndim < 2]
-            if group["orthogonal"] and flat:
-                raise ValueError(f"Orthogonal groups hold matrices, but there are parameters of shape {flat[:3]}.")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as PyTorch's optimisers do; also called for each group that the constructor gets."""
+        values = self.defaults | param_group
+        for name in ("lr", "lr_factor", "weight_decay"):
+            if not 0 <= values[name] < math.inf:  # NaN is in no range
+                raise ValueError(f"Expected a finite {name} of 0 or more, got {values[name]}.")
+        if not 0 < values["eps"] < math.inf:
+            raise ValueError(f"Expected a finite eps above 0, got {values['eps']}.")
+        for name, share in (("momentum", values["momentum"]), *(("betas", share) for share in values["betas"])):
+            if not 0 <= share < 1:
+                raise ValueError(f"Expected {name} in [0, 1), got {values[name]}.")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        flat = [tuple(parameter.shape) for parameter in group["params"] if parameter.ndim < 2]
+        if group["orthogonal"] and flat:
+            raise ValueError(f"Orthogonal groups hold matrices, but there are parameters of shape {flat[:3]}.")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -83,53 +120,72 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters:
-                continue
-            lr = group["lr"] * group["lr_factor"]
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        groups = [(group, [one for one in group["params"] if one.grad is not None]) for group in self.param_groups]
+        groups = [(group, parameters) for group, parameters in groups if parameters]
+        if not groups:
+            return loss
+        # The sum is NaN or Inf if one of the norms is. What follows is masked with that instead of being left out, so
+        # that the CPU need not wait for a GPU.
+        norms = torch._foreach_norm([gradient for _, parameters in groups for gradient in _gradients(parameters)])
+        is_finite = torch.stack(norms).sum().isfinite()
+        for group, parameters in groups:
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(parameters, 1 - is_finite * (_rate(group) * group["weight_decay"]))
             if not group["orthogonal"]:
-                self._adam(group, parameters, lr)
-                continue
-            self._muon(group, parameters, lr)
+                self._adam(group, parameters, is_finite)
+        self._muon([(group, parameters) for group, parameters in groups if group["orthogonal"]], is_finite)
         return loss
 
-    def _muon(self, group: dict[str, Any], parameters: list[Tensor], lr: float) -> None:
-        buffers = self._state("momentum_buffer", parameters)
-        gradients = _gradients(parameters)
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, gradients)
-        steps = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
-        alike = _by_shape(parameters)
-        # those of one shape in one go: a GPU would wait for each
-        matrices = [torch.stack([steps[number].flatten(1) for number in numbers]) for numbers in alike]
-        del steps
-        for numbers, orthogonal in zip(alike, orthogonalize(matrices), strict=True):
-            rows, columns = orthogonal.shape[1:]
-            ours = [parameters[number] for number in numbers]
-            changes = [matrix.view(ours[0].shape) for matrix in orthogonal]
-            torch._foreach_add_(ours, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+    def _muon(self, groups: list[tuple[dict[str, Any], list[Tensor]]], is_finite: Tensor) -> None:
+        matrices: list[Tensor] = []
+        changes: list[tuple[list[Tensor], float]] = []
+        for group, parameters in groups:
+            buffers = self._state("momentum_buffer", parameters)
+            steps = [torch.where(is_finite, gradient, 0.0) for gradient in _gradients(parameters)]
+            torch._foreach_mul_(buffers, torch.where(is_finite, group["momentum"], 1.0))
+            torch._foreach_add_(buffers, steps)
+            torch._foreach_add_(steps, buffers, alpha=group["momentum"])
+            # those of one shape in one go: a GPU would wait for each
+            for numbers in _by_shape(parameters):
+                matrices.append(torch.stack([steps[number].flatten(1) for number in numbers]))
+                outputs, inputs = matrices[-1].shape[1:]
+                if group["transposed"]:
+                    outputs, inputs = inputs, outputs
+                size = _rate(group) * max(1.0, outputs / inputs) ** 0.5
+                changes.append(([parameters[number] for number in numbers], size))
+            del steps
+        if not matrices:
+            return
+        for (ours, size), orthogonal in zip(changes, orthogonalize(matrices), strict=True):
+            orthogonal = orthogonal * (is_finite * -size)
+            torch._foreach_add_(ours, [matrix.view(ours[0].shape) for matrix in orthogonal])
 
-    def _adam(self, group: dict[str, Any], parameters: list[Tensor], lr: float) -> None:
-        gradients = _gradients(parameters)
+    def _adam(self, group: dict[str, Any], parameters: list[Tensor], is_finite: Tensor) -> None:
+        gradients = [torch.where(is_finite, gradient, 0.0) for gradient in _gradients(parameters)]
         means, squares = self._state("exp_avg", parameters), self._state("exp_avg_sq", parameters)
-        group["steps"] += 1
-        number = group["steps"]
+        group["steps"] = group["steps"] + is_finite.float()
+        number = group["steps"].clamp(min=1)
         first, second = group["betas"]
-        torch._foreach_lerp_(means, gradients, 1 - first)
-        torch._foreach_mul_(squares, second)
+        torch._foreach_mul_(means, torch.where(is_finite, first, 1.0))
+        torch._foreach_add_(means, gradients, alpha=1 - first)
+        torch._foreach_mul_(squares, torch.where(is_finite, second, 1.0))
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
         roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, (1 - second**number) ** 0.5)
+        torch._foreach_mul_(roots, (1 - second**number) ** -0.5)
         torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(parameters, means, roots, -lr / (1 - first**number))
+        steps = torch._foreach_div(means, roots)
+        torch._foreach_mul_(steps, is_finite * (-_rate(group) / (1 - first**number)))
+        torch._foreach_add_(parameters, steps)
 
     def _state(self, name: str, parameters: list[Tensor]) -> list[Tensor]:
         for parameter in parameters:
             if name not in self.state[parameter]:
                 self.state[parameter][name] = torch.zeros_like(parameter)
         return [self.state[parameter][name] for parameter in parameters]
+
+
+def _rate(group: dict[str, Any]) -> float:
+    return group["lr"] * group["lr_factor"]
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
@@ -151,22 +207,26 @@ def orthogonalize(batches: Sequence[Tensor]) -> list[Tensor]:
     which is small where X is wide, and X itself is multiplied once. Of a network's many shapes few have different
     numbers of rows: the rounds, two dozen small operations that a GPU waits for, are done once for each of these.
 
+    The price is precision: singular values are squared, and what is rounded away in X X^T grows by a factor of 485^2 in
+    five rounds. So products are computed in float32 whatever autocast, TF32 or bfloat16 is allowed elsewhere.
+
     Args:
-        batches: (B, n, m) each, finite.
+        batches: (B, n, m) each, finite, all on one device.
 
     Returns:
-        Of each batch (B, n, m) with singular values of about 0.7 to 1.2, but for those below a thousandth of the norm,
-        which stay smaller. 0 where a matrix is 0.
+        Of each batch (B, n, m), in float32, with the same singular vectors. Singular values of 0.0015 times the
+        Frobenius norm or more become 0.68 to 1.203, smaller ones at most 485 times what they are relative to the norm,
+        with an error of up to 1e-3. About 0 where the norm is below 1e-7.
     """
     wide = [batch.mT if batch.shape[1] > batch.shape[2] else batch for batch in batches]
-    # Squared singular values need the digits of single precision, and a trainer may step under autocast.
     kind = batches[0].device.type  # older versions of PyTorch have no autocast elsewhere
-    with torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext():
+    no_autocast = torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext()
+    with no_autocast, _full_float32():
         wide = [batch.float() for batch in wide]
-        norms = [torch.linalg.matrix_norm(batch, keepdim=True) + _EPSILON for batch in wide]
-        by_rows: dict[tuple[torch.device, int], list[int]] = {}
+        norms = [torch.linalg.matrix_norm(batch, keepdim=True).clamp(min=_EPSILON) for batch in wide]
+        by_rows: dict[int, list[int]] = {}
         for number, batch in enumerate(wide):
-            by_rows.setdefault((batch.device, batch.shape[1]), []).append(number)
+            by_rows.setdefault(batch.shape[1], []).append(number)
         orthogonal: dict[int, Tensor] = {}
         for numbers in by_rows.values():
             normal = (wide[number] / norms[number] for number in numbers)
@@ -176,6 +236,37 @@ def orthogonalize(batches: Sequence[Tensor]) -> list[Tensor]:
                 orthogonal[number] = torch.bmm(factor / norms[number], wide[number])
     ours = [orthogonal[number] for number in range(len(wide))]
     return [one.mT if one.shape != batch.shape else one for one, batch in zip(ours, batches, strict=True)]
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TF32 and no bfloat16 in products of float32 matrices, on GPUs and CPUs; changes nothing where none is allowed.
+
+    PyTorch's settings are read before they are set, so that torch.compile can trace the usual case.
+    """
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # before PyTorch 2.9
+        precision = torch.get_float32_matmul_precision()
+        if precision == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    # torch.get_float32_matmul_precision raises an error there where both kinds of settings were used
+    kinds = (backends.cuda.matmul, backends.mkldnn.matmul)
+    lowered = [(kind, kind.fp32_precision) for kind in kinds if kind.fp32_precision not in ("none", "ieee")]
+    try:
+        for kind, _ in lowered:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in lowered:
+            # "none" follows the setting for all kinds, as before
+            kind.fp32_precision = "none" if precision == backends.fp32_precision else precision
 
 
 def _newton_schulz(gram: Tensor) -> Tensor:
@@ -192,20 +283,80 @@ def _newton_schulz(gram: Tensor) -> Tensor:
 
 
 def muon_of(network: nn.Module, lr: float, weight_decay: float) -> Muon:
-    """The optimiser of a network: Muon for the weights of its convolutions, Adam for heads, norms and biases.
+    """The optimiser of a network: Muon for its hidden matrices, Adam for embeddings, output layers, norms and biases.
+
+    Hidden matrices are the weights of convolutions, transposed convolutions and linear layers, a U-Net's first
+    convolution included, but for those in
+
+    - output layers: what nnU-Net calls ``seg_layers``, and Primus's ``PatchDecode``;
+    - Primus's embeddings of patches.
 
     Args:
-        network: Its heads are called ``seg_layers``, as in nnU-Net's networks.
+        network: PlainConvUNet, ResidualEncoderUNet, Primus, one of this package's, or another that is built of the same
+            kinds of layers; bare or in a wrapper such as DistributedDataParallel.
         lr: Muon's learning rate; Adam's is a tenth of it.
-        weight_decay: Of the convolutions' weights.
+        weight_decay: Of the hidden matrices.
+
+    Raises:
+        InputError: If it can't be told what a parameter is, or which layers make the output.
     """
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        is_matrix = parameter.ndim > 2 and "seg_layers" not in name
-        (matrices if is_matrix else others).append(parameter)
+    matrices, transposed, others = _sorted_parameters(network)
     groups = [
         {"params": matrices, "orthogonal": True, "weight_decay": weight_decay},
+        {"params": transposed, "orthogonal": True, "transposed": True, "weight_decay": weight_decay},
         {"params": others, "lr_factor": ADAM_LR_FACTOR},
     ]
     return Muon([group for group in groups if group["params"]], lr)
+
+
+def _sorted_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Hidden matrices (outputs, inputs, ...), hidden matrices (inputs, outputs, ...), and all other parameters."""
+    decoders = _loaded(_DECODERS)
+    not_hidden = (*_loaded(_EMBEDDINGS), *decoders)
+    tokens = {name: _loaded(classes) for name, classes in _TOKENS.items()}
+    matrices: dict[nn.Parameter, bool] = {}
+    others: dict[nn.Parameter, None] = {}
+    unknown: list[str] = []
+    outside: list[str] = []
+    has_output = False
+    # a parameter that is used in two places is in all of them; only one that is hidden in all of them is Muon's
+    for name, module in network.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        has_output |= isinstance(module, decoders) or _HEADS in name.split(".")
+        if isinstance(module, not_hidden) or name.rpartition(".")[2] == _HEADS:
+            outside.append(prefix)
+        is_hidden = not prefix.startswith(tuple(outside))
+        for key, parameter in module.named_parameters(recurse=False):
+            is_weight = isinstance(module, (nn.Linear, _ConvNd)) and key == "weight"
+            is_token = isinstance(module, tokens.get(key, ()))
+            if parameter.ndim < 2 or is_token or (is_weight and not is_hidden):
+                others[parameter] = None
+            elif is_weight and getattr(module, "groups", 1) == 1:
+                matrices[parameter] = isinstance(module, _ConvTransposeNd)
+            else:
+                shape = "x".join(map(str, parameter.shape))
+                unknown.append(f"{prefix}{key} ({shape}, of {type(module).__name__})")
+    what = f"of {type(network).__name__}"
+    advice = "Train it with another optimiser, or give nnunet_conres.optimizers.Muon groups of your own."
+    if unknown:
+        raise InputError(
+            f"Muon can't tell whether these parameters {what} are hidden matrices: {', '.join(unknown)}. Expected "
+            f"weights of convolutions with groups=1, weights of linear layers, or parameters of one dimension. {advice}"
+        )
+    if not has_output:
+        raise InputError(
+            f"Muon can't tell which layers {what} make its output. Expected them in a module called {_HEADS}, as in "
+            f"nnU-Net's networks. {advice}"
+        )
+    hidden = [parameter for parameter in matrices if parameter not in others]
+    return (
+        [parameter for parameter in hidden if not matrices[parameter]],
+        [parameter for parameter in hidden if matrices[parameter]],
+        list(others),
+    )
+
+
+def _loaded(classes: Iterable[tuple[str, str]]) -> tuple[type, ...]:
+    """Those classes whose modules were imported: a network can't contain others, and importing Primus takes seconds."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in classes)
+    return tuple(one for one in found if isinstance(one, type))

@@ -27,6 +27,12 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def number_text(value: float) -> str:
+    """A number in six digits, or in nine if it is not an integer but would look like one: 0.99999998."""
+    short = f"{value:g}"
+    return short if float(short) == value or not float(short).is_integer() else f"{value:.9g}"
+
+
 def times(extents: Sequence[int]) -> str:
     """A patch or a shape: 80 x 160 x 160."""
     return " x ".join(str(extent) for extent in extents)

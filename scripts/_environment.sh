@@ -11,7 +11,7 @@
 # Afterwards VENV_PYTHON is the environment's interpreter, its commands (nnUNetv2_train, nnunet-conres, ...) come first
 # in PATH, and REPOSITORY_ROOT is the root of the checkout. The package is installed in editable form: the scripts run
 # the code that lies in the checkout, also after it was edited or pulled, and no change of a source file costs a new
-# installation. One is made only when something that shapes it changed: pyproject.toml, the start-up file, the version,
+# installation. One is made only when something that shapes it changed: pyproject.toml, the start-up files, the version,
 # the interpreter or the extras.
 #
 # Returns 1, with the reason on stderr, if there is no suitable Python or the installation failed. It can be interrupted
@@ -68,8 +68,12 @@ import sys
 
 root, venv, extras = sys.argv[1:]
 digest = hashlib.sha256(f"{extras}\n{sys.version}\n".encode())
-for name in ("pyproject.toml", "nnunet_conres/__init__.py", "nnunet_conres/registration/nnunet_conres.pth"):
+at_the_top = os.path.join("nnunet_conres", "registration", "site_packages")
+startup_files = [os.path.join(at_the_top, name) for name in sorted(os.listdir(os.path.join(root, at_the_top)))]
+for name in ("pyproject.toml", os.path.join("nnunet_conres", "__init__.py"), *startup_files):
     path = os.path.join(root, name)
+    if not os.path.isfile(path):
+        continue
     with open(path, "rb") as file:
         digest.update(file.read())
 print(f"{os.path.realpath(sys.executable)} {root} {venv}")

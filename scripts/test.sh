@@ -5,9 +5,10 @@
 #
 # --all   also the tests marked slow, which train for some minutes
 #
-# With pytest arguments, for example a file or -k NAME, only pytest runs. The environment is .venv-test in the
-# repository's root; the first run creates it (see _environment.sh for what can be chosen). Tests that open a report in
-# Chromium are skipped where there is none; on Debian, root has it installed first.
+# With pytest arguments, for example a file or -k NAME, only pytest runs. One test process per core, with one thread
+# each; -n 0 as a pytest argument runs all tests in one process. The environment is .venv-test in the repository's root;
+# the first run creates it (see _environment.sh for what can be chosen). Tests that open a report in Chromium are
+# skipped where there is none; on Debian, root has it installed first.
 set -euo pipefail
 
 if [ "${1:-}" = "-h" ] || [ "${1:-}" = "--help" ]; then
@@ -38,10 +39,9 @@ if ! command -v chromium >/dev/null 2>&1 && ! command -v chromium-browser >/dev/
     ) >/dev/null 2>&1 || printf 'It could not be installed: the tests that need it are skipped.\n' >&2
 fi
 
-# Small networks on a few cores: more threads or worker processes than cores only wait for one another.
-cores="$("$VENV_PYTHON" -c 'import os; print(min(os.cpu_count() or 1, 4))')"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-$cores}"
-export nnUNet_n_proc_DA="${nnUNet_n_proc_DA:-2}" nnUNet_def_n_proc="${nnUNet_def_n_proc:-2}"
+# One test process per core: small networks on one thread each, and few worker processes, use all cores best.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}"
+export nnUNet_n_proc_DA="${nnUNet_n_proc_DA:-1}" nnUNet_def_n_proc="${nnUNet_def_n_proc:-1}"
 # No window, and nothing to draw on, on a server.
 export MPLBACKEND=Agg
 
@@ -53,4 +53,6 @@ fi
 if "$run_all"; then
     set -- -m "" "$@"
 fi
-"$VENV_PYTHON" -m pytest "$@"
+# Each process starts with a contiguous part of the tests, so that fixtures of a file are made once; who is done first
+# takes over some of the others' tests.
+"$VENV_PYTHON" -m pytest -n logical --maxprocesses 8 --dist worksteal "$@"

@@ -1,9 +1,13 @@
+import os
 import random
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,6 +25,29 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def repository_root() -> Path:
     return REPOSITORY_ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Function that gives a folder of that name; what makes its content runs once for all processes of pytest-xdist.
+
+    The folder is for reading: tests that change something copy it first.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def shared(name: str, make: Callable[[Path], None]) -> Path:
+        folder, unfinished = base / name, base / f"{name}.unfinished"
+        with FileLock(base / f"{name}.lock"):
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return shared
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,8 +1,12 @@
+import errno
+import gzip
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors, grouped
 
 
 @pytest.mark.parametrize("faults", ["The id is 0.", ["The id is 0."], ["The id is 0.", "There is no folder."]])
@@ -20,3 +24,70 @@ def test_a_list_is_counted():
     error = InputError(["The id is 0.", "There is no folder."])
     assert "2 errors found" in str(error)
     assert all(fault in str(error) for fault in error.faults)
+
+
+def attempt(do: Callable[[], object], path: Path) -> str:
+    """The message of what goes wrong."""
+    with pytest.raises(InputError) as caught, file_errors(path):
+        do()
+    return str(caught.value)
+
+
+class TestFileErrors:
+    def test_names_the_file_and_what_to_do(self, tmp_path: Path) -> None:
+        path = tmp_path / "gone" / "labels.json"
+        message = f"{path}: No such file or directory. Check the name, and that its folder exists."
+        assert attempt(path.read_text, tmp_path) == message
+        assert "Is a directory" in attempt(tmp_path.read_text, tmp_path)
+        (tmp_path / "file").touch()
+        assert "one of its folders is a file" in attempt((tmp_path / "file" / "below").read_text, tmp_path)
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+    def test_a_full_disk_names_the_file_that_the_system_does_not_name(self) -> None:
+        path = Path("/dev/full")
+        assert attempt(lambda: path.write_text("much"), path) == (
+            "/dev/full: No space left on device. Free some space, or choose another place; then run the command again."
+        )
+
+    def test_what_a_file_holds(self, tmp_path: Path) -> None:
+        path = tmp_path / "image.nii.gz"
+        path.write_bytes(b"no gzip")
+
+        def read() -> bytes:
+            with gzip.open(path) as file:
+                return file.read()
+
+        assert attempt(read, path) == f"{path}: Not a gzipped file (b'no')"
+
+    @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EBADF, "x"), BrokenPipeError(errno.EPIPE, "x")])
+    def test_everything_else_passes(self, error: Exception) -> None:
+        with pytest.raises(type(error)) as caught, file_errors("file"):
+            raise error
+        assert caught.value is error
+
+
+class TestGrouped:
+    def test_few_are_left_as_they_are(self) -> None:
+        messages = ["/a/b1.nii is missing.", "/a/b2.nii is missing.", "The id is 0."]
+        assert grouped(messages) == messages
+
+    def test_many_of_a_kind_are_counted(self) -> None:
+        missing = [f"/a/case_{number}.nii is missing; a case needs it." for number in range(170)]
+        wrong = [f"/a/case_{number}.nii has size 3 x {number}; expected 3 x 3." for number in range(6)]
+        # The kinds come mixed, as they are found case by case.
+        lines = grouped([*missing[:2], *wrong, *missing[2:], "The id is 0."])
+        assert lines == [
+            *missing[:5],
+            "... and 165 more errors of this kind, 170 in all.",
+            *wrong[:5],
+            "... and 1 more errors of this kind, 6 in all.",
+            "The id is 0.",
+        ]
+        assert "170 errors found" in str(InputError(missing))
+        assert len(str(InputError(missing)).splitlines()) == 7
+        assert len(InputError(missing).faults) == 170
+
+    def test_many_kinds_are_counted(self) -> None:
+        words = [f"{chr(97 + first)}{chr(97 + second)}" for first in range(10) for second in range(10)]
+        lines = grouped(words)
+        assert lines == [*words[:20], "... and 80 more errors, of 80 other kinds."]

@@ -93,13 +93,13 @@ class TestResidualMapLoss:
         loss, _ = ResidualMapLoss(classes=None)(logits, regions)
         assert loss.item() == pytest.approx(loop_residual_loss([x.double().numpy() for x in logits], regions.numpy()))
 
-    def test_labels_agree_with_regions_and_leave_the_background_channel_out(self) -> None:
+    def test_labels_agree_with_regions(self) -> None:
         regions = blob_regions()
         regions[:, 0] &= ~regions[:, 1]
         labels = (regions[:, :1] * 1 + regions[:, 1:] * 2).to(torch.int16)
-        logits = torch.randn(2, 3, *PATCH)
-        from_labels, _ = ResidualMapLoss(classes=[1, 2], background_channel=True)([logits], labels)
-        from_regions, _ = ResidualMapLoss(classes=None)([logits[:, 1:]], regions)
+        logits = torch.randn(2, 2, *PATCH)
+        from_labels, _ = ResidualMapLoss(classes=[1, 2])([logits], labels)
+        from_regions, _ = ResidualMapLoss(classes=None)([logits], regions)
         assert from_labels.item() == pytest.approx(from_regions.item())
 
     def test_other_slice_axis(self) -> None:
@@ -111,15 +111,15 @@ class TestResidualMapLoss:
     def test_undefined_voxels_get_no_gradient(self) -> None:
         labels = torch.randint(0, 3, (1, 1, *PATCH), dtype=torch.int16)
         labels[:, :, 3] = 3
-        logits = torch.randn(1, 3, *PATCH, requires_grad=True)
-        loss, defined = ResidualMapLoss(classes=[1, 2], ignore_label=3, background_channel=True)([logits], labels)
+        logits = torch.randn(1, 2, *PATCH, requires_grad=True)
+        loss, defined = ResidualMapLoss(classes=[1, 2], ignore_label=3)([logits], labels)
         loss.backward()
         assert defined == 3 * 64  # slices 1, 2 and 5
         for k in range(PATCH[0]):
-            assert logits.grad[:, 1:, k].any().item() == (k in (1, 2, 5))
+            assert logits.grad[:, :, k].all().item() == (k in (1, 2, 5))
 
     def test_refuses_another_number_of_channels(self) -> None:
-        with pytest.raises(ValueError, match="3 foreground channels"):
+        with pytest.raises(ValueError, match="Residual maps have 3 channels"):
             ResidualMapLoss(classes=None)([torch.randn(2, 3, *PATCH)], blob_regions())
 
     def test_scale_weights(self) -> None:
@@ -129,9 +129,10 @@ class TestResidualMapLoss:
 
 class TestConResLoss:
     def outputs(self, channels: int, patch: tuple[int, ...] = PATCH) -> list[torch.Tensor]:
+        """Segmentation logits of all channels, then residual maps of two classes or regions."""
         coarse = tuple(-(-extent // 2) for extent in patch)
-        sizes = [patch, coarse, patch, coarse]
-        return [torch.randn(2, channels, *size, requires_grad=True) for size in sizes]
+        sizes = [(channels, *patch), (channels, *coarse), (2, *patch), (2, *coarse)]
+        return [torch.randn(2, *size, requires_grad=True) for size in sizes]
 
     def test_is_the_segmentation_loss_plus_the_weighted_residual_loss(self) -> None:
         outputs, regions = self.outputs(2), blob_regions()
@@ -156,7 +157,7 @@ class TestConResLoss:
         outputs = self.outputs(2 if regions else 3, patch)
         objective = ConResLoss(
             segmentation_loss(regions, 2, ignore=True),
-            ResidualMapLoss(classes=None if regions else [1, 2], ignore_label=3, background_channel=not regions),
+            ResidualMapLoss(classes=None if regions else [1, 2], ignore_label=3),
             n_segmentation_outputs=2,
         )
         total = objective(outputs, targets)
@@ -278,8 +279,8 @@ def test_unannotated_voxels_get_no_gradient_at_all(regions: bool, kind: str) -> 
     if kind == "ConResNet":
         # two annotated slices that follow each other, so that a residual is defined somewhere
         target[:, :, 3] = target[:, :, 4] = target[:, :, 1]
-        residual_logits = torch.randn_like(logits, requires_grad=True)
-        residual = ResidualMapLoss(classes=None if regions else [1, 2], ignore_label=3, background_channel=not regions)
+        residual_logits = torch.randn(len(logits), 2, *logits.shape[2:], requires_grad=True)
+        residual = ResidualMapLoss(classes=None if regions else [1, 2], ignore_label=3)
         ConResLoss(nnunet, residual, 1)([logits, residual_logits], [target]).backward()
         hidden = unannotated(target, regions)
         previous_hidden = torch.ones_like(hidden)
@@ -311,6 +312,7 @@ def _small_network() -> ConResNet:
         conv_op=nn.Conv3d,
         kernel_sizes=3,
         strides=[1, 2],
+        n_blocks_per_stage=1,
         norm_op=nn.InstanceNorm3d,
         norm_op_kwargs={"affine": True},
         nonlin=nn.LeakyReLU,
@@ -340,11 +342,11 @@ def _residual_gradients(ddp: bool, rank: int | None = None) -> list[torch.Tensor
     """Gradients of the residual part alone, for label maps of which the ranks have annotated unequal shares."""
     labels = torch.randint(0, 3, (4, 1, *PATCH), generator=torch.Generator().manual_seed(7), dtype=torch.int16)
     labels[1::2, :, 2:] = 3
-    maps = [torch.randn(4, 3, *PATCH, generator=torch.Generator().manual_seed(8)) for _ in range(2)]
+    maps = [torch.randn(4, 2, *PATCH, generator=torch.Generator().manual_seed(8)) for _ in range(2)]
     share = slice(None) if rank is None else slice(rank, None, 2)
-    scale = torch.ones(3, requires_grad=True)  # stands for a network: one parameter that all voxels share
-    loss = ResidualMapLoss(classes=[1, 2], ignore_label=3, background_channel=True, ddp=ddp)
-    loss([one[share] * scale.view(1, 3, 1, 1, 1) for one in maps], labels[share])[0].backward()
+    scale = torch.ones(2, requires_grad=True)  # stands for a network: one parameter that all voxels share
+    loss = ResidualMapLoss(classes=[1, 2], ignore_label=3, ddp=ddp)
+    loss([one[share] * scale.view(1, 2, 1, 1, 1) for one in maps], labels[share])[0].backward()
     return [scale.grad]
 
 

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
 import copy
+import functools
+import io
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nnunet_conres.architectures.unet3d import UNet3D
+from nnunet_conres.architectures.vnet import VNet
+from nnunet_conres.errors import InputError
 from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, Muon, muon_of, orthogonalize
 
 
@@ -71,25 +80,248 @@ class TestOrthogonalize:
         assert all(map(torch.equal, batches, before))
 
 
+def with_singular_values(rows: int, columns: int, values: Tensor) -> Tensor:
+    noise = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(rows + columns))
+    u, _, v = torch.linalg.svd(noise, full_matrices=False)
+    return ((u * values.double()) @ v).float()
+
+
+def dominated(ratio: float) -> Tensor:
+    values = torch.full((64,), ratio)
+    values[0] = 1
+    return with_singular_values(64, 400, values)
+
+
+def gaussian(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+ADVERSARIAL: dict[str, Callable[[], Tensor]] = {
+    "square": lambda: gaussian(320, 320),
+    "wide": lambda: gaussian(32, 864),
+    "tall": lambda: gaussian(864, 32),
+    "one dominant direction, 1e-3": lambda: dominated(1e-3),
+    "one dominant direction, 1e-4": lambda: dominated(1e-4),
+    "one dominant direction, 1e-6": lambda: dominated(1e-6),
+    "half of the rank": lambda: with_singular_values(64, 400, torch.arange(64) < 32),
+    "rank 1": lambda: with_singular_values(320, 2000, torch.arange(320) < 1),
+    "seven decades, wide": lambda: with_singular_values(64, 400, 10 ** torch.linspace(0, -7, 64)),
+    "seven decades, tall": lambda: with_singular_values(400, 64, 10 ** torch.linspace(0, -7, 64)),
+    "equal rows": lambda: torch.ones(64, 1) @ gaussian(1, 400),
+    "kernel 1x1x1": lambda: gaussian(32, 16),
+    "one number": lambda: torch.full((1, 1), -3.0),
+    "one row": lambda: gaussian(1, 27),
+    "one column": lambda: gaussian(32, 1),
+    "large": lambda: 1e12 * gaussian(8, 30),
+    "small": lambda: 1e-5 * gaussian(8, 30),
+    "zero": lambda: torch.zeros(16, 27),
+}
+
+
+def to_tf32(value: Tensor) -> Tensor:
+    """Rounds float32 to ten bits of mantissa, as a GPU does with the operands of a product under TF32."""
+    bits = value.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+class LowPrecision(TorchDispatchMode):
+    """A device that rounds the operands of products where PyTorch's settings allow it: for all, a GPU's or a CPU's."""
+
+    def __init__(self, setting: Any) -> None:
+        super().__init__()
+        self.setting = setting
+        self.products: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        n_added = {torch.ops.aten.bmm.default: 0, torch.ops.aten.baddbmm.default: 1}.get(func)
+        if n_added is not None:
+            precision = self.setting.fp32_precision
+            self.products.append(precision)
+            if precision == "tf32":
+                args = (*args[:n_added], *(to_tf32(arg) for arg in args[n_added:]))
+            if precision == "bf16":
+                args = (*args[:n_added], *(arg.bfloat16().float() for arg in args[n_added:]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def precision_settings() -> Iterator[Any]:
+    """PyTorch's settings for products of float32 matrices, as they were before afterwards."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has no settings per device")
+    yield backends
+    torch.set_float32_matmul_precision("highest")
+    for one in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
+        one.fp32_precision = "none"
+
+
+class TestPrecision:
+    """What singular values become, where they are hard to get right: against the SVD in double precision."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("name", ADVERSARIAL)
+    def test_singular_values(self, name: str, dtype: torch.dtype) -> None:
+        matrix = ADVERSARIAL[name]().to(dtype)
+        found = orthogonalize([matrix[None]])[0][0].double()
+        u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+        relative = values / values.norm().clamp(min=1e-7)
+        expected = relative
+        for _ in range(5):
+            expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+        assert torch.linalg.matrix_norm(found - (u * expected) @ v, 2) < 2e-3
+        # the range that is documented, by axis of the matrix
+        in_their_axes = (u.mT @ found @ v.mT).diagonal()
+        assert in_their_axes[relative > 0.0015].numel() == 0 or in_their_axes[relative > 0.0015].min() > 0.68 - 1e-3
+        assert in_their_axes.max() < 1.203 + 1e-3
+        assert (in_their_axes <= 485 * relative + 1e-3).all()
+
+    @pytest.mark.parametrize("name", ["one dominant direction, 1e-3", "rank 1", "seven decades, tall"])
+    def test_rounding_to_tf32_would_spoil_it(self, name: str, precision_settings: Any) -> None:
+        """And the emulation shows it: the guard's tests below would fail without the guard."""
+        from nnunet_conres import optimizers
+
+        matrix = ADVERSARIAL[name]()
+        wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+        gram = (wide @ wide.mT / wide.norm() ** 2)[None]
+        precision_settings.cuda.matmul.fp32_precision = "tf32"
+        with LowPrecision(precision_settings.cuda.matmul) as device:
+            rounded = optimizers._newton_schulz(to_tf32(gram))
+        assert set(device.products) == {"tf32"}
+        assert torch.linalg.matrix_norm((rounded[0] @ wide / wide.norm()).double(), 2) > 0.72  # 0.696 or 1.203 exactly
+        exact = optimizers._newton_schulz(gram)
+        assert torch.linalg.matrix_norm((rounded - exact)[0] @ wide / wide.norm(), 2) > 0.2
+
+    @pytest.mark.parametrize("allowed", ["allow_tf32", "high", "medium", "all devices", "matmul"])
+    @pytest.mark.parametrize("device", ["cuda", "mkldnn"])
+    def test_nothing_is_rounded_whatever_is_allowed(self, device: str, allowed: str, precision_settings: Any) -> None:
+        backends = precision_settings
+        setting = getattr(backends, device).matmul
+        matrices = [ADVERSARIAL[name]()[None] for name in ("one dominant direction, 1e-3", "rank 1")]
+        expected = orthogonalize(matrices)
+        if allowed == "allow_tf32":
+            backends.cuda.matmul.allow_tf32 = True
+        elif allowed == "all devices":
+            backends.fp32_precision = "tf32"
+        elif allowed == "matmul":
+            setting.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision(allowed)
+        before = [one.fp32_precision for one in (backends, backends.cuda.matmul, backends.mkldnn.matmul)]
+        with LowPrecision(setting) as emulated:
+            found = orthogonalize(matrices)
+        assert emulated.products
+        assert set(emulated.products) <= {"ieee", "none"}
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        after = [one.fp32_precision for one in (backends, backends.cuda.matmul, backends.mkldnn.matmul)]
+        assert after == before
+
+    def test_what_follows_a_general_setting_goes_on_following_it(self, precision_settings: Any) -> None:
+        precision_settings.fp32_precision = "tf32"
+        orthogonalize([torch.ones(1, 2, 3)])
+        precision_settings.fp32_precision = "ieee"
+        assert precision_settings.cuda.matmul.fp32_precision == "ieee"
+
+    def test_settings_come_back_after_an_error(self, precision_settings: Any) -> None:
+        torch.set_float32_matmul_precision("high")
+        with pytest.raises(RuntimeError):
+            orthogonalize([torch.ones(1, 2, 3), torch.ones(1, 2, 3, device="meta")])
+        assert torch.get_float32_matmul_precision() == "high"
+
+    def test_older_versions_of_pytorch(self, precision_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Old:
+            """Without ``fp32_precision``."""
+
+        inside: list[str] = []
+        norm = torch.linalg.matrix_norm
+
+        def matrix_norm(*args: Any, **kwargs: Any) -> Tensor:
+            inside.append(torch.get_float32_matmul_precision())
+            return norm(*args, **kwargs)
+
+        monkeypatch.setattr(torch.backends.cuda, "matmul", Old())
+        monkeypatch.setattr(torch.linalg, "matrix_norm", matrix_norm)
+        torch.set_float32_matmul_precision("medium")
+        orthogonalize([torch.ones(1, 2, 3)])
+        assert inside == ["highest"]
+        assert torch.get_float32_matmul_precision() == "medium"
+
+    @pytest.mark.gpu
+    def test_tf32_on_a_gpu(self, precision_settings: Any) -> None:
+        matrices = [ADVERSARIAL[name]()[None] for name in ("one dominant direction, 1e-3", "rank 1", "square")]
+        expected = orthogonalize(matrices)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        for one, other in zip(orthogonalize([matrix.cuda() for matrix in matrices]), expected, strict=True):
+            assert torch.linalg.matrix_norm((one.cpu() - other).double(), 2) < 4e-3
+
+
+def same_parameters(shape: tuple[int, ...]) -> tuple[nn.Parameter, nn.Parameter]:
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return nn.Parameter(start.clone()), nn.Parameter(start.clone())
+
+
+def assert_same_steps(one: torch.optim.Optimizer, other: torch.optim.Optimizer, atol: float = 1e-6) -> None:
+    """Takes four steps with each, for their one parameter."""
+    (ours,), (theirs,) = (optimizer.param_groups[0]["params"] for optimizer in (one, other))
+    generator = torch.Generator().manual_seed(1)
+    before = ours.detach().clone()
+    for _ in range(4):
+        gradient = torch.randn(ours.shape, generator=generator)
+        for parameter, optimizer in ((ours, one), (theirs, other)):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert (ours - before).abs().max() > 0.02
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
 class TestMuon:
-    @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon to compare with")
-    @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
-    def test_is_pytorchs(self, shape: tuple[int, int]) -> None:
-        """Which calculates in bfloat16."""
-        torch.manual_seed(0)
-        start = torch.randn(shape)
-        ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-        optimizers = (
+    @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (12, 12)])
+    def test_is_pytorchs(self, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Hyper-parameters are the same, its ``adjust_lr_fn`` is the default, "original".
+
+        Its buffer is an average, (1 - momentum) times ours; steps are scaled to norm 1 before anything else. It
+        calculates in bfloat16; here it is kept in the precision of the parameters.
+        """
+        if not hasattr(torch.optim, "Muon"):
+            pytest.skip("this PyTorch has no Muon")
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+        ours, theirs = same_parameters(shape)
+        assert_same_steps(
             Muon([{"params": [ours], "orthogonal": True}], lr=0.03, momentum=0.9, weight_decay=0.1),
             torch.optim.Muon([theirs], lr=0.03, momentum=0.9, weight_decay=0.1, nesterov=True),
         )
-        for _ in range(4):
-            gradient = torch.randn(shape)
-            for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
-                parameter.grad = gradient.clone()
-                optimizer.step()
-        assert (ours - start).abs().max() > 0.02
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-3)
+
+    def test_is_pytorchs_in_bfloat16(self) -> None:
+        """As its users get it: three significant digits in five rounds."""
+        if not hasattr(torch.optim, "Muon"):
+            pytest.skip("this PyTorch has no Muon")
+        ours, theirs = same_parameters((8, 40))
+        assert_same_steps(
+            Muon([{"params": [ours], "orthogonal": True}], lr=0.03, momentum=0.9, weight_decay=0.1),
+            torch.optim.Muon([theirs], lr=0.03, momentum=0.9, weight_decay=0.1, nesterov=True),
+            atol=0.03 * 0.02 * 4,
+        )
+
+    @pytest.mark.parametrize("shape", [(8, 4, 3, 3, 3), (40, 2, 1, 1, 1), (16, 16, 1, 3, 3), (64, 2, 3, 3)])
+    def test_is_timms_for_convolutions(self, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        """With Jordan's coefficients and learning rate; its defaults are others. In float32 instead of bfloat16."""
+        timm = pytest.importorskip("timm.optim.muon")
+        in_float32 = functools.partial(timm.zeropower_via_newtonschulz, dtype=torch.float32)
+        monkeypatch.setattr(timm, "zeropower_via_newtonschulz", in_float32)
+        ours, theirs = same_parameters(shape)
+        assert_same_steps(
+            Muon([{"params": [ours], "orthogonal": True}], lr=0.03, momentum=0.9, weight_decay=0.1),
+            timm.Muon(
+                [{"params": [theirs], "use_muon": True}],
+                lr=0.03,
+                momentum=0.9,
+                weight_decay=0.1,
+                nesterov=True,
+                ns_coefficients="original",
+                adjust_lr_fn="original",
+                conv_mode="flatten",
+            ),
+        )
 
     def test_other_groups_take_steps_of_adam(self) -> None:
         torch.manual_seed(0)
@@ -135,7 +367,7 @@ class TestMuon:
 
     def test_state_goes_on(self) -> None:
         torch.manual_seed(0)
-        networks = [nn.Conv3d(2, 4, 3)]
+        networks: list[nn.Module] = [nn.ModuleDict({"conv": nn.Conv3d(2, 4, 3), "seg_layers": nn.Conv3d(4, 2, 1)})]
         optimizers = [muon_of(networks[0], 0.1, 0.01)]
         gradients = [[torch.randn_like(parameter) for parameter in networks[0].parameters()] for _ in range(4)]
 
@@ -157,7 +389,14 @@ class TestMuon:
     @pytest.mark.gpu
     def test_a_gpu_takes_the_steps_of_a_cpu(self) -> None:
         torch.manual_seed(0)
-        here = nn.Sequential(nn.Conv3d(3, 8, 3), nn.InstanceNorm3d(8, affine=True), nn.Conv3d(8, 8, 1))
+        here = nn.ModuleDict(
+            {
+                "conv": nn.Conv3d(3, 8, 3),
+                "norm": nn.InstanceNorm3d(8, affine=True),
+                "up": nn.ConvTranspose3d(8, 4, 2, 2),
+                "seg_layers": nn.Conv3d(4, 2, 1),
+            }
+        )
         there = copy.deepcopy(here).cuda()
         optimizers = [muon_of(network, 0.1, 0.01) for network in (here, there)]
         for _ in range(3):
@@ -176,25 +415,348 @@ class TestMuon:
         assert torch.equal(still.detach(), torch.ones(2, 3))
         assert not torch.equal(moving.detach(), torch.ones(2, 3))
 
-    @pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"momentum": 1.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}])
-    def test_numbers_out_of_range(self, wrong: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match="Expected lr and weight_decay"):
-            Muon([nn.Parameter(torch.ones(2))], **({"lr": 0.1} | wrong))
+    @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), -0.1])
+    @pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum", "betas", "eps", "lr_factor"])
+    def test_numbers_out_of_range(self, name: str, number: float) -> None:
+        value = (0.9, number) if name == "betas" else number
+        parameter = nn.Parameter(torch.ones(2))
+        with pytest.raises(ValueError, match=f"Expected .*{name}.*, got .*{number}"):
+            Muon([{"params": [parameter], name: value}], lr=0.1)
+        if name != "lr_factor":
+            with pytest.raises(ValueError, match=f"Expected .*{name}.*, got .*{number}"):
+                Muon([parameter], **({"lr": 0.1} | {name: value}))
+        with pytest.raises(ValueError, match=f"Expected .*{name}"):
+            Muon([nn.Parameter(torch.ones(2))], lr=0.1).add_param_group({"params": [parameter], name: value})
+
+    @pytest.mark.parametrize("wrong", [{"momentum": 1.0}, {"betas": (1.0, 0.9)}, {"eps": 0.0}])
+    def test_ends_of_ranges(self, wrong: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=f"Expected .*{next(iter(wrong))}"):
+            Muon([nn.Parameter(torch.ones(2))], lr=0.1, **wrong)
+        Muon([nn.Parameter(torch.ones(2))], lr=0.0, momentum=0.0, betas=(0.0, 0.0))
 
     def test_vectors_are_no_matrices(self) -> None:
         with pytest.raises(ValueError, match=r"parameters of shape \[\(2,\)\]"):
             Muon([{"params": [nn.Parameter(torch.ones(2))], "orthogonal": True}], lr=0.1)
 
 
-def test_which_parameters_of_a_network() -> None:
-    network = nn.ModuleDict(
-        {"conv": nn.Conv3d(2, 4, 3), "up": nn.ConvTranspose3d(4, 2, 2), "norm": nn.InstanceNorm3d(2, affine=True)}
+class TestTransposedConvolutions:
+    """With kernel = stride, a voxel x of all inputs becomes a block of k voxels of all outputs: y = W^T x."""
+
+    @pytest.mark.parametrize("shape", [(8, 4, 2, 2, 2), (8, 8, 1, 2, 2), (24, 4, 1, 1, 2), (6, 2, 2, 2)])
+    def test_step_is_that_of_the_linear_map(self, shape: tuple[int, ...]) -> None:
+        """PyTorch's Muon, for the matrix (outputs x kernel, inputs) that maps a voxel to its block."""
+        if not hasattr(torch.optim, "Muon"):
+            pytest.skip("this PyTorch has no Muon")
+        ours, _ = same_parameters(shape)
+        linear = nn.Parameter(ours.detach().flatten(1).mT.contiguous())
+        optimizers = (
+            Muon([{"params": [ours], "orthogonal": True, "transposed": True}], lr=0.03, momentum=0.95),
+            torch.optim.Muon([linear], lr=0.03, momentum=0.95, weight_decay=0),
+        )
+        ours.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        linear.grad = ours.grad.flatten(1).mT.contiguous()
+        before = ours.detach().clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        changes = (ours.detach() - before).flatten(1).mT
+        expected = linear.detach() - before.flatten(1).mT
+        assert (changes - expected).norm() < 0.02 * expected.norm()  # theirs is in bfloat16
+
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            nn.Conv3d(1, 32, 3, padding=1),
+            nn.Conv3d(16, 32, 3, padding=1),
+            nn.Conv3d(32, 32, 2, stride=2),
+            nn.ConvTranspose3d(32, 16, 2, stride=2),
+            nn.ConvTranspose3d(32, 32, 2, stride=2),
+            nn.ConvTranspose3d(32, 16, (1, 2, 2), stride=(1, 2, 2)),
+            nn.ConvTranspose3d(48, 8, (1, 1, 2), stride=(1, 1, 2)),
+        ],
+        ids=str,
     )
-    network["seg_layers"] = nn.Conv3d(2, 3, 1)
-    matrices, others = muon_of(network, MUON_LR, MUON_WEIGHT_DECAY).param_groups
-    assert {tuple(parameter.shape) for parameter in matrices["params"]} == {(4, 2, 3, 3, 3), (4, 2, 2, 2, 2)}
-    assert matrices["orthogonal"]
-    assert len(others["params"]) == 6
-    assert not others["orthogonal"]
-    assert (matrices["lr"] * matrices["weight_decay"], others["weight_decay"]) == (pytest.approx(3e-5), 0)
-    assert others["lr"] * others["lr_factor"] == pytest.approx(3e-3)
+    def test_output_changes_by_the_learning_rate(self, layer: nn.Conv3d | nn.ConvTranspose3d) -> None:
+        """In root mean square, for inputs of 1, whatever the kind of convolution and the number of channels."""
+        torch.manual_seed(0)
+        nn.init.zeros_(layer.weight)
+        layer.weight.grad = torch.randn_like(layer.weight)
+        network = nn.ModuleDict({"layer": layer, "seg_layers": nn.Identity()})
+        muon_of(network, lr=0.01, weight_decay=0).step()
+        size = [8 * stride for stride in layer.stride]
+        with torch.no_grad():
+            change = layer(torch.randn(2, layer.in_channels, *size)) - layer.bias.view(-1, 1, 1, 1)
+        assert 0.68 <= change[:, :, 1:-1, 1:-1, 1:-1].square().mean().sqrt() / 0.01 <= 1.2
+
+
+class TestGradientsThatAreNotFinite:
+    @staticmethod
+    def made() -> tuple[list[nn.Parameter], Muon]:
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape)) for shape in ((4, 3, 3), (5, 4, 2), (6,), (4, 3, 3))]
+        groups = [
+            {"params": [parameters[0], parameters[3]], "orthogonal": True, "weight_decay": 0.1},
+            {"params": [parameters[1]], "orthogonal": True, "transposed": True, "weight_decay": 0.1},
+            {"params": [parameters[2]], "lr_factor": 0.1, "weight_decay": 0.1},
+        ]
+        return parameters, Muon(groups, lr=0.1)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+    @pytest.mark.parametrize("number", [0, 1, 2])
+    @pytest.mark.parametrize("n_before", [0, 2])
+    def test_step_changes_nothing(self, value: float, number: int, n_before: int) -> None:
+        """And those that come next are what they would have been without it."""
+        (ours, one), (theirs, other) = self.made(), self.made()
+        generator = torch.Generator().manual_seed(1)
+        for turn in range(5):
+            gradients = [torch.randn(parameter.shape, generator=generator) for parameter in ours]
+            if turn == n_before:
+                before = copy.deepcopy((ours, one.state_dict()))
+                for parameter, gradient in zip(ours, gradients, strict=True):
+                    parameter.grad = gradient.clone()
+                ours[number].grad.view(-1)[1] = value  # type: ignore[union-attr]
+                one.step()
+                torch.testing.assert_close(ours, before[0], rtol=0, atol=0)
+                if n_before:
+                    assert equal_values(one.state_dict(), before[1])
+            for parameters, optimizer in ((ours, one), (theirs, other)):
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient.clone()
+                optimizer.step()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        assert equal_values(one.state_dict(), other.state_dict())
+
+    def test_after_clipping_as_nnunet_does(self) -> None:
+        """Which makes NaN of all gradients where one is NaN."""
+        parameters, optimizer = self.made()
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        parameters[1].grad[0, 0, 0] = float("nan")  # type: ignore[index]
+        torch.nn.utils.clip_grad_norm_(parameters, 12)
+        before = copy.deepcopy(parameters)
+        optimizer.step()
+        torch.testing.assert_close(parameters, before, rtol=0, atol=0)
+        assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
+
+    def test_gradients_stay_as_they_are(self) -> None:
+        """For those who look at them afterwards."""
+        parameters, optimizer = self.made()
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, float("inf"))
+        optimizer.step()
+        assert all(parameter.grad is not None and parameter.grad.isinf().all() for parameter in parameters)
+
+    def test_device_is_not_waited_for(self) -> None:
+        """Tensors without values raise an error where one is asked for."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            parameters, optimizer = self.made()
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            for _ in range(2):
+                optimizer.step()
+
+    def test_state_is_saved(self) -> None:
+        (ours, one), (theirs, other) = self.made(), self.made()
+        for parameter in ours:
+            parameter.grad = torch.ones_like(parameter)
+        one.step()
+        buffer = io.BytesIO()
+        torch.save(one.state_dict(), buffer)
+        buffer.seek(0)
+        other.load_state_dict(torch.load(buffer, weights_only=True))
+        assert equal_values(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.slow
+def test_step_under_torch_compile(precision_settings: Any) -> None:
+    for precision in ("highest", "high"):
+        torch._dynamo.reset()
+        torch.set_float32_matmul_precision(precision)
+        (ours, one), (theirs, other) = TestGradientsThatAreNotFinite.made(), TestGradientsThatAreNotFinite.made()
+        compiled = torch.compile(one.step, backend="aot_eager")
+        for _ in range(3):
+            for mine, yours in zip(ours, theirs, strict=True):
+                mine.grad = torch.randn_like(mine)
+                yours.grad = mine.grad.clone()
+            compiled()
+            other.step()
+        torch.testing.assert_close(ours, theirs)
+        assert torch.get_float32_matmul_precision() == precision
+
+
+def equal_values(one: Any, other: Any) -> bool:
+    """Whether nested dictionaries and lists hold the same numbers."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal_values(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal_values, one, other))
+    return torch.equal(torch.as_tensor(one), torch.as_tensor(other)) if isinstance(one, Tensor) else one == other
+
+
+UNET: dict[str, Any] = {
+    "input_channels": 2,
+    "num_classes": 3,
+    "n_stages": 3,
+    "features_per_stage": [4, 8, 8],
+    "conv_op": nn.Conv3d,
+    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+    "conv_bias": True,
+    "norm_op": nn.InstanceNorm3d,
+    "norm_op_kwargs": {"affine": True},
+    "nonlin": nn.LeakyReLU,
+    "nonlin_kwargs": {},
+    "deep_supervision": True,
+}
+FLAT: dict[str, Any] = UNET | {
+    "conv_op": nn.Conv2d,
+    "norm_op": nn.InstanceNorm2d,
+    "kernel_sizes": 3,
+    "strides": [1, 2, 2],
+}
+CONVS = {"n_conv_per_stage": [2, 2, 2], "n_conv_per_stage_decoder": [2, 2]}
+BLOCKS = {"n_blocks_per_stage": [1, 2, 2], "n_conv_per_stage_decoder": [1, 1]}
+PRIMUS: dict[str, Any] = {
+    "input_channels": 2,
+    "num_classes": 3,
+    "embed_dim": 24,
+    "patch_embed_size": (8, 8, 8),
+    "eva_depth": 2,
+    "eva_numheads": 2,
+    "input_shape": (16, 16, 16),
+    "num_register_tokens": 2,
+    "init_values": 0.1,
+    "scale_attn_inner": True,
+}
+IN_BLOCKS = r"eva\.blocks\.\d+\.(attn\.(q_proj|k_proj|v_proj|proj)|mlp\.(fc1_g|fc1_x|fc2))\.weight"
+
+
+def primus(name: str) -> nn.Module:
+    from dynamic_network_architectures.architectures import primus
+
+    if not hasattr(primus, name):
+        pytest.skip(f"this version of dynamic-network-architectures has no {name}")
+    return getattr(primus, name)(**PRIMUS)  # type: ignore[no-any-return]
+
+
+def conresnet() -> nn.Module:
+    from nnunet_conres.architectures.conresnet import ConResNet
+
+    return ConResNet(**UNET, **BLOCKS)
+
+
+# network; names of the matrices, of the transposed ones; number of either
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, str, int, int]] = {
+    "PlainConvUNet": (
+        lambda: PlainConvUNet(**UNET, **CONVS),
+        r"(en|de)coder\.stages\..*\.conv\.weight",
+        r"decoder\.transpconvs\.\d\.weight",
+        10,
+        2,
+    ),
+    "PlainConvUNet, 2D": (
+        lambda: PlainConvUNet(**FLAT, **CONVS),
+        r"(en|de)coder\.stages\..*\.conv\.weight",
+        r"decoder\.transpconvs\.\d\.weight",
+        10,
+        2,
+    ),
+    "PlainConvUNet with batch norm": (
+        lambda: PlainConvUNet(**(UNET | {"norm_op": nn.BatchNorm3d}), **CONVS),
+        r"(en|de)coder\.stages\..*\.conv\.weight",
+        r"decoder\.transpconvs\.\d\.weight",
+        10,
+        2,
+    ),
+    "ResidualEncoderUNet": (
+        lambda: ResidualEncoderUNet(**UNET, **BLOCKS),
+        r"(encoder\.stem|(en|de)coder\.stages)\..*\.conv\.weight",
+        r"decoder\.transpconvs\.\d\.weight",
+        14,  # stem, two in each of five blocks, one skip that changes the channels, two in the decoder
+        2,
+    ),
+    "Primus": (lambda: primus("Primus"), IN_BLOCKS, "-", 14, 0),
+    "PrimusV2": (lambda: primus("PrimusV2"), IN_BLOCKS, "-", 14, 0),
+    "PrimusV3": (lambda: primus("PrimusV3"), IN_BLOCKS, "-", 14, 0),
+    "VNet": (
+        lambda: VNet(**UNET, **CONVS),
+        r"encoder\..*\.conv\.weight|decoder\.stages\..*\.conv\.weight",
+        r"decoder\.up\.\d\.conv\.weight",
+        12,  # and two that lower the resolution
+        2,
+    ),
+    "UNet3D": (
+        lambda: UNet3D(**UNET, **CONVS),
+        r"encoder\..*weight|decoder\.stages\..*\.conv\.weight",
+        r"decoder\.up\.\d\.weight",
+        12,
+        2,
+    ),
+    "ConResNet": (conresnet, r"(?!.*seg_layers).*\.weight", r".*(transp|up).*\.weight", -1, -1),
+}
+
+
+class TestWhichParameters:
+    @pytest.mark.parametrize("name", NETWORKS)
+    def test_of_networks_that_can_be_planned(self, name: str) -> None:
+        make, hidden, transposed, n_hidden, n_transposed = NETWORKS[name]
+        network = make()
+        parameters = dict(network.named_parameters())
+        found = {"matrices": set[str](), "transposed": set[str](), "others": set[str]()}
+        names = {parameter: key for key, parameter in parameters.items()}
+        for group in muon_of(network, MUON_LR, MUON_WEIGHT_DECAY).param_groups:
+            kind = ("transposed" if group["transposed"] else "matrices") if group["orthogonal"] else "others"
+            found[kind] |= {names[parameter] for parameter in group["params"]}
+        many = {key for key, parameter in parameters.items() if parameter.ndim > 1}
+        up = {key for key in many if re.fullmatch(transposed, key)}
+        expected = {key for key in many - up if re.fullmatch(hidden, key)}
+        assert found["transposed"] == up
+        assert found["matrices"] == expected
+        assert found["others"] == set(parameters) - up - expected
+        if n_hidden >= 0:
+            assert (len(expected), len(up)) == (n_hidden, n_transposed)
+
+    def test_hyperparameters(self) -> None:
+        network = PlainConvUNet(**UNET, **CONVS)
+        matrices, transposed, others = muon_of(network, MUON_LR, MUON_WEIGHT_DECAY).param_groups
+        for group in (matrices, transposed):
+            assert group["lr"] * group["lr_factor"] * group["weight_decay"] == pytest.approx(3e-5)
+        assert others["weight_decay"] == 0
+        assert others["lr"] * others["lr_factor"] == pytest.approx(3e-3)
+
+    def test_of_a_wrapped_network(self) -> None:
+        network = primus("Primus")
+        wrapped = nn.ModuleDict({"module": network})  # as DistributedDataParallel has it
+        groups = [muon_of(one, 0.1, 0).param_groups for one in (network, wrapped)]
+        for one, other in zip(*groups, strict=True):
+            assert [id(parameter) for parameter in one["params"]] == [id(parameter) for parameter in other["params"]]
+
+    def test_what_is_used_as_an_output_too_is_adams(self) -> None:
+        conv = nn.Conv3d(4, 4, 1, bias=False)
+        network = nn.ModuleDict({"conv": conv, "seg_layers": nn.ModuleList([conv]), "other": nn.Conv3d(4, 4, 3)})
+        matrices, others = muon_of(network, 0.1, 0).param_groups
+        assert [parameter.shape[-1] for parameter in matrices["params"]] == [3]
+        assert any(parameter is conv.weight for parameter in others["params"])
+
+    def test_unknown_parameters_are_refused(self) -> None:
+        """All at once: a bare one, an attention of three matrices in one, groups, and a parametrisation."""
+        network = PlainConvUNet(**UNET, **CONVS)
+        network.register_parameter("queries", nn.Parameter(torch.ones(1, 3, 4)))
+        network.add_module("attention", nn.MultiheadAttention(4, 2))
+        network.add_module("depthwise", nn.Conv3d(4, 4, 3, groups=4))
+        network.add_module("normed", nn.utils.parametrizations.weight_norm(nn.Conv3d(4, 4, 3)))
+        with pytest.raises(InputError) as caught:
+            muon_of(network, 0.1, 0)
+        for expected in (
+            "queries (1x3x4, of PlainConvUNet)",
+            "attention.in_proj_weight (12x4, of MultiheadAttention)",
+            "depthwise.weight (4x1x3x3x3, of Conv3d)",
+            "normed.parametrizations.weight.original1 (4x4x3x3x3",
+        ):
+            assert expected in str(caught.value)
+        assert "decoder" not in str(caught.value)
+
+    def test_networks_without_known_outputs_are_refused(self) -> None:
+        with pytest.raises(InputError, match="can't tell which layers of Sequential make its output.*seg_layers"):
+            muon_of(nn.Sequential(nn.Conv3d(1, 4, 3), nn.Conv3d(4, 2, 1)), 0.1, 0)

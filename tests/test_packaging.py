@@ -15,6 +15,7 @@ from nnunet_conres.registration import VARIABLE
 
 pytest.importorskip("hatchling", reason="needs what builds the package: pip install hatchling")
 
+STARTUP_FILES = ("_nnunet_conres_startup.py", "nnunet_conres.pth", "nnunet_conres.start")
 REPORT = f"import os; print(os.environ.get({VARIABLE!r}))"
 
 
@@ -41,21 +42,25 @@ def editable_wheel(repository_root: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 class TestWheel:
-    def test_has_the_startup_file_at_its_top_and_nowhere_else(self, wheel: Path, repository_root: Path) -> None:
+    def test_has_the_startup_files_at_its_top_and_nowhere_else(self, wheel: Path, repository_root: Path) -> None:
+        folder = repository_root / "nnunet_conres" / "registration" / "site_packages"
         with zipfile.ZipFile(wheel) as archive:
-            assert [name for name in archive.namelist() if name.endswith(".pth")] == ["nnunet_conres.pth"]
-            source = repository_root / "nnunet_conres" / "registration" / "nnunet_conres.pth"
-            assert archive.read("nnunet_conres.pth") == source.read_bytes()
+            names = [name for name in archive.namelist() if Path(name).name in STARTUP_FILES]
+            assert sorted(names) == sorted(STARTUP_FILES)
+            for name in STARTUP_FILES:
+                assert archive.read(name) == (folder / name).read_bytes()
+        assert sorted(path.name for path in folder.iterdir() if path.is_file()) == sorted(STARTUP_FILES)
 
     def test_has_all_modules_and_nothing_but_the_package(self, wheel: Path, repository_root: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
         info = f"nnunet_conres-{__version__}.dist-info"
-        assert {name.split("/")[0] for name in names} == {"nnunet_conres", "nnunet_conres.pth", info}
+        assert {name.split("/")[0] for name in names} == {"nnunet_conres", *STARTUP_FILES, info}
         modules = {
             path.relative_to(repository_root).as_posix() for path in (repository_root / "nnunet_conres").rglob("*.py")
         }
-        assert {name for name in names if name.endswith(".py")} == modules
+        at_the_top = {name for name in modules if name.split("/")[-1] in STARTUP_FILES}
+        assert {name for name in names if name.endswith(".py") and "/" in name} == modules - at_the_top
         assert "nnunet_conres/py.typed" in names
         for name in ("page.html", "viewer.html", "report.css", "report.js"):
             assert f"nnunet_conres/evaluation/report/{name}" in names
@@ -75,6 +80,7 @@ class TestWheel:
         with zipfile.ZipFile(editable_wheel) as archive:
             path_files = sorted(name for name in archive.namelist() if name.endswith(".pth"))
             assert path_files == ["_nnunet_conres.pth", "nnunet_conres.pth"]
+            assert {*STARTUP_FILES} < {*archive.namelist()}
             assert Path(archive.read(path_files[0]).decode().strip()) == repository_root
 
 
@@ -146,6 +152,19 @@ class TestInstallation:
         assert environment.files() == before
         assert environment.python("-c", REPORT) == "None"
 
+    def test_python_3_15_reads_the_other_startup_file(self, built: Path, tmp_path: Path, repository_root: Path) -> None:
+        environment = Environment(tmp_path / "environment")
+        environment.pip("install", "--no-deps", str(built))
+        report = f"import _nnunet_conres_startup; print(_nnunet_conres_startup.activated_by); {REPORT}"
+        before = environment.python("-c", report).splitlines()
+        assert before[0] == ("nnunet_conres.pth" if sys.version_info < (3, 15) else "nnunet_conres.start")
+
+        site_packages = environment.python("-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+        pep_829 = (repository_root / "tests" / "registration" / "pep829.py").read_text(encoding="utf-8")
+        code = f"exec({pep_829!r}); addsitedir({site_packages!r}); {report}"
+        after = environment.python("-S", "-c", code).splitlines()
+        assert after == ["nnunet_conres.start", before[1]]
+
     def test_command_runs(self, built: Path, tmp_path: Path) -> None:
         environment = Environment(tmp_path / "environment")
         environment.pip("install", "--no-deps", str(built))
@@ -161,6 +180,7 @@ class TestInstallation:
         assert run.returncode == 1
         assert "nnU-Net is not installed" in run.stdout
         assert "Discovery by nnU-Net: active" in run.stdout
+        assert f"nnunet_conres.{'pth' if sys.version_info < (3, 15) else 'start'}\n" in run.stdout
 
 
 def test_an_environment_that_inherits_the_folder_is_not_harmed(wheel: Path, tmp_path: Path) -> None:

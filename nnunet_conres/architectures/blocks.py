@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,8 +26,7 @@ class WeightStandardizedConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves (B, C, X, Y, Z) with the standardised filters."""
-        weight = standardized_weight(self.weight, exact=not self.training)
-        return self._conv_forward(input, weight, self.bias)
+        return self._conv_forward(input, standardized_weight(self.weight), self.bias)
 
 
 class CeilAvgPool3d(nn.AvgPool3d):
@@ -105,12 +103,6 @@ class PreActivationConv(nn.Module):
                 x = module(x)
         return self.conv(x)
 
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Number of output elements for a spatial input size (x, y, z), as nnU-Net's planner counts them."""
-        stride = triple(self.conv.stride)
-        size = [-(-i // s) for i, s in zip(input_size, stride, strict=True)]
-        return np.prod([self.conv.out_channels, *size], dtype=np.int64)
-
 
 class PreActivationBlock(nn.Module):
     """Residual block x + conv2(conv1(x)) of two pre-activation convolutions that keep shape and channels."""
@@ -124,11 +116,21 @@ class PreActivationBlock(nn.Module):
         """Maps (B, C, X, Y, Z) to the same shape."""
         return x + self.conv2(self.conv1(x))
 
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Number of output elements of the two convolutions."""
-        return self.conv1.compute_conv_feature_map_size(input_size) + self.conv2.compute_conv_feature_map_size(
-            input_size
-        )
+
+class Heads(nn.Module):
+    """All layers whose shape depends on the number of classes, of a network with residual maps.
+
+    They must be known as ``seg_layers``: nnU-Net leaves out what is called so when it loads pretrained weights.
+
+    Args:
+        segmentation: 1x1x1 convolutions to the classes.
+        residual: 1x1x1 convolutions to the classes that have a residual map.
+    """
+
+    def __init__(self, segmentation: Sequence[nn.Module], residual: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.segmentation = nn.ModuleList(segmentation)
+        self.residual = nn.ModuleList(residual)
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -230,13 +232,6 @@ def per_stage(name: str, value: Any, n_stages: int) -> list[Any]:
     if len(values) != n_stages:
         raise ValueError(f"{name} must be one value or have {n_stages} entries, one per stage; got {value!r}.")
     return values
-
-
-def count_elements(module: nn.Module, size: Sequence[int]) -> np.int64:
-    """Number of output elements of a module's convolutions; of a plain one, ``size`` is that of its output."""
-    if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
-        return np.prod([module.out_channels, *size], dtype=np.int64)
-    return module.compute_conv_feature_map_size(size)  # type: ignore[operator]
 
 
 def strided_size(size: Sequence[int], stride: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The paper topology of ConResNet: what the authors' published code computes.
+"""ConResNet in the topology of the authors' published code.
 
 Source: Zhang et al., "Inter-slice Context Residual Learning for 3D Medical Image Segmentation", IEEE TMI 2021,
 arXiv 2011.14155.
@@ -9,64 +9,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor, nn
 
 from nnunet_conres.architectures.blocks import (
     PreActivationBlock,
     PreActivationConv,
     WeightStandardizedConv3d,
-    count_elements,
     maybe_checkpoint,
     resize,
-    strided_size,
 )
 from nnunet_conres.architectures.context_residual import ContextResidualDecoder, ContextResidualModule
 from nnunet_conres.architectures.frugal import GroupNormReLU
+from nnunet_conres.architectures.network import PlansNetwork, ResidualMapsMixin, residual_classes, spatial_axis
+from nnunet_conres.residuals import inter_slice_residual
 
-PAPER_FEATURES = (32, 64, 128, 256)
-PAPER_BLOCKS = (1, 2, 2, 4)  # the last two blocks of the last stage are dilated
-PAPER_STRIDES = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
-PAPER_DIVISOR = 8  # three halvings; the authors' graph is defined for patches that all three divide
-PAPER_GROUPS = 8
-PAPER_BOTTLENECK = 128
-PAPER_DECODER_FEATURES = (64, 32, 32)  # at quarter, half and full resolution
-
-
-def paper_arguments() -> dict[str, Any]:
-    """The constructor arguments of the paper topology, but for channels and classes, as plans would hold them."""
-    return {
-        "n_stages": len(PAPER_FEATURES),
-        "features_per_stage": list(PAPER_FEATURES),
-        "conv_op": nn.Conv3d,
-        "kernel_sizes": [[3, 3, 3] for _ in PAPER_FEATURES],
-        "strides": [list(stride) for stride in PAPER_STRIDES],
-        "topology": "paper",
-    }
+FEATURES = (32, 64, 128, 256)
+KERNEL_SIZES = ((3, 3, 3),) * 4
+STRIDES = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+DIVISOR = 8  # three halvings; the authors' graph is defined for patches that all three divide
+_BLOCKS = (1, 2, 2, 4)  # the last two blocks of the last stage are dilated
+_GROUPS = 8
+_BOTTLENECK = 128
+_DECODER_FEATURES = (64, 32, 32)  # at quarter, half and full resolution
+# Beyond it, variances of the group norms would overflow float32.
+_LARGEST_INTENSITY = 1e12
 
 
-def check_paper_arguments(features: list[int], kernels: list[list[int]], strides: list[list[int]]) -> None:
-    expected = paper_arguments()
-    found = {"features_per_stage": features, "kernel_sizes": kernels, "strides": strides}
-    wrong = [f"{name} {value} instead of {expected[name]}" for name, value in found.items() if value != expected[name]]
-    if wrong:
-        raise ValueError(f"The paper topology is fixed; these arguments contradict it: {'; '.join(wrong)}.")
-
-
-def _paper_conv(in_channels: int, out_channels: int, kernel_size: int = 3, **kwargs: Any) -> WeightStandardizedConv3d:
-    """Weight-standardised convolution that keeps the size at stride 1; without bias unless asked for."""
+def _conv(in_channels: int, out_channels: int, kernel_size: int = 3, **kwargs: Any) -> WeightStandardizedConv3d:
+    """Weight-standardised convolution without bias that keeps the size at stride 1."""
     padding = kwargs.get("dilation", 1) * (kernel_size - 1) // 2
-    kwargs.setdefault("bias", False)
-    return WeightStandardizedConv3d(in_channels, out_channels, kernel_size, padding=padding, **kwargs)
+    return WeightStandardizedConv3d(in_channels, out_channels, kernel_size, padding=padding, bias=False, **kwargs)
 
 
-def _paper_preactivation(
+def _preactivation(
     in_channels: int, out_channels: int, dropout: nn.Module | None = None, **kwargs: Any
 ) -> PreActivationConv:
     """Group norm, ReLU, (dropout,) weight-standardised 3x3x3 convolution."""
     return PreActivationConv(
-        _paper_conv(in_channels, out_channels, **kwargs),
-        norm=GroupNormReLU(PAPER_GROUPS, in_channels, eps=1e-5),
+        _conv(in_channels, out_channels, **kwargs),
+        norm=GroupNormReLU(_GROUPS, in_channels, eps=1e-5),
         dropout=dropout,
     )
 
@@ -74,35 +56,34 @@ def _paper_preactivation(
 class PaperEncoder(nn.Module):
     """Strided convolutions and pre-activation residual blocks; the last two blocks are dilated by 2.
 
-    Returns features at full, half and quarter resolution (32, 64, 128 channels) and the bottleneck at an eighth
-    (128 channels).
-
     Source: Zhang et al. 2021, section III-D, as the authors' code computes it.
     """
 
     def __init__(self, input_channels: int, checkpointing: bool = False) -> None:
         super().__init__()
         self.checkpointing = checkpointing
-        self.stem = _paper_conv(input_channels, PAPER_FEATURES[0])
+        self.stem = _conv(input_channels, FEATURES[0])
         stages = []
-        for stage, (features, n_blocks) in enumerate(zip(PAPER_FEATURES, PAPER_BLOCKS, strict=True)):
+        for stage, (features, n_blocks) in enumerate(zip(FEATURES, _BLOCKS, strict=True)):
             modules: list[nn.Module] = []
             if stage > 0:
-                modules.append(_paper_preactivation(PAPER_FEATURES[stage - 1], features, stride=2))
+                modules.append(_preactivation(FEATURES[stage - 1], features, stride=2))
             for block in range(n_blocks):
                 dilation = 2 if block >= 2 else 1
                 modules.append(
                     PreActivationBlock(
-                        _paper_preactivation(features, features, dilation=dilation),
-                        _paper_preactivation(features, features, dilation=dilation),
+                        _preactivation(features, features, dilation=dilation),
+                        _preactivation(features, features, dilation=dilation),
                     )
                 )
             stages.append(nn.Sequential(*modules))
         self.stages = nn.ModuleList(stages)
-        self.fusion = _paper_preactivation(PAPER_FEATURES[-1], PAPER_BOTTLENECK, dropout=nn.Dropout3d(0.1))
+        self.fusion = _preactivation(FEATURES[-1], _BOTTLENECK, dropout=nn.Dropout3d(0.1))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps (B, C, X, Y, Z) to the four feature maps, full resolution first."""
+        """Maps images (B, C, X, Y, Z) to features at full, half and quarter resolution (32, 64 and 128 channels), and
+        the bottleneck at an eighth (128 channels).
+        """
         features = []
         for stage in range(len(self.stages)):
             x = maybe_checkpoint(self.checkpointing, self, self._stage, stage, x)
@@ -112,65 +93,136 @@ class PaperEncoder(nn.Module):
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         return self.stages[stage](self.stem(x) if stage == 0 else x)
 
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Number of output elements of the encoder's convolutions for a spatial input size (x, y, z)."""
-        size = list(input_size)
-        output = count_elements(self.stem, size)
-        for stage, stride in zip(self.stages, PAPER_STRIDES, strict=True):
-            for module in stage.children():
-                output += count_elements(module, size)
-                if isinstance(module, PreActivationConv):
-                    size = strided_size(size, stride)
-        return output + count_elements(self.fusion, size)
-
 
 class PaperDecoder(ContextResidualDecoder):
     """Trilinear, corner-aligned resizing of both streams, and skips that are added to the segmentation stream.
 
-    The residual stream starts from the image residual, resized to quarter resolution, or, with a shared encoder, from
-    the residual's own features, whose skips are then added as well.
+    The residual stream starts from the image residual, resized to quarter resolution. The heads are plain convolutions
+    with bias, unlike all other convolutions of this network.
+
+    Args:
+        input_channels: Number of image channels.
+        num_classes: Number of output channels of the segmentation head.
+        residual_classes: Number of output channels of the residual heads.
+        slice_axis: Spatial axis along which slices follow each other.
+        deep_supervision: Whether the segmentation is returned in a list (of one).
+        residual_outputs: Whether the residual heads are computed and returned.
+        checkpointing: Whether what a level computes is computed again for backward instead of being kept.
     """
 
     def __init__(
         self,
         input_channels: int,
         num_classes: int,
+        residual_classes: int,
+        slice_axis: int,
         deep_supervision: bool,
         residual_outputs: bool,
-        residual_input: str,
-        slice_axis: int,
+        checkpointing: bool,
     ) -> None:
         stages = []
-        below = PAPER_BOTTLENECK
-        for level, features in enumerate(PAPER_DECODER_FEATURES):
+        below = _BOTTLENECK
+        for level, features in enumerate(_DECODER_FEATURES):
             project: nn.Module | None = None
-            if level == 0 and residual_input == "decoder":
-                project = _paper_conv(input_channels, features)
+            if level == 0:
+                project = _conv(input_channels, features)
             elif below != features:
-                project = _paper_preactivation(below, features)
+                project = _preactivation(below, features)
             stages.append(
                 ContextResidualModule(
-                    segmentation=_paper_preactivation(below, features),
-                    feature_residual=_paper_conv(features, features, kernel_size=1),
+                    segmentation=_preactivation(below, features),
+                    feature_residual=_conv(features, features, kernel_size=1),
                     project=project,
-                    merge=_paper_preactivation(features, features),
+                    merge=_preactivation(features, features),
                     slice_axis=slice_axis,
                 )
             )
             below = features
         super().__init__(
             stages,
-            [_paper_conv(PAPER_DECODER_FEATURES[-1], num_classes, kernel_size=1, bias=True)],
-            [_paper_conv(features, num_classes, kernel_size=1, bias=True) for features in PAPER_DECODER_FEATURES],
+            [nn.Conv3d(_DECODER_FEATURES[-1], num_classes, 1)],
+            [nn.Conv3d(features, residual_classes, 1) for features in _DECODER_FEATURES],
             deep_supervision,
             residual_outputs,
             full_size_residuals=True,
+            checkpointing=checkpointing,
         )
 
-    def lift(
+    def upsample(
         self, level: int, segmentation: Tensor, residual: Tensor, skip: Tensor, residual_skip: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         size = skip.shape[2:]
-        segmentation = resize(segmentation, size) + skip
-        residual = resize(residual, size)
-        return segmentation, residual if residual_skip is None else residual + residual_skip
+        return resize(segmentation, size) + skip, resize(residual, size)
+
+
+class ConResNetPaper(ResidualMapsMixin, PlansNetwork):
+    """The network of the authors' published code; 19,018,732 parameters with 4 channels and 3 classes.
+
+    Stages, features, kernels, norms and nonlinearities are fixed. Every side of a patch must be divisible by 8.
+
+    Args:
+        input_channels: Number of image channels, 4 in the paper.
+        num_classes: Number of output channels of the segmentation, 3 in the paper (one per region).
+        deep_supervision: Whether the segmentation is returned in a list, whose one entry is of full size; can be
+            switched later at ``decoder.deep_supervision``.
+        residual_outputs: Whether residual maps are returned too; can be switched later at the attribute of this name.
+        background_class: Whether the first class is the background, which has no residual map.
+        slice_axis: Spatial axis along which slices follow each other, 0 (in nnU-Net), 1 or 2.
+        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
+            ``"decoder"``, or the ``"full"`` network. For memory; changes no result.
+        strides: The network's own, `STRIDES`; nnU-Net's trainers read the scales of deep supervision from this entry of
+            plans.
+
+    Raises:
+        ValueError: If an argument is out of range, or other strides are asked for.
+
+    Source: Zhang et al. 2021, section III-D, as the authors' code computes it.
+    """
+
+    decoder: PaperDecoder
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+        *,
+        residual_outputs: bool = False,
+        background_class: bool = False,
+        slice_axis: int = 0,
+        checkpointing: str = "none",
+        strides: Sequence[Sequence[int]] = STRIDES,
+    ) -> None:
+        super().__init__(len(FEATURES), list(FEATURES), nn.Conv3d, list(KERNEL_SIZES), list(strides), checkpointing)
+        if self.strides != [list(stride) for stride in STRIDES]:
+            raise ValueError(f"The strides of ConResNetPaper are fixed, {list(STRIDES)}; got {self.strides}.")
+        self.slice_axis = spatial_axis(slice_axis)
+        self.encoder = PaperEncoder(input_channels, checkpointing == "full")
+        self.decoder = PaperDecoder(
+            input_channels,
+            num_classes,
+            residual_classes(num_classes, background_class),
+            self.slice_axis,
+            deep_supervision,
+            residual_outputs,
+            checkpointing=checkpointing != "none",
+        )
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Computes logits.
+
+        Args:
+            x: Images, shape (B, input_channels, X, Y, Z).
+
+        Returns:
+            - supervision off: segmentation logits, (B, num_classes, X, Y, Z);
+            - ``decoder.deep_supervision``: a list with these;
+            - ``residual_outputs``: the list [segmentation, residual, residual/2, residual/4], all of full size, the
+              residual logits with a channel for every class but the background.
+        """
+        x = torch.clamp(x, -_LARGEST_INTENSITY, _LARGEST_INTENSITY)
+        return self.decoder(self.encoder(x), inter_slice_residual(x, self.slice_axis))
+
+    def summary(self) -> str:
+        """The topology in a few words, for messages."""
+        return "ConResNetPaper, the paper's topology"

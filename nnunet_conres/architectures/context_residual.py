@@ -1,4 +1,4 @@
-"""The context residual module, and the two decoders that are made of it; what all forms of ConResNet share.
+"""The context residual module, and the two decoders that are made of it; what both forms of ConResNet share.
 
 Source: Zhang et al., "Inter-slice Context Residual Learning for 3D Medical Image Segmentation", IEEE TMI 2021,
 arXiv 2011.14155.
@@ -8,32 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnunet_conres.architectures.blocks import count_elements, maybe_checkpoint, resize
+from nnunet_conres.architectures.blocks import Heads, maybe_checkpoint, resize
 from nnunet_conres.architectures.frugal import attend, residual_of_sigmoid
 
 
 class ContextResidualModule(nn.Module):
-    """What happens at one resolution of the two decoders.
+    """One resolution of the two decoders.
 
     F = segmentation(segmentation stream), G = feature_residual(inter-slice residual of sigmoid(F)),
-    S = merge(project(residual stream) + G); the residual stream goes on as S, the segmentation stream as
-
-    - F * (1 + sigmoid(S)), attention as the paper has it, where ``gate`` is None;
-    - F * 2 sigmoid(gate(S)) otherwise, which is F itself as long as the gate's weights are 0;
-    - F where ``attends`` is False.
+    S = merge(project(residual stream) + G). The residual stream goes on as S, the segmentation stream as
+    F * (1 + sigmoid(S)).
 
     Args:
         segmentation: Maps the segmentation stream (with its skip) to F.
-        feature_residual: 1x1x1 convolution from the channels of F to those of the residual stream.
-        project: Maps the residual stream to the channels of S, or None where it has them.
+        feature_residual: 1x1x1 convolution that keeps the channels of F.
+        project: Maps the residual stream to the channels of F, or None where it has them.
         merge: Maps S + G to S.
         slice_axis: Spatial axis along which slices follow each other.
-        gate: 1x1x1 convolution from the channels of S to those of F, or None where they are as many.
-        attends: Whether the residual stream acts on the segmentation stream at all.
 
     Source: Zhang et al. 2021, section III-C and figure 3.
     """
@@ -45,8 +39,6 @@ class ContextResidualModule(nn.Module):
         project: nn.Module | None,
         merge: nn.Module,
         slice_axis: int,
-        gate: nn.Module | None = None,
-        attends: bool = True,
     ) -> None:
         super().__init__()
         self.segmentation = segmentation
@@ -54,135 +46,77 @@ class ContextResidualModule(nn.Module):
         self.project = project
         self.merge = merge
         self.slice_axis = slice_axis
-        self.gate = gate
-        self.attends = attends
 
     def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Takes and returns the two streams, (B, C, X, Y, Z) each, of one spatial size."""
         features = self.segmentation(segmentation)
         if self.project is not None:
             residual = self.project(residual)
-        # in one expression, which leaves no name behind that would keep what is in between
+        # one expression: a name would keep the sum alive
         residual = self.merge(residual + self.feature_residual(residual_of_sigmoid(features, self.slice_axis)))
-        if not self.attends:
-            return features, residual
-        if self.gate is None:
-            return attend(features, residual), residual
-        return attend(features, self.gate(residual), start=0, gain=2), residual
+        return attend(features, residual), residual
 
-    def attention(self, residual: Tensor) -> Tensor:
-        """What features are multiplied with where the module returned this residual stream, 0 to 2.
-
-        Args:
-            residual: Residual stream as ``forward`` returns it, (B, C, X, Y, Z).
-
-        Returns:
-            (B, C', X, Y, Z), with the channels of the features, or of the residual stream where it is 1 everywhere.
-        """
-        if not self.attends:
-            return torch.ones_like(residual)
-        return 1 + torch.sigmoid(residual) if self.gate is None else 2 * torch.sigmoid(self.gate(residual))
-
-    def compute_conv_feature_map_size(self, size: Sequence[int]) -> np.int64:
-        """Number of output elements of the module's convolutions, as nnU-Net's planner counts them."""
-        parts = [self.segmentation, self.feature_residual, self.merge]
-        parts += [part for part in (self.project, self.gate) if part is not None]
-        return sum((count_elements(part, size) for part in parts), start=np.int64(0))
-
-
-class SupervisedModule(nn.Module):
-    """A decoder level without a residual stream: residual maps are predicted from the segmentation's features.
-
-    Args:
-        segmentation: Maps the segmentation stream (with its skip) to F.
-    """
-
-    def __init__(self, segmentation: nn.Module) -> None:
-        super().__init__()
-        self.segmentation = segmentation
-
-    def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the segmentation stream, (B, C, X, Y, Z); returns its features twice, for either kind of head."""
-        features = self.segmentation(segmentation)
-        return features, features
-
-    def attention(self, residual: Tensor) -> Tensor:
-        """1 everywhere; see ``ContextResidualModule.attention``."""
-        return torch.ones_like(residual)
-
-    def compute_conv_feature_map_size(self, size: Sequence[int]) -> np.int64:
-        """Number of output elements of the module's convolutions, as nnU-Net's planner counts them."""
-        return count_elements(self.segmentation, size)
-
-
-class _Heads(nn.Module):
-    """All layers whose shape depends on the number of classes.
-
-    They must be known as ``seg_layers``: nnU-Net leaves out what is called so when it loads pretrained weights.
-    """
-
-    def __init__(self, segmentation: Sequence[nn.Module], residual: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.segmentation = nn.ModuleList(segmentation)
-        self.residual = nn.ModuleList(residual)
+    @staticmethod
+    def attention(residual: Tensor) -> Tensor:
+        """What the features were multiplied with, given the residual stream that ``forward`` returned; 1 to 2."""
+        return 1 + torch.sigmoid(residual)
 
 
 class ContextResidualDecoder(nn.Module):
     """Both decoders: context residual modules from the coarsest resolution to full size, and the heads.
 
-    Subclasses say in ``lift`` how the streams go up by one level.
+    Subclasses say in ``upsample`` how the streams reach the next resolution.
 
     Args:
         stages: Context residual modules, coarsest first.
         segmentation_heads: 1x1x1 convolutions to the classes; for all stages, or only for the last ones.
-        residual_heads: 1x1x1 convolutions to the classes, one per stage.
+        residual_heads: 1x1x1 convolutions to the classes that have a residual map, one per stage.
         deep_supervision: Whether all segmentation heads are computed, or only that of full size.
         residual_outputs: Whether the residual heads are computed and returned.
         full_size_residuals: Whether residual maps are resized to full size.
-
-    Attributes:
         checkpointing: Whether what a level computes is computed again for backward instead of being kept.
     """
 
     def __init__(
         self,
-        stages: Sequence[ContextResidualModule | SupervisedModule],
+        stages: Sequence[ContextResidualModule],
         segmentation_heads: Sequence[nn.Module],
         residual_heads: Sequence[nn.Module],
         deep_supervision: bool,
         residual_outputs: bool,
         full_size_residuals: bool,
+        checkpointing: bool,
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
         self.residual_outputs = residual_outputs
         self.full_size_residuals = full_size_residuals
-        self.checkpointing = False
+        self.checkpointing = checkpointing
         self.stages = nn.ModuleList(stages)
-        self.seg_layers = _Heads(segmentation_heads, residual_heads)
+        self.seg_layers = Heads(segmentation_heads, residual_heads)
 
-    def lift(
+    def upsample(
         self, level: int, segmentation: Tensor, residual: Tensor, skip: Tensor, residual_skip: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Brings both streams to the resolution of ``skip`` and adds the skips."""
+        """Brings both streams to the resolution of ``skip`` and merges the skips into them."""
         raise NotImplementedError
 
     def forward(
-        self, skips: Sequence[Tensor], residual: Tensor, residual_skips: Sequence[Tensor] | None
+        self, skips: Sequence[Tensor], residual: Tensor, residual_skips: Sequence[Tensor] | None = None
     ) -> Tensor | list[Tensor]:
         """Decodes.
 
         Args:
             skips: Encoder features of the image, full resolution first, bottleneck last.
             residual: What the residual stream starts from: image residual or encoder features of it.
-            residual_skips: Encoder features of the image residual, ordered as ``skips``, or None.
+            residual_skips: Encoder features of the image residual, ordered as ``skips``, where a shared encoder
+                computed them.
 
         Returns:
             Logits as described at ``ConResNet.forward``.
         """
-        segmentation_heads, residual_heads = self.seg_layers.segmentation, self.seg_layers.residual
         last = len(self.stages) - 1
-        first_head = len(self.stages) - len(segmentation_heads)
+        first_head = len(self.stages) - len(self.seg_layers.segmentation)
         full_size = skips[0].shape[2:]
 
         segmentation = skips[-1]
@@ -195,9 +129,9 @@ class ContextResidualDecoder(nn.Module):
                 self.checkpointing, self, self._level, level, segmentation, residual, skip, residual_skip
             )
             if level == last or (self.deep_supervision and level >= first_head):
-                segmentation_maps.insert(0, segmentation_heads[level - first_head](segmentation))
+                segmentation_maps.insert(0, self.seg_layers.segmentation[level - first_head](segmentation))
             if self.residual_outputs:
-                residual_maps.insert(0, self._residual_map(residual_heads[level], residual, full_size))
+                residual_maps.insert(0, self._residual_map(self.seg_layers.residual[level], residual, full_size))
 
         if self.residual_outputs:
             return segmentation_maps + residual_maps
@@ -206,30 +140,11 @@ class ContextResidualDecoder(nn.Module):
     def _level(
         self, level: int, segmentation: Tensor, residual: Tensor, skip: Tensor, residual_skip: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return self.stages[level](*self.lift(level, segmentation, residual, skip, residual_skip))
+        return self.stages[level](*self.upsample(level, segmentation, residual, skip, residual_skip))
 
     def _residual_map(self, head: nn.Module, residual: Tensor, full_size: torch.Size) -> Tensor:
         if not self.full_size_residuals:
             return head(residual)
-        # A 1x1x1 convolution and trilinear resizing commute but for rounding. In training the head comes first, on the
-        # small map, which takes a fraction of the memory; in evaluation last, so that the logits, which reach hundreds,
-        # agree with those of the authors' code in all digits.
-        return resize(head(residual), full_size) if self.training else head(resize(residual, full_size))
-
-    def compute_conv_feature_map_size(self, sizes: Sequence[Sequence[int]]) -> np.int64:
-        """Number of output elements of the decoders' convolutions in training.
-
-        Args:
-            sizes: Spatial size (x, y, z) of every encoder stage, full resolution first.
-        """
-        output = np.int64(0)
-        for level, stage in enumerate(self.stages):
-            output += count_elements(stage, sizes[-(level + 2)])
-        segmentation_heads = list(self.seg_layers.segmentation)
-        heads = [segmentation_heads if self.deep_supervision else segmentation_heads[-1:]]
-        if self.residual_outputs:
-            heads.append(list(self.seg_layers.residual))
-        for of_one_kind in heads:
-            for head, size in zip(reversed(of_one_kind), sizes, strict=False):
-                output += count_elements(head, size)
-        return output
+        # A 1x1x1 convolution and trilinear resizing commute but for rounding: the weights of the interpolation sum to
+        # 1, so that the bias survives it. On the small map the head takes a fraction of the memory.
+        return resize(head(residual), full_size)

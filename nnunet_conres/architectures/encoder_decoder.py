@@ -5,13 +5,12 @@ What the levels consist of is the network's own matter (see vnet.py, unet3d.py);
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnunet_conres.architectures.blocks import count_elements, crop, maybe_checkpoint
+from nnunet_conres.architectures.blocks import crop, maybe_checkpoint
 from nnunet_conres.architectures.network import PlansNetwork
 
 
@@ -40,22 +39,55 @@ class Encoder(nn.Module):
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         return self.stages[stage](self.down[stage - 1](x))
 
-    def compute_conv_feature_map_size(self, sizes: Sequence[Sequence[int]]) -> np.int64:
-        """Number of elements that convolutions put out, given the spatial size at every stage."""
-        modules = [*zip(self.stages, sizes, strict=True), *zip(self.down, sizes[1:], strict=True)]
-        convolutional = [(module, size) for module, size in modules if not isinstance(module, nn.MaxPool3d)]
-        return np.int64(sum(count_elements(module, size) for module, size in convolutional))
 
-
-class ConcatDecoder(nn.Module):
+class UNetDecoder(nn.Module):
     """Up to the next resolution, concatenation with the encoder's features there, a stage; at every level.
 
     Args:
         up: Modules that raise the resolution, lowest first.
         stages: Modules that take the raised features and the encoder's, in this order along the channels.
-        heads: 1x1x1 convolutions to the classes, for all levels, or for the highest resolution only.
-        deep_supervision: Whether all heads are evaluated; can be switched later at the attribute of this name.
+        deep_supervision: Whether the segmentation heads of all levels are evaluated; can be switched later at the
+            attribute of this name.
         checkpointing: Whether levels are computed again for backward instead of being kept.
+    """
+
+    def __init__(
+        self,
+        up: Sequence[nn.Module],
+        stages: Sequence[nn.Module],
+        deep_supervision: bool,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(up)
+        self.stages = nn.ModuleList(stages)
+        self.deep_supervision = deep_supervision
+        self.checkpointing = checkpointing
+
+    def levels(self, features: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Computes one level after the other, lowest resolution first.
+
+        Args:
+            features: Of all stages of the encoder, highest resolution first.
+        """
+        x = features[-1]
+        for level in range(len(self.stages)):
+            x = maybe_checkpoint(self.checkpointing, self, self._level, level, x, features[-(level + 2)])
+            yield x
+
+    def _level(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
+        return self.stages[level](torch.cat((crop(self.up[level](x), skip.shape[2:]), skip), 1))
+
+
+class SegmentationDecoder(UNetDecoder):
+    """A decoder with segmentation heads.
+
+    Args:
+        up: See ``UNetDecoder``.
+        stages: See ``UNetDecoder``.
+        heads: 1x1x1 convolutions to the classes, for all levels, or for the highest resolution only.
+        deep_supervision: See ``UNetDecoder``.
+        checkpointing: See ``UNetDecoder``.
     """
 
     def __init__(
@@ -66,13 +98,9 @@ class ConcatDecoder(nn.Module):
         deep_supervision: bool,
         checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.up = nn.ModuleList(up)
-        self.stages = nn.ModuleList(stages)
+        super().__init__(up, stages, deep_supervision, checkpointing)
         # what depends on the number of classes is called seg_layers: -pretrained_weights leaves it out
         self.seg_layers = nn.ModuleList(heads)
-        self.deep_supervision = deep_supervision
-        self.checkpointing = checkpointing
 
     def forward(self, features: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Computes logits from the features of all stages, highest resolution first.
@@ -81,37 +109,20 @@ class ConcatDecoder(nn.Module):
             Logits at full resolution, (B, num_classes, X, Y, Z); with ``deep_supervision`` a list of them, those of all
             heads, largest first.
         """
-        x = features[-1]
         logits: list[Tensor] = []
         first_head = len(self.stages) - len(self.seg_layers)
-        for level in range(len(self.stages)):
-            x = maybe_checkpoint(self.checkpointing, self, self._level, level, x, features[-(level + 2)])
+        for level, x in enumerate(self.levels(features)):
             is_last = level == len(self.stages) - 1
             if is_last or (self.deep_supervision and level >= first_head):
                 logits.append(self.seg_layers[level - first_head](x))
         return logits[::-1] if self.deep_supervision else logits[-1]
 
-    def _level(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
-        return self.stages[level](torch.cat((crop(self.up[level](x), skip.shape[2:]), skip), 1))
-
-    def compute_conv_feature_map_size(self, sizes: Sequence[Sequence[int]]) -> np.int64:
-        """Number of elements that convolutions put out, given the spatial size at every stage."""
-        output = np.int64(0)
-        first_head = len(self.stages) - len(self.seg_layers)
-        for level, (up, stage) in enumerate(zip(self.up, self.stages, strict=True)):
-            size = sizes[-(level + 2)]
-            output += count_elements(up, size) + count_elements(stage, size)
-            is_last = level == len(self.stages) - 1
-            if is_last or (self.deep_supervision and level >= first_head):
-                output += count_elements(self.seg_layers[level - first_head], size)
-        return output
-
 
 class EncoderDecoder(PlansNetwork):
     """A network of these two; subclasses fill in ``encoder`` and ``decoder``."""
 
-    encoder: Encoder
-    decoder: ConcatDecoder
+    encoder: nn.Module
+    decoder: UNetDecoder
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Computes logits.
@@ -123,15 +134,3 @@ class EncoderDecoder(PlansNetwork):
             Logits, (B, num_classes, X, Y, Z); with ``decoder.deep_supervision`` a list of them, largest first.
         """
         return self.decoder(self.encoder(x))
-
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Number of feature map elements, as nnU-Net's planner counts them for its memory estimate.
-
-        Args:
-            input_size: Spatial patch size (x, y, z), without batch and channels.
-
-        Raises:
-            ValueError: If ``input_size`` has not three entries.
-        """
-        sizes = self.feature_map_sizes(input_size)
-        return self.encoder.compute_conv_feature_map_size(sizes) + self.decoder.compute_conv_feature_map_size(sizes)

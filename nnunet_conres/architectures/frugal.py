@@ -40,26 +40,16 @@ class _ResidualOfSigmoid(torch.autograd.Function):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, residual: Tensor, start: float, gain: float) -> Tensor:
+    def forward(ctx: Any, features: Tensor, residual: Tensor) -> Tensor:
         ctx.save_for_backward(features, residual)
-        ctx.start, ctx.gain = start, gain
-        return _attention(torch.sigmoid(residual), start, gain).mul_(features)
+        return torch.sigmoid(residual).add_(1).mul_(features)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         features, residual = ctx.saved_tensors
         attention = torch.sigmoid(residual)
         of_residual = torch.addcmul(attention, attention, attention, value=-1).mul_(features).mul_(gradient)
-        if ctx.gain != 1:
-            of_residual.mul_(ctx.gain)
-        return _attention(attention, ctx.start, ctx.gain).mul_(gradient), of_residual, None, None
-
-
-def _attention(sigmoid: Tensor, start: float, gain: float) -> Tensor:
-    """``start + gain * sigmoid``, in place of the sigmoid."""
-    if gain != 1:
-        sigmoid.mul_(gain)
-    return sigmoid.add_(start) if start else sigmoid
+        return attention.add_(1).mul_(gradient), of_residual
 
 
 class _GroupNormReLU(torch.autograd.Function):
@@ -108,39 +98,30 @@ class GroupNormReLU(nn.GroupNorm):
 
 class _StandardizedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, eps: float, exact: bool) -> Tensor:
-        # Rounded as published implementations do it, axis by axis: ConResNet's logits reach hundreds, and another order
-        # of these operations shows in their third decimal.
-        mean = weight
-        for dim in range(1, weight.ndim):
-            mean = mean.mean(dim, keepdim=True)
-        standardized = weight - mean
+    def forward(ctx: Any, weight: Tensor, eps: float) -> Tensor:
+        standardized = weight - weight.mean(list(range(1, weight.ndim)), keepdim=True)
         ctx.degrees_of_freedom = weight[0].numel() - 1
-        filters = standardized.flatten(1)
-        if exact:
-            variance = torch.var(filters, dim=1, correction=1)
-        else:
-            variance = torch.linalg.vector_norm(filters, dim=1).square() / ctx.degrees_of_freedom
+        # several times faster than torch.var on a CPU
+        variance = torch.linalg.vector_norm(standardized.flatten(1), dim=1).square() / ctx.degrees_of_freedom
         deviation = torch.sqrt(variance + eps).view(-1, *[1] * (weight.ndim - 1))
         standardized /= deviation
         ctx.save_for_backward(standardized, deviation)
         return standardized
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         standardized, deviation = ctx.saved_tensors
         dims = tuple(range(1, gradient.ndim))
         along = (gradient * standardized).sum(dims, keepdim=True) / ctx.degrees_of_freedom
         of_weight = torch.addcmul(gradient - gradient.mean(dims, keepdim=True), standardized, along, value=-1)
-        return of_weight.div_(deviation), None, None
+        return of_weight.div_(deviation), None
 
 
-def standardized_weight(weight: Tensor, exact: bool, eps: float = 1e-12) -> Tensor:
+def standardized_weight(weight: Tensor, eps: float = 1e-12) -> Tensor:
     """Filters less their mean, divided by sqrt(unbiased variance + eps), keeping only the result for backward.
 
     Args:
         weight: Of a convolution, (C_out, C_in, *kernel), of at least two numbers per filter.
-        exact: Whether to round as published implementations do; otherwise several times faster.
         eps: Added to the variance.
 
     Returns:
@@ -148,7 +129,7 @@ def standardized_weight(weight: Tensor, exact: bool, eps: float = 1e-12) -> Tens
 
     Source: Qiao et al., "Weight Standardization", arXiv 1903.10520, in the form that ConResNet uses.
     """
-    return _StandardizedWeight.apply(weight, eps, exact)
+    return _StandardizedWeight.apply(weight, eps)
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
@@ -183,14 +164,12 @@ def residual_of_sigmoid(features: Tensor, slice_axis: int) -> Tensor:
     return _ResidualOfSigmoid.apply(features, slice_axis)
 
 
-def attend(features: Tensor, residual: Tensor, start: float = 1, gain: float = 1) -> Tensor:
-    """``features * (start + gain * torch.sigmoid(residual))``, keeping only the two for backward.
+def attend(features: Tensor, residual: Tensor) -> Tensor:
+    """``features * (1 + torch.sigmoid(residual))``, keeping only the two for backward.
 
     Args:
         features: (B, C, X, Y, Z), floating.
         residual: Same shape and type.
-        start: Factor where the sigmoid is 0.
-        gain: What the sigmoid adds to it at the most. The paper has 1 + sigmoid; 2 sigmoid is 1 where ``residual`` is.
 
     Returns:
         Tensor of the same shape and type.
@@ -198,5 +177,5 @@ def attend(features: Tensor, residual: Tensor, start: float = 1, gain: float = 1
     Source: Zhang et al. 2021, equation of the context residual module in section III-C.
     """
     if features.dtype != residual.dtype:
-        return features * (start + gain * torch.sigmoid(residual))
-    return _Attend.apply(features, residual, start, gain)
+        return features * (1 + torch.sigmoid(residual))
+    return _Attend.apply(features, residual)

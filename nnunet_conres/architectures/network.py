@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 
-from nnunet_conres.architectures.blocks import per_stage, stage_sizes, triple
+from nnunet_conres.architectures.blocks import per_stage, triple
 
 CHECKPOINTINGS = ("none", "decoder", "full")
 
@@ -73,16 +74,6 @@ class PlansNetwork(nn.Module):
         """The topology in a few words, for messages."""
         return f"features {self.features}, kernels {self.kernel_sizes}, strides {self.strides}"
 
-    def feature_map_sizes(self, input_size: Sequence[int]) -> list[list[int]]:
-        """Spatial size at every stage, for a spatial input size (x, y, z).
-
-        Raises:
-            ValueError: If ``input_size`` has not three entries.
-        """
-        if len(input_size) != 3:
-            raise ValueError(f"Give the spatial patch size (x, y, z) only, got {tuple(input_size)}.")
-        return stage_sizes(input_size, self.strides)
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in ``nn.Module``; an error says that the checkpoint belongs to another topology, and how they differ.
 
@@ -110,6 +101,57 @@ class PlansNetwork(nn.Module):
                     + " Use the plans.json saved with that checkpoint, or train anew."
                 )
         return super().load_state_dict(state_dict, strict, assign)
+
+
+class ResidualMapsMixin:
+    """A network that can return residual maps beside the segmentation.
+
+    Attributes:
+        decoder: Holds the switches ``deep_supervision`` and ``residual_outputs``.
+    """
+
+    decoder: nn.Module
+
+    @property
+    def residual_outputs(self) -> bool:
+        """Whether forward returns residual maps after the segmentation, in training and evaluation alike."""
+        return self.decoder.residual_outputs  # type: ignore[return-value]
+
+    @residual_outputs.setter
+    def residual_outputs(self, value: bool) -> None:
+        self.decoder.residual_outputs = value  # type: ignore[assignment]
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Initialises one module: He normal as in nnU-Net.
+
+        nnU-Net's residual networks let their blocks start as the identity. Here all layers learn from the first step:
+        two decoders after an encoder that does nothing yet take longer to find the first foreground.
+        """
+        InitWeights_He(1e-2)(module)
+
+
+def residual_classes(num_classes: int, background_class: bool) -> int:
+    """Number of classes that have a residual map: all but the background.
+
+    Raises:
+        ValueError: If none is left.
+    """
+    count = num_classes - background_class
+    if count < 1:
+        raise ValueError(f"Without the background, {num_classes} classes leave none for residual maps.")
+    return count
+
+
+def spatial_axis(value: int) -> int:
+    """The slice axis.
+
+    Raises:
+        ValueError: If it is not 0, 1 or 2.
+    """
+    if value not in (0, 1, 2):
+        raise ValueError(f"slice_axis must be 0, 1 or 2, got {value}.")
+    return value
 
 
 def positive(name: str, values: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import nn
 
 from nnunet_conres.architectures.blocks import CeilMaxPool3d, CeilStridedConv3d
-from nnunet_conres.architectures.encoder_decoder import ConcatDecoder, Encoder, EncoderDecoder
+from nnunet_conres.architectures.encoder_decoder import Encoder, EncoderDecoder, SegmentationDecoder
 from nnunet_conres.architectures.frugal import frugal_norm
 from nnunet_conres.architectures.network import counts_per_stage
 
@@ -163,7 +163,7 @@ class UNet3D(EncoderDecoder):
             stages.append(pair(below + features[stage], [features[stage]] * n_conv, kernels[stage]))
             if auxiliary_heads or stage == 0:
                 heads.append(nn.Conv3d(features[stage], num_classes, 1))
-        self.decoder = ConcatDecoder(up, stages, heads, deep_supervision, checkpointing != "none")
+        self.decoder = SegmentationDecoder(up, stages, heads, deep_supervision, checkpointing != "none")
 
     @classmethod
     def paper(cls, input_channels: int, num_classes: int, **kwargs: Any) -> UNet3D:

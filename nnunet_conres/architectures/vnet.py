@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
-from nnunet_conres.architectures.blocks import CeilStridedConv3d, count_elements
-from nnunet_conres.architectures.encoder_decoder import ConcatDecoder, Encoder, EncoderDecoder
+from nnunet_conres.architectures.blocks import CeilStridedConv3d
+from nnunet_conres.architectures.encoder_decoder import Encoder, EncoderDecoder, SegmentationDecoder
 from nnunet_conres.architectures.network import counts_per_stage
 
 PAPER_FEATURES = (16, 32, 64, 128, 256)
@@ -92,11 +91,6 @@ class ResidualStage(nn.Module):
         """Maps (B, C_in, X, Y, Z) to (B, C_out, X, Y, Z)."""
         return self.nonlin(self.convolutions(x) + self.shortcut(x))
 
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Number of output elements of the convolutions."""
-        modules = [m for m in (*self.convolutions, self.shortcut) if isinstance(m, (ConvDropoutNormReLU, nn.Conv3d))]
-        return np.int64(sum(count_elements(module, input_size) for module in modules))
-
 
 class ResolutionChange(nn.Module):
     """A strided or transposed convolution, then norm and nonlinearity where there are any."""
@@ -114,10 +108,6 @@ class ResolutionChange(nn.Module):
             if module is not None:
                 x = module(x)
         return x
-
-    def compute_conv_feature_map_size(self, output_size: Sequence[int]) -> np.int64:
-        """Number of output elements, given the spatial size of the output."""
-        return count_elements(self.conv, output_size)
 
 
 class VNet(EncoderDecoder):
@@ -253,7 +243,7 @@ class VNet(EncoderDecoder):
             stages.append(residual_stage(below, below, n_conv, self.kernel_sizes[stage]))
             if auxiliary_heads or stage == 0:
                 heads.append(nn.Conv3d(below, num_classes, 1))
-        self.decoder = ConcatDecoder(up, stages, heads, deep_supervision, checkpointing != "none")
+        self.decoder = SegmentationDecoder(up, stages, heads, deep_supervision, checkpointing != "none")
 
     @classmethod
     def paper(cls, input_channels: int, num_classes: int, **kwargs: Any) -> VNet:

@@ -6,9 +6,11 @@ What a subcommand needs is imported in its `_NAME`, so that `--help` and `info` 
 """
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 from nnunet_conres import __version__
 from nnunet_conres.cli import (
@@ -22,9 +24,13 @@ from nnunet_conres.cli import (
     splits,
     workflow,
 )
+from nnunet_conres.errors import InputError, file_errors
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_READER_GONE = 141
+"""The exit code of programs that a closed pipe has ended."""
 
 _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     registration.add_info,
@@ -73,8 +79,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: what the subcommand returns, or 2 for an error that the user can do something about, which is
-        then told in a line on stderr, without a traceback.
+        then shown in a line on stderr, without a traceback. What is wrong with this package keeps its traceback.
     """
+    before = sys.stdout
+    output = _Output(before)
+    sys.stdout = output
+    code = _READER_GONE
+    try:
+        code = _run(argv)
+    except OSError as error:
+        if error is not output.error:
+            raise
+    finally:
+        sys.stdout = before
+        written = output.end()
+    return code if written else 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     arguments, others = parser.parse_known_args(argv)
     if others and not hasattr(arguments, "options"):
@@ -82,6 +104,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.options = others
     try:
         return arguments.handler(arguments)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"nnunet-conres: error: {error}", file=sys.stderr)
-        return 2
+    except InputError as error:
+        return _show(error)
+
+
+def _show(error: InputError) -> int:
+    print(f"nnunet-conres: error: {error}", file=sys.stderr)
+    return 2
+
+
+class _Output:
+    """The standard output, whose errors are known from all others: a reader that has ended, or a full disk.
+
+    Attributes:
+        error: What went wrong last.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._attempt(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, do: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return do(*arguments)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def end(self) -> bool:
+        """Writes what is left; whether all was written that somebody reads."""
+        with contextlib.suppress(OSError):
+            self.flush()
+        if self.error is None:
+            return True
+        # or Python would try again when it ends, and show a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        try:
+            with file_errors("standard output"):
+                raise self.error
+        except BrokenPipeError:
+            return True
+        except InputError as error:
+            _show(error)
+            return False

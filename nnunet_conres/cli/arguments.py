@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from nnunet_conres.errors import InputError
+
 # nnU-Net's, for the number of processes where a command does not say.
 PROCESSES_VARIABLE = "nnUNet_def_n_proc"
 
@@ -13,7 +15,7 @@ def number_of_processes(given: int | None) -> int:
         return given
     text = os.environ.get(PROCESSES_VARIABLE, "8")
     if not text.isdigit():
-        raise ValueError(f"The environment variable {PROCESSES_VARIABLE} is {text!r}; expected a number of processes.")
+        raise InputError(f"The environment variable {PROCESSES_VARIABLE} is {text!r}; expected a number of processes.")
     return int(text)
 
 

@@ -62,6 +62,8 @@ def add_brats_convert(subparsers: "Subparsers") -> None:
 
 def _brats_convert(arguments: argparse.Namespace) -> int:
     from nnunet_conres.datasets.brats import convert_brats
+    from nnunet_conres.datasets.raw import some
+    from nnunet_conres.errors import grouped
 
     done = convert_brats(
         arguments.i,
@@ -74,16 +76,15 @@ def _brats_convert(arguments: argparse.Namespace) -> int:
         skip_bad=arguments.skip_bad,
         processes=number_of_processes(arguments.np),
     )
-    for faults in done.skipped.values():
-        for fault in faults:
-            print(f"left out: {fault}", file=sys.stderr)
+    for fault in grouped([fault for faults in done.skipped.values() for fault in faults]):
+        print(f"left out: {fault}", file=sys.stderr)
     for warning in done.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{done.dataset_folder}")
     print(f"  training cases: {len(done.training_ids)}")
     print(f"  test cases:     {len(done.test_ids)}, {len(done.test_label_ids)} of them with labels")
     if done.skipped:
-        print(f"  left out:       {len(done.skipped)}: {', '.join(done.skipped)}")
+        print(f"  left out:       {len(done.skipped)}: {some(list(done.skipped), 20)}")
     print("  image files:    " + ", ".join(f"{count} {how}" for how, count in done.transfers.items() if count))
     print(f"  scheme:         {', '.join(done.schemes)}")
     if done.training_ids:

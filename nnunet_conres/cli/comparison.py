@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from nnunet_conres.cli.arguments import number_of_processes
+from nnunet_conres.errors import InputError
 
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
@@ -47,20 +48,27 @@ def add_compare(subparsers: "Subparsers") -> None:
         metavar="NAME=FOLDER",
         nargs="+",
         default=[],
-        help="trained model folders of names in --predictions, for costs and training curves",
+        help="trained model folders of names in --predictions, for costs and training curves; only plain values are "
+        "read of their checkpoints",
     )
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
     parser.add_argument("--no_ensembles", action="store_true", help="do not average probabilities")
     parser.add_argument(
-        "--intersection", action="store_true", help="compare on the common cases where models have different ones"
+        "--intersection",
+        action="store_true",
+        help="compare on the common cases where models have different ones, or where predictions are gone; the report "
+        "names what is left out",
     )
     parser.add_argument(
         "--run",
         action="store_true",
-        help="run the commands of nnU-Net that make missing validations and probabilities; nothing is trained",
+        help="run the commands of nnU-Net that make missing validations and probabilities; nothing is trained. nnU-Net "
+        "runs code that a checkpoint holds: only with models that you trust",
     )
     parser.add_argument(
-        "-device", choices=("cuda", "cpu", "mps"), default="cuda", help="for --run (default: %(default)s)"
+        "-device",
+        choices=("cuda", "cpu", "mps"),
+        help="of the commands that are named or run (default: cuda where there is a GPU, else cpu)",
     )
     parser.add_argument(
         "--group",
@@ -124,13 +132,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     )
     if arguments.d is not None and arguments.predictions is None:
         if not arguments.tr:
-            raise ValueError("-d needs -tr, the trainers to compare.")
+            raise InputError("-d needs -tr, the trainers to compare.")
         given = {"--reference": arguments.reference, "-djfile": arguments.djfile, "-i": arguments.i}
         unused = [option for option, value in {**given, "--model": arguments.model}.items() if value]
         if unused:
-            raise ValueError(f"{', '.join(unused)}: for --predictions only; with -d nnU-Net's folders tell.")
+            raise InputError(f"{', '.join(unused)}: for --predictions only; with -d nnU-Net's folders tell.")
         from nnunet_conres.datasets.raw import dataset_name_of
-        from nnunet_conres.errors import InputError
         from nnunet_conres.evaluation.models import parse_model_names
 
         names, faults = parse_model_names(arguments.tr, arguments.p, arguments.c)
@@ -139,7 +146,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         compared = compare_cross_validation(dataset_name_of(arguments.d), names, arguments.f, arguments.o, options)
     elif arguments.predictions is not None and arguments.d is None:
         if arguments.reference is None or arguments.djfile is None:
-            raise ValueError("--predictions needs --reference and -djfile.")
+            raise InputError("--predictions needs --reference and -djfile.")
         compared = compare_test_set(
             _named_folders("--predictions", arguments.predictions),
             arguments.reference,
@@ -150,7 +157,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             model_folders=_named_folders("--model", arguments.model),
         )
     else:
-        raise ValueError("Expected either -d with -tr, or --predictions with --reference and -djfile.")
+        raise InputError("Expected either -d with -tr, or --predictions with --reference and -djfile.")
     print(compared.as_text())
     return 0
 
@@ -160,8 +167,8 @@ def _named_folders(option: str, given: list[str]) -> dict[str, str]:
     for text in given:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
-            raise ValueError(f"{option} {text} is not NAME=FOLDER.")
+            raise InputError(f"{option} {text} is not NAME=FOLDER.")
         if name in folders:
-            raise ValueError(f"{option} names {name} twice; expected every name once.")
+            raise InputError(f"{option} names {name} twice; expected every name once.")
         folders[name] = folder
     return folders

@@ -89,7 +89,8 @@ def add_densify(subparsers: "Subparsers") -> None:
         help="complete sparsely annotated training cases with a model's predictions",
         description="Writes dense labels for the training cases of a sparsely annotated data set: annotated voxels as "
         "they are, all others as predicted by a model that was trained on that data set. Geometry and format are "
-        "those of the annotation. For new cases use nnUNetv2_predict.",
+        "those of the annotation. For new cases use nnUNetv2_predict. As there, nnU-Net runs code that a checkpoint "
+        "holds: only with models that you trust.",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id, with an ignore label")
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")

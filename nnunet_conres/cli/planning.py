@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
     from nnunet_conres.planning.commands import PlanOptions
 
-_ARCHITECTURES = ("conresnet", "conresnet_stream", "vnet", "unet3d")
+_ARCHITECTURES = ("conresnet", "residual_maps", "vnet", "unet3d")
 
 
 def add_plan(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan",
-        help="plan ConResNet, V-Net or 3D U-Net for the memory there is",
+        help="plan ConResNet, ResidualMapUNet, V-Net or 3D U-Net for the memory there is",
         description="Plans data sets for a network of this package, as nnUNetv2_plan_experiment does for nnU-Net's "
         "own: patch, batch and checkpointing are chosen by the memory that the network takes. Fingerprints have to be "
         "there.",
@@ -49,7 +49,7 @@ def _add_planning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-overwrite_plans_name",
         metavar="NAME",
-        help="name of the plans (default: nnUNetConResNetPlans, nnUNetVNetPlans or nnUNetUNet3DPlans)",
+        help="name of the plans (default: that of the network, such as nnUNetConResNetPlans)",
     )
     parser.add_argument(
         "-preprocessor_name",
@@ -85,9 +85,9 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan_and_preprocess",
         help="take fingerprints, plan, and preprocess what is missing",
-        description="Takes fingerprints where there are none, plans as plan does, and preprocesses. Preprocessed data "
-        "are shared with nnU-Net's own plans where they would be the same, and complete cases are never removed or "
-        "made again.",
+        description="Takes fingerprints where they are missing or outdated, plans as plan does, and preprocesses. "
+        "Preprocessed data are shared with nnU-Net's own plans where they would be the same. Cases that are complete "
+        "are made again only if their raw files changed.",
     )
     _add_planning_options(parser)
     parser.add_argument(
@@ -120,7 +120,9 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
     )
     parser.add_argument("--no_pp", action="store_true", help="do not preprocess")
     parser.add_argument(
-        "--clean", action="store_true", help="take fingerprints again, as after a change of the data set"
+        "--clean",
+        action="store_true",
+        help="take fingerprints again, and remove preprocessed cases that the raw data set no longer has",
     )
     parser.add_argument("--no_pbar", action="store_true", help="show no progress bars")
     parser.set_defaults(handler=_plan_and_preprocess)

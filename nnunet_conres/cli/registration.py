@@ -1,6 +1,8 @@
 """Arguments of `nnunet-conres info`."""
 
 import argparse
+import shutil
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,10 +12,11 @@ if TYPE_CHECKING:
 def add_info(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "info",
-        help="tell versions, whether nnU-Net finds the trainers, and which there are",
-        description="Tells versions, whether nnU-Net finds the trainers, and which there are. "
+        help="show versions, whether nnU-Net finds the trainers, and which there are",
+        description="Shows versions, whether nnU-Net finds the trainers, and which there are. "
         "The exit code is 0 if all is well and 1 if not.",
     )
+    parser.add_argument("--all", action="store_true", help="list trainers once for every number of epochs")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(handler=_info)
 
@@ -27,5 +30,6 @@ def _info(arguments: argparse.Namespace) -> int:
 
         print(json.dumps(info.as_json(), indent=2))
     else:
-        print(info.as_text())
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(info.as_text(every_length=arguments.all, width=width))
     return 0 if info.ok else 1

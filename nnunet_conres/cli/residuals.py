@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nnunet_conres.cli.arguments import fold
+from nnunet_conres.errors import InputError
 
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
@@ -44,7 +45,12 @@ def add_residuals(subparsers: "Subparsers") -> None:
         "-djfile", metavar="FILE", help="dataset.json for labels and regions (default: the one beside or above a file)"
     )
     model = parser.add_argument_group("of a trained ConResNet")
-    model.add_argument("--model", metavar="FOLDER", help="trained model, nnU-Net's TRAINER__PLANS__CONFIGURATION")
+    model.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="trained model, nnU-Net's TRAINER__PLANS__CONFIGURATION; its checkpoints are refused where they hold more "
+        "than weights and plain values, so that nothing in them is run",
+    )
     model.add_argument("-f", metavar="FOLD", nargs="+", type=fold, default=[0], help="folds to average (default: 0)")
     model.add_argument(
         "-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint's name (default: %(default)s)"
@@ -64,7 +70,7 @@ def _residuals(arguments: argparse.Namespace) -> int:
     if arguments.model is not None:
         return _of_model(arguments)
     if arguments.ref is not None:
-        raise ValueError("-ref is for --model; the residual of reference labels alone: give them with -i.")
+        raise InputError("-ref is for --model; the residual of reference labels alone: give them with -i.")
     from nnunet_conres.evaluation.residual_maps import write_residual_maps
 
     done = write_residual_maps(
@@ -88,7 +94,7 @@ def _of_model(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("axis", "kind", "intensities", "djfile")}
     unused = [f"{'-' if name == 'djfile' else '--'}{name}" for name, value in given.items() if value is not None]
     if unused:
-        raise ValueError(f"With --model the model tells what {', '.join(unused)} would; leave it out.")
+        raise InputError(f"With --model the model tells what {', '.join(unused)} would; leave it out.")
     from nnunet_conres.evaluation.residual_predictions import ResidualPredictor, write_predicted_residuals
 
     predictor = ResidualPredictor(
@@ -105,6 +111,7 @@ def _of_model(arguments: argparse.Namespace) -> int:
         for maps in (case.predicted, case.of_prediction, case.of_reference):
             for path in maps.values():
                 print(path)
-        for path in (case.segmentation, case.attention, case.figure):
-            print(path)
+        for written in (case.segmentation, case.attention, case.figure):
+            if written is not None:
+                print(written)
     return 0

@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from nnunet_conres.errors import InputError
+
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
 
@@ -47,13 +49,13 @@ def _workflow(arguments: argparse.Namespace) -> int:
         print(SNAKEFILE)
         return 0
     if arguments.config is None:
-        raise ValueError("Expected the configuration of an experiment. To get one: --example brats > brats.yaml")
+        raise InputError("Expected the configuration of an experiment. To get one: --example brats > brats.yaml")
     from nnunet_conres.workflow.config import read_config
 
     config = Path(arguments.config)
     if not config.is_file():
         # such as the 2 of --cores 2 CONFIG.yaml
-        raise ValueError(f"{arguments.config} is no file; expected the configuration first, and all options behind it.")
+        raise InputError(f"{arguments.config} is no file; expected the configuration first, and all options behind it.")
     experiment = read_config(config)
     if arguments.status:
         from nnunet_conres.workflow.status import status

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +12,28 @@ from typing import get_args
 from nnunet_conres.datasets.brats_check import Findings, check_case
 from nnunet_conres.datasets.brats_find import Case, collection, find_cases
 from nnunet_conres.datasets.brats_schemes import AUTO, SCHEMES, Mode, common_label_set
-from nnunet_conres.datasets.brats_write import TRANSFERS, ImageMode, Job, Transfer, write_case, write_descriptions
+from nnunet_conres.datasets.brats_write import (
+    TRANSFERS,
+    ImageMode,
+    Job,
+    Transfer,
+    case_files,
+    write_case,
+    write_descriptions,
+)
 from nnunet_conres.datasets.raw import (
     FOLDER_VARIABLES,
     RAW_NOT_SET,
     folder_from_environment,
     folder_name,
     id_faults,
+    lock_of_dataset,
     map_cases,
     some,
     target_faults,
 )
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.folders import check_complete, new_folder
 
 
 class ConversionError(InputError):
@@ -74,7 +83,8 @@ def convert_brats(
 
     Labelled cases of `input_folders` go to imagesTr and labelsTr, all others to imagesTs, the labels of held-out cases
     to labelsTs. Everything is checked before anything is written, and the data set gets its name only when complete:
-    whatever interrupts the conversion, the next one starts anew, and clears away what this one left.
+    whatever interrupts the conversion, the next one starts anew, and clears away what this one left. While one
+    conversion writes, a second one for the same number is refused.
 
     Args:
         input_folders: Searched with all their subfolders.
@@ -119,6 +129,11 @@ def convert_brats(
     cases = [case for case, _ in kept]
     if not skip_bad:
         faults += [fault for messages in bad.values() for fault in messages]
+        if len(bad) > 5:
+            faults.append(
+                f"{len(bad)} cases or files have errors, and {len(kept)} cases have none. Correct them, or leave them "
+                f"out with --skip-bad."
+            )
     elif bad and not cases:
         faults += [*(fault for messages in bad.values() for fault in messages), "No case is left to convert."]
     if faults or raw is None:
@@ -127,7 +142,12 @@ def convert_brats(
     warnings += _doubts(cases, {case.case_id: finding for case, finding in kept})
 
     target = raw / folder_name(dataset_id, dataset_name)
-    transfers = _write(raw, target.name, cases, mode, image_mode, processes, progress)
+    with new_folder(target, lock=lock_of_dataset(raw, dataset_id)) as partial:
+        # Once more, since another may have been made while this one's files were checked.
+        faults = list(target_faults(raw, dataset_id, dataset_name, if_busy=False))
+        if faults:
+            raise ConversionError(faults)
+        transfers = _write(partial, target.name, cases, mode, image_mode, processes, progress)
     training = tuple(case.case_id for case in cases if case.trains)
     return Conversion(
         dataset_folder=target,
@@ -158,31 +178,23 @@ def _argument_faults(
 
 
 def _write(
-    raw: Path, name: str, cases: Sequence[Case], mode: Mode, image_mode: ImageMode, processes: int, progress: bool
+    folder: Path, name: str, cases: Sequence[Case], mode: Mode, image_mode: ImageMode, processes: int, progress: bool
 ) -> dict[Transfer, int]:
-    """Write the data set under a temporary name, and rename it."""
+    """Write the data set to a folder, and check that all of it is there."""
     label_set = common_label_set(case.scheme for case in cases)
     assert label_set is not None, "mixtures without one are refused"
-    partial = raw / f".{name}.partial"
-    raw.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder in ("imagesTr", "labelsTr"):
-        (partial / folder).mkdir(parents=True)
-    if not all(case.trains for case in cases):
-        (partial / "imagesTs").mkdir()
-    if any(case.held_out and case.labels is not None for case in cases):
-        (partial / "labelsTs").mkdir()
+    files = [file for case in cases for file in case_files(case)]
+    with file_errors(folder):
+        for part in sorted({"imagesTr", "labelsTr", *(file.split("/")[0] for file in files)}):
+            (folder / part).mkdir()
     transfers = dict.fromkeys(TRANSFERS, 0)
-    try:
-        jobs = [Job(case, partial, image_mode) for case in cases]
-        for done in map_cases(write_case, jobs, processes, "Writing", progress):
-            for transfer in done:
-                transfers[transfer] += 1
-        write_descriptions(partial, name, cases, label_set, mode)
-        partial.rename(raw / name)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    jobs = [Job(case, folder, image_mode) for case in cases]
+    for done in map_cases(write_case, jobs, processes, "Writing", progress):
+        for transfer in done:
+            transfers[transfer] += 1
+    with file_errors(folder):
+        write_descriptions(folder, name, cases, label_set, mode)
+    check_complete(folder, files)
     return transfers
 
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from nnunet_conres.datasets.brats_find import Case
 from nnunet_conres.datasets.brats_schemes import CHANNELS, SCHEMES, label_message, labels_outside
-from nnunet_conres.datasets.nifti import READ_ERRORS, Grid, grid_difference, read_grid, read_nifti
-from nnunet_conres.datasets.raw import short_message
+from nnunet_conres.errors import InputError
+from nnunet_conres.images.content import DamagedFileError
+from nnunet_conres.images.nifti import Grid, grid_difference, read_grid, read_nifti
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ def check_case(case: Case) -> Findings:
         try:
             file = read_nifti(path)
             grid = read_grid(path, file.header)
-        except READ_ERRORS as error:
-            faults.append(f"{path} cannot be read: {short_message(error)}. Get the file anew, or leave the case out.")
+        except InputError as error:
+            advice = "Get the file again, or leave" if isinstance(error, DamagedFileError) else "Correct it, or leave"
+            faults.append(f"{error} {advice} the case out.")
             continue
         wrong = _kind_fault(file.stored, 1 if is_labels else channels)
         if wrong:
@@ -73,7 +75,7 @@ def check_case(case: Case) -> Findings:
         if not_finite:
             faults.append(f"{path} has {not_finite} voxels that are NaN or infinite; expected finite intensities.")
         elif is_labels:
-            labels = file.values()
+            labels = file.labels()
             strange = labels_outside(labels, (0, *scheme.labels))
             if strange:
                 faults.append(label_message(path, strange, scheme))

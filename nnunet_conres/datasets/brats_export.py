@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnunet_conres.datasets.brats_find import image_of, nifti_files
+from nnunet_conres.case_ids import unsafe_ids
+from nnunet_conres.datasets.brats_find import image_of, names_image, nifti_files
 from nnunet_conres.datasets.brats_schemes import LABEL_SETS, SCHEMES, LabelSet, Mode, labels_outside, map_labels
-from nnunet_conres.datasets.nifti import (
-    READ_ERRORS,
+from nnunet_conres.datasets.raw import map_cases, some
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.folders import being_written, check_complete, new_folder, visible
+from nnunet_conres.images.content import DamagedFileError
+from nnunet_conres.images.nifti import (
     grid_difference,
     is_nifti,
     read_grid,
@@ -23,8 +27,7 @@ from nnunet_conres.datasets.nifti import (
     stem,
     write_nifti,
 )
-from nnunet_conres.datasets.raw import map_cases, short_message, some
-from nnunet_conres.errors import InputError
+from nnunet_conres.text import number_text
 
 
 class ExportError(InputError):
@@ -110,16 +113,18 @@ def export_brats(
     Raises:
         ExportError: The predictions do not fit the data set or the scheme, or the target is taken. Lists all faults.
     """
-    folder, output = Path(predictions_folder), Path(output_folder).absolute()
+    # Resolved: a link to an empty folder is not replaced, but what it leads to.
+    folder, output = Path(predictions_folder), Path(output_folder).resolve()
     faults = list(_argument_faults(scheme, et_min_voxels, processes))
+    faults += being_written(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         faults.append(f"{output} exists already and is not an empty folder; remove it, or choose another -o.")
-    paths = sorted(path for path in folder.iterdir() if is_nifti(path)) if folder.is_dir() else []
+    paths = [path for path in visible(folder) if is_nifti(path)] if folder.is_dir() else []
     if not folder.is_dir():
         faults.append(f"{folder} is not a folder; expected a folder with predictions.")
     elif not paths:
         faults.append(f"{folder} has no NIfTI file; expected predictions named CASE.nii.gz.")
-    faults += _name_faults(paths, scheme)
+    faults += _name_faults(folder, paths, scheme)
     tissues, found = _tissues(folder / "dataset.json" if dataset_json is None else Path(dataset_json))
     faults += found
     references, found, warnings = _references(reference_folder, [stem(path) for path in paths])
@@ -142,18 +147,10 @@ def export_brats(
     if faults:
         raise ExportError(faults)
 
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(output) as partial:
         jobs = [job._replace(output=partial / f"{stem(job.path)}.nii.gz") for job in jobs]
         results = list(map_cases(export_case, jobs, processes, "Writing", progress))
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        check_complete(partial, [job.output.name for job in jobs if job.output is not None])
     cleaned = {stem(job.path): result.cleaned for job, result in zip(jobs, results, strict=True) if result.cleaned}
     return Export(output, tuple(stem(path) for path in paths), cleaned, tuple(warnings))
 
@@ -167,9 +164,13 @@ def export_case(job: Prediction) -> Result:
     try:
         file = read_nifti(job.path)
         grid = read_grid(job.path, file.header)
-    except READ_ERRORS as error:
-        return Result((f"{job.path} cannot be read: {short_message(error)}. Predict the case anew.",), 0)
-    labels = file.values()
+    except InputError as error:
+        advice = " Predict the case again." if isinstance(error, DamagedFileError) else ""
+        return Result((f"{error}{advice}",), 0)
+    not_finite = file.not_finite()
+    if not_finite:
+        return Result((f"{job.path} has {not_finite} voxels that are NaN or infinite; expected labels.",), 0)
+    labels = file.labels()
     faults = []
     if labels.ndim != 3 or labels.dtype.kind not in "iuf":
         return Result((f"{job.path} has {labels.ndim} dimensions; expected one three-dimensional label map.",), 0)
@@ -181,8 +182,8 @@ def export_case(job: Prediction) -> Result:
         try:
             header = read_header(job.reference)
             difference = grid_difference(read_grid(job.reference, header), grid)
-        except READ_ERRORS as error:
-            return Result((*faults, f"{job.reference} cannot be read: {short_message(error)}."), 0)
+        except InputError as error:
+            return Result((*faults, str(error)), 0)
         if difference:
             faults.append(f"{job.path} and {job.reference} do not lie on the same voxel grid: {difference}.")
     if faults or job.output is None:
@@ -195,7 +196,8 @@ def export_case(job: Prediction) -> Result:
     replace = 0 < count < job.et_min_voxels
     if replace:
         exported[enhancing] = values[SCHEMES[job.scheme].less_enhancing]
-    write_nifti(job.output, exported, header)
+    with file_errors(job.output):
+        write_nifti(job.output, exported, header)
     return Result((), count if replace else 0)
 
 
@@ -203,7 +205,7 @@ def _label_fault(job: Prediction, strange: Mapping[float, int]) -> str:
     scheme = SCHEMES[job.scheme]
     tissues = {float(label): tissue for label, tissue in job.known.items()}
     found = ", ".join(
-        f"{value:g}{f' {tissues[value]}' if value in tissues else ''} ({count} voxels)"
+        f"{number_text(value)}{f' {tissues[value]}' if value in tissues else ''} ({count} voxels)"
         for value, count in list(strange.items())[:5]
     )
     if strange.keys() <= tissues.keys():
@@ -214,7 +216,7 @@ def _label_fault(job: Prediction, strange: Mapping[float, int]) -> str:
     expected = ", ".join(f"{label} {tissue}" for label, tissue in job.known.items())
     return (
         f"{job.path} has labels {found}; the data set has 0 background, {expected}. Expected nnU-Net's own prediction: "
-        f"is this a file in the challenge's labels already?"
+        f"is this an image, or a file in the challenge's labels already?"
     )
 
 
@@ -227,15 +229,17 @@ def _argument_faults(scheme: str, et_min_voxels: int, processes: int) -> Iterato
         yield f"The number of processes is {processes}; expected 1 or more."
 
 
-def _name_faults(paths: Sequence[Path], scheme: str) -> Iterator[str]:
+def _name_faults(folder: Path, paths: Sequence[Path], scheme: str) -> Iterator[str]:
     """Files that are no case's, or whose name is another challenge's."""
     ids = [stem(path) for path in paths]
-    doubled = sorted({case_id for case_id in ids if ids.count(case_id) > 1})
+    yield from unsafe_ids(ids, folder)
+    doubled = sorted(case_id for case_id, times in Counter(ids).items() if times > 1)
     if doubled:
         yield f"{some(doubled)}: more than one file; keep one of each."
-    images = [path.name for path in paths if image_of(path) not in (None, stem(path))]
+    # Not CASE_0000.nii.gz, as nnU-Net names images: ids may end so. What is no prediction has other values.
+    images = [path.name for path in paths if names_image(path)]
     if images:
-        yield f"{some(images)}: named as images are; expected predictions named CASE.nii.gz."
+        yield f"{some(images)}: named as BraTS names images; expected predictions named CASE.nii.gz."
     if scheme not in SCHEMES:
         return
     foreign = [case_id for case_id in ids if _others(case_id, scheme)]
@@ -304,7 +308,8 @@ def _references(folder: str | Path | None, case_ids: Sequence[str]) -> tuple[dic
         if case_id is not None:
             images.setdefault(case_id, path)
     missing = [case_id for case_id in case_ids if case_id not in images]
+    predicted = set(case_ids)
     faults = [f"{some(missing)}: no image in {folder} to compare the prediction with."] if missing else []
-    unpredicted = sorted(case_id for case_id in images if case_id not in case_ids)
+    unpredicted = sorted(case_id for case_id in images if case_id not in predicted)
     warnings = [f"{some(unpredicted)}: in {folder}, but not predicted."] if unpredicted else []
     return images, faults, warnings

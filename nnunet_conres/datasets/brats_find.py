@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.brats_schemes import (
     AUTO,
     LAYOUTS,
@@ -19,8 +20,9 @@ from nnunet_conres.datasets.brats_schemes import (
     choose_scheme,
     common_label_set,
 )
-from nnunet_conres.datasets.nifti import is_nifti
 from nnunet_conres.datasets.raw import some
+from nnunet_conres.folders import is_hidden
+from nnunet_conres.images.nifti import is_nifti, stem
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,13 @@ def find_cases(
             shared = []
             for path in nifti_files(Path(root)):
                 # One folder inside another, or named twice, is not a second copy of its cases.
-                first = path.resolve() not in owners
-                if owners.setdefault(path.resolve(), held_out) != held_out:
+                itself = path.resolve()
+                first = itself not in owners
+                if owners.setdefault(itself, held_out) != held_out:
                     shared.append(str(path))
                     continue
-                place = _place(path)
+                named = _unwrapped(path)
+                place = _place(named)
                 if place is None:
                     found.bad[str(path)].append(
                         f"{path} fits no naming scheme of BraTS, so it is unclear what it is. Expected "
@@ -110,7 +114,7 @@ def find_cases(
                     )
                 elif first:
                     layout, case_id, part = place
-                    parts[held_out, _case_folder(path, layout), case_id, layout][part].append(path)
+                    parts[held_out, _case_folder(named, layout), case_id, layout][part].append(path)
             if shared:
                 found.faults.append(
                     f"{some(shared)}: among both the input and the held-out folders; leave {root} or what holds it out "
@@ -119,6 +123,10 @@ def find_cases(
 
     reasons: dict[str, list[str]] = defaultdict(list)
     for (held_out, folder, case_id, layout), files in parts.items():
+        unsafe = unsafe_ids([case_id], folder)
+        if unsafe:
+            found.bad[ascii(str(folder / case_id))] += unsafe
+            continue
         scheme, reason = choose_scheme(layout, case_id, schemes)
         if scheme is None:
             reasons[reason].append(str(folder / case_id))
@@ -156,7 +164,7 @@ def nifti_files(root: Path) -> Iterator[Path]:
             subfolders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(Path(name)))
         for name in sorted(names):
             path = Path(folder, name)
             if is_nifti(path):
@@ -165,7 +173,7 @@ def nifti_files(root: Path) -> Iterator[Path]:
 
 def image_of(path: Path) -> str | None:
     """Id of the case that a file is an image of, by BraTS's names or nnU-Net's, else None."""
-    place = _place(path)
+    place = _place(_unwrapped(path))
     if place is not None:
         layout, case_id, part = place
         return case_id if part in layout.image_parts else None
@@ -173,10 +181,29 @@ def image_of(path: Path) -> str | None:
     return None if match is None else match[1]
 
 
+def names_image(path: Path) -> bool:
+    """Whether a file's name is that of an image in BraTS, such as CASE_flair.nii.gz."""
+    place = _place(_unwrapped(path))
+    return place is not None and place[2] in place[0].image_parts and place[1] != stem(path)
+
+
 def collection(case: Case) -> Path:
     """The folder that holds the case's own folder, or its files where it has none."""
-    folder = case.images[0].parent
+    folder = _unwrapped(case.images[0]).parent
     return folder.parent if folder.name == case.case_id else folder
+
+
+def _unwrapped(path: Path) -> Path:
+    """Where a file would lie if no unpacker had put it into a folder with its name.
+
+    Kaggle's copies of BraTS are unpacked to `CASE_flair.nii/00000057_brain_flair.nii`: a folder that is called as a
+    NIfTI file is and holds that one file, under another name.
+    """
+    folder = path.parent
+    if not is_nifti(folder):
+        return path
+    others = [other for other in folder.iterdir() if other.name != path.name and is_nifti(other)]
+    return path if others else folder
 
 
 def _place(path: Path) -> tuple[Layout, str, str] | None:

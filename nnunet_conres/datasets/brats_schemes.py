@@ -14,6 +14,8 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.text import number_text
+
 Mode = Literal["regions", "labels"]
 
 CHANNELS: Final = ("FLAIR", "T1", "T1ce", "T2")
@@ -97,7 +99,7 @@ class Layout:
     def split(self, folder_name: str, file_name: str) -> tuple[str, str] | None:
         """Case id and file part (lower case) of a NIfTI file that is named so, else None."""
         parts = "|".join((*self.modalities.values(), self.label_part))
-        match = re.fullmatch(rf"(.+){self.separator}({parts})\.nii(?:\.gz)?", file_name, re.IGNORECASE)
+        match = re.fullmatch(rf"(.+){self.separator}({parts})\.nii(?:\.gz)?", file_name, re.I | re.DOTALL)
         return None if match is None else (match[1], match[2].lower())
 
     @property
@@ -276,7 +278,7 @@ def _options(schemes: Iterable[Scheme]) -> str:
 
 def common_label_set(names: Iterable[str]) -> LabelSet | None:
     """The label set that holds the tissues of all these schemes, None where they contradict each other."""
-    sets = [SCHEMES[name].label_set for name in names]
+    sets = [SCHEMES[name].label_set for name in dict.fromkeys(names)]
     for candidate in sets:
         if all(candidate.contains(other) for other in sets):
             return candidate
@@ -326,7 +328,7 @@ def labels_outside(labels: NDArray[Any], known: Iterable[int]) -> dict[float, in
 
 def label_message(where: object, strange: Mapping[float, int], scheme: Scheme) -> str:
     """What is wrong with labels that have values outside their scheme, and which scheme has them."""
-    found = ", ".join(f"{value:g} ({count} voxels)" for value, count in list(strange.items())[:5])
+    found = ", ".join(f"{number_text(value)} ({count} voxels)" for value, count in list(strange.items())[:5])
     more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
     others = [
         other.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 from nnunet_conres.datasets.brats_find import Case
 from nnunet_conres.datasets.brats_schemes import CHANNELS, SCHEMES, LabelSet, Mode, to_nnunet_labels
-from nnunet_conres.datasets.nifti import Nifti, compress, read_header, read_nifti, write_nifti
 from nnunet_conres.datasets.raw import link_or_copy
+from nnunet_conres.errors import file_errors
+from nnunet_conres.files import write_json
+from nnunet_conres.images.nifti import Nifti, compress, is_compressed, read_header, read_nifti, write_nifti
 
 ImageMode = Literal["link", "copy"]
 Transfer = Literal["linked", "copied", "compressed", "split"]
@@ -29,6 +30,13 @@ class Job(NamedTuple):
     image_mode: ImageMode
 
 
+def case_files(case: Case) -> list[str]:
+    """The files of a case in a data set: the images of all channels, and the labels where it has any."""
+    part = "Tr" if case.trains else "Ts"
+    files = [f"images{part}/{case.case_id}_{index:04d}.nii.gz" for index in range(len(CHANNELS))]
+    return files if case.labels is None else [*files, f"labels{part}/{case.case_id}.nii.gz"]
+
+
 def write_case(job: Job) -> list[Transfer]:
     """Write a case's images and labels.
 
@@ -36,34 +44,38 @@ def write_case(job: Job) -> list[Transfer]:
         How each image came about.
     """
     case, dataset, mode = job
-    part = "Tr" if case.trains else "Ts"
-    targets = [dataset / f"images{part}" / f"{case.case_id}_{index:04d}.nii.gz" for index in range(len(CHANNELS))]
+    files = [dataset / file for file in case_files(case)]
+    targets = files[: len(CHANNELS)]
     transfers: list[Transfer]
     if len(case.images) == 1:
         transfers = _split_channels(read_nifti(case.images[0]), targets)
     else:
         transfers = [_transfer(source, target, mode) for source, target in zip(case.images, targets, strict=True)]
     if case.labels is not None:
-        labels = to_nnunet_labels(read_nifti(case.labels).values(), case.scheme)
+        labels = to_nnunet_labels(read_nifti(case.labels).labels(), case.scheme)
         # The image's geometry, equal within tolerance: nnU-Net's own check is stricter than the last bit of a float32.
-        write_nifti(dataset / f"labels{part}" / f"{case.case_id}.nii.gz", labels, read_header(case.images[0]))
+        with file_errors(files[-1]):
+            write_nifti(files[-1], labels, read_header(case.images[0]))
     return transfers
 
 
 def _split_channels(image: Nifti, targets: Sequence[Path]) -> list[Transfer]:
     voxels = image.values()
     for index, target in enumerate(targets):
-        write_nifti(target, voxels[..., index], image.header)
+        with file_errors(target):
+            write_nifti(target, voxels[..., index], image.header)
     return ["split"] * len(targets)
 
 
 def _transfer(source: Path, target: Path, mode: ImageMode) -> Transfer:
-    if not source.name.lower().endswith(".gz"):
-        compress(source, target)
+    if not is_compressed(source):
+        with file_errors(target):
+            compress(source, target)
         return "compressed"
     if mode == "link":
         return link_or_copy(source, target)
-    shutil.copyfile(source, target)
+    with file_errors(target):
+        shutil.copyfile(source, target)
     return "copied"
 
 
@@ -82,13 +94,9 @@ def write_descriptions(dataset: Path, name: str, cases: Sequence[Case], label_se
         "converted_by": f"nnunet-conres {__version__}",
         "brats_schemes": [name for name in SCHEMES if any(case.scheme == name for case in cases)],
     }
-    _write(dataset / "dataset.json", content)
+    write_json(dataset / "dataset.json", content)
     known = {}
     for case in cases:
         about = {"scheme": case.scheme, "source": str(case.images[0].parent)}
         known[case.case_id] = about if case.grade is None else {"grade": case.grade, **about}
-    _write(dataset / CASES_FILE, known)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(dataset / CASES_FILE, known)

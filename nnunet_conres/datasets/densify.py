@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import (
     FOLDER_VARIABLES,
     TrainingCase,
@@ -31,10 +32,12 @@ from nnunet_conres.datasets.raw import (
     map_cases,
     read_dataset_json,
     short_message,
-    write_json,
 )
 from nnunet_conres.datasets.sparse import IGNORE
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.files import write_json
+from nnunet_conres.folders import check_complete, visible, writing
+from nnunet_conres.images.volumes import read_labels, write_labels
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -206,37 +209,47 @@ def densify(
         if faults:
             raise InputError(faults)
 
-    is_new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
-    for leftover in output.glob(".*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
     written: list[str] = []
-    try:
-        if existing == "overwrite":
-            # What is left of another model would pass for this one's if this run were interrupted and continued.
-            for case in cases:
-                (output / f"{case.case_id}{ending}").unlink(missing_ok=True)
-        write_json(output / RECORD, record)
-        shutil.copyfile(model_folder / "plans.json", output / "plans.json")
-        write_json(output / "dataset.json", _dense_dataset_json(dataset_json, len(cases)))
-        for case_id in _with_bar(
-            _predict_groups(
-                predictors,
-                list(pending.values()),
-                output,
-                ending,
-                None if previous_stage_folder is None else Path(previous_stage_folder),
-                preprocessing_processes,
-                export_processes,
-            ),
-            len(unpredicted),
-            progress,
-        ):
-            written.append(case_id)
-    except BaseException:
-        if is_new and not written:
-            shutil.rmtree(output, ignore_errors=True)
-        raise
+    with writing(output):
+        # Once more, since another run may have written there while this one checked.
+        faults = list(_output_faults(output, dataset_folder, cases, existing, record))
+        if faults:
+            raise InputError(faults)
+        before = {path.name for path in output.iterdir()}
+        for leftover in output.glob(".*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            with file_errors(output):
+                if existing == "overwrite":
+                    # What is left of another model would pass for this one's if this run were interrupted and
+                    # continued.
+                    for case in cases:
+                        (output / f"{case.case_id}{ending}").unlink(missing_ok=True)
+                write_json(output / RECORD, record)
+                shutil.copyfile(model_folder / "plans.json", output / "plans.json")
+                write_json(output / "dataset.json", _dense_dataset_json(dataset_json, len(cases)))
+            for case_id in _with_bar(
+                _predict_groups(
+                    predictors,
+                    list(pending.values()),
+                    output,
+                    ending,
+                    None if previous_stage_folder is None else Path(previous_stage_folder),
+                    preprocessing_processes,
+                    export_processes,
+                ),
+                len(unpredicted),
+                progress,
+            ):
+                written.append(case_id)
+        except BaseException:
+            if not written:
+                # As it was, so that the same command can be given again.
+                for path in visible(output):
+                    if path.name not in before and path.is_file():
+                        path.unlink(missing_ok=True)
+            raise
+        check_complete(output, (f"{case.case_id}{ending}" for case in cases))
     return Densification(
         output_folder=output,
         cases=tuple(cases),
@@ -349,6 +362,9 @@ def _by_validation_fold(
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {}, [f"{path} cannot be read, so it is unknown which fold had a case in its validation set: {error}"]
+    unsafe = unsafe_ids(sorted({str(case_id) for ids in held_out.values() for case_id in ids}), path)
+    if unsafe:
+        return {}, unsafe
     groups: dict[tuple[Fold, ...], list[TrainingCase]] = defaultdict(list)
     for case in cases:
         groups[tuple(fold for fold in model.folds if case.case_id in held_out[fold])].append(case)
@@ -375,7 +391,7 @@ def _output_faults(
     if output.resolve() in inputs or raw in (output.resolve(), *output.resolve().parents):
         yield f"{output} holds files of a data set in {raw}; choose another -o."
         return
-    if not output.is_dir() or not any(path for path in output.iterdir() if not path.name.endswith(".partial")):
+    if not output.is_dir() or not visible(output):
         return
     if existing == "refuse":
         yield f"{output} is not empty; choose another -o, or add --overwrite or --continue."
@@ -561,22 +577,13 @@ def _write_case(job: _Output) -> str:
     prediction = convert_predicted_logits_to_segmentation_with_correct_shape(
         job.logits, job.plans_manager, job.configuration_manager, manager, job.properties
     )
-    reader_writer = job.plans_manager.image_reader_writer_class()
-    labels, properties = reader_writer.read_seg(str(job.case.labels))
+    reader_writer = job.plans_manager.image_reader_writer_class
+    labels = read_labels(job.case.labels, reader_writer)
     try:
-        merged = merge(labels[0], prediction, manager.ignore_label)
+        merged = merge(labels.voxels, prediction, manager.ignore_label)
     except ValueError as error:
-        raise ValueError(f"{job.case.labels} and its prediction do not fit each other: {error}") from error
-    # In a folder of its own: for TIFF nnU-Net writes a second file with the spacing beside the labels.
-    partial = job.path.with_name(f".{job.case.case_id}.partial")
-    partial.mkdir(exist_ok=True)
-    try:
-        reader_writer.write_seg(merged, str(partial / job.path.name), properties)
-        # The label file last: where it is, the case is complete.
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == job.path.name):
-            path.replace(job.path.with_name(path.name))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{job.case.labels} and its prediction do not fit each other: {error}") from error
+    write_labels(job.path, merged, labels.properties, reader_writer)
     return job.case.case_id
 
 

@@ -11,6 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.folders import writing
+from nnunet_conres.images.nifti import header_of, write_nifti
+
 Grade = Literal["HGG", "LGG"]
 FloatVolume = NDArray[np.float32]
 BoolVolume = NDArray[np.bool_]
@@ -87,7 +91,8 @@ def make_phantom(
         and labels (z, y, x), uint8, with 0 background, 1 necrosis or non-enhancing core, 2 oedema, 4 enhancing.
 
     Raises:
-        ValueError: The shape is not three-dimensional or too small, or the grade is unknown.
+        InputError: The shape is not three-dimensional or too small.
+        ValueError: The grade is unknown.
     """
     size = _checked_shape(shape)
     if grade not in ("HGG", "LGG"):
@@ -128,34 +133,37 @@ def write_brats_phantoms(
         The folders and case ids written.
 
     Raises:
-        ValueError: A number, the shape, the spacing or the seed is out of range.
+        InputError: A number, the shape, the spacing or the seed is out of range, or the files can't be written.
     """
     for name, count in (("training_cases", training_cases), ("held_out_cases", held_out_cases)):
         if not 0 <= count <= 999:
-            raise ValueError(f"{name} is {count}; expected 0 to 999.")
+            raise InputError(f"{name} is {count}; expected 0 to 999.")
     if seed < 0:
-        raise ValueError(f"seed is {seed}; expected 0 or more.")
+        raise InputError(f"seed is {seed}; expected 0 or more.")
     if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing is {tuple(spacing)}; expected three positive numbers (x, y, z) in mm.")
+        raise InputError(f"spacing is {tuple(spacing)}; expected three positive numbers (x, y, z) in mm.")
     size = _checked_shape(tuple(shape)[::-1])
 
     output = Path(output_folder)
     parts = (("training", "PHANTOM", training_cases), ("held_out", "PHANTOMHELDOUT", held_out_cases))
     ids: dict[str, list[str]] = {}
-    for stream, (part, site, count) in enumerate(parts):
-        ids[part] = []
-        for number in range(1, count + 1):
-            grade: Grade = "LGG" if number % _LOW_GRADE_EVERY == 0 else "HGG"
-            case_id = f"Brats18_{site}_{number:03d}_1"
-            images, labels = make_phantom(size, (seed, stream, number), grade=grade)
-            _write_case(output / part / grade / case_id, case_id, images, labels, spacing)
-            ids[part].append(case_id)
+    with writing(output):
+        for stream, (part, site, count) in enumerate(parts):
+            ids[part] = []
+            for number in range(1, count + 1):
+                grade: Grade = "LGG" if number % _LOW_GRADE_EVERY == 0 else "HGG"
+                case_id = f"Brats18_{site}_{number:03d}_1"
+                images, labels = make_phantom(size, (seed, stream, number), grade=grade)
+                folder = output / part / grade / case_id
+                with file_errors(folder):
+                    _write_case(folder, case_id, images, labels, spacing)
+                ids[part].append(case_id)
     return PhantomSet(output / "training", output / "held_out", tuple(ids["training"]), tuple(ids["held_out"]))
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     if len(shape) != 3 or any(int(s) != s or s < _MINIMUM_EDGE for s in shape):
-        raise ValueError(f"shape is {tuple(shape)}; expected three whole numbers of at least {_MINIMUM_EDGE} voxels.")
+        raise InputError(f"shape is {tuple(shape)}; expected three whole numbers of at least {_MINIMUM_EDGE} voxels.")
     z, y, x = (int(s) for s in shape)
     return z, y, x
 
@@ -323,10 +331,7 @@ def _write_case(
 
 
 def _write_nifti(path: Path, array: NDArray[Any], spacing: Sequence[float]) -> None:
-    """Write a (z, y, x) array with BraTS's geometry: identity direction, origin at the last row's negative y."""
-    import SimpleITK
-
-    image = SimpleITK.GetImageFromArray(array)
-    image.SetSpacing([float(s) for s in spacing])
-    image.SetOrigin((0.0, -(array.shape[1] - 1) * float(spacing[1]), 0.0))
-    SimpleITK.WriteImage(image, str(path), useCompression=True)
+    """Write a (z, y, x) array with BraTS's geometry: axes to the left and the back, the last row at y = 0."""
+    affine = np.diag([-float(spacing[0]), -float(spacing[1]), float(spacing[2]), 1.0])
+    affine[1, 3] = (array.shape[1] - 1) * float(spacing[1])
+    write_nifti(path, array.T, header_of(affine))

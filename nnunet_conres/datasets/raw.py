@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
 import json
 import multiprocessing
 import os
@@ -14,13 +11,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-import numpy as np
-
-from nnunet_conres.errors import InputError
+from nnunet_conres.case_ids import unsafe_ids
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.folders import being_written, list_files, visible
+from nnunet_conres.images.volumes import read_labels, read_volume
 
 # nnU-Net's own folders; the first holds the raw data sets.
 FOLDER_VARIABLES: Final = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -72,7 +71,13 @@ def id_faults(dataset_id: int, dataset_name: str) -> Iterator[str]:
 
 
 def target_faults(
-    raw: Path, dataset_id: int, dataset_name: str, *, option: str = "-d", may_have_been_used: bool = True
+    raw: Path,
+    dataset_id: int,
+    dataset_name: str,
+    *,
+    option: str = "-d",
+    may_have_been_used: bool = True,
+    if_busy: bool = True,
 ) -> Iterator[str]:
     """What stands in the way of a new data set.
 
@@ -83,23 +88,31 @@ def target_faults(
         option: The option that chooses the number, for messages.
         may_have_been_used: Whether preprocessed data and results of a data set of the very same name are no fault:
             they are none where the same data are made once more.
+        if_busy: Whether it is one that another process makes it now.
     """
     target = folder_name(dataset_id, dataset_name)
     there = next(folder for folder in (raw.absolute(), *raw.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         yield f"{there} is no folder that can be written to; expected {raw} to be one, for the new data set."
+    elif if_busy:
+        yield from being_written(raw / target, lock_of_dataset(raw, dataset_id))
     if (raw / target).exists():
         yield f"{raw / target} exists already; remove it, or choose another {option}."
     # nnU-Net takes the number for the data set and stops when two names share it, also among its results.
     others = [folder for name in FOLDER_VARIABLES[1:] if (folder := folder_from_environment(name)) is not None]
     for folder in (raw, *others):
-        for taken in sorted(folder.glob(f"Dataset{dataset_id:03d}_*")):
-            if not taken.is_dir():
+        for taken in visible(folder) if folder.is_dir() else ():
+            if not taken.name.startswith(f"Dataset{dataset_id:03d}_") or not taken.is_dir():
                 continue
             if taken.name != target:
                 yield f"Data set id {dataset_id} is taken by {taken}; choose another {option}."
             elif folder != raw and not may_have_been_used:
                 yield f"{taken} is of an earlier data set of that name; remove it, or choose another {option}."
+
+
+def lock_of_dataset(raw: Path, dataset_id: int) -> Path:
+    """The file that excludes others while a data set is made, also those that make one of the same number."""
+    return raw / f".Dataset{dataset_id:03d}.lock"
 
 
 def dataset_name_of(dataset: int | str) -> str:
@@ -164,9 +177,7 @@ def find_training_cases(dataset_folder: Path, dataset_json: Mapping[str, Any]) -
         if not folder.is_dir():
             faults.append(f"{folder} does not exist; expected the training cases there.")
             continue
-        for path in sorted(folder.iterdir()):
-            if not path.name.endswith(ending) or path.name.startswith(".") or not path.is_file():
-                continue
+        for path in list_files(folder, ending):
             stem = path.name[: -len(ending)]
             if folder.name == "labelsTr":
                 labels[stem] = path
@@ -177,6 +188,7 @@ def find_training_cases(dataset_folder: Path, dataset_json: Mapping[str, Any]) -
             else:
                 images[match[1]][int(match[2])] = path
 
+    faults += unsafe_ids(sorted({*images, *labels}), dataset_folder)
     channels = sorted({channel for files in images.values() for channel in files})
     cases = []
     for case_id in sorted({*images, *labels}):
@@ -204,9 +216,15 @@ def _listed_cases(
 
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-    # nnU-Net resolves the paths in place.
-    listed = get_filenames_of_train_images_and_targets(str(dataset_folder), deepcopy(dict(dataset_json)))
-    faults: list[str] = []
+    try:
+        # nnU-Net resolves the paths in place.
+        listed = get_filenames_of_train_images_and_targets(str(dataset_folder), deepcopy(dict(dataset_json)))
+    except (AttributeError, KeyError, TypeError):
+        return [], [
+            f"{dataset_folder / 'dataset.json'} has a 'dataset' that does not list cases; expected each id, with "
+            f"its 'images' and its 'label'."
+        ]
+    faults = unsafe_ids(sorted(listed), dataset_folder / "dataset.json")
     cases = []
     for case_id, files in sorted(listed.items()):
         paths = [Path(path) for path in (*files["images"], files["label"])]
@@ -236,33 +254,11 @@ def read_dataset_json(dataset_folder: Path) -> tuple[dict[str, Any] | None, list
         return None, [f"{path} has no {' and no '.join(missing)}; expected the dataset.json of an nnU-Net data set."]
     if not isinstance(content["labels"], dict):
         return None, [f"{path} has labels {content['labels']!r}; expected their names, each with its value."]
+    ending = content["file_ending"]
+    # Names of files are made with it.
+    if not isinstance(ending, str) or not re.fullmatch(r"(\.[A-Za-z0-9_-]+)+", ending):
+        return None, [f"{path} has the file_ending {ending!r}; expected one such as .nii.gz."]
     return content, []
-
-
-def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write a JSON file; whoever looks finds it whole or not at all."""
-    partial = path.with_name(f".{path.name}.new")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def reader_writer_class(dataset_json: Mapping[str, Any], cases: Sequence[TrainingCase]) -> type | None:
-    """nnU-Net's reader and writer for a data set, chosen as nnU-Net does when it plans.
-
-    Args:
-        dataset_json: Content of dataset.json.
-        cases: The cases; nnU-Net takes a class that can read the first. Where none can, the next case is asked.
-
-    Returns:
-        A subclass of nnU-Net's BaseReaderWriter, None if no image can be read.
-    """
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-
-    for case in cases:
-        # What nnU-Net prints about classes that do not fit looks like an error.
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(RuntimeError):
-            return determine_reader_writer_from_dataset_json(dict(dataset_json), str(case.images[0]), verbose=False)
-    return None
 
 
 @dataclass(frozen=True)
@@ -291,36 +287,17 @@ def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
     Returns:
         Shape and spacing, and what is wrong.
     """
-    case, reader_class, allowed = job
-    reader: Any = reader_class()
-    faults = []
+    case, reader, allowed = job
     try:
-        for path in (*case.images, case.labels):
-            read_to_the_end(path)
-        for path in case.images:
-            image, properties = reader.read_images([str(path)])
-        path = case.labels
-        labels, _ = reader.read_seg(str(path))
-    except Exception as error:  # each of nnU-Net's readers has its own
-        return CaseLook(case.case_id, faults=(f"{path} cannot be read: {short_message(error)}.",))
-    if labels.shape[1:] != image.shape[1:]:
-        faults.append(f"{case.labels} has shape {labels.shape[1:]}; expected {image.shape[1:]} like its image.")
-    values = np.unique(labels)
-    strange = values[~np.isin(values, allowed)]
-    if strange.size:
-        listed = some([f"{float(value):g}" for value in strange])
-        what = "values that are no integers" if (strange % 1 != 0).any() else "labels that dataset.json does not name"
-        faults.append(f"{case.labels} has {what}: {listed}; expected {', '.join(map(str, allowed))}.")
-    spacing = tuple(float(value) for value in properties["spacing"])
-    return CaseLook(case.case_id, tuple(image.shape[1:]), spacing, tuple(faults))
-
-
-def read_to_the_end(path: Path) -> None:
-    """Raises if a compressed file is cut short or damaged: ITK puts zeros in place of what is missing, unasked."""
-    if path.name.lower().endswith(".gz"):
-        with gzip.open(path, "rb") as stream:
-            while stream.read(1 << 20):
-                pass
+        image = [read_volume(path, reader) for path in case.images][-1]
+        labels = read_labels(case.labels, reader, allowed)
+    except InputError as error:
+        return CaseLook(case.case_id, faults=error.faults)
+    shape = tuple(image.voxels.shape[1:])
+    faults = []
+    if labels.voxels.shape != shape:
+        faults.append(f"{case.labels} has shape {labels.voxels.shape}; expected {shape} like its image.")
+    return CaseLook(case.case_id, shape, image.spacing, tuple(faults))
 
 
 # --- work over cases ------------------------------------------------------------------------------------------------
@@ -360,6 +337,11 @@ def map_cases(
                 for _ in as_completed(futures):
                     bar.update()
                 yield from (future.result() for future in futures)
+            except BrokenProcessPool as error:
+                raise InputError(
+                    f"{title}: a process was killed, most likely for want of memory. Run the same command again with "
+                    f"fewer processes than {workers}."
+                ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -389,6 +371,7 @@ def link_or_copy(source: Path, target: Path) -> Literal["linked", "copied"]:
         os.link(source.resolve(), target)
     except OSError:
         # Another drive, a file system without links, or another owner's file.
-        shutil.copyfile(source, target)
+        with file_errors(target):
+            shutil.copyfile(source, target)
         return "copied"
     return "linked"

@@ -7,7 +7,6 @@ single ones; here they come in slabs of neighbours, because a difference between
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,16 +22,18 @@ from nnunet_conres.datasets.raw import (
     folder_name,
     id_faults,
     link_or_copy,
+    lock_of_dataset,
     look_at_case,
     map_cases,
     read_dataset_json,
-    reader_writer_class,
     short_message,
     some,
     target_faults,
-    write_json,
 )
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.files import write_json
+from nnunet_conres.folders import check_complete, list_files, new_folder
+from nnunet_conres.images.volumes import read_labels, reader_for, write_labels
 
 Axis = Literal["slice", 0, 1, 2]
 
@@ -218,9 +219,12 @@ def sparsify(
     cases, found = find_training_cases(source_folder, dataset_json)
     faults += found
     # Faulty arguments do not keep the files from being looked at: whoever has to repair both learns of both at once.
-    reader = reader_writer_class(dataset_json, cases)
-    if reader is None and cases:
-        faults.append(f"No image of {source_folder} can be read; expected files of the kind that their ending tells.")
+    reader: type | None = None
+    if cases:
+        try:
+            reader = reader_for(dataset_json, [case.images[0] for case in cases])
+        except InputError as error:
+            faults += error.faults
     jobs = [(case, reader, allowed) for case in cases if reader is not None and allowed]
     looks = list(map_cases(look_at_case, jobs, max(1, processes), "Checking", progress))
     faults += [fault for look in looks for fault in look.faults]
@@ -237,12 +241,15 @@ def sparsify(
 
     ignore_label, ending = max(allowed) + 1, str(dataset_json["file_ending"])
     target = raw / folder_name(target_id, target_name)
-    partial = raw / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder in ("imagesTr", "labelsTr"):
-        (partial / folder).mkdir(parents=True)
     transfers: dict[str, int] = {"linked": 0, "copied": 0}
-    try:
+    with new_folder(target, lock=lock_of_dataset(raw, target_id)) as partial:
+        # Once more, since another may have been made while the files were checked.
+        faults = list(target_faults(raw, target_id, target_name, option="-o", may_have_been_used=False, if_busy=False))
+        if faults:
+            raise InputError(faults)
+        with file_errors(partial):
+            for folder in ("imagesTr", "labelsTr"):
+                (partial / folder).mkdir()
         writes = [
             _Write(case, reader, ending, partial, chosen, annotated[case.case_id], ignore_label) for case in cases
         ]
@@ -255,12 +262,11 @@ def sparsify(
         for transfer in _transfer_test_cases(source_folder, partial):
             transfers[transfer] += 1
         content = _sparse_dataset_json(dataset_json, target.name, ignore_label, len(cases))
-        write_json(partial / "dataset.json", content)
-        write_json(partial / SIDECAR, _sidecar(source_folder.name, rule, axis, chosen, ignore_label, annotated, depths))
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        sidecar = _sidecar(source_folder.name, rule, axis, chosen, ignore_label, annotated, depths)
+        with file_errors(partial):
+            write_json(partial / "dataset.json", content)
+            write_json(partial / SIDECAR, sidecar)
+        check_complete(partial, (file for case in cases for file in _files(case, ending)))
     median = ", ".join(f"{value:g}" for value in np.median(spacings, axis=0))
     return Sparsification(
         dataset_folder=target,
@@ -327,23 +333,26 @@ class _Written:
     lost_foreground: bool
 
 
+def _files(case: TrainingCase, ending: str) -> list[str]:
+    """The files of a case in the new data set: its images and its labels."""
+    images = [f"imagesTr/{case.case_id}_{channel:04d}{ending}" for channel in range(len(case.images))]
+    return [*images, f"labelsTr/{case.case_id}{ending}"]
+
+
 def _write_case(write: _Write) -> _Written:
     case, ending = write.case, write.file_ending
-    transfers = [
-        link_or_copy(image, write.dataset_folder / "imagesTr" / f"{case.case_id}_{channel:04d}{ending}")
-        for channel, image in enumerate(case.images)
-    ]
+    *images, target = (write.dataset_folder / file for file in _files(case, ending))
+    transfers = [link_or_copy(source, image) for source, image in zip(case.images, images, strict=True)]
     # nnU-Net keeps the spacing of TIFF images in a file beside them.
     first = case.images[0].name
     spacing_file = case.images[0].with_name(first[: -(len(ending) + len("_0000"))] + ".json")
     if spacing_file.is_file():
         link_or_copy(spacing_file, write.dataset_folder / "imagesTr" / f"{case.case_id}.json")
 
-    reader: Any = write.reader()
-    labels, properties = reader.read_seg(str(case.labels))
-    dense = labels[0].astype(np.uint16)
+    labels = read_labels(case.labels, write.reader)
+    dense = labels.voxels.astype(np.uint16)
     sparse = keep_slices(dense, write.axis, write.annotated, write.ignore_label)
-    reader.write_seg(sparse, str(write.dataset_folder / "labelsTr" / f"{case.case_id}{ending}"), properties)
+    write_labels(target, sparse, labels.properties, write.reader)
     kept = np.take(dense, write.annotated, axis=write.axis)
     return _Written(tuple(transfers), bool(dense.any() and not kept.any()))
 
@@ -373,9 +382,8 @@ def _transfer_test_cases(source: Path, target: Path) -> Iterator[str]:
         if not (source / name).is_dir():
             continue
         (target / name).mkdir()
-        for path in sorted((source / name).iterdir()):
-            if path.is_file() and not path.name.startswith("."):
-                yield link_or_copy(path, target / name / path.name)
+        for path in list_files(source / name):
+            yield link_or_copy(path, target / name / path.name)
 
 
 def _nothing_left_out(axis: int, depths: Mapping[str, int]) -> str:

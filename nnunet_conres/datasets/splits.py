@@ -23,13 +23,13 @@ from nnunet_conres.datasets.raw import (
     folder_from_environment,
     map_cases,
     read_dataset_json,
-    reader_writer_class,
-    short_message,
     some,
-    write_json,
 )
-from nnunet_conres.errors import InputError
-from nnunet_conres.text import aligned
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.files import write_json
+from nnunet_conres.folders import list_files, visible, writing
+from nnunet_conres.images.volumes import read_labels, reader_for
+from nnunet_conres.text import aligned, number_text
 
 Balance = Literal["both", "grade", "volume", "none"]
 
@@ -169,9 +169,12 @@ def split(
     faults += found
     grades, found = _grades(folder, grades_file, ids)
     faults += found
-    reader = reader_writer_class(dataset_json, cases)
-    if reader is None and cases:
-        faults.append(f"No image of {folder} can be read; expected files of the kind that their ending tells.")
+    reader: type | None = None
+    if cases:
+        try:
+            reader = reader_for(dataset_json, [case.images[0] for case in cases])
+        except InputError as error:
+            faults += error.faults
     volumes: dict[str, float] = {}
     if reader is not None:
         jobs = [_Measure(case, reader, dataset_json["labels"].get("ignore")) for case in cases]
@@ -200,16 +203,18 @@ def split(
 
     path = preprocessed / folder.name / SPLITS_FILE
     content = [entry.as_json() for entry in entries]
-    before = _read_splits(path)
     results = folder_from_environment(FOLDER_VARIABLES[2])
     ending = str(dataset_json["file_ending"])
-    trainings = [] if results is None else list(_other_trainings(results / folder.name, entries, before, ending))
-    if path.exists() and before != content and not force:
-        reasons = [f"{path} exists already and holds other splits; add --force to replace it."]
-        raise InputError(reasons + [f"Already trained: {training}" for training in trainings])
-    if before != content:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
+    # From the look at what is there to the replacement: two splits must not both find none.
+    with writing(path.parent, lock=f".{path.name}.lock"):
+        before = _read_splits(path)
+        trainings = [] if results is None else list(_other_trainings(results / folder.name, entries, before, ending))
+        if path.exists() and before != content and not force:
+            reasons = [f"{path} exists already and holds other splits; add --force to replace it."]
+            raise InputError(reasons + [f"Already trained: {training}" for training in trainings])
+        if before != content:
+            with file_errors(path):
+                write_json(path, content)
     notes = _notes(folder, facts, entries, balance if validation_file is None else "none", pattern, content)
     return Split(path, tuple(entries), facts, tuple(trainings), tuple(notes), unchanged=before == content)
 
@@ -463,15 +468,20 @@ class _Measure:
 
 def _measure(job: _Measure) -> float | str:
     """Labelled volume in ml, or a message that tells why it cannot be known."""
-    reader: Any = job.reader()
     try:
-        labels, properties = reader.read_seg(str(job.case.labels))
-    except Exception as error:  # each of nnU-Net's readers has its own
-        return f"{job.case.labels} cannot be read: {short_message(error)}."
-    foreground = labels != 0
+        labels = read_labels(job.case.labels, job.reader)
+    except InputError as error:
+        return str(error)
+    if labels.inexact is not None:
+        return (
+            f"{job.case.labels} has labels that nnU-Net's {job.reader.__name__} reads as "
+            f"{number_text(labels.inexact)} and the like, and its training cuts the fraction off. Write the labels as "
+            f"integers, without a scale factor."
+        )
+    foreground = labels.voxels != 0
     if job.ignore_label is not None:
-        foreground &= labels != job.ignore_label
-    return float(np.count_nonzero(foreground) * np.prod(properties["spacing"]) / 1000)
+        foreground &= labels.voxels != job.ignore_label
+    return float(np.count_nonzero(foreground) * np.prod(labels.spacing) / 1000)
 
 
 def _grades(folder: Path, grades_file: str | Path | None, ids: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -553,7 +563,10 @@ def _other_trainings(results: Path, folds: Sequence[Fold], before: Any, ending: 
         before: The splits that the file held until now, None if there was none.
         ending: Of the data set's files.
     """
-    for fold_folder in sorted(results.glob("*__*__*/fold_*")):
+    models = [model for model in visible(results) if model.name.count("__") >= 2] if results.is_dir() else []
+    for fold_folder in [folder for model in models if model.is_dir() for folder in visible(model)]:
+        if not fold_folder.name.startswith("fold_"):
+            continue
         number = fold_folder.name.removeprefix("fold_")
         if not number.isdigit() or not any(fold_folder.glob("checkpoint_*.pth")):
             continue
@@ -587,7 +600,7 @@ def _held_out(fold_folder: Path, number: int, before: Any, ending: str) -> tuple
     # A validation that was not finished has fewer files than cases; the old splits are all of them.
     if before is not None and number < len(before):
         return set(before[number]["val"]), "the splits file until now"
-    files = list(validation.glob(f"*{ending}"))
+    files = list_files(validation, ending) if validation.is_dir() else []
     return ({path.name.removesuffix(ending) for path in files} or None), "the files in validation"
 
 

@@ -18,9 +18,8 @@ from nnunet_conres.datasets.raw import (
     folder_from_environment,
     short_message,
     some,
-    write_json,
 )
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.costs import Cost, Curves, ensemble_cost, model_cost, unlike_conditions
 from nnunet_conres.evaluation.ensembles import build_ensemble, ensemble_members, settings_differences
 from nnunet_conres.evaluation.json_values import without_nan
@@ -41,6 +40,9 @@ from nnunet_conres.evaluation.models import (
 from nnunet_conres.evaluation.report import REPORT_FORMAT, CaseVolumes, write_report
 from nnunet_conres.evaluation.scoring import MEAN, Scores, ScoringJob, score_cases
 from nnunet_conres.evaluation.statistics import PairedComparison, compare_paired, mean_interval
+from nnunet_conres.files import write_json, written_whole
+from nnunet_conres.folders import list_files, writing
+from nnunet_conres.images.volumes import reader_for
 from nnunet_conres.text import aligned
 
 MOST_DISAGREEMENTS: Final = 10
@@ -57,7 +59,7 @@ class CompareOptions:
         intersection: Whether to compare on the common cases where models have different ones.
         ensembles: Whether to average probabilities and compare that as further models.
         run: Whether to run the commands that make what is missing.
-        device: Device for those commands.
+        device: Device of those commands; None for cuda where there is a GPU, else cpu.
         metrics: Conventions of the metrics.
         group_pattern: Regular expression that finds in a case's id what it is grouped by, where cases are not
             independent; None for the patients of BraTS's ids since 2023.
@@ -68,7 +70,7 @@ class CompareOptions:
     intersection: bool = False
     ensembles: bool = True
     run: bool = False
-    device: str = "cuda"
+    device: str | None = None
     metrics: MetricOptions = field(default_factory=MetricOptions)
     group_pattern: str | None = None
     processes: int = 1
@@ -90,6 +92,7 @@ class _Task:
         settings: Folder with the dataset.json and plans.json that a model predicted with, by its key.
         groups: Group of every case; None where each case is its own.
         missing_probabilities: What makes the probabilities that an ensemble lacks.
+        left_out: Cases that have a reference or a prediction, and are not compared.
         warnings: What has been found already.
     """
 
@@ -103,7 +106,14 @@ class _Task:
     settings: Mapping[str, Path]
     groups: Mapping[str, str] | None
     missing_probabilities: Sequence[Missing]
+    left_out: Sequence[str]
     warnings: list[str]
+
+    @property
+    def folds(self) -> list[int]:
+        """The folds that held the compared cases out, in the first model."""
+        folds = {self.models[0].predictions[case].fold for case in self.cases}
+        return sorted(fold for fold in folds if fold is not None)
 
 
 @dataclass(frozen=True)
@@ -172,8 +182,10 @@ def compare_cross_validation(
     """
     options = options or CompareOptions()
 
+    device = options.device or _available_device()
+
     def find() -> Found:
-        return find_cross_validation(dataset_name, names, folds, device=options.device)
+        return find_cross_validation(dataset_name, names, folds, device=device)
 
     found = _found_or_made(find, options, len(names))
     references = _reference_folder(dataset_name)
@@ -184,7 +196,8 @@ def compare_cross_validation(
     task = _task(
         "cross-validation", dataset_name, dataset_json, found, references, _raw_images(dataset_name), settings, options
     )
-    return _compare(task, Path(output_folder), options)
+    with writing(Path(output_folder)):
+        return _compare(task, Path(output_folder), options)
 
 
 def compare_test_set(
@@ -215,11 +228,11 @@ def compare_test_set(
         InputError: Something is missing or does not fit; lists all that was found.
     """
     options = options or CompareOptions()
-    try:
-        content = read_json(Path(dataset_json))
-        file_ending = str(content["file_ending"])
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError([f"{dataset_json} is not the dataset.json of an nnU-Net data set: {error}."]) from error
+    content = read_json(Path(dataset_json))
+    if "file_ending" not in content:
+        raise InputError(f"{dataset_json} has no file_ending; expected the dataset.json of an nnU-Net data set.")
+    file_ending = str(content["file_ending"])
+    device = options.device or _available_device()
     folders = {name: Path(folder) for name, folder in predictions.items()}
     trained = {name: Path(folder) for name, folder in (model_folders or {}).items()}
     missing = [
@@ -229,7 +242,7 @@ def compare_test_set(
     ]
 
     def find() -> Found:
-        found = find_test_set(folders, trained, file_ending, device=options.device)
+        found = find_test_set(folders, trained, file_ending, device=device)
         found.faults[:0] = missing
         return found
 
@@ -238,35 +251,49 @@ def compare_test_set(
     shown = {} if images is None else _images_by_case(Path(images), file_ending)
     name = str(content.get("name", Path(dataset_json).resolve().parent.name))
     task = _task("test", name, content, found, Path(references), shown, settings, options)
-    return _compare(task, Path(output_folder), options)
+    with writing(Path(output_folder)):
+        return _compare(task, Path(output_folder), options)
+
+
+def _available_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _found_or_made(find: Callable[[], Found], options: CompareOptions, number: int) -> Found:
     """So many models; commands that make what is missing are run where that is wanted.
 
     Raises:
-        InputError: They are not complete.
+        InputError: They are not complete, or a command failed.
     """
     found = find()
     if options.run and not found.faults:
         todo = list(iterate_missing(found, probabilities=options.ensembles and number > 1))
-        unknown = [missing.as_text for missing in todo if not missing.is_known]
+        unknown = [missing for missing in todo if not missing.is_known]
         if unknown:
             raise InputError(
                 [
                     f"--run does not know the whole command: name the model's folder with --model, run it yourself, or "
-                    f"leave --run out and do without the ensemble. {text}"
-                    for text in unknown
+                    f"leave --run out and do without the ensemble. {missing.as_text}"
+                    if missing.command
+                    else missing.as_text
+                    for missing in unknown
                 ]
             )
         for missing in todo:
             print(missing.as_text, flush=True)
-            code = subprocess.run(missing.command, check=False).returncode
+            try:
+                code = subprocess.run(missing.command, check=False).returncode
+            except FileNotFoundError as error:
+                raise InputError(f"{missing.command[0]} is not installed here; run it where nnU-Net is.") from error
             if code != 0:
-                raise RuntimeError(f"The command failed with exit code {code}: {' '.join(missing.command)}")
+                raise InputError(f"The command failed with exit code {code}: {missing.remedy}")
         if todo:
             found = find()
     faults = found.faults + [missing.as_text for missing in found.missing]
+    if not options.intersection:
+        faults += [f"{gap.as_text} Or compare on the common cases with --intersection." for gap in found.gaps]
     if faults:
         raise InputError(faults)
     return found
@@ -283,11 +310,7 @@ def _task(
     options: CompareOptions,
 ) -> _Task:
     file_ending = str(dataset_json["file_ending"])
-    references = {
-        path.name.removesuffix(file_ending): path
-        for path in sorted(reference_folder.iterdir())
-        if path.name.endswith(file_ending) and not path.name.startswith(".")
-    }
+    references = {path.name.removesuffix(file_ending): path for path in list_files(reference_folder, file_ending)}
     cases, faults = same_cases(found.models, list(references), intersection=options.intersection)
     faults += _other_labels(found.models, dataset_json, settings)
     groups, ungrouped = _groups(cases, options.group_pattern)
@@ -295,19 +318,23 @@ def _task(
     if faults:
         raise InputError(faults)
     warnings = []
+    predicted = {case for model in found.models for case in model.predictions}
+    left_out = predicted - set(cases)
     if options.intersection:
-        left = sorted({case for model in found.models for case in model.predictions} - set(cases))
-        if left:
-            warnings.append(f"Compared on the {len(cases)} common cases only; left out: {some(left)}.")
+        warnings += [f"{gap.what} Left out for all models." for gap in found.gaps]
+        if left_out:
+            warnings.append(f"Compared on the {len(cases)} common cases only; left out: {some(sorted(left_out))}.")
         others = other_splits(found.models)
         if others:
             warnings.append(
                 f"{some(others)}: trained on other splits than {found.models[0].name}. Each case was held out, but the "
                 f"models learned from different cases."
             )
-    unpredicted = sorted(set(references) - {case for model in found.models for case in model.predictions})
-    if kind == "test" and unpredicted:
-        warnings.append(f"No model predicted {some(unpredicted)}, for which there is a reference.")
+    if kind == "test":
+        unpredicted = sorted(set(references) - predicted)
+        left_out |= set(unpredicted)
+        if unpredicted:
+            warnings.append(f"No model predicted {some(unpredicted)}, for which there is a reference.")
     return _Task(
         kind,
         dataset_name,
@@ -319,6 +346,7 @@ def _task(
         settings,
         groups,
         found.missing_probabilities,
+        sorted(left_out | {case for gap in found.gaps for case in gap.cases}),
         warnings,
     )
 
@@ -359,16 +387,16 @@ def _raw_images(dataset_name: str) -> dict[str, list[Path]]:
         return {}
     try:
         file_ending = str(read_json(raw / dataset_name / "dataset.json")["file_ending"])
-    except (OSError, ValueError, KeyError):
+    except (InputError, KeyError):
         return {}
     return _images_by_case(raw / dataset_name / "imagesTr", file_ending)
 
 
 def _images_by_case(folder: Path, file_ending: str) -> dict[str, list[Path]]:
     cases: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
+    for path in list_files(folder, file_ending):
         stem = path.name.removesuffix(file_ending)
-        if path.name.endswith(file_ending) and stem[-5:-4] == "_" and stem[-4:].isdigit():
+        if stem[-5:-4] == "_" and stem[-4:].isdigit():
             cases.setdefault(stem[:-5], []).append(path)
     return cases
 
@@ -377,7 +405,8 @@ def _images_by_case(folder: Path, file_ending: str) -> dict[str, list[Path]]:
 
 
 def _compare(task: _Task, output: Path, options: CompareOptions) -> Comparison:
-    output.mkdir(parents=True, exist_ok=True)
+    with file_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
     warnings = list(task.warnings)
     models = task.models + (_ensembles(task, output, options, warnings) if options.ensembles else [])
     jobs = [
@@ -418,8 +447,10 @@ def _ensembles(task: _Task, output: Path, options: CompareOptions, warnings: lis
     ]
     if len(task.models) > 1 and len(able) < len(task.models):
         without = [model.name for model in task.models if model not in able]
-        commands = " ".join(missing.as_text for missing in task.missing_probabilities)
-        warnings.append(f"No ensemble with {', '.join(without)}. {commands} Or let --run do it.")
+        lines = [f"No ensemble with {', '.join(without)}: probabilities are missing. Run these, or add --run:"]
+        for missing in task.missing_probabilities:
+            lines.append(missing.remedy if missing.command else missing.as_text)
+        warnings.append("\n".join(lines))
     if len(able) < 2:
         return []
     differences = settings_differences(able, task.settings)
@@ -469,13 +500,11 @@ def _content(
     baseline = models[0].key
     regions = [region for region in next(iter(scores.values[baseline].values())) if region != MEAN]
     compared = compare_paired(_named(scores, names), names[baseline], groups=task.groups) if len(models) > 1 else []
-    if len(task.cases) > 1 and len({prediction.fold for prediction in models[0].predictions.values()}) == 1:
-        folds = models[0].folds
-        if task.kind == "cross-validation":
-            warnings.append(
-                f"Only fold {folds[0]} is compared: what differs may differ by chance of the split or the training; "
-                f"other folds and seeds tell."
-            )
+    if len(task.cases) > 1 and len(task.folds) == 1:
+        warnings.append(
+            f"Only fold {task.folds[0]} is compared: what differs may differ by chance of the split or the training; "
+            f"other folds and seeds tell."
+        )
     conclusions = [
         comparison.sentence
         for comparison in compared
@@ -492,8 +521,9 @@ def _content(
             "dataset": {
                 "name": task.dataset_name,
                 "kind": task.kind,
-                "folds": list(models[0].folds) if task.kind == "cross-validation" else [],
+                "folds": task.folds,
                 "number_of_cases": len(task.cases),
+                "left_out": task.left_out,
                 "reference": str(next(iter(task.references.values())).parent) if task.references else "",
             },
             "options": options.metrics.as_json(),
@@ -641,8 +671,7 @@ def _write_csv(path: Path, content: Mapping[str, Any]) -> None:
     """A row per case, model and region; an empty cell where there is no value."""
     metrics = [metric["key"] for metric in content["metrics"]]
     names = {model["key"]: model["name"] for model in content["models"]}
-    partial = path.with_name(f".{path.name}.new")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["case", "fold", "model", "region", *metrics])
         for case in content["cases"]:
@@ -651,7 +680,6 @@ def _write_csv(path: Path, content: Mapping[str, Any]) -> None:
                     cells = ["" if values[metric] is None else values[metric] for metric in metrics]
                     fold = "" if case["fold"] is None else case["fold"]
                     writer.writerow([case["id"], fold, names[key], region, *cells])
-    partial.replace(path)
 
 
 def _write_report(path: Path, task: _Task, models: Sequence[Model], content: dict[str, Any]) -> None:
@@ -663,7 +691,7 @@ def _write_report(path: Path, task: _Task, models: Sequence[Model], content: dic
     def volumes() -> Iterator[CaseVolumes]:
         import numpy as np
 
-        from nnunet_conres.evaluation.figures import read_standing
+        from nnunet_conres.evaluation.figures import read_standing, read_standing_labels
 
         regions = label_values(task.dataset_json["labels"])
         channel_names = task.dataset_json.get("channel_names", task.dataset_json.get("modality", {}))
@@ -671,18 +699,19 @@ def _write_report(path: Path, task: _Task, models: Sequence[Model], content: dic
             if case not in task.images:
                 continue
             try:
-                images, spacings = zip(*(read_standing(file) for file in task.images[case]), strict=True)
+                reader = reader_for(task.dataset_json, [task.images[case][0]])
+                images, spacings = zip(*(read_standing(file, reader) for file in task.images[case]), strict=True)
                 found = CaseVolumes(
                     case,
                     np.stack(images),
                     [str(channel_names.get(str(number), f"channel {number}")) for number in range(len(images))],
-                    read_standing(task.references[case])[0],
-                    {model.key: read_standing(model.predictions[case].labels)[0] for model in models},
+                    read_standing_labels(task.references[case], reader),
+                    {model.key: read_standing_labels(model.predictions[case].labels, reader) for model in models},
                     regions,
                     spacings[0],
                 )
                 faults = found.faults()
-            except (RuntimeError, ValueError) as error:
+            except ValueError as error:
                 faults = [f"{short_message(error)}."]
             # Scores and statistics are there already: what can't be shown must not cost them.
             if faults:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.datasets.raw import short_message
-from nnunet_conres.evaluation.models import Model, ModelName, read_json
+from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.models import Model, ModelName, architecture_faults, read_json
+from nnunet_conres.unpickling import read_checkpoint
 
 # What the trainers of this package say besides: an attribute, which nnU-Net writes into debug.json, and a logged line.
 _PRECISION_ATTRIBUTE: Final = "training_precision"
@@ -90,9 +92,11 @@ def model_cost(model: Model) -> tuple[Cost, Curves, list[str]]:
     conditions: dict[str, set[str]] = {name: set() for name in _CONDITIONS}
     for fold in model.folds:
         folder = model.folder / f"fold_{fold}"
-        logged = _logged(folder)
+        logged, reasons = _logged(folder)
         if logged is None:
-            notes.append(f"{model.name}, fold {fold}: no checkpoint to read the training's curves and times from.")
+            notes.append(
+                " ".join([f"{model.name}, fold {fold}: no checkpoint to read the training's curves from.", *reasons])
+            )
         else:
             curves[str(fold)] = _curves(logged, _region_names(model.folder))
             starts, ends = logged.get("epoch_start_timestamps", []), logged.get("epoch_end_timestamps", [])
@@ -173,6 +177,8 @@ def _network_cost(folder: Path, model: ModelName, name: str, notes: list[str]) -
 
     known: dict[str, Any] = {}
     try:
+        if faults := architecture_faults(folder / "plans.json"):
+            raise InputError(faults[0])
         dataset_json = read_json(folder / "dataset.json")
         plans = PlansManager(read_json(folder / "plans.json"))
         configuration = plans.get_configuration(model.configuration)
@@ -217,19 +223,18 @@ def _trainer_class(name: str) -> Any:
 # --- logs -------------------------------------------------------------------------------------------------------------
 
 
-def _logged(fold_folder: Path) -> dict[str, list[Any]] | None:
-    """What nnU-Net's logger keeps in checkpoints: a value per epoch."""
-    import torch
-
+def _logged(fold_folder: Path) -> tuple[dict[str, list[Any]] | None, list[str]]:
+    """What nnU-Net's logger keeps in checkpoints, a value per epoch; and why checkpoints that are there have none."""
+    reasons: list[str] = []
     for name in _CHECKPOINTS:
         if (fold_folder / name).is_file():
             try:
-                # memory-mapped: reads the log, not the weights
-                checkpoint = torch.load(fold_folder / name, map_location="cpu", weights_only=False, mmap=True)
-                return dict(checkpoint["logging"])
-            except Exception:  # damaged in one of many ways; the next may be whole
-                continue
-    return None
+                return dict(read_checkpoint(fold_folder / name)["logging"]), reasons
+            except InputError as error:  # the next may be whole
+                reasons.append(str(error))
+            except (KeyError, TypeError, ValueError):
+                reasons.append(f"{fold_folder / name} holds no log of nnU-Net.")
+    return None, reasons
 
 
 def _curves(logged: Mapping[str, list[Any]], regions: Sequence[str]) -> dict[str, Any]:
@@ -283,7 +288,7 @@ def _training_conditions(fold_folder: Path) -> dict[str, str]:
     """What is known of `_CONDITIONS` in a fold; what nnU-Net wrote about the last start of its training."""
     try:
         debug = read_json(fold_folder / "debug.json")
-    except (OSError, ValueError):
+    except InputError:
         return {}
     kind = str(debug.get("device", "")).split(":")[0]
     # nnU-Net's own training steps are in mixed precision on CUDA and in single precision elsewhere.

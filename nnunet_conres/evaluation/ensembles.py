@@ -9,8 +9,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from nnunet_conres.datasets.raw import map_cases, short_message, write_json
+from nnunet_conres.datasets.raw import map_cases, short_message
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.models import Model, Prediction, read_json
+from nnunet_conres.files import write_json
+from nnunet_conres.images.volumes import write_labels
+from nnunet_conres.unpickling import read_pickle
 
 _SOURCES = "sources.json"
 
@@ -39,8 +43,8 @@ def settings_differences(models: Sequence[Model], settings: Mapping[str, Path]) 
         folder = settings[model.key]
         try:
             read[model.key] = (read_json(folder / "dataset.json"), read_json(folder / "plans.json"))
-        except (OSError, ValueError) as error:
-            faults.append(f"{model.name} can't be averaged with others: {short_message(error)}.")
+        except InputError as error:
+            faults.append(f"{model.name} can't be averaged with others: {error}")
     if faults:
         return faults
     first = models[0]
@@ -86,14 +90,15 @@ def build_ensemble(
         The ensemble.
 
     Raises:
-        ValueError: The probabilities of a case do not fit each other, or a file can't be read.
+        InputError: The probabilities of a case do not fit each other, or a file can't be read.
     """
     name = " + ".join(member.name for member in members)
     file_ending = str(read_json(settings_folder / "dataset.json")["file_ending"])
-    output_folder.mkdir(parents=True, exist_ok=True)
+    with file_errors(output_folder):
+        output_folder.mkdir(parents=True, exist_ok=True)
     try:
         done = read_json(output_folder / _SOURCES)
-    except (OSError, ValueError):
+    except InputError:
         done = {}
     sources = {case: [_fingerprint(path) for path in _files(members, case, file_ending)] for case in cases}
     targets = {case: output_folder / f"{case}{file_ending}" for case in cases}
@@ -108,7 +113,7 @@ def build_ensemble(
     ]
     for case, fault in zip(todo, map_cases(_average_case, jobs, processes, f"Ensemble {name}", progress), strict=True):
         if fault:
-            raise ValueError(fault)
+            raise InputError(fault)
         done[case] = [*sources[case], _fingerprint(targets[case])]
         write_json(output_folder / _SOURCES, done)
     predictions = {case: Prediction(case, targets[case], members[0].predictions[case].fold) for case in cases}
@@ -127,8 +132,6 @@ def _fingerprint(path: Path) -> list[Any]:
 
 def _average_case(job: tuple[list[str], str, str]) -> str | None:
     """Writes a case's label map with nnU-Net's own means; returns what is wrong, if anything is."""
-    import pickle
-
     import numpy as np
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -153,13 +156,13 @@ def _average_case(job: tuple[list[str], str, str]) -> str | None:
         total = probabilities if total is None else total + probabilities
     properties_file = Path(files[0]).with_suffix(".pkl")
     try:
-        properties = pickle.loads(properties_file.read_bytes())
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        return f"{properties_file} can't be read: {short_message(error)}. nnU-Net writes it beside the probabilities."
+        properties = read_pickle(properties_file)
+    except InputError as error:
+        return f"{error} nnU-Net writes it with the probabilities; predict the case again."
     labels = plans.get_label_manager(dataset_json).convert_probabilities_to_segmentation(total / len(files))
-    # Whoever looks finds the label map whole or not at all.
-    file_ending = str(dataset_json["file_ending"])
-    partial = Path(target).with_name(f".{Path(target).name}.partial{file_ending}")
-    plans.image_reader_writer_class().write_seg(labels, str(partial), properties)
-    partial.replace(f"{target}{file_ending}")
+    path = Path(f"{target}{dataset_json['file_ending']}")
+    try:
+        write_labels(path, labels, properties, plans.image_reader_writer_class)
+    except InputError as error:
+        return str(error)
     return None

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.case_ids import unsafe_ids
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.labels import ignore_label, label_values
+from nnunet_conres.files import written_whole
+from nnunet_conres.folders import list_files, writing
+from nnunet_conres.images.volumes import affine_of, read_labels, read_volume, reader_for, standing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,12 +43,14 @@ class Legend:
         regions: Label values of every label or region to outline, by name.
         file_ending: Of all images, as in dataset.json.
         ignore_label: The label of voxels that are not annotated, None where there is none.
+        reader: Name of nnU-Net's reader for the files, "None" where nnU-Net chooses it by their ending.
     """
 
     channels: tuple[str, ...]
     regions: Mapping[str, tuple[int, ...]]
     file_ending: str = ".nii.gz"
     ignore_label: int | None = None
+    reader: str = "None"
 
 
 def read_legend(dataset_json: str | Path) -> Legend:
@@ -56,19 +63,19 @@ def read_legend(dataset_json: str | Path) -> Legend:
         Channel names, and all labels or regions but background and ignore.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not a dataset.json.
+        InputError: There is no such file, or it is not a dataset.json.
     """
     path = Path(dataset_json)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected the dataset.json of the data set.")
+        raise InputError(f"{path} does not exist; expected the dataset.json of the data set.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         channels = tuple(name for _, name in sorted((int(i), n) for i, n in content["channel_names"].items()))
         labels = content["labels"]
-        return Legend(channels, label_values(labels), content["file_ending"], ignore_label(labels))
+        reader = str(content.get("overwrite_image_reader_writer", "None"))
+        return Legend(channels, label_values(labels), content["file_ending"], ignore_label(labels), reader)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not the dataset.json of an nnU-Net data set: {error!r}.") from error
+        raise InputError(f"{path} is not the dataset.json of an nnU-Net data set: {error!r}.") from error
 
 
 def overlay_figure(
@@ -212,14 +219,15 @@ def write_overlays(
         The files written.
 
     Raises:
-        ValueError: Files are missing or do not fit each other; all missing ones are named before anything is written.
+        InputError: Files are missing, can't be read or do not fit each other. All missing ones are named before
+            anything is written; the others are named after all cases that can be drawn have been.
     """
-    from tqdm import tqdm
-
     ending = legend.file_ending
     jobs: list[tuple[str, list[Path], Path, Path | None]] = []
     faults: list[str] = []
-    for prediction in sorted(Path(prediction_folder).glob(f"*{ending}")):
+    predictions = list_files(Path(prediction_folder), ending)
+    faults += unsafe_ids((prediction.name[: -len(ending)] for prediction in predictions), prediction_folder)
+    for prediction in predictions:
         case_id = prediction.name[: -len(ending)]
         images = [Path(image_folder) / f"{case_id}_{i:04d}{ending}" for i in range(len(legend.channels))]
         reference = None if reference_folder is None else Path(reference_folder) / prediction.name
@@ -229,32 +237,58 @@ def write_overlays(
     if not jobs:
         faults.append(f"{prediction_folder} has no file ending in {ending}; expected predictions of nnU-Net.")
     if faults:
-        raise ValueError("\n".join(faults))
+        raise InputError(faults)
 
+    content = {"file_ending": ending, "overwrite_image_reader_writer": legend.reader}
+    reader = reader_for(content, [images[0] for _, images, _, _ in jobs])
     output = Path(output_folder)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        return _write_overlays(jobs, output, legend, reader, progress)
+
+
+def _write_overlays(
+    jobs: Sequence[tuple[str, list[Path], Path, Path | None]],
+    output: Path,
+    legend: Legend,
+    reader: type,
+    progress: bool,
+) -> list[Path]:
+    from tqdm import tqdm
+
+    faults: list[str] = []
     written = []
     for case_id, images, prediction, reference in tqdm(jobs, desc="Drawing", unit="case", disable=not progress):
-        voxels = [read_standing(path) for path in images]
-        predicted = read_standing(prediction)[0]
+        try:
+            voxels = [read_standing(path, reader) for path in images]
+            predicted = read_standing_labels(prediction, reader)
+            truth = None if reference is None else read_standing_labels(reference, reader)
+        except InputError as error:
+            faults += error.faults
+            continue
         try:
             figure = overlay_figure(
                 np.stack([image for image, _ in voxels]),
                 predicted,
                 regions=legend.regions,
-                reference=None if reference is None else read_standing(reference)[0],
+                reference=truth,
                 channels=legend.channels,
                 spacing=voxels[0][1],
                 title=case_id,
             )
         except ValueError as error:
-            raise ValueError(f"{prediction}, its images and its reference do not fit each other: {error}") from error
-        path = output / f"{case_id}.png"
-        partial = output / f".{case_id}.partial.png"
-        figure.savefig(partial, dpi=150, facecolor=figure.get_facecolor())
-        partial.replace(path)
-        written.append(path)
+            faults.append(f"{prediction}, its images and its reference do not fit each other: {error}")
+            continue
+        written.append(_save(figure, output / f"{case_id}.png"))
+    if faults:
+        shown = "\n".join(f"  - {fault}" for fault in faults)
+        raise InputError(f"{len(written)} of {len(jobs)} cases were drawn, in {output}; the others can't be:\n{shown}")
     return written
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=150, facecolor=figure.get_facecolor())
+    return path
 
 
 def sparse_annotation_figure(
@@ -414,43 +448,48 @@ def write_sparse_annotation_figures(
         The files written.
 
     Raises:
-        ValueError: The files of a case do not fit each other, or dataset.json has no ignore label.
+        InputError: The files of a case can't be read or do not fit each other, or dataset.json has no ignore label.
     """
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+    legend = read_legend(dataset_json)
+    if legend.ignore_label is None:
+        raise InputError(f"{dataset_json} has no label 'ignore'; expected that of a sparsely annotated data set.")
+    content = {"file_ending": legend.file_ending, "overwrite_image_reader_writer": legend.reader}
+    if not cases:
+        return []
+    reader = reader_for(content, [case.images[0] for case in cases])
+    output = Path(output_folder)
+    with writing(output):
+        return _write_sparse_annotation_figures(cases, output, legend, reader, progress)
+
+
+def _write_sparse_annotation_figures(
+    cases: Sequence[SparseCase], output: Path, legend: Legend, reader: type, progress: bool
+) -> list[Path]:
     from tqdm import tqdm
 
-    legend = read_legend(dataset_json)
-    content = json.loads(Path(dataset_json).read_text(encoding="utf-8"))
-    if legend.ignore_label is None:
-        raise ValueError(f"{dataset_json} has no label 'ignore'; expected that of a sparsely annotated data set.")
-    output = Path(output_folder)
-    output.mkdir(parents=True, exist_ok=True)
+    assert legend.ignore_label is not None, "checked before"
     written = []
     for case in tqdm(cases, desc="Drawing", unit="case", disable=not progress):
-        files = [str(path) for path in case.images]
-        reader = determine_reader_writer_from_dataset_json(content, files[0], verbose=False)()
-        images, properties = reader.read_images(files)
-        sparse = reader.read_seg(str(case.sparse))[0][0]
+        image = read_volume(case.images[channels_to_show(legend.channels, len(case.images))[0]], reader)
+        sparse = read_labels(case.sparse, reader).voxels
+        dense = read_labels(case.dense, reader).voxels
+        truth = None if case.truth is None else read_labels(case.truth, reader).voxels
         try:
             figure = sparse_annotation_figure(
-                images[channels_to_show(legend.channels, len(images))[0]],
+                image.voxels[0],
                 sparse,
-                reader.read_seg(str(case.dense))[0][0],
+                dense,
                 ignore_label=legend.ignore_label,
                 regions=legend.regions,
-                truth=None if case.truth is None else reader.read_seg(str(case.truth))[0][0],
+                truth=truth,
                 axis=_annotated_axis(sparse != legend.ignore_label),
-                spacing=properties["spacing"],
-                reverse=reversed_axes(properties),
+                spacing=image.spacing,
+                reverse=reversed_axes(image.properties),
                 title=case.case_id,
             )
         except ValueError as error:
-            raise ValueError(f"{case.sparse}, its images and its completion do not fit: {error}") from error
-        path = output / f"{case.case_id}.png"
-        partial = output / f".{case.case_id}.partial.png"
-        figure.savefig(partial, dpi=150, facecolor=figure.get_facecolor())
-        partial.replace(path)
-        written.append(path)
+            raise InputError(f"{case.sparse}, its images and its completion do not fit: {error}") from error
+        written.append(_save(figure, output / f"{case.case_id}.png"))
     return written
 
 
@@ -529,16 +568,12 @@ def _mark_slices(panel: Axes, rows: NDArray[np.intp]) -> None:
 
 def reversed_axes(properties: Mapping[str, Any]) -> tuple[bool, ...]:
     """For each axis of an array of nnU-Net's readers, whether a viewer from the feet, face up, reads it backwards."""
-    if "sitk_stuff" in properties and len(properties["sitk_stuff"]["direction"]) == 9:
-        directions = np.reshape(properties["sitk_stuff"]["direction"], (3, 3))
-    elif "nibabel_stuff" in properties:
-        stuff = properties["nibabel_stuff"]
-        affine = np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]))
-        directions = np.diag([-1.0, -1.0, 1.0]) @ affine[:3, :3]
-    else:
+    affine = affine_of(properties)
+    if affine is None:
         return (False, False, False)
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     # Towards the left and the back, and downwards, is how pictures are read.
-    read = np.array([1.0, 1.0, -1.0])
+    read = np.array([-1.0, -1.0, -1.0])
     reverse = []
     for direction in directions.T[::-1]:
         main = int(np.argmax(np.abs(direction)))
@@ -562,12 +597,18 @@ def _write_sparse_legend(figure: Figure, colours: Mapping[str, str]) -> None:
     )
 
 
-def read_standing(path: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
-    """Voxels (z, y, x) and their spacing, turned so that slices are seen from the feet with the face up."""
-    import SimpleITK
+def read_standing(path: Path, reader: type) -> tuple[NDArray[Any], tuple[float, ...]]:
+    """Voxels (z, y, x) of an image and their spacing, turned so that slices are seen from the feet with the face up."""
+    volume = read_volume(path, reader)
+    if volume.voxels.shape[0] != 1:
+        raise InputError(f"{path} has {volume.voxels.shape[0]} channels; expected one, and a file for each channel.")
+    return standing(volume.voxels[0], volume.properties)
 
-    image = SimpleITK.DICOMOrient(SimpleITK.ReadImage(str(path)), "LPS")
-    return SimpleITK.GetArrayFromImage(image), tuple(image.GetSpacing()[::-1])
+
+def read_standing_labels(path: Path, reader: type) -> NDArray[np.int32]:
+    """Labels (z, y, x), turned so that slices are seen from the feet with the face up."""
+    labels = read_labels(path, reader)
+    return standing(labels.voxels, labels.properties)[0]
 
 
 def channels_to_show(names: Sequence[str], count: int) -> list[int]:

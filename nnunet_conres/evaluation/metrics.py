@@ -14,6 +14,8 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.errors import InputError
+
 # Raised whenever a metric changes its value, so that scores of before are not taken from a cache.
 METRIC_VERSION: Final = 1
 
@@ -200,7 +202,7 @@ class MetricOptions:
         if not (math.isfinite(self.lesion_volume) and self.lesion_volume >= 0):
             faults.append(f"lesion_volume is {self.lesion_volume}; expected 0 mm³ or more.")
         if faults:
-            raise ValueError("\n".join(faults))
+            raise InputError(faults)
 
     def as_json(self) -> dict[str, Any]:
         """All attributes."""

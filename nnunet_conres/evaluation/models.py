@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PureWindowsPath
 from typing import Any, Final
 
+from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment, some
+from nnunet_conres.errors import InputError
+from nnunet_conres.folders import list_files
 
 PROBABILITIES_ENDING: Final = ".npz"
 # What nnU-Net writes into folders of predictions besides.
@@ -84,25 +87,34 @@ class Model:
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that a command of nnU-Net's makes.
+    """Something that is not there, and what makes it.
 
     Attributes:
-        what: What is missing, for people.
-        command: The command, as a list of arguments.
+        what: What is missing, a sentence.
+        command: The command of nnU-Net that makes it, as a list of arguments; empty where no command alone does.
+        instead: What to do where there is no command, a sentence.
+        cases: The cases that lack it, where these are only some of a fold.
     """
 
     what: str
-    command: tuple[str, ...]
+    command: tuple[str, ...] = ()
+    instead: str = ""
+    cases: tuple[str, ...] = ()
+
+    @property
+    def remedy(self) -> str:
+        """The command, as a shell takes it, or what to do instead."""
+        return shlex.join(self.command) if self.command else self.instead
 
     @property
     def as_text(self) -> str:
         """What is missing and what makes it."""
-        return f"{self.what} Run: {shlex.join(self.command)}"
+        return f"{self.what} Run: {self.remedy}" if self.command else f"{self.what} {self.remedy}"
 
     @property
     def is_known(self) -> bool:
-        """Whether the command can be run as it is."""
-        return _UNKNOWN_IMAGES not in self.command and _UNKNOWN_MODEL not in self.command
+        """Whether there is a command that can be run as it is."""
+        return bool(self.command) and _UNKNOWN_IMAGES not in self.command and _UNKNOWN_MODEL not in self.command
 
 
 @dataclass
@@ -113,12 +125,14 @@ class Found:
         models: The complete ones.
         faults: What forbids a comparison.
         missing: Predictions that a command makes; forbids a comparison too.
+        gaps: Single predictions that a command makes; without them only the common cases can be compared.
         missing_probabilities: Probabilities that a command makes; forbids ensembles only.
     """
 
     models: list[Model] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
+    gaps: list[Missing] = field(default_factory=list)
     missing_probabilities: list[Missing] = field(default_factory=list)
 
 
@@ -183,9 +197,7 @@ def display_names(names: Sequence[ModelName]) -> list[str]:
 # --- cross-validation -------------------------------------------------------------------------------------------------
 
 
-def find_cross_validation(
-    dataset_name: str, names: Sequence[ModelName], folds: Sequence[int], *, device: str = "cuda"
-) -> Found:
+def find_cross_validation(dataset_name: str, names: Sequence[ModelName], folds: Sequence[int], *, device: str) -> Found:
     """The validation predictions of trained models.
 
     Args:
@@ -214,28 +226,14 @@ def find_cross_validation(
         file_ending = _file_ending(folder, found.faults) if folder.is_dir() else None
         predictions: dict[str, Prediction] = {}
         complete = file_ending is not None
-        for fold in folds:
-            train: tuple[str, ...] = ("nnUNetv2_train", dataset_name, name.configuration, str(fold))
+        for number_of_fold in folds:
+            train: tuple[str, ...] = ("nnUNetv2_train", dataset_name, name.configuration, str(number_of_fold))
             train += ("-tr", name.trainer, "-p", name.plans, "-device", device)
-            validation = folder / f"fold_{fold}" / "validation"
-            if not (folder / f"fold_{fold}" / "checkpoint_final.pth").is_file() and not validation.is_dir():
-                found.faults.append(
-                    f"{display_name} has no finished fold {fold}: {folder / f'fold_{fold}'} has no checkpoint_final.pth"
-                    f" and no validation. Train it: {shlex.join((*train, '--npz'))}"
-                )
+            fold = _Fold(f"{display_name}, fold {number_of_fold},", number_of_fold, folder, train, plans_file)
+            of_fold = _held_out(fold, file_ending, found)
+            if of_fold is None:
                 complete = False
                 continue
-            if not (validation / _SUMMARY).is_file():
-                found.missing.append(
-                    Missing(
-                        f"The validation of {display_name}, fold {fold}, is not complete.", (*train, "--val", "--npz")
-                    )
-                )
-                complete = False
-                continue
-            if file_ending is None:
-                continue
-            of_fold = _predictions(validation, file_ending, fold)
             twice = sorted(set(of_fold) & set(predictions))
             if twice:
                 found.faults.append(
@@ -243,20 +241,138 @@ def find_cross_validation(
                 )
                 complete = False
             predictions |= of_fold
-            if any(not prediction.probabilities(file_ending).is_file() for prediction in of_fold.values()):
-                found.missing_probabilities.append(
-                    Missing(f"{display_name}, fold {fold}, has no probabilities.", (*train, "--val", "--npz"))
-                )
         if complete:
             found.models.append(Model(f"m{number}", display_name, _sorted(predictions), folder, name, tuple(folds)))
     return found
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """One training of a model.
+
+    Attributes:
+        name: For messages.
+        number: The fold.
+        model: The model's folder.
+        train: The command that trains it.
+        plans_file: The model's plans among the preprocessed data; None where nobody said where those are.
+    """
+
+    name: str
+    number: int
+    model: Path
+    train: tuple[str, ...]
+    plans_file: Path | None
+
+    @property
+    def folder(self) -> Path:
+        return self.model / f"fold_{self.number}"
+
+    @property
+    def checkpoint(self) -> Path:
+        """What nnU-Net's --val loads."""
+        return self.folder / "checkpoint_final.pth"
+
+    def missing(self, what: str, listed: Collection[str] | None) -> Missing:
+        """What makes validation predictions; `listed` are the cases that the fold is known to have held out."""
+        if not self.checkpoint.is_file():
+            train = shlex.join((*self.train, "--npz"))
+            return Missing(
+                what, instead=f"There is no {self.checkpoint} to predict with; train the fold again: {train}"
+            )
+        if self.plans_file is None or not self.plans_file.is_file():
+            where = self.plans_file or "nnUNet_preprocessed, which is not set"
+            return Missing(
+                what,
+                instead=f"The data set is not preprocessed here with the model's plans: {where} does not exist. Copy "
+                f"{self.model / _PLANS_JSON} there, preprocess, then run: {self._validate}",
+            )
+        now = _cases_of_split(self.plans_file.with_name("splits_final.json"), self.number)
+        if listed is not None and now is not None and set(now) != set(listed):
+            return Missing(
+                what,
+                instead=f"{self.plans_file.with_name('splits_final.json')} holds other cases out than the model's "
+                f"training did, so that a validation would predict cases that it was trained on. Put the training's "
+                f"splits there, then run: {self._validate}",
+            )
+        return Missing(what, (*self.train, "--val", "--npz"))
+
+    @property
+    def _validate(self) -> str:
+        return shlex.join((*self.train, "--val", "--npz"))
+
+
+def _held_out(fold: _Fold, file_ending: str | None, found: Found) -> dict[str, Prediction] | None:
+    """The predictions of a fold's validation, None where it can't be compared; adds what is missing to `found`."""
+    validation = fold.folder / "validation"
+    if not fold.checkpoint.is_file() and not validation.is_dir():
+        found.faults.append(
+            f"{fold.name} is not trained to the end: {fold.folder} has no checkpoint_final.pth and no validation. "
+            f"Train it: {shlex.join((*fold.train, '--npz'))}"
+        )
+        return None
+    if file_ending is None:
+        return None
+    listed = _listed_cases(validation / _SUMMARY, file_ending)
+    if listed is None:
+        found.missing.append(
+            fold.missing(
+                f"{fold.name} has no complete validation: {validation / _SUMMARY} is missing or damaged.", None
+            )
+        )
+        return None
+    predictions = _predictions(validation, file_ending, fold.number)
+    if not predictions:
+        found.missing.append(
+            fold.missing(
+                f"{fold.name} has none of the {len(listed)} predictions that its summary.json lists; a model that was "
+                f"installed from a zip comes without them unless it was exported with --exp_cv_preds.",
+                listed,
+            )
+        )
+        return None
+    unlisted = sorted(set(predictions) - set(listed))
+    if unlisted:
+        found.missing.append(
+            fold.missing(
+                f"{fold.name} has no complete validation: {validation} has {', '.join(unlisted)}, which its "
+                f"summary.json does not list.",
+                listed,
+            )
+        )
+        return None
+    lost = sorted(set(listed) - set(predictions))
+    if lost:
+        gap = fold.missing(f"{fold.name} has no prediction of {', '.join(lost)}, which its summary.json lists.", listed)
+        found.gaps.append(replace(gap, cases=tuple(lost)))
+    if any(not prediction.probabilities(file_ending).is_file() for prediction in predictions.values()):
+        found.missing_probabilities.append(fold.missing(f"{fold.name} has no probabilities.", listed))
+    return predictions
+
+
+def _listed_cases(summary: Path, file_ending: str) -> list[str] | None:
+    """The cases that nnU-Net's validation predicted; None where it did not come to the end."""
+    try:
+        files = [str(case["prediction_file"]) for case in read_json(summary)["metric_per_case"]]
+    except (InputError, KeyError, TypeError):
+        return None
+    # which may come from another operating system
+    return [PureWindowsPath(file).name.removesuffix(file_ending) for file in files]
+
+
+def _cases_of_split(splits_file: Path, fold: int) -> list[str] | None:
+    """The cases that a fold holds out by nnU-Net's file; None where it does not say."""
+    try:
+        return [str(case) for case in json.loads(splits_file.read_text(encoding="utf-8"))[fold]["val"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 # --- test set ---------------------------------------------------------------------------------------------------------
 
 
 def find_test_set(
-    folders: Mapping[str, Path], model_folders: Mapping[str, Path], file_ending: str, *, device: str = "cuda"
+    folders: Mapping[str, Path], model_folders: Mapping[str, Path], file_ending: str, *, device: str
 ) -> Found:
     """Predictions in folders, as nnUNetv2_predict writes them.
 
@@ -346,6 +462,7 @@ def same_cases(
     faults: list[str] = []
     everywhere = set.intersection(*(set(model.predictions) for model in models)) if models else set()
     for model in models:
+        faults += unsafe_ids(model.predictions, model.name)
         extra = sorted(set(model.predictions) - everywhere)
         if extra and not intersection:
             without = [other.name for other in models if any(case not in other.predictions for case in extra)]
@@ -385,8 +502,7 @@ def _in_other_folds(first: Model, second: Model) -> set[str]:
 
 
 def _predictions(folder: Path, file_ending: str, fold: int | None) -> dict[str, Prediction]:
-    files = (path for path in sorted(folder.iterdir()) if path.name.endswith(file_ending) and path.is_file())
-    cases = {path.name.removesuffix(file_ending): path for path in files if not path.name.startswith(".")}
+    cases = {path.name.removesuffix(file_ending): path for path in list_files(folder, file_ending)}
     return {case_id: Prediction(case_id, path, fold) for case_id, path in cases.items()}
 
 
@@ -397,28 +513,68 @@ def _sorted(predictions: Mapping[str, Prediction]) -> dict[str, Prediction]:
 def _file_ending(folder: Path, faults: list[str]) -> str | None:
     try:
         return str(read_json(folder / _DATASET_JSON)["file_ending"])
-    except (OSError, ValueError, KeyError) as error:
-        faults.append(f"{folder / _DATASET_JSON} cannot be read ({error}); expected the data set's dataset.json there.")
-        return None
+    except InputError as error:
+        faults.append(f"{error} Expected the data set's dataset.json there.")
+    except KeyError:
+        faults.append(f"{folder / _DATASET_JSON} has no file_ending; expected the data set's dataset.json there.")
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's content.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is no JSON object.
+        InputError: It cannot be read, or is no JSON object.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
     return content
+
+
+def architecture_faults(plans_file: Path) -> list[str]:
+    """What a model's plans name as network or layer that is none, and would be called when the network is built.
+
+    Args:
+        plans_file: The plans.json of a model, which other people may have made.
+
+    Returns:
+        A message for every such name.
+
+    Raises:
+        InputError: The file cannot be read, or holds no plans.
+    """
+    import pydoc
+
+    from torch import nn
+
+    names: list[Any] = []
+    content = read_json(plans_file)
+    try:
+        for configuration in content["configurations"].values():
+            architecture = configuration.get("architecture", {})
+            arguments = architecture.get("arch_kwargs", {})
+            names += [architecture.get("network_class_name")]
+            names += [arguments.get(key) for key in architecture.get("_kw_requires_import", ())]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{plans_file} holds no plans of nnU-Net: {error!r}.") from error
+    faults = []
+    for name in dict.fromkeys(name for name in names if isinstance(name, str)):
+        found = pydoc.locate(name)  # as nnU-Net finds it
+        if found is not None and not (isinstance(found, type) and issubclass(found, nn.Module)):
+            faults.append(f"{plans_file} names {name} as part of a network; expected a class of torch.nn.Module.")
+    return faults
 
 
 def iterate_missing(found: Found, *, probabilities: bool) -> Iterator[Missing]:
     """All that commands have to make before the comparison, each command once."""
-    seen: set[tuple[str, ...]] = set()
-    for missing in (*found.missing, *(found.missing_probabilities if probabilities else ())):
-        if missing.command not in seen:
-            seen.add(missing.command)
+    seen: set[tuple[str, ...] | str] = set()
+    for missing in (*found.missing, *found.gaps, *(found.missing_probabilities if probabilities else ())):
+        if (key := missing.command or missing.what) not in seen:
+            seen.add(key)
             yield missing

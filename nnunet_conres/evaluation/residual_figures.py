@@ -16,10 +16,10 @@ from nnunet_conres.evaluation.figures import (
     channels_to_show,
     content_box,
     draw_outline,
-    reversed_axes,
     slices_to_show,
     tint,
 )
+from nnunet_conres.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +82,7 @@ def image_residual_figure(
     *,
     axis: int = 0,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    direction: Sequence[float] = (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    reverse: Sequence[bool] = (True, False, False),
     unit: str = "standard deviations",
     title: str = "",
 ) -> Figure:
@@ -94,7 +94,7 @@ def image_residual_figure(
         means: Mean residual of every slice.
         axis: Axis of the slices.
         spacing: Voxel size along the three axes in mm.
-        direction: Of the image's axes, as SimpleITK has it.
+        reverse: For each axis, whether to show it from its end to its beginning.
         unit: Of the residual.
         title: Shown on top.
 
@@ -118,7 +118,7 @@ def image_residual_figure(
         limits=limits,
         axis=axis,
         spacing=spacing,
-        direction=direction,
+        reverse=reverse,
         unit=unit,
         title=title,
     )
@@ -132,7 +132,7 @@ def label_residual_figure(
     regions: Mapping[str, Sequence[int]],
     axis: int = 0,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    direction: Sequence[float] = (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    reverse: Sequence[bool] = (True, False, False),
     title: str = "",
 ) -> Figure:
     """Draw slices of a label map, the slices before them, and the residual of every label or region.
@@ -144,7 +144,7 @@ def label_residual_figure(
         regions: Label values by name.
         axis: Axis of the slices.
         spacing: Voxel size along the three axes in mm.
-        direction: Of the image's axes, as SimpleITK has it.
+        reverse: For each axis, whether to show it from its end to its beginning.
         title: Shown on top.
 
     Returns:
@@ -164,7 +164,7 @@ def label_residual_figure(
         limits=content_box(np.logical_or.reduce(list(masks.values()))),
         axis=axis,
         spacing=spacing,
-        direction=direction,
+        reverse=reverse,
         unit="share of voxels",
         title=title,
         names=tuple(regions),
@@ -175,7 +175,7 @@ def predicted_residual_figure(
     images: Sequence[NDArray[Any]],
     prediction: NDArray[Any],
     predicted: Mapping[str, NDArray[np.float32]],
-    attention: NDArray[np.float32],
+    attention: NDArray[np.float32] | None,
     of_prediction: Mapping[str, NDArray[np.bool_]],
     *,
     regions: Mapping[str, Sequence[int]],
@@ -184,7 +184,7 @@ def predicted_residual_figure(
     channels: Sequence[str] = (),
     axis: int = 0,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    direction: Sequence[float] = (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    reverse: Sequence[bool] = (True, False, False),
     title: str = "",
 ) -> Figure:
     """Draw what a network takes for the residual, beside that of its segmentation and, if it is known, the true one.
@@ -193,7 +193,7 @@ def predicted_residual_figure(
         images: One per channel, axes z, y, x; one of them is shown, with the outlines of the labels.
         prediction: Label map of the same shape.
         predicted: Predicted residuals, 0 to 1, by name; shown is the largest at every voxel.
-        attention: 0 to 2; not shown where it is 1 everywhere.
+        attention: 0 to 2; None where there is none.
         of_prediction: Residual of the predicted labels, by name.
         regions: Label values by name.
         reference: True label map, if there is one.
@@ -201,7 +201,7 @@ def predicted_residual_figure(
         channels: Names of the channels.
         axis: Axis of the slices.
         spacing: Voxel size along the three axes in mm.
-        direction: Of the image's axes, as SimpleITK has it.
+        reverse: For each axis, whether to show it from its end to its beginning.
         title: Shown on top.
 
     Returns:
@@ -221,9 +221,8 @@ def predicted_residual_figure(
         Column("residual of the prediction", nothing, (0, 1), tinted=of_prediction),
         Column("predicted residual, 0 to 1", strongest, (0.0, 1.0), _MAP_COLOURS),
     ]
-    attended = attention[attention != 1]
-    if attended.size:  # else there is none
-        low, high = _range(attended)
+    if attention is not None:
+        low, high = _range(attention[attention != 1])
         columns.append(Column(f"attention, {low:.2f} to {high:.2f}", attention, (low, high), _MAP_COLOURS))
     known = of_reference or of_prediction
     curves = [Curve("predicted residual", _means(strongest, axis), "white")]
@@ -238,7 +237,7 @@ def predicted_residual_figure(
         limits=content_box(image),
         axis=axis,
         spacing=spacing,
-        direction=direction,
+        reverse=reverse,
         unit="any region",
         title=title,
         names=tuple(regions),
@@ -265,7 +264,7 @@ def draw(
     limits: Sequence[tuple[int, int]],
     axis: int,
     spacing: Sequence[float],
-    direction: Sequence[float],
+    reverse: Sequence[bool],
     unit: str,
     title: str,
     names: Sequence[str] = (),
@@ -279,7 +278,7 @@ def draw(
         limits: Indices (first, one past the last) along each axis of what to show.
         axis: Axis of the slices.
         spacing: Voxel size along the three axes in mm.
-        direction: Of the image's axes, as SimpleITK has it.
+        reverse: For each axis, whether to show it from its end to its beginning.
         unit: Of the curves.
         title: Shown on top.
         names: Of labels and regions, the outermost first, for the colours.
@@ -308,7 +307,6 @@ def draw(
         wspace=0.02,
         hspace=0.03,
     )
-    reverse = reversed_axes({"sitk_stuff": {"direction": tuple(direction)}})
     colours = colours_of(names)
     for row, index in enumerate(slices):
         for number, column in enumerate(columns):
@@ -352,9 +350,8 @@ def draw(
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure; whoever looks finds it whole or not at all."""
-    partial = path.with_name(f".partial_{path.name}")
-    figure.savefig(partial, dpi=120, facecolor=figure.get_facecolor())
-    partial.replace(path)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=120, facecolor=figure.get_facecolor())
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,12 +14,16 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_conres.datasets.nifti import READ_ERRORS, is_nifti, read_nifti
-from nnunet_conres.datasets.raw import short_message, some, write_json
+from nnunet_conres.case_ids import unsafe_ids
+from nnunet_conres.datasets.raw import some
 from nnunet_conres.datasets.sparse import Axis, slice_axis
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.figures import Legend, read_legend
+from nnunet_conres.evaluation.figures import Legend, read_legend, reversed_axes
 from nnunet_conres.evaluation.summary import dataset_json_near
+from nnunet_conres.files import write_json
+from nnunet_conres.folders import list_files, writing
+from nnunet_conres.images.nifti import whole_numbers
+from nnunet_conres.images.volumes import affine_of, read_labels, read_volume, reader_of_file, write_map
 
 Kind = Literal["image", "labels"]
 
@@ -44,6 +49,7 @@ class FileLook:
 
     Attributes:
         path: The file.
+        reader: nnU-Net's reader that reads it.
         kind: Image or labels.
         shape: Number of voxels along the axes of nnU-Net's arrays: z, y, x.
         spacing: Voxel size along them, mm.
@@ -52,6 +58,7 @@ class FileLook:
     """
 
     path: Path
+    reader: type | None = None
     kind: Kind = "image"
     shape: tuple[int, ...] = (0, 0, 0)
     spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -164,7 +171,22 @@ def write_residual_maps(
         raise InputError(faults)
 
     output = Path(output_folder)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        return _write_residual_maps(looks, legends, output, axis, chosen, intensities, warnings, progress)
+
+
+def _write_residual_maps(
+    looks: Sequence[FileLook],
+    legends: Mapping[Path, Legend | None],
+    output: Path,
+    axis: Axis,
+    chosen: int,
+    intensities: Intensities,
+    warnings: list[str],
+    progress: bool,
+) -> ResidualMaps:
+    from tqdm import tqdm
+
     done = []
     for look in tqdm(looks, desc="Residuals", unit="file", disable=not progress):
         if look.kind == "image":
@@ -267,17 +289,15 @@ def normalise(voxels: NDArray[Any]) -> NDArray[np.float32]:
 def find_files(source: Path) -> tuple[list[Path], list[str]]:
     """The file itself, or the files of a folder with an ending in `ENDINGS`; and a message for every fault."""
     if source.is_file():
-        return [source], []
+        return [source], unsafe_ids([stem(source)], source)
     if not source.is_dir():
         return [], [f"{source} does not exist; expected an image or label file, or a folder of such."]
-    paths = sorted(
-        path for path in source.iterdir() if path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
-    )
-    paths = [path for path in paths if path.is_file()]
+    paths = list_files(source, ENDINGS, ignore_case=True)
     if not paths:
         return [], [f"{source} has no file that ends in {', '.join(ENDINGS)}; expected images or labels there."]
     twice = [name for name, times in Counter(stem(path).casefold() for path in paths).items() if times > 1]
-    return paths, [f"{source} has several files called {name}, with different endings; keep one." for name in twice]
+    faults = [f"{source} has several files called {name}, with different endings; keep one." for name in twice]
+    return paths, faults + unsafe_ids(map(stem, paths), source)
 
 
 def stem(path: Path) -> str:
@@ -296,44 +316,56 @@ def output_faults(output: Path, paths: Sequence[Path]) -> Iterator[str]:
         yield f"{output} is the folder of the input; choose another -o."
 
 
-def look_at_file(path: Path, kind: Kind | None = None) -> FileLook:
+def look_at_file(path: Path, kind: Kind | None = None, reader: type | None = None) -> FileLook:
     """Read a file and check that it is a volume with finite values.
 
     Args:
         path: The file.
         kind: What it is taken for; by default the name of its folder or else its values tell.
+        reader: nnU-Net's reader for it; by default the one that a dataset.json near it names, or one that can read it.
 
     Returns:
         What it is, or what is wrong with it.
     """
     try:
-        not_finite = read_nifti(path).not_finite() if is_nifti(path) else None
-        image = read(path)
-        voxels = voxels_of(image)
-    except READ_ERRORS as error:
-        return FileLook(path, faults=(f"{path} cannot be read: {short_message(error)}.",))
-    components = image.GetNumberOfComponentsPerPixel()
-    if components != 1:
-        return FileLook(path, faults=(f"{path} has {components} values per voxel (colours?); expected one.",))
-    if image.GetDimension() != 3:
+        reader = reader or reader_of_file(path, _dataset_json_of(path))
+        volume = read_volume(path, reader)
+    except InputError as error:
+        return FileLook(path, faults=error.faults)
+    voxels, properties = volume.voxels, volume.properties
+    axes = len(properties["sitk_stuff"]["spacing"]) if "sitk_stuff" in properties else 3
+    if voxels.shape[0] != 1 and axes == 3:
+        return FileLook(path, faults=(f"{path} has {voxels.shape[-1]} values per voxel (colours?); expected one.",))
+    if axes != 3 or voxels.shape[0] != 1:
         return FileLook(
             path,
             faults=(
-                f"{path} has {image.GetDimension()} axes; expected a volume with three. A residual is between slices, "
-                f"and each channel needs a file of its own.",
+                f"{path} has {axes} axes; expected a volume with three. A residual is between slices, and each channel "
+                f"needs a file of its own.",
             ),
         )
-    # ITK reads NaN, and what is missing at the end, of NIfTI files as zeros, without a word
-    if not_finite is None:
-        not_finite = int(np.count_nonzero(~np.isfinite(voxels)))
-    if not_finite:
-        return FileLook(path, faults=(f"{path} has {not_finite} voxels that are NaN or infinite; expected numbers.",))
-    values = _label_values(voxels)
+    if affine_of(properties) is None:
+        return FileLook(path, faults=(f"{path} has no geometry; expected a format that has one, like .nii.gz.",))
+    if volume.not_finite:
+        return FileLook(
+            path, faults=(f"{path} has {volume.not_finite} voxels that are NaN or infinite; expected numbers.",)
+        )
+    values = _label_values(whole_numbers(voxels, volume.intercept))
     found = kind or _kind(path, values)
     if found == "labels" and values is None:
         return FileLook(path, faults=(f"{path} is no label file: its values are no integers from 0, or too many.",))
-    spacing = tuple(float(value) for value in image.GetSpacing()[::-1])
-    return FileLook(path, found, tuple(voxels.shape), spacing, values if found == "labels" and values else ())
+    known = values if found == "labels" and values else ()
+    return FileLook(path, reader, found, tuple(voxels.shape[1:]), volume.spacing, known)
+
+
+def _dataset_json_of(path: Path) -> Mapping[str, Any] | None:
+    """Content of the dataset.json near a file, None if there is none that can be read."""
+    near = dataset_json_near(path)
+    try:
+        content = None if near is None else json.loads(near.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, Mapping) else None
 
 
 def _label_values(voxels: NDArray[Any]) -> tuple[int, ...] | None:
@@ -361,33 +393,6 @@ def slice_faults(look: FileLook, axis: int) -> Iterator[str]:
             f"{look.path} has a single slice along axis {axis} (shape {look.shape}), and a residual is between two; "
             f"choose another --axis, or leave it out."
         )
-
-
-def read(path: Path) -> Any:
-    """A file as SimpleITK's image."""
-    import SimpleITK
-
-    return SimpleITK.ReadImage(str(path))
-
-
-def voxels_of(image: Any) -> NDArray[Any]:
-    """Voxels of SimpleITK's image, axes z, y, x as nnU-Net has them."""
-    import SimpleITK
-
-    voxels: NDArray[Any] = SimpleITK.GetArrayFromImage(image)
-    return voxels
-
-
-def write_like(voxels: NDArray[Any], like: Any, path: Path) -> Path:
-    """Write voxels, axes z, y, x, as NIfTI with the geometry of SimpleITK's image; found whole or not at all."""
-    import SimpleITK
-
-    image = SimpleITK.GetImageFromArray(voxels)
-    image.CopyInformation(like)
-    partial = path.with_name(f".partial_{path.name}")
-    SimpleITK.WriteImage(image, str(partial), True)
-    partial.replace(path)
-    return path
 
 
 def file_parts(names: Iterable[str]) -> dict[str, str]:
@@ -436,8 +441,9 @@ def mean_per_slice(residual: NDArray[Any], axis: int) -> tuple[float, ...]:
 def _write_image_residual(look: FileLook, output: Path, axis: int, intensities: Intensities) -> FileResiduals:
     from nnunet_conres.evaluation.residual_figures import image_residual_figure, save_figure
 
-    image = read(look.path)
-    voxels = voxels_of(image)
+    assert look.reader is not None, "files that can't be read are refused"
+    image = read_volume(look.path, look.reader)
+    voxels = image.voxels[0]
     residual = residual_of_image(normalise(voxels) if intensities == "zscore" else voxels, axis)
     name = stem(look.path)
     means = mean_per_slice(residual, axis)
@@ -447,14 +453,14 @@ def _write_image_residual(look: FileLook, output: Path, axis: int, intensities: 
         means,
         axis=axis,
         spacing=look.spacing,
-        direction=image.GetDirection(),
+        reverse=reversed_axes(image.properties),
         unit="standard deviations" if intensities == "zscore" else "intensity",
         title=name,
     )
     return FileResiduals(
         look.path,
         "image",
-        {"residual": write_like(residual, image, output / f"{name}_residual.nii.gz")},
+        {"residual": write_map(output / f"{name}_residual.nii.gz", residual, image.properties)},
         save_figure(figure, output / f"{name}_residual.png"),
         {"residual": means},
     )
@@ -465,24 +471,26 @@ def _write_label_residuals(
 ) -> FileResiduals:
     from nnunet_conres.evaluation.residual_figures import label_residual_figure, save_figure
 
-    image = read(look.path)
-    labels = voxels_of(image)
-    residuals = residual_of_labels(labels, regions, axis, ignore_label)
+    assert look.reader is not None, "files that can't be read are refused"
+    labels = read_labels(look.path, look.reader)
+    residuals = residual_of_labels(labels.voxels, regions, axis, ignore_label)
     name = stem(look.path)
     means = {region: mean_per_slice(residual, axis) for region, residual in residuals.items()}
     figure = label_residual_figure(
-        labels,
+        labels.voxels,
         residuals,
         means,
         regions=regions,
         axis=axis,
         spacing=look.spacing,
-        direction=image.GetDirection(),
+        reverse=reversed_axes(labels.properties),
         title=name,
     )
     parts = file_parts(residuals)
     maps = {
-        region: write_like(residual.astype(np.uint8), image, output / f"{name}_residual_{parts[region]}.nii.gz")
+        region: write_map(
+            output / f"{name}_residual_{parts[region]}.nii.gz", residual.astype(np.uint8), labels.properties
+        )
         for region, residual in residuals.items()
     }
     return FileResiduals(look.path, "labels", maps, save_figure(figure, output / f"{name}_residual.png"), means)

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_conres.architectures.blocks import crop, resize
-from nnunet_conres.architectures.conresnet import ConResNet
-from nnunet_conres.architectures.context_residual import ContextResidualModule, SupervisedModule
-from nnunet_conres.datasets.raw import short_message, some, write_json
+from nnunet_conres.architectures.network import ResidualMapsMixin
+from nnunet_conres.case_ids import unsafe_ids
+from nnunet_conres.datasets.raw import short_message, some
 from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.figures import reversed_axes
 from nnunet_conres.evaluation.labels import label_values
+from nnunet_conres.evaluation.models import architecture_faults
 from nnunet_conres.evaluation.residual_maps import (
     ENDINGS,
     RECORD,
@@ -30,12 +32,13 @@ from nnunet_conres.evaluation.residual_maps import (
     file_parts,
     look_at_file,
     output_faults,
-    read,
     residual_of_labels,
     slice_faults,
-    voxels_of,
-    write_like,
 )
+from nnunet_conres.files import write_json
+from nnunet_conres.folders import list_files, writing
+from nnunet_conres.images.volumes import read_labels, read_volume, write_map
+from nnunet_conres.unpickling import read_checkpoint
 
 DEFAULT_CHECKPOINT: Final = "checkpoint_final.pth"
 
@@ -50,13 +53,13 @@ class Prediction:
     Attributes:
         segmentation: Label map.
         residuals: Predicted residual of every label or region by name, float32, 0 to 1.
-        attention: What the segmentation features were multiplied with, mean over the channels, float32, 0
-            to 2; by default 1 + sigmoid, 1 to 2.
+        attention: What the segmentation features were multiplied with, mean over the channels, float32, 1
+            to 2. None where the network has no attention.
     """
 
     segmentation: NDArray[Any]
     residuals: Mapping[str, NDArray[np.float32]]
-    attention: NDArray[np.float32]
+    attention: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class CaseResiduals:
     Attributes:
         case_id: The case.
         segmentation: The predicted label map.
-        attention: The attention map.
+        attention: The attention map; None where the network has no attention.
         predicted: Predicted residual of every label or region, by name.
         of_prediction: Residual of the predicted labels, by name.
         of_reference: Residual of the reference labels, by name; empty without a reference.
@@ -75,7 +78,7 @@ class CaseResiduals:
 
     case_id: str
     segmentation: Path
-    attention: Path
+    attention: Path | None
     predicted: Mapping[str, Path]
     of_prediction: Mapping[str, Path]
     of_reference: Mapping[str, Path]
@@ -90,7 +93,7 @@ class CaseResiduals:
         return {
             "case": self.case_id,
             "segmentation": self.segmentation.name,
-            "attention": self.attention.name,
+            "attention": None if self.attention is None else self.attention.name,
             "predicted": names(self.predicted),
             "of_prediction": names(self.of_prediction),
             "of_reference": names(self.of_reference),
@@ -99,42 +102,45 @@ class CaseResiduals:
 
 
 class ResidualNetwork(nn.Module):
-    """A ConResNet that returns segmentation, residual maps and attention of one level as a single tensor.
+    """A network that returns segmentation, residual maps and attention of one level as a single tensor.
 
     Args:
-        network: The ConResNet; it is switched to return residual maps.
+        network: A network with residual maps; it is switched to return them.
         level: Decoder level, 0 for full resolution, 1 for the next coarser one.
+
+    Attributes:
+        has_attention: Whether the level multiplies its features with an attention.
     """
 
-    def __init__(self, network: ConResNet, level: int) -> None:
+    def __init__(self, network: Any, level: int) -> None:
         super().__init__()
         self.network = network
         self.level = level
         network.decoder.deep_supervision = False
         network.residual_outputs = True
+        self.has_attention = hasattr(network.decoder.stages[-(level + 1)], "attention")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (B, C, X, Y, Z) to (B, 2 N + 1, X, Y, Z).
+        """Maps images (B, C, X, Y, Z) to (B, N + M + 1, X, Y, Z), or N + M channels without attention.
 
-        The channels are the N logits of the segmentation, the N logits of the residual maps, and the attention.
+        The channels are the N logits of the segmentation, the M logits of the residual maps, and the attention.
         """
-        streams: list[Tensor] = []
         stage = self.network.decoder.stages[-(self.level + 1)]
-        hook = stage.register_forward_hook(lambda module, inputs, outputs: streams.append(outputs[1]))
-        try:
+        streams: list[Tensor] = []
+        with contextlib.ExitStack() as hooks:
+            if self.has_attention:
+                hook = stage.register_forward_hook(lambda module, inputs, outputs: streams.append(outputs[1]))
+                hooks.callback(hook.remove)
             segmentation, *residuals = self.network(x)
-        finally:
-            hook.remove()
-        assert isinstance(stage, (ContextResidualModule, SupervisedModule))
-        attention = stage.attention(streams[0]).mean(1, keepdim=True)
-        maps = (segmentation, residuals[self.level], attention)
+        maps = [segmentation, residuals[self.level]]
+        maps += [stage.attention(stream).mean(1, keepdim=True) for stream in streams]
         return torch.cat([self._full_size(one, x.shape[2:]).to(segmentation.dtype) for one in maps], 1)
 
     def _full_size(self, x: Tensor, size: torch.Size) -> Tensor:
         if x.shape[2:] == size:
             return x
-        if self.network.topology == "paper":
-            return resize(x, size)  # as that topology itself does
+        if getattr(self.network.decoder, "full_size_residuals", False):
+            return resize(x, size)  # as the network itself does
         # a coarse voxel lies in the middle of the voxels that it was made of, also where the last ones are missing
         factors = np.prod(self.network.strides[: self.level + 1], axis=0)
         return crop(F.interpolate(x, scale_factor=tuple(map(float, factors)), mode="trilinear"), size)
@@ -158,6 +164,8 @@ class ResidualPredictor:
     Attributes:
         regions: Label values of every label or region, by name, in the order of the network's channels.
         slice_axis: Axis of the slices, in arrays as the model's reader gives them.
+        reader: That reader.
+        has_attention: Whether the network has an attention.
 
     Raises:
         InputError: There is no such model, or it predicts no residual maps.
@@ -190,6 +198,14 @@ class ResidualPredictor:
                 device=torch.device(device),
                 allow_tqdm=progress,
             )
+        faults += architecture_faults(folder / "plans.json")
+        for fold in folds:
+            try:  # nnU-Net's own loading runs what is in a checkpoint
+                read_checkpoint(folder / f"fold_{fold}" / checkpoint)
+            except InputError as error:
+                faults.append(str(error))
+        if faults:
+            raise InputError(faults)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells where it looks for the trainer
                 predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
@@ -198,9 +214,7 @@ class ResidualPredictor:
         network = getattr(predictor.network, "_orig_mod", predictor.network)
         plans = predictor.plans_manager
         faults = list(_network_faults(folder, network, predictor, level))
-        reader = plans.image_reader_writer_class
-        if reader.__name__.endswith("WithReorient"):
-            faults.append(f"{folder} reads images with {reader.__name__}, which turns them; that is not supported.")
+        self.reader: type = plans.image_reader_writer_class
         self.file_ending = str(predictor.dataset_json["file_ending"])
         if self.file_ending not in ENDINGS:
             faults.append(f"{folder} reads {self.file_ending} files; expected a format with a geometry, like .nii.gz.")
@@ -209,11 +223,12 @@ class ResidualPredictor:
         self._predictor = predictor
         self._network = network
         self._wrapped = ResidualNetwork(network, level)
+        self.has_attention = self._wrapped.has_attention
         self._labels = predictor.label_manager
         self._progress = progress
         self.number_of_channels = len(predictor.dataset_json["channel_names"])
         self.channels = tuple(name for _, name in sorted(_by_number(predictor.dataset_json["channel_names"])))
-        self.slice_axis = int(plans.transpose_forward[network.slice_axis])
+        self.slice_axis = int(plans.transpose_forward[getattr(network, "slice_axis", 0)])
         self.regions = _regions(predictor.dataset_json["labels"])
         self.ignore_label: int | None = self._labels.ignore_label
 
@@ -245,14 +260,13 @@ class ResidualPredictor:
         shape = properties["shape_after_cropping_and_before_resampling"]
         maps = configuration.resampling_fn_probabilities(logits[heads:], shape, configuration.spacing, spacing)
         maps = np.asarray(maps, dtype=np.float32)
-        # labels have a channel for the background, of which no residual is learned
-        first = 0 if self._labels.has_regions else 1
         residuals = {
-            name: self._put_back(_sigmoid(maps[first + number]), properties, 0.0)
-            for number, name in enumerate(self.regions)
+            name: self._put_back(_sigmoid(maps[number]), properties, 0.0) for number, name in enumerate(self.regions)
         }
-        # interpolation leaves the range by rounding only
-        attention = self._put_back(np.clip(maps[-1], 0, 2), properties, _NO_ATTENTION)
+        attention = None
+        if self.has_attention:
+            # interpolation leaves the range by rounding only
+            attention = self._put_back(np.clip(maps[-1], 1, 2), properties, _NO_ATTENTION)
         return Prediction(segmentation, residuals, attention)
 
     def _sliding_window(self, data: Tensor) -> Tensor:
@@ -272,7 +286,7 @@ class ResidualPredictor:
         weights = compute_gaussian(
             patch_size, sigma_scale=1 / 8, value_scaling_factor=10, dtype=torch.float32, device=torch.device("cpu")
         )
-        total = torch.zeros((2 * self._labels.num_segmentation_heads + 1, *padded.shape[1:]))
+        total: Tensor | None = None
         weight = torch.zeros(padded.shape[1:])
         wrapped = self._wrapped.to(device).eval()
         steps = len(tiles) * len(predictor.list_of_parameters)
@@ -283,9 +297,12 @@ class ResidualPredictor:
                     # as nnU-Net does: mixed precision on a GPU, and only there
                     with torch.autocast("cuda", enabled=device.type == "cuda"):
                         maps = wrapped(padded[tile][None].to(device))[0]
+                    if total is None:
+                        total = torch.zeros((len(maps), *padded.shape[1:]))
                     total[tile] += maps.float().cpu() * weights
                     weight[tile[1:]] += weights
                     bar.update()
+        assert total is not None  # every image has a tile
         return (total / weight)[(slice(None), *inside[1:])]
 
     def _put_back(self, values: NDArray[Any], properties: Mapping[str, Any], outside: float) -> NDArray[np.float32]:
@@ -307,9 +324,10 @@ def write_predicted_residuals(
 
     Args:
         source: A folder of images named as for nnU-Net, CASE_0000 and so on, or one of the files of a case.
-        output_folder: Gets CASE_predicted_residual_REGION.nii.gz (0 to 1), CASE_attention.nii.gz (0 to 2),
-            CASE_segmentation.nii.gz and the residual of it, CASE_segmentation_residual_REGION.nii.gz (0 or 1), with a
-            reference CASE_reference_residual_REGION.nii.gz, all in the geometry of the case, and CASE_residual.png.
+        output_folder: Gets CASE_predicted_residual_REGION.nii.gz (0 to 1), of a network with attention
+            CASE_attention.nii.gz (1 to 2), CASE_segmentation.nii.gz and the residual of it,
+            CASE_segmentation_residual_REGION.nii.gz (0 or 1), with a reference CASE_reference_residual_REGION.nii.gz,
+            all in the geometry of the case, and CASE_residual.png.
         predictor: The model.
         reference: A label file, or a folder of such named after the cases, if there are any.
         progress: Whether to show a progress bar on stderr.
@@ -330,19 +348,19 @@ def write_predicted_residuals(
     faults += found
     looks: dict[Path, FileLook] = {}
     for path in tqdm(paths, desc="Checking", unit="file", disable=not progress):
-        looks[path] = look_at_file(path, "image")
+        looks[path] = look_at_file(path, "image", predictor.reader)
         faults += looks[path].faults or slice_faults(looks[path], predictor.slice_axis)
     for case_id, path in references.items():
         faults += _reference_faults(path, looks[cases[case_id][0]], predictor)
     if faults:
         raise InputError(faults)
 
-    output.mkdir(parents=True, exist_ok=True)
     done = []
-    for case_id, images in tqdm(cases.items(), desc="Predicting", unit="case", disable=not progress):
-        done.append(_write_case(case_id, images, references.get(case_id), output, predictor))
-    content = {"axis": predictor.slice_axis, "cases": [case.as_json() for case in done]}
-    write_json(output / RECORD, content)
+    with writing(output):
+        for case_id, images in tqdm(cases.items(), desc="Predicting", unit="case", disable=not progress):
+            done.append(_write_case(case_id, images, references.get(case_id), output, predictor))
+        content = {"axis": predictor.slice_axis, "cases": [case.as_json() for case in done]}
+        write_json(output / RECORD, content)
     return done
 
 
@@ -351,22 +369,23 @@ def _write_case(
 ) -> CaseResiduals:
     from nnunet_conres.evaluation.residual_figures import predicted_residual_figure, save_figure
 
-    image = read(images[0])
+    volumes = [read_volume(path, predictor.reader) for path in images]
+    properties = volumes[0].properties
     axis, regions = predictor.slice_axis, predictor.regions
     predicted = predictor.predict(images)
     of_prediction = residual_of_labels(predicted.segmentation, regions, axis)
-    labels = None if reference is None else voxels_of(read(reference))
+    labels = None if reference is None else read_labels(reference, predictor.reader).voxels
     of_reference = {} if labels is None else residual_of_labels(labels, regions, axis, predictor.ignore_label)
 
     def write(maps: Mapping[str, NDArray[Any]], what: str, kind: type) -> dict[str, Path]:
         parts = file_parts(maps)
         return {
-            name: write_like(one.astype(kind), image, output / f"{case_id}_{what}_{parts[name]}.nii.gz")
+            name: write_map(output / f"{case_id}_{what}_{parts[name]}.nii.gz", one.astype(kind), properties)
             for name, one in maps.items()
         }
 
     figure = predicted_residual_figure(
-        [voxels_of(read(path)) for path in images],
+        [volume.voxels[0] for volume in volumes],
         predicted.segmentation,
         predicted.residuals,
         predicted.attention,
@@ -376,14 +395,18 @@ def _write_case(
         regions=regions,
         channels=predictor.channels,
         axis=axis,
-        spacing=image.GetSpacing()[::-1],
-        direction=image.GetDirection(),
+        spacing=volumes[0].spacing,
+        reverse=reversed_axes(properties),
         title=case_id,
     )
     return CaseResiduals(
         case_id=case_id,
-        segmentation=write_like(predicted.segmentation, image, output / f"{case_id}_segmentation.nii.gz"),
-        attention=write_like(predicted.attention, image, output / f"{case_id}_attention.nii.gz"),
+        segmentation=write_map(output / f"{case_id}_segmentation.nii.gz", predicted.segmentation, properties),
+        attention=(
+            None
+            if predicted.attention is None
+            else write_map(output / f"{case_id}_attention.nii.gz", predicted.attention, properties)
+        ),
         predicted=write(predicted.residuals, "predicted_residual", np.float32),
         of_prediction=write(of_prediction, "segmentation_residual", np.uint8),
         of_reference=write(of_reference, "reference_residual", np.uint8),
@@ -412,15 +435,15 @@ def find_cases(source: Path, ending: str, channels: int) -> tuple[dict[str, tupl
         found = {match[1]: {number: source.with_name(name) for number, name in enumerate(names)}}
     elif source.is_dir():
         found = defaultdict(dict)
-        for path in sorted(source.iterdir()):
+        for path in list_files(source, ending):
             match = pattern.fullmatch(path.name)
-            if match and not path.name.startswith("."):
+            if match:
                 found[match[1]][int(match[2])] = path
     else:
         return {}, [f"{source} does not exist; expected a folder of {expected}, or one such file."]
     if not found:
         return {}, [f"{source} has no {expected}. BraTS's own names: nnunet-conres brats-convert."]
-    faults: list[str] = []
+    faults = unsafe_ids(found, source)
     cases = {}
     for case_id, images in found.items():
         folder = next(iter(images.values())).parent
@@ -450,7 +473,7 @@ def _references(
 
 
 def _reference_faults(path: Path, image: FileLook, predictor: ResidualPredictor) -> Iterator[str]:
-    look = look_at_file(path, "labels")
+    look = look_at_file(path, "labels", predictor.reader)
     if look.faults or image.faults:
         yield from look.faults
         return
@@ -490,13 +513,14 @@ def _device_faults(device: str) -> Iterator[str]:
 
 
 def _network_faults(folder: Path, network: nn.Module, predictor: Any, level: int) -> Iterator[str]:
-    if not isinstance(network, ConResNet):
+    if not isinstance(network, ResidualMapsMixin):
         yield (
             f"{folder} was trained with {predictor.trainer_name}, whose {type(network).__name__} predicts no residual "
-            f"maps; expected a ConResNet. The residual of its predictions: leave --model out, and give them with -i."
+            f"maps; expected a ConResNet or a ResidualMapUNet. The residual of its predictions: leave --model out, and "
+            f"give them with -i."
         )
         return
-    levels = len(network.decoder.stages)
+    levels = len(network.decoder.stages)  # type: ignore[arg-type]
     if not 0 <= level < levels:
         yield f"The level is {level}; {folder} has the levels 0 (full resolution) to {levels - 1}."
     previous = predictor.configuration_manager.previous_stage_name

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -17,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres import __version__
-from nnunet_conres.datasets.nifti import READ_ERRORS, is_nifti, read_header, read_nifti
-from nnunet_conres.datasets.raw import map_cases, read_to_the_end, short_message, some
+from nnunet_conres.datasets.raw import map_cases
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.json_values import without_nan
 from nnunet_conres.evaluation.labels import ignore_label, label_values
 from nnunet_conres.evaluation.metrics import METRIC_VERSION, METRICS, MetricOptions, measure
+from nnunet_conres.images.volumes import Labels, affine_of, read_labels, reader_for
 
 # The mean over the labels or regions of a case stands beside them under this name.
 MEAN: Final = "mean"
@@ -91,8 +90,8 @@ def score_cases(
         The scores, models and cases in the order of the jobs, regions in that of dataset.json.
 
     Raises:
-        ValueError: Files are missing, cannot be read, do not fit each other or hold labels that dataset.json does not
-            name; all faults are listed together, missing files before any is read.
+        InputError: Files are missing, cannot be read, do not fit each other or hold labels that dataset.json does not
+            name; all errors are listed together, missing files before any is read.
     """
     options = options or MetricOptions()
     faults = _job_faults(jobs)
@@ -102,11 +101,12 @@ def score_cases(
     if MEAN in scheme.regions:
         faults.append(f"A label is called {MEAN!r}, as the mean over all labels is; give it another name.")
     if faults:
-        raise ValueError("\n".join(faults))
+        raise InputError(faults)
     cache = None if cache_folder is None else Path(cache_folder)
     if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-    reader = _reader_class(dataset_json, [job.reference for job in jobs])
+        with file_errors(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+    reader = reader_for(dataset_json, [job.reference for job in jobs])
 
     tasks = [_Task(job, scheme, options, reader, cache) for job in jobs]
     values: dict[str, dict[str, CaseScores]] = {}
@@ -119,7 +119,7 @@ def score_cases(
         values.setdefault(job.model, {})[job.case_id] = outcome.scores
     if faults:
         # A reference that is at fault is so for every model.
-        raise ValueError("\n".join(dict.fromkeys(faults)))
+        raise InputError("\n".join(dict.fromkeys(faults)))
     return Scores(values, options, cached, tuple(displaced))
 
 
@@ -177,27 +177,15 @@ def _scheme(dataset_json: Mapping[str, Any]) -> _Scheme:
     try:
         regions, ignore = label_values(dataset_json["labels"]), ignore_label(dataset_json["labels"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"The dataset.json has no usable labels ({error!r}); expected that of an nnU-Net data set."
         ) from error
     if "file_ending" not in dataset_json:
-        raise ValueError("The dataset.json has no file_ending; expected that of an nnU-Net data set.")
+        raise InputError("The dataset.json has no file_ending; expected that of an nnU-Net data set.")
     allowed = {0, *(value for values in regions.values() for value in values)}
     if not regions:
-        raise ValueError("The dataset.json names no label beside background and ignore; expected one or more.")
+        raise InputError("The dataset.json names no label beside background and ignore; expected one or more.")
     return _Scheme(regions, tuple(sorted(allowed)), ignore)
-
-
-def _reader_class(dataset_json: Mapping[str, Any], files: Sequence[Path]) -> type:
-    """nnU-Net's reader for label files, chosen as nnU-Net's evaluation does."""
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-
-    for path in dict.fromkeys(files):
-        # What nnU-Net prints about classes that do not fit looks like an error.
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(RuntimeError):
-            return determine_reader_writer_from_dataset_json(dict(dataset_json), str(path), verbose=False)
-    names = some([str(path) for path in dict.fromkeys(files)])
-    raise ValueError(f"None of nnU-Net's readers can read {names}; expected label files of its formats.")
 
 
 # --- one prediction -------------------------------------------------------------------------------------------------
@@ -225,75 +213,42 @@ def _score(task: _Task) -> _Outcome:
 
 def _read_pair(task: _Task) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ...], bool] | list[str]:
     """Label maps, voxel size, and whether one lies elsewhere by its header; or what is wrong with the files."""
-    reader: Any = task.reader()
-    maps, spacings, faults = [], [], []
-    places: list[NDArray[np.float64] | None] = []
+    read: list[Labels] = []
+    faults: list[str] = []
     ignore = () if task.scheme.ignore is None else (task.scheme.ignore,)
     for path, more in ((task.job.reference, ignore), (task.job.prediction, ())):
         try:
-            _check_content(path)
-            labels, properties = reader.read_seg(str(path))
-        except Exception as error:  # each of nnU-Net's readers has its own
-            faults.append(f"{path} cannot be read: {short_message(error)}.")
-            continue
-        faults += _label_faults(path, labels, (*task.scheme.allowed, *more))
-        maps.append(labels[0])
-        spacings.append(tuple(float(step) for step in properties["spacing"]))
-        places.append(_place(properties))
-    if len(maps) < 2:
+            read.append(read_labels(path, task.reader, (*task.scheme.allowed, *more)))
+        except InputError as error:
+            faults += error.faults
+    if faults:
         return faults
-    if maps[0].shape != maps[1].shape:
-        faults.append(
-            f"{task.job.prediction} has shape {maps[1].shape}; expected {maps[0].shape} like {task.job.reference}."
-        )
-    # As far apart as nnU-Net allows an image and its labels to be.
-    elif not np.allclose(spacings[0], spacings[1]):
-        faults.append(
-            f"{task.job.prediction} has voxels of {_lengths(spacings[1])} mm; expected {_lengths(spacings[0])} mm like "
+    reference, prediction = read
+    if reference.voxels.shape != prediction.voxels.shape:
+        return [
+            f"{task.job.prediction} has shape {prediction.voxels.shape}; expected {reference.voxels.shape} like "
             f"{task.job.reference}."
-        )
-    there, here = places
+        ]
+    # As far apart as nnU-Net allows an image and its labels to be.
+    if not np.allclose(reference.spacing, prediction.spacing):
+        return [
+            f"{task.job.prediction} has voxels of {_lengths(prediction.spacing)} mm; expected "
+            f"{_lengths(reference.spacing)} mm like {task.job.reference}."
+        ]
+    return reference.voxels, prediction.voxels, reference.spacing, _displaced(reference, prediction)
+
+
+def _displaced(reference: Labels, prediction: Labels) -> bool:
+    """Whether a prediction lies elsewhere than its reference by its header."""
+    there, here = affine_of(reference.properties), affine_of(prediction.properties)
+    if there is None or here is None:
+        return False
     # Tenths of a voxel come from rounding in headers; what matters is another origin, or another direction.
-    displaced = there is not None and here is not None and not np.allclose(there, here, rtol=1e-4, atol=0.1)
-    return faults or (maps[0], maps[1], spacings[0], displaced)
-
-
-def _place(properties: Mapping[str, Any]) -> NDArray[np.float64] | None:
-    """Origin in mm and directions of an image, where its reader tells them."""
-    if "sitk_stuff" in properties:
-        stuff = properties["sitk_stuff"]
-        return np.concatenate([np.ravel(stuff["origin"]), np.ravel(stuff["direction"])]).astype(np.float64)
-    if "nibabel_stuff" in properties:
-        return np.asarray(properties["nibabel_stuff"]["original_affine"], dtype=np.float64)
-    return None
-
-
-def _check_content(path: Path) -> None:
-    """Raises for what ITK reads as zeros in silence: what is missing at the end of a file, and NaN in NIfTI files."""
-    if is_nifti(path) and _is_nifti_1(path):
-        strange = read_nifti(path).not_finite()
-        if strange:
-            raise ValueError(f"voxels that are NaN or infinite: {strange}")
-    else:
-        read_to_the_end(path)
-
-
-def _is_nifti_1(path: Path) -> bool:
-    try:
-        read_header(path)
-    except READ_ERRORS:
-        return False  # NIfTI-2, or none: whether it can be read is the reader's to say
-    return True
-
-
-def _label_faults(path: Path, labels: NDArray[Any], allowed: Sequence[int]) -> list[str]:
-    if labels.shape[0] != 1:
-        return [f"{path} has {labels.shape[0]} channels; expected one."]
-    strange = labels[~np.isin(labels, allowed)]
-    if not strange.size:
-        return []
-    listed = some([f"{float(value):g}" for value in np.unique(strange)])
-    return [f"{path} has values that dataset.json does not name: {listed}; expected {', '.join(map(str, allowed))}."]
+    axes = [affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) for affine in (there, here)]
+    return not (
+        np.allclose(axes[0], axes[1], rtol=1e-4, atol=0.1)
+        and np.allclose(there[:3, 3], here[:3, 3], rtol=1e-4, atol=0.1)
+    )
 
 
 def _lengths(spacing: Sequence[float]) -> str:
@@ -330,7 +285,8 @@ def _content_key(task: _Task) -> str:
     for path in (task.job.reference, task.job.prediction):
         # The same bytes may be read as another image under another ending.
         key.update(path.suffix.lower().encode())
-        key.update(hashlib.sha256(path.read_bytes()).digest())
+        with file_errors(path):
+            key.update(hashlib.sha256(path.read_bytes()).digest())
     return key.hexdigest()
 
 
@@ -355,5 +311,6 @@ def _write_entry(entry: Path, task: _Task, scores: CaseScores, displaced: bool) 
     content["scores"] = without_nan(scores)
     # A name of this process's own: two models may have made the very same prediction.
     partial = entry.with_name(f".{entry.stem}.{os.getpid()}.new")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(entry)
+    with file_errors(entry):
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(entry)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from nnunet_conres.errors import InputError, file_errors
+
 Key = int | tuple[int, ...]
 
 
@@ -81,8 +83,7 @@ def read_summary(summary_file: str | Path, dataset_json: str | Path | None = Non
         The scores, labels and regions in the order of dataset.json.
 
     Raises:
-        FileNotFoundError: A file named does not exist.
-        ValueError: A file is not what it should be.
+        InputError: A file cannot be read, or is not what it should be.
     """
     source = Path(summary_file)
     content = _load(source)
@@ -97,7 +98,7 @@ def read_summary(summary_file: str | Path, dataset_json: str | Path | None = Non
             cases[_case_id(case["prediction_file"])] = {_name(key, names): metrics[key] for key in keys}
         foreground = _score(content["foreground_mean"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{source} is not a summary of nnU-Net's evaluation ({error!r}); expected the summary.json that "
             f"nnUNetv2_evaluate_folder writes."
         ) from error
@@ -127,12 +128,16 @@ def format_table(summary: Summary) -> str:
 
 
 def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a JSON file.")
+    if path.is_dir():
+        there = f", such as {path / 'summary.json'}" if (path / "summary.json").is_file() else ""
+        raise InputError(f"{path} is a folder; expected a JSON file{there}.")
+    if not path.exists():
+        raise InputError(f"{path} does not exist; expected a JSON file.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+        with file_errors(path):
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
 
 
 def dataset_json_near(summary: Path) -> Path | None:
@@ -150,7 +155,7 @@ def _names(dataset_json: Path) -> dict[frozenset[int], str]:
         for name, labels in content["labels"].items():
             names[frozenset(labels if isinstance(labels, list) else [int(labels)])] = name
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{dataset_json} has no usable labels ({error!r}); expected the dataset.json of an nnU-Net data set."
         ) from error
     return names

@@ -16,6 +16,8 @@ from nnunet_conres.architectures import conresnet_paper, unet3d, vnet
 from nnunet_conres.architectures.blocks import per_stage, triple
 
 CONRESNET = "nnunet_conres.architectures.conresnet.ConResNet"
+CONRESNET_PAPER = "nnunet_conres.architectures.conresnet_paper.ConResNetPaper"
+RESIDUAL_MAP_UNET = "nnunet_conres.architectures.residual_map_unet.ResidualMapUNet"
 VNET = "nnunet_conres.architectures.vnet.VNet"
 UNET3D = "nnunet_conres.architectures.unet3d.UNet3D"
 
@@ -37,17 +39,6 @@ _SHARED_ARGUMENTS = (
 _REQUIRED_ARGUMENTS = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides")
 _IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 
-# What the constructors do with an argument that is left out. These never change: an argument missing in plans that name
-# one of our networks means what it meant when they were written. A better default goes into the functions below.
-CONRESNET_DEFAULTS = {
-    "residual_input": "decoder",
-    "slice_axis": 0,
-    "topology": "dynamic",
-    "checkpointing": "none",
-    "residual_stream": True,
-    "residual_features_per_stage": None,
-    "attention": "paper",
-}
 _NO_LAYERS = {
     "norm_op": None,
     "norm_op_kwargs": None,
@@ -74,18 +65,13 @@ _UNET3D_DEFAULTS = _NO_LAYERS | {
 }
 
 
-def conresnet_architecture(
-    configuration: ConfigurationManager, residual_input: str | None = None, residual_stream: bool | None = None
-) -> dict[str, Any]:
+def conresnet_architecture(configuration: ConfigurationManager, shared_encoder: bool = False) -> dict[str, Any]:
     """The ``architecture`` entry of a configuration for ConResNet.
 
     Args:
-        configuration: Configuration of stock plans, which becomes the dynamic topology, or of plans that name ConResNet
-            already, which keep their topology and arguments.
-        residual_input: ``"decoder"`` or ``"shared_encoder"``, which has the residual stream; None keeps what the plans
-            say, else "decoder".
-        residual_stream: Whether there is a residual stream; None keeps what the plans say, else there is none:
-            docs/results.md has the evidence.
+        configuration: Configuration of stock plans, or of plans that name ConResNet already, which keep its arguments.
+        shared_encoder: Whether one encoder runs over image and image residual, where the plans are stock plans or say
+            nothing of it.
 
     Returns:
         Dictionary with ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, as plans hold it.
@@ -93,12 +79,35 @@ def conresnet_architecture(
     Raises:
         ValueError: If the plans name a network whose topology can't be carried over.
     """
-    if names_paper_topology(configuration):
-        return conresnet_paper_architecture(configuration, residual_input)
+    entry = _residual_map_entry(configuration, CONRESNET, {"slice_axis": 0, "shared_encoder": False})
+    if shared_encoder:
+        entry["arch_kwargs"]["shared_encoder"] = True
+    return entry
+
+
+def residual_maps_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
+    """The ``architecture`` entry of a configuration for ResidualMapUNet.
+
+    Args:
+        configuration: Configuration of stock plans, or of plans that name ResidualMapUNet already, which keep its
+            arguments.
+
+    Raises:
+        ValueError: If the plans name a network whose topology can't be carried over.
+    """
+    return _residual_map_entry(configuration, RESIDUAL_MAP_UNET, {})
+
+
+def _residual_map_entry(
+    configuration: ConfigurationManager, class_name: str, own_arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Entry for a network with nnU-Net's residual encoder and residual maps; ``own_arguments`` are its defaults."""
+    network = class_name.rpartition(".")[2]
     given = deepcopy(configuration.network_arch_init_kwargs)
-    arguments = _shared_arguments(configuration, "ConResNet")
-    arguments["conv_bias"] = bool(given.get("conv_bias", False))
-    arguments |= CONRESNET_DEFAULTS
+    arguments = _shared_arguments(configuration, network)
+    arguments |= {"background_class": False, "checkpointing": "none", **own_arguments}
+    if configuration.network_arch_class_name == class_name:
+        return _entry(class_name, arguments | given)
     n_stages = given["n_stages"]
     blocks = given.get("n_blocks_per_stage")
     if blocks is None:
@@ -106,36 +115,55 @@ def conresnet_architecture(
         convs = per_stage("n_conv_per_stage", given.get("n_conv_per_stage", 2), n_stages)
         blocks = [max(1, n // 2) for n in convs]
     arguments["n_blocks_per_stage"] = blocks
-    # Stock plans have two convolutions per decoder level; here one is the segmentation's and one the residual's.
+    # Stock plans have two convolutions per decoder level; ConResNet has one in either stream.
     arguments["n_conv_per_stage_decoder"] = [1] * (n_stages - 1)
-    if configuration.network_arch_class_name != CONRESNET:
-        arguments["residual_stream"] = False
-    else:
-        arguments |= {argument: value for argument, value in given.items() if argument != "n_conv_per_stage"}
-        arguments["n_blocks_per_stage"] = blocks
-    if residual_input is not None:
-        arguments["residual_input"] = residual_input
-    if residual_stream is not None or arguments["residual_input"] == "shared_encoder":
-        arguments["residual_stream"] = residual_stream is not False
-    return _entry(CONRESNET, arguments)
+    return _entry(class_name, arguments)
 
 
-def conresnet_paper_architecture(
-    configuration: ConfigurationManager, residual_input: str | None = None
-) -> dict[str, Any]:
-    """The ``architecture`` entry of a configuration for ConResNet's paper topology.
+def conresnet_paper_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
+    """The ``architecture`` entry of a configuration for the paper's ConResNet.
 
     Args:
-        configuration: Any configuration; one that names the paper topology itself keeps its other arguments.
-        residual_input: As for ``conresnet_architecture``.
+        configuration: Any configuration; one that names ConResNetPaper itself keeps its arguments.
     """
-    arguments = _as_plans(conresnet_paper.paper_arguments()) | CONRESNET_DEFAULTS | {"topology": "paper"}
-    if names_paper_topology(configuration):
-        arguments |= configuration.network_arch_init_kwargs
-    arguments["checkpointing"] = _checkpointing_of(configuration, CONRESNET)
-    if residual_input is not None:
-        arguments["residual_input"] = residual_input
-    return _entry(CONRESNET, arguments)
+    arguments = {
+        "strides": [list(stride) for stride in conresnet_paper.STRIDES],
+        "background_class": False,
+        "slice_axis": 0,
+        "checkpointing": "none",
+    }
+    if configuration.network_arch_class_name == CONRESNET_PAPER:
+        arguments |= deepcopy(configuration.network_arch_init_kwargs)
+    else:
+        arguments["checkpointing"] = _checkpointing_of(configuration, CONRESNET)
+    return _entry(CONRESNET_PAPER, arguments)
+
+
+def set_background_class(architecture: dict[str, Any], has_regions: bool) -> None:
+    """Writes into an ``architecture`` entry whether the first class is the background, which has no residual map.
+
+    Args:
+        architecture: Entry of any network; left as it is where the network has no residual maps.
+        has_regions: Whether the data set is trained on regions, which have no background.
+    """
+    if "background_class" in architecture["arch_kwargs"]:
+        architecture["arch_kwargs"]["background_class"] = not has_regions
+
+
+def stages_of(configuration: ConfigurationManager) -> tuple[list[list[int]], list[list[int]]]:
+    """Strides and kernel sizes, three numbers each, of every stage of a configuration's network.
+
+    Raises:
+        KeyError: If its plans don't say, as those of a network without stages.
+    """
+    if configuration.network_arch_class_name == CONRESNET_PAPER:
+        return [list(s) for s in conresnet_paper.STRIDES], [list(k) for k in conresnet_paper.KERNEL_SIZES]
+    arguments = configuration.network_arch_init_kwargs
+    strides, kernel_sizes = (
+        [triple(value) for value in per_stage(name, arguments[name], arguments["n_stages"])]
+        for name in ("strides", "kernel_sizes")
+    )
+    return strides, kernel_sizes
 
 
 def vnet_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
@@ -237,12 +265,9 @@ def _checkpointing_of(configuration: ConfigurationManager, class_name: str) -> s
     return str(configuration.network_arch_init_kwargs.get("checkpointing", "none"))
 
 
-def names_paper_topology(configuration: ConfigurationManager) -> bool:
-    """Whether a configuration asks for ConResNet's paper topology itself."""
-    return (
-        configuration.network_arch_class_name == CONRESNET
-        and configuration.network_arch_init_kwargs.get("topology") == "paper"
-    )
+def names_conresnet_paper(configuration: ConfigurationManager) -> bool:
+    """Whether a configuration asks for the paper's ConResNet itself."""
+    return configuration.network_arch_class_name == CONRESNET_PAPER
 
 
 def names_single_headed(configuration: ConfigurationManager, class_name: str) -> bool:
@@ -260,7 +285,7 @@ def names_single_headed(configuration: ConfigurationManager, class_name: str) ->
 
 def has_auxiliary_heads(configuration: ConfigurationManager) -> bool:
     """Whether the network of a configuration puts out a segmentation at every scale; if not, at full size only."""
-    if names_paper_topology(configuration):
+    if names_conresnet_paper(configuration):
         return False
     return bool(configuration.network_arch_init_kwargs.get("auxiliary_heads", True))
 
@@ -273,12 +298,13 @@ def _shared_arguments(configuration: ConfigurationManager, network: str) -> dict
     """
     given = deepcopy(configuration.network_arch_init_kwargs)
     missing = [argument for argument in _REQUIRED_ARGUMENTS if argument not in given]
-    if missing:
+    is_paper = names_conresnet_paper(configuration) or given.get("auxiliary_heads") is False
+    if missing and not is_paper:
         raise ValueError(
             f"Cannot derive {network} from these plans: their network {configuration.network_arch_class_name} has no "
             f"{', '.join(missing)}. Use plans of a U-Net, such as nnUNetPlans or nnUNetResEncUNetMPlans."
         )
-    if given.get("nonlin") is None or given.get("auxiliary_heads") is False:
+    if is_paper or given.get("nonlin") is None:
         raise ValueError(
             f"Cannot derive {network} from these plans: their network {configuration.network_arch_class_name} is a "
             f"paper's own, or has no nonlinearity. Train it with its own trainer, or use plans of a U-Net, such as "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import json
 import math
@@ -19,14 +20,31 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_conres.datasets.raw import (
+    TrainingCase,
     find_dataset,
     find_training_cases,
     folder_from_environment,
     read_dataset_json,
+    short_message,
+    some,
 )
 from nnunet_conres.errors import InputError
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
-from nnunet_conres.planning.preprocessing import STOCK_PLANS, Preprocessed, PreprocessedDataset, read_plans
+from nnunet_conres.planning.preprocessing import (
+    OF_FILES,
+    STOCK_PLANS,
+    Preprocessed,
+    PreprocessedDataset,
+    cases_that_are_gone,
+    read_plans,
+    remove_cases,
+)
+from nnunet_conres.planning.sources import (
+    GT_SEGMENTATIONS,
+    fingerprint_differences,
+    note_in_fingerprint,
+    sizes_and_times,
+)
 from nnunet_conres.text import aligned
 
 DEFAULT_PREPROCESSOR: Final = "DefaultPreprocessor"
@@ -102,6 +120,7 @@ class Planned:
         configurations: What was planned.
         preprocessed: What there is of preprocessed data, where they were made.
         skipped: Configurations that were to be preprocessed and are not in the plans.
+        notes: What else a person should know.
         next_commands: What to run next.
     """
 
@@ -115,6 +134,7 @@ class Planned:
     configurations: tuple[PlannedConfiguration, ...]
     preprocessed: tuple[Preprocessed, ...] = ()
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     next_commands: tuple[str, ...] = ()
 
     def as_text(self) -> str:
@@ -138,7 +158,11 @@ class Planned:
         for data in self.preprocessed:
             there = data.cases - len(data.written)
             lines.append(f"Data of {data.configuration}: {len(data.written)} cases written, {there} were there")
+            if data.outdated:
+                named = [f"{case_id} ({reason})" for case_id, reason in data.outdated.items()]
+                lines.append(f"  of these {len(named)} again, because their raw files changed: {some(named)}")
         lines += [f"Data of {name}: none, the images don't need this configuration" for name in self.skipped]
+        lines += self.notes
         lines += [f"Next: {command}" for command in self.next_commands]
         return "\n".join(lines)
 
@@ -155,7 +179,7 @@ def plan(dataset_ids: Sequence[int], options: PlanOptions) -> list[Planned]:
 
     Raises:
         InputError: Something is wrong with the options or a data set; nothing was written. Lists all that was found.
-        ValueError: A data set can't be planned for this network and memory.
+            Also if a data set can't be planned for this network and memory.
     """
     faults = list(options.faults())
     for dataset_id in dataset_ids:
@@ -178,7 +202,7 @@ def plan_and_preprocess(
     preprocess: bool = True,
     progress: bool = True,
 ) -> list[Planned]:
-    """Takes fingerprints where there are none, plans, and preprocesses what is missing.
+    """Takes fingerprints where they are missing or outdated, plans, and preprocesses what is missing or outdated.
 
     Args:
         dataset_ids: Numbers of the data sets.
@@ -188,7 +212,8 @@ def plan_and_preprocess(
         fingerprint_extractor: Name of a class in nnunetv2.experiment_planning.
         fingerprint_processes: Number of processes for that.
         verify_dataset_integrity: Whether nnU-Net checks the raw data before.
-        clean: Whether fingerprints are taken again where there are some.
+        clean: Whether fingerprints are taken again where there are some, and preprocessed cases that the raw data set
+            no longer has are removed.
         preprocess: Whether to preprocess.
         progress: Whether to show progress bars on stderr.
 
@@ -197,8 +222,8 @@ def plan_and_preprocess(
 
     Raises:
         InputError: Something is wrong with the options or a data set; nothing was written. Lists all that was found.
-        ValueError: A data set can't be planned for this network and memory, or its raw data are faulty.
-        RuntimeError: A case can't be preprocessed.
+            Also if a data set can't be planned for this network and memory, or a case can't be preprocessed.
+        RuntimeError: A process was killed.
     """
     faults = list(options.faults())
     for dataset_id in dataset_ids:
@@ -219,20 +244,33 @@ def plan_and_preprocess(
         )
     if any(number < 1 for number in (*processes, fingerprint_processes)):
         faults.append("The number of processes is below 1; expected 1 or more for -np and -npfp.")
+    if not faults and preprocess and not clean:
+        for dataset_id in dataset_ids:
+            faults += _faults_of_cases_that_are_gone(dataset_id, configurations)
     if faults:
         raise InputError(faults)
 
     for dataset_id in dataset_ids:
-        with _assertions_told(find_dataset(dataset_id)):
+        if preprocess and clean:
+            _remove_cases_that_are_gone(dataset_id, configurations)
+        cases, fingerprint = _cases_of(dataset_id), _folder_of(dataset_id) / "dataset_fingerprint.json"
+        files = sizes_and_times(cases)
+        different = fingerprint_differences(fingerprint, cases, is_copy_different=True) if fingerprint.is_file() else []
+        if different:
+            print(f"The raw data changed since {fingerprint} was taken ({some(different)}); it is taken again.")
+        is_new = clean or bool(different) or not fingerprint.is_file()
+        with _refusals_of_nnunet(find_dataset(dataset_id), OF_FILES):
             extract_fingerprint_dataset(
                 dataset_id,
                 extractor,
                 fingerprint_processes,
                 verify_dataset_integrity,
-                clean,
+                is_new,
                 options.verbose,
                 progress,
             )
+        if is_new:
+            note_in_fingerprint(fingerprint, files)
     done = [_plan(dataset_id, options) for dataset_id in dataset_ids]
     if preprocess:
         done = [
@@ -242,11 +280,59 @@ def plan_and_preprocess(
     return [_with_next_commands(one) for one in done]
 
 
+def _cases_of(dataset_id: int) -> list[TrainingCase]:
+    raw = find_dataset(dataset_id)
+    return find_training_cases(raw, read_dataset_json(raw)[0] or {})[0]
+
+
+def _folder_of(dataset_id: int) -> Path:
+    """The preprocessed data set."""
+    return Path(nnUNet_preprocessed, find_dataset(dataset_id).name)
+
+
+def _faults_of_cases_that_are_gone(dataset_id: int, configurations: Sequence[str]) -> Iterator[str]:
+    case_ids = [case.case_id for case in _cases_of(dataset_id)]
+    for folder, gone in cases_that_are_gone(_folder_of(dataset_id), configurations, case_ids).items():
+        yield (
+            f"{folder} has {len(gone)} cases that are not in {find_dataset(dataset_id)}: {some(gone, 20)}. Without "
+            f"splits nnU-Net would train on them. Remove them with --clean, or put their raw files back."
+        )
+
+
+def _remove_cases_that_are_gone(dataset_id: int, configurations: Sequence[str]) -> None:
+    preprocessed, case_ids = _folder_of(dataset_id), [case.case_id for case in _cases_of(dataset_id)]
+    for folder, gone in cases_that_are_gone(preprocessed, configurations, case_ids).items():
+        print(f"Removing {len(gone)} cases from {folder} that are not in {find_dataset(dataset_id)}: {some(gone, 20)}.")
+        remove_cases(folder, gone)
+        for case_id in gone:
+            for copy in (preprocessed / GT_SEGMENTATIONS).glob(f"{glob.escape(case_id)}.*"):
+                copy.unlink()
+
+
+def _notes(dataset_id: int) -> tuple[str, ...]:
+    """A message if the splits name cases that the raw data set no longer has."""
+    splits, known = _folder_of(dataset_id) / "splits_final.json", {case.case_id for case in _cases_of(dataset_id)}
+    try:
+        content = json.loads(splits.read_text(encoding="utf-8"))
+        named = {str(case_id) for fold in content for part in ("train", "val") for case_id in fold[part]}
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return (f"{splits} can't be read as nnU-Net's splits ({error}). Remove it, and nnU-Net makes new ones.",)
+    gone = sorted(named - known)
+    if not gone:
+        return ()
+    return (
+        f"{splits} names {len(gone)} cases that are not in {find_dataset(dataset_id)}: {some(gone)}. Remove it, and "
+        f"nnU-Net makes new splits, or make some with nnunet-conres split.",
+    )
+
+
 def _plan(dataset_id: int, options: PlanOptions) -> Planned:
     raw = find_dataset(dataset_id)
     # what nnU-Net prints while it searches is of no use to anybody who isn't searching for a fault
     silence = contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO())
-    with _assertions_told(raw), silence:
+    with _refusals_of_nnunet(raw), silence:
         planner = PLANNERS[options.architecture](
             dataset_id,
             gpu_memory_target_in_gb=options.gpu_memory_target,
@@ -288,11 +374,12 @@ def _with_next_commands(planned: Planned) -> Planned:
         # not nnUNetv2_preprocess, which would remove what another plan that shares the folder has made by then
         commands.append(
             f"nnunet-conres plan_and_preprocess with the same options: {len(missing)} cases of 3d_fullres are missing"
+            + (" or outdated" if data.folder("3d_fullres").is_dir() else "")
         )
     commands.append(
         f"nnUNetv2_train {planned.dataset_id} 3d_fullres 0 -tr {planned.trainer_name} -p {planned.plans_name}"
     )
-    return replace(planned, next_commands=tuple(commands))
+    return replace(planned, notes=_notes(planned.dataset_id), next_commands=tuple(commands))
 
 
 def _dataset_faults(dataset_id: int, options: PlanOptions, needs_fingerprint: bool) -> Iterator[str]:
@@ -320,12 +407,20 @@ def _dataset_faults(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
     preprocessed = Path(nnUNet_preprocessed, raw.name)
     fingerprint = preprocessed / "dataset_fingerprint.json"
     if fingerprint.is_file():
+        again = f"Take it again: nnUNetv2_extract_fingerprint -d {dataset_id} --clean"
         try:
             json.loads(fingerprint.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            yield f"{fingerprint} cannot be read: {error}. Take it again: nnUNetv2_extract_fingerprint -d " + (
-                f"{dataset_id} --clean"
-            )
+            yield f"{fingerprint} cannot be read: {error}. {again}"
+            return
+        if needs_fingerprint and dataset_json is not None:
+            cases = find_training_cases(raw, dataset_json)[0]
+            different = fingerprint_differences(fingerprint, cases, is_copy_different=False)
+            if different:
+                yield (
+                    f"The raw data changed since {fingerprint} was taken: {some(different)}. {again}, or use "
+                    f"nnunet-conres plan_and_preprocess."
+                )
     elif needs_fingerprint:
         yield (
             f"{fingerprint} is missing. Take it with nnUNetv2_extract_fingerprint -d {dataset_id}, or use "
@@ -362,9 +457,9 @@ def _find_class(folder: str, name: str) -> type | None:
 
 
 @contextlib.contextmanager
-def _assertions_told(raw: Path) -> Iterator[None]:
-    """Makes errors that can be told of what nnU-Net asserts about a data set."""
+def _refusals_of_nnunet(raw: Path, kinds: tuple[type[Exception], ...] = (AssertionError,)) -> Iterator[None]:
+    """Makes errors of the user's of what nnU-Net raises about a data set."""
     try:
         yield
-    except AssertionError as error:
-        raise ValueError(f"nnU-Net refuses {raw}: {str(error).strip() or 'it does not say why'}") from error
+    except kinds as error:
+        raise InputError(f"nnU-Net refuses {raw}: {short_message(error)}") from error

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -23,9 +22,15 @@ from tqdm import tqdm
 
 from nnunet_conres import __version__
 from nnunet_conres.architectures.network import CHECKPOINTINGS
-from nnunet_conres.datasets.raw import write_json
 from nnunet_conres.errors import InputError
-from nnunet_conres.planning.architectures import conresnet_architecture, unet3d_architecture, vnet_architecture
+from nnunet_conres.files import write_json
+from nnunet_conres.planning.architectures import (
+    conresnet_architecture,
+    residual_maps_architecture,
+    set_background_class,
+    unet3d_architecture,
+    vnet_architecture,
+)
 from nnunet_conres.planning.memory import MemoryModel
 from nnunet_conres.planning.preprocessing import read_plans, settings_faults, share_data
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
@@ -215,6 +220,7 @@ class NetworkPlanner(ExperimentPlanner):
     def _derive(self, stock: Mapping[str, Any], checkpointing: str) -> dict[str, Any]:
         # as they will be read from the file, lists and not tuples: the trainer, too, derives from those
         entry = self.architecture(ConfigurationManager({"architecture": json.loads(json.dumps(stock))}))
+        set_background_class(entry, self._labels.has_regions)
         entry["arch_kwargs"]["checkpointing"] = checkpointing
         return entry
 
@@ -435,13 +441,13 @@ class ConResNetPlanner(NetworkPlanner):
     architecture = staticmethod(conresnet_architecture)
 
 
-class ConResNetStreamPlanner(ConResNetPlanner):
-    """Plans for ConResNet with the residual stream."""
+class ResidualMapsPlanner(NetworkPlanner):
+    """Plans for ResidualMapUNet."""
 
-    network_name = "ConResNet with stream"
-    default_plans_name = "nnUNetConResNetStreamPlans"
-    trainer_name = "nnUNetTrainerConResNetStream"
-    architecture = staticmethod(partial(conresnet_architecture, residual_stream=True))
+    network_name = "ResidualMapUNet"
+    default_plans_name = "nnUNetResidualMapsPlans"
+    trainer_name = "nnUNetTrainerResidualMaps"
+    architecture = staticmethod(residual_maps_architecture)
 
 
 class VNetPlanner(NetworkPlanner):
@@ -464,7 +470,7 @@ class UNet3DPlanner(NetworkPlanner):
 
 PLANNERS: Final[dict[str, type[NetworkPlanner]]] = {
     "conresnet": ConResNetPlanner,
-    "conresnet_stream": ConResNetStreamPlanner,
+    "residual_maps": ResidualMapsPlanner,
     "vnet": VNetPlanner,
     "unet3d": UNet3DPlanner,
 }

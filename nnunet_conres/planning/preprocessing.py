@@ -1,21 +1,24 @@
-"""Preprocessed data: shared between plans that want the same, checked for being complete, and completed case by case.
+"""Preprocessed data: shared between plans that want the same, checked, and completed case by case.
 
-nnU-Net's own command begins with the removal of a configuration's data. Here nothing is removed: cases that are there
-are left as they are, and those that are missing are made by nnU-Net's preprocessor beside them.
+nnU-Net's own command begins with the removal of a configuration's data. Here cases that are there are left as they
+are, as long as their raw files are the same; those that are missing or outdated are made by nnU-Net's preprocessor.
 """
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import json
 import os
 import pickle
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,8 +28,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nn
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, map_cases, short_message, some
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.locks import hold
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
+from nnunet_conres.planning.sources import GT_SEGMENTATIONS, RECORD, cases_in, files_of, judge
+from nnunet_conres.unpickling import read_pickle
 
 STOCK_PLANS: Final = "nnUNetPlans"
 
@@ -41,6 +47,15 @@ _WITHOUT_INTENSITIES = {
 }
 # The spacing of 3d_lowres goes with the memory target: what is shared today would differ tomorrow.
 _SHARED = ("2d", "3d_fullres")
+OF_FILES: Final[tuple[type[Exception], ...]] = (
+    AssertionError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    zlib.error,
+)
+"""What nnU-Net and its readers raise about files; other errors keep their traceback."""
 # Below that many cases, starting processes takes longer than looking.
 _MANY_CASES = 200
 
@@ -160,12 +175,14 @@ class Preprocessed:
         folder: Where they are.
         cases: Number of cases of the data set.
         written: Cases that were made now; all others were there.
+        outdated: Those of them that were there, made from other raw files, each with what differed.
     """
 
     configuration: str
     folder: Path
     cases: int
     written: tuple[str, ...]
+    outdated: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,6 +195,10 @@ class _Wanted:
         channels: Number of image channels.
         axes: Where each axis is found in the images.
         spacing: Voxel size in mm, without that of the slices for 2d; None where it doesn't tell the images' shape.
+        settings: All in the plans that decides what the data are.
+        labels: As in dataset.json; the places of their voxels are among the properties.
+        copies: Folder with copies of the label files.
+        ending: How those end.
     """
 
     configuration: str
@@ -185,6 +206,10 @@ class _Wanted:
     channels: int
     axes: tuple[int, ...]
     spacing: tuple[float, ...] | None
+    settings: Mapping[str, Any]
+    labels: Mapping[str, Any]
+    copies: Path
+    ending: str
 
     def shape(self, properties: Mapping[str, Any]) -> tuple[int, ...] | None:
         """Shape of a case with these properties, None where that can't be told from outside."""
@@ -203,14 +228,19 @@ class _State:
     Attributes:
         complete: Whether all its files are there and whole.
         otherwise: What shows that they were made for other plans, if anything does.
+        outdated: What shows that they were made from other raw files, if anything does.
+        record: A record to replace that of the properties, if any.
     """
 
     complete: bool
     otherwise: str = ""
+    outdated: str = ""
+    record: dict[str, Any] | None = None
 
 
-def _look_at(job: tuple[str, _Wanted]) -> _State:
-    case_id, wanted = job
+def _look_at(job: tuple[TrainingCase, _Wanted]) -> _State:
+    case, wanted = job
+    case_id = case.case_id
     try:
         data, labels, properties = _read(wanted.folder, case_id)
     except Exception:  # a file that was cut short can raise anything
@@ -220,19 +250,28 @@ def _look_at(job: tuple[str, _Wanted]) -> _State:
     expected = wanted.shape(properties)
     if expected is not None and data != expected:
         return _State(True, f"{case_id} has shape {data} there, and {expected} by these plans")
-    return _State(complete=True)
+    record = properties.get(RECORD)
+    if record is not None and record["settings"] != wanted.settings:
+        then, now = record["settings"], wanted.settings
+        different = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        return _State(True, f"{case_id} was preprocessed with another {', '.join(different)}")
+    if record is not None and record["labels"] != wanted.labels:
+        return _State(True, outdated="labels in dataset.json")
+    copy = wanted.copies / f"{case_id}{wanted.ending}"
+    judgement = judge(case, properties, wanted.folder / f"{case_id}.pkl", copy, with_images=True)
+    return _State(True, outdated=judgement.changed or judgement.uncertain, record=judgement.record)
 
 
 def _read(folder: Path, case_id: str) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
     """Shapes of a case's image and labels, and its properties. Raises if a file is missing or was cut short."""
+    properties = read_pickle(folder / f"{case_id}.pkl")  # before nnU-Net does so, which trusts it
     compressed = folder / f"{case_id}.npz"
     if not compressed.is_file():
-        image, annotation, _, properties = nnUNetDatasetBlosc2(str(folder), [case_id]).load_case(case_id)
+        image, annotation, _, _ = nnUNetDatasetBlosc2(str(folder), [case_id]).load_case(case_id)
         return tuple(image.shape), tuple(annotation.shape), properties
     with zipfile.ZipFile(compressed) as archive:  # the heads only: nnU-Net would unpack all of it
         shapes = _array_shape(archive, "data"), _array_shape(archive, "seg")
-    with open(folder / f"{case_id}.pkl", "rb") as stream:
-        return *shapes, pickle.load(stream)
+    return *shapes, properties
 
 
 def _array_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
@@ -262,6 +301,7 @@ class _Job:
     dataset_json: Mapping[str, Any]
     as_npz: bool
     verbose: bool
+    settings: Mapping[str, Any]
 
 
 def _preprocess_case(job: _Job) -> str:
@@ -274,6 +314,10 @@ def _preprocess_case(job: _Job) -> str:
     own = job.partial / case_id
     own.mkdir()
     target = str(own / case_id)
+    with file_errors(job.case.labels):
+        files = files_of(job.case)
+    record = {"files": files, "settings": dict(job.settings), "labels": dict(job.dataset_json["labels"])}
+    preprocessor.run_case = _checked(preprocessor.run_case)
     arguments = (images, labels_file, plans, configuration, dict(job.dataset_json))
     try:
         if job.as_npz:
@@ -282,14 +326,46 @@ def _preprocess_case(job: _Job) -> str:
         else:
             preprocessor.run_case_save(target, *arguments)
     except Exception as error:  # readers and resampling have their own
-        raise RuntimeError(
+        kind = InputError if isinstance(error, OF_FILES) else RuntimeError
+        raise kind(
             f"Case {case_id} can't be preprocessed for configuration {job.configuration}: {short_message(error)}. "
             f"Its files: {', '.join((*images, labels_file))}."
         ) from error
-    for path in sorted(own.iterdir(), key=lambda path: (path.suffix == ".pkl", path.name)):
-        os.replace(path, job.folder / path.name)
-    own.rmdir()
+    with file_errors(job.folder):
+        _note(own / f"{case_id}.pkl", record)
+        # What says that the case is complete goes first and comes last: never is it beside data of another making.
+        (job.folder / f"{case_id}.pkl").unlink(missing_ok=True)
+        for path in sorted(own.iterdir(), key=lambda path: (path.suffix == ".pkl", path.name)):
+            os.replace(path, job.folder / path.name)
+        own.rmdir()
     return case_id
+
+
+def _checked(run_case: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """nnU-Net's preprocessing of one case, which refuses images with voxels that are not finite.
+
+    One such voxel makes its whole channel NaN where nnU-Net normalises by mean and standard deviation.
+    """
+
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        image, *others = run_case(*arguments)
+        broken = [str(number) for number, channel in enumerate(image) if not np.isfinite(channel).all()]
+        if broken:
+            raise InputError(
+                f"after preprocessing, channel {', '.join(broken)} has voxels that are NaN or infinite. Look for such "
+                f"voxels in the raw images, and correct them or remove the case"
+            )
+        return (image, *others)
+
+    return run
+
+
+def _note(properties_file: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record into a case's properties."""
+    properties = read_pickle(properties_file)
+    partial = properties_file.with_name(f".{properties_file.name}.new")
+    partial.write_bytes(pickle.dumps(properties | {RECORD: dict(record)}))
+    partial.replace(properties_file)
 
 
 # --- all of a data set ------------------------------------------------------------------------------------------------
@@ -331,10 +407,14 @@ class PreprocessedDataset:
             channels=len(self._dataset_json.get("channel_names", self._dataset_json.get("modality", ()))),
             axes=tuple(self._plans["transpose_forward"]),
             spacing=tuple(configuration.spacing) if told else None,
+            settings=preprocessing_settings(self._plans, name),
+            labels=self._dataset_json["labels"],
+            copies=self._folder / GT_SEGMENTATIONS,
+            ending=self._dataset_json["file_ending"],
         )
 
     def missing(self, configuration: str, *, processes: int = 1, progress: bool = False) -> list[str]:
-        """Ids of the cases that a configuration has no complete data of.
+        """Ids of the cases that a configuration has no data of that are complete and made from the raw files of today.
 
         Args:
             configuration: Name of the configuration.
@@ -342,40 +422,45 @@ class PreprocessedDataset:
             progress: Whether to show a progress bar then.
 
         Raises:
-            ValueError: There are data, but they were preprocessed otherwise, or nnU-Net can't read them.
+            InputError: There are data, but they were preprocessed otherwise, or nnU-Net can't read them.
         """
+        states = self._look(configuration, processes, progress)
+        return [case_id for case_id, state in states.items() if not state.complete or state.outdated]
+
+    def _look(self, configuration: str, processes: int, progress: bool) -> dict[str, _State]:
+        """What there is of every case."""
         wanted = self._wanted(configuration)
         if not wanted.folder.is_dir():
-            return list(self._cases)
+            return dict.fromkeys(self._cases, _State(complete=False))
         if _holds_npz(wanted.folder) and any(wanted.folder.glob("*.b2nd")):
-            raise ValueError(
+            raise InputError(
                 f"{wanted.folder} holds both .npz and .b2nd files, which nnU-Net can't train on. Remove the folder, or "
                 f"all files of one kind."
             )
         many = len(self._cases) > _MANY_CASES
-        jobs = [(case_id, wanted) for case_id in self._cases]
+        jobs = [(case, wanted) for case in self._cases.values()]
         looks = map_cases(_look_at, jobs, processes if many else 1, f"Checking {configuration}", progress and many)
         states = dict(zip(self._cases, looks, strict=True))
         otherwise = [state.otherwise for state in states.values() if state.otherwise]
         if otherwise:
             name = self._plans["plans_name"]
             is_own = wanted.folder.name.startswith(f"{name}_")
-            raise ValueError(
+            raise InputError(
                 f"{wanted.folder} holds data that were preprocessed for other plans than {name}, or for another "
                 f"version of them ({some(otherwise, 2)}). "
                 + ("Plan under another name with -overwrite_plans_name, or remove" if is_own else "Remove")
                 + " that folder."
             )
-        return [case_id for case_id, state in states.items() if not state.complete]
+        return states
 
     def complete(
         self, configurations: Mapping[str, int], *, verbose: bool = False, progress: bool = True
     ) -> list[Preprocessed]:
-        """Makes what is missing, and leaves alone what is there.
+        """Makes what is missing, makes again what was made from other raw files, and leaves alone everything else.
 
         What there is of all configurations is looked at before anything is written. Each case gets its name when it is
         complete, so that an interrupted run can be repeated, and goes on. The labels in original resolution, which
-        validation compares with, are copied as nnU-Net does.
+        validation compares with, are copied as nnU-Net does. Two runs on the same data wait for each other.
 
         Args:
             configurations: Names of configurations, each with the number of processes to preprocess it with. Those
@@ -387,28 +472,55 @@ class PreprocessedDataset:
             What there is now of each configuration.
 
         Raises:
-            ValueError: There are data, but they were preprocessed otherwise, or nnU-Net can't read them.
-            RuntimeError: A case can't be preprocessed.
+            InputError: There are data, but they were preprocessed otherwise, or nnU-Net can't read them; or a case
+                can't be preprocessed.
+            RuntimeError: A process was killed.
         """
         numbers = {name: number for name, number in configurations.items() if name in self._plans["configurations"]}
-        missing = {name: self.missing(name, processes=number, progress=progress) for name, number in numbers.items()}
-        written: dict[Path, tuple[str, ...]] = {}
-        for name, number in numbers.items():
-            folder = self.folder(name)
-            if folder not in written:  # fullres and cascade have the same
-                written[folder] = self._preprocess(name, missing[name], number, verbose, progress)
-        self._copy_labels()
-        return [Preprocessed(name, self.folder(name), len(self._cases), written[self.folder(name)]) for name in numbers]
+        folders = {self.folder(name): name for name in reversed(numbers)}  # fullres and cascade have the same
+        with contextlib.ExitStack() as stack:
+            for folder in sorted(folders):
+                lock = folder.with_name(f".{folder.name}.lock")
+                with file_errors(lock):
+                    stack.enter_context(hold(lock, poll_seconds=1))
+                stack.callback(lock.unlink, missing_ok=True)  # while it is held: nobody else has taken it
+                for leftover in folder.parent.glob(f".{folder.name}.????????"):
+                    shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
+            states = {folder: self._look(name, numbers[name], progress) for folder, name in folders.items()}
+            written = {
+                folder: self._preprocess(name, states[folder], numbers[name], verbose, progress)
+                for folder, name in folders.items()
+            }
+        with file_errors(self._folder / GT_SEGMENTATIONS):
+            self._copy_labels()
+        return [
+            Preprocessed(
+                name,
+                folder,
+                len(self._cases),
+                written[folder],
+                {case_id: state.outdated for case_id, state in states[folder].items() if state.outdated},
+            )
+            for name in numbers
+            for folder in [self.folder(name)]
+        ]
 
     def _preprocess(
-        self, configuration: str, case_ids: Sequence[str], processes: int, verbose: bool, progress: bool
+        self, configuration: str, states: Mapping[str, _State], processes: int, verbose: bool, progress: bool
     ) -> tuple[str, ...]:
+        folder = self.folder(configuration)
+        for case_id, state in states.items():
+            if state.record is not None:
+                with file_errors(folder):
+                    _note(folder / f"{case_id}.pkl", state.record)
+        case_ids = [case_id for case_id, state in states.items() if not state.complete or state.outdated]
         if not case_ids:
             return ()
-        folder = self.folder(configuration)
-        folder.mkdir(parents=True, exist_ok=True)
+        with file_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         as_npz = _holds_npz(folder)
-        # on the same drive, for what isn't complete yet; one per run, because there may be two at a time
+        settings = preprocessing_settings(self._plans, configuration)
+        # on the same drive, for what isn't complete yet
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
             jobs = [
                 _Job(
@@ -420,6 +532,7 @@ class PreprocessedDataset:
                     self._dataset_json,
                     as_npz,
                     verbose,
+                    settings,
                 )
                 for case_id in case_ids
             ]
@@ -433,13 +546,58 @@ class PreprocessedDataset:
                 ) from error
 
     def _copy_labels(self) -> None:
-        """Copies labels that are missing or newer than their copy."""
-        folder = self._folder / "gt_segmentations"
+        """Copies labels that are missing, older or other than their copy."""
+        folder = self._folder / GT_SEGMENTATIONS
         folder.mkdir(exist_ok=True)
         for case in self._cases.values():
             target = folder / f"{case.case_id}{self._dataset_json['file_ending']}"
-            if target.is_file() and target.stat().st_mtime >= case.labels.stat().st_mtime:
+            if (
+                target.is_file()
+                and target.stat().st_mtime >= case.labels.stat().st_mtime
+                and filecmp.cmp(target, case.labels, shallow=False)
+            ):
                 continue
             partial = target.with_name(f".{target.name}.new")
             shutil.copy2(case.labels, partial)
             partial.replace(target)
+
+
+# --- cases that are gone ----------------------------------------------------------------------------------------------
+
+
+def cases_that_are_gone(
+    preprocessed: Path, configurations: Sequence[str], case_ids: Sequence[str]
+) -> dict[Path, list[str]]:
+    """Cases among preprocessed data that the raw data set no longer has; nnU-Net trains on them without splits.
+
+    Args:
+        preprocessed: Folder of the preprocessed data set.
+        configurations: Those whose data are looked at, of all plans in the folder.
+        case_ids: The cases of the raw data set.
+
+    Returns:
+        Their ids by folder.
+    """
+    identifiers = {
+        PlansManager(deepcopy(plans)).get_configuration(name).configuration.get("data_identifier")
+        for plans in read_plans(preprocessed).values()
+        for name in configurations
+        if name in plans["configurations"]
+    }
+    found = {
+        preprocessed / identifier: [case for case in cases_in(preprocessed / identifier) if case not in set(case_ids)]
+        for identifier in sorted(identifier for identifier in identifiers if identifier)
+    }
+    return {folder: cases for folder, cases in found.items() if cases}
+
+
+def remove_cases(folder: Path, case_ids: Sequence[str]) -> None:
+    """Removes cases from preprocessed data, in every format of nnU-Net's.
+
+    Args:
+        folder: Folder of the data.
+        case_ids: Their ids.
+    """
+    for case_id in case_ids:
+        for ending in (".pkl", ".b2nd", "_seg.b2nd", ".npz", ".npy", "_seg.npy"):
+            (folder / f"{case_id}{ending}").unlink(missing_ok=True)

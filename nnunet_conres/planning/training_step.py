@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.planning.architectures import set_background_class
 
 DEVICES = ("cuda", "cpu")
 
@@ -162,8 +164,10 @@ def _trainer(step: TrainingStep) -> Any:
     nnU-Net's constructor makes folders and files of a training, so it is not called; what these methods read is set
     here. The trainer is on the CPU, so that nothing is compiled.
     """
+    architecture = deepcopy(dict(step.architecture))
+    set_background_class(architecture, step.labels.has_regions)
     configuration = {
-        "architecture": dict(step.architecture),
+        "architecture": architecture,
         "patch_size": list(step.patch_size),
         "batch_size": step.batch_size,
         "batch_dice": False,

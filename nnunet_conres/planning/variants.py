@@ -12,9 +12,11 @@ from typing import Any, Final
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_conres.architectures.conresnet_paper import PAPER_DIVISOR
-from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment, write_json
+from nnunet_conres.architectures.conresnet_paper import DIVISOR
+from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.errors import InputError
+from nnunet_conres.files import write_json
+from nnunet_conres.planning.architectures import CONRESNET_PAPER
 from nnunet_conres.text import aligned, times
 
 # What nnU-Net's planners take: an axis is halved until it is shorter than twice this, and features are doubled up to
@@ -166,7 +168,7 @@ def add_variants(
             architecture, patch = derive_architecture(
                 configuration.configuration["architecture"], configuration.spacing, wanted
             )
-        except ValueError as error:
+        except InputError as error:
             faults.append(f"Patch {times(wanted)}: {error}")
             continue
         name = f"{base}_{'x'.join(map(str, patch))}" + (f"_b{batch}" if batch != configuration.batch_size else "")
@@ -228,22 +230,22 @@ def derive_architecture(
         The entry, and the patch, rounded up to what the strides need.
 
     Raises:
-        ValueError: The network has a topology of its own which the patch does not fit, or the patch is too small.
+        InputError: The network has a topology of its own which the patch does not fit, or the patch is too small.
     """
     derived = deepcopy(dict(architecture))
     arguments = derived["arch_kwargs"]
-    if arguments.get("topology") == "paper":
-        uneven = [extent for extent in patch_size if extent % PAPER_DIVISOR]
+    if derived["network_class_name"] == CONRESNET_PAPER:
+        uneven = [extent for extent in patch_size if extent % DIVISOR]
         if uneven:
-            raise ValueError(f"the paper's topology is fixed; expected multiples of {PAPER_DIVISOR}.")
+            raise InputError(f"ConResNetPaper's topology is fixed; expected multiples of {DIVISOR}.")
         return derived, tuple(int(extent) for extent in patch_size)
     missing = [key for key in ("features_per_stage", "strides", "kernel_sizes", "n_stages") if key not in arguments]
     if missing:
-        raise ValueError(f"{derived['network_class_name']} has no {', '.join(missing)}; its topology can't be derived.")
+        raise InputError(f"{derived['network_class_name']} has no {', '.join(missing)}; its topology can't be derived.")
     _, strides, kernel_sizes, patch, _ = get_pool_and_conv_props(spacing, list(patch_size), _MIN_EDGE, 999999)
     n_stages = len(strides)
     if n_stages < 2:
-        raise ValueError(f"too small: expected an axis of {3 * _MIN_EDGE} voxels or more, to be halved once at least.")
+        raise InputError(f"too small: expected an axis of {3 * _MIN_EDGE} voxels or more, to be halved once at least.")
     features = [int(number) for number in arguments["features_per_stage"]]
     doubled = [features[0] * 2**stage for stage in range(n_stages)]
     limit = max(features) if max(features) < features[0] * 2 ** (len(features) - 1) else _MAX_FEATURES[len(patch)]

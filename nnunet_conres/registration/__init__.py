@@ -2,9 +2,10 @@
 
 nnU-Net (2.8 and later) looks up a trainer that is not its own in the folders that the environment variable
 ``nnUNet_extTrainer`` names, and imports every module found there. ``external_trainers/`` beside this file is such a
-folder, with one module in it. A start-up file at the top of site-packages (``nnunet_conres.pth``, kept beside this
-file) adds it to the variable whenever Python starts in an environment that the package is installed in: last, so that
-a user's own trainers win, and once, also in child processes.
+folder, with one module in it. A start-up file at the top of site-packages adds it to the variable whenever Python
+starts in an environment that the package is installed in: last, so that a user's own trainers win, and once, also in
+child processes. Python up to 3.14 reads ``nnunet_conres.pth``, later ones ``nnunet_conres.start``; both call one
+function, and ``site_packages/`` beside this file holds all three.
 
 A new trainer is made known to nnU-Net by a line in `TRAINERS`.
 """
@@ -35,26 +36,28 @@ TRAINING_LENGTHS: dict[str, int] = {
 
 _FAMILIES = (
     "nnUNetTrainerConResNet",
-    "nnUNetTrainerConResNetStream",
     "nnUNetTrainerConResNet_SGD",
+    "nnUNetTrainerResidualMaps",
+    "nnUNetTrainerResidualMaps_SGD",
+    "nnUNetTrainerMuon",
     "nnUNetTrainerVNet",
     "nnUNetTrainerUNet3D",
-    "nnUNetTrainerMuon",
 )
 
 TRAINERS: dict[str, str] = {
     "nnUNetTrainerConResNet": "ConResNet under nnU-Net's recipe, with Muon as the optimiser",
     "nnUNetTrainerConResNet_SGD": "ConResNet under nnU-Net's own recipe",
     "nnUNetTrainerConResNetPaper": "ConResNet in the paper's topology, loss, optimiser, schedule and augmentation",
-    "nnUNetTrainerConResNetStream": "nnUNetTrainerConResNet with the paper's residual stream and attention",
-    "nnUNetTrainerConResNetSharedEncoder": "the same with one encoder over the image and the image residual",
-    "nnUNetTrainerConResNetBSpline": "nnUNetTrainerConResNet with B-spline deformations in the augmentation",
-    "nnUNetTrainerConResNet_NoMirroring": "nnUNetTrainerConResNet without mirroring, in training and in prediction",
+    "nnUNetTrainerConResNetSharedEncoder": "ConResNet with one encoder over the image and the image residual",
+    "nnUNetTrainerConResNetBSpline": "ConResNet with B-spline deformations in the augmentation",
+    "nnUNetTrainerConResNet_NoMirroring": "ConResNet without mirroring, in training and in prediction",
+    "nnUNetTrainerResidualMaps": "nnU-Net's residual encoder U-Net with residual maps as auxiliary outputs, with Muon",
+    "nnUNetTrainerResidualMaps_SGD": "the same network under nnU-Net's own recipe",
+    "nnUNetTrainerMuon": "the 3D network of the plans, nnU-Net's own, under nnU-Net's recipe with Muon",
     "nnUNetTrainerVNet": "V-Net under nnU-Net's own recipe",
     "nnUNetTrainerVNetPaper": "V-Net in the paper's topology, loss, optimiser, schedule and augmentation",
     "nnUNetTrainerUNet3D": "3D U-Net under nnU-Net's own recipe",
     "nnUNetTrainerUNet3DPaper": "3D U-Net in the paper's topology, loss, batch norm and augmentation",
-    "nnUNetTrainerMuon": "nnU-Net's own 3D network, trained as nnUNetTrainerConResNet trains ConResNet",
 } | {
     f"{family}_{ending}": f"{family} for {epochs} epoch" + ("s" if epochs > 1 else ", to try the pipeline")
     for family in _FAMILIES

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import sys
+import textwrap
 from dataclasses import asdict, dataclass, field
 
 from nnunet_conres import __version__, registration
@@ -25,12 +27,15 @@ class Discovery:
     Attributes:
         active: Whether this package's folder is in the variable.
         variable: Name of the variable.
+        startup_file: The start-up file that Python has read: nnunet_conres.start or nnunet_conres.pth; None if neither,
+            as where the variable was set by hand.
         folder: This package's folder.
         other_folders: The other folders in the variable, in the order in which nnU-Net searches them.
     """
 
     active: bool
     variable: str
+    startup_file: str | None
     folder: str
     other_folders: list[Folder]
 
@@ -61,22 +66,42 @@ class Info:
         """As what `json.dumps` takes."""
         return asdict(self)
 
-    def as_text(self) -> str:
-        """As lines for a person to read."""
+    def as_text(self, *, every_length: bool = False, width: int | None = None) -> str:
+        """As lines for a person to read.
+
+        Args:
+            every_length: Whether to list a trainer once for every number of epochs.
+            width: Of the terminal, in characters; None for lines of any length.
+        """
         lines = ["Versions"]
         lines += [f"  {name:<19} {version or 'not installed'}" for name, version in self.versions.items()]
         lines += ["", f"Discovery by nnU-Net: {'active' if self.discovery.active else 'NOT ACTIVE'}"]
+        lines += [f"  start-up file       {self.discovery.startup_file or 'none was read'}"]
         lines += [f"  trainers in         {self.discovery.folder}"]
         for folder in self.discovery.other_folders:
             lines += [f"  also searched       {folder.path}{'' if folder.exists else ' (does not exist)'}"]
         lines += ["", "nnU-Net's folders"]
         lines += [f"  {name:<19} {path or 'not set'}" for name, path in self.paths.items()]
-        width = max(map(len, self.trainers))
-        lines += ["", "Trainers (nnUNetv2_train ... -tr NAME)"]
-        lines += [f"  {name:<{width}}  {description}" for name, description in self.trainers.items()]
+        lines += ["", "Trainers (nnUNetv2_train ... -tr NAME)", *self._lines_of_trainers(every_length, width)]
         for problem in self.problems:
             lines += ["", f"PROBLEM: {problem}"]
         return "\n".join(lines)
+
+    def _lines_of_trainers(self, every_length: bool, width: int | None) -> list[str]:
+        endings = registration.TRAINING_LENGTHS
+        families = [name for name in self.trainers if name.rpartition("_")[2] not in endings]
+        with_lengths = [name for name in families if any(f"{name}_{ending}" in self.trainers for ending in endings)]
+        shown = list(self.trainers) if every_length else families
+        longest = max(map(len, shown))
+        lines = []
+        for name in shown:
+            mark = "*" if name in with_lengths and not every_length else " "
+            lines += _wrapped(f"{mark} {name:<{longest}}  ", self.trainers[name], width)
+        if with_lengths and not every_length:
+            lengths = ", ".join(f"_{ending}" for ending in endings)
+            note = f"Also for another number of epochs: NAME{lengths}. --all lists every name."
+            lines += ["", *_wrapped("* ", note, width)]
+        return lines
 
 
 def collect() -> Info:
@@ -106,6 +131,7 @@ def collect() -> Info:
         discovery=Discovery(
             active=active,
             variable=registration.VARIABLE,
+            startup_file=getattr(sys.modules.get("_nnunet_conres_startup"), "activated_by", None),
             folder=registration.TRAINER_FOLDER,
             other_folders=[
                 Folder(folder, os.path.isdir(folder))
@@ -124,7 +150,20 @@ def _inactive_hint() -> str:
     else:
         command = f'export {registration.VARIABLE}="{value}"'
     return (
-        "nnU-Net does not find the trainers: Python did not read the start-up file nnunet_conres.pth. It does so for a "
+        "nnU-Net does not find the trainers: Python did not read a start-up file of this package. It does so for a "
         "package installed into an environment (pip install), not for one in a folder of its own (pip install "
         f"--target, PYTHONPATH, python -S). Install it into the environment, or set the variable by hand:\n  {command}"
+    )
+
+
+def _wrapped(begin: str, text: str, width: int | None) -> list[str]:
+    """A text as lines, indented as far as the beginning of the first."""
+    if width is None:
+        return [begin + text]
+    return textwrap.wrap(
+        text,
+        max(width, len(begin) + 30),
+        initial_indent=begin,
+        subsequent_indent=" " * len(begin),
+        break_on_hyphens=False,
     )

@@ -11,8 +11,8 @@ from nnunet_conres.trainers.conresnet import (
     nnUNetTrainerConResNetBSpline,
     nnUNetTrainerConResNetPaper,
     nnUNetTrainerConResNetSharedEncoder,
-    nnUNetTrainerConResNetStream,
 )
+from nnunet_conres.trainers.residual_maps import nnUNetTrainerResidualMaps, nnUNetTrainerResidualMaps_SGD
 from nnunet_conres.trainers.stock import nnUNetTrainerMuon
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D, nnUNetTrainerUNet3DPaper
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNet, nnUNetTrainerVNetPaper
@@ -24,10 +24,11 @@ __all__ = [
     "nnUNetTrainerConResNetBSpline",
     "nnUNetTrainerConResNetPaper",
     "nnUNetTrainerConResNetSharedEncoder",
-    "nnUNetTrainerConResNetStream",
     "nnUNetTrainerConResNet_NoMirroring",
     "nnUNetTrainerConResNet_SGD",
     "nnUNetTrainerMuon",
+    "nnUNetTrainerResidualMaps",
+    "nnUNetTrainerResidualMaps_SGD",
     "nnUNetTrainerUNet3D",
     "nnUNetTrainerUNet3DPaper",
     "nnUNetTrainerVNet",

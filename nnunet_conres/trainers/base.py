@@ -8,7 +8,6 @@ import pickle
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed, nn
@@ -25,11 +23,15 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_conres import __version__
-from nnunet_conres.architectures.blocks import per_stage, stage_sizes, triple
+from nnunet_conres.architectures.blocks import stage_sizes
+from nnunet_conres.errors import InputError
 from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, Muon, muon_of
-from nnunet_conres.planning.architectures import CONRESNET_DEFAULTS, has_auxiliary_heads
+from nnunet_conres.planning.architectures import has_auxiliary_heads, set_background_class, stages_of
+from nnunet_conres.planning.preprocessing import preprocessing_settings
+from nnunet_conres.planning.sources import training_data_faults
 from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
+from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.plans import (
     configuration_of,
     differences_in_topology,
@@ -43,7 +45,7 @@ CHECKPOINT_VARIABLE = "NNUNET_CONRES_CHECKPOINT_MINUTES"
 """Environment variable with another `PluginTrainer.checkpoint_interval_minutes` for all trainers."""
 
 
-class PluginTrainer(nnUNetTrainer):
+class PluginTrainer(FiniteStepsTrainer):
     """nnU-Net's trainer plus what every network of this package needs of it.
 
     Subclasses say which network they train in ``architecture``, and what else they write into the plans in ``resolve``.
@@ -91,6 +93,8 @@ class PluginTrainer(nnUNetTrainer):
         _check_device(device)
         interval = _checkpoint_interval(self.checkpoint_interval_minutes)
         resolved = self.resolve(configuration_of(plans, configuration), configuration)
+        labels = PlansManager(plans).get_label_manager(dataset_json)
+        set_background_class(resolved["architecture"], labels.has_regions)
         _check_network(resolved["architecture"], configuration)
         _check_preprocessed(plans, configuration)
         resolved = self._as_in_other_folds(resolved, plans, configuration, fold)
@@ -120,7 +124,7 @@ class PluginTrainer(nnUNetTrainer):
         """The ``architecture`` entry of plans for the network that this trainer makes of a configuration.
 
         Raises:
-            ValueError: If it can't make one of it.
+            InputError: If it can't make one of it.
         """
         raise NotImplementedError
 
@@ -136,7 +140,7 @@ class PluginTrainer(nnUNetTrainer):
             Entries such as ``architecture``, ``patch_size``, ``batch_size``.
 
         Raises:
-            ValueError: If this trainer can't train that configuration.
+            InputError: If this trainer can't train that configuration.
         """
         check_is_3d(configuration, name, cls.network_name)
         return {"architecture": cls.architecture(configuration)}
@@ -164,7 +168,7 @@ class PluginTrainer(nnUNetTrainer):
         changed would change what the earlier ones predict.
 
         Raises:
-            RuntimeError: If they were trained in another topology.
+            InputError: If they were trained with another network.
         """
         results = os.environ.get("nnUNet_results")
         if results is None:
@@ -177,8 +181,8 @@ class PluginTrainer(nnUNetTrainer):
         existing = configuration_of(load_json(str(model / "plans.json")), configuration).configuration
         different = differences_in_topology(existing["architecture"], resolved["architecture"])
         if different:
-            raise RuntimeError(
-                f"{', '.join(trained)} in {model} were trained in another topology than this fold would be: "
+            raise InputError(
+                f"{', '.join(trained)} in {model} were trained with another network than this fold would be: "
                 f"{'; '.join(different)}. All folds of a model share one plans.json. Train all folds with the plans "
                 f"that the existing ones have, or under another plans name, or move the existing ones away."
             )
@@ -264,11 +268,7 @@ class PluginTrainer(nnUNetTrainer):
         precision = training_precision(device)
         if device.type != "cpu" or precision == "float32":
             return precision
-        arguments = self.configuration_manager.network_arch_init_kwargs
-        strides, kernel_sizes = (
-            [triple(value) for value in per_stage(name, arguments[name], arguments["n_stages"])]
-            for name in ("strides", "kernel_sizes")
-        )
+        strides, kernel_sizes = stages_of(self.configuration_manager)
         depths = [size[0] for size in stage_sizes(self.configuration_manager.patch_size, strides)]
         kernels = [kernel[0] for kernel in kernel_sizes]
         if not bfloat16_gradients_are_wrong(depths, kernels):
@@ -291,19 +291,47 @@ class PluginTrainer(nnUNetTrainer):
                 gathered: list[list[float]] = [[] for _ in range(distributed.get_world_size())]
                 distributed.all_gather_object(gathered, values)
                 values = [value for one in gathered for value in one]
-            # NaN marks batches in which the part was not defined
-            defined = [value for value in values if not math.isnan(value)]
+            # NaN marks batches in which the part was not defined; those that are infinite were skipped
+            defined = [value for value in values if math.isfinite(value)]
             mean = float(np.mean(defined)) if defined else math.nan
             self.logger.log(loss_part_key(phase, part), mean, self.current_epoch)
 
     # --- epochs -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
+        if self.local_rank == 0:
+            self._check_raw_data()
         super().on_train_start()
         if self.local_rank == 0:
             for leftover in Path(self.output_folder).glob("checkpoint_*.pth.partial"):
                 leftover.unlink()  # of a training that was killed while it wrote
         self._last_checkpoint = time.monotonic()
+
+    def _check_raw_data(self) -> None:
+        """Refuses to train on cases whose raw files changed since, and warns where that can't be told.
+
+        Raises:
+            InputError: Raw data and preprocessed data differ. Nothing is known where there are no raw data.
+        """
+        raw = os.environ.get("nnUNet_raw")
+        if not raw:
+            return
+        folder, plans = Path(raw, self.plans_manager.dataset_name), self.plans_manager.plans
+        faults, warnings = training_data_faults(
+            folder,
+            Path(self.preprocessed_dataset_folder_base),
+            Path(self.preprocessed_dataset_folder),
+            preprocessing_settings(plans, self.configuration_name),
+        )
+        advice = (
+            f"Preprocess again: nnunet-conres plan_and_preprocess with the options that made {plans['plans_name']} and "
+            f"--clean, or nnUNetv2_preprocess -d {plans['dataset_name']} -plans_name {plans['plans_name']} -c "
+            f"{self.configuration_name}, which makes every case again."
+        )
+        if faults:
+            raise InputError(f"{' '.join(faults)} {advice} To train on them all the same, unset nnUNet_raw.")
+        for warning in warnings:
+            self.print_to_log_file(f"Warning: {warning} {advice}")
 
     def on_epoch_start(self) -> None:
         unfinished = self._local_logger.unfinished_epoch
@@ -374,7 +402,7 @@ class PluginTrainer(nnUNetTrainer):
             self._local_logger.unfinished_epoch = None
 
     def save_checkpoint(self, filename: str) -> None:
-        """Writes a checkpoint to a temporary name and renames it, so that a killed training leaves none in halves."""
+        """Writes a checkpoint to a temporary name and renames it: a killed training leaves no truncated file."""
         partial = f"{filename}.partial"
         super().save_checkpoint(partial)
         if self.local_rank == 0 and not self.disable_checkpointing:
@@ -384,63 +412,32 @@ class PluginTrainer(nnUNetTrainer):
             self._last_checkpoint = time.monotonic()
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net's; the network is the one that the checkpoint was trained with.
+        """As nnU-Net's, after a check that the checkpoint belongs to this network.
 
         Raises:
-            RuntimeError: If the checkpoint belongs to another topology than plans and trainer ask for.
+            InputError: If the checkpoint belongs to another network than plans and trainer ask for.
         """
         if not self.was_initialized:
-            checkpoint = _open_checkpoint(filename_or_checkpoint)
-            self._take_architecture_from(checkpoint, filename_or_checkpoint)
-            self._take_optimizer_from(checkpoint)
+            self._check_same_network(_open_checkpoint(filename_or_checkpoint), filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
         versions = self.my_init_kwargs["plans"].setdefault("nnunet_conres", {"version": "unknown"})
         if versions["version"] != __version__:
             versions["continued_with"] = __version__
 
-    def _take_optimizer_from(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with nnU-Net's optimiser where the training was begun with it, before this trainer had another."""
-        if self.optimizer_kind != "muon" or not self._has_our_optimizer:
-            return
-        (first, *_) = checkpoint["optimizer_state"]["param_groups"]
-        if "nesterov" not in first:
-            return
-        self.optimizer_kind = "sgd"
-        self.initial_lr, self.weight_decay = first.get("initial_lr", first["lr"]), first["weight_decay"]
-        self.print_to_log_file(
-            f"This training was begun with nnU-Net's SGD, learning rate {self.initial_lr:g}, and goes on with it."
-        )
-
-    def _take_architecture_from(self, checkpoint: dict[str, Any], filename: str) -> None:
-        """Adopts the architecture arguments of a checkpoint, so that a changed default doesn't break ``--c``.
-
-        What comes from the plans must agree: continuing with other strides would be another network.
-        """
+    def _check_same_network(self, checkpoint: dict[str, Any], filename: str) -> None:
         plans = checkpoint["init_args"]["plans"]
         if checkpoint["init_args"]["configuration"] != self.configuration_name:
-            raise RuntimeError(
+            raise InputError(
                 f"{filename} was trained in configuration {checkpoint['init_args']['configuration']}, this training is "
                 f"in {self.configuration_name}."
             )
         theirs = configuration_of(plans, self.configuration_name).configuration["architecture"]
-        ours = self.configuration_manager.configuration["architecture"]
-        different = differences_in_topology(theirs, ours)
+        different = differences_in_topology(theirs, self.configuration_manager.configuration["architecture"])
         if different:
-            raise RuntimeError(
-                f"{filename} belongs to another topology than these plans and this trainer: {'; '.join(different)}. "
+            raise InputError(
+                f"{filename} belongs to another network than these plans and this trainer: {'; '.join(different)}. "
                 f"Continue it with the plans it was started with, or start a new training without --c."
             )
-        self._tell_of_differences(theirs, ours)
-        self.plans_manager = PlansManager(
-            with_configuration(self.plans_manager.plans, self.configuration_name, architecture=deepcopy(theirs))
-        )
-        self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
-
-    def _tell_of_differences(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-        there, here = ({**CONRESNET_DEFAULTS, **entry["arch_kwargs"]} for entry in (theirs, ours))
-        different = [f"{name} {there.get(name)} (here {here[name]})" for name in here if there.get(name) != here[name]]
-        if different:
-            self.print_to_log_file(f"This training goes on with the network it was begun with: {', '.join(different)}.")
 
 
 def build_network(
@@ -462,12 +459,12 @@ def _open_checkpoint(filename: str) -> dict[str, Any]:
     """Reads a checkpoint; weights and the optimiser's state stay in the file until they are asked for.
 
     Raises:
-        RuntimeError: If it is damaged.
+        InputError: If it is damaged.
     """
     try:
         return torch.load(filename, map_location="cpu", weights_only=False, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise RuntimeError(
+        raise InputError(
             f"{filename} is damaged and cannot be loaded ({str(error).splitlines()[0]}). Move it away: --c then "
             f"takes another checkpoint of its folder if there is one, or starts anew."
         ) from error
@@ -483,28 +480,28 @@ def _checkpoint_interval(minutes: float) -> float:
     except ValueError:
         given = math.nan
     if not given >= 0:
-        raise ValueError(f"{CHECKPOINT_VARIABLE} is {text!r}; expected minutes, 0 or more.")
+        raise InputError(f"{CHECKPOINT_VARIABLE} is {text!r}; expected minutes, 0 or more.")
     return given
 
 
 def _check_device(device: torch.device) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("There is no CUDA device here that torch can use. To train on the CPU add: -device cpu")
+        raise InputError("There is no CUDA device here that torch can use. To train on the CPU add: -device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise RuntimeError("There is no MPS device here that torch can use. To train on the CPU add: -device cpu")
+        raise InputError("There is no MPS device here that torch can use. To train on the CPU add: -device cpu")
 
 
 def _check_network(architecture: dict[str, Any], name: str) -> None:
     """Refuses what the network's constructor would, while there is nothing to clean up yet.
 
     Raises:
-        ValueError: With the constructor's own message.
+        InputError: With the constructor's own message.
     """
     try:
         with torch.device("meta"):  # shapes only: no memory, no time
             build_network(architecture, 1, 2, enable_deep_supervision=True)
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"The network that configuration {name} asks for can't be built: {error} Its architecture in the plans: "
             f"{architecture['network_class_name']}."
         ) from error
@@ -514,11 +511,11 @@ def check_is_3d(configuration: ConfigurationManager, name: str, network: str) ->
     """Refuses 2D configurations.
 
     Raises:
-        ValueError: If the patch is 2D.
+        InputError: If the patch is 2D.
     """
     patch_size = [int(extent) for extent in configuration.patch_size]
     if len(patch_size) != 3:
-        raise ValueError(
+        raise InputError(
             f"{network} is a 3D network, but configuration {name} is 2D (patch {patch_size}). Use a 3D configuration "
             f"such as 3d_fullres, or a stock trainer such as nnUNetTrainer."
         )
@@ -551,7 +548,7 @@ def _check_preprocessed(plans: dict[str, Any], configuration: str) -> None:
         return  # nnU-Net says so itself
     folder = Path(root) / plans["dataset_name"] / configuration_of(plans, configuration).data_identifier
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise InputError(
             f"There are no preprocessed data for configuration {configuration}: {folder} does not exist. Run: "
             f"nnUNetv2_preprocess -d {plans['dataset_name']} -plans_name {plans['plans_name']} -c {configuration}"
         )
@@ -561,13 +558,13 @@ def check_slice_axis(configuration: ConfigurationManager, name: str, network: st
     """Refuses configurations without a slice axis to take residuals along.
 
     Raises:
-        ValueError: If the patch is 2D, or a single slice.
+        InputError: If the patch is 2D, or a single slice.
     """
     check_is_3d(configuration, name, network)
     patch_size = [int(extent) for extent in configuration.patch_size]
     slice_axis = configuration.network_arch_init_kwargs.get("slice_axis", 0)
     if patch_size[slice_axis] < 2:
-        raise ValueError(
+        raise InputError(
             f"{network} learns from differences between slices, but the patch {patch_size} of configuration {name} is "
             f"a single slice. Plan a patch of at least 2 slices along axis {slice_axis}."
         )

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from nnunet_conres.registration import TRAINING_LENGTHS
 from nnunet_conres.trainers.base import PluginTrainer
-from nnunet_conres.trainers.conresnet import (
-    nnUNetTrainerConResNet,
-    nnUNetTrainerConResNet_SGD,
-    nnUNetTrainerConResNetStream,
-)
+from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet, nnUNetTrainerConResNet_SGD
+from nnunet_conres.trainers.residual_maps import nnUNetTrainerResidualMaps, nnUNetTrainerResidualMaps_SGD
 from nnunet_conres.trainers.stock import nnUNetTrainerMuon
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNet
@@ -23,8 +20,9 @@ ALL = {
     f"{trainer.__name__}_{suffix}": with_epochs(trainer, f"{trainer.__name__}_{suffix}", epochs)
     for trainer in (
         nnUNetTrainerConResNet,
-        nnUNetTrainerConResNetStream,
         nnUNetTrainerConResNet_SGD,
+        nnUNetTrainerResidualMaps,
+        nnUNetTrainerResidualMaps_SGD,
         nnUNetTrainerVNet,
         nnUNetTrainerUNet3D,
         nnUNetTrainerMuon,

@@ -13,22 +13,9 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_conres import __version__
-from nnunet_conres.planning.architectures import CONRESNET_DEFAULTS
 
-# What plans and trainer ask for by name; a checkpoint that differs here can't be continued. In all other arguments a
-# continued training follows its checkpoint.
-TOPOLOGY_ARGUMENTS = (
-    "n_stages",
-    "features_per_stage",
-    "kernel_sizes",
-    "strides",
-    "topology",
-    "residual_input",
-    "downsampling",
-    "auxiliary_heads",
-    "residual_features_per_stage",
-    "attention",
-)
+# Arguments that change no result: a training may be continued with others.
+_OF_NO_CONSEQUENCE = ("checkpointing",)
 
 
 def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -40,15 +27,11 @@ def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> lis
     """
     if theirs["network_class_name"] != ours["network_class_name"]:
         return [f"{theirs['network_class_name']} there, {ours['network_class_name']} here"]
-    there, here = (
-        # older plans and checkpoints don't name all of them
-        [entry["arch_kwargs"].get(argument, CONRESNET_DEFAULTS.get(argument)) for argument in TOPOLOGY_ARGUMENTS]
-        for entry in (theirs, ours)
-    )
+    there, here = theirs["arch_kwargs"], ours["arch_kwargs"]
     return [
-        f"{argument}: {their} there, {our} here"
-        for argument, their, our in zip(TOPOLOGY_ARGUMENTS, there, here, strict=True)
-        if their != our
+        f"{argument}: {there.get(argument)} there, {here.get(argument)} here"
+        for argument in sorted({*there, *here} - {*_OF_NO_CONSEQUENCE})
+        if there.get(argument) != here.get(argument)
     ]
 
 

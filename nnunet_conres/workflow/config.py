@@ -78,7 +78,7 @@ STOCK_PLANNERS: Final = {
 }
 OWN_PLANNERS: Final = {
     "nnUNetConResNetPlans": "conresnet",
-    "nnUNetConResNetStreamPlans": "conresnet_stream",
+    "nnUNetResidualMapsPlans": "residual_maps",
     "nnUNetVNetPlans": "vnet",
     "nnUNetUNet3DPlans": "unet3d",
 }
@@ -114,8 +114,8 @@ class Plans:
 
     Attributes:
         name: Name of the plans.
-        planner: A planner class of nnU-Net's, or ``conresnet``, ``vnet``, ``unet3d``, or ``none`` for plans that are
-            there already, made by hand.
+        planner: A planner class of nnU-Net's, or ``conresnet``, ``residual_maps``, ``vnet``, ``unet3d``, or ``none``
+            for plans that are there already, made by hand.
         gpu_memory_target: GiB; None for the planner's own.
     """
 
@@ -309,9 +309,15 @@ class _Reader:
     def __init__(self, content: Mapping[str, Any], base: Path) -> None:
         self.base = base
         self.faults: list[str] = []
+        for where, text in _texts(content):
+            if not _can_be_passed_on(text):
+                self._fault(f"{where} is {text!r}; expected a text without NUL and without lone surrogates")
+        self.can_be_looked_up = not self.faults
         self.content = self._entries(content, self._TOP, "")
 
     def experiment(self) -> Experiment | None:
+        if not self.can_be_looked_up:
+            return None
         top = self.content
         environment = self._environment()
         epochs = top.get("epochs", _STANDARD_EPOCHS)
@@ -360,7 +366,9 @@ class _Reader:
     def _environment(self) -> dict[str, str]:
         environment: dict[str, str] = {}
         for key, value in self.content.get("environment", {}).items():
-            if isinstance(value, (dict, list)) or value is None:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(key)):
+                self._fault(f"environment, {key!r}: expected a name of letters, digits and _")
+            elif isinstance(value, (dict, list)) or value is None:
                 self._fault(f"environment, {key} is {value!r}; expected a text or a number")
             else:
                 environment[str(key)] = str(value).lower() if isinstance(value, bool) else str(value)
@@ -546,6 +554,10 @@ class _Reader:
             self._fault(f"splits, seed is {entries['seed']}; expected 0 or more")
         if entries.get("stratify", "both") not in ("both", "grade", "volume", "none"):
             self._fault(f"splits, stratify is {entries['stratify']!r}; expected both, grade, volume or none")
+        try:
+            re.compile(entries.get("group", ""))
+        except re.error as error:
+            self._fault(f"splits, group is {entries['group']!r}; expected a regular expression, but: {error}")
         if "grades" in entries:
             entries["grades"] = self._path(entries["grades"])
             if not entries["grades"].is_file():
@@ -672,6 +684,28 @@ def _classes_of_nnunet(kind: str) -> frozenset[str]:
     return frozenset(
         name for file in files for name in re.findall(r"^class\s+(\w+)", file.read_text(errors="replace"), re.MULTILINE)
     )
+
+
+def _texts(content: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """All texts in entries, and where they are."""
+    if isinstance(content, str):
+        yield where, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            entry = f"{where}, {key}".removeprefix(", ")
+            yield from _texts(key, f"the name of {entry!r}")
+            yield from _texts(value, entry)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            yield from _texts(value, where)
+
+
+def _can_be_passed_on(text: str) -> bool:
+    """Whether a text can be part of a path, an argument or a variable of the environment."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _as_list(given: Any) -> list[Any]:

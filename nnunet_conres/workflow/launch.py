@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from nnunet_conres.errors import InputError
+from nnunet_conres.folders import writing
+from nnunet_conres.locks import LockedError, hold
 from nnunet_conres.workflow.config import Experiment
-from nnunet_conres.workflow.locks import LockedError, hold
 from nnunet_conres.workflow.step import gpus_here
 
 FOLDER: Final = Path(__file__).resolve().parent
 SNAKEFILE: Final = FOLDER / "Snakefile"
 EXAMPLES: Final = {path.stem: path for path in sorted((FOLDER / "examples").glob("*.yaml"))}
 PROFILES: Final = tuple(sorted(path.parent.name for path in FOLDER.glob("profiles/*/config.yaml")))
+# In the experiment's folder, held by the one process that runs it.
+_LOCK: Final = "workflow.lock"
 # Options of Snakemake with which it runs nothing, so that they may be used beside a running experiment.
 _ONLY_TELL: Final = frozenset({"--dag", "--rulegraph", "--filegraph", "--summary", "--list-rules", "-n"})
 
@@ -38,13 +43,13 @@ def snakemake_command(
         dry_run: Only tell what would be done.
 
     Raises:
-        FileNotFoundError: There is no such profile.
+        InputError: There is no such profile.
     """
     folder = FOLDER / "profiles" / profile
     if profile not in PROFILES:
         folder = Path(profile).expanduser().absolute()
         if not folder.is_dir():
-            raise FileNotFoundError(f"--profile {profile}: expected {' or '.join(PROFILES)}, or a profile's folder.")
+            raise InputError(f"--profile {profile}: expected {' or '.join(PROFILES)}, or a profile's folder.")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--configfile", str(config.resolve())]
     if profile == "local":
         at_hand = [f"mem_mb={_memory_mb()}"]
@@ -74,7 +79,7 @@ def _most_gpus(experiment: Experiment) -> int:
 def _check_gpus(experiment: Experiment) -> None:
     here, needed = len(_gpus_of(experiment)), _most_gpus(experiment)
     if here < needed:
-        raise RuntimeError(
+        raise InputError(
             f"device is cuda, and a training needs {needed} GPU{'s' if needed > 1 else ''}, but nvidia-smi and "
             f"CUDA_VISIBLE_DEVICES tell of {here} here. Set that variable if they are there, or device: cpu, or "
             f"use --profile slurm."
@@ -98,20 +103,28 @@ def launch(experiment: Experiment, config: Path, profile: str, options: Sequence
         Snakemake's exit code.
 
     Raises:
-        RuntimeError: Snakemake is not installed, the experiment is being run already, or GPUs are missing.
+        InputError: Snakemake is not installed, the experiment is being run already, or GPUs are missing.
     """
     if importlib.util.find_spec("snakemake") is None:
-        raise RuntimeError("Snakemake is not installed. Run: pip install 'nnunet-conres[workflow]'")
+        raise InputError("Snakemake is not installed. Run: pip install 'nnunet-conres[workflow]'")
     command = snakemake_command(experiment, config, profile, options, dry_run=dry_run)
     if dry_run or _ONLY_TELL.intersection(options):
-        return subprocess.run(command, check=False).returncode
+        if experiment.work.exists():
+            return subprocess.run(command, check=False).returncode
+        # Snakemake makes its folder all the same; the lock keeps out a run that begins meanwhile
+        with writing(experiment.work, lock=_LOCK):
+            try:
+                return subprocess.run(command, check=False).returncode
+            finally:
+                for path in set(experiment.work.iterdir()) - {experiment.work / _LOCK}:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
     if profile == "local" and experiment.device == "cuda":
         _check_gpus(experiment)
     try:
-        with hold(experiment.work / "workflow.lock", wait=False) as descriptor:
+        with hold(experiment.work / _LOCK, wait=False) as descriptor:
             return _run_to_its_end(command, descriptor)
     except LockedError as error:
-        raise RuntimeError(
+        raise InputError(
             f"This experiment is being run already: {error} If that process is gone, its Snakemake is not."
         ) from error
 

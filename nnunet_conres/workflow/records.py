@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from nnunet_conres.errors import file_errors
+from nnunet_conres.folders import list_files
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from nnunet_conres.workflow.config import Experiment, Model, iterate_trainings
@@ -39,16 +41,24 @@ def write_if_changed(path: Path, content: Mapping[str, Any], *, sort: bool = Tru
 
     Returns:
         Whether it was written.
+
+    Raises:
+        InputError: The file system refuses.
     """
     text = json.dumps(content, indent=1, sort_keys=sort) + "\n"
-    try:
-        if path.read_text() == text:
-            return False
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with file_errors(path):
+        try:
+            if path.read_text() == text:
+                return False
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     return True
 
 
@@ -67,8 +77,8 @@ def digest(content: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """A digest of a file: of all of it, or of size and both ends where it is large."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with file_errors(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         if size <= _WHOLE_BYTES:
             return hashlib.sha256(file.read()).hexdigest()[:16]
         content = file.read(_END_BYTES)
@@ -86,10 +96,8 @@ def folders_digest(folders: Iterable[Path], files: Iterable[Path], cache: Path) 
     """
     known = read_json(cache) or {}
     seen: dict[str, list[Any]] = {}
-    paths = [Path(entry.path) for folder in folders if folder.is_dir() for entry in os.scandir(folder)]
-    for path in sorted([*paths, *files]):
-        if not path.is_file() or path.name.startswith("."):
-            continue
+    paths = [path for folder in folders if folder.is_dir() for path in list_files(folder)]
+    for path in sorted([*paths, *(file for file in files if file.is_file())]):
         stat = path.stat()
         name = f"{path.parent.name}/{path.name}"
         before = known.get(name)
@@ -150,7 +158,7 @@ def holds_all_cases(experiment: Experiment, folder: Path) -> bool:
     """Whether each training case has its properties, which are written last, and its data in a preprocessed folder."""
     ending = (read_json(experiment.raw / "dataset.json") or {}).get("file_ending", "")
     labels = experiment.raw / "labelsTr"
-    cases = [path.name[: -len(ending)] for path in labels.glob(f"*{ending}")] if ending else []
+    cases = [path.name[: -len(ending)] for path in list_files(labels, ending)] if ending and labels.is_dir() else []
     there = {path.name: path.stat().st_size for path in folder.glob("*")} if folder.is_dir() else {}
     return bool(cases) and all(
         there.get(f"{case}.pkl") and any(there.get(f"{case}{kind}") for kind in (".b2nd", ".npz", ".npy"))

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from nnunet_conres.errors import InputError
 from nnunet_conres.registration import TRAINERS
 from nnunet_conres.workflow.config import SLURM_TEXTS, STOCK_LENGTHS, Experiment, Model
 from nnunet_conres.workflow.records import read_json
@@ -173,7 +174,7 @@ def of_training(experiment: Experiment, model: Model, fold: int) -> dict[str, An
         resources["gpu_memory_gb"] = math.ceil(needed)
         enough = [name for name, size in sorted(types.items(), key=lambda item: item[1]) if size >= needed]
         if types and not enough:
-            raise ValueError(
+            raise InputError(
                 f"{model.name} needs {needed:.1f} GiB of GPU memory by the memory model, more than any of "
                 f"resources, train, gpu_types has: {types}. Plan for a smaller gpu_memory_target."
             )

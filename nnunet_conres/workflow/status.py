@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nnunet_conres.locks import holder
 from nnunet_conres.text import aligned
 from nnunet_conres.workflow import records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, iterate_trainings
 from nnunet_conres.workflow.launch import job_name
-from nnunet_conres.workflow.locks import holder
 from nnunet_conres.workflow.records import read_json
 from nnunet_conres.workflow.resources import (
     epoch_seconds,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -22,10 +23,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.locks import LockedError, hold, hold_some, holder, private_folder
 from nnunet_conres.workflow import records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, parse_config
-from nnunet_conres.workflow.locks import LockedError, hold, hold_some, holder
 from nnunet_conres.workflow.records import digest, read_json, write_if_changed
 
 MARK: Final = "[workflow]"
@@ -42,7 +43,7 @@ _GRACE_SECONDS: Final = 20.0
 _BY_HAND_SECONDS: Final = 600.0
 
 
-class StepError(RuntimeError):
+class StepError(InputError):
     """A step cannot be done; the message says why and what to do."""
 
 
@@ -70,13 +71,13 @@ def run(
     Raises:
         StepError: It could not be started, or failed.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files:
-        log_file = files.enter_context(log.open("ab"))
+        with file_errors(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log_file = files.enter_context(log.open("ab", buffering=0))
         job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         begun = f"{MARK} {datetime.now():%Y-%m-%d %H:%M:%S} on {os.uname().nodename}{job}: {' '.join(command)}\n"
-        log_file.write(begun.encode())
-        log_file.flush()
+        _note(log_file, log, begun)
         try:
             process = subprocess.Popen(
                 command,
@@ -89,17 +90,24 @@ def run(
             )
         except FileNotFoundError as error:
             raise StepError(f"{command[0]} was not found. Install it into the environment of the workflow.") from error
+        except PermissionError as error:
+            raise StepError(f"{command[0]} may not be executed: {error.strerror}. Install it again.") from error
         with _passed_on(process):
             try:
                 code = process.wait()
             except SystemExit as signalled:
                 when = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-                log_file.write(f"{MARK} {when} killed by signal {int(signalled.code or 0) - 128}\n".encode())
+                _note(log_file, log, f"{MARK} {when} killed by signal {int(signalled.code or 0) - 128}\n")
                 raise
             _end_group(process.pid)
-        log_file.write(f"{MARK} {datetime.now():%Y-%m-%d %H:%M:%S} ended with exit code {code}\n".encode())
+        _note(log_file, log, f"{MARK} {datetime.now():%Y-%m-%d %H:%M:%S} ended with exit code {code}\n")
     if code != 0:
         raise StepError(f"{command[0]} ended with exit code {code}; its output: {log}")
+
+
+def _note(log_file: io.FileIO, log: Path, text: str) -> None:
+    with file_errors(log):
+        log_file.write(text.encode())
 
 
 @contextlib.contextmanager
@@ -147,7 +155,7 @@ def gpus(experiment: Experiment, number: int) -> Iterator[tuple[dict[str, str], 
         return
     if number > len(names):
         raise StepError(f"{number} GPUs are needed, but this machine has {len(names)}: {', '.join(names)}.")
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"nnunet-conres-gpus-{os.getuid()}"
+    folder = private_folder(Path(os.environ.get("TMPDIR") or "/tmp") / f"nnunet-conres-gpus-{os.getuid()}")
     with hold_some([folder / f"gpu_{name}.lock" for name in names], number) as (positions, descriptors):
         yield {"CUDA_VISIBLE_DEVICES": ",".join(names[position] for position in positions)}, descriptors
 
@@ -198,9 +206,10 @@ class Step:
 
     def say(self, text: str) -> None:
         print(text, flush=True)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as file:
-            file.write(f"{MARK} {text}\n")
+        with file_errors(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a") as file:
+                file.write(f"{MARK} {text}\n")
 
     def _raw(self) -> Any:
         return read_json(self.experiment.records / "raw.json")
@@ -628,15 +637,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             "compare": step.compare,
         }
         steps[arguments.step]()
-    except (StepError, InputError, OSError) as error:
-        arguments.log.parent.mkdir(parents=True, exist_ok=True)
-        arguments.log.touch()
-        print(*arguments.log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:], sep="\n", file=sys.stderr)
+    except InputError as error:
+        with contextlib.suppress(OSError):
+            print(*arguments.log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:], sep="\n", file=sys.stderr)
         print(f"{MARK} error: {error}", file=sys.stderr)
-        with arguments.log.open("a") as file:
-            file.write(f"{MARK} failed: {error}\n")
+        _note_failure(arguments.log, str(error))
         return 1
+    except Exception as error:
+        _note_failure(arguments.log, f"{type(error).__name__}: {error}")
+        raise
     return 0
+
+
+def _note_failure(log: Path, text: str) -> None:
+    """For `status`, which reads the logs; as far as the file system allows."""
+    with contextlib.suppress(OSError):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            file.write(f"{MARK} failed: {text}\n")
 
 
 def _without_command(arguments: list[str]) -> tuple[list[str], list[str]]:

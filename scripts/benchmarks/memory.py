@@ -25,7 +25,7 @@ from nnunet_conres.planning.training_step import RunningStep, TrainingStep
 from nnunet_conres.trainers.base import PluginTrainer
 from nnunet_conres.trainers.plans import configuration_of
 
-DEFAULT = ("plainconvunet", "conresnet", "conresnet_stream", "conresnet_paper", "vnet", "unet3d")
+DEFAULT = ("plainconvunet", "residual_maps", "conresnet", "conresnet_paper", "vnet", "unet3d")
 POLICIES = {"cpu_float32": ("cpu", False), "cpu_bfloat16": ("cpu", True), "cuda_float16": ("cuda", True)}
 
 # Of every kind: isotropic and anisotropic, few and many stages, one and four channels, labels and regions.

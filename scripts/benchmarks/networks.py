@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.timing import BenchmarkError
-from nnunet_conres.architectures.conresnet_paper import PAPER_DIVISOR
+from nnunet_conres.architectures.conresnet_paper import DIVISOR
+from nnunet_conres.planning.architectures import set_background_class
 from nnunet_conres.trainers.base import PluginTrainer
 from nnunet_conres.trainers.conresnet import (
     nnUNetTrainerConResNet,
     nnUNetTrainerConResNetPaper,
     nnUNetTrainerConResNetSharedEncoder,
-    nnUNetTrainerConResNetStream,
 )
 from nnunet_conres.trainers.plans import configuration_of, with_configuration
+from nnunet_conres.trainers.residual_maps import nnUNetTrainerResidualMaps
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNet
 
@@ -37,7 +38,7 @@ NETWORKS: dict[str, type[nnUNetTrainer]] = {
     "plainconvunet": nnUNetTrainer,
     "resenc": nnUNetTrainer,
     "conresnet": nnUNetTrainerConResNet,
-    "conresnet_stream": nnUNetTrainerConResNetStream,
+    "residual_maps": nnUNetTrainerResidualMaps,
     "conresnet_shared_encoder": nnUNetTrainerConResNetSharedEncoder,
     "conresnet_paper": nnUNetTrainerConResNetPaper,
     "vnet": nnUNetTrainerVNet,
@@ -184,13 +185,14 @@ def build(name: str, task: Task, device: torch.device, deep_supervision: bool = 
     """
     trainer = NETWORKS[name]
     plans = stock_plans(task, residual_encoder=name == "resenc")
-    if name == "conresnet_paper" and any(extent % PAPER_DIVISOR for extent in task.patch):
+    if name == "conresnet_paper" and any(extent % DIVISOR for extent in task.patch):
         raise BenchmarkError(
             f"{name} halves the resolution three times: the sides of the patch {_by(task.patch)} must be divisible by "
-            f"{PAPER_DIVISOR}."
+            f"{DIVISOR}."
         )
     if issubclass(trainer, PluginTrainer):
         architecture = trainer.architecture(configuration_of(plans, CONFIGURATION))
+        set_background_class(architecture, task.regions is not None)
         plans = with_configuration(plans, CONFIGURATION, architecture=architecture)
     manager = PlansManager(plans)
     configuration = manager.get_configuration(CONFIGURATION)

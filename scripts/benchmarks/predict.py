@@ -18,8 +18,8 @@ from benchmarks.networks import NETWORKS, Task, build
 from benchmarks.report import as_text, milliseconds_with_quartiles, ratio_table, ratios_as_json, table
 from benchmarks.timing import BenchmarkError, Clock, Phases, Ratio, in_turn, spread, totals
 
-DEFAULT = ("plainconvunet", "conresnet", "conresnet_stream")
-LIMITS = {("conresnet", "plainconvunet"): 1.5, ("conresnet_stream", "plainconvunet"): 1.5}
+DEFAULT = ("plainconvunet", "residual_maps", "conresnet")
+LIMITS = {("conresnet", "plainconvunet"): 1.5, ("residual_maps", "plainconvunet"): 1.5}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

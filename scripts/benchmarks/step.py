@@ -20,12 +20,12 @@ from benchmarks.training import LOSS_PHASES, PRECISIONS, TimedStep, check_precis
 
 ALONE = "_convolutions"
 CONTENDERS = (*NETWORKS, *(name + ALONE for name in NETWORKS))
-DEFAULT = ("plainconvunet", "conresnet", "conresnet_stream", "conresnet_paper", "conresnet_paper_convolutions")
+DEFAULT = ("plainconvunet", "residual_maps", "conresnet", "conresnet_paper", "conresnet_paper_convolutions")
 
 # at most, for float32 on a CPU and for whatever is asked for on CUDA
 LIMITS = {
     ("conresnet", "plainconvunet"): 1.6,
-    ("conresnet_stream", "plainconvunet"): 1.6,
+    ("residual_maps", "plainconvunet"): 1.6,
     ("conresnet_paper", "conresnet_paper" + ALONE): 1.15,
 }
 BFLOAT16_LIMIT = 0.5

@@ -363,6 +363,33 @@ class TestConvert:
         (source / "survival_data.csv").write_text("Brats18ID,Age\n")
         assert convert(source).training_ids == ("a",)
 
+    @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+    @pytest.mark.parametrize("inner", ["00000057_brain_{}.nii", "{}.nii.gz", "same"])
+    def test_folders_as_unpackers_leave_them(self, source: Path, ending: str, inner: str) -> None:
+        """Kaggle's copies, unpacked: a folder with the file's name that holds the file under another name."""
+        expected = {}
+        for number in range(3):
+            case_id = f"BraTS20_Training_{number:03d}"
+            for part, path in write_case(source / "HGG" / case_id, case_id, seed=number).items():
+                expected[case_id, part] = load(path)
+                name = path.name if inner == "same" else inner.format(part)
+                folder = path.with_name(f"{case_id}_{part}{ending}")
+                content = path.read_bytes() if name.endswith(".gz") else gzip.decompress(path.read_bytes())
+                path.unlink()
+                folder.mkdir()
+                (folder / name).write_bytes(content)
+                (folder / ".DS_Store").write_bytes(b"macOS")
+        done = convert(source)
+        assert done.training_ids == tuple(f"BraTS20_Training_{number:03d}" for number in range(3))
+        for case_id in done.training_ids:
+            for channel, part in enumerate(("flair", "t1", "t1ce", "t2")):
+                image = load(done.dataset_folder / f"imagesTr/{case_id}_{channel:04d}.nii.gz")
+                np.testing.assert_array_equal(image, expected[case_id, part])
+        assert {facts["grade"] for facts in json.loads((done.dataset_folder / "cases.json").read_text()).values()} == {
+            "HGG"
+        }
+        assert not done.warnings
+
     def test_nnunet_finds_the_data_set_sound(self, source: Path, capfd: pytest.CaptureFixture[str]) -> None:
         from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
@@ -547,7 +574,7 @@ def _truncate_uncompressed(files: dict[str, Path]) -> str:
     save(path, load(files["t2"]))
     files["t2"].unlink()
     path.write_bytes(path.read_bytes()[:-2])
-    return "a_t2.nii cannot be read: it is truncated: 770 bytes where its header promises 772"
+    return "a_t2.nii cannot be read: it is cut short: 770 bytes, its header says 772"
 
 
 def _damage(files: dict[str, Path]) -> str:
@@ -564,7 +591,7 @@ def _empty_file(files: dict[str, Path]) -> str:
 
 def _not_nifti(files: dict[str, Path]) -> str:
     files["t1"].write_bytes(gzip.compress(b"no image " * 100))
-    return "a_t1.nii.gz cannot be read: it does not begin with a NIfTI-1 header"
+    return "a_t1.nii.gz cannot be read: it does not begin with a NIfTI header"
 
 
 def _colour(files: dict[str, Path]) -> str:
@@ -648,6 +675,34 @@ class TestFaults:
         ):
             assert part in text
 
+    def test_many_are_grouped_with_the_number_of_cases(self, source: Path, raw: Path) -> None:
+        for number in range(40):
+            case_id = f"BraTS20_Training_{number:03d}"
+            files = write_case(source / case_id, case_id, seed=number)
+            if number < 30:
+                files["t1"].unlink()
+            elif number < 38:
+                files["flair"].rename(source / case_id / "00000057_brain.nii.gz")
+        with pytest.raises(ConversionError) as caught:
+            convert(source)
+        lines = str(caught.value).splitlines()
+        assert len(caught.value.faults) == 30 + 8 + 8 + 1
+        # Names that fit nothing, and missing files: five of each, and a line that counts.
+        assert len(lines) == 1 + 2 * 6 + 1
+        assert lines[6] == "  - ... and 3 more errors of this kind, 8 in all."
+        assert lines[12] == "  - ... and 33 more errors of this kind, 38 in all."
+        assert lines[-1].endswith(
+            "46 cases or files have errors, and 2 cases have none. Correct them, or leave them out with --skip-bad."
+        )
+        assert not list(raw.iterdir())
+
+    @pytest.mark.parametrize("case_id", ["-rf", "Brats18..A", "Brats18_\n_1"])
+    def test_ids_that_are_no_names(self, source: Path, raw: Path, case_id: str) -> None:
+        write_case(source / "a", case_id)
+        (fault,) = faults_of(source, schemes=("2018",))
+        assert f"has the case id {case_id!a}, which" in fault
+        assert not list(raw.iterdir())
+
     def test_no_case(self, source: Path, raw: Path) -> None:
         source.mkdir()
         (fault,) = faults_of(source)
@@ -716,7 +771,7 @@ class TestFaults:
 
     def test_what_a_killed_conversion_left_does_not_matter(self, source: Path, raw: Path) -> None:
         write_case(source, "a")
-        left = raw / ".Dataset501_BraTS.partial" / "imagesTr"
+        left = raw / ".Dataset501_BraTS.partial-0123abcd" / "imagesTr"
         left.mkdir(parents=True)
         (left / "half_0000.nii.gz").write_bytes(b"half")
         done = convert(source)
@@ -737,7 +792,10 @@ class TestFaults:
         )
         run = subprocess.run([sys.executable, "-c", script], check=False)
         assert run.returncode != 0
-        assert [path.name for path in raw.iterdir()] == [".Dataset501_BraTS.partial"]
+        assert [path.name.split("-")[0] for path in sorted(raw.iterdir())] == [
+            ".Dataset501.lock",
+            ".Dataset501_BraTS.partial",
+        ]
         assert convert(source).training_ids == ("a",)
         assert [path.name for path in raw.iterdir()] == ["Dataset501_BraTS"]
 

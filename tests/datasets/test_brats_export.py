@@ -1,14 +1,19 @@
 import json
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_conres import cli
 from nnunet_conres.datasets.brats import convert_brats
-from nnunet_conres.datasets.brats_export import Export, ExportError, export_brats
+from nnunet_conres.datasets.brats_export import Export, ExportError, _name_faults, export_brats
 from nnunet_conres.datasets.brats_schemes import SCHEMES
 
 SHAPE = (7, 6, 5)
@@ -92,6 +97,49 @@ class TestRoundTrip:
         assert back.get_data_dtype() == np.uint8
         np.testing.assert_array_equal(back.affine, nibabel.load(original).affine)
         assert not (np.array_equal(load(done.dataset_folder / f"labelsTr/{case_id}.nii.gz"), labels)) or scheme == "MSD"
+
+
+class TestIdsThatEndAsChannels:
+    """nnU-Net takes the last _XXXX of an image's name for the channel, and nothing else of it."""
+
+    IDS = ("patient_0001", "patient_0001_0000", "patient")
+
+    def test_are_converted_predicted_and_exported(self, tmp_path: Path) -> None:
+        rng = np.random.default_rng(0)
+        labels = {case_id: rng.choice([0, 1, 2, 4], SHAPE).astype(np.uint8) for case_id in self.IDS}
+        for number, case_id in enumerate(self.IDS):
+            for channel, part in enumerate(("flair", "t1", "t1ce", "t2")):
+                image = np.full(SHAPE, 100 + 10 * number + channel, np.int16)
+                save(tmp_path / f"source/{case_id}/{case_id}_{part}.nii.gz", image)
+            save(tmp_path / f"source/{case_id}/{case_id}_seg.nii.gz", labels[case_id])
+        done = convert_brats([tmp_path / "source"], 501, schemes=["2018"], raw_folder=tmp_path / "raw", progress=False)
+        # nnU-Net's own search finds each case with its own channels ...
+        found = get_filenames_of_train_images_and_targets(str(done.dataset_folder))
+        assert sorted(found) == sorted(self.IDS)
+        for number, case_id in enumerate(self.IDS):
+            values = [int(load(Path(path)).max()) for path in found[case_id]["images"]]
+            assert values == [100 + 10 * number + channel for channel in range(4)]
+        # ... and names predictions by these ids.
+        shutil.copytree(done.dataset_folder / "labelsTr", tmp_path / "predictions")
+        shutil.copyfile(done.dataset_folder / "dataset.json", tmp_path / "predictions/dataset.json")
+        exported = export_brats(
+            tmp_path / "predictions",
+            tmp_path / "out",
+            "2018",
+            reference_folder=done.dataset_folder / "imagesTr",
+            progress=False,
+        )
+        assert sorted(exported.case_ids) == sorted(self.IDS)
+        for case_id, expected in labels.items():
+            np.testing.assert_array_equal(load(tmp_path / f"out/{case_id}.nii.gz"), expected)
+
+
+def test_the_time_for_names_grows_with_their_number(tmp_path: Path) -> None:
+    names = [tmp_path / f"Brats18_A_{number}_1.nii.gz" for number in range(40_000)]
+    begin = time.process_time()
+    assert not list(_name_faults(tmp_path, names, "2018"))
+    # A second where every name is looked at once, minutes where it is compared with all others.
+    assert time.process_time() - begin < 20
 
 
 class TestExport:
@@ -192,9 +240,36 @@ class TestFaults:
         assert "but as those of --scheme 2018" in fault
 
     def test_images_among_predictions(self, predictions: Path) -> None:
-        save(predictions / "Brats18_B_1_0000.nii.gz", np.zeros(SHAPE, np.uint8))
+        save(predictions / "Brats18_B_1_0000.nii.gz", np.full(SHAPE, 300, np.int16))
         (fault,) = faults_of(predictions)
-        assert "named as images are" in fault
+        assert "Brats18_B_1_0000.nii.gz has labels 300" in fault
+        assert "is this an image" in fault
+        (predictions / "Brats18_B_1_0000.nii.gz").rename(predictions / "Brats18_B_1_flair.nii.gz")
+        assert any("Brats18_B_1_flair.nii.gz: named as BraTS names images" in fault for fault in faults_of(predictions))
+
+    @pytest.mark.parametrize("case_id", ["-rf", "a..b", "new\nline"])
+    def test_ids_that_are_no_names(self, predictions: Path, case_id: str) -> None:
+        save(predictions / f"{case_id}.nii.gz", np.zeros(SHAPE, np.uint8))
+        (fault,) = faults_of(predictions)
+        assert f"has the case id {case_id!a}, which" in fault
+
+    def test_a_full_disk_names_the_file(self, predictions: Path) -> None:
+        save(predictions / "Brats18_B_1.nii.gz", np.random.default_rng(0).integers(0, 4, (96, 96, 96), np.uint8))
+        code = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
+from nnunet_conres import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+        output = predictions.parent / "out"
+        arguments = ["brats-export", "-i", str(predictions), "-o", str(output), "--scheme", "2018", "-np", "1"]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        message = done.stderr.splitlines()[-1]
+        assert "Brats18_B_1.nii.gz" in message
+        assert "File too large" in message
+        assert sorted(path.name for path in predictions.parent.iterdir()) == ["predictions"]
 
     def test_all_are_reported_together(self, predictions: Path, tmp_path: Path) -> None:
         moved = AFFINE.copy()

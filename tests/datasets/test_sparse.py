@@ -1,6 +1,7 @@
 import json
 import multiprocessing.dummy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -472,7 +473,7 @@ class TestBadInput:
         """ITK reads such files without a word, and makes zeros of what is missing: annotated background."""
         path = source / f"{file}.nii.gz"
         path.write_bytes(path.read_bytes()[:-20])
-        assert f"{file}.nii.gz cannot be read: Compressed file ended" in faults_of()
+        assert f"{file}.nii.gz cannot be read: it is cut short" in faults_of()
 
     @pytest.mark.parametrize("file", ["imagesTr/case_0_0000", "imagesTr/case_0_0001", "labelsTr/case_1"])
     def test_damaged_file(self, source: Path, file: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -483,6 +484,45 @@ class TestBadInput:
     def test_strange_file_name(self, source: Path) -> None:
         write_volume(source / "imagesTr/odd.nii.gz", np.zeros(SHAPE, np.uint8))
         assert "odd.nii.gz is not named as nnU-Net expects" in faults_of()
+
+    @pytest.mark.parametrize("case_id", ["../../../victim/thesis", "/victim/thesis", "..", "-rf", ".a", "a\0b", "a\\b"])
+    def test_ids_in_dataset_json_that_lead_elsewhere(self, source: Path, tmp_path: Path, case_id: str) -> None:
+        victim = tmp_path / "victim" / "thesis.nii.gz"
+        victim.parent.mkdir()
+        victim.write_text("ten years")
+        content = json.loads((source / "dataset.json").read_text())
+        case = {"images": [f"imagesTr/case_0_{channel:04d}.nii.gz" for channel in range(2)]}
+        content["dataset"] = {case_id: case | {"label": "labelsTr/case_0.nii.gz"}}
+        (source / "dataset.json").write_text(json.dumps(content))
+        assert f"dataset.json has the case id {case_id!a}, which" in faults_of()
+        assert [path.read_text() for path in victim.parent.iterdir()] == ["ten years"]
+
+    def test_ids_of_files_that_are_no_names(self, source: Path) -> None:
+        for channel in range(2):
+            name = f"case_0_{channel:04d}.nii.gz"
+            (source / "imagesTr" / name).rename(source / "imagesTr" / f"-{name}")
+        (source / "labelsTr" / "case_0.nii.gz").rename(source / "labelsTr" / "-case_0.nii.gz")
+        assert "has the case id '-case_0', which begins with -" in faults_of()
+
+    @pytest.mark.parametrize("ending", ["/../../../thesis.nii.gz", "nii.gz", "", 7, None, ".nii/.gz"])
+    def test_a_file_ending_that_is_none(self, source: Path, ending: Any) -> None:
+        content = json.loads((source / "dataset.json").read_text())
+        (source / "dataset.json").write_text(json.dumps(content | {"file_ending": ending}))
+        assert f"has the file_ending {ending!r}; expected one such as .nii.gz" in faults_of()
+
+    @pytest.mark.parametrize("listed", [{"case_0": {"images": []}}, ["case_0"], {"case_0": {"images": 3, "label": 4}}])
+    def test_a_list_of_cases_that_is_none(self, source: Path, listed: Any) -> None:
+        content = json.loads((source / "dataset.json").read_text())
+        (source / "dataset.json").write_text(json.dumps(content | {"dataset": listed}))
+        assert "has a 'dataset' that does not list cases" in faults_of()
+
+    def test_hidden_files_are_passed_over(self, source: Path) -> None:
+        for folder in ("imagesTr", "labelsTr"):
+            (source / folder / ".DS_Store").write_bytes(b"macOS")
+            (source / folder / "._case_0.nii.gz").write_bytes(b"macOS")
+        made = run().dataset_folder
+        assert not [path for path in made.rglob(".*")]
+        shutil.rmtree(made)
 
     def test_nothing_would_be_left_out(self, raw: Path) -> None:
         assert "no case has more than 14 slices along axis 0" in faults_of(SlabRule(slices=14))

@@ -275,7 +275,7 @@ class TestSplit:
 
     def test_arguments_are_checked_together(self) -> None:
         text = faults_of(501, folds=1, balance="age", seed=-1, processes=0)  # type: ignore[arg-type]
-        assert "4 faults" in text
+        assert "4 errors" in text
 
     def test_unreadable_labels_are_named(self, dataset: Path) -> None:
         (dataset / "labelsTr" / "case_03.nii.gz").write_bytes(b"no image")

@@ -127,6 +127,11 @@ class Lab:
                 }
                 (folder / f"{case}.pkl").write_bytes(pickle.dumps(properties))
 
+    def write_summary(self, folder: Path, cases: Sequence[str]) -> None:
+        """What nnU-Net's validation writes last, as far as a comparison needs it."""
+        content = {"metric_per_case": [{"prediction_file": str(folder / f"{case}.nii.gz")} for case in cases]}
+        (folder / "summary.json").write_text(json.dumps(content))
+
     @property
     def plans(self) -> dict[str, Any]:
         return {
@@ -168,7 +173,7 @@ class Lab:
         for number, fold in enumerate(folds):
             folder = model / f"fold_{fold}"
             self.write_predictions(folder / "validation", held_out[number :: len(folds)], blur, seed, npz=npz)
-            (folder / "validation" / "summary.json").write_text("{}")
+            self.write_summary(folder / "validation", held_out[number :: len(folds)])
             logging = {
                 "train_losses": [-0.1 * epoch for epoch in range(epochs)],
                 "val_losses": [-0.2 * epoch for epoch in range(epochs)],

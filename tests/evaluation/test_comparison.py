@@ -1,9 +1,12 @@
 """The whole comparison: from folders that nnU-Net left behind to the files that people and programs read."""
 
 import csv
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
+import torch
 
 from nnunet_conres import cli
 from nnunet_conres.errors import InputError
@@ -23,6 +27,7 @@ from nnunet_conres.evaluation.comparison import (
 from nnunet_conres.evaluation.metrics import MetricOptions
 from nnunet_conres.evaluation.models import ModelName
 from nnunet_conres.evaluation.statistics import mean_interval
+from nnunet_conres.folders import writing
 
 NAME = "Dataset801_Models"
 QUIET = CompareOptions(progress=False)
@@ -53,6 +58,9 @@ def two(lab: Callable[..., Any], request: pytest.FixtureRequest) -> Any:
 class TestCrossValidation:
     def test_scores_are_those_of_a_loop(self, two: Any, tmp_path: Path) -> None:
         done = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET)
+        assert not list((tmp_path / "out").glob(".*"))
+        with writing(tmp_path / "out"), pytest.raises(InputError, match="out is being written by process"):
+            compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET)
         content = json.loads(done.json.read_text())
         assert [model["name"] for model in content["models"]] == [STOCK, OURS, f"{STOCK} + {OURS}"]
         assert [model["key"] for model in content["models"] if model["baseline"]] == ["m0"]
@@ -129,11 +137,18 @@ class TestCrossValidation:
     def test_without_probabilities(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()
         for trainer in (STOCK, OURS):
-            made.add(trainer, npz=trainer == STOCK)
-        content = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", QUIET).content
-        assert len(content["models"]) == 2
-        (warning,) = [warning for warning in content["warnings"] if f"No ensemble with {OURS}" in warning]
-        assert f"nnUNetv2_train {NAME} 3d_fullres 0 -tr {OURS} -p nnUNetPlans -device cuda --val --npz" in warning
+            made.add(trainer, folds=(0, 1), npz=trainer == STOCK)
+        done = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET)
+        assert len(done.content["models"]) == 2
+        (warning,) = [warning for warning in done.content["warnings"] if f"No ensemble with {OURS}" in warning]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        commands = [
+            f"nnUNetv2_train {NAME} 3d_fullres {fold} -tr {OURS} -p nnUNetPlans -device {device} --val --npz"
+            for fold in (0, 1)
+        ]
+        assert warning.splitlines()[1:] == commands
+        assert set(commands) <= set(done.as_text().splitlines())
+        assert set(commands) <= set(re.split(r"\n|<li>|</li>", done.report.read_text()))
 
     def test_time_points_count_as_one_patient(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()
@@ -147,6 +162,7 @@ class TestCrossValidation:
             for case, new in zip(made.cases, renamed, strict=True):
                 for path in validation.glob(f"{case}.*"):
                     path.rename(path.with_name(path.name.replace(case, new)))
+            made.write_summary(validation, renamed)
         content = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", QUIET).content
         assert {row["n"] for row in content["comparisons"] if row["metric"] == "dice"} == {4}
         dice = {case["id"]: case["scores"]["m0"]["mean"]["dice"] for case in content["cases"]}
@@ -176,6 +192,79 @@ class TestCrossValidation:
         options = CompareOptions(intersection=True, progress=False)
         content = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", options).content
         assert any(f"{OURS}: trained on other splits" in warning for warning in content["warnings"])
+
+    def test_predictions_that_are_gone(
+        self, lab: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        made = lab()
+        for trainer, case in ((STOCK, "case_2"), (OURS, "case_3")):
+            folder = made.add(trainer, folds=(0, 1), npz=False)
+            (path,) = folder.glob(f"fold_*/validation/{case}.nii.gz")
+            path.unlink()
+        arguments = ["compare", "-d", "801", "-tr", STOCK, OURS, "-f", "0", "1", "-np", "1", "-device", "cpu"]
+        arguments += ["-o", str(tmp_path / "out")]
+        assert cli.main(arguments) == 2
+        told = capsys.readouterr().err
+        for trainer, fold, case in ((STOCK, 0, "case_2"), (OURS, 1, "case_3")):
+            command = f"nnUNetv2_train {NAME} 3d_fullres {fold} -tr {trainer} -p nnUNetPlans -device cpu --val --npz"
+            assert f"{trainer}, fold {fold}, has no prediction of {case}, which" in told
+            assert f"Run: {command}" in told
+        assert not (tmp_path / "out").exists()
+
+        assert cli.main([*arguments, "--intersection"]) == 0
+        content = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert content["dataset"]["number_of_cases"] == 6
+        assert content["dataset"]["left_out"] == ["case_2", "case_3"]
+        assert [case["id"] for case in content["cases"]] == [f"case_{number}" for number in (0, 1, 4, 5, 6, 7)]
+        for text in ("\n".join(content["warnings"]), (tmp_path / "out" / "report.html").read_text()):
+            assert f"{STOCK}, fold 0, has no prediction of case_2, which its summary.json lists. Left out" in text
+            assert f"{OURS}, fold 1, has no prediction of case_3, which its summary.json lists. Left out" in text
+
+    def test_folds_are_those_of_the_compared_cases(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        first, second = (made.add(name, folds=(0, 1), npz=False) / "fold_1" / "validation" for name in (STOCK, OURS))
+        for path in (*first.glob("case_[13].nii.gz"), *second.glob("case_[57].nii.gz")):
+            path.unlink()
+        options = CompareOptions(intersection=True, progress=False)
+        content = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", options).content
+        assert content["dataset"]["folds"] == [0]
+        assert content["dataset"]["number_of_cases"] == 4
+        assert any("Only fold 0 is compared" in warning for warning in content["warnings"])
+
+    @pytest.mark.parametrize("intersection", [False, True])
+    def test_models_from_zips(
+        self, lab: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intersection: bool
+    ) -> None:
+        """nnU-Net's export leaves predictions out, but not summary.json."""
+        made = lab()
+        for trainer in (STOCK, OURS):
+            made.add(trainer, folds=(0, 1))
+        from nnunetv2.model_sharing import model_export, model_import
+
+        for module in (model_export, model_import):
+            monkeypatch.setattr(module, "nnUNet_results", str(tmp_path / "results"))
+        monkeypatch.setattr("nnunetv2.utilities.file_path_utilities.nnUNet_results", str(tmp_path / "results"))
+        for variable in ("raw", "preprocessed", "results"):
+            for module in ("nnunetv2.utilities.dataset_name_id_conversion", "nnunetv2.paths"):
+                monkeypatch.setattr(f"{module}.nnUNet_{variable}", str(tmp_path / variable), raising=False)
+        zips = []
+        for folder, trainer in zip(made.added, (STOCK, OURS), strict=True):
+            for file in (folder / "dataset_fingerprint.json", *(folder / f"fold_{f}" / "progress.png" for f in (0, 1))):
+                file.write_text("")
+            zips.append(tmp_path / f"{trainer}.zip")
+            model_export.export_pretrained_model(NAME, str(zips[-1]), ("3d_fullres",), trainer, folds=(0, 1))
+            shutil.rmtree(folder)
+        for file in zips:
+            model_import.install_model_from_zip_file(str(file))
+        options = CompareOptions(intersection=intersection, device="cpu", progress=False)
+        with pytest.raises(InputError) as error:
+            compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", options)
+        assert len(error.value.faults) == 4
+        for (trainer, fold), fault in zip(itertools.product((STOCK, OURS), (0, 1)), error.value.faults, strict=True):
+            assert f"{trainer}, fold {fold}, has none of the 4 predictions" in fault
+            command = f"nnUNetv2_train {NAME} 3d_fullres {fold} -tr {trainer} -p nnUNetPlans -device cpu --val --npz"
+            assert fault.endswith(f"Run: {command}")
+        assert not (tmp_path / "out").exists()
 
     def test_images_that_do_not_fit_cost_the_pictures_only(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()
@@ -254,14 +343,16 @@ class TestRun:
         made = lab()
         made.add(STOCK, npz=False)
         folder = made.add(OURS)
-        (folder / "fold_0" / "validation" / "summary.json").unlink()
+        summary = folder / "fold_0" / "validation" / "summary.json"
+        content = summary.read_text()
+        summary.unlink()
         command = tmp_path / "bin" / "nnUNetv2_train"
         command.parent.mkdir()
         command.write_text(
             f"#!{sys.executable}\nimport pathlib, sys\n"
             f"with open({str(tmp_path / 'called')!r}, 'a') as file:\n"
             f"    print(sys.argv[5], file=file)\n"
-            f"pathlib.Path({str(folder / 'fold_0' / 'validation' / 'summary.json')!r}).write_text('{{}}')\n"
+            f"pathlib.Path({str(summary)!r}).write_text({content!r})\n"
         )
         command.chmod(0o755)
         monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
@@ -295,7 +386,7 @@ class TestRun:
         command.write_text("#!/bin/sh\nexit 3\n")
         command.chmod(0o755)
         monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
-        with pytest.raises(RuntimeError, match="exit code 3"):
+        with pytest.raises(InputError, match="exit code 3"):
             compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", CompareOptions(run=True))
 
 
@@ -368,7 +459,7 @@ class TestTestSet:
         (["-d", "899", "-tr", "A"], "899 is no data set"),
         (
             ["--predictions", "A=a", "--reference", "r", "-djfile", "nothing.json"],
-            "nothing.json is not",
+            "nothing.json cannot be read: No such file",
         ),
     ],
 )

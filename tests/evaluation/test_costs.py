@@ -1,7 +1,9 @@
 """Costs by hand: parameters, operations, seconds."""
 
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ NAME = "Dataset801_Models"
 
 
 def find(trainer: str = "nnUNetTrainer", folds: tuple[int, ...] = (0,)) -> Model:
-    (model,) = find_cross_validation(NAME, [ModelName(trainer, "nnUNetPlans", "3d_fullres")], folds).models
+    (model,) = find_cross_validation(
+        NAME, [ModelName(trainer, "nnUNetPlans", "3d_fullres")], folds, device="cpu"
+    ).models
     return model
 
 
@@ -47,6 +51,17 @@ class TestNetwork:
         assert cost.parameters is None
         assert cost.epochs == 3
         assert "nnUNetTrainerOfSomebodyElse" in note
+
+    def test_plans_that_run_code(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        path = lab().add() / "plans.json"
+        plans = json.loads(path.read_text())
+        arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        arguments |= {"nonlin": "os.system", "nonlin_kwargs": {"command": f"touch {tmp_path / 'made'}"}}
+        path.write_text(json.dumps(plans))
+        cost, _, (note,) = model_cost(find())
+        assert cost.parameters is None
+        assert "names os.system as part of a network" in note
+        assert not (tmp_path / "made").exists()
 
 
 class TestLogs:
@@ -85,6 +100,22 @@ class TestLogs:
         assert cost.epochs is None
         assert not curves
         assert "fold 0" in note
+        assert "checkpoint_final.pth cannot be read as a checkpoint" in note
+
+    def test_a_checkpoint_that_runs_code(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        folder = lab().add()
+
+        class Touch:
+            def __reduce__(self) -> Any:
+                return os.mknod, (str(tmp_path / "made"),)
+
+        path = folder / "fold_0" / "checkpoint_final.pth"
+        torch.save(torch.load(path, weights_only=False) | {"more": Touch()}, path)
+        cost, curves, (note,) = model_cost(find())
+        assert not (tmp_path / "made").exists()
+        assert cost.epochs is None
+        assert not curves
+        assert "checkpoint_final.pth holds posix.mknod" in note
 
     def test_peak_memory(self, lab: Callable[..., Any]) -> None:
         folder = lab().add()

@@ -1,6 +1,8 @@
 """Averaged probabilities: what nnU-Net makes of two models, and a loop of any number."""
 
 import json
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
 from nnunetv2.ensembling.ensemble import ensemble_folders
 
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.ensembles import build_ensemble, ensemble_members, settings_differences
 from nnunet_conres.evaluation.models import Model, ModelName, find_cross_validation
 
@@ -23,7 +26,7 @@ def trained(lab: Callable[..., Any], request: pytest.FixtureRequest) -> tuple[An
     for number, trainer in enumerate(("A", "B", "C")):
         made.add(trainer, blur=0.6, seed=number)
         names.append(ModelName(trainer, "nnUNetPlans", "3d_fullres"))
-    return made, find_cross_validation(NAME, names, [0]).models
+    return made, find_cross_validation(NAME, names, [0], device="cpu").models
 
 
 def voxels(path: Path) -> np.ndarray:
@@ -120,9 +123,23 @@ class TestRefused:
         else:
             path = made.added[0] / "fold_0" / "validation" / "case_2.pkl"
             path.unlink()
-        models = find_cross_validation(NAME, names, [0]).models
-        with pytest.raises(ValueError, match=path.name):
+        models = find_cross_validation(NAME, names, [0], device="cpu").models
+        with pytest.raises(InputError, match=path.name):
             build(made, models, tmp_path / "e")
+        assert not (tmp_path / "e" / "case_2.nii.gz").exists()
+
+    def test_a_pickle_that_runs_code(self, trained: tuple[Any, list[Model]], tmp_path: Path) -> None:
+        made, models = trained
+
+        class Touch:
+            def __reduce__(self) -> Any:
+                return os.mknod, (str(tmp_path / "made"),)
+
+        path = made.added[0] / "fold_0" / "validation" / "case_2.pkl"
+        path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()) | {"more": Touch()}))
+        with pytest.raises(InputError, match=r"case_2.pkl holds posix.mknod"):
+            build(made, models, tmp_path / "e")
+        assert not (tmp_path / "made").exists()
         assert not (tmp_path / "e" / "case_2.nii.gz").exists()
 
     @pytest.mark.parametrize(
@@ -139,7 +156,7 @@ class TestRefused:
             made.add(name.trainer)
         path = made.added[1] / file
         path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
-        models = find_cross_validation(NAME, names, [0]).models
+        models = find_cross_validation(NAME, names, [0], device="cpu").models
         (fault,) = settings_differences(models, {model.key: model.folder for model in models})
         assert entry in fault
         path.unlink()

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from nnunet_conres import cli
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import (
     Legend,
     _border,
@@ -240,7 +241,7 @@ class TestReadLegend:
             read_legend(folders / "dataset.json")
 
     def test_missing(self, folders: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
+        with pytest.raises(InputError, match=r"none\.json does not exist"):
             read_legend(folders / "none.json")
 
 
@@ -271,8 +272,26 @@ class TestCommand:
 
     def test_no_prediction(self, folders: Path) -> None:
         legend = read_legend(folders / "dataset.json")
+        with pytest.raises(ValueError, match="none: No such file or directory"):
+            write_overlays(folders / "images", folders / "none", folders / "out", legend=legend)
+        (folders / "none").mkdir()
+        (folders / "none" / "._a.nii.gz").write_bytes(b"macOS")
         with pytest.raises(ValueError, match=r"has no file ending in \.nii\.gz"):
-            write_overlays(folders / "images", folders / "images" / "none", folders / "out", legend=legend)
+            write_overlays(folders / "images", folders / "none", folders / "out", legend=legend)
+
+    def test_hidden_files_are_passed_over(self, folders: Path) -> None:
+        (folders / "predictions" / "._a.nii.gz").write_bytes(b"macOS")
+        legend = read_legend(folders / "dataset.json")
+        written = write_overlays(
+            folders / "images", folders / "predictions", folders / "out", legend=legend, progress=False
+        )
+        assert [path.name for path in written] == ["a.png"]
+
+    def test_ids_that_are_no_names(self, folders: Path) -> None:
+        (folders / "predictions/a.nii.gz").rename(folders / "predictions/-a.nii.gz")
+        legend = read_legend(folders / "dataset.json")
+        with pytest.raises(ValueError, match="has the case id '-a', which begins with -"):
+            write_overlays(folders / "images", folders / "predictions", folders / "out", legend=legend)
 
     def test_sizes_that_do_not_fit_name_the_file(self, folders: Path) -> None:
         save(folders / "predictions/a.nii.gz", np.zeros((3, 4, 5), np.uint8))

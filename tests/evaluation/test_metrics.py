@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.metrics import METRICS, MetricOptions, measure
 
 SPACINGS = [(1.0, 1.0, 1.0), (3.0, 0.8, 0.5), (0.7, 2.5, 1.2)]
@@ -176,7 +177,7 @@ class TestMetrics:
 
 class TestMetricOptions:
     def test_all_faults_at_once(self) -> None:
-        with pytest.raises(ValueError, match=r"(?s)tolerance is -1.*empty is 'x'.*penalty.*dilation.*lesion_volume"):
+        with pytest.raises(InputError, match=r"(?s)tolerance is -1.*empty is 'x'.*penalty.*dilation.*lesion_volume"):
             MetricOptions(tolerance=-1, empty="x", penalty=math.inf, lesion_dilation=-1, lesion_volume=math.nan)  # type: ignore[arg-type]
 
     def test_as_json(self) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nnunet_conres.evaluation.models import (
+    Found,
     ModelName,
     display_names,
     find_cross_validation,
@@ -22,6 +23,10 @@ from nnunet_conres.evaluation.models import (
 NAME = "Dataset801_Models"
 STOCK = ModelName("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
 OURS = ModelName("nnUNetTrainerConResNet", "nnUNetPlans", "3d_fullres")
+
+
+def find_held_out(names: Sequence[ModelName], folds: Sequence[int], device: str = "cuda") -> Found:
+    return find_cross_validation(NAME, names, folds, device=device)
 
 
 class TestNames:
@@ -71,7 +76,7 @@ class TestCrossValidation:
     def test_cases_of_all_folds(self, lab: Callable[..., Any]) -> None:
         made = lab()
         made.add(folds=(0, 1))
-        found = find_cross_validation(NAME, [STOCK], [0, 1])
+        found = find_held_out([STOCK], [0, 1])
         (model,) = found.models
         assert found.faults + found.missing + found.missing_probabilities == []
         assert list(model.predictions) == sorted(made.cases)
@@ -80,7 +85,7 @@ class TestCrossValidation:
 
     def test_a_fold_that_is_not_trained(self, lab: Callable[..., Any]) -> None:
         lab().add(folds=(0,))
-        found = find_cross_validation(NAME, [STOCK, OURS], [0, 3], device="cpu")
+        found = find_held_out([STOCK, OURS], [0, 3], device="cpu")
         assert not found.models
         assert len(found.faults) == 3
         assert (
@@ -89,35 +94,116 @@ class TestCrossValidation:
 
     def test_plans_that_do_not_exist(self, lab: Callable[..., Any]) -> None:
         lab().add()
-        (fault,) = find_cross_validation(NAME, [ModelName("nnUNetTrainer", "nope", "3d_fullres")], [0, 1]).faults
+        (fault,) = find_held_out([ModelName("nnUNetTrainer", "nope", "3d_fullres")], [0, 1]).faults
         assert "there are no plans nope" in fault
 
     def test_a_validation_that_was_interrupted(self, lab: Callable[..., Any]) -> None:
         folder = lab().add()
         (folder / "fold_0" / "validation" / "summary.json").unlink()
-        found = find_cross_validation(NAME, [STOCK], [0])
+        found = find_held_out([STOCK], [0])
         assert not found.models
         assert not found.faults
         (missing,) = iterate_missing(found, probabilities=False)
         assert missing.command[0] == "nnUNetv2_train"
         assert missing.command[-2:] == ("--val", "--npz")
 
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"metric_per_case": 3}'])
+    def test_a_summary_that_is_damaged(self, lab: Callable[..., Any], content: str) -> None:
+        folder = lab().add()
+        (folder / "fold_0" / "validation" / "summary.json").write_text(content)
+        (missing,) = find_held_out([STOCK], [0]).missing
+        assert "summary.json is missing or damaged" in missing.what
+
+    def test_a_prediction_that_is_gone(self, lab: Callable[..., Any]) -> None:
+        folder = lab().add(folds=(0, 1))
+        for case in ("case_2", "case_6"):
+            (folder / "fold_0" / "validation" / f"{case}.nii.gz").unlink()
+        found = find_held_out([STOCK], [0, 1], "cpu")
+        (gap,) = found.gaps
+        assert not found.missing
+        assert gap.cases == ("case_2", "case_6")
+        assert "nnUNetTrainer, fold 0, has no prediction of case_2, case_6, which its summary.json lists" in gap.as_text
+        assert gap.as_text.endswith(
+            f"Run: nnUNetv2_train {NAME} 3d_fullres 0 -tr nnUNetTrainer -p nnUNetPlans -device cpu --val --npz"
+        )
+        assert gap in iterate_missing(found, probabilities=False)
+
+    def test_a_summary_from_windows(self, lab: Callable[..., Any]) -> None:
+        made = lab()
+        folder = made.add() / "fold_0" / "validation"
+        files = [{"prediction_file": f"C:\\results\\validation\\{case}.nii.gz"} for case in made.cases]
+        (folder / "summary.json").write_text(json.dumps({"metric_per_case": files}))
+        found = find_held_out([STOCK], [0])
+        assert found.faults + found.missing + found.gaps == []
+        assert list(found.models[0].predictions) == list(made.cases)
+
+    def test_a_fold_without_any_prediction(self, lab: Callable[..., Any]) -> None:
+        folder = lab().add(folds=(0, 1))
+        for path in (folder / "fold_1" / "validation").glob("case_*"):
+            path.unlink()
+        found = find_held_out([STOCK], [0, 1])
+        assert not found.models
+        (missing,) = found.missing
+        assert "fold 1, has none of the 4 predictions" in missing.what
+        assert missing.command[3] == "1"
+        assert missing.command[-2:] == ("--val", "--npz")
+
+    def test_a_prediction_that_was_not_validated(self, lab: Callable[..., Any]) -> None:
+        made = lab()
+        folder = made.add() / "fold_0" / "validation"
+        made.write_summary(folder, made.cases[1:])
+        (missing,) = find_held_out([STOCK], [0]).missing
+        assert "has case_0, which its summary.json does not list" in missing.what
+
+    def test_no_checkpoint_to_predict_with(self, lab: Callable[..., Any]) -> None:
+        folder = lab().add()
+        (folder / "fold_0" / "validation" / "case_1.nii.gz").unlink()
+        (folder / "fold_0" / "checkpoint_final.pth").unlink()
+        (gap,) = find_held_out([STOCK], [0]).gaps
+        assert not gap.is_known
+        assert "There is no" in gap.as_text
+        assert gap.as_text.endswith("-device cuda --npz")
+
+    def test_a_validation_would_predict_training_cases(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        made = lab()
+        folder = made.add(folds=(0, 1), npz=False)
+        splits = [{"train": made.cases[1::2], "val": made.cases[::2]}, {"train": made.cases[:4], "val": made.cases[4:]}]
+        (tmp_path / "preprocessed" / NAME / "splits_final.json").write_text(json.dumps(splits))
+        (folder / "fold_0" / "validation" / "case_0.nii.gz").unlink()
+        (folder / "fold_1" / "validation" / "case_1.nii.gz").unlink()
+        same, other = find_held_out([STOCK], [0, 1]).gaps
+        assert same.is_known
+        assert not other.is_known
+        assert "splits_final.json holds other cases out than the model's training did" in other.as_text
+        probabilities = find_held_out([STOCK], [0, 1]).missing_probabilities
+        assert [missing.is_known for missing in probabilities] == [True, False]
+
+    def test_data_that_are_not_preprocessed_here(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        folder = lab().add()
+        (folder / "fold_0" / "validation" / "case_1.nii.gz").unlink()
+        (tmp_path / "preprocessed" / NAME / "nnUNetPlans.json").unlink()
+        (gap,) = find_held_out([STOCK], [0]).gaps
+        assert not gap.is_known
+        assert "not preprocessed here" in gap.as_text
+
     def test_probabilities_that_were_not_kept(self, lab: Callable[..., Any]) -> None:
         lab().add(npz=False)
-        found = find_cross_validation(NAME, [STOCK], [0])
+        found = find_held_out([STOCK], [0])
         assert len(found.models) == 1
         assert not list(iterate_missing(found, probabilities=False))
         (missing,) = iterate_missing(found, probabilities=True)
         assert "--npz" in missing.as_text
 
     def test_a_case_in_two_folds(self, lab: Callable[..., Any]) -> None:
-        folder = lab().add(folds=(0, 1))
+        made = lab()
+        folder = made.add(folds=(0, 1))
         shutil.copy(folder / "fold_0" / "validation" / "case_0.nii.gz", folder / "fold_1" / "validation")
-        assert "case_0 in more than one fold" in find_cross_validation(NAME, [STOCK], [0, 1]).faults[0]
+        made.write_summary(folder / "fold_1" / "validation", ["case_0", *made.cases[1::2]])
+        assert "case_0 in more than one fold" in find_held_out([STOCK], [0, 1]).faults[0]
 
     def test_results_not_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("nnUNet_results", raising=False)
-        assert "nnUNet_results is not set" in find_cross_validation(NAME, [STOCK], [0]).faults[0]
+        assert "nnUNet_results is not set" in find_held_out([STOCK], [0]).faults[0]
 
 
 class TestTestSet:
@@ -129,7 +215,7 @@ class TestTestSet:
         (tmp_path / "b" / "predict_from_raw_data_args.json").write_text(
             json.dumps({"list_of_lists_or_source_folder": "/images of b"})
         )
-        found = find_test_set({"A": tmp_path / "a", "B": tmp_path / "b"}, {"B": trained}, ".nii.gz")
+        found = find_test_set({"A": tmp_path / "a", "B": tmp_path / "b"}, {"B": trained}, ".nii.gz", device="cuda")
         assert not found.faults
         assert [model.key for model in found.models] == ["m0", "m1"]
         assert found.models[1].model == STOCK
@@ -146,13 +232,13 @@ class TestTestSet:
     def test_faults(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         folders = {"A": tmp_path / "none", "B": tmp_path / "empty"}
-        faults = find_test_set(folders, {"C": tmp_path}, ".nii.gz").faults
+        faults = find_test_set(folders, {"C": tmp_path}, ".nii.gz", device="cpu").faults
         assert len(faults) == 3
 
     def test_not_a_model_folder(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()
         made.write_predictions(tmp_path / "a", made.cases, 0.3, 1)
-        found = find_test_set({"A": tmp_path / "a"}, {"A": tmp_path}, ".nii.gz")
+        found = find_test_set({"A": tmp_path / "a"}, {"A": tmp_path}, ".nii.gz", device="cpu")
         assert "no folder of a trained model" in found.faults[0]
 
 
@@ -161,7 +247,7 @@ class TestSameCases:
         made = lab()
         made.add(cases=made.cases[:5])
         made.add("nnUNetTrainerConResNet", cases=made.cases[2:])
-        models = find_cross_validation(NAME, [STOCK, OURS], [0]).models
+        models = find_held_out([STOCK, OURS], [0]).models
         cases, faults = same_cases(models, made.cases, intersection=False)
         assert cases == list(made.cases[2:5])
         assert any("trained on different splits" in fault for fault in faults)
@@ -172,7 +258,7 @@ class TestSameCases:
         made = lab()
         made.add(folds=(0, 1))
         made.add("nnUNetTrainerConResNet", folds=(1, 0))
-        models = find_cross_validation(NAME, [STOCK, OURS], [0, 1]).models
+        models = find_held_out([STOCK, OURS], [0, 1]).models
         _, (fault,) = same_cases(models, made.cases, intersection=False)
         assert "nnUNetTrainerConResNet and nnUNetTrainer held case_0" in fault
         assert "--intersection" in fault
@@ -184,12 +270,12 @@ class TestSameCases:
         made = lab()
         made.add(cases=made.cases[:4])
         made.add("nnUNetTrainerConResNet", cases=made.cases[4:])
-        models = find_cross_validation(NAME, [STOCK, OURS], [0]).models
+        models = find_held_out([STOCK, OURS], [0]).models
         assert "no case in common" in same_cases(models, made.cases, intersection=True)[1][-1]
 
     def test_a_reference_is_missing(self, lab: Callable[..., Any]) -> None:
         made = lab()
         made.add()
-        models = find_cross_validation(NAME, [STOCK], [0]).models
+        models = find_held_out([STOCK], [0]).models
         _, (fault,) = same_cases(models, made.cases[1:], intersection=False)
         assert "no reference segmentation for case_0" in fault

@@ -240,7 +240,7 @@ class TestFaults:
         fine = save(folder / "fine.nii.gz", some_image())
         (folder / "cut.nii.gz").write_bytes(fine.read_bytes()[:-200])
         text = faults_of(folder, tmp_path / "out")
-        assert "7 faults" in text
+        assert "7 errors" in text
         assert "nan.nii.gz has 1 voxels that are NaN or infinite" in text
         assert "one.nii.gz has a single slice along axis 0 (shape (1, 8, 10))" in text
         assert "rgb.mha has 3 values per voxel" in text

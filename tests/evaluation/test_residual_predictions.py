@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ from scipy import ndimage
 from scipy.special import expit
 
 from nnunet_conres import cli, trainers
-from nnunet_conres.architectures.conresnet import ConResNet
-from nnunet_conres.architectures.conresnet_paper import paper_arguments
+from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.residual_predictions import ResidualPredictor, write_predicted_residuals
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
@@ -40,9 +40,18 @@ ARCHITECTURE = {
     "nonlin": "torch.nn.LeakyReLU",
     "nonlin_kwargs": {"inplace": True},
 }
-PAPER = paper_arguments() | {"conv_op": "torch.nn.modules.conv.Conv3d"}
-CONRESNET = "nnunet_conres.architectures.conresnet.ConResNet"
-TRAINER = {"dynamic": "nnUNetTrainerConResNet", "paper": "nnUNetTrainerConResNetPaper", "vnet": "nnUNetTrainerVNet"}
+NETWORKS = {
+    "conresnet": "nnunet_conres.architectures.conresnet.ConResNet",
+    "conresnet_paper": "nnunet_conres.architectures.conresnet_paper.ConResNetPaper",
+    "residual_maps": "nnunet_conres.architectures.residual_map_unet.ResidualMapUNet",
+    "vnet": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+}
+TRAINER = {
+    "conresnet": "nnUNetTrainerConResNet",
+    "conresnet_paper": "nnUNetTrainerConResNetPaper",
+    "residual_maps": "nnUNetTrainerResidualMaps",
+    "vnet": "nnUNetTrainerVNet",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +66,7 @@ def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def make_model(
     folder: Path,
-    topology: str = "dynamic",
+    kind: str = "conresnet",
     *,
     labels: dict[str, Any] | None = None,
     transpose: tuple[int, int, int] = (0, 1, 2),
@@ -68,15 +77,19 @@ def make_model(
 ) -> Path:
     """A model folder as nnU-Net leaves it, with weights that are drawn."""
     labels = labels or LABELS
-    architecture = {"network_class_name": CONRESNET, "_kw_requires_import": ["conv_op"], "arch_kwargs": PAPER}
-    if topology != "paper":
-        architecture |= {"_kw_requires_import": ["conv_op", "norm_op", "nonlin"], "arch_kwargs": ARCHITECTURE}
-    if topology == "vnet":
-        arguments = {key: value for key, value in ARCHITECTURE.items() if not key.startswith("n_blocks")}
-        architecture |= {
-            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-            "arch_kwargs": arguments | {"n_conv_per_stage": [2, 2, 2], "dropout_op": None, "dropout_op_kwargs": None},
-        }
+    background = {"background_class": labels is LABELS}
+    arguments = {
+        "conresnet": ARCHITECTURE | background,
+        "conresnet_paper": {"strides": [[1, 1, 1]] + [[2, 2, 2]] * 3} | background,
+        "residual_maps": ARCHITECTURE | background,
+        "vnet": {key: value for key, value in ARCHITECTURE.items() if not key.startswith("n_blocks")}
+        | {"n_conv_per_stage": [2, 2, 2], "dropout_op": None, "dropout_op_kwargs": None},
+    }[kind]
+    architecture = {
+        "network_class_name": NETWORKS[kind],
+        "_kw_requires_import": [name for name in ("conv_op", "norm_op", "nonlin") if name in arguments],
+        "arch_kwargs": arguments,
+    }
     resampling = {
         f"resampling_fn_{what}{suffix}": value
         for what, is_seg in (("data", False), ("seg", True), ("probabilities", False))
@@ -120,16 +133,16 @@ def make_model(
     channels = determine_num_input_channels(manager, configured, dataset)
     for fold in range(folds):
         torch.manual_seed(fold)
-        network = getattr(trainers, TRAINER[topology]).build_network_architecture(
+        network = getattr(trainers, TRAINER[kind]).build_network_architecture(
             manager, configured, channels, heads, enable_deep_supervision=False
         )
         for name, parameter in network.named_parameters():
-            if "seg_layers" in name and topology != "paper":
+            if "seg_layers" in name and kind != "conresnet_paper":
                 torch.nn.init.normal_(parameter, std=1.0)
         (folder / f"fold_{fold}").mkdir()
         checkpoint = {
             "network_weights": network.state_dict(),
-            "trainer_name": TRAINER[topology],
+            "trainer_name": TRAINER[kind],
             "init_args": {"configuration": "3d_fullres"},
             "inference_allowed_mirroring_axes": (0, 1, 2),
         }
@@ -183,12 +196,12 @@ def normalised(images: np.ndarray) -> torch.Tensor:
 
 
 class TestResidualPredictor:
-    @pytest.mark.parametrize("topology", ["dynamic", "paper"])
+    @pytest.mark.parametrize("kind", ["conresnet", "conresnet_paper"])
     @pytest.mark.parametrize("level", [0, 1])
-    def test_single_patch_is_a_direct_forward_pass(self, tmp_path: Path, topology: str, level: int) -> None:
-        model = make_model(tmp_path / "model", topology)
-        shape = (8, 16, 16) if topology == "paper" else PATCH
-        if topology == "paper":
+    def test_single_patch_is_a_direct_forward_pass(self, tmp_path: Path, kind: str, level: int) -> None:
+        model = make_model(tmp_path / "model", kind)
+        shape = (8, 16, 16) if kind == "conresnet_paper" else PATCH
+        if kind == "conresnet_paper":
             plans = json.loads((model / "plans.json").read_text())
             plans["configurations"]["3d_fullres"]["patch_size"] = list(shape)
             (model / "plans.json").write_text(json.dumps(plans))
@@ -196,7 +209,7 @@ class TestResidualPredictor:
         found = load(model, level=level).predict(save_case(tmp_path / "in", images))
 
         network = nnunets(model).network
-        assert isinstance(network, ConResNet)
+        assert isinstance(network, ResidualMapsMixin)
         network.eval().residual_outputs = True
         stage = network.decoder.stages[-1 - level]
         seen = {}
@@ -210,10 +223,10 @@ class TestResidualPredictor:
         attention = (seen["attended"] / seen["features"].where(seen["features"] != 0, torch.nan))[0]
         attention = attention.nanmean(0).numpy().astype(np.float64)
         assert np.isfinite(attention).all()
-        maps = [residuals[level][0, channel].numpy() for channel in (1, 2)]
+        maps = [residuals[level][0, channel].numpy() for channel in (0, 1)]
         factors = np.array(shape) / attention.shape
         assert (factors > 1).any() == (level > 0)
-        if topology == "dynamic":
+        if kind == "conresnet":
             # linear between the centres of coarse voxels
             maps, (attention,) = (
                 [ndimage.zoom(one, factors, order=1, mode="nearest", grid_mode=True) for one in these]
@@ -227,13 +240,29 @@ class TestResidualPredictor:
             np.testing.assert_allclose(found.residuals[name], expit(expected), atol=1e-4)
             assert found.residuals[name].std() > 0.01
 
+    @pytest.mark.parametrize("level", [0, 1])
+    def test_a_network_without_attention(self, tmp_path: Path, level: int) -> None:
+        model = make_model(tmp_path / "model", "residual_maps")
+        images = made_up()
+        found = load(model, level=level).predict(save_case(tmp_path / "in", images))
+        network = nnunets(model).network
+        network.eval().residual_outputs = True
+        with torch.no_grad():
+            _, *residuals = network(normalised(images))
+        factors = np.array(PATCH) / residuals[level].shape[2:]
+        for channel, name in enumerate(("a", "b")):
+            expected = ndimage.zoom(
+                residuals[level][0, channel].numpy(), factors, order=1, mode="nearest", grid_mode=True
+            )
+            np.testing.assert_allclose(found.residuals[name], expit(expected), atol=1e-4)
+
     def test_tiles_are_weighted_as_nnunets(self, tmp_path: Path) -> None:
         model = make_model(tmp_path / "model", labels=REGIONS)
         images = made_up((13, 21, 17))
         found = load(model).predict(save_case(tmp_path / "in", images))
 
         network = nnunets(model).network
-        assert isinstance(network, ConResNet)
+        assert isinstance(network, ResidualMapsMixin)
         network.eval().residual_outputs = True
         weights = np.zeros(PATCH)
         weights[tuple(size // 2 for size in PATCH)] = 1
@@ -300,6 +329,28 @@ class TestResidualPredictor:
 
 
 class TestFaults:
+    def test_a_checkpoint_that_runs_code(self, tmp_path: Path) -> None:
+        class Touch:
+            def __reduce__(self) -> Any:
+                return os.mknod, (str(tmp_path / "made"),)
+
+        model = make_model(tmp_path / "model", folds=2)
+        path = model / "fold_1" / "checkpoint_final.pth"
+        torch.save(torch.load(path, weights_only=False) | {"more": Touch()}, path)
+        with pytest.raises(InputError, match=r"fold_1/checkpoint_final.pth holds posix.mknod"):
+            load(model, (0, 1))
+        assert not (tmp_path / "made").exists()
+
+    def test_plans_that_run_code(self, tmp_path: Path) -> None:
+        model = make_model(tmp_path / "model")
+        plans = json.loads((model / "plans.json").read_text())
+        arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        arguments |= {"nonlin": "os.system", "nonlin_kwargs": {"command": f"touch {tmp_path / 'made'}"}}
+        (model / "plans.json").write_text(json.dumps(plans))
+        with pytest.raises(InputError, match=r"names os.system as part of a network"):
+            load(model)
+        assert not (tmp_path / "made").exists()
+
     def test_network_without_residual_maps(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="nnUNetTrainerVNet, whose VNet predicts no residual maps"):
             load(make_model(tmp_path / "model", "vnet"))
@@ -418,3 +469,12 @@ class TestCommand:
             "case_residual.png",
         ]
         assert all(Path(line).is_file() for line in lines[1:])
+
+    def test_a_network_without_attention(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        source = save_case(tmp_path / "in", made_up())[0]
+        model = make_model(tmp_path / "model", "residual_maps")
+        command = ["residuals", "--model", str(model), "-i", str(source), "-o", str(tmp_path / "out")]
+        assert cli.main([*command, "-device", "cpu"]) == 0
+        assert "attention" not in capsys.readouterr().out
+        assert not list((tmp_path / "out").glob("*attention*"))
+        assert json.loads((tmp_path / "out" / "residuals.json").read_text())["cases"][0]["attention"] is None

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation import scoring
 from nnunet_conres.evaluation.metrics import MetricOptions, measure
 from nnunet_conres.evaluation.scoring import Scores, ScoringJob, score_cases
@@ -148,9 +149,9 @@ class TestFaults:
     def test_missing_and_twice(self, tmp_path: Path) -> None:
         job = make_jobs(tmp_path, 1)[0]
         gone = [ScoringJob(m, "x", tmp_path / "no.nii.gz", tmp_path / f"no{m}.nii.gz") for m in "AB"]
-        with pytest.raises(ValueError, match="expected a label file") as caught:
+        with pytest.raises(InputError, match="expected a label file") as caught:
             score([job, job, *gone], processes=0)
-        lines = str(caught.value).splitlines()
+        lines = caught.value.faults
         assert len(lines) == 5  # once too many, a reference and two predictions that are missing, and the processes
         assert "one prediction too many of case case_0 by A" in lines[0]
 
@@ -172,7 +173,7 @@ class TestFaults:
         files["text"].write_text("no image")
         whole = save(tmp_path / "whole.nii.gz", np.random.default_rng(0).integers(0, 3, (40, 40, 40)).astype(np.uint8))
         files["cut"].write_bytes(whole.read_bytes()[:-3000])
-        with pytest.raises(ValueError, match=r"dataset\.json does not name") as caught:
+        with pytest.raises(InputError, match=r"dataset\.json does not name") as caught:
             score([ScoringJob("A", case, reference, path) for case, path in files.items()], cache_folder=tmp_path / "c")
         lines = str(caught.value).splitlines()
         assert [Path(line.split(" ")[0]).name.split(".")[0] for line in lines] == list(files)[1:]
@@ -180,15 +181,15 @@ class TestFaults:
         assert "2.5 x 0.9 x 1 mm; expected 2.5 x 0.9 x 1.1 mm" in lines[1]
         assert "does not name: 7; expected 0, 1, 2" in lines[2]
         # ITK reads NaN in NIfTI files as zero, as if it were background.
-        assert "cannot be read: voxels that are NaN or infinite: 1." in lines[3]
-        assert "does not name: nan" in lines[4]
+        assert "nan.nii.gz has 1 voxels that are NaN or infinite; expected labels." in lines[3]
+        assert "nrrd.nrrd has 1 voxels that are NaN or infinite; expected labels." in lines[4]
         assert all("cannot be read" in line for line in lines[5:])
         # The one without fault need not be scored again.
         assert len(list((tmp_path / "c").iterdir())) == 1
 
     def test_ignore_is_for_references(self, tmp_path: Path) -> None:
         path = save(tmp_path / "r.nii.gz", np.full((6, 7, 8), 4, np.uint8))
-        with pytest.raises(ValueError, match="does not name: 4; expected 0, 1, 2, 3") as caught:
+        with pytest.raises(InputError, match="does not name: 4; expected 0, 1, 2, 3") as caught:
             score([ScoringJob("A", "c", path, path)], REGIONS)
         assert len(str(caught.value).splitlines()) == 1
 
@@ -202,12 +203,17 @@ class TestFaults:
         ],
     )
     def test_dataset_json(self, tmp_path: Path, content: dict[str, Any], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InputError, match=message):
             score(make_jobs(tmp_path, 1), content)
 
     def test_nothing_to_score(self) -> None:
-        with pytest.raises(ValueError, match="no prediction to score"):
+        with pytest.raises(InputError, match="no prediction to score"):
             score([])
+
+    def test_a_cache_that_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "c").write_text("")
+        with pytest.raises(InputError, match=r"/c: File exists"):
+            score(make_jobs(tmp_path, 1), cache_folder=tmp_path / "c")
 
 
 class TestCache:

@@ -7,6 +7,7 @@ import pytest
 import SimpleITK
 
 from nnunet_conres import cli
+from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.summary import format_table, read_summary
 
 REGIONS = {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [2, 3], "enhancing_tumor": 3}
@@ -115,23 +116,32 @@ class TestReadSummary:
     def test_another_file(self, tmp_path: Path, content: str) -> None:
         path = tmp_path / "summary.json"
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"summary\.json is not a summary of nnU-Net's evaluation"):
+        with pytest.raises(InputError, match=r"summary\.json is not a summary of nnU-Net's evaluation"):
             read_summary(path)
 
     def test_not_json(self, tmp_path: Path) -> None:
         path = tmp_path / "summary.json"
         path.write_text("Dice 0.9")
-        with pytest.raises(ValueError, match=r"summary\.json is not valid JSON"):
+        with pytest.raises(InputError, match=r"summary\.json is not valid JSON"):
             read_summary(path)
 
     def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"summary\.json does not exist"):
+        with pytest.raises(InputError, match=r"summary\.json does not exist"):
             read_summary(tmp_path / "summary.json")
+
+    @pytest.mark.parametrize("there", [True, False])
+    def test_a_folder(self, tmp_path: Path, there: bool) -> None:
+        path = tmp_path / "summary.json"
+        if there:
+            path.touch()
+        with pytest.raises(InputError, match="is a folder; expected a JSON file") as caught:
+            read_summary(tmp_path)
+        assert (str(path) in str(caught.value)) == there
 
     def test_another_dataset_json(self, evaluated: tuple, tmp_path: Path) -> None:
         path = tmp_path / "dataset.json"
         path.write_text("{}")
-        with pytest.raises(ValueError, match=r"dataset\.json has no usable labels"):
+        with pytest.raises(InputError, match=r"dataset\.json has no usable labels"):
             read_summary(evaluated[0], path)
 
 

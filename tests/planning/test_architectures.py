@@ -9,11 +9,16 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_conres.planning.architectures import (
     CONRESNET,
+    CONRESNET_PAPER,
+    RESIDUAL_MAP_UNET,
     UNET3D,
     VNET,
     conresnet_architecture,
     conresnet_paper_architecture,
     has_auxiliary_heads,
+    residual_maps_architecture,
+    set_background_class,
+    stages_of,
     unet3d_architecture,
     unet3d_paper_architecture,
     vnet_architecture,
@@ -51,86 +56,122 @@ def plans(class_name: str = "dynamic_network_architectures.architectures.unet.Pl
     return {"configurations": {"3d_fullres": fullres, "3d_cascade_fullres": cascade}}
 
 
-def resolved(some_plans: dict, **kwargs: Any) -> dict[str, Any]:
-    return conresnet_architecture(configuration_of(some_plans, "3d_fullres"), **kwargs)["arch_kwargs"]
+def fullres(some_plans: dict) -> Any:
+    return configuration_of(some_plans, "3d_fullres")
 
 
-class TestConResNetArchitecture:
-    def test_carries_the_topology_over_and_spells_out_the_rest(self) -> None:
-        arguments = resolved(plans())
+@pytest.mark.parametrize(
+    ("derive", "class_name", "own"),
+    [
+        (conresnet_architecture, CONRESNET, {"slice_axis": 0, "shared_encoder": False}),
+        (residual_maps_architecture, RESIDUAL_MAP_UNET, {}),
+    ],
+)
+class TestNetworksWithResidualMaps:
+    def test_carry_the_topology_over_and_spell_out_the_rest(
+        self, derive: Callable[..., Any], class_name: str, own: dict[str, Any]
+    ) -> None:
+        entry = derive(fullres(plans()))
+        assert entry["network_class_name"] == class_name
+        arguments = entry["arch_kwargs"]
         carried = set(STOCK) - {"n_conv_per_stage", "n_conv_per_stage_decoder"}
         assert {k: arguments[k] for k in carried} == {k: STOCK[k] for k in carried}
         assert {k: arguments[k] for k in set(arguments) - carried} == {
             "n_blocks_per_stage": [1, 1, 1],
             "n_conv_per_stage_decoder": [1, 1],
-            "residual_input": "decoder",
-            "slice_axis": 0,
-            "topology": "dynamic",
+            "background_class": False,
             "checkpointing": "none",
-            "residual_stream": False,
-            "residual_features_per_stage": None,
-            "attention": "paper",
+            **own,
         }
 
-    def test_takes_the_blocks_of_residual_encoder_plans(self) -> None:
+    def test_take_the_blocks_of_residual_encoder_plans(
+        self, derive: Callable[..., Any], class_name: str, own: dict[str, Any]
+    ) -> None:
         residual_encoder = plans(
             "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
             n_conv_per_stage="left out",
             n_blocks_per_stage=[1, 3, 4],
         )
-        assert resolved(residual_encoder)["n_blocks_per_stage"] == [1, 3, 4]
+        assert derive(fullres(residual_encoder))["arch_kwargs"]["n_blocks_per_stage"] == [1, 3, 4]
 
-    def test_plans_that_name_conresnet_keep_their_arguments(self) -> None:
-        ours = plans(CONRESNET, n_conv_per_stage="left out", n_blocks_per_stage=[1, 2, 2], slice_axis=1, future=7)
-        arguments = resolved(ours)
+    def test_plans_that_name_them_keep_their_arguments(
+        self, derive: Callable[..., Any], class_name: str, own: dict[str, Any]
+    ) -> None:
+        ours = plans(
+            class_name, n_conv_per_stage="left out", n_blocks_per_stage=[1, 2, 2], checkpointing="full", future=7
+        )
+        arguments = derive(fullres(ours))["arch_kwargs"]
         assert arguments["n_blocks_per_stage"] == [1, 2, 2]
         assert arguments["n_conv_per_stage_decoder"] == [2, 2]
-        assert arguments["slice_axis"] == 1
+        assert arguments["checkpointing"] == "full"
         assert arguments["future"] == 7  # the constructor refuses what it doesn't know; nothing is dropped silently
 
-    def test_resolving_twice_changes_nothing(self) -> None:
-        once = with_configuration(
-            plans(), "3d_fullres", architecture=conresnet_architecture(configuration_of(plans(), "3d_fullres"))
-        )
-        assert resolved(once) == once["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    def test_resolving_twice_changes_nothing(
+        self, derive: Callable[..., Any], class_name: str, own: dict[str, Any]
+    ) -> None:
+        once = with_configuration(plans(), "3d_fullres", architecture=derive(fullres(plans())))
+        assert derive(fullres(once)) == once["configurations"]["3d_fullres"]["architecture"]
 
-    def test_shared_encoder(self) -> None:
-        arguments = resolved(plans(), residual_input="shared_encoder")
-        assert (arguments["residual_input"], arguments["residual_stream"]) == ("shared_encoder", True)
-
-    def test_residual_stream(self) -> None:
-        assert resolved(plans(), residual_stream=True)["residual_stream"] is True
-        # plans older than the argument mean the network that they were made for
-        older = plans(CONRESNET, n_conv_per_stage="left out", n_blocks_per_stage=[1, 2, 2])
-        assert resolved(older)["residual_stream"] is True
-        without = plans(CONRESNET, n_conv_per_stage="left out", n_blocks_per_stage=[1, 2, 2], residual_stream=False)
-        assert resolved(without)["residual_stream"] is False
-        assert resolved(without, residual_stream=True)["residual_stream"] is True
-        assert resolved(without, residual_input="shared_encoder")["residual_stream"] is True
-        both = plans(CONRESNET, n_conv_per_stage="left out", residual_input="shared_encoder")
-        assert resolved(both)["residual_stream"] is True
-
-    def test_refuses_networks_without_stages(self) -> None:
+    def test_refuse_networks_without_stages(
+        self, derive: Callable[..., Any], class_name: str, own: dict[str, Any]
+    ) -> None:
         with pytest.raises(ValueError, match=r"Primus has no n_stages, strides"):
-            resolved(plans("architectures.primus.Primus", n_stages="left out", strides="left out"))
+            derive(fullres(plans("architectures.primus.Primus", n_stages="left out", strides="left out")))
+
+
+class TestConResNetArchitecture:
+    def test_shared_encoder(self) -> None:
+        assert conresnet_architecture(fullres(plans()), shared_encoder=True)["arch_kwargs"]["shared_encoder"] is True
+        named = plans(CONRESNET, n_conv_per_stage="left out", n_blocks_per_stage=[1, 2, 2], shared_encoder=True)
+        assert conresnet_architecture(fullres(named))["arch_kwargs"]["shared_encoder"] is True
+
+    def test_plans_of_one_network_with_residual_maps_become_the_other(self) -> None:
+        ours = with_configuration(plans(), "3d_fullres", architecture=residual_maps_architecture(fullres(plans())))
+        assert conresnet_architecture(fullres(ours)) == conresnet_architecture(fullres(plans()))
 
 
 class TestPaperArchitecture:
-    def test_is_fixed(self) -> None:
-        arguments = conresnet_paper_architecture(configuration_of(plans(), "3d_fullres"))["arch_kwargs"]
-        assert arguments["features_per_stage"] == [32, 64, 128, 256]
-        assert arguments["topology"] == "paper"
+    def test_has_the_arguments_of_its_network(self) -> None:
+        entry = conresnet_paper_architecture(fullres(plans()))
+        assert entry == {
+            "network_class_name": CONRESNET_PAPER,
+            "arch_kwargs": {
+                "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
+                "background_class": False,
+                "slice_axis": 0,
+                "checkpointing": "none",
+            },
+            "_kw_requires_import": [],
+        }
 
     def test_plans_that_name_it_keep_their_other_arguments(self) -> None:
         ours = plans()
         ours["configurations"]["3d_fullres"]["architecture"] = {
-            "network_class_name": CONRESNET,
-            "arch_kwargs": {"topology": "paper", "residual_input": "shared_encoder"},
+            "network_class_name": CONRESNET_PAPER,
+            "arch_kwargs": {"slice_axis": 2},
             "_kw_requires_import": [],
         }
-        arguments = conresnet_paper_architecture(configuration_of(ours, "3d_fullres"))["arch_kwargs"]
-        assert arguments["residual_input"] == "shared_encoder"
-        assert arguments["n_stages"] == 4
+        arguments = conresnet_paper_architecture(fullres(ours))["arch_kwargs"]
+        assert arguments["slice_axis"] == 2
+        assert not has_auxiliary_heads(fullres(ours))
+
+
+@pytest.mark.parametrize("has_regions", [True, False])
+def test_the_background_has_no_residual_map(has_regions: bool) -> None:
+    entry = conresnet_architecture(fullres(plans()))
+    set_background_class(entry, has_regions)
+    assert entry["arch_kwargs"]["background_class"] is not has_regions
+    stock = plans()["configurations"]["3d_fullres"]["architecture"]
+    set_background_class(stock, has_regions)
+    assert "background_class" not in stock["arch_kwargs"]
+
+
+def test_strides_and_kernels_of_every_stage() -> None:
+    strides, kernels = stages_of(fullres(plans(strides=[1, [1, 2, 2], 2])))
+    assert strides == [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    assert kernels == STOCK["kernel_sizes"]
+    paper = with_configuration(plans(), "3d_fullres", architecture=conresnet_paper_architecture(fullres(plans())))
+    assert stages_of(fullres(paper)) == ([[1, 1, 1]] + [[2, 2, 2]] * 3, [[3, 3, 3]] * 4)
 
 
 RESIDUAL_ENCODER = {
@@ -139,10 +180,6 @@ RESIDUAL_ENCODER = {
     "n_blocks_per_stage": [1, 3, 4],
     "n_conv_per_stage_decoder": [1, 1],
 }
-
-
-def fullres(some_plans: dict) -> Any:
-    return configuration_of(some_plans, "3d_fullres")
 
 
 class TestVNetArchitecture:
@@ -216,7 +253,7 @@ def test_papers_have_a_single_head() -> None:
     assert has_auxiliary_heads(configuration)
     for paper in (vnet_paper_architecture, unet3d_paper_architecture, conresnet_paper_architecture):
         assert not heads(paper(configuration))
-    for dynamic in (vnet_architecture, unet3d_architecture, conresnet_architecture):
+    for dynamic in (vnet_architecture, unet3d_architecture, conresnet_architecture, residual_maps_architecture):
         assert heads(dynamic(configuration))
 
 
@@ -228,7 +265,7 @@ def naming(entry: dict[str, Any], **patch: Any) -> Any:
 PAPERS = {
     VNET: vnet_paper_architecture,
     UNET3D: unet3d_paper_architecture,
-    CONRESNET: conresnet_paper_architecture,
+    CONRESNET_PAPER: conresnet_paper_architecture,
 }
 
 
@@ -243,11 +280,13 @@ class TestPlansOfOtherFamilies:
         ("derive", "theirs"),
         [
             (vnet_architecture, UNET3D),
-            (vnet_architecture, CONRESNET),
+            (vnet_architecture, CONRESNET_PAPER),
             (unet3d_architecture, VNET),
-            (unet3d_architecture, CONRESNET),
+            (unet3d_architecture, CONRESNET_PAPER),
             (conresnet_architecture, VNET),
             (conresnet_architecture, UNET3D),
+            (conresnet_architecture, CONRESNET_PAPER),
+            (residual_maps_architecture, CONRESNET_PAPER),
         ],
     )
     def test_nothing_is_derived_from_another_networks_paper_form(self, derive: Any, theirs: str) -> None:
@@ -287,6 +326,8 @@ def test_what_plans_leave_out_is_spelled_out_as_the_constructor_has_it(derive: A
     [
         (conresnet_architecture, CONRESNET),
         (conresnet_paper_architecture, CONRESNET),
+        (conresnet_paper_architecture, CONRESNET_PAPER),
+        (residual_maps_architecture, RESIDUAL_MAP_UNET),
         (vnet_architecture, VNET),
         (vnet_paper_architecture, VNET),
         (unet3d_architecture, UNET3D),

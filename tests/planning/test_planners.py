@@ -506,7 +506,8 @@ class TestData:
         broken = tmp_path / "raw" / NAME / "imagesTr" / "case_1_0000.nii.gz"
         content = broken.read_bytes()
         broken.write_bytes(b"no image")
-        with pytest.raises(RuntimeError, match=r"Case case_1 can't be preprocessed for configuration 3d_fullres"):
+        os.utime(folder / "dataset_fingerprint.json", (2e9, 2e9))  # not to be taken again
+        with pytest.raises(InputError, match=r"Case case_1 can't be preprocessed for configuration 3d_fullres"):
             complete()
         data = folder / "nnUNetConResNetPlans_3d_fullres"
         before = snapshot(data)
@@ -601,6 +602,7 @@ class TestData:
         source, copy = tmp_path / "raw" / NAME / "labelsTr" / "case_0.nii.gz", folder / "gt_segmentations"
         before = snapshot(copy)
         os.utime(source, (2e9, 2e9))
+        os.utime(folder / "dataset_fingerprint.json", (3e9, 3e9))  # not to be taken again
         complete()
         after = snapshot(copy)
         assert {name for name in after if after[name] != before[name]} == {"case_0.nii.gz"}

@@ -1,12 +1,14 @@
 import json
 import os
 import platform
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import nnunet_conres
-from nnunet_conres.registration import TRAINER_FOLDER, TRAINERS, VARIABLE, info
+from nnunet_conres.registration import TRAINER_FOLDER, TRAINERS, TRAINING_LENGTHS, VARIABLE, info
 from nnunet_conres.registration.info import collect
 
 PATHS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -41,8 +43,61 @@ def test_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
     text = found.as_text()
     assert "active" in text
     assert "PROBLEM" not in text
-    for line in ("2.8.1", "/data/raw", "not set", *TRAINERS, *TRAINERS.values()):
+    for line in ("2.8.1", "/data/raw", "not set"):
         assert line in text
+
+
+class TestTrainers:
+    @pytest.fixture
+    def lengths(self) -> set[str]:
+        """Trainers that differ from another one in their number of epochs only."""
+        return {name for name in TRAINERS if name.endswith(tuple(f"_{ending}" for ending in TRAINING_LENGTHS))}
+
+    def lines(self, **options: object) -> dict[str, tuple[str, str]]:
+        """By name of the trainer: what is before it, and its description."""
+        text = collect().as_text(**options).split("-tr NAME)\n")[1]
+        lines = [line.partition("nnUNetTrainer") for line in text.splitlines()]
+        return {(name + rest).split()[0]: (mark, rest.split(maxsplit=1)[1]) for mark, name, rest in lines if name}
+
+    def test_one_line_for_each_family(self, lengths: set[str]) -> None:
+        found = self.lines()
+        assert {name: text for name, (_, text) in found.items()} == {
+            name: text for name, text in TRAINERS.items() if name not in lengths
+        }
+        with_others = {name.rpartition("_")[0] for name in lengths}
+        assert {name for name, (mark, _) in found.items() if mark == "* "} == with_others
+
+    def test_the_lengths_are_named_once(self) -> None:
+        note = collect().as_text().split("\n\n* ")[1]
+        assert all(f"_{ending}" in note for ending in TRAINING_LENGTHS)
+        assert "--all" in note
+
+    def test_every_length_on_request(self) -> None:
+        found = self.lines(every_length=True)
+        assert {name: text for name, (_, text) in found.items()} == TRAINERS
+        assert {mark for mark, _ in found.values()} == {"  "}
+
+    @pytest.mark.parametrize("width", [20, 60, 80, 200])
+    def test_wrapped_for_a_terminal(self, width: int) -> None:
+        text = collect().as_text(width=width).split("-tr NAME)\n")[1]
+        longest = 2 + max(len(name) for name in self.lines()) + 2
+        assert max(map(len, text.splitlines())) <= max(width, longest + 30)
+        assert text.split() == collect().as_text().split("-tr NAME)\n")[1].split()
+
+
+@pytest.mark.parametrize("name", ["nnunet_conres.start", "nnunet_conres.pth"])
+def test_tells_which_startup_file_was_read(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, "_nnunet_conres_startup", SimpleNamespace(activated_by=name))
+    assert collect().discovery.startup_file == name
+    assert f"start-up file       {name}\n" in collect().as_text()
+
+
+def test_without_a_startup_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "_nnunet_conres_startup", raising=False)
+    found = collect()
+    assert found.ok  # the variable may have been set by hand
+    assert found.discovery.startup_file is None
+    assert "start-up file       none was read\n" in found.as_text()
 
 
 def test_json_is_the_same_in_json() -> None:

@@ -1,7 +1,9 @@
 """A tiny data set, planned and preprocessed by nnU-Net itself, in three readings: labels, regions, ignore label."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,27 +68,29 @@ def _folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def preprocessed(_folders: Path) -> Callable[[str], Path]:
+def preprocessed(_folders: Path, shared_folder: Callable[..., Path]) -> Callable[[str], Path]:
     """Function that gives the preprocessed folder of a reading of the data set; made at first use."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
-    done: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind in done:
-            return done[kind]
+    def write(kind: str, root: Path) -> None:
         name = DATASETS[kind]
         number = int(name[7:10])
-        _write_raw(_folders / "raw" / name, kind)
-        folder = _folders / "preprocessed" / name
+        _write_raw(root / "raw" / name, kind)
         with pytest.MonkeyPatch.context() as patch:
+            for variable in ("raw", "preprocessed"):
+                patch.setenv(f"nnUNet_{variable}", str(root / variable))
             # nnU-Net's planner takes this for torch's number of threads, which must not be 0
             patch.setenv("nnUNet_n_proc_DA", "1")
             extract_fingerprints([number], num_processes=1, check_dataset_integrity=True)
             plan_experiments([number])
-            _shrink_plans(folder / "nnUNetPlans.json")
+            _shrink_plans(root / "preprocessed" / name / "nnUNetPlans.json")
             preprocess([number], configurations=["3d_fullres", "3d_lowres"], num_processes=[1, 1])
-        done[kind] = folder
+
+    def make(kind: str) -> Path:
+        folder = _folders / "preprocessed" / DATASETS[kind]
+        if not folder.exists():
+            made = shared_folder(f"trainers_{kind}", partial(write, kind))
+            shutil.copytree(made, _folders, dirs_exist_ok=True)
         return folder
 
     return make

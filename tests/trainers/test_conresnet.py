@@ -26,13 +26,17 @@ from torch import nn
 import nnunet_conres.trainers
 from nnunet_conres import __version__
 from nnunet_conres.architectures.conresnet import ConResNet
+from nnunet_conres.architectures.conresnet_paper import ConResNetPaper
+from nnunet_conres.architectures.residual_map_unet import ResidualMapUNet
 from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
+from nnunet_conres.errors import InputError
 from nnunet_conres.trainers import (
     nnUNetTrainerConResNet,
     nnUNetTrainerConResNet_NoMirroring,
     nnUNetTrainerConResNetBSpline,
     nnUNetTrainerConResNetPaper,
     nnUNetTrainerConResNetSharedEncoder,
+    nnUNetTrainerResidualMaps,
 )
 from nnunet_conres.trainers.logger import FIGURE_NAME
 
@@ -49,10 +53,10 @@ def saved_architecture(trainer: nnUNetTrainer) -> dict[str, Any]:
 
 
 def conresnet_paper_plans() -> dict[str, Any]:
-    """How the documentation has users name the paper topology in plans."""
+    """How the documentation has users name the paper's network in plans."""
     return {
-        "network_class_name": "nnunet_conres.architectures.conresnet.ConResNet",
-        "arch_kwargs": {"topology": "paper"},
+        "network_class_name": "nnunet_conres.architectures.conresnet_paper.ConResNetPaper",
+        "arch_kwargs": {},
         "_kw_requires_import": [],
     }
 
@@ -64,6 +68,8 @@ class TestTraining:
             ("labels", nnUNetTrainerConResNet),
             ("regions", nnUNetTrainerConResNet),
             ("ignore", nnUNetTrainerConResNet),
+            ("labels", nnUNetTrainerResidualMaps),
+            ("regions", nnUNetTrainerResidualMaps),
             pytest.param("ignored_regions", nnUNetTrainerConResNet, marks=pytest.mark.slow),
             pytest.param("labels", nnUNetTrainerConResNetSharedEncoder, marks=pytest.mark.slow),
             pytest.param("regions", nnUNetTrainerConResNetPaper, marks=pytest.mark.slow),
@@ -120,20 +126,31 @@ class TestTraining:
         trainer.run_training()
         architecture = saved_architecture(trainer)
         assert architecture["network_class_name"].endswith("ConResNet")
-        assert architecture["arch_kwargs"]["residual_input"] == "shared_encoder"
-        assert {"slice_axis", "topology", "n_blocks_per_stage"} <= set(architecture["arch_kwargs"])
+        assert architecture["arch_kwargs"]["shared_encoder"] is True
+        assert architecture["arch_kwargs"]["background_class"] is True
+        assert {"slice_axis", "checkpointing", "n_blocks_per_stage"} <= set(architecture["arch_kwargs"])
 
-    def test_stock_trainer_trains_plans_that_name_conresnet(
-        self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any]
+    @pytest.mark.parametrize(
+        ("trainer_class", "network_class"),
+        [
+            (nnUNetTrainerConResNet, ConResNet),
+            (nnUNetTrainerConResNetPaper, ConResNetPaper),
+            (nnUNetTrainerResidualMaps, ResidualMapUNet),
+        ],
+    )
+    def test_stock_trainer_trains_plans_that_name_our_networks(
+        self,
+        make_trainer: Callable[..., Any],
+        stock_plans: dict[str, Any],
+        trainer_class: type,
+        network_class: type,
     ) -> None:
-        entries = nnUNetTrainerConResNet.resolve(
-            make_trainer(nnUNetTrainerConResNet).configuration_manager, "3d_fullres"
-        )
+        entries = trainer_class.resolve(make_trainer(trainer_class).configuration_manager, "3d_fullres")
         stock_plans["configurations"]["3d_fullres"].update(entries)
         trainer = make_trainer(nnUNetTrainer, plans=stock_plans)
-        trainer.num_epochs = 1
+        trainer.num_epochs = trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
         trainer.run_training()
-        assert isinstance(trainer.network, ConResNet)
+        assert isinstance(trainer.network, network_class)
         assert math.isfinite(trainer.logger.get_value("train_losses", -1))
 
     def test_without_deep_supervision_says_so(self, make_trainer: Callable[..., Any]) -> None:
@@ -301,8 +318,9 @@ class TestPaperTrainer:
         assert trainer.configuration_manager.patch_size == [16, 24, 24]  # 80 x 160 x 160 would be mostly padding
         assert trainer.configuration_manager.batch_size == 2
         network = trainer.network
-        assert network.topology == "paper"
+        assert isinstance(network, ConResNetPaper)
         assert network.decoder.seg_layers.segmentation[0].out_channels == 3
+        assert network.decoder.seg_layers.residual[0].out_channels == 3
         assert trainer.loss.residual_weight * 0.5 == 1  # 1 : 0.5 : 0.5, unnormalised
 
     def test_augments_by_scaling_and_mirroring_only(self, make_trainer: Callable[..., Any]) -> None:
@@ -330,7 +348,7 @@ class TestPaperTrainer:
         )
         assert sum(isinstance(t, RandomTransform) for t in pipeline.transforms) == 2
 
-    def test_own_patch_of_plans_that_name_the_paper_topology(
+    def test_own_patch_of_plans_that_name_its_network(
         self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any]
     ) -> None:
         fullres = stock_plans["configurations"]["3d_fullres"]
@@ -349,23 +367,13 @@ class TestPaperTrainer:
         pipeline = Stronger.get_training_transforms((16, 24, 24), (0.0, 0.0), [[1, 1, 1]], (0, 1, 2), False)
         assert pipeline.transforms[0].scaling == (0.5, 2.0)
 
-    def test_paper_topology_in_plans_under_the_other_trainers(
-        self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any]
+    @pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet, nnUNetTrainerResidualMaps])
+    def test_its_plans_under_other_trainers_are_refused(
+        self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any], trainer_class: type
     ) -> None:
-        """One segmentation output and three residual maps, whichever trainer reads such plans."""
-        fullres = stock_plans["configurations"]["3d_fullres"]
-        fullres["architecture"] = conresnet_paper_plans()
-        fullres["patch_size"] = [8, 16, 16]
-        trainer = make_trainer(nnUNetTrainerConResNetSharedEncoder, plans=stock_plans)
-        assert trainer.configuration_manager.network_arch_init_kwargs["residual_input"] == "shared_encoder"
-        trainer.num_epochs = trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
-        trainer.run_training()
-        assert trainer.loss.n_segmentation_outputs == 1
-        assert trainer.network.topology == "paper"
-        assert math.isfinite(trainer.logger.get_value("val_residual_losses", -1))
-        fullres["patch_size"] = [8, 16, 18]
-        with pytest.raises(ValueError, match="divisible by 8"):
-            make_trainer(nnUNetTrainerConResNet, plans=stock_plans)
+        stock_plans["configurations"]["3d_fullres"]["architecture"] = conresnet_paper_plans()
+        with pytest.raises(ValueError, match=r"Cannot derive .* from these plans: their network .*ConResNetPaper"):
+            make_trainer(trainer_class, plans=stock_plans)
 
 
 @pytest.mark.usefixtures("nothing_is_written")
@@ -396,7 +404,7 @@ class TestRefusals:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_cuda_where_there_is_none(self, stock_plans: dict[str, Any]) -> None:
-        with pytest.raises(RuntimeError, match="-device cpu"):
+        with pytest.raises(InputError, match="-device cpu"):
             nnUNetTrainerConResNet(stock_plans, "3d_fullres", 0, {"labels": {}}, torch.device("cuda"))
 
     def test_networks_without_stages(self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any]) -> None:
@@ -474,7 +482,7 @@ class TestContinuing:
         trainer = make_trainer(nnUNetTrainerConResNet)
         file = Path(trainer.output_folder) / "checkpoint_latest.pth"
         file.write_bytes(b"PK\x03\x04 cut off")
-        with pytest.raises(RuntimeError, match=r"checkpoint_latest.pth is damaged.*Move it away"):
+        with pytest.raises(InputError, match=r"checkpoint_latest.pth is damaged.*Move it away"):
             maybe_load_checkpoint(trainer, True, False)
 
     def test_other_folds_share_what_the_first_was_trained_with(
@@ -498,7 +506,7 @@ class TestContinuing:
         again = make_trainer(nnUNetTrainerConResNet, fold=0)  # from scratch: nothing else depends on it
         assert again.configuration_manager.network_arch_init_kwargs["conv_bias"] is False
         stock_plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"][0] = 8
-        with pytest.raises(RuntimeError, match=r"fold_0 in .* another topology.*features_per_stage"):
+        with pytest.raises(InputError, match=r"fold_0 in .* another network.*features_per_stage"):
             make_trainer(nnUNetTrainerConResNet, fold=1, plans=stock_plans)
 
     def test_the_latest_checkpoint_never_gets_old(
@@ -561,7 +569,7 @@ class TestContinuing:
         trainer.run_training()
         stock_plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"][0] = 8
         other = make_trainer(nnUNetTrainerConResNet, plans=stock_plans)
-        with pytest.raises(RuntimeError, match=r"another topology.*features_per_stage: \[4, .* there, \[8, .* here"):
+        with pytest.raises(InputError, match=r"another network.*features_per_stage: \[4, .* there, \[8, .* here"):
             other.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
 
     def test_a_training_that_is_killed_goes_on(self, preprocessed: Callable[[str], Path], results: Path) -> None:

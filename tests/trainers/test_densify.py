@@ -16,6 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_conres import cli
 from nnunet_conres.datasets.densify import Densification, Model, densify, merge
 from nnunet_conres.errors import InputError
+from nnunet_conres.folders import writing
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from nnunet_conres.trainers import nnUNetTrainerConResNet
 
@@ -204,6 +205,9 @@ def test_interrupted_and_continued(
     assert [path.name for path in complete] == ["case_0.nii.gz", "case_1.nii.gz"]
     times = [path.stat().st_mtime_ns for path in complete]
     (output / ".case_2.partial").mkdir()
+    with writing(output):
+        assert f"{output} is being written by process" in faults_of(dataset, output, existing="continue")
+    assert (output / ".case_2.partial").exists()
     assert "is not empty" in faults_of(dataset, output)
     assert "mirroring True there, False now" in faults_of(dataset, output, existing="continue", mirroring=False)
     done = run(dataset, output, existing="continue")

@@ -17,6 +17,8 @@ from nnunet_conres.trainers import (
     nnUNetTrainerConResNet_SGD,
     nnUNetTrainerMuon,
     nnUNetTrainerMuon_1epoch,
+    nnUNetTrainerResidualMaps,
+    nnUNetTrainerResidualMaps_SGD,
     nnUNetTrainerUNet3D,
 )
 
@@ -34,7 +36,7 @@ def rates(trainer: Any) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet, nnUNetTrainerMuon])
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet, nnUNetTrainerResidualMaps, nnUNetTrainerMuon])
 def test_muon(make_trainer: Callable[..., Any], trainer_class: type) -> None:
     trainer = make_trainer(trainer_class)
     found = rates(trainer)
@@ -52,7 +54,9 @@ def test_muon(make_trainer: Callable[..., Any], trainer_class: type) -> None:
     assert len(matrices["params"]) + len(others["params"]) == len(names)
 
 
-@pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet_SGD, nnUNetTrainerUNet3D])
+@pytest.mark.parametrize(
+    "trainer_class", [nnUNetTrainerConResNet_SGD, nnUNetTrainerResidualMaps_SGD, nnUNetTrainerUNet3D]
+)
 def test_nnunets_own(make_trainer: Callable[..., Any], trainer_class: type) -> None:
     trainer = make_trainer(trainer_class)
     assert rates(trainer) == [0.01, 0.01, 0.01]
@@ -78,33 +82,6 @@ def test_network_of_the_plans(make_trainer: Callable[..., Any], kind: str) -> No
     with torch.no_grad():
         torch.testing.assert_close(predictor.network.eval()(patch), trainer.network(patch))
     assert nnUNetTrainerMuon_1epoch.training_epochs == 1
-
-
-def test_a_training_goes_on_as_it_was_begun(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints of versions whose nnUNetTrainerConResNet had nnU-Net's optimiser and the residual stream."""
-    monkeypatch.setattr(nnUNetTrainerConResNet_SGD, "residual_stream", True)
-    earlier = make_trainer(nnUNetTrainerConResNet_SGD)
-    earlier.num_epochs = 1
-    earlier.run_training()
-    file = str(Path(earlier.output_folder) / "checkpoint_final.pth")
-
-    today = make_trainer(nnUNetTrainerConResNet)
-    assert not today.configuration_manager.network_arch_init_kwargs["residual_stream"]
-    today.load_checkpoint(file)
-    today.num_epochs = 2
-    assert today.network.residual_stream
-    assert type(today.optimizer) is torch.optim.SGD
-    assert today.optimizer.param_groups[0]["momentum"] == 0.99
-    buffers = [state["momentum_buffer"] for state in today.optimizer.state.values()]
-    for ours, theirs in zip(buffers, earlier.optimizer.state.values(), strict=True):
-        torch.testing.assert_close(ours, theirs["momentum_buffer"])
-    assert (today.initial_lr, today.weight_decay) == (0.01, 3e-5)
-    today.lr_scheduler.max_steps = 2
-    today.run_training()
-    assert today.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.5**0.9)
-    log = next(Path(today.output_folder).glob("training_log*.txt")).read_text()
-    assert "begun with nnU-Net's SGD, learning rate 0.01, and goes on with it" in log
-    assert "goes on with the network it was begun with: residual_stream True (here False)" in log
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,13 @@ class TestFaults:
             (("splits", "seed"), -1, "seed is -1"),
             (("models", "stock"), {"epoch_seconds": 0}, "epoch_seconds is 0"),
             (("models", "stock"), {"configuration": "../.."}, "configuration is '../..'"),
+            (("splits", "group"), "(BraTS", "group is '(BraTS'; expected a regular expression, but: missing )"),
+            (("environment",), {"A=B": "c"}, "environment, 'A=B': expected a name of letters"),
+            (("environment",), {"": "c"}, "environment, '': expected a name of letters"),
+            (("environment",), {"A": "b\0c"}, "environment, A is 'b\\x00c'; expected a text without NUL"),
+            (("environment",), {"A\0": "b"}, "expected a text without NUL"),
+            (("work",), "a\ud800", "work is 'a\\ud800'; expected a text without NUL and without lone surrogates"),
+            (("data", "brats"), ["brats\0"], "data, brats is 'brats\\x00'; expected a text without NUL"),
             (("resources", "train"), {"cpus": 1.5}, "cpus is 1.5; expected a whole number"),
             (("resources", "train"), {"gpu_types": {"a100": True}}, "gpu_types is"),
             (("resources", "train"), {"slurm_extra": "'--constraint=a100'"}, "expected constraint instead"),
@@ -144,7 +151,7 @@ class TestFaults:
         *above, last = entry
         where = content
         for key in above:
-            where = where[key]
+            where = where.setdefault(key, {})
         where[last] = value
         assert told in faults(content, tmp_path)
 

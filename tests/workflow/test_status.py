@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from nnunet_conres.locks import hold
 from nnunet_conres.workflow import resources
 from nnunet_conres.workflow.config import Experiment, parse_config
-from nnunet_conres.workflow.locks import hold
 from nnunet_conres.workflow.status import duration, status
 
 pytest.importorskip("fcntl", reason="needs an operating system with flock")

@@ -1,5 +1,6 @@
 """The steps, with stand-ins for the commands; and what of their work counts as done."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from nnunet_conres.errors import InputError
+from nnunet_conres.locks import hold, holder
 from nnunet_conres.workflow import commands, records
 from nnunet_conres.workflow.config import Experiment
-from nnunet_conres.workflow.locks import hold, holder
-from nnunet_conres.workflow.step import Step, StepError, gpus, run
+from nnunet_conres.workflow.step import Step, StepError, gpus, main, run
 
 pytest.importorskip("fcntl", reason="needs an operating system with flock")
 
@@ -409,6 +411,53 @@ class TestPredict:
         assert names == ["y.nii.gz", "z.nii.gz"]
 
 
+class TestErrors:
+    def main(self, experiment: Experiment, content: dict, tmp_path: Path, *, log: Path) -> int:
+        noted = tmp_path / "experiment.json"
+        noted.write_text(json.dumps({"base": str(tmp_path), "content": content}))
+        record = experiment.records / "raw.json"
+        return main([str(noted), "convert", "--record", str(record), "--log", str(log), "--", "false"])
+
+    def test_one_of_the_users_is_a_line(
+        self, experiment: Experiment, content: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        log = tmp_path / "logs" / "convert.log"
+        assert self.main(experiment, content, tmp_path, log=log) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith("[workflow] error: false ended with exit code 1")
+        assert log.read_text().splitlines()[-1].startswith("[workflow] failed: false ended with exit code 1")
+
+    def test_one_of_ours_keeps_its_traceback(
+        self, experiment: Experiment, content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def convert(self: Step) -> None:
+            raise ValueError("ours")
+
+        monkeypatch.setattr(Step, "convert", convert)
+        with pytest.raises(ValueError, match="ours"):
+            self.main(experiment, content, tmp_path, log=tmp_path / "log")
+        # for nnunet-conres workflow --status
+        assert (tmp_path / "log").read_text() == "[workflow] failed: ValueError: ours\n"
+
+    def test_a_log_that_cannot_be_written_is_named(
+        self, experiment: Experiment, content: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "logs").touch()
+        assert self.main(experiment, content, tmp_path, log=tmp_path / "logs" / "convert.log") == 1
+        assert f"[workflow] error: {tmp_path / 'logs'}" in capsys.readouterr().err
+
+    def test_a_full_disk_names_the_record_and_leaves_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def write_text(path: Path, text: str) -> None:
+            path.write_bytes(text[:3].encode())
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(Path, "write_text", write_text)
+        with pytest.raises(InputError, match=r"raw\.json: No space left on device\. Free some space"):
+            records.write_if_changed(tmp_path / "raw.json", {"a": 1})
+        assert list(tmp_path.iterdir()) == []
+
+
 class TestGpus:
     def test_two_jobs_get_different_ones(
         self, content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Calls
@@ -438,6 +487,29 @@ class TestGpus:
             assert holder(lock) is not None
         with pytest.raises(StepError, match="2 GPUs are needed, but this machine has 1: 4"), gpus(experiment, 2):
             pass
+
+    @pytest.mark.parametrize("what", ["folder", "file"])
+    def test_another_users_link_is_not_followed(
+        self, content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    ) -> None:
+        from nnunet_conres.workflow.config import parse_config
+
+        experiment = parse_config(content | {"device": "cuda"}, tmp_path)
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        victim = tmp_path / "victim"
+        victim.mkdir()
+        (victim / "gpu_4.lock").write_text("years of work")
+        folder = tmp_path / f"nnunet-conres-gpus-{os.getuid()}"
+        if what == "folder":
+            folder.symlink_to(victim)
+        else:
+            folder.mkdir(mode=0o700)
+            (folder / "gpu_4.lock").symlink_to(victim / "gpu_4.lock")
+        with pytest.raises(InputError, match="nnunet-conres-gpus-"), gpus(experiment, 1):
+            pass
+        assert (victim / "gpu_4.lock").read_text() == "years of work"
 
     def test_a_scheduler_has_chosen_already(
         self, content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

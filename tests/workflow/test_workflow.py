@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from nnunet_conres import cli
+from nnunet_conres.locks import hold
 from nnunet_conres.workflow.config import parse_config
 from nnunet_conres.workflow.launch import job_name
-from nnunet_conres.workflow.locks import hold
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install 'nnunet-conres[workflow]'")
 pytest.importorskip("snakemake", reason="needs Snakemake: pip install 'nnunet-conres[workflow]'")
@@ -109,6 +109,22 @@ def kinds(calls: list[str]) -> list[str]:
 
 
 class TestWithStandIns:
+    @pytest.mark.parametrize("options", [["--dry-run"], ["-n"], ["--summary"]])
+    def test_a_dry_run_leaves_nothing(
+        self,
+        config: Path,
+        content: dict[str, Any],
+        tmp_path: Path,
+        calls: Callable[[], list[str]],
+        options: list[str],
+    ) -> None:
+        content["work"] = "new/work"
+        config.write_text(as_yaml(content))
+        before = set(tmp_path.rglob("*"))
+        run(config, *options)
+        assert set(tmp_path.rglob("*")) == before
+        assert calls() == []
+
     def test_everything_once_and_then_only_what_changed(
         self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
     ) -> None:

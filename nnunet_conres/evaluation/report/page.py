@@ -13,6 +13,7 @@ from nnunet_conres.evaluation.report import sections
 from nnunet_conres.evaluation.report.cases import CaseVolumes, pack_case
 from nnunet_conres.evaluation.report.sections import asset
 from nnunet_conres.evaluation.report.text import escape, script_data
+from nnunet_conres.files import written_whole
 
 REPORT_FORMAT: Final = 1
 """Of report.json."""
@@ -55,9 +56,8 @@ def write_report(
     volumes = _packed(comparison, case_volumes, slices_per_case)
     page = _page(comparison, volumes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.new")
-    partial.write_text(page, encoding="utf-8", newline="\n")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(page, encoding="utf-8", newline="\n")
     return path
 
 

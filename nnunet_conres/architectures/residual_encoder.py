@@ -1,0 +1,115 @@
+"""nnU-Net's residual encoder for patches of any size, and the decoder levels that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
+from torch import Tensor, nn
+
+from nnunet_conres.architectures.blocks import CeilAvgPool3d, maybe_checkpoint
+from nnunet_conres.architectures.frugal import frugal_norm
+from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage
+
+
+class AnySizeResidualEncoder(ResidualEncoder):
+    """nnU-Net's residual encoder, for odd sizes as well, and with checkpointing. Takes its arguments.
+
+    Attributes:
+        checkpointing: Whether stages are computed again for backward instead of being kept.
+    """
+
+    def __init__(self, *args: Any, checkpointing: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, return_skips=True)
+        self.checkpointing = checkpointing
+        for module in self.modules():
+            if isinstance(module, BasicBlockD) and isinstance(module.skip, nn.Sequential):
+                for index, shortcut in enumerate(module.skip):
+                    if isinstance(shortcut, nn.AvgPool3d):
+                        module.skip[index] = CeilAvgPool3d(shortcut.kernel_size, shortcut.stride)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps images (B, C, X, Y, Z) to the features of all stages, highest resolution first."""
+        features = []
+        for stage in range(len(self.stages)):
+            x = maybe_checkpoint(self.checkpointing, self, self._stage, stage, x)
+            features.append(x)
+        return features
+
+    def _stage(self, stage: int, x: Tensor) -> Tensor:
+        return self.stages[stage](self.stem(x) if stage == 0 else x)
+
+
+def residual_encoder(
+    network: PlansNetwork,
+    input_channels: int,
+    conv_op: type[nn.Module],
+    n_blocks_per_stage: int | Sequence[int],
+    conv_bias: bool,
+    norm_op: type[nn.Module] | None,
+    norm_op_kwargs: dict[str, Any] | None,
+    dropout_op: type[nn.Module] | None,
+    dropout_op_kwargs: dict[str, Any] | None,
+    nonlin: type[nn.Module] | None,
+    nonlin_kwargs: dict[str, Any] | None,
+) -> AnySizeResidualEncoder:
+    """The encoder of a network, with the stages, kernels, strides and checkpointing that the network has checked.
+
+    Raises:
+        ValueError: If ``n_blocks_per_stage`` doesn't fit the network's stages.
+    """
+    n_stages = len(network.features)
+    return AnySizeResidualEncoder(
+        input_channels,
+        n_stages,
+        network.features,
+        conv_op,
+        network.kernel_sizes,
+        network.strides,
+        counts_per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages),
+        conv_bias,
+        frugal_norm(norm_op),
+        norm_op_kwargs,
+        dropout_op,
+        dropout_op_kwargs,
+        nonlin,
+        nonlin_kwargs,
+        checkpointing=network.checkpointing == "full",
+    )
+
+
+def decoder_level(encoder: ResidualEncoder, level: int, n_conv: int) -> tuple[nn.Module, nn.Module]:
+    """What a decoder level of nnU-Net's U-Net consists of.
+
+    Args:
+        encoder: The encoder, whose kernels, strides, norm and nonlinearity the level takes over.
+        level: 0 for the level above the bottleneck.
+        n_conv: Number of convolutions after the concatenation with the skip.
+
+    Returns:
+        The transposed convolution that raises the resolution, and the convolutions that take its output concatenated
+        with the skip.
+    """
+    below, features = encoder.output_channels[-(level + 1)], encoder.output_channels[-(level + 2)]
+    stride = encoder.strides[-(level + 1)]
+    up = get_matching_convtransp(conv_op=encoder.conv_op)(below, features, stride, stride, bias=encoder.conv_bias)
+    convolutions = StackedConvBlocks(
+        n_conv,
+        encoder.conv_op,
+        2 * features,
+        features,
+        encoder.kernel_sizes[-(level + 2)],
+        1,
+        encoder.conv_bias,
+        encoder.norm_op,
+        encoder.norm_op_kwargs,
+        encoder.dropout_op,
+        encoder.dropout_op_kwargs,
+        encoder.nonlin,
+        encoder.nonlin_kwargs,
+    )
+    return up, convolutions

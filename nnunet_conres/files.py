@@ -1,0 +1,46 @@
+"""Files that are found whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_conres.errors import InputError
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside a file, which gets the file's name when the block ends without an error.
+
+    Args:
+        path: The file; one that exists is replaced.
+
+    Yields:
+        Where to write. It has the file's ending, because some writers choose the format by it.
+
+    Raises:
+        InputError: The file system did not take it: the disk is full, or the folder can't be written to.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        # An error that names no file comes from writing; one that names another file is not about this one.
+        if error.filename is None or Path(os.fsdecode(error.filename)) == partial:
+            raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write a JSON file; whoever looks finds it whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

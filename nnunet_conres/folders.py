@@ -1,0 +1,209 @@
+"""Folders: what is in them. Folders and files: how they are written, by one process at a time and never in part."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.locks import LockedError, hold, holder
+
+# --- what is in a folder ----------------------------------------------------------------------------------------------
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder is hidden: `.DS_Store`, and the `._NAME` that macOS leaves beside NAME."""
+    return path.name.startswith(".")
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder and is not hidden, sorted by name.
+
+    Raises:
+        InputError: The folder is missing, is a file or may not be read.
+    """
+    with file_errors(folder):
+        return sorted(path for path in folder.iterdir() if not is_hidden(path))
+
+
+def list_files(folder: Path, endings: str | tuple[str, ...] = "", *, ignore_case: bool = False) -> list[Path]:
+    """The files of a folder, not of its subfolders, sorted by name; hidden ones are passed over.
+
+    Args:
+        folder: The folder.
+        endings: What a file's name ends in, or several endings of which it has one; every file by default.
+        ignore_case: Whether `.NII` is as good as `.nii`; the endings are in lower case then.
+
+    Raises:
+        InputError: The folder is missing, is a file or may not be read.
+    """
+    return [
+        path
+        for path in visible(folder)
+        if (path.name.lower() if ignore_case else path.name).endswith(endings) and path.is_file()
+    ]
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, *, lock: Path | None = None) -> Iterator[Path]:
+    """Write a folder that appears under its name when everything is in it, or not at all.
+
+    One process at a time writes a target: a second one is refused as long as the first one lives, on other nodes of a
+    cluster too. What killed processes left of the target is removed.
+
+    Args:
+        target: The new folder. It does not exist, or is empty; folders above it are made.
+        lock: File that excludes other writers, `lock_of(target)` by default. Removed afterwards.
+
+    Yields:
+        An empty folder beside the target, to write to. It is renamed at the end, and removed if anything is raised.
+
+    Raises:
+        InputError: Another process writes the target, or the file system refuses.
+    """
+    with file_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with _only_writer(target, lock or lock_of(target)):
+        for leftover in _partial_folders(target):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+        with file_errors(partial):
+            partial.mkdir()
+        try:
+            yield partial
+            with file_errors(target):
+                with contextlib.suppress(FileNotFoundError):
+                    target.rmdir()  # an empty one; not every system replaces it
+                partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def writing(folder: Path, *, lock: str = ".lock") -> Iterator[None]:
+    """Write files to a folder that may hold others, as the only process that does.
+
+    Args:
+        folder: Made if need be, and removed again if nothing was written.
+        lock: Name of the file in it that excludes other writers; another name where only one of its files is written.
+
+    Raises:
+        InputError: Another process writes there, or the file system refuses.
+    """
+    made = [above for above in (folder, *folder.parents) if not above.exists()]
+    with file_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _only_writer(folder, folder / lock):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty
+            for empty in made:
+                empty.rmdir()
+
+
+def lock_of(target: Path) -> Path:
+    """The file that excludes other writers of a new folder: beside it, under a hidden name."""
+    absolute = Path(os.path.abspath(target))
+    return absolute.with_name(f".{absolute.name}.lock")
+
+
+def being_written(target: Path, lock: Path | None = None) -> Iterator[str]:
+    """A message if another process writes a new folder now: so that a second one is refused before it checks its input.
+
+    Args:
+        target: The new folder.
+        lock: As for `new_folder`.
+    """
+    who = holder(lock or lock_of(target))
+    if who is not None:
+        yield _is_being_written(target, who)
+
+
+def _is_being_written(target: Path, who: object) -> str:
+    """The message for a second writer."""
+    return f"{target} is being written by {who}. Wait until it has ended, or choose another name."
+
+
+def check_complete(folder: Path, names: Iterable[str]) -> None:
+    """Check that files that were written are there, before their folder gets its name.
+
+    Args:
+        folder: The folder.
+        names: Of the files, with the folders below it that hold them.
+
+    Raises:
+        InputError: Some are missing.
+    """
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder} was changed while it was written: {len(missing)} files are missing, {missing[0]} among them. "
+            f"Run the command again, and change nothing in the folder before it ends."
+        )
+
+
+@contextlib.contextmanager
+def _only_writer(target: Path, lock: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            with file_errors(lock):
+                stack.enter_context(hold(lock, wait=False))
+        except LockedError as error:
+            raise InputError(_is_being_written(target, holder(lock) or "another process")) from error
+        try:
+            yield
+        finally:
+            # While it is held: nobody else can have taken it.
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+
+def _partial_folders(target: Path) -> list[Path]:
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-[0-9a-f]{{8}}")
+    return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside a file, which gets the file's name when the block ends without an error.
+
+    Args:
+        path: The file; one that exists is replaced.
+
+    Yields:
+        Where to write. It has the file's ending, because some writers choose the format by it.
+
+    Raises:
+        InputError: The file system did not take it: the disk is full, or the folder can't be written to.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        # An error that names no file comes from writing; one that names another file is not about this one.
+        if error.filename is None or Path(os.fsdecode(error.filename)) == partial:
+            raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write a JSON file; whoever looks finds it whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,279 @@
+"""Locks between processes, on one machine and across the nodes of a cluster, which outlive no process.
+
+A lock is one that the operating system holds on a file (``flock``) and gives back when the last process that inherited
+it ends, however that happens. Some network file systems keep such locks to one node. So the file also says who holds
+it, and the holder touches it all the time: what another node has touched lately counts as held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from nnunet_conres.errors import InputError, file_errors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+HEARTBEAT_SECONDS: Final = 30.0
+# What a node may be late with its touch, clocks that differ included, before its lock counts as abandoned.
+STALE_SECONDS: Final = 600.0
+# A lock's file has about 100.
+_MOST_CHARACTERS: Final = 10_000
+JOB_VARIABLE: Final = "SLURM_JOB_ID"
+
+
+class LockedError(InputError):
+    """A lock is held by somebody else."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock.
+
+    Attributes:
+        host: Name of the machine.
+        pid: Process on it.
+        job: SLURM's job id; empty outside of SLURM.
+        since: When it was taken, seconds since 1970.
+    """
+
+    host: str
+    pid: int
+    job: str = ""
+    since: float = 0.0
+
+    def __str__(self) -> str:
+        job = f", SLURM job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+def holder(path: Path) -> Holder | None:
+    """Who holds a lock now; None if nobody does, or whoever took it last is gone."""
+    try:
+        with path.open() as file:
+            # Shared: two that only look must not see each other. It needs no right to write.
+            free = _flock(file, shared=True)
+            if free is False:
+                return _read(path) or Holder(host="unknown", pid=0)
+            _unlock(file)
+            return _noted(path, without_flock=free is None)
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0) -> Iterator[int]:
+    """Holds a lock.
+
+    Args:
+        path: The lock's file; made where it is not there, with its folder. It stays afterwards, empty, unless the
+            holder removes it.
+        wait: Whether to wait for a lock that is held.
+        poll_seconds: How often to look.
+
+    Yields:
+        The file descriptor, for processes that are to hold the lock as long as they live (``pass_fds``).
+
+    Raises:
+        LockedError: It is held and not to be waited for.
+        InputError: The file is a symbolic link, or is not one of a lock; or the file system refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = False
+    with contextlib.ExitStack() as stack:
+        while not _take(file := stack.enter_context(_open(path)), path):
+            stack.close()  # its holder may remove the file
+            message = f"{path} is held by {holder(path) or 'another process'}"
+            if not wait:
+                raise LockedError(f"{message}.")
+            if not told:
+                print(f"Waiting: {message}.", flush=True)
+                told = True
+            time.sleep(poll_seconds)
+        _check_is_lock(file, path)
+        me = Holder(socket.gethostname(), os.getpid(), os.environ.get(JOB_VARIABLE, ""), time.time())
+        _write(file, json.dumps(asdict(me)))
+        done = threading.Event()
+        heartbeat = threading.Thread(target=_touch, args=(path, done), daemon=True)
+        heartbeat.start()
+        try:
+            yield file.fileno()
+        finally:
+            done.set()
+            heartbeat.join()
+            _write(file, "")
+
+
+@contextlib.contextmanager
+def hold_some(paths: list[Path], number: int, *, poll_seconds: float = 2.0) -> Iterator[tuple[list[int], list[int]]]:
+    """Holds a number of locks out of several, whichever are free.
+
+    Args:
+        paths: The locks' files.
+        number: How many to hold.
+        poll_seconds: How often to look.
+
+    Yields:
+        Positions of the locks among ``paths``, and their file descriptors.
+    """
+    if number > len(paths):
+        raise InputError(f"{number} GPUs were asked for, but there are {len(paths)} here.")
+    while True:
+        with contextlib.ExitStack() as stack:
+            taken: dict[int, int] = {}
+            for position, path in enumerate(paths):
+                if len(taken) < number:
+                    with contextlib.suppress(LockedError):
+                        taken[position] = stack.enter_context(hold(path, wait=False))
+            if len(taken) == number:
+                yield list(taken), list(taken.values())
+                return
+        time.sleep(poll_seconds)
+
+
+def private_folder(path: Path) -> Path:
+    """A folder in a place that all users write to, such as /tmp, which only this user can use.
+
+    Args:
+        path: The folder; made where it is not there.
+
+    Raises:
+        InputError: It is a symbolic link or a file, or belongs to somebody else.
+    """
+    with file_errors(path):
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise InputError(
+                f"{path} is not a folder of your own: others could change what is in it. Remove it, or set TMPDIR to "
+                f"a folder that only you can write to."
+            )
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            path.chmod(0o700)
+    return path
+
+
+def _open(path: Path) -> IO[str]:
+    """Opens a lock's file without following a symbolic link, which somebody else may have put there."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with file_errors(path):
+        return os.fdopen(os.open(path, flags, 0o666), "r+", errors="replace")
+
+
+def _check_is_lock(file: IO[str], path: Path) -> None:
+    """Refuses a file that holds something else, which would be lost."""
+    text = file.read(_MOST_CHARACTERS)
+    if text.strip() and _holder_in(text) is None:
+        raise InputError(f"{path} is not the file of a lock: it holds something else. Rename or remove it.")
+
+
+def _take(file: IO[str], path: Path) -> bool:
+    free = _flock(file, shared=False)
+    if free is False:
+        return False
+    try:
+        is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        is_current = False
+    # A file that its holder has removed meanwhile excludes nobody.
+    if not is_current or _noted(path, without_flock=free is None) is not None:
+        _unlock(file)
+        return False
+    return True
+
+
+def _noted(path: Path, *, without_flock: bool) -> Holder | None:
+    """Who holds a lock by what its file says: another node, or any process where the file system has no such locks."""
+    who = _read(path)
+    if who is None or _is_gone(who, path):
+        return None
+    if who.host != socket.gethostname():
+        return who
+    return who if without_flock and _is_alive(who.pid) else None
+
+
+def _flock(file: IO[str], *, shared: bool) -> bool | None:
+    """Take the operating system's lock; whether it was free, None where the file system or the system has none."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return None
+        raise
+    return True
+
+
+def _unlock(file: IO[str]) -> None:
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # asking would end it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _is_gone(who: Holder, path: Path) -> bool:
+    """Whether a holder on another node is gone: its job has ended, or it has not touched the lock for long."""
+    if who.job and shutil.which("squeue"):
+        asked = subprocess.run(
+            ["squeue", "--noheader", "--format=%T", "--jobs", who.job], capture_output=True, text=True, check=False
+        )
+        unknown = asked.returncode != 0 and "Invalid job id" in asked.stderr
+        if unknown or (asked.returncode == 0 and not asked.stdout.strip()):
+            return True
+    return time.time() - path.stat().st_mtime > STALE_SECONDS
+
+
+def _read(path: Path) -> Holder | None:
+    try:
+        return _holder_in(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _holder_in(text: str) -> Holder | None:
+    try:
+        return Holder(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
+
+
+def _write(file: IO[str], text: str) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    file.flush()
+
+
+def _touch(path: Path, done: threading.Event) -> None:
+    while not done.wait(HEARTBEAT_SECONDS):
+        with contextlib.suppress(OSError):
+            os.utime(path)

@@ -1,0 +1,57 @@
+"""The trainers of scripts/study: whatever the network and the optimiser, they train on the same batches."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "study"))
+
+from recipe import trainer
+
+STUDY = {"iterations": 6, "iterations_per_epoch": 3, "batch_size": 3, "seed": 1, "settings": {"initial_lr": 0.25}}
+
+
+def initialized(make_trainer: Callable[..., Any], base: str, **study: Any) -> Any:
+    made = make_trainer(trainer(base, STUDY | study))
+    made.initialize()
+    return made
+
+
+def batches(made: Any) -> list[dict[str, Any]]:
+    loader, _ = made.get_dataloaders()
+    # What the first batch draws from was settled before the first sample set the seed.
+    return [next(loader) for _ in range(3)][1:]
+
+
+def test_runs_see_the_same_batches(make_trainer: Callable[..., Any]) -> None:
+    stock, muon, other_seed = (
+        batches(initialized(make_trainer, base, **study))
+        for base, study in (("nnUNetTrainer", {}), ("nnUNetTrainerMuon", {}), ("nnUNetTrainer", {"seed": 2}))
+    )
+    for one, two, other in zip(stock, muon, other_seed, strict=True):
+        assert list(one["keys"]) == list(two["keys"])
+        torch.testing.assert_close(one["data"], two["data"], rtol=0, atol=0)
+        for here, there in zip(one["target"], two["target"], strict=True):
+            torch.testing.assert_close(here, there, rtol=0, atol=0)
+        assert not torch.equal(one["data"], other["data"])
+
+
+def test_length_batch_and_settings_are_the_lists(make_trainer: Callable[..., Any]) -> None:
+    made = initialized(make_trainer, "nnUNetTrainer")
+    assert (made.num_epochs, made.num_iterations_per_epoch, made.batch_size) == (2, 3, 3)
+    assert made.optimizer.param_groups[0]["lr"] == 0.25
+    assert made.inference_allowed_mirroring_axes is None
+    weights = [parameter.detach().numpy().copy() for parameter in made.network.parameters()]
+    again = initialized(make_trainer, "nnUNetTrainer")
+    for before, parameter in zip(weights, again.network.parameters(), strict=True):
+        np.testing.assert_array_equal(before, parameter.detach().numpy())
+
+
+def test_an_unknown_setting_is_an_error(make_trainer: Callable[..., Any]) -> None:
+    with pytest.raises(AttributeError, match="has no attribute learning_rate to set"):
+        initialized(make_trainer, "nnUNetTrainer", settings={"learning_rate": 0.1})
