@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import file_errors
 
 
 @contextlib.contextmanager
@@ -23,18 +23,18 @@ def written_whole(path: Path) -> Iterator[Path]:
         Where to write. It has the file's ending, because some writers choose the format by it.
 
     Raises:
-        InputError: The file system did not take it: the disk is full, or the folder can't be written to.
+        InputError: The file system refused: the disk is full, or the folder can't be written to.
     """
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        # An error that names no file comes from writing; one that names another file is not about this one.
-        if error.filename is None or Path(os.fsdecode(error.filename)) == partial:
-            raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
-        raise
+        with file_errors(path):
+            try:
+                yield partial
+                partial.replace(path)
+            except OSError as error:
+                if error.filename is not None and Path(os.fsdecode(error.filename)) == partial:
+                    raise OSError(error.errno, error.strerror, str(path)) from error  # a name that the user knows
+                raise
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -1,16 +1,14 @@
-"""Folders: what is in them. Folders and files: how they are written, by one process at a time and never in part."""
+"""Folders: what is in them, and how they are written: by one process at a time, and never in part."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.locks import LockedError, hold, holder
@@ -173,37 +171,3 @@ def _only_writer(target: Path, lock: Path) -> Iterator[None]:
 def _partial_folders(target: Path) -> list[Path]:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-[0-9a-f]{{8}}")
     return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside a file, which gets the file's name when the block ends without an error.
-
-    Args:
-        path: The file; one that exists is replaced.
-
-    Yields:
-        Where to write. It has the file's ending, because some writers choose the format by it.
-
-    Raises:
-        InputError: The file system did not take it: the disk is full, or the folder can't be written to.
-    """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        # An error that names no file comes from writing; one that names another file is not about this one.
-        if error.filename is None or Path(os.fsdecode(error.filename)) == partial:
-            raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
-        raise
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write a JSON file; whoever looks finds it whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -216,7 +216,7 @@ def orthogonalize(batches: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         Of each batch (B, n, m), in float32, with the same singular vectors. Singular values of 0.0015 times the
         Frobenius norm or more become 0.68 to 1.203, smaller ones at most 485 times what they are relative to the norm,
-        with an error of up to 1e-3. About 0 where the norm is below 1e-7.
+        with an error of up to 2e-3. About 0 where the norm is below 1e-7.
     """
     wide = [batch.mT if batch.shape[1] > batch.shape[2] else batch for batch in batches]
     kind = batches[0].device.type  # older versions of PyTorch have no autocast elsewhere

@@ -151,7 +151,12 @@ class TestOutput:
 
 
 def test_number_of_processes_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("nnUNet_def_n_proc", "many")
-    assert number_of_processes(3) == 3
-    with pytest.raises(ValueError, match="nnUNet_def_n_proc is 'many'"):
-        number_of_processes(None)
+    for text in ("many", "0", "²", ""):
+        monkeypatch.setenv("nnUNet_def_n_proc", text)
+        assert number_of_processes(3) == 3
+        with pytest.raises(InputError, match=f"nnUNet_def_n_proc is '{text}'"):
+            number_of_processes(None)
+    monkeypatch.delenv("nnUNet_def_n_proc")
+    assert number_of_processes(None) == 8
+    with pytest.raises(InputError, match="-np is 0"):
+        number_of_processes(0)

@@ -557,7 +557,7 @@ class TestGradientsThatAreNotFinite:
                 optimizer.step()
 
     def test_state_is_saved(self) -> None:
-        (ours, one), (theirs, other) = self.made(), self.made()
+        (ours, one), (_, other) = self.made(), self.made()
         for parameter in ours:
             parameter.grad = torch.ones_like(parameter)
         one.step()
@@ -758,5 +758,5 @@ class TestWhichParameters:
         assert "decoder" not in str(caught.value)
 
     def test_networks_without_known_outputs_are_refused(self) -> None:
-        with pytest.raises(InputError, match="can't tell which layers of Sequential make its output.*seg_layers"):
+        with pytest.raises(InputError, match=r"can't tell which layers of Sequential make its output.*seg_layers"):
             muon_of(nn.Sequential(nn.Conv3d(1, 4, 3), nn.Conv3d(4, 2, 1)), 0.1, 0)

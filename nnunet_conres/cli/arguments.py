@@ -12,9 +12,11 @@ PROCESSES_VARIABLE = "nnUNet_def_n_proc"
 def number_of_processes(given: int | None) -> int:
     """Number of processes, nnU-Net's own default where the command does not say."""
     if given is not None:
+        if given < 1:
+            raise InputError(f"-np is {given}; expected a number of processes, 1 or more.")
         return given
     text = os.environ.get(PROCESSES_VARIABLE, "8")
-    if not text.isdigit():
+    if not text.isdecimal() or int(text) < 1:
         raise InputError(f"The environment variable {PROCESSES_VARIABLE} is {text!r}; expected a number of processes.")
     return int(text)
 

@@ -15,7 +15,7 @@ from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.brats_find import image_of, names_image, nifti_files
 from nnunet_conres.datasets.brats_schemes import LABEL_SETS, SCHEMES, LabelSet, Mode, labels_outside, map_labels
 from nnunet_conres.datasets.raw import map_cases, some
-from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.errors import InputError
 from nnunet_conres.folders import being_written, check_complete, new_folder, visible
 from nnunet_conres.images.content import DamagedFileError
 from nnunet_conres.images.nifti import (
@@ -196,8 +196,7 @@ def export_case(job: Prediction) -> Result:
     replace = 0 < count < job.et_min_voxels
     if replace:
         exported[enhancing] = values[SCHEMES[job.scheme].less_enhancing]
-    with file_errors(job.output):
-        write_nifti(job.output, exported, header)
+    write_nifti(job.output, exported, header)
     return Result((), count if replace else 0)
 
 

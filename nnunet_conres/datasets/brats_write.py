@@ -54,23 +54,20 @@ def write_case(job: Job) -> list[Transfer]:
     if case.labels is not None:
         labels = to_nnunet_labels(read_nifti(case.labels).labels(), case.scheme)
         # The image's geometry, equal within tolerance: nnU-Net's own check is stricter than the last bit of a float32.
-        with file_errors(files[-1]):
-            write_nifti(files[-1], labels, read_header(case.images[0]))
+        write_nifti(files[-1], labels, read_header(case.images[0]))
     return transfers
 
 
 def _split_channels(image: Nifti, targets: Sequence[Path]) -> list[Transfer]:
     voxels = image.values()
     for index, target in enumerate(targets):
-        with file_errors(target):
-            write_nifti(target, voxels[..., index], image.header)
+        write_nifti(target, voxels[..., index], image.header)
     return ["split"] * len(targets)
 
 
 def _transfer(source: Path, target: Path, mode: ImageMode) -> Transfer:
     if not is_compressed(source):
-        with file_errors(target):
-            compress(source, target)
+        compress(source, target)
         return "compressed"
     if mode == "link":
         return link_or_copy(source, target)

@@ -285,7 +285,7 @@ class _Fold:
             return Missing(
                 what,
                 instead=f"The data set is not preprocessed here with the model's plans: {where} does not exist. Copy "
-                f"{self.model / _PLANS_JSON} there, preprocess, then run: {self._validate}",
+                f"{self.model / _PLANS_JSON} there, preprocess, then run: {self.validate}",
             )
         now = _cases_of_split(self.plans_file.with_name("splits_final.json"), self.number)
         if listed is not None and now is not None and set(now) != set(listed):
@@ -293,12 +293,13 @@ class _Fold:
                 what,
                 instead=f"{self.plans_file.with_name('splits_final.json')} holds other cases out than the model's "
                 f"training did, so that a validation would predict cases that it was trained on. Put the training's "
-                f"splits there, then run: {self._validate}",
+                f"splits there, then run: {self.validate}",
             )
         return Missing(what, (*self.train, "--val", "--npz"))
 
     @property
-    def _validate(self) -> str:
+    def validate(self) -> str:
+        """The command that makes validation predictions, as a shell takes it."""
         return shlex.join((*self.train, "--val", "--npz"))
 
 
@@ -334,10 +335,10 @@ def _held_out(fold: _Fold, file_ending: str | None, found: Found) -> dict[str, P
     unlisted = sorted(set(predictions) - set(listed))
     if unlisted:
         found.missing.append(
-            fold.missing(
+            Missing(
                 f"{fold.name} has no complete validation: {validation} has {', '.join(unlisted)}, which its "
                 f"summary.json does not list.",
-                listed,
+                instead=f"Move away what the fold did not hold out. If it did, run: {fold.validate}",
             )
         )
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.json_values import without_nan
 from nnunet_conres.evaluation.labels import ignore_label, label_values
 from nnunet_conres.evaluation.metrics import METRIC_VERSION, METRICS, MetricOptions, measure
+from nnunet_conres.files import write_json
 from nnunet_conres.images.volumes import Labels, affine_of, read_labels, reader_for
 
 # The mean over the labels or regions of a case stands beside them under this name.
@@ -309,8 +309,5 @@ def _read_entry(entry: Path, scheme: _Scheme) -> tuple[CaseScores, bool] | None:
 def _write_entry(entry: Path, task: _Task, scores: CaseScores, displaced: bool) -> None:
     content = {"case": task.job.case_id, "prediction": task.job.prediction.name, "displaced": displaced}
     content["scores"] = without_nan(scores)
-    # A name of this process's own: two models may have made the very same prediction.
-    partial = entry.with_name(f".{entry.stem}.{os.getpid()}.new")
-    with file_errors(entry):
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(entry)
+    # Several processes may write it at once: two models may have made the very same prediction.
+    write_json(entry, content)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.images.content import CHECKED, check_whole, unreadable
 from nnunet_conres.images.nifti import (
     check_version,
@@ -355,7 +355,8 @@ def write_labels(path: Path, labels: NDArray[Any], properties: Mapping[str, Any]
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        with file_errors(path):
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a name that the user knows
     try:
         partial = folder / path.name
         try:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import json
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, read_dataset_json, some
+from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
+from nnunet_conres.folders import list_files
+from nnunet_conres.unpickling import read_pickle
 
 RECORD: Final = "nnunet_conres_sources"
 """Key of a record among a case's properties, and in a fingerprint."""
@@ -159,9 +161,9 @@ def training_data_faults(
             continue
         path = data / f"{case_id}.pkl"
         try:
-            properties = pickle.loads(path.read_bytes())
+            properties = read_pickle(path)
             judgement = judge(cases[case_id], properties, path, copies / f"{case_id}{ending}", with_images=False)
-        except (OSError, pickle.UnpicklingError, EOFError):
+        except InputError:
             continue  # nnU-Net says so itself, if it trains on this case
         if judgement.changed:
             changed.append(f"{case_id} ({judgement.changed})")
@@ -185,7 +187,7 @@ def training_data_faults(
 def cases_in(data: Path) -> list[str]:
     """Ids of all cases of which a folder of preprocessed data has some file, as nnU-Net finds them there."""
     endings = ("_seg.b2nd", ".b2nd", ".npz", ".pkl")
-    names = [path.name for path in data.iterdir()] if data.is_dir() else []
+    names = [path.name for path in list_files(data, endings)] if data.is_dir() else []
     found = (next((name[: -len(ending)] for ending in endings if name.endswith(ending)), "") for name in names)
     return sorted({case_id for case_id in found if case_id})
 

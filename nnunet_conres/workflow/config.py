@@ -336,13 +336,16 @@ class _Reader:
             if value < 0 or (value == 0 and key != "retries"):
                 self._fault(f"{key} is {value}; expected more than 0")
         resources = self._resources()
+        work = self._path(top.get("work", "experiment"))
+        if re.search("[{}<>]", str(work)):
+            self._fault(f"work is {work}; expected a folder without {{, }}, < and > in its path, for Snakemake's sake")
         for model in models:
             if model.gpus > 1 and device != "cuda":
                 self._fault(f"models, {model.name}: {model.gpus} GPUs, but device is {device}; expected gpus: 1")
         if self.faults:
             return None
         return Experiment(
-            work=self._path(top.get("work", "experiment")),
+            work=work,
             dataset=dataset,
             models=tuple(models),
             plans=plans,

@@ -154,6 +154,8 @@ class TestCrossValidation:
         made.write_summary(folder, made.cases[1:])
         (missing,) = find_held_out([STOCK], [0]).missing
         assert "has case_0, which its summary.json does not list" in missing.what
+        assert not missing.is_known  # a validation would list it, whether the fold held it out or not
+        assert "--val --npz" in missing.as_text
 
     def test_no_checkpoint_to_predict_with(self, lab: Callable[..., Any]) -> None:
         folder = lab().add()

@@ -174,6 +174,9 @@ class TestImages:
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_with_voxels_that_are_not_finite_are_refused(self, raw: Path, folder: Path, value: float) -> None:
+        content = json.loads((raw / "dataset.json").read_text())
+        content["overwrite_image_reader_writer"] = "NibabelIO"  # ITK reads them as 0
+        (raw / "dataset.json").write_text(json.dumps(content))
         complete()
         path = raw / "imagesTr" / "case_2_0000.nii.gz"
         voxels = sitk.GetArrayFromImage(sitk.ReadImage(path))

@@ -43,15 +43,17 @@ def test_muon(make_trainer: Callable[..., Any], trainer_class: type) -> None:
     # nnU-Net's polynomial of 2 epochs, in steps of a third of an epoch
     np.testing.assert_allclose(found, [0.03 * (1 - i / 6) ** 0.9 for i in range(3)])
     assert isinstance(trainer.optimizer, Muon)
-    matrices, others = trainer.optimizer.param_groups
+    *hidden, others = trainer.optimizer.param_groups
     names = {id(parameter): name for name, parameter in trainer.network.named_parameters()}
-    assert all(".weight" in names[id(parameter)] for parameter in matrices["params"])
+    for group in hidden:
+        assert group["orthogonal"]
+        assert all(names[id(parameter)].endswith(".weight") for parameter in group["params"])
+        assert (group["lr"], group["weight_decay"]) == (others["lr"], 1e-3)
     heads = [names[id(parameter)] for parameter in others["params"] if parameter.ndim == 5]
     assert heads
     assert all("seg_layers" in name for name in heads)
-    assert (others["lr"], others["lr_factor"]) == (matrices["lr"], 0.1)
-    assert (matrices["weight_decay"], others["weight_decay"]) == (1e-3, 0)
-    assert len(matrices["params"]) + len(others["params"]) == len(names)
+    assert (others["lr_factor"], others["weight_decay"]) == (0.1, 0)
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(names)
 
 
 @pytest.mark.parametrize(

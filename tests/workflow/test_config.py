@@ -134,6 +134,8 @@ class TestFaults:
             (("splits", "seed"), -1, "seed is -1"),
             (("models", "stock"), {"epoch_seconds": 0}, "epoch_seconds is 0"),
             (("models", "stock"), {"configuration": "../.."}, "configuration is '../..'"),
+            (("work",), "a{}b", "a{}b; expected a folder without {, }, < and >"),
+            (("work",), "a<work>/b", "expected a folder without"),
             (("splits", "group"), "(BraTS", "group is '(BraTS'; expected a regular expression, but: missing )"),
             (("environment",), {"A=B": "c"}, "environment, 'A=B': expected a name of letters"),
             (("environment",), {"": "c"}, "environment, '': expected a name of letters"),

@@ -109,6 +109,20 @@ def kinds(calls: list[str]) -> list[str]:
 
 
 class TestWithStandIns:
+    def test_texts_that_snakemake_has_a_meaning_for(
+        self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
+    ) -> None:
+        group, folder = "^(.{3})_{model}", "bra{fold}ts <work> 'a'"
+        (tmp_path / folder).mkdir()
+        (tmp_path / "{part}.csv").touch()
+        content["data"]["brats"] = [folder]
+        content["splits"] |= {"group": group, "grades": "{part}.csv"}
+        config.write_text(as_yaml(content))
+        run(config, "--cores", "1", "--until", "split")
+        convert, split = (call for call in calls() if call.startswith("nnunet-conres"))
+        assert f"-i {tmp_path / folder} -d 501" in convert
+        assert split.endswith(f"--group {group} --grades {tmp_path / '{part}.csv'}")
+
     @pytest.mark.parametrize("options", [["--dry-run"], ["-n"], ["--summary"]])
     def test_a_dry_run_leaves_nothing(
         self,

@@ -8,7 +8,7 @@ rule convert:
         RECORDS / "raw.json",
     params:
         log=LOGS / "convert.log",
-        command=commands.as_text(commands.convert(EXPERIMENT, threads_of("convert")) if EXPERIMENT.brats else []),
+        command=as_it_is(commands.convert(EXPERIMENT, threads_of("convert")) if EXPERIMENT.brats else []),
     threads: threads_of("convert")
     resources:
         **needs("convert"),
@@ -23,7 +23,7 @@ rule fingerprint:
         RECORDS / "fingerprint.json",
     params:
         log=LOGS / "fingerprint.log",
-        command=commands.as_text(commands.fingerprint(EXPERIMENT, threads_of("fingerprint"))),
+        command=as_it_is(commands.fingerprint(EXPERIMENT, threads_of("fingerprint"))),
     threads: threads_of("fingerprint")
     resources:
         **needs("fingerprint"),
@@ -40,7 +40,7 @@ rule split:
         [RECORDS / "splits" / f"fold_{fold}.json" for fold in FOLDS],
     params:
         log=LOGS / "split.log",
-        command=commands.as_text(commands.split(EXPERIMENT, threads_of("split"))),
+        command=as_it_is(commands.split(EXPERIMENT, threads_of("split"))),
     threads: threads_of("split")
     resources:
         **needs("split"),

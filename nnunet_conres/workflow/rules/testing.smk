@@ -78,7 +78,7 @@ rule compare_folds:
         RECORDS / "compare" / "folds.json",
     params:
         log=LOGS / "compare_folds.log",
-        command=commands.as_text(
+        command=as_it_is(
             commands.compare_folds(EXPERIMENT, str(EXPERIMENT.work / "report" / "folds"), threads_of("compare"))
         ),
     threads: threads_of("compare")
@@ -97,7 +97,7 @@ rule compare_test:
         RECORDS / "compare" / "test.json",
     params:
         log=LOGS / "compare_test.log",
-        command=commands.as_text(
+        command=as_it_is(
             commands.compare_test(EXPERIMENT, str(EXPERIMENT.work / "report" / "test"), threads_of("compare"))
         ),
     threads: threads_of("compare")
