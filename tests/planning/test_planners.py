@@ -26,13 +26,14 @@ from nnunet_conres.planning.memory import UntrainableError
 from nnunet_conres.planning.planners import GIB, PLANNERS
 from nnunet_conres.planning.preprocessing import PreprocessedDataset
 from nnunet_conres.planning.training_step import TrainingStep
-from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet, nnUNetTrainerConResNetStream
+from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet
+from nnunet_conres.trainers.residual_maps import nnUNetTrainerResidualMaps
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNet
 
 TRAINERS = {
     "conresnet": nnUNetTrainerConResNet,
-    "conresnet_stream": nnUNetTrainerConResNetStream,
+    "residual_maps": nnUNetTrainerResidualMaps,
     "vnet": nnUNetTrainerVNet,
     "unet3d": nnUNetTrainerUNet3D,
 }
@@ -104,8 +105,8 @@ class TestPlans:
         make(ISOTROPIC)
         architecture = planned(family)["configurations"]["3d_fullres"]["architecture"]
         module, _, class_name = architecture["network_class_name"].rpartition(".")
-        assert module == f"nnunet_conres.architectures.{family.removesuffix('_stream')}"
-        assert architecture["arch_kwargs"].get("residual_stream", True) == (family != "conresnet")
+        file = {"residual_maps": "residual_map_unet"}.get(family, family)
+        assert module == f"nnunet_conres.architectures.{file}"
         network = getattr(__import__(module, fromlist=[class_name]), class_name)
         arguments = set(inspect.signature(network.__init__).parameters)
         arguments -= {"self", "input_channels", "num_classes", "deep_supervision", "residual_outputs"}
