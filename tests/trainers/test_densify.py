@@ -54,6 +54,8 @@ def sparse(preprocessed: Callable[[str], Path]) -> Callable[[str], str]:
             changed.SetSpacing((1.0, 1.0, 1.0))
             changed.SetOrigin((5.0, -3.0, 2.0))
             sitk.WriteImage(changed, path)
+            # Trainers refuse raw labels that differ from the copy that preprocessing made of them.
+            shutil.copy(path, preprocessed(kind) / "gt_segmentations")
         return dataset
 
     return make
