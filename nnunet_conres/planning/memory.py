@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.architectures import conresnet_paper
 from nnunet_conres.errors import InputError
+from nnunet_conres.planning.architectures import CONRESNET_PAPER
 from nnunet_conres.planning.tracker import Measurement, measure_training_step
 from nnunet_conres.planning.training_step import TrainingStep
 from nnunet_conres.text import times
@@ -199,7 +201,9 @@ def _is_divisible(step: TrainingStep) -> bool:
 
 def stride_products(step: TrainingStep) -> list[int] | None:
     """What the network's strides multiply to along each axis; None where the plans don't tell."""
-    strides = step.arguments.get("strides")
+    strides: Any = step.arguments.get("strides")
+    if strides is None and step.architecture["network_class_name"] == CONRESNET_PAPER:
+        strides = conresnet_paper.STRIDES
     if not isinstance(strides, Sequence):
         return None
     axes = range(len(step.patch_size))

@@ -12,7 +12,8 @@ The list is a configuration of the workflow. Its entry "study" says what all run
     settings              attributes of the trainer, set before it is initialised, for example {initial_lr: 0.03}
 
 All runs, nnU-Net's own trainer among them, train with the same precision, augmentation (nnU-Net's, without mirroring)
-and, with one worker process (nnUNet_n_proc_DA), batches. A run that was interrupted goes on; a run whose settings changed is trained again.
+and, with one worker process (nnUNet_n_proc_DA), batches. A run that was interrupted goes on; a run whose settings
+changed is trained again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.registration import TRAINERS
 from nnunet_conres.text import markdown_table
 
+HERE = Path(__file__).resolve().parent
 STOCK = "nnUNetTrainer"
 DEFAULTS: dict[str, Any] = {
     "iterations": 1000,
@@ -81,7 +83,7 @@ def write_workflow(content: Mapping[str, Any], work: Path) -> Path:
         file = trainers / f"{model['trainer']}.py"
         if not file.is_file() or file.read_text() != text:
             file.write_text(text)
-    python_path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]))
+    python_path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     environment = {"nnUNet_extTrainer": str(trainers), "PYTHONPATH": python_path}
     config = {key: value for key, value in content.items() if key != "study"} | {
         "work": str(work),
@@ -115,9 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("study"), help="folder for all files (default: %(default)s)")
     parsed, options = parser.parse_known_args(arguments)
     if not parsed.runs.is_file():
-        parser.error(
-            f"there is no file {parsed.runs}; expected a list of runs, such as {Path(__file__).parent}/runs.yaml"
-        )
+        parser.error(f"there is no file {parsed.runs}; expected a list of runs such as {HERE / 'runs.yaml'}")
     try:
         config = write_workflow(yaml.safe_load(parsed.runs.read_text(encoding="utf-8")), parsed.work.resolve())
     except InputError as error:

@@ -1,12 +1,15 @@
 """A tiny data set, planned and preprocessed by nnU-Net itself, in three readings: labels, regions, ignore label."""
 
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
@@ -21,6 +24,25 @@ LABELS = {
     "ignored_regions": {"background": 0, "whole tumor": [1, 2], "tumor core": 2, "ignore": 3},
 }
 DATASETS = {kind: f"Dataset{900 + number}_{kind}" for number, kind in enumerate(LABELS)}
+
+
+class _ThreadPools:
+    """A context of multiprocessing whose pools are threads: each process of nnU-Net's would import torch first."""
+
+    def __init__(self, method: str | None = None) -> None:
+        self._context = _CONTEXT(method)
+
+    def __getattr__(self, name: str) -> Any:
+        return ThreadPool if name == "Pool" else getattr(self._context, name)
+
+
+_CONTEXT = multiprocessing.get_context
+
+
+def _lighten(patch: pytest.MonkeyPatch) -> None:
+    """Turns nnU-Net's pools into threads, and draws its 3000 x 5400 pixels of training curves smaller."""
+    patch.setattr(multiprocessing, "get_context", _ThreadPools)
+    patch.setitem(matplotlib.rcParams, "savefig.dpi", 20)
 
 
 def _case(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -77,6 +99,7 @@ def preprocessed(_folders: Path, shared_folder: Callable[..., Path]) -> Callable
         number = int(name[7:10])
         _write_raw(root / "raw" / name, kind)
         with pytest.MonkeyPatch.context() as patch:
+            _lighten(patch)
             for variable in ("raw", "preprocessed"):
                 patch.setenv(f"nnUNet_{variable}", str(root / variable))
             # nnU-Net's planner takes this for torch's number of threads, which must not be 0
@@ -162,8 +185,9 @@ def stock_plans(preprocessed: Callable[[str], Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny networks lose more to threads than they gain."""
+def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiny networks lose more to threads and processes than they gain."""
+    _lighten(monkeypatch)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
