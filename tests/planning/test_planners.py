@@ -26,13 +26,14 @@ from nnunet_conres.planning.memory import UntrainableError
 from nnunet_conres.planning.planners import GIB, PLANNERS
 from nnunet_conres.planning.preprocessing import PreprocessedDataset
 from nnunet_conres.planning.training_step import TrainingStep
-from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet, nnUNetTrainerConResNetStream
+from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet
+from nnunet_conres.trainers.residual_maps import nnUNetTrainerResidualMaps
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNet
 
 TRAINERS = {
     "conresnet": nnUNetTrainerConResNet,
-    "conresnet_stream": nnUNetTrainerConResNetStream,
+    "residual_maps": nnUNetTrainerResidualMaps,
     "vnet": nnUNetTrainerVNet,
     "unet3d": nnUNetTrainerUNet3D,
 }
