@@ -15,10 +15,12 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.datasets.fingerprint import carry_fingerprint
 from nnunet_conres.datasets.raw import (
     TrainingCase,
     find_dataset,
     find_training_cases,
+    folder_from_environment,
     folder_name,
     id_faults,
     link_or_copy,
@@ -180,7 +182,9 @@ def sparsify(
     """Make a data set whose training cases are annotated on some slices only; all other voxels have the ignore label.
 
     Images, imagesTs and labelsTs are those of the source, as hard links where the file system allows. Everything is
-    checked before anything is written, and the data set gets its name only when complete.
+    checked before anything is written, and the data set gets its name only when complete. Where the source has a
+    fingerprint in nnUNet_preprocessed, it becomes the new data set's: nnU-Net would take one among the intensities of
+    unannotated voxels.
 
     Args:
         source: Number or name of a data set in nnUNet_raw that is labelled throughout.
@@ -267,6 +271,9 @@ def sparsify(
             write_json(partial / "dataset.json", content)
             write_json(partial / SIDECAR, sidecar)
         check_complete(partial, (file for case in cases for file in _files(case, ending)))
+    preprocessed = folder_from_environment("nnUNet_preprocessed")
+    if preprocessed is not None:
+        carry_fingerprint(preprocessed / source_folder.name, preprocessed / target.name)
     median = ", ".join(f"{value:g}" for value in np.median(spacings, axis=0))
     return Sparsification(
         dataset_folder=target,

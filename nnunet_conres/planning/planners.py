@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from nnunet_conres import __version__
 from nnunet_conres.architectures.network import CHECKPOINTINGS
+from nnunet_conres.datasets.fingerprint import FINGERPRINT, exclude_ignored_voxels
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
 from nnunet_conres.planning.architectures import (
@@ -104,6 +106,8 @@ class NetworkPlanner(ExperimentPlanner):
 
     dataset_name: str
     dataset_json: dict[str, Any]
+    dataset_fingerprint: dict[str, Any]
+    raw_dataset_folder: str
     plans_identifier: str
 
     def __init__(
@@ -361,12 +365,20 @@ class NetworkPlanner(ExperimentPlanner):
     def plan_experiment(self) -> dict[str, Any]:
         """Plans the data set and writes the plans.
 
+        Where CT images have an ignore label, the fingerprint is corrected first, if it has not been.
+
         Returns:
             The plans.
 
         Raises:
             InputError: The data set can't be planned for this network and memory; nothing was written.
         """
+        changed = exclude_ignored_voxels(
+            Path(self.raw_dataset_folder), self.plans_file.parent, self.dataset_json, progress=self.progress
+        )
+        if changed is not None:
+            print(changed, file=sys.stderr)
+            self.dataset_fingerprint = json.loads((self.plans_file.parent / FINGERPRINT).read_text(encoding="utf-8"))
         title = f"Planning {self.dataset_name}: training steps executed"
         with tqdm(desc=title, unit="step", disable=not self.progress) as self._bar:
             while True:

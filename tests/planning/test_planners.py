@@ -105,8 +105,8 @@ class TestPlans:
         make(ISOTROPIC)
         architecture = planned(family)["configurations"]["3d_fullres"]["architecture"]
         module, _, class_name = architecture["network_class_name"].rpartition(".")
-        assert module == f"nnunet_conres.architectures.{family.removesuffix('_stream')}"
-        assert architecture["arch_kwargs"].get("residual_stream", True) == (family != "conresnet")
+        file = {"residual_maps": "residual_map_unet"}.get(family, family)
+        assert module == f"nnunet_conres.architectures.{file}"
         network = getattr(__import__(module, fromlist=[class_name]), class_name)
         arguments = set(inspect.signature(network.__init__).parameters)
         arguments -= {"self", "input_channels", "num_classes", "deep_supervision", "residual_outputs"}

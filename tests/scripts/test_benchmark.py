@@ -226,9 +226,10 @@ def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["contenders"]
     assert set(found) == {"plainconvunet cpu_bfloat16", "vnet cpu_bfloat16", "vnet cpu_bfloat16 full"}
     plain, full = found["vnet cpu_bfloat16"], found["vnet cpu_bfloat16 full"]
-    assert plain["predicted"] == pytest.approx(plain["counted"], rel=0.05)
+    assert plain["predicted"] == pytest.approx(plain["counted"], rel=1e-3)
     assert full["kept"] < plain["kept"]
-    assert found["plainconvunet cpu_bfloat16"]["predicted"] is None
+    stock = found["plainconvunet cpu_bfloat16"]
+    assert stock["predicted"] == pytest.approx(stock["counted"], rel=1e-3)
     assert figure.stat().st_size > 0
     assert "Largest error of the prediction" in capsys.readouterr().out
 
@@ -253,15 +254,13 @@ class TestPlans:
         monkeypatch.setenv("nnUNet_raw", "as it was")
 
     def test_of_a_network(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        options = ["--data", "brats", "--networks", "unet3d", "--targets", "2", "0.25", "--count", "--threads", "1"]
+        options = ["--data", "brats", "--networks", "unet3d", "--targets", "2", "0.25", "--threads", "1"]
         report = measure(tmp_path, "plans", *options)
         stock, ours, _, refused = report["data"]["brats"]["plans"]
         assert (stock["network"], ours["network"]) == ("nnU-Net", "3D U-Net")
         assert stock["patch"] == ours["patch"] == [20, 24, 40]
         assert ours["checkpointing"] == "none"
-        assert ours["counted"] == pytest.approx(ours["estimated"], rel=0.05)
-        assert ours["counted_peak"] < ours["counted"] <= 2 * 2**30
-        assert ours["within"]
+        assert ours["memory"] <= 2 * 2**30
         assert refused["needs"] > refused["target"]
         printed = capsys.readouterr().out
         assert "| 2 | 3D U-Net | 20 x 24 x 40 | 2 | none |" in printed
