@@ -31,6 +31,7 @@ from nnunet_conres.evaluation.tiles import (
     tile_figure,
     whole_tiles,
 )
+from nnunet_conres.folders import list_files
 
 BASELINE = "half overlap, Gaussian"
 
@@ -93,7 +94,7 @@ def find_cases(arguments: argparse.Namespace) -> dict[str, tuple[list[str], str]
     dataset = json.loads((model / "dataset.json").read_text(encoding="utf-8"))
     ending, channels = dataset["file_ending"], len(dataset["channel_names"])
     if arguments.splits is None:
-        names = sorted(path.name[: -len(ending)] for path in arguments.ref.glob(f"*{ending}"))
+        names = [path.name[: -len(ending)] for path in list_files(arguments.ref, ending)]
     else:
         splits = json.loads(arguments.splits.read_text(encoding="utf-8"))
         if not (arguments.f.isdigit() and int(arguments.f) < len(splits)):

@@ -1,9 +1,12 @@
+import multiprocessing
 import os
 import random
 import shutil
 import sys
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +51,25 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Ca
         return folder
 
     return shared
+
+
+class _ThreadPools:
+    """A context of multiprocessing whose pools are threads."""
+
+    def __init__(self, method: str | None = None) -> None:
+        self._context = _get_context(method)
+
+    def __getattr__(self, name: str) -> Any:
+        return ThreadPool if name == "Pool" else getattr(self._context, name)
+
+
+_get_context = multiprocessing.get_context
+
+
+@pytest.fixture(scope="session")
+def use_threads_for_pools() -> Callable[[pytest.MonkeyPatch], None]:
+    """Function that turns nnU-Net's pools of processes, each of which imports torch first, into threads."""
+    return lambda patch: patch.setattr(multiprocessing, "get_context", _ThreadPools)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

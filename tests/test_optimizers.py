@@ -13,6 +13,9 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nnunet_conres.architectures.conresnet import ConResNet
+from nnunet_conres.architectures.conresnet_paper import ConResNetPaper
+from nnunet_conres.architectures.residual_map_unet import ResidualMapUNet
 from nnunet_conres.architectures.unet3d import UNet3D
 from nnunet_conres.architectures.vnet import VNet
 from nnunet_conres.errors import InputError
@@ -640,10 +643,7 @@ def primus(name: str) -> nn.Module:
     return getattr(primus, name)(**PRIMUS)  # type: ignore[no-any-return]
 
 
-def conresnet() -> nn.Module:
-    from nnunet_conres.architectures.conresnet import ConResNet
-
-    return ConResNet(**UNET, **BLOCKS)
+RESIDUAL_ENCODER = r"encoder\.(stem|stages)\..*\.conv\.weight"
 
 
 # network; names of the matrices, of the transposed ones; number of either
@@ -693,7 +693,28 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, str, int, int]] = {
         12,
         2,
     ),
-    "ConResNet": (conresnet, r"(?!.*seg_layers).*\.weight", r".*(transp|up).*\.weight", -1, -1),
+    "ConResNet": (
+        lambda: ConResNet(**UNET, **BLOCKS),
+        rf"{RESIDUAL_ENCODER}|decoder\.stages\..*\.weight",
+        r"decoder\.(segmentation|residual)_up\.\d\.weight",
+        19,  # four per context residual module, but for the projection of the second, which has the channels
+        3,
+    ),
+    "ConResNet with a shared encoder": (
+        lambda: ConResNet(**UNET, **BLOCKS, shared_encoder=True),
+        rf"{RESIDUAL_ENCODER}|decoder\.stages\..*\.weight",
+        r"decoder\.(segmentation|residual)_up\.\d\.weight",
+        18,
+        4,
+    ),
+    "ConResNetPaper": (lambda: ConResNetPaper(2, 3), r"(encoder|decoder\.(stages|.*_up))\..*weight", "-", 34, 0),
+    "ResidualMapUNet": (
+        lambda: ResidualMapUNet(**UNET, **BLOCKS),
+        rf"{RESIDUAL_ENCODER}|decoder\.stages\..*\.conv\.weight",
+        r"decoder\.up\.\d\.weight",
+        14,
+        2,
+    ),
 }
 
 
@@ -714,8 +735,7 @@ class TestWhichParameters:
         assert found["transposed"] == up
         assert found["matrices"] == expected
         assert found["others"] == set(parameters) - up - expected
-        if n_hidden >= 0:
-            assert (len(expected), len(up)) == (n_hidden, n_transposed)
+        assert (len(expected), len(up)) == (n_hidden, n_transposed)
 
     def test_hyperparameters(self) -> None:
         network = PlainConvUNet(**UNET, **CONVS)

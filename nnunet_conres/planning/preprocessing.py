@@ -16,7 +16,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -473,8 +472,7 @@ class PreprocessedDataset:
 
         Raises:
             InputError: There are data, but they were preprocessed otherwise, or nnU-Net can't read them; or a case
-                can't be preprocessed.
-            RuntimeError: A process was killed.
+                can't be preprocessed, or a process was killed.
         """
         numbers = {name: number for name, number in configurations.items() if name in self._plans["configurations"]}
         folders = {self.folder(name): name for name in reversed(numbers)}  # fullres and cascade have the same
@@ -536,14 +534,7 @@ class PreprocessedDataset:
                 )
                 for case_id in case_ids
             ]
-            try:
-                return tuple(map_cases(_preprocess_case, jobs, processes, f"Preprocessing {configuration}", progress))
-            except BrokenProcessPool as error:
-                raise RuntimeError(
-                    f"A process was killed while it preprocessed configuration {configuration}, most likely for want "
-                    f"of memory. Run the same command again with fewer processes (-np, now {processes}): cases that "
-                    f"are complete are kept."
-                ) from error
+            return tuple(map_cases(_preprocess_case, jobs, processes, f"Preprocessing {configuration}", progress))
 
     def _copy_labels(self) -> None:
         """Copies labels that are missing, older or other than their copy."""

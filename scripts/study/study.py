@@ -106,7 +106,8 @@ def table(report: Mapping[str, Any]) -> str:
         for found in report["comparisons"]:
             if (found["model"], found["region"], found["metric"]) == (model["key"], region, "dice"):
                 points = [f"{100 * found[key]:+.2f}" for key in ("mean_difference", "low", "high")]
-                cells = [f"{points[0]} ({points[1]} to {points[2]})", f"{found['p_holm']:.3g}"]
+                p = found["p_holm"]  # None where there are too few cases to test
+                cells = [f"{points[0]} ({points[1]} to {points[2]})", "" if p is None else f"{p:.3g}"]
         rows.append([model["name"], f"{100 * dice:.2f}", *cells, f"{hd95:.2f}"])
     return markdown_table(["run", "Dice, %", "against the first, points", "p (Holm)", "HD95, mm"], rows)
 

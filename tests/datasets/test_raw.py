@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_conres.datasets.raw import map_cases, target_faults
+from nnunet_conres.errors import InputError
 
 WORK = """
 import sys, time
@@ -30,6 +31,10 @@ class TestMapCases:
     @pytest.mark.parametrize("processes", [1, 2])
     def test_results_in_the_items_order(self, processes: int) -> None:
         assert list(map_cases(abs, [-3, 1, -2], processes, "Counting", False)) == [3, 1, 2]
+
+    def test_a_worker_that_was_killed(self) -> None:
+        with pytest.raises(InputError, match=r"Counting: a process was killed.* fewer processes than 2"):
+            list(map_cases(os._exit, [1, 1, 1], 2, "Counting", False))
 
     @pytest.mark.skipif(not hasattr(os, "killpg"), reason="groups of processes are POSIX's")
     def test_workers_end_with_a_parent_that_was_killed(self, tmp_path: Path) -> None:

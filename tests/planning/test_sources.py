@@ -39,10 +39,17 @@ def raw(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A raw data set of three cases, with a fingerprint of the package's own and no plans yet."""
     make({"shape": SHAPE, "spacing": (1.0, 1.0, 1.0)}, cases=3)
 
-    class Estimate:
-        total = 10**8
+    class Model:
+        """What training takes doesn't matter here."""
 
-    monkeypatch.setattr(planners, "estimate_memory", lambda step: Estimate)
+        def __init__(self, progress: Callable[[], None]) -> None: ...
+
+        def total(self, step: Any) -> int:
+            return 10**8
+
+        execute = total
+
+    monkeypatch.setattr(planners, "MemoryModel", Model)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     # nnU-Net reads three images in processes, each of which imports all of it
     extractor = "nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor.multiprocessing.get_context"

@@ -143,18 +143,20 @@ def test_table_of_a_report() -> None:
     compared = {"model": "m1", "mean_difference": 0.012, "low": -0.001, "high": 0.02, "p_holm": 0.0421}
     report = {
         "regions": ["a", "b"],
-        "models": [{"key": "m0", "name": "stock"}, {"key": "m1", "name": "Muon"}],
-        "summary": {"m0": score(0.5), "m1": score(0.512)},
+        "models": [{"key": f"m{n}", "name": name} for n, name in enumerate(("stock", "Muon", "untested"))],
+        "summary": {"m0": score(0.5), "m1": score(0.512), "m2": score(0.512)},
         "comparisons": [
             compared | {"region": "mean", "metric": "hd95", "p_holm": 1.0},
             compared | {"region": "mean", "metric": "dice"},
             compared | {"region": "a", "metric": "dice", "p_holm": 1.0},
+            compared | {"model": "m2", "region": "mean", "metric": "dice", "p_holm": None},
         ],
     }
     lines = table(json.loads(json.dumps(report))).splitlines()
     assert lines[2:] == [
         "| stock | 50.00 |  |  | 1.50 |",
         "| Muon | 51.20 | +1.20 (-0.10 to +2.00) | 0.0421 | 1.50 |",
+        "| untested | 51.20 | +1.20 (-0.10 to +2.00) |  | 1.50 |",
     ]
 
 

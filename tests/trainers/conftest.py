@@ -1,11 +1,9 @@
 """A tiny data set, planned and preprocessed by nnU-Net itself, in three readings: labels, regions, ignore label."""
 
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +22,6 @@ LABELS = {
     "ignored_regions": {"background": 0, "whole tumor": [1, 2], "tumor core": 2, "ignore": 3},
 }
 DATASETS = {kind: f"Dataset{900 + number}_{kind}" for number, kind in enumerate(LABELS)}
-
-
-class _ThreadPools:
-    """A context of multiprocessing whose pools are threads: each process of nnU-Net's would import torch first."""
-
-    def __init__(self, method: str | None = None) -> None:
-        self._context = _CONTEXT(method)
-
-    def __getattr__(self, name: str) -> Any:
-        return ThreadPool if name == "Pool" else getattr(self._context, name)
-
-
-_CONTEXT = multiprocessing.get_context
-
-
-def _lighten(patch: pytest.MonkeyPatch) -> None:
-    """Turns nnU-Net's pools into threads, and draws its 3000 x 5400 pixels of training curves smaller."""
-    patch.setattr(multiprocessing, "get_context", _ThreadPools)
-    patch.setitem(matplotlib.rcParams, "savefig.dpi", 20)
 
 
 def _case(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +69,9 @@ def _folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def preprocessed(_folders: Path, shared_folder: Callable[..., Path]) -> Callable[[str], Path]:
+def preprocessed(
+    _folders: Path, shared_folder: Callable[..., Path], use_threads_for_pools: Callable[[pytest.MonkeyPatch], None]
+) -> Callable[[str], Path]:
     """Function that gives the preprocessed folder of a reading of the data set; made at first use."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
@@ -99,7 +80,7 @@ def preprocessed(_folders: Path, shared_folder: Callable[..., Path]) -> Callable
         number = int(name[7:10])
         _write_raw(root / "raw" / name, kind)
         with pytest.MonkeyPatch.context() as patch:
-            _lighten(patch)
+            use_threads_for_pools(patch)
             for variable in ("raw", "preprocessed"):
                 patch.setenv(f"nnUNet_{variable}", str(root / variable))
             # nnU-Net's planner takes this for torch's number of threads, which must not be 0
@@ -185,9 +166,12 @@ def stock_plans(preprocessed: Callable[[str], Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiny networks lose more to threads and processes than they gain."""
-    _lighten(monkeypatch)
+def _small(
+    monkeypatch: pytest.MonkeyPatch, use_threads_for_pools: Callable[[pytest.MonkeyPatch], None]
+) -> Iterator[None]:
+    """Tiny networks lose more to threads and processes than they gain, and to 3000 x 5400 pixels of training curves."""
+    use_threads_for_pools(monkeypatch)
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 20)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
