@@ -63,17 +63,22 @@ class Holder:
 
 
 def holder(path: Path) -> Holder | None:
-    """Who holds a lock now; None if nobody does, or whoever took it last is gone."""
-    try:
-        with path.open() as file:
-            # Shared: two that only look must not see each other. It needs no right to write.
-            free = _flock(file, shared=True)
-            if free is False:
-                return _read(path) or Holder(host="unknown", pid=0)
-            _unlock(file)
-            return _noted(path, without_flock=free is None)
-    except FileNotFoundError:
-        return None
+    """Who holds a lock now; None if nobody does, or whoever took it last is gone.
+
+    Raises:
+        InputError: The file system refuses.
+    """
+    with file_errors(path):
+        try:
+            with path.open() as file:
+                # Shared: two that only look must not see each other. It needs no right to write.
+                free = _flock(file, shared=True)
+                if free is False:
+                    return _read(path) or Holder(host="unknown", pid=0)
+                _unlock(file)
+                return _noted(path, without_flock=free is None)
+        except FileNotFoundError:
+            return None
 
 
 @contextlib.contextmanager
@@ -93,7 +98,8 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0) -> Iterato
         LockedError: It is held and not to be waited for.
         InputError: The file is a symbolic link, or is not one of a lock; or the file system refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     told = False
     with contextlib.ExitStack() as stack:
         while not _take(file := stack.enter_context(_open(path)), path):

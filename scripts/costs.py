@@ -53,7 +53,7 @@ class Counted:
         batch: Patches.
         flops: Of a forward pass of a batch.
         parameters: Their number.
-        slowness: Time per operation in that of nnU-Net's U-Net; measured for ConResNet on a CPU, taken as 1 elsewhere.
+        slowness: Time per operation in that of nnU-Net's U-Net; measured for ResidualMaps on a CPU, taken as 1 elsewhere.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Counted:
 
 
 def count() -> Iterator[Counted]:
-    """Plans and counts the four models of the example."""
+    """Plans and counts four models."""
     data = DATA_SETS["brats"]
     planners = {
         "nnU-Net": (ExperimentPlanner, 1.0),
         "ResEnc-M": (nnUNetPlannerResEncM, 1.0),
-        "ConResNet": (PLANNERS["conresnet"], 1.1),
+        "ResidualMaps": (PLANNERS["residual_maps"], 1.1),
         "V-Net": (PLANNERS["vnet"], 1.0),
     }
     with nnunet_folders(data), torch.device("meta"):

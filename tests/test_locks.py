@@ -80,6 +80,14 @@ class TestHold:
         process.wait()
 
 
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="lock: Not a directory"):
+        holder(tmp_path / "file" / "lock")
+    with pytest.raises(InputError, match="file"), hold(tmp_path / "file" / "lock"):
+        pass
+
+
 class TestFilesOfOthers:
     """A lock's file must not lead to another file, which would be emptied."""
 

@@ -22,6 +22,8 @@ FINGERPRINT: Final = "dataset_fingerprint.json"
 INTENSITIES: Final = "foreground_intensity_properties_per_channel"
 ANNOTATED_ONLY: Final = "ignored_voxels_excluded"
 """Entry of a fingerprint whose intensities are those of annotated foreground; nnU-Net passes it over."""
+SOURCES: Final = "nnunet_conres_sources"
+"""Entry of a fingerprint, and of a preprocessed case's properties: the raw files that it was made from."""
 
 _VOXELS = 10_000_000  # of all cases together; nnU-Net takes ten times as many, for the same percentiles
 
@@ -144,7 +146,8 @@ def exclude_ignored_voxels(
 def carry_fingerprint(source: Path, target: Path) -> bool:
     """Gives a sparsely annotated data set the fingerprint of the dense one that it was made from.
 
-    Spacings and shapes are those of the images, which are the same.
+    Spacings and shapes are those of the images, which are the same. The label files are not: what is noted of the raw
+    files stays behind.
 
     Args:
         source: Folder of the dense data set in nnUNet_preprocessed.
@@ -156,6 +159,7 @@ def carry_fingerprint(source: Path, target: Path) -> bool:
     if not (source / FINGERPRINT).is_file() or (target / FINGERPRINT).exists():
         return False
     fingerprint = json.loads((source / FINGERPRINT).read_text(encoding="utf-8"))
+    fingerprint.pop(SOURCES, None)
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / FINGERPRINT, fingerprint | {ANNOTATED_ONLY: True})
     return True

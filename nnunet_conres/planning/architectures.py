@@ -151,14 +151,12 @@ def set_background_class(architecture: dict[str, Any], has_regions: bool) -> Non
 
 
 def stages_of(configuration: ConfigurationManager) -> tuple[list[list[int]], list[list[int]]]:
-    """Strides and kernel sizes, three numbers each, of every stage of a configuration's network.
-
-    Raises:
-        KeyError: If its plans don't say, as those of a network without stages.
-    """
+    """Strides and kernel sizes, three numbers each, of every stage of a network; empty for one without stages."""
     if configuration.network_arch_class_name == CONRESNET_PAPER:
         return [list(s) for s in conresnet_paper.STRIDES], [list(k) for k in conresnet_paper.KERNEL_SIZES]
     arguments = configuration.network_arch_init_kwargs
+    if "n_stages" not in arguments:  # a transformer, such as nnU-Net's Primus
+        return [], []
     strides, kernel_sizes = (
         [triple(value) for value in per_stage(name, arguments[name], arguments["n_stages"])]
         for name in ("strides", "kernel_sizes")

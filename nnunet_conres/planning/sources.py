@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nnunet_conres.datasets.fingerprint import SOURCES
 from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, read_dataset_json, some
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files
 from nnunet_conres.unpickling import read_pickle
 
-RECORD: Final = "nnunet_conres_sources"
+RECORD: Final = SOURCES
 """Key of a record among a case's properties, and in a fingerprint."""
 
 GT_SEGMENTATIONS: Final = "gt_segmentations"

@@ -516,8 +516,8 @@ def check_is_3d(configuration: ConfigurationManager, name: str, network: str) ->
     patch_size = [int(extent) for extent in configuration.patch_size]
     if len(patch_size) != 3:
         raise InputError(
-            f"{network} is a 3D network, but configuration {name} is 2D (patch {patch_size}). Use a 3D configuration "
-            f"such as 3d_fullres, or a stock trainer such as nnUNetTrainer."
+            f"{network} supports 3D configurations only, but configuration {name} is 2D (patch {patch_size}). Use a 3D "
+            f"configuration such as 3d_fullres, or a stock trainer such as nnUNetTrainer."
         )
 
 

@@ -14,8 +14,6 @@ from matplotlib.ticker import MaxNLocator
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
 FIGURE_NAME = "progress_conres.png"
-SKIPPED_STEPS = "skipped_steps"
-"""Name under which the number of training steps with a loss or gradient that was not finite is logged."""
 
 
 def loss_part_key(phase: str, part: str) -> str:
@@ -24,7 +22,7 @@ def loss_part_key(phase: str, part: str) -> str:
 
 
 class LossPartsLogger(LocalLogger):
-    """Keeps one value per epoch of every part of the objective, training and validation apart, and of skipped steps.
+    """Keeps one value per epoch of every part of the objective, for training and validation apart.
 
     Args:
         parts: Names of the parts of the objective.
@@ -45,7 +43,7 @@ class LossPartsLogger(LocalLogger):
             self.my_fantastic_logging[key] = []
 
     def _own_keys(self) -> list[str]:
-        return [SKIPPED_STEPS, *(loss_part_key(phase, part) for part in self.parts for phase in ("train", "val"))]
+        return [loss_part_key(phase, part) for part in self.parts for phase in ("train", "val")]
 
     def get_checkpoint(self) -> dict[str, Any]:
         """The log as it goes into a checkpoint: finished epochs only, and what there is of an unfinished one."""

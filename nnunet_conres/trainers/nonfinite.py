@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from torch.optim import Optimizer
 
 from nnunet_conres.datasets.raw import some
 from nnunet_conres.errors import InputError
-from nnunet_conres.trainers.logger import SKIPPED_STEPS
 
 MOST_IN_A_ROW: Final = 5
+SKIPPED_STEPS: Final = "skipped_steps"
+"""Name under which the number of an epoch's skipped steps is logged."""
 # A gradient scaler that starts too high skips steps until its scale fits, which halves each time: 2**16 comes down to
 # 2**-24, the smallest number of float16, in 40 steps.
 MOST_WHILE_SCALING: Final = 40
@@ -131,6 +133,8 @@ class FiniteStepsTrainer(nnUNetTrainer):
         taken = [outputs for outputs in train_outputs if not outputs["skipped"]]
         # a loss that is not finite would hide the others in the mean; all processes skip the same steps
         super().on_train_epoch_end(taken or train_outputs)
+        # a log that nnU-Net's own trainer began has none
+        self.logger.local_logger.my_fantastic_logging.setdefault(SKIPPED_STEPS, [math.nan] * self.current_epoch)
         self.logger.log(SKIPPED_STEPS, len(train_outputs) - len(taken), self.current_epoch)
         if len(taken) < len(train_outputs):
             named = Counter(case for outputs in train_outputs for case in outputs["skipped_cases"])

@@ -11,12 +11,12 @@ from nnunet_conres.trainers.base import PluginTrainer
 
 
 class nnUNetTrainerMuon(PluginTrainer):
-    """The network of the plans, as it is, trained as nnUNetTrainerConResNet trains its own; in 3D.
+    """The 3D network of the plans, nnU-Net's own for example, under nnU-Net's recipe with Muon as the optimiser.
 
-    It is what ConResNet has to be compared with to tell what the network does from what the optimiser does.
+    Compare it with ConResNet to separate the effect of the network from that of the optimiser.
     """
 
-    network_name = "What nnUNetTrainerMuon trains"
+    network_name = "nnUNetTrainerMuon"
     optimizer_kind = "muon"
 
     @classmethod

@@ -65,7 +65,7 @@ def faults_of(folder: Path, scheme: str = "2018", **arguments: Any) -> tuple[str
     with pytest.raises(ExportError) as caught:
         export(folder, scheme, **arguments)
     assert not (folder.parent / "out").exists()
-    assert not list(folder.parent.glob(".*partial"))
+    assert not list(folder.parent.glob(".*"))
     return caught.value.faults
 
 

@@ -172,6 +172,7 @@ def test_strides_and_kernels_of_every_stage() -> None:
     assert kernels == STOCK["kernel_sizes"]
     paper = with_configuration(plans(), "3d_fullres", architecture=conresnet_paper_architecture(fullres(plans())))
     assert stages_of(fullres(paper)) == ([[1, 1, 1]] + [[2, 2, 2]] * 3, [[3, 3, 3]] * 4)
+    assert stages_of(fullres(plans("architectures.primus.Primus", n_stages="left out"))) == ([], [])
 
 
 RESIDUAL_ENCODER = {

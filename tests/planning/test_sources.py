@@ -22,6 +22,7 @@ import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_conres import cli
+from nnunet_conres.datasets.fingerprint import carry_fingerprint
 from nnunet_conres.errors import InputError
 from nnunet_conres.planning import planners
 from nnunet_conres.planning.commands import PlanOptions, plan, plan_and_preprocess
@@ -416,3 +417,15 @@ class TestKilledAndConcurrentRuns:
         assert process.communicate()[0].strip() == "('case_0', 'case_1', 'case_2')"
         assert process.returncode == 0
         assert not list(folder.glob(".*"))
+
+
+def test_a_fingerprint_that_was_carried_over_is_kept(raw: Path, folder: Path) -> None:
+    """Sparsifying changes label files, and carries the dense data set's fingerprint over on purpose."""
+    complete(preprocess=False, clean=True)
+    dense = folder.with_name("Dataset700_Dense")
+    folder.rename(dense)
+    write_labels(raw / "labelsTr" / "case_1.nii.gz")
+    assert carry_fingerprint(dense, folder)
+    before = (folder / "dataset_fingerprint.json").read_bytes()
+    complete(preprocess=False)
+    assert (folder / "dataset_fingerprint.json").read_bytes() == before

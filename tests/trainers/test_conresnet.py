@@ -382,7 +382,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet, nnUNetTrainerConResNetPaper])
     def test_2d(self, make_trainer: Callable[..., Any], trainer_class: type) -> None:
-        with pytest.raises(ValueError, match="ConResNet is a 3D network, but configuration 2d is 2D"):
+        with pytest.raises(ValueError, match="supports 3D configurations only, but configuration 2d is 2D"):
             make_trainer(trainer_class, configuration="2d")
 
     @pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet, nnUNetTrainerConResNetPaper])

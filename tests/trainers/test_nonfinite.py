@@ -17,8 +17,13 @@ from torch import nn
 from nnunet_conres.errors import InputError
 from nnunet_conres.trainers import nnUNetTrainerMuon, nnUNetTrainerUNet3DPaper, nnUNetTrainerVNet
 from nnunet_conres.trainers.base import LATEST_CHECKPOINT, PluginTrainer
-from nnunet_conres.trainers.logger import SKIPPED_STEPS
-from nnunet_conres.trainers.nonfinite import MOST_IN_A_ROW, MOST_WHILE_SCALING, FiniteStepsTrainer, _all_finite
+from nnunet_conres.trainers.nonfinite import (
+    MOST_IN_A_ROW,
+    MOST_WHILE_SCALING,
+    SKIPPED_STEPS,
+    FiniteStepsTrainer,
+    _all_finite,
+)
 
 
 class PlansNetwork(nnUNetTrainerMuon):
