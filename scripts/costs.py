@@ -53,7 +53,7 @@ class Counted:
         batch: Patches.
         flops: Of a forward pass of a batch.
         parameters: Their number.
-        slowness: Time per operation in that of nnU-Net's U-Net; measured for ResidualMaps on a CPU, taken as 1 elsewhere.
+        slowness: Time per operation in that of nnU-Net's U-Net; measured for ResidualMaps on a CPU, 1 elsewhere.
     """
 
     name: str
