@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from nnunet_conres.architectures import conresnet_paper
 from nnunet_conres.errors import InputError
 from nnunet_conres.planning.architectures import CONRESNET_PAPER
-from nnunet_conres.planning.tracker import Measurement, measure_training_step
+from nnunet_conres.planning.tracker import Measurement, measure_batches
 from nnunet_conres.planning.training_step import TrainingStep
 from nnunet_conres.text import times
 
@@ -68,7 +67,7 @@ def estimate_memory(step: TrainingStep) -> MemoryEstimate:
     Raises:
         UntrainableError: Such a step can't be taken.
     """
-    measured = _execute(step)
+    (measured,) = _execute(step, [step.batch_size])
     activations = dict(measured.kept)
     loss = activations.pop("loss", 0)
     return MemoryEstimate(
@@ -91,7 +90,7 @@ class MemoryModel:
     most of them is the peak for other batches, and for other patches that the network's strides divide.
 
     Args:
-        progress: Called after every execution.
+        progress: Called for every execution.
     """
 
     def __init__(self, progress: Callable[[], Any] = lambda: None) -> None:
@@ -119,7 +118,7 @@ class MemoryModel:
             return self._executed[key]
         topology = _topology_key(step)
         if topology not in self._moments:
-            first, second = (self._run(dataclasses.replace(step, batch_size=batch)) for batch in _BATCHES)
+            first, second = self._run(step, _BATCHES)
             self._moments[topology] = _Moments.between(first, second, _voxels(step))
         return self._moments[topology].peak(step.batch_size * _voxels(step))
 
@@ -131,12 +130,13 @@ class MemoryModel:
         """
         key = _key(step)
         if key not in self._executed:
-            self._executed[key] = self._run(step).peak
+            self._executed[key] = self._run(step, [step.batch_size])[0].peak
         return self.total(step)
 
-    def _run(self, step: TrainingStep) -> Measurement:
-        measured = _execute(step)
-        self._progress()
+    def _run(self, step: TrainingStep, batch_sizes: Sequence[int]) -> list[Measurement]:
+        measured = _execute(step, batch_sizes)
+        for _ in measured:
+            self._progress()
         return measured
 
 
@@ -152,24 +152,28 @@ class _Moments:
 
     @classmethod
     def between(cls, first: Measurement, second: Measurement, patch_voxels: int) -> _Moments:
-        low, high = (measured.live.astype(float) for measured in (first, second))
-        if low.shape != high.shape:  # what is executed depends on the batch
-            low, high = low.max(keepdims=True), high.max(keepdims=True)
-        per_patch = (high - low) / (_BATCHES[1] - _BATCHES[0])
+        low = first.live.astype(float)
+        if first.n_backward == second.n_backward:
+            # while the optimiser works, batch and outputs are still there
+            more = np.full(len(low), float(second.after_backward - first.after_backward))
+            more[: second.n_backward] = second.live - low[: second.n_backward]
+        else:  # what is executed depends on the batch
+            low, more = low.max(keepdims=True), np.array([float(second.peak - first.peak)])
+        per_patch = more / (_BATCHES[1] - _BATCHES[0])
         return cls(low - _BATCHES[0] * per_patch, per_patch / patch_voxels)
 
     def peak(self, voxels: int) -> int:
         return int((self.constant + self.slope * voxels).max())
 
 
-def _execute(step: TrainingStep) -> Measurement:
+def _execute(step: TrainingStep, batch_sizes: Sequence[int]) -> list[Measurement]:
     try:
-        return measure_training_step(step)
+        return measure_batches(step, batch_sizes)
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
         network = str(step.architecture["network_class_name"]).rpartition(".")[2]
         raise UntrainableError(
             f"{step.trainer.__name__} can't train {network} with a patch of {times(step.patch_size)} voxels and a "
-            f"batch of {step.batch_size}: {str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}"
+            f"batch of {batch_sizes[0]}: {str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}"
         ) from error
 
 

@@ -14,8 +14,8 @@ import contextlib
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,12 +40,16 @@ class Measurement:
         kept: Beyond that, what is kept for backward at the end of forward and loss: by module of the network, and loss.
         gradients: Of the parameters.
         live: After every allocation of the step, in their order.
+        n_backward: How many of these are before the optimiser's.
+        after_backward: At the end of backward.
     """
 
     before: Mapping[str, int]
     kept: Mapping[str, int]
     gradients: int
     live: NDArray[np.int64]
+    n_backward: int
+    after_backward: int
 
     @property
     def peak(self) -> int:
@@ -181,34 +185,66 @@ def measure_training_step(step: TrainingStep, *, fake: bool = True) -> Measureme
     Raises:
         Exception: Whatever the network, the loss or the optimiser raise where such a step can't be taken.
     """
+    return measure_batches(step, [step.batch_size], fake=fake)[0]
+
+
+def measure_batches(step: TrainingStep, batch_sizes: Sequence[int], *, fake: bool = True) -> list[Measurement]:
+    """Counts the memory of training steps with several batches.
+
+    The optimiser, which does not depend on the batch, is executed with the first only.
+
+    Args:
+        step: What is trained, and how; its batch size is not used.
+        batch_sizes: Patches in each batch.
+        fake: Whether to execute on tensors without data; otherwise the steps are really taken, on the CPU.
+
+    Raises:
+        Exception: Whatever the network, the loss or the optimiser raise where such a step can't be taken.
+    """
     with contextlib.ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        running = RunningStep(step, torch.device("cpu"))
-        live = LiveStorages()
-        for live.part, tensor in running.tensors():
-            live.add(tensor)
-        before = dict(live.by_part)
-        live.by_part.clear()
-        live.part = "loss"
-        kept: dict[str, int] = {}
+        running = RunningStep(replace(step, batch_size=batch_sizes[0]), torch.device("cpu"))
+        measured = []
+        for number, batch_size in enumerate(batch_sizes):
+            running.optimizer.zero_grad(set_to_none=True)
+            running.make_batch(batch_size)
+            measured.append(_measure(step, running, update=number == 0))
+        return measured
 
-        def after(phase: str) -> None:
-            if phase == "loss":
-                kept.update({part: size for part, size in live.by_part.items() if size})
 
+def _measure(step: TrainingStep, running: RunningStep, *, update: bool) -> Measurement:
+    live = LiveStorages()
+    for live.part, tensor in running.tensors():
+        live.add(tensor)
+    before = dict(live.by_part)
+    live.by_part.clear()
+    live.part = "loss"
+    kept: dict[str, int] = {}
+    at_backward = (0, 0)
+
+    def after(phase: str) -> None:
+        nonlocal at_backward
+        if phase == "loss":
+            kept.update({part: size for part, size in live.by_part.items() if size})
+        elif phase == "backward":
+            at_backward = len(live.live), live.current
+
+    with contextlib.ExitStack() as stack:
         stack.enter_context(live)
         stack.enter_context(live.by_module(running.network))
         if step.device == "cuda":
             stack.enter_context(CudaAutocast())
-        running.run(_autocast(step), after)
-        gradients = [parameter.grad for parameter in running.network.parameters() if parameter.grad is not None]
-        return Measurement(
-            before=before,
-            kept=kept,
-            gradients=sum(gradient.untyped_storage().nbytes() for gradient in gradients),
-            live=np.array(live.live, np.int64),
-        )
+        running.run(_autocast(step), after, update=update)
+    gradients = [parameter.grad for parameter in running.network.parameters() if parameter.grad is not None]
+    return Measurement(
+        before=before,
+        kept=kept,
+        gradients=sum(gradient.untyped_storage().nbytes() for gradient in gradients),
+        live=np.array(live.live, np.int64),
+        n_backward=at_backward[0],
+        after_backward=at_backward[1],
+    )
 
 
 def _autocast(step: TrainingStep) -> Callable[[], contextlib.AbstractContextManager[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,11 +109,19 @@ class RunningStep:
         self.optimizer: torch.optim.Optimizer = trainer.configure_optimizers()[0]
         self.loss: nn.Module = trainer._build_loss()
         self._make_optimizer_state(step)
-        self.data = torch.randn(step.batch_size, step.input_channels, *step.patch_size, device=device)
-        scales = trainer._get_deep_supervision_scales()
-        sizes = [step.patch_size if scale is None else _scaled(step.patch_size, scale) for scale in scales or [None]]
-        targets = [_target(step, size, device) for size in sizes]
-        self.targets = targets[0] if scales is None else targets
+        self._step, self._device = step, device
+        self._scales: list[list[float]] | None = trainer._get_deep_supervision_scales()
+        self.make_batch(step.batch_size)
+
+    def make_batch(self, batch_size: int) -> None:
+        """Draws a batch of that size, in place of the one before."""
+        step = replace(self._step, batch_size=batch_size)
+        self.data = torch.randn(batch_size, step.input_channels, *step.patch_size, device=self._device)
+        self.targets: Tensor | list[Tensor]
+        if self._scales is None:
+            self.targets = _target(step, step.patch_size, self._device)
+        else:
+            self.targets = [_target(step, _scaled(step.patch_size, scale), self._device) for scale in self._scales]
 
     def _make_optimizer_state(self, step: TrainingStep) -> None:
         for group in self.optimizer.param_groups:
@@ -137,12 +145,15 @@ class RunningStep:
         self,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         after: Callable[[str], None] = lambda phase: None,
+        *,
+        update: bool = True,
     ) -> None:
         """Takes the step as nnU-Net's trainer does.
 
         Args:
             autocast: Makes the context in which forward and loss run.
             after: Called with the name of each phase when it is over: forward, loss, backward, optimizer.
+            update: Whether to go on to the optimiser after backward.
         """
         self.optimizer.zero_grad(set_to_none=True)
         with autocast():
@@ -152,10 +163,12 @@ class RunningStep:
         after("loss")
         loss.backward()
         after("backward")
+        if not update:
+            return
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
         self.optimizer.step()
         after("optimizer")
-        del output
+        del output  # as in nnU-Net's trainer, alive until here
 
 
 def _trainer(step: TrainingStep) -> Any:
