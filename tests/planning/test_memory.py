@@ -109,7 +109,7 @@ class TestModel:
         model.total(model_of)
         for other in others:
             changed = dataclasses.replace(model_of, **other)
-            assert model.total(changed) == pytest.approx(estimate_memory(changed).total, rel=1e-3)
+            assert model.total(changed) == pytest.approx(estimate_memory(changed).total, rel=3e-3)
 
     def test_two_executions_serve_a_topology(self) -> None:
         executed: list[None] = []
