@@ -121,7 +121,7 @@ class ResidualMapLoss(nn.Module):
 
 
 class ConResLoss(nn.Module):
-    """Objective of ConResNet: a segmentation loss plus the weighted residual-map loss.
+    """Objective of networks with residual maps: a segmentation loss plus the weighted residual-map loss.
 
     Args:
         segmentation: Takes the lists of segmentation logits and targets, largest first; `SegmentationLoss` around
@@ -158,8 +158,8 @@ class ConResLoss(nn.Module):
         """Computes the objective.
 
         Args:
-            outputs: What ConResNet returns with ``residual_outputs``: segmentation logits, as many as targets, then
-                residual maps.
+            outputs: What a network with residual maps returns with ``residual_outputs``: segmentation logits, as many as
+                targets, then residual maps.
             targets: Annotations at the plans' scales, full resolution first.
 
         Returns:

@@ -126,7 +126,7 @@ class ResidualMapsMixin:
         """Initialises one module: He normal as in nnU-Net.
 
         nnU-Net's residual networks let their blocks start as the identity. Here all layers learn from the first step:
-        two decoders after an encoder that does nothing yet take longer to find the first foreground.
+        in trials the first foreground appeared sooner.
         """
         InitWeights_He(1e-2)(module)
 

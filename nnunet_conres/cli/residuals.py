@@ -16,7 +16,7 @@ def add_residuals(subparsers: "Subparsers") -> None:
         "residuals",
         help="what changes from slice to slice, in images, labels, predictions, and as a model predicts it",
         description="Writes inter-slice residuals as NIfTI in the geometry of their source, and pictures of them. "
-        "With --model, those that a trained ConResNet predicts, and its attention.",
+        "With --model, those that a trained network predicts, and ConResNet's attention.",
     )
     parser.add_argument(
         "-i",
@@ -44,7 +44,7 @@ def add_residuals(subparsers: "Subparsers") -> None:
     files.add_argument(
         "-djfile", metavar="FILE", help="dataset.json for labels and regions (default: the one beside or above a file)"
     )
-    model = parser.add_argument_group("of a trained ConResNet")
+    model = parser.add_argument_group("of a trained network")
     model.add_argument(
         "--model",
         metavar="FOLDER",

@@ -1,4 +1,4 @@
-"""What a trained ConResNet predicts beside the segmentation: residual maps and attention, in the case's geometry."""
+"""What a trained network predicts beside the segmentation, residual maps and attention, in the case's geometry."""
 
 from __future__ import annotations
 
@@ -147,10 +147,10 @@ class ResidualNetwork(nn.Module):
 
 
 class ResidualPredictor:
-    """A trained ConResNet, loaded and run by nnU-Net's own predictor.
+    """A trained network with residual maps, loaded and run by nnU-Net's own predictor.
 
     Sliding window with nnU-Net's weights, without mirroring: a residual is the difference to the slice before, not to
-    the one behind, so that mirrored predictions do not agree.
+    the next one, so that mirrored predictions do not agree.
 
     Args:
         model_folder: nnU-Net's folder of a trained model, with plans.json, dataset.json and fold_0.

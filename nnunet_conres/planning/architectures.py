@@ -14,6 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.architectures import conresnet_paper, unet3d, vnet
 from nnunet_conres.architectures.blocks import per_stage, triple
+from nnunet_conres.errors import InputError
 
 CONRESNET = "nnunet_conres.architectures.conresnet.ConResNet"
 CONRESNET_PAPER = "nnunet_conres.architectures.conresnet_paper.ConResNetPaper"
@@ -70,18 +71,17 @@ def conresnet_architecture(configuration: ConfigurationManager, shared_encoder: 
 
     Args:
         configuration: Configuration of stock plans, or of plans that name ConResNet already, which keep its arguments.
-        shared_encoder: Whether one encoder runs over image and image residual, where the plans are stock plans or say
-            nothing of it.
+        shared_encoder: Whether one encoder runs over image and image residual. The trainer decides, whatever the plans
+            say, so that its name says which network it trains.
 
     Returns:
         Dictionary with ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, as plans hold it.
 
     Raises:
-        ValueError: If the plans name a network whose topology can't be carried over.
+        InputError: If the plans name a network whose topology can't be carried over.
     """
-    entry = _residual_map_entry(configuration, CONRESNET, {"slice_axis": 0, "shared_encoder": False})
-    if shared_encoder:
-        entry["arch_kwargs"]["shared_encoder"] = True
+    entry = _residual_map_entry(configuration, CONRESNET, {"slice_axis": 0})
+    entry["arch_kwargs"]["shared_encoder"] = shared_encoder
     return entry
 
 
@@ -93,7 +93,7 @@ def residual_maps_architecture(configuration: ConfigurationManager) -> dict[str,
             arguments.
 
     Raises:
-        ValueError: If the plans name a network whose topology can't be carried over.
+        InputError: If the plans name a network whose topology can't be carried over.
     """
     return _residual_map_entry(configuration, RESIDUAL_MAP_UNET, {})
 
@@ -115,7 +115,7 @@ def _residual_map_entry(
         convs = per_stage("n_conv_per_stage", given.get("n_conv_per_stage", 2), n_stages)
         blocks = [max(1, n // 2) for n in convs]
     arguments["n_blocks_per_stage"] = blocks
-    # Stock plans have two convolutions per decoder level; ConResNet has one in either stream.
+    # Stock plans have two convolutions per decoder level; these networks have one, ConResNet one in either stream.
     arguments["n_conv_per_stage_decoder"] = [1] * (n_stages - 1)
     return _entry(class_name, arguments)
 
@@ -174,7 +174,7 @@ def vnet_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
         configuration: Configuration of stock plans, or of plans that name V-Net already, which keep its arguments.
 
     Raises:
-        ValueError: If the plans name a network whose topology can't be carried over.
+        InputError: If the plans name a network whose topology can't be carried over.
     """
     if configuration.network_arch_class_name == VNET:
         return _entry(VNET, _VNET_DEFAULTS | deepcopy(configuration.network_arch_init_kwargs))
@@ -218,7 +218,7 @@ def unet3d_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
         configuration: Configuration of stock plans, or of plans that name 3D U-Net already, which keep its arguments.
 
     Raises:
-        ValueError: If the plans name a network whose topology can't be carried over.
+        InputError: If the plans name a network whose topology can't be carried over.
     """
     given = deepcopy(configuration.network_arch_init_kwargs)
     if configuration.network_arch_class_name == UNET3D:
@@ -292,21 +292,25 @@ def _shared_arguments(configuration: ConfigurationManager, network: str) -> dict
     """What plans say of a network and means the same for ours.
 
     Raises:
-        ValueError: If they say too little.
+        InputError: If they say too little.
     """
     given = deepcopy(configuration.network_arch_init_kwargs)
     missing = [argument for argument in _REQUIRED_ARGUMENTS if argument not in given]
     is_paper = names_conresnet_paper(configuration) or given.get("auxiliary_heads") is False
     if missing and not is_paper:
-        raise ValueError(
+        raise InputError(
             f"Cannot derive {network} from these plans: their network {configuration.network_arch_class_name} has no "
             f"{', '.join(missing)}. Use plans of a U-Net, such as nnUNetPlans or nnUNetResEncUNetMPlans."
         )
-    if is_paper or given.get("nonlin") is None:
-        raise ValueError(
+    if is_paper:
+        raise InputError(
             f"Cannot derive {network} from these plans: their network {configuration.network_arch_class_name} is a "
-            f"paper's own, or has no nonlinearity. Train it with its own trainer, or use plans of a U-Net, such as "
-            f"nnUNetPlans."
+            f"paper's own. Train it with its own trainer, or use plans of a U-Net, such as nnUNetPlans."
+        )
+    if given.get("nonlin") is None:
+        raise InputError(
+            f"Cannot derive {network} from these plans: their network {configuration.network_arch_class_name} has no "
+            f"nonlinearity (nonlin). Use plans of a U-Net, such as nnUNetPlans."
         )
     arguments = {argument: given.get(argument) for argument in _SHARED_ARGUMENTS}
     arguments["conv_bias"] = bool(given.get("conv_bias", True))

@@ -169,7 +169,7 @@ class _Moments:
 def _execute(step: TrainingStep, batch_sizes: Sequence[int]) -> list[Measurement]:
     try:
         return measure_batches(step, batch_sizes)
-    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+    except (ValueError, RuntimeError) as error:
         network = str(step.architecture["network_class_name"]).rpartition(".")[2]
         raise UntrainableError(
             f"{step.trainer.__name__} can't train {network} with a patch of {times(step.patch_size)} voxels and a "

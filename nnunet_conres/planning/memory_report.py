@@ -125,12 +125,13 @@ def report_memory(
             f"{plans_name} has no configuration {configuration}, only {', '.join(manager.available_configurations)}."
         )
     resolved = manager.get_configuration(configuration)
+    if patch_size is not None and len(patch_size) != len(resolved.patch_size):
+        raise InputError(
+            f"The patch has {len(patch_size)} numbers; expected {len(resolved.patch_size)}, as in {configuration}."
+        )
     entries: dict[str, Any] = dict(resolved.configuration)
     if hasattr(trainer, "resolve"):  # a trainer of this package, which may change what the plans say
-        try:
-            entries |= trainer.resolve(resolved, configuration)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        entries |= trainer.resolve(resolved, configuration)
     step = TrainingStep(
         trainer=trainer,
         architecture=entries["architecture"],

@@ -76,7 +76,10 @@ class Info:
         lines = ["Versions"]
         lines += [f"  {name:<19} {version or 'not installed'}" for name, version in self.versions.items()]
         lines += ["", f"Discovery by nnU-Net: {'active' if self.discovery.active else 'NOT ACTIVE'}"]
-        lines += [f"  start-up file       {self.discovery.startup_file or 'none was read'}"]
+        read = self.discovery.startup_file or "none was read"
+        if self.discovery.active and self.discovery.startup_file is None:
+            read += "; the variable was set by hand, or by an older installation"
+        lines += [f"  start-up file       {read}"]
         lines += [f"  trainers in         {self.discovery.folder}"]
         for folder in self.discovery.other_folders:
             lines += [f"  also searched       {folder.path}{'' if folder.exists else ' (does not exist)'}"]

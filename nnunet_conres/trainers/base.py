@@ -353,7 +353,7 @@ class PluginTrainer(FiniteStepsTrainer):
         self.num_iterations_per_epoch = max(0, self._full_epoch_iterations - len(self._earlier_outputs))
         if self._earlier_outputs:
             self.print_to_log_file(
-                f"Continuing this epoch behind iteration {len(self._earlier_outputs)} of {self._full_epoch_iterations}"
+                f"Continuing this epoch after iteration {len(self._earlier_outputs)} of {self._full_epoch_iterations}"
             )
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:

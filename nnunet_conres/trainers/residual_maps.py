@@ -9,6 +9,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_conres.architectures.network import ResidualMapsMixin
+from nnunet_conres.errors import InputError
 from nnunet_conres.losses import RESIDUAL_WEIGHT, ConResLoss, ResidualMapLoss
 from nnunet_conres.planning.architectures import residual_maps_architecture
 from nnunet_conres.residuals import has_neighbours
@@ -57,7 +58,7 @@ class ResidualMapTrainer(PluginTrainer):
 
     def _build_loss(self) -> nn.Module:
         if not self.enable_deep_supervision:
-            raise ValueError(
+            raise InputError(
                 f"{self.network_name}'s residual maps are supervised where nnU-Net's deep supervision is: leave "
                 f"enable_deep_supervision on, or train these plans with a stock trainer."
             )

@@ -60,7 +60,7 @@ def preprocess(experiment: Experiment, plans_name: str, configuration: str, proc
 
 
 def memory(experiment: Experiment, model: Model) -> list[str]:
-    """The memory model; nothing for networks that it does not know."""
+    """The memory model; nothing for stock plans under trainers that train their network, whose planner has a target."""
     command = [OWN_COMMAND, "memory", "-d", experiment.dataset, "-p", model.plans, "-c", model.configuration]
     command += ["-device", "cuda" if experiment.device == "cuda" else "cpu", "--json", "--budget"]
     if model.trainer in TRAINERS and model.trainer not in WITH_NETWORK_OF_THE_PLANS:

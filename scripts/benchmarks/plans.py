@@ -32,7 +32,7 @@ CONFIGURATIONS = ("3d_fullres", "3d_lowres", "3d_cascade_fullres")
 TARGETS = (8, 12, 16, 24, 40, 80)
 STOCK = "nnU-Net"
 
-NETWORKS = ("conresnet", "vnet", "unet3d")
+NETWORKS = ("residual_maps", "conresnet", "vnet", "unet3d")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

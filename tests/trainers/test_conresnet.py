@@ -453,7 +453,7 @@ class TestContinuing:
             assert len(values) == 2, key
             assert values[0] == first_epoch[key][0], key
         assert resumed.logger.get_value("train_losses", 1) == pytest.approx(np.mean(seen[3:]), rel=1e-5)
-        assert "Continuing this epoch behind iteration 2 of 3" in Path(resumed.log_file).read_text()
+        assert "Continuing this epoch after iteration 2 of 3" in Path(resumed.log_file).read_text()
         assert resumed.num_iterations_per_epoch == 3
 
     def test_a_changed_default_does_not_change_a_started_training(
@@ -618,7 +618,7 @@ class TestContinuing:
             assert len(values) == 2, key
             assert values[:1] == before[key][:1], key
         newest = max(folder.glob("training_log*"), key=lambda file: file.stat().st_mtime)
-        assert f"Continuing this epoch behind iteration {done} of 20" in newest.read_text()
+        assert f"Continuing this epoch after iteration {done} of 20" in newest.read_text()
         assert (folder / "validation" / "summary.json").is_file()
 
     @staticmethod

@@ -124,7 +124,7 @@ class TestDynamic:
         maybe_load_checkpoint(resumed, continue_training=True, validation_only=False)
         resumed.num_epochs = 1
         resumed.run_training()
-        assert "Continuing this epoch behind iteration 2 of 3" in Path(resumed.log_file).read_text()
+        assert "Continuing this epoch after iteration 2 of 3" in Path(resumed.log_file).read_text()
         assert len(resumed.logger.get_value("train_losses", None)) == 1
 
 
