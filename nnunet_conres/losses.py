@@ -158,8 +158,8 @@ class ConResLoss(nn.Module):
         """Computes the objective.
 
         Args:
-            outputs: What a network with residual maps returns with ``residual_outputs``: segmentation logits, as many as
-                targets, then residual maps.
+            outputs: What a network with residual maps returns with ``residual_outputs``: segmentation logits, as many
+                as targets, then residual maps.
             targets: Annotations at the plans' scales, full resolution first.
 
         Returns:

@@ -1,4 +1,4 @@
-"""What BraTS 2021 costs by the workflow's example, with ResidualMaps in place of ConResNet, on paper: GPU hours, storage, time in the queue.
+"""What BraTS 2021 costs by the workflow's example, with ResidualMaps in place of ConResNet: GPU hours, storage, queue.
 
 Operations and parameters are counted, on tensors without data, of the plans that the planners make for BraTS-like data
 at 8 GiB. How fast a GPU works them off is assumed: every hour that is printed is inversely proportional to --tflops.
