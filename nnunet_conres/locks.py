@@ -113,7 +113,12 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0) -> Iterato
             time.sleep(poll_seconds)
         _check_is_lock(file, path)
         me = Holder(socket.gethostname(), os.getpid(), os.environ.get(JOB_VARIABLE, ""), time.time())
-        _write(file, json.dumps(asdict(me)))
+        try:
+            with file_errors(path):
+                _write(file, json.dumps(asdict(me)))
+        except InputError:  # a full disk: an empty file would stay in the user's folder
+            path.unlink(missing_ok=True)
+            raise
         done = threading.Event()
         heartbeat = threading.Thread(target=_touch, args=(path, done), daemon=True)
         heartbeat.start()

@@ -28,6 +28,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, map_cases, short_message, some
 from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.files import written_whole
 from nnunet_conres.locks import hold
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 from nnunet_conres.planning.sources import GT_SEGMENTATIONS, RECORD, cases_in, files_of, judge
@@ -362,9 +363,8 @@ def _checked(run_case: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
 def _note(properties_file: Path, record: Mapping[str, Any]) -> None:
     """Writes a record into a case's properties."""
     properties = read_pickle(properties_file)
-    partial = properties_file.with_name(f".{properties_file.name}.new")
-    partial.write_bytes(pickle.dumps(properties | {RECORD: dict(record)}))
-    partial.replace(properties_file)
+    with written_whole(properties_file) as partial:
+        partial.write_bytes(pickle.dumps(properties | {RECORD: dict(record)}))
 
 
 # --- all of a data set ------------------------------------------------------------------------------------------------
@@ -548,9 +548,8 @@ class PreprocessedDataset:
                 and filecmp.cmp(target, case.labels, shallow=False)
             ):
                 continue
-            partial = target.with_name(f".{target.name}.new")
-            shutil.copy2(case.labels, partial)
-            partial.replace(target)
+            with written_whole(target) as partial:
+                shutil.copy2(case.labels, partial)
 
 
 # --- cases that are gone ----------------------------------------------------------------------------------------------
