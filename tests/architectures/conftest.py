@@ -58,7 +58,7 @@ class AuthorsNetwork:
         """The input by the formula, float64."""
         return torch.from_numpy(2 * self.formula(999, self.facts["input_shape"]))
 
-    def check(self, outputs: list[Tensor], tolerance: float) -> None:
+    def check_outputs(self, outputs: list[Tensor], tolerance: float) -> None:
         """Compares outputs with those of the authors' code, relative to the largest value of each output."""
         assert len(outputs) == len(self.facts["outputs"])
         points = torch.tensor(self.facts["points_b_c_z_y_x"]).T

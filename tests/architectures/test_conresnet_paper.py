@@ -39,16 +39,16 @@ class TestAuthorsOutputs:
         if mode != "evaluation":
             network.train().encoder.fusion.dropout.eval()
         with torch.no_grad():
-            authors.check(network(authors.image().to(dtype)), tolerance)
+            authors.check_outputs(network(authors.image().to(dtype)), tolerance)
 
     def test_float64_agrees_in_all_digits_that_were_published(self, authors: Any) -> None:
         network = from_authors_state_dict(authors.state_dict, residual_outputs=True)
         with torch.no_grad():
-            authors.check(network(authors.image()), 1e-12)
+            authors.check_outputs(network(authors.image()), 1e-12)
 
     def test_plain_graph_gives_them_too(self, authors: Any, plain_graph: Any) -> None:
         with torch.no_grad():
-            authors.check(plain_graph(authors.state_dict, authors.image()), 1e-9)
+            authors.check_outputs(plain_graph(authors.state_dict, authors.image()), 1e-9)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
