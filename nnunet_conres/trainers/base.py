@@ -8,6 +8,7 @@ import pickle
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -412,19 +413,23 @@ class PluginTrainer(FiniteStepsTrainer):
             self._last_checkpoint = time.monotonic()
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net's, after a check that the checkpoint belongs to this network.
+        """As nnU-Net's; the network is the one that the checkpoint was trained with.
 
         Raises:
-            InputError: If the checkpoint belongs to another network than plans and trainer ask for.
+            InputError: If the checkpoint belongs to another topology than plans and trainer ask for.
         """
         if not self.was_initialized:
-            self._check_same_network(_open_checkpoint(filename_or_checkpoint), filename_or_checkpoint)
+            self._take_architecture_from(_open_checkpoint(filename_or_checkpoint), filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
         versions = self.my_init_kwargs["plans"].setdefault("nnunet_conres", {"version": "unknown"})
         if versions["version"] != __version__:
             versions["continued_with"] = __version__
 
-    def _check_same_network(self, checkpoint: dict[str, Any], filename: str) -> None:
+    def _take_architecture_from(self, checkpoint: dict[str, Any], filename: str) -> None:
+        """Adopts the architecture arguments of a checkpoint, so that a changed default doesn't break ``--c``.
+
+        What comes from the plans must agree: continuing with other strides would be another network.
+        """
         plans = checkpoint["init_args"]["plans"]
         if checkpoint["init_args"]["configuration"] != self.configuration_name:
             raise InputError(
@@ -438,6 +443,10 @@ class PluginTrainer(FiniteStepsTrainer):
                 f"{filename} belongs to another network than these plans and this trainer: {'; '.join(different)}. "
                 f"Continue it with the plans it was started with, or start a new training without --c."
             )
+        self.plans_manager = PlansManager(
+            with_configuration(self.plans_manager.plans, self.configuration_name, architecture=deepcopy(theirs))
+        )
+        self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
 
 
 def build_network(

@@ -14,8 +14,19 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres import __version__
 
-# Arguments that change no result: a training may be continued with others.
-_OF_NO_CONSEQUENCE = ("checkpointing",)
+# What plans and trainer ask for by name: a checkpoint that differs here belongs to another network. In all other
+# arguments a continued training follows its checkpoint, so that a default that changed since does not break it.
+_TOPOLOGY_ARGUMENTS = (
+    "n_stages",
+    "features_per_stage",
+    "kernel_sizes",
+    "strides",
+    "shared_encoder",
+    "slice_axis",
+    "background_class",
+    "downsampling",
+    "auxiliary_heads",
+)
 
 
 def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -30,7 +41,7 @@ def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> lis
     there, here = theirs["arch_kwargs"], ours["arch_kwargs"]
     return [
         f"{argument}: {there.get(argument)} there, {here.get(argument)} here"
-        for argument in sorted({*there, *here} - {*_OF_NO_CONSEQUENCE})
+        for argument in _TOPOLOGY_ARGUMENTS
         if there.get(argument) != here.get(argument)
     ]
 

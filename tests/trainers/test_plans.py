@@ -64,7 +64,7 @@ class TestDifferencesInTopology:
         theirs["network_class_name"] = "a.VNet"
         assert differences_in_topology(theirs, ours) == ["a.VNet there, a.UNet3D here"]
 
-    def test_checkpointing_is_no_difference(self) -> None:
+    def test_what_a_trainer_chooses_is_no_difference(self) -> None:
         ours = {"network_class_name": "a.VNet", "arch_kwargs": {"n_stages": 4, "checkpointing": "none"}}
         theirs = {"network_class_name": "a.VNet", "arch_kwargs": {"n_stages": 4, "checkpointing": "full"}}
         assert differences_in_topology(theirs, ours) == []
