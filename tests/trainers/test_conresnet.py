@@ -397,9 +397,7 @@ class TestRefusals:
         self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any]
     ) -> None:
         stock_plans["configurations"]["3d_fullres"]["data_identifier"] = "nnUNetPlans_5G_3d_fullres"
-        with pytest.raises(
-            FileNotFoundError, match=r"nnUNetPlans_5G_3d_fullres does not exist. Run: nnUNetv2_preprocess"
-        ):
+        with pytest.raises(InputError, match=r"nnUNetPlans_5G_3d_fullres does not exist. Run: nnUNetv2_preprocess"):
             make_trainer(nnUNetTrainerConResNet, plans=stock_plans)
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
