@@ -380,7 +380,7 @@ class TestCommand:
             (["-p", "other"], "There are no plans other"),
             (["-c", "3d_lowres"], "has no configuration 3d_lowres, only"),
             (["-c", "2d", "-tr", "nnUNetTrainerVNet"], "is 2D"),
-            (["--patch_size", "32", "32"], "nnUNetTrainer can't train PlainConvUNet with a patch of 32 x 32"),
+            (["--patch_size", "32", "32"], "The patch has 2 numbers; expected 3"),
             (["--patch_size", "8", "8", "8"], "Expected more than 1"),
             (["-p", "ours", "--batch_size", "0"], "expected 1 or more"),
             (["-p", "ours", "--budget", "8", "inf"], "A budget is inf GiB"),
