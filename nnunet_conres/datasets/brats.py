@@ -151,9 +151,11 @@ def convert_brats(
     if not skip_bad:
         faults += [fault for messages in bad.values() for fault in messages]
         if len(bad) > 5:
+            # All of them, where messages of one kind are cut short: --missing zero takes them.
+            incomplete = "".join(f"Without {parts}: {', '.join(ids)}. " for parts, ids in found.incomplete.items())
             faults.append(
-                f"{len(bad)} cases or files have errors, and {len(kept)} cases have none. Correct them, or leave them "
-                f"out with --skip-bad."
+                f"{incomplete}{len(bad)} cases or files have errors, and {len(kept)} cases have none. Correct them, or "
+                f"leave them out with --skip-bad."
             )
     elif bad and not cases:
         faults += [*(fault for messages in bad.values() for fault in messages), "No case is left to convert."]

@@ -84,12 +84,14 @@ class Found:
         faults: What forbids converting any of them.
         bad: What is wrong with single cases, or with files that belong to none, by what would be left out.
         doubled: Ids met more than once, in lower case.
+        incomplete: Ids of the cases that lack some of their images, by the absent parts, such as t2w.
     """
 
     cases: list[Case] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     bad: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     doubled: set[str] = field(default_factory=set)
+    incomplete: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,9 @@ def find_cases(
             others[(*other, scheme)].append(case_id)
         problems = list(_file_faults(scheme, folder, case_id, files, missing))
         if problems:
+            absent = [layout.part(content) for content in layout.images if content not in files]
+            if 0 < len(absent) < len(layout.images) and missing == "refuse":
+                found.incomplete[" and ".join(absent)].append(case_id)
             found.bad[str(folder / case_id)] += problems
             continue
         images = tuple(files[content][0] if content in files else None for content in layout.images)

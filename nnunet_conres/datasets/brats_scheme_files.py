@@ -382,10 +382,10 @@ def _innermost(regions: Mapping[str, list[str]]) -> dict[str, set[str]]:
     """What each region has that none of the regions after it has."""
     later: set[str] = set()
     left = {}
-    for name, region in reversed(regions.items()):
+    for name, region in reversed(list(regions.items())):
         left[name] = set(region) - later
         later |= set(region)
-    return dict(reversed(left.items()))
+    return dict(reversed(list(left.items())))
 
 
 def _scheme(name: str, content: Mapping[str, Any], path: Path | None) -> Scheme:

@@ -134,16 +134,17 @@ def archive_of_another(scheme: Scheme, folders: Sequence[str], known: Iterable[S
 
     Args:
         scheme: Of the case.
-        folders: Names of the folders that it lies in.
+        folders: Names of the folders that it lies in, from the outermost.
         known: All schemes.
 
     Returns:
         The folder, and the schemes that it is the archive of, for messages; or None.
     """
-    for folder in folders:
+    # The innermost archive counts, whatever it was unpacked into.
+    for folder in reversed(folders):
         owners = [other for other in known if other.layout == scheme.layout and other.owns_folder(folder)]
-        if owners and scheme not in owners:
-            return folder, _listed(owners)
+        if owners:
+            return None if scheme in owners else (folder, _listed(owners))
     return None
 
 

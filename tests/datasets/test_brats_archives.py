@@ -284,6 +284,16 @@ class TestMissing:
             assert f"{case_id}-t2w.nii.gz is missing" in fault
             assert "--missing zero" in fault
 
+    def test_many_are_all_named(self, source: Path) -> None:
+        ids = [f"BraTS-MET-{number:05d}-000" for number in range(1, 13)]
+        for number, case_id in enumerate(ids):
+            write_case(source / case_id, ARCHIVES["MET 2025"], SRI24, labelled=True)
+            (source / case_id / f"{case_id}-{'t2w' if number else 't1c'}.nii.gz").unlink()
+        with pytest.raises(ConversionError) as caught:
+            convert(source, "2025-MET")
+        line = str(caught.value).splitlines()[-1]
+        assert f"Without t1c: {ids[0]}. Without t2w: {', '.join(ids[1:])}. 12 cases or files have errors" in line
+
     def test_becomes_a_zero_image_on_the_cases_grid(self, source: Path, absent: list[str]) -> None:
         done = convert(source, "2025-MET", missing="zero")
         assert done.missing == {case_id: ("T2",) for case_id in absent}

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -227,6 +230,13 @@ class TestArchives:
         assert (found is None) == fits
         assert SCHEMES[scheme].owns_folder(folder) == (fits and folder != "my_data")
 
+    def test_the_innermost_counts(self) -> None:
+        folders = ("ASNR-MICCAI-BraTS2023-PED-Challenge-TrainingData", "BraTS-PEDs2024_Training", "BraTS-PED-00001-000")
+        assert archive_of_another(SCHEMES["2024-PED"], folders, SCHEMES.values()) is None
+        found = archive_of_another(SCHEMES["2023-PED"], folders, SCHEMES.values())
+        assert found is not None
+        assert found[0] == "BraTS-PEDs2024_Training"
+
     def test_decide_between_schemes_that_were_named_alone(self) -> None:
         arguments = (LAYOUT_2023, "BraTS-MET-00000-000")
         both = select_schemes(("2023-MET", "2025-MET"))[0]
@@ -262,7 +272,7 @@ core = ["core"]
 
 
 class TestFiles:
-    def test_describe_a_scheme(self, tmp_path) -> None:
+    def test_describe_a_scheme(self, tmp_path: Path) -> None:
         (tmp_path / "ours.toml").write_text(OWN)
         scheme = read_scheme(tmp_path / "ours.toml")
         assert (scheme.name, scheme.labels) == ("ours", {7: "core", 9: "rim"})
@@ -273,11 +283,25 @@ class TestFiles:
         assert scheme.patient_of("H001_2") == "H001"
         assert f"--scheme {tmp_path / 'ours.toml'}" in scheme.called
 
-    def test_take_the_rest_from_a_scheme_that_they_are_like(self, tmp_path) -> None:
+    def test_take_the_rest_from_a_scheme_that_they_are_like(self, tmp_path: Path) -> None:
         (tmp_path / "2027-MET.toml").write_text("like = '2025-MET'\ntitle = 'BraTS 2027'\nids = ''\n")
         scheme, base = read_scheme(tmp_path / "2027-MET.toml"), SCHEMES["2025-MET"]
         assert (scheme.layout, scheme.labels, scheme.label_set) == (base.layout, base.labels, base.label_set)
         assert (scheme.title, scheme.ids, scheme.other_names, scheme.archives) == ("BraTS 2027", "", (), ())
+
+    def test_as_documented(self, repository_root: Path, tmp_path: Path) -> None:
+        """The how-to's examples: a short one, and one that says all that the built-in scheme does."""
+        page = (repository_root / "docs/how-to/brats.md").read_text(encoding="utf-8")
+        short, long = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+        (tmp_path / "2027-MET.toml").write_text(short, encoding="utf-8")
+        assert read_scheme(tmp_path / "2027-MET.toml").label_set == SCHEMES["2025-MET"].label_set
+        (tmp_path / "long.toml").write_text(long, encoding="utf-8")
+        scheme, builtin = read_scheme(tmp_path / "long.toml"), SCHEMES["2024"]
+        for name in ("title", "layout", "ids", "prefix", "archives", "labels", "label_set", "less_enhancing"):
+            assert getattr(scheme, name) == getattr(builtin, name), name
+        assert (
+            scheme.patient_of("BraTS-GLI-00005-100") == builtin.patient_of("BraTS-GLI-00005-100") == "BraTS-GLI-00005"
+        )
 
     @pytest.mark.parametrize(
         ("old", "new", "message"),
@@ -304,7 +328,7 @@ class TestFiles:
             ("prefix", "less_enhancing = 'rim'\nprefix", "less_enhancing is rim"),
         ],
     )
-    def test_say_what_is_wrong_with_them(self, tmp_path, old: str, new: str, message: str) -> None:
+    def test_say_what_is_wrong_with_them(self, tmp_path: Path, old: str, new: str, message: str) -> None:
         path = tmp_path / "ours.toml"
         assert old in OWN
         path.write_text(OWN.replace(old, new))
@@ -313,7 +337,7 @@ class TestFiles:
         assert any(message in error for error in caught.value.faults), caught.value.faults
         assert all(str(path) in error for error in caught.value.faults)
 
-    def test_list_all_that_is_wrong(self, tmp_path) -> None:
+    def test_list_all_that_is_wrong(self, tmp_path: Path) -> None:
         (tmp_path / "ours.toml").write_text(OWN.replace("'H\\d'", "'('").replace("9 =", "999 ="))
         _, errors = select_schemes(["1999", str(tmp_path / "ours.toml"), str(tmp_path / "none.toml")])
         assert all(
@@ -321,12 +345,12 @@ class TestFiles:
         )
         assert len(errors) == 4
 
-    def test_have_names_that_no_other_scheme_has(self, tmp_path) -> None:
+    def test_have_names_that_no_other_scheme_has(self, tmp_path: Path) -> None:
         (tmp_path / "2026-MET.toml").write_text(OWN)
         _, (error,) = select_schemes([str(tmp_path / "2026-MET.toml")])
         assert "a scheme 2026-MET exists already" in error
 
-    def test_come_first_where_names_fit_several(self, tmp_path) -> None:
+    def test_come_first_where_names_fit_several(self, tmp_path: Path) -> None:
         (tmp_path / "ours.toml").write_text(OWN.replace("{id} post", "{id}_t1c"))
         selection, errors = select_schemes([str(tmp_path / "ours.toml")])
         assert not errors
