@@ -179,6 +179,8 @@ class ConResNetPaper(ResidualMapsMixin, PlansNetwork):
     Source: Zhang et al. 2021, section III-D, as the authors' code computes it.
     """
 
+    fixed_stages = (STRIDES, KERNEL_SIZES)
+    has_auxiliary_heads = False
     decoder: PaperDecoder
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
@@ -30,10 +30,15 @@ class PlansNetwork(nn.Module):
         features: Channels, one number per stage.
         kernel_sizes: [kx, ky, kz] per stage.
         strides: [sx, sy, sz] per stage.
+        fixed_stages: Strides and kernel sizes of a network that plans can't give others; None for all others.
+        has_auxiliary_heads: Whether it puts out a segmentation at every scale unless plans say ``auxiliary_heads``.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
     """
+
+    fixed_stages: ClassVar[tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]] | None] = None
+    has_auxiliary_heads: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -6,18 +6,19 @@ import sys
 from typing import TYPE_CHECKING
 
 from nnunet_conres.cli.arguments import PROCESSES_VARIABLE, number_of_processes
+from nnunet_conres.families import PLANNED
 
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
     from nnunet_conres.planning.commands import PlanOptions
 
-_ARCHITECTURES = ("conresnet", "residual_maps", "vnet", "unet3d")
+_TITLES = [family.title for family in PLANNED.values()]
 
 
 def add_plan(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan",
-        help="plan ConResNet, ResidualMapUNet, V-Net or 3D U-Net for the memory there is",
+        help=f"plan {', '.join(_TITLES[:-1])} or {_TITLES[-1]} for the memory there is",
         description="Plans data sets for a network of this package, as nnUNetv2_plan_experiment does for nnU-Net's "
         "own: patch, batch and checkpointing are chosen by the memory that the network takes. Fingerprints have to be "
         "there.",
@@ -29,7 +30,7 @@ def add_plan(subparsers: "Subparsers") -> None:
 def _add_planning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", metavar="ID", type=int, nargs="+", required=True, help="data set ids, for example 501")
     parser.add_argument(
-        "-a", metavar="NETWORK", choices=_ARCHITECTURES, required=True, help=f"one of {', '.join(_ARCHITECTURES)}"
+        "-a", metavar="NETWORK", choices=list(PLANNED), required=True, help=f"one of {', '.join(PLANNED)}"
     )
     parser.add_argument(
         "-gpu_memory_target",

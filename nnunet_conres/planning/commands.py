@@ -29,6 +29,7 @@ from nnunet_conres.datasets.raw import (
     some,
 )
 from nnunet_conres.errors import InputError
+from nnunet_conres.families import PLANNED
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.planning.preprocessing import (
     OF_FILES,
@@ -63,7 +64,7 @@ class PlanOptions:
     """What can be asked of a planner.
 
     Attributes:
-        architecture: A key of PLANNERS.
+        architecture: A key of PLANNED.
         gpu_memory_target: What a training step may take, GiB.
         overwrite_target_spacing: Voxel size of 3d_fullres in mm, three of them in nnU-Net's order of axes; None for
             what nnU-Net finds.
@@ -82,7 +83,7 @@ class PlanOptions:
     @property
     def resolved_plans_name(self) -> str:
         """Name of the plans."""
-        return self.plans_name if self.plans_name is not None else PLANNERS[self.architecture].default_plans_name
+        return self.plans_name if self.plans_name is not None else PLANNED[self.architecture].plans_name
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the options themselves, whatever the data set."""
@@ -350,8 +351,8 @@ def _plan(dataset_id: int, options: PlanOptions) -> Planned:
         dataset_id=dataset_id,
         plans_name=planner.plans_identifier,
         plans_file=planner.plans_file,
-        network_name=planner.network_name,
-        trainer_name=planner.trainer_name,
+        network_name=planner.family.title,
+        trainer_name=planner.family.trainer_name,
         memory_target=planner.memory_target,
         configurations=tuple(planner.planned_configurations()),
     )
@@ -431,7 +432,7 @@ def _dataset_faults(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
 
 def _plans_file_faults(path: Path, options: PlanOptions) -> Iterator[str]:
     """What would be lost if the plans were written."""
-    existing, ours = read_plans(path.parent).get(path.stem), PLANNERS[options.architecture].__name__
+    existing, ours = read_plans(path.parent).get(path.stem), PLANNED[options.architecture].planner_name
     if path.stem in _NO_PLANS or (existing is None and path.exists()):
         yield f"{path} is not for plans, or holds none that can be read. Choose another -overwrite_plans_name."
     elif existing is not None and existing.get("experiment_planner_used") != ours:

@@ -25,17 +25,12 @@ from nnunet_conres import __version__
 from nnunet_conres.architectures.network import CHECKPOINTINGS
 from nnunet_conres.datasets.fingerprint import FINGERPRINT, exclude_ignored_voxels
 from nnunet_conres.errors import InputError
+from nnunet_conres.families import PLANNED, Family
 from nnunet_conres.files import write_json
-from nnunet_conres.planning.architectures import (
-    conresnet_architecture,
-    residual_maps_architecture,
-    set_background_class,
-    unet3d_architecture,
-    vnet_architecture,
-)
 from nnunet_conres.planning.memory import MemoryModel
 from nnunet_conres.planning.preprocessing import read_plans, settings_faults, share_data
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
+from nnunet_conres.plans.entries import set_background_class
 from nnunet_conres.text import times
 
 GIB: Final = 2**30
@@ -92,16 +87,12 @@ class NetworkPlanner(ExperimentPlanner):
     fake tensors. 2d is nnU-Net's own network, planned its own way.
 
     Attributes:
-        network_name: What messages call the network.
-        default_plans_name: Name of the plans where none is asked for.
-        trainer_name: The trainer to train the plans with.
+        family: What it plans.
         progress: Whether to show a progress bar on stderr.
         model: Memory of training steps; planners that plan alike may share one.
     """
 
-    network_name: ClassVar[str]
-    default_plans_name: ClassVar[str]
-    trainer_name: ClassVar[str]
+    family: ClassVar[Family]
     progress: bool = True
 
     dataset_name: str
@@ -123,7 +114,7 @@ class NetworkPlanner(ExperimentPlanner):
             dataset_name_or_id,
             gpu_memory_target_in_gb,
             preprocessor_name,
-            self.default_plans_name if plans_name is None else plans_name,
+            self.family.plans_name if plans_name is None else plans_name,
             overwrite_target_spacing,
             suppress_transpose,
         )
@@ -136,11 +127,6 @@ class NetworkPlanner(ExperimentPlanner):
         self._bar = tqdm(disable=True)
         self.model = MemoryModel(progress=lambda: self._bar.update())
 
-    @staticmethod
-    def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
-        """The ``architecture`` entry of plans for this network, of a configuration for nnU-Net's."""
-        raise NotImplementedError
-
     @property
     def memory_target(self) -> int:
         """What a training step may take, bytes."""
@@ -152,7 +138,7 @@ class NetworkPlanner(ExperimentPlanner):
         """A training step with mixed precision."""
         channels = len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", ())))
         return TrainingStep(
-            trainer=find_trainer(self.trainer_name),
+            trainer=find_trainer(self.family.trainer_name),
             architecture=architecture,
             patch_size=tuple(int(extent) for extent in patch_size),
             batch_size=batch_size,
@@ -206,13 +192,13 @@ class NetworkPlanner(ExperimentPlanner):
             return
         if not self._search:
             raise InputError(
-                f"The images of {self.dataset_name} are too small for {self.network_name}: a patch of {times(patch)} "
+                f"The images of {self.dataset_name} are too small for {self.family.title}: a patch of {times(patch)} "
                 f"voxels makes a network of {n_stages} stages; expected {_MIN_STAGES} stages or more, and {MIN_EDGE} "
                 f"voxels along each axis. A finer -overwrite_target_spacing makes them larger."
             )
         patch, needed = min(self._search, key=lambda tried: tried[1])
         raise TooLittleMemoryError(
-            f"{self.network_name} can't be planned for {self.dataset_name} in {_gib(self.memory_target)}: the smallest "
+            f"{self.family.title} can't be planned for {self.dataset_name} in {_gib(self.memory_target)}: the smallest "
             f"patch, {times(patch)} voxels, takes {_gib(needed)} at batch {self.UNet_min_batch_size} with "
             f"checkpointing {self._checkpointing}"
             + (" in the cascade, where the stage before adds channels" if self._previous_stage_channels else "")
@@ -223,7 +209,7 @@ class NetworkPlanner(ExperimentPlanner):
 
     def _derive(self, stock: Mapping[str, Any], checkpointing: str) -> dict[str, Any]:
         # as they will be read from the file, lists and not tuples: the trainer, too, derives from those
-        entry = self.architecture(ConfigurationManager({"architecture": json.loads(json.dumps(stock))}))
+        entry = self.family.plans.architecture(ConfigurationManager({"architecture": json.loads(json.dumps(stock))}))
         set_background_class(entry, self._labels.has_regions)
         entry["arch_kwargs"]["checkpointing"] = checkpointing
         return entry
@@ -262,7 +248,7 @@ class NetworkPlanner(ExperimentPlanner):
             plan = super().get_plans_for_configuration(*arguments, {})
         except ZeroDivisionError:  # a patch of no voxels
             raise InputError(
-                f"The images of {self.dataset_name} are too small for {self.network_name} at a voxel size of "
+                f"The images of {self.dataset_name} are too small for {self.family.title} at a voxel size of "
                 f"{' x '.join(f'{extent:g}' for extent in spacing)} mm: {times([round(e) for e in median_shape])} "
                 f"voxels. A finer -overwrite_target_spacing makes them larger."
             ) from None
@@ -398,7 +384,7 @@ class NetworkPlanner(ExperimentPlanner):
         configurations = plans["configurations"]
         if "3d_fullres" not in configurations:
             raise InputError(
-                f"The images of {self.dataset_name} are single slices, and {self.network_name} is a 3D network. Plan "
+                f"The images of {self.dataset_name} are single slices, and {self.family.title} is a 3D network. Plan "
                 f"them with nnUNetv2_plan_experiment for nnU-Net's own."
             )
         self._plan_cascade(configurations)
@@ -444,48 +430,12 @@ class NetworkPlanner(ExperimentPlanner):
             )
 
 
-class ConResNetPlanner(NetworkPlanner):
-    """Plans for ConResNet."""
-
-    network_name = "ConResNet"
-    default_plans_name = "nnUNetConResNetPlans"
-    trainer_name = "nnUNetTrainerConResNet"
-    architecture = staticmethod(conresnet_architecture)
+def _planner(family: Family) -> type[NetworkPlanner]:
+    attributes = {"__module__": __name__, "__doc__": f"Plans for {family.title}.", "family": family}
+    return type(family.planner_name, (NetworkPlanner,), attributes)
 
 
-class ResidualMapsPlanner(NetworkPlanner):
-    """Plans for ResidualMapUNet."""
-
-    network_name = "ResidualMapUNet"
-    default_plans_name = "nnUNetResidualMapsPlans"
-    trainer_name = "nnUNetTrainerResidualMaps"
-    architecture = staticmethod(residual_maps_architecture)
-
-
-class VNetPlanner(NetworkPlanner):
-    """Plans for V-Net."""
-
-    network_name = "V-Net"
-    default_plans_name = "nnUNetVNetPlans"
-    trainer_name = "nnUNetTrainerVNet"
-    architecture = staticmethod(vnet_architecture)
-
-
-class UNet3DPlanner(NetworkPlanner):
-    """Plans for 3D U-Net."""
-
-    network_name = "3D U-Net"
-    default_plans_name = "nnUNetUNet3DPlans"
-    trainer_name = "nnUNetTrainerUNet3D"
-    architecture = staticmethod(unet3d_architecture)
-
-
-PLANNERS: Final[dict[str, type[NetworkPlanner]]] = {
-    "conresnet": ConResNetPlanner,
-    "residual_maps": ResidualMapsPlanner,
-    "vnet": VNetPlanner,
-    "unet3d": UNet3DPlanner,
-}
+PLANNERS: Final = {key: _planner(family) for key, family in PLANNED.items()}
 """The planner of each family, by the name that the command line has for it."""
 
 

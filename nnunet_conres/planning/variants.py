@@ -12,11 +12,10 @@ from typing import Any, Final
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_conres.architectures.conresnet_paper import DIVISOR
 from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
-from nnunet_conres.planning.architectures import CONRESNET_PAPER
+from nnunet_conres.plans.entries import fixed_stages, stride_products
 from nnunet_conres.text import aligned, times
 
 # What nnU-Net's planners take: an axis is halved until it is shorter than twice this, and features are doubled up to
@@ -234,10 +233,11 @@ def derive_architecture(
     """
     derived = deepcopy(dict(architecture))
     arguments = derived["arch_kwargs"]
-    if derived["network_class_name"] == CONRESNET_PAPER:
-        uneven = [extent for extent in patch_size if extent % DIVISOR]
-        if uneven:
-            raise InputError(f"ConResNetPaper's topology is fixed; expected multiples of {DIVISOR}.")
+    if fixed_stages(derived["network_class_name"]) is not None:
+        divisors = stride_products(derived, len(patch_size)) or []
+        if any(extent % divisor for extent, divisor in zip(patch_size, divisors, strict=True)):
+            network = derived["network_class_name"].rpartition(".")[2]
+            raise InputError(f"{network}'s topology is fixed; expected multiples of {' x '.join(map(str, divisors))}.")
         return derived, tuple(int(extent) for extent in patch_size)
     missing = [key for key in ("features_per_stage", "strides", "kernel_sizes", "n_stages") if key not in arguments]
     if missing:

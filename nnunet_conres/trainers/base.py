@@ -28,17 +28,17 @@ from nnunet_conres.architectures.blocks import stage_sizes
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, Muon, muon_of
-from nnunet_conres.planning.architectures import has_auxiliary_heads, set_background_class, stages_of
 from nnunet_conres.planning.preprocessing import preprocessing_settings
 from nnunet_conres.planning.sources import training_data_faults
-from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
-from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
-from nnunet_conres.trainers.plans import (
+from nnunet_conres.plans.configurations import (
     configuration_of,
     differences_in_topology,
     paper_patch_size,
     with_configuration,
 )
+from nnunet_conres.plans.entries import has_auxiliary_heads, set_background_class, stages_of
+from nnunet_conres.trainers.logger import LossPartsLogger, loss_part_key
+from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.precision import bfloat16_gradients_are_wrong, cpu_autocast, training_precision
 
 LATEST_CHECKPOINT = "checkpoint_latest.pth"

@@ -12,14 +12,11 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from nnunet_conres.architectures.conresnet_paper import DIVISOR
+from nnunet_conres.architectures.conresnet_paper import DIVISOR, ConResNetPaper
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import PAPER_RESIDUAL_WEIGHT
-from nnunet_conres.planning.architectures import (
-    conresnet_architecture,
-    conresnet_paper_architecture,
-    names_conresnet_paper,
-)
+from nnunet_conres.plans import conresnet
+from nnunet_conres.plans.entries import names_paper_form
 from nnunet_conres.trainers.augmentation import with_deformation, with_spatial, without_intensity_transforms
 from nnunet_conres.trainers.base import with_paper_patch
 from nnunet_conres.trainers.residual_maps import ResidualMapTrainer
@@ -39,7 +36,7 @@ class nnUNetTrainerConResNet(ResidualMapTrainer):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return conresnet_architecture(configuration)
+        return conresnet.architecture(configuration)
 
 
 class nnUNetTrainerConResNetSharedEncoder(nnUNetTrainerConResNet):
@@ -47,7 +44,7 @@ class nnUNetTrainerConResNetSharedEncoder(nnUNetTrainerConResNet):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return conresnet_architecture(configuration, shared_encoder=True)
+        return conresnet.architecture(configuration, shared_encoder=True)
 
 
 class nnUNetTrainerConResNet_NoMirroring(nnUNetTrainerConResNet):
@@ -100,12 +97,12 @@ class nnUNetTrainerConResNetPaper(ResidualMapTrainer):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return conresnet_paper_architecture(configuration)
+        return conresnet.paper_architecture(configuration)
 
     @classmethod
     def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
         entries = super().resolve(configuration, name)
-        if names_conresnet_paper(configuration):
+        if names_paper_form(configuration, ConResNetPaper):
             check_paper_patch(configuration, name)
             return entries
         return with_paper_patch(entries, configuration, PAPER_PATCH_SIZE, PAPER_BATCH_SIZE, DIVISOR)

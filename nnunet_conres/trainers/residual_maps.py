@@ -11,7 +11,7 @@ from torch import nn
 from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import RESIDUAL_WEIGHT, ConResLoss, ResidualMapLoss
-from nnunet_conres.planning.architectures import residual_maps_architecture
+from nnunet_conres.plans import residual_maps
 from nnunet_conres.residuals import has_neighbours
 from nnunet_conres.trainers.base import PluginTrainer, check_slice_axis
 
@@ -110,7 +110,7 @@ class nnUNetTrainerResidualMaps(ResidualMapTrainer):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return residual_maps_architecture(configuration)
+        return residual_maps.architecture(configuration)
 
 
 class nnUNetTrainerResidualMaps_SGD(nnUNetTrainerResidualMaps):

@@ -21,14 +21,14 @@ from torch.nn import functional as F
 
 from benchmarks.timing import BenchmarkError
 from nnunet_conres.architectures.conresnet_paper import DIVISOR
-from nnunet_conres.planning.architectures import set_background_class
+from nnunet_conres.plans.configurations import configuration_of, with_configuration
+from nnunet_conres.plans.entries import set_background_class
 from nnunet_conres.trainers.base import PluginTrainer
 from nnunet_conres.trainers.conresnet import (
     nnUNetTrainerConResNet,
     nnUNetTrainerConResNetPaper,
     nnUNetTrainerConResNetSharedEncoder,
 )
-from nnunet_conres.trainers.plans import configuration_of, with_configuration
 from nnunet_conres.trainers.residual_maps import nnUNetTrainerResidualMaps
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNet

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 import nnunet_conres.trainers
-from nnunet_conres.registration import TRAINERS, TRAINING_LENGTHS
+from nnunet_conres.families import TRAINERS, TRAINING_LENGTHS
 
 
 @pytest.mark.parametrize("family", ["nnUNetTrainerConResNet", "nnUNetTrainerVNet", "nnUNetTrainerUNet3D"])

@@ -7,25 +7,18 @@ from typing import Any
 import pytest
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from nnunet_conres.planning.architectures import (
-    CONRESNET,
-    CONRESNET_PAPER,
-    RESIDUAL_MAP_UNET,
-    UNET3D,
-    VNET,
-    conresnet_architecture,
-    conresnet_paper_architecture,
-    has_auxiliary_heads,
-    residual_maps_architecture,
-    set_background_class,
-    stages_of,
-    unet3d_architecture,
-    unet3d_paper_architecture,
-    vnet_architecture,
-    vnet_paper_architecture,
-)
-from nnunet_conres.trainers.plans import configuration_of, with_configuration
+from nnunet_conres.architectures.conresnet import ConResNet
+from nnunet_conres.architectures.conresnet_paper import ConResNetPaper
+from nnunet_conres.architectures.residual_map_unet import ResidualMapUNet
+from nnunet_conres.architectures.unet3d import UNet3D
+from nnunet_conres.architectures.vnet import VNet
+from nnunet_conres.plans import conresnet, residual_maps, unet3d, vnet
+from nnunet_conres.plans.configurations import configuration_of, with_configuration
+from nnunet_conres.plans.entries import class_path, has_auxiliary_heads, set_background_class, stages_of
 
+CONRESNET, CONRESNET_PAPER, RESIDUAL_MAP_UNET, VNET, UNET3D = map(
+    class_path, (ConResNet, ConResNetPaper, ResidualMapUNet, VNet, UNet3D)
+)
 STOCK = {
     "n_stages": 3,
     "features_per_stage": [32, 64, 128],
@@ -63,8 +56,8 @@ def fullres(some_plans: dict) -> Any:
 @pytest.mark.parametrize(
     ("derive", "class_name", "own"),
     [
-        (conresnet_architecture, CONRESNET, {"slice_axis": 0, "shared_encoder": False}),
-        (residual_maps_architecture, RESIDUAL_MAP_UNET, {}),
+        (conresnet.architecture, CONRESNET, {"slice_axis": 0, "shared_encoder": False}),
+        (residual_maps.architecture, RESIDUAL_MAP_UNET, {}),
     ],
 )
 class TestNetworksWithResidualMaps:
@@ -121,19 +114,19 @@ class TestNetworksWithResidualMaps:
 
 class TestConResNetArchitecture:
     def test_shared_encoder(self) -> None:
-        assert conresnet_architecture(fullres(plans()), shared_encoder=True)["arch_kwargs"]["shared_encoder"] is True
+        assert conresnet.architecture(fullres(plans()), shared_encoder=True)["arch_kwargs"]["shared_encoder"] is True
         named = plans(CONRESNET, n_conv_per_stage="left out", n_blocks_per_stage=[1, 2, 2], shared_encoder=True)
         for wanted in (True, False):  # the trainer's name says which of the two it trains
-            assert conresnet_architecture(fullres(named), wanted)["arch_kwargs"]["shared_encoder"] is wanted
+            assert conresnet.architecture(fullres(named), wanted)["arch_kwargs"]["shared_encoder"] is wanted
 
     def test_plans_of_one_network_with_residual_maps_become_the_other(self) -> None:
-        ours = with_configuration(plans(), "3d_fullres", architecture=residual_maps_architecture(fullres(plans())))
-        assert conresnet_architecture(fullres(ours)) == conresnet_architecture(fullres(plans()))
+        ours = with_configuration(plans(), "3d_fullres", architecture=residual_maps.architecture(fullres(plans())))
+        assert conresnet.architecture(fullres(ours)) == conresnet.architecture(fullres(plans()))
 
 
 class TestPaperArchitecture:
     def test_has_the_arguments_of_its_network(self) -> None:
-        entry = conresnet_paper_architecture(fullres(plans()))
+        entry = conresnet.paper_architecture(fullres(plans()))
         assert entry == {
             "network_class_name": CONRESNET_PAPER,
             "arch_kwargs": {
@@ -152,14 +145,14 @@ class TestPaperArchitecture:
             "arch_kwargs": {"slice_axis": 2},
             "_kw_requires_import": [],
         }
-        arguments = conresnet_paper_architecture(fullres(ours))["arch_kwargs"]
+        arguments = conresnet.paper_architecture(fullres(ours))["arch_kwargs"]
         assert arguments["slice_axis"] == 2
         assert not has_auxiliary_heads(fullres(ours))
 
 
 @pytest.mark.parametrize("has_regions", [True, False])
 def test_the_background_has_no_residual_map(has_regions: bool) -> None:
-    entry = conresnet_architecture(fullres(plans()))
+    entry = conresnet.architecture(fullres(plans()))
     set_background_class(entry, has_regions)
     assert entry["arch_kwargs"]["background_class"] is not has_regions
     stock = plans()["configurations"]["3d_fullres"]["architecture"]
@@ -171,7 +164,7 @@ def test_strides_and_kernels_of_every_stage() -> None:
     strides, kernels = stages_of(fullres(plans(strides=[1, [1, 2, 2], 2])))
     assert strides == [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
     assert kernels == STOCK["kernel_sizes"]
-    paper = with_configuration(plans(), "3d_fullres", architecture=conresnet_paper_architecture(fullres(plans())))
+    paper = with_configuration(plans(), "3d_fullres", architecture=conresnet.paper_architecture(fullres(plans())))
     assert stages_of(fullres(paper)) == ([[1, 1, 1]] + [[2, 2, 2]] * 3, [[3, 3, 3]] * 4)
     assert stages_of(fullres(plans("architectures.primus.Primus", n_stages="left out"))) == ([], [])
 
@@ -186,7 +179,7 @@ RESIDUAL_ENCODER = {
 
 class TestVNetArchitecture:
     def test_kernels_of_five_and_half_of_the_features(self) -> None:
-        arguments = vnet_architecture(fullres(plans()))["arch_kwargs"]
+        arguments = vnet.architecture(fullres(plans()))["arch_kwargs"]
         assert arguments["kernel_sizes"] == [[1, 5, 5], [5, 5, 5], [5, 5, 5]]
         assert arguments["features_per_stage"] == [16, 32, 64]
         assert arguments["n_conv_per_stage"] == [1, 2, 3]
@@ -196,12 +189,12 @@ class TestVNetArchitecture:
             assert arguments[carried] == STOCK[carried]
 
     def test_one_number_for_all_stages(self) -> None:
-        arguments = vnet_architecture(fullres(plans(features_per_stage=8, kernel_sizes=3)))["arch_kwargs"]
+        arguments = vnet.architecture(fullres(plans(features_per_stage=8, kernel_sizes=3)))["arch_kwargs"]
         assert arguments["features_per_stage"] == [4, 4, 4]
         assert arguments["kernel_sizes"] == [[5, 5, 5]] * 3
 
     def test_paper(self) -> None:
-        arguments = vnet_paper_architecture(fullres(plans()))["arch_kwargs"]
+        arguments = vnet.paper_architecture(fullres(plans()))["arch_kwargs"]
         assert arguments["features_per_stage"] == [16, 32, 64, 128, 256]
         assert arguments["n_conv_per_stage"] == [1, 2, 3, 3, 3]
         assert arguments["n_conv_per_stage_decoder"] == [3, 3, 2, 1]
@@ -210,24 +203,24 @@ class TestVNetArchitecture:
 
 class TestUNet3DArchitecture:
     def test_pairs_of_convolutions(self) -> None:
-        arguments = unet3d_architecture(fullres(plans()))["arch_kwargs"]
+        arguments = unet3d.architecture(fullres(plans()))["arch_kwargs"]
         assert {k: arguments[k] for k in STOCK} == STOCK
         assert arguments["downsampling"] == "strided_conv"
 
     def test_pairs_for_residual_encoder_plans_too(self) -> None:
-        arguments = unet3d_architecture(fullres(plans(**RESIDUAL_ENCODER)))["arch_kwargs"]
+        arguments = unet3d.architecture(fullres(plans(**RESIDUAL_ENCODER)))["arch_kwargs"]
         assert arguments["n_conv_per_stage"] == [2, 2, 2]
         assert arguments["n_conv_per_stage_decoder"] == [2, 2]
 
     def test_paper_keeps_the_downsampling_of_plans_that_name_it(self) -> None:
-        assert unet3d_paper_architecture(fullres(plans()))["arch_kwargs"]["downsampling"] == "strided_conv"
+        assert unet3d.paper_architecture(fullres(plans()))["arch_kwargs"]["downsampling"] == "strided_conv"
         pooling = plans(UNET3D, downsampling="max_pool")
-        assert unet3d_paper_architecture(fullres(pooling))["arch_kwargs"]["downsampling"] == "max_pool"
+        assert unet3d.paper_architecture(fullres(pooling))["arch_kwargs"]["downsampling"] == "max_pool"
 
 
 @pytest.mark.parametrize(
     ("derive", "class_name"),
-    [(vnet_architecture, VNET), (unet3d_architecture, UNET3D), (conresnet_architecture, CONRESNET)],
+    [(vnet.architecture, VNET), (unet3d.architecture, UNET3D), (conresnet.architecture, CONRESNET)],
 )
 class TestAllFamilies:
     @pytest.mark.parametrize("stock", [{}, RESIDUAL_ENCODER])
@@ -253,9 +246,9 @@ def test_papers_have_a_single_head() -> None:
 
     configuration = fullres(plans())
     assert has_auxiliary_heads(configuration)
-    for paper in (vnet_paper_architecture, unet3d_paper_architecture, conresnet_paper_architecture):
+    for paper in (vnet.paper_architecture, unet3d.paper_architecture, conresnet.paper_architecture):
         assert not heads(paper(configuration))
-    for dynamic in (vnet_architecture, unet3d_architecture, conresnet_architecture, residual_maps_architecture):
+    for dynamic in (vnet.architecture, unet3d.architecture, conresnet.architecture, residual_maps.architecture):
         assert heads(dynamic(configuration))
 
 
@@ -265,9 +258,9 @@ def naming(entry: dict[str, Any], **patch: Any) -> Any:
 
 
 PAPERS = {
-    VNET: vnet_paper_architecture,
-    UNET3D: unet3d_paper_architecture,
-    CONRESNET_PAPER: conresnet_paper_architecture,
+    VNET: vnet.paper_architecture,
+    UNET3D: unet3d.paper_architecture,
+    CONRESNET_PAPER: conresnet.paper_architecture,
 }
 
 
@@ -281,14 +274,14 @@ class TestPlansOfOtherFamilies:
     @pytest.mark.parametrize(
         ("derive", "theirs"),
         [
-            (vnet_architecture, UNET3D),
-            (vnet_architecture, CONRESNET_PAPER),
-            (unet3d_architecture, VNET),
-            (unet3d_architecture, CONRESNET_PAPER),
-            (conresnet_architecture, VNET),
-            (conresnet_architecture, UNET3D),
-            (conresnet_architecture, CONRESNET_PAPER),
-            (residual_maps_architecture, CONRESNET_PAPER),
+            (vnet.architecture, UNET3D),
+            (vnet.architecture, CONRESNET_PAPER),
+            (unet3d.architecture, VNET),
+            (unet3d.architecture, CONRESNET_PAPER),
+            (conresnet.architecture, VNET),
+            (conresnet.architecture, UNET3D),
+            (conresnet.architecture, CONRESNET_PAPER),
+            (residual_maps.architecture, CONRESNET_PAPER),
         ],
     )
     def test_nothing_is_derived_from_another_networks_paper_form(self, derive: Any, theirs: str) -> None:
@@ -296,13 +289,13 @@ class TestPlansOfOtherFamilies:
             derive(naming(PAPERS[theirs](fullres(plans()))))
 
     def test_single_headed_plans_of_the_own_network_keep_their_arguments(self) -> None:
-        for derive, paper in ((vnet_architecture, PAPERS[VNET]), (unet3d_architecture, PAPERS[UNET3D])):
+        for derive, paper in ((vnet.architecture, PAPERS[VNET]), (unet3d.architecture, PAPERS[UNET3D])):
             entry = derive(fullres(plans()))
             entry["arch_kwargs"]["auxiliary_heads"] = False
             assert paper(naming(entry)) == entry
 
 
-@pytest.mark.parametrize(("derive", "class_name"), [(vnet_architecture, VNET), (unet3d_architecture, UNET3D)])
+@pytest.mark.parametrize(("derive", "class_name"), [(vnet.architecture, VNET), (unet3d.architecture, UNET3D)])
 def test_what_plans_leave_out_is_spelled_out_as_the_constructor_has_it(derive: Any, class_name: str) -> None:
     partial = {
         "n_stages": 2,
@@ -326,14 +319,14 @@ def test_what_plans_leave_out_is_spelled_out_as_the_constructor_has_it(derive: A
 @pytest.mark.parametrize(
     ("derive", "class_name"),
     [
-        (conresnet_architecture, CONRESNET),
-        (conresnet_paper_architecture, CONRESNET),
-        (conresnet_paper_architecture, CONRESNET_PAPER),
-        (residual_maps_architecture, RESIDUAL_MAP_UNET),
-        (vnet_architecture, VNET),
-        (vnet_paper_architecture, VNET),
-        (unet3d_architecture, UNET3D),
-        (unet3d_paper_architecture, UNET3D),
+        (conresnet.architecture, CONRESNET),
+        (conresnet.paper_architecture, CONRESNET),
+        (conresnet.paper_architecture, CONRESNET_PAPER),
+        (residual_maps.architecture, RESIDUAL_MAP_UNET),
+        (vnet.architecture, VNET),
+        (vnet.paper_architecture, VNET),
+        (unet3d.architecture, UNET3D),
+        (unet3d.paper_architecture, UNET3D),
     ],
 )
 def test_checkpointing_stays_with_its_network(derive: Callable[..., dict[str, Any]], class_name: str) -> None:

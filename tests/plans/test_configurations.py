@@ -7,7 +7,7 @@ import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres import __version__
-from nnunet_conres.trainers.plans import (
+from nnunet_conres.plans.configurations import (
     configuration_of,
     differences_in_topology,
     paper_patch_size,
