@@ -550,14 +550,19 @@ class TestGradientsThatAreNotFinite:
 
     def test_device_is_not_waited_for(self) -> None:
         """Tensors without values raise an error where one is asked for."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
         with FakeTensorMode():
             parameters, optimizer = self.made()
             for parameter in parameters:
                 parameter.grad = torch.ones_like(parameter)
+            before = [parameter._version for parameter in parameters]
             for _ in range(2):
                 optimizer.step()
+            assert all(p._version > version for p, version in zip(parameters, before, strict=True))
+            assert len(optimizer.state) == len(parameters)
+            with pytest.raises(DataDependentOutputException):
+                bool(parameters[0].grad.isfinite().all())  # type: ignore[union-attr]
 
     def test_state_is_saved(self) -> None:
         (ours, one), (_, other) = self.made(), self.made()

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +26,7 @@ from nnunet_conres.architectures.network import (
     residual_classes,
     spatial_axis,
 )
-from nnunet_conres.architectures.residual_encoder import decoder_level, residual_encoder
+from nnunet_conres.architectures.residual_encoder import decoder_level, residual_encoder, transposed_convolution
 from nnunet_conres.residuals import inter_slice_residual
 
 
@@ -64,20 +63,16 @@ class ConResNetDecoder(ContextResidualDecoder):
         checkpointing: bool,
     ) -> None:
         conv_op, bias = encoder.conv_op, encoder.conv_bias
-        transposed_conv_op = get_matching_convtransp(conv_op=conv_op)
         stages, segmentation_up, segmentation_heads, residual_heads = [], [], [], []
         residual_up: list[nn.Module] = []
         for level, n_conv in enumerate(n_conv_per_stage):
-            below, features = encoder.output_channels[-(level + 1)], encoder.output_channels[-(level + 2)]
-            stride, kernel_size = encoder.strides[-(level + 1)], encoder.kernel_sizes[-(level + 2)]
+            features, kernel_size = encoder.output_channels[-(level + 2)], encoder.kernel_sizes[-(level + 2)]
             padding = [(k - 1) // 2 for k in kernel_size]
             starts_from_image = level == 0 and not shared_encoder
 
             up, segmentation = decoder_level(encoder, level, n_conv)
             segmentation_up.append(up)
-            residual_up.append(
-                nn.Identity() if starts_from_image else transposed_conv_op(below, features, stride, stride, bias=bias)
-            )
+            residual_up.append(nn.Identity() if starts_from_image else transposed_convolution(encoder, level))
             project = conv_op(input_channels, features, kernel_size, padding=padding, bias=bias)
             stages.append(
                 ContextResidualModule(

@@ -61,6 +61,26 @@ def paper_patch_size(paper: tuple[int, int, int], median_shape: list[float], div
     return [min(p, n) for p, n in zip(paper, needed, strict=True)]
 
 
+def with_paper_patch(
+    entries: dict[str, Any],
+    configuration: ConfigurationManager,
+    patch_size: tuple[int, int, int],
+    batch_size: int,
+    divisor: int,
+) -> dict[str, Any]:
+    """Entries for the plans with the paper's patch, on every axis no larger than the images need, and its batch.
+
+    Args:
+        entries: What the trainer writes into the plans besides.
+        configuration: Configuration of stock plans.
+        patch_size: The paper's patch in voxels.
+        batch_size: The paper's batch.
+        divisor: What the network's strides multiply to; sides of the patch are rounded up to it.
+    """
+    median_shape = configuration.configuration.get("median_image_size_in_voxels", configuration.patch_size)
+    return entries | {"patch_size": paper_patch_size(patch_size, median_shape, divisor), "batch_size": batch_size}
+
+
 def with_configuration(plans: dict[str, Any], configuration: str, **entries: Any) -> dict[str, Any]:
     """Plans whose configuration has these entries (``architecture``, ``patch_size``, ``batch_size``) of its own.
 

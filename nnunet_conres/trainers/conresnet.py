@@ -16,16 +16,17 @@ from nnunet_conres.architectures.conresnet_paper import DIVISOR, ConResNetPaper
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import PAPER_RESIDUAL_WEIGHT
 from nnunet_conres.plans import conresnet
+from nnunet_conres.plans.configurations import with_paper_patch
 from nnunet_conres.plans.entries import names_paper_form
 from nnunet_conres.trainers.augmentation import with_deformation, with_spatial, without_intensity_transforms
-from nnunet_conres.trainers.base import with_paper_patch
+from nnunet_conres.trainers.recipe import MuonMixin
 from nnunet_conres.trainers.residual_maps import ResidualMapTrainer
 
 PAPER_PATCH_SIZE = (80, 160, 160)
 PAPER_BATCH_SIZE = 2
 
 
-class nnUNetTrainerConResNet(ResidualMapTrainer):
+class nnUNetTrainerConResNet(MuonMixin, ResidualMapTrainer):
     """ConResNet, its topology derived from the plans, under nnU-Net's recipe with Muon as the optimiser.
 
     Two decoders: context residual modules with the paper's attention at every level, and residual maps from the
@@ -59,7 +60,7 @@ class nnUNetTrainerConResNet_NoMirroring(nnUNetTrainerConResNet):
 class nnUNetTrainerConResNet_SGD(nnUNetTrainerConResNet):
     """With nnU-Net's own optimiser and schedule."""
 
-    optimizer_kind = "sgd"
+    configure_optimizers = nnUNetTrainer.configure_optimizers
 
 
 def check_paper_patch(configuration: ConfigurationManager, name: str) -> None:
@@ -90,7 +91,6 @@ class nnUNetTrainerConResNetPaper(ResidualMapTrainer):
     training_epochs = 160  # of 250 iterations: 40,000
     training_lr = 1e-4
     training_weight_decay = 5e-4
-    optimizer_kind = "adam"
     lr_by_iteration = True
     residual_weight = PAPER_RESIDUAL_WEIGHT
     scaling = (0.9, 1.1)

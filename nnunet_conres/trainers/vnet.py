@@ -17,9 +17,10 @@ from nnunet_conres.architectures.vnet import PAPER_DIVISOR, VNet
 from nnunet_conres.augmentation.histogram import HistogramMatchingTransform
 from nnunet_conres.losses import SquaredDiceLoss
 from nnunet_conres.plans import vnet
+from nnunet_conres.plans.configurations import with_paper_patch
 from nnunet_conres.plans.entries import names_paper_form
 from nnunet_conres.trainers.augmentation import with_deformation, with_spatial, without_intensity_transforms
-from nnunet_conres.trainers.base import PluginTrainer, with_paper_patch
+from nnunet_conres.trainers.base import PluginTrainer
 from nnunet_conres.trainers.schedules import StepLRScheduler
 
 PAPER_PATCH_SIZE = (64, 128, 128)  # the slice axis comes first in nnU-Net
