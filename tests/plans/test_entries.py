@@ -12,6 +12,7 @@ from nnunet_conres.architectures.conresnet_paper import ConResNetPaper
 from nnunet_conres.architectures.residual_map_unet import ResidualMapUNet
 from nnunet_conres.architectures.unet3d import UNet3D
 from nnunet_conres.architectures.vnet import VNet
+from nnunet_conres.families import PLANNED
 from nnunet_conres.plans import conresnet, residual_maps, unet3d, vnet
 from nnunet_conres.plans.configurations import configuration_of, with_configuration
 from nnunet_conres.plans.entries import class_path, has_auxiliary_heads, set_background_class, stages_of
@@ -220,7 +221,8 @@ class TestUNet3DArchitecture:
 
 @pytest.mark.parametrize(
     ("derive", "class_name"),
-    [(vnet.architecture, VNET), (unet3d.architecture, UNET3D), (conresnet.architecture, CONRESNET)],
+    [(family.plans.architecture, family.networks[0]) for family in PLANNED.values()],
+    ids=PLANNED,
 )
 class TestAllFamilies:
     @pytest.mark.parametrize("stock", [{}, RESIDUAL_ENCODER])
@@ -246,10 +248,10 @@ def test_papers_have_a_single_head() -> None:
 
     configuration = fullres(plans())
     assert has_auxiliary_heads(configuration)
-    for paper in (vnet.paper_architecture, unet3d.paper_architecture, conresnet.paper_architecture):
-        assert not heads(paper(configuration))
-    for dynamic in (vnet.architecture, unet3d.architecture, conresnet.architecture, residual_maps.architecture):
-        assert heads(dynamic(configuration))
+    for family in PLANNED.values():
+        assert heads(family.plans.architecture(configuration))
+        if family.paper_trainer is not None:
+            assert not heads(family.plans.paper_architecture(configuration))
 
 
 def naming(entry: dict[str, Any], **patch: Any) -> Any:
