@@ -37,8 +37,6 @@ class Family:
         trainers: Names of its trainers, with a line on each. The first one is for the plans of its planner.
         networks: Where its classes are, that of the planner's plans first; none for the network that plans name.
         name: Part of the names of its plans and its planner; "" if it has no planner.
-        with_lengths: Those of its trainers that come with every training length.
-        paper_trainer: The one that trains the paper's form; None if there is none.
     """
 
     key: str
@@ -46,8 +44,6 @@ class Family:
     trainers: Mapping[str, str]
     networks: tuple[str, ...]
     name: str
-    with_lengths: tuple[str, ...]
-    paper_trainer: str | None = None
 
     @property
     def plans_name(self) -> str:
@@ -63,6 +59,11 @@ class Family:
     def trainer_name(self) -> str:
         """The trainer to train its plans with."""
         return next(iter(self.trainers))
+
+    @property
+    def with_lengths(self) -> list[str]:
+        """Those of its trainers that come with every training length: the first, and the one under nnU-Net's recipe."""
+        return [name for name in self.trainers if name in (self.trainer_name, f"{self.trainer_name}_SGD")]
 
     @property
     def plans(self) -> Any:
@@ -88,8 +89,6 @@ FAMILIES: Final = (
             "nnUNetTrainerConResNetBSpline": "ConResNet with B-spline deformations in the augmentation",
             "nnUNetTrainerConResNet_NoMirroring": "ConResNet without mirroring, in training and in prediction",
         },
-        with_lengths=("nnUNetTrainerConResNet", "nnUNetTrainerConResNet_SGD"),
-        paper_trainer="nnUNetTrainerConResNetPaper",
         name="ConResNet",
     ),
     Family(
@@ -102,7 +101,6 @@ FAMILIES: Final = (
             ),
             "nnUNetTrainerResidualMaps_SGD": "ResidualMapUNet under nnU-Net's own recipe",
         },
-        with_lengths=("nnUNetTrainerResidualMaps", "nnUNetTrainerResidualMaps_SGD"),
         name="ResidualMaps",
     ),
     Family(
@@ -112,7 +110,6 @@ FAMILIES: Final = (
         trainers={
             "nnUNetTrainerMuon": "the 3D network of the plans, nnU-Net's own, under nnU-Net's recipe with Muon",
         },
-        with_lengths=("nnUNetTrainerMuon",),
         name="",
     ),
     Family(
@@ -123,8 +120,6 @@ FAMILIES: Final = (
             "nnUNetTrainerVNet": "V-Net under nnU-Net's own recipe",
             "nnUNetTrainerVNetPaper": "V-Net in the paper's topology, loss, optimiser, schedule and augmentation",
         },
-        with_lengths=("nnUNetTrainerVNet",),
-        paper_trainer="nnUNetTrainerVNetPaper",
         name="VNet",
     ),
     Family(
@@ -135,8 +130,6 @@ FAMILIES: Final = (
             "nnUNetTrainerUNet3D": "3D U-Net under nnU-Net's own recipe",
             "nnUNetTrainerUNet3DPaper": "3D U-Net in the paper's topology, loss, batch norm and augmentation",
         },
-        with_lengths=("nnUNetTrainerUNet3D",),
-        paper_trainer="nnUNetTrainerUNet3DPaper",
         name="UNet3D",
     ),
 )

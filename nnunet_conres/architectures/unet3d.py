@@ -27,7 +27,7 @@ PAPER_FEATURES = (64, 128, 256, 512)
 
 
 def paper_arguments() -> dict[str, Any]:
-    """The constructor arguments of the paper's network, but for channels and classes, as plans would hold them."""
+    """The constructor arguments of the paper's network that are no defaults, but for channels and classes."""
     n_stages = len(PAPER_FEATURES)
     return {
         "n_stages": n_stages,
@@ -40,13 +40,9 @@ def paper_arguments() -> dict[str, Any]:
         "conv_bias": True,
         "norm_op": nn.BatchNorm3d,
         "norm_op_kwargs": {},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
         "nonlin": nn.ReLU,
         "nonlin_kwargs": {"inplace": True},
-        "downsampling": "strided_conv",
         "auxiliary_heads": False,
-        "checkpointing": "none",
     }
 
 

@@ -34,7 +34,7 @@ def convolutions_per_stage(n_stages: int) -> list[int]:
 
 
 def paper_arguments() -> dict[str, Any]:
-    """The constructor arguments of the paper's network, but for channels and classes, as plans would hold them."""
+    """The constructor arguments of the paper's network that are no defaults, but for channels and classes."""
     n_stages = len(PAPER_FEATURES)
     return {
         "n_stages": n_stages,
@@ -44,15 +44,7 @@ def paper_arguments() -> dict[str, Any]:
         "strides": [[1, 1, 1]] + [[2, 2, 2]] * (n_stages - 1),
         "n_conv_per_stage": list(PAPER_CONVOLUTIONS),
         "n_conv_per_stage_decoder": list(PAPER_CONVOLUTIONS[-2::-1]),
-        "conv_bias": True,
-        "norm_op": None,
-        "norm_op_kwargs": None,
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": nn.PReLU,
-        "nonlin_kwargs": {},
         "auxiliary_heads": False,
-        "checkpointing": "none",
     }
 
 

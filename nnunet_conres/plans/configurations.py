@@ -46,21 +46,6 @@ def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> lis
     ]
 
 
-def paper_patch_size(paper: tuple[int, int, int], median_shape: list[float], divisor: int) -> list[int]:
-    """The paper's patch, on every axis no larger than the images need.
-
-    Args:
-        paper: Patch of the paper in voxels.
-        median_shape: Median image shape in voxels, axes in the same order.
-        divisor: What the network's strides multiply to; sizes are rounded up to it.
-
-    Returns:
-        Patch size in voxels, every entry a multiple of ``divisor``.
-    """
-    needed = [-(-round(extent) // divisor) * divisor for extent in median_shape]
-    return [min(p, n) for p, n in zip(paper, needed, strict=True)]
-
-
 def with_paper_patch(
     entries: dict[str, Any],
     configuration: ConfigurationManager,
@@ -78,7 +63,8 @@ def with_paper_patch(
         divisor: What the network's strides multiply to; sides of the patch are rounded up to it.
     """
     median_shape = configuration.configuration.get("median_image_size_in_voxels", configuration.patch_size)
-    return entries | {"patch_size": paper_patch_size(patch_size, median_shape, divisor), "batch_size": batch_size}
+    needed = [-(-round(extent) // divisor) * divisor for extent in median_shape]
+    return entries | {"patch_size": list(map(min, patch_size, needed)), "batch_size": batch_size}
 
 
 def with_configuration(plans: dict[str, Any], configuration: str, **entries: Any) -> dict[str, Any]:

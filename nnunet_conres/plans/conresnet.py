@@ -7,8 +7,8 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.architectures.conresnet import ConResNet
-from nnunet_conres.architectures.conresnet_paper import STRIDES, ConResNetPaper
-from nnunet_conres.plans.entries import as_entry, own_arguments
+from nnunet_conres.architectures.conresnet_paper import ConResNetPaper
+from nnunet_conres.plans.entries import as_entry, kept_arguments, own_arguments
 from nnunet_conres.plans.residual_maps import residual_map_arguments
 
 
@@ -23,7 +23,7 @@ def architecture(configuration: ConfigurationManager, shared_encoder: bool = Fal
     Raises:
         InputError: If the plans name a network whose topology can't be carried over.
     """
-    arguments = {"slice_axis": 0} | residual_map_arguments(configuration, ConResNet)
+    arguments = residual_map_arguments(configuration, ConResNet)
     return as_entry(ConResNet, arguments | {"shared_encoder": shared_encoder})
 
 
@@ -34,10 +34,5 @@ def paper_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
         configuration: Any configuration; one that names ConResNetPaper itself keeps its arguments, and one that names
             ConResNet its checkpointing.
     """
-    arguments = {
-        "strides": [list(stride) for stride in STRIDES],
-        "background_class": False,
-        "slice_axis": 0,
-        "checkpointing": (own_arguments(configuration, ConResNet) or {}).get("checkpointing", "none"),
-    }
-    return as_entry(ConResNetPaper, arguments | (own_arguments(configuration, ConResNetPaper) or {}))
+    kept = kept_arguments(configuration, ConResNet, "checkpointing")
+    return as_entry(ConResNetPaper, kept | (own_arguments(configuration, ConResNetPaper) or {}))

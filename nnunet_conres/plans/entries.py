@@ -7,6 +7,7 @@ the entry of a configuration, and ``paper_architecture`` that of the paper's for
 
 from __future__ import annotations
 
+import inspect
 import math
 import pydoc
 from collections.abc import Mapping, Sequence
@@ -36,14 +37,8 @@ _SHARED_ARGUMENTS = (
 _REQUIRED_ARGUMENTS = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides")
 _IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 
-NO_LAYERS = {
-    "norm_op": None,
-    "norm_op_kwargs": None,
-    "dropout_op": None,
-    "dropout_op_kwargs": None,
-    "nonlin_kwargs": None,
-}
-"""Arguments that constructors take for None where plans leave them out."""
+# What nnU-Net or a trainer decides when it makes the network.
+_NOT_IN_PLANS = ("deep_supervision", "residual_outputs")
 
 
 def class_path(network: type) -> str:
@@ -51,30 +46,41 @@ def class_path(network: type) -> str:
     return f"{network.__module__}.{network.__name__}"
 
 
-def as_entry(network: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The entry for a network of this package.
+def as_entry(network: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry for a network of this package, with every argument that plans leave out as the constructor has it.
 
     Args:
         network: Its class.
-        arguments: Its arguments, as JSON can hold them.
+        arguments: Arguments of its constructor.
 
     Returns:
         Dictionary with ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, as plans hold it.
     """
-    arguments = deepcopy(arguments)
-    # nnU-Net takes the scales of deep supervision from the strides, and wants three numbers for each stage
-    for argument in ("kernel_sizes", "strides"):
-        if argument in arguments and "n_stages" in arguments:
-            values = per_stage(argument, arguments[argument], arguments["n_stages"])
-            arguments[argument] = [triple(value) for value in values]
-    imports = [argument for argument in _IMPORTED_ARGUMENTS if argument in arguments]
-    return {"network_class_name": class_path(network), "arch_kwargs": arguments, "_kw_requires_import": imports}
+    complete: dict[str, Any] = {
+        name: parameter.default
+        for name, parameter in inspect.signature(network).parameters.items()
+        if parameter.default is not parameter.empty and name not in _NOT_IN_PLANS
+    } | deepcopy(dict(arguments))
+    for name, value in complete.items():
+        if isinstance(value, type):
+            complete[name] = class_path(value)
+        elif name in ("kernel_sizes", "strides"):
+            # nnU-Net takes the scales of deep supervision from the strides, and wants three numbers for each stage
+            complete[name] = [triple(one) for one in per_stage(name, value, complete.get("n_stages") or len(value))]
+    imports = [argument for argument in _IMPORTED_ARGUMENTS if argument in complete]
+    return {"network_class_name": class_path(network), "arch_kwargs": complete, "_kw_requires_import": imports}
 
 
 def own_arguments(configuration: ConfigurationManager, network: type) -> dict[str, Any] | None:
     """A network's arguments in plans that name it; None if they name another network."""
     is_named = configuration.network_arch_class_name == class_path(network)
     return configuration.network_arch_init_kwargs if is_named else None
+
+
+def kept_arguments(configuration: ConfigurationManager, network: type, *names: str) -> dict[str, Any]:
+    """Those of these arguments that plans of a network say, which another form of the network takes over."""
+    own = own_arguments(configuration, network) or {}
+    return {name: own[name] for name in names if name in own}
 
 
 def shared_arguments(configuration: ConfigurationManager, network: type) -> dict[str, Any]:
@@ -100,19 +106,6 @@ def shared_arguments(configuration: ConfigurationManager, network: type) -> dict
     if given.get("nonlin") is None:
         raise InputError(f"{problem} has no nonlinearity (nonlin). Use plans of a U-Net, such as nnUNetPlans.")
     return {name: given.get(name) for name in _SHARED_ARGUMENTS} | {"conv_bias": bool(given.get("conv_bias", True))}
-
-
-def paper_entry(network: type, arguments: Mapping[str, Any], configuration: ConfigurationManager) -> dict[str, Any]:
-    """The entry for the paper's form of a network, with the checkpointing of plans that name the network.
-
-    Args:
-        network: Its class.
-        arguments: Its arguments in the paper's form; classes are named by where they are imported from.
-        configuration: The configuration that the entry is for.
-    """
-    as_plans = {name: class_path(value) if isinstance(value, type) else value for name, value in arguments.items()}
-    own = own_arguments(configuration, network) or {}
-    return as_entry(network, as_plans | {"checkpointing": str(own.get("checkpointing", "none"))})
 
 
 def set_background_class(architecture: dict[str, Any], has_regions: bool) -> None:

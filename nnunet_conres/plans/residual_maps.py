@@ -30,7 +30,7 @@ def residual_map_arguments(configuration: ConfigurationManager, network: type) -
     Raises:
         InputError: If the plans name a network whose topology can't be carried over.
     """
-    arguments = shared_arguments(configuration, network) | {"background_class": False, "checkpointing": "none"}
+    arguments = shared_arguments(configuration, network)
     own = own_arguments(configuration, network)
     if own is not None:
         return arguments | own

@@ -7,24 +7,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.architectures.unet3d import UNet3D, paper_arguments
-from nnunet_conres.plans.entries import (
-    NO_LAYERS,
-    as_entry,
-    names_paper_form,
-    own_arguments,
-    paper_entry,
-    shared_arguments,
-)
-
-_DEFAULTS = NO_LAYERS | {
-    "n_conv_per_stage": 2,
-    "n_conv_per_stage_decoder": 2,
-    "conv_bias": False,
-    "nonlin": None,
-    "downsampling": "strided_conv",
-    "auxiliary_heads": True,
-    "checkpointing": "none",
-}
+from nnunet_conres.plans.entries import as_entry, kept_arguments, names_paper_form, own_arguments, shared_arguments
 
 
 def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
@@ -40,20 +23,14 @@ def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
     """
     own = own_arguments(configuration, UNet3D)
     if own is not None:
-        return as_entry(UNet3D, _DEFAULTS | own)
+        return as_entry(UNet3D, own)
     arguments = shared_arguments(configuration, UNet3D)
     given, n_stages = configuration.network_arch_init_kwargs, arguments["n_stages"]
     # Pairs, as the paper has them; plans of a residual encoder count blocks instead, and decode by single convolutions.
-    counts_convolutions = "n_conv_per_stage" in given
-    arguments |= {
-        "n_conv_per_stage": given["n_conv_per_stage"] if counts_convolutions else [2] * n_stages,
-        "n_conv_per_stage_decoder": (
-            given.get("n_conv_per_stage_decoder", 2) if counts_convolutions else [2] * (n_stages - 1)
-        ),
-        "downsampling": "strided_conv",
-        "auxiliary_heads": True,
-        "checkpointing": "none",
-    }
+    if "n_conv_per_stage" not in given:
+        given = {"n_conv_per_stage": [2] * n_stages, "n_conv_per_stage_decoder": [2] * (n_stages - 1)}
+    arguments["n_conv_per_stage"] = given["n_conv_per_stage"]
+    arguments["n_conv_per_stage_decoder"] = given.get("n_conv_per_stage_decoder", 2)
     return as_entry(UNet3D, arguments)
 
 
@@ -66,6 +43,5 @@ def paper_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
     """
     if names_paper_form(configuration, UNet3D):
         return architecture(configuration)
-    own = own_arguments(configuration, UNet3D) or {}
-    chosen = {key: own[key] for key in ("downsampling",) if key in own}
-    return paper_entry(UNet3D, paper_arguments() | chosen, configuration)
+    kept = kept_arguments(configuration, UNet3D, "checkpointing", "downsampling")
+    return as_entry(UNet3D, paper_arguments() | kept)

@@ -8,23 +8,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.architectures.blocks import per_stage, triple
 from nnunet_conres.architectures.vnet import VNet, convolutions_per_stage, paper_arguments
-from nnunet_conres.plans.entries import (
-    NO_LAYERS,
-    as_entry,
-    names_paper_form,
-    own_arguments,
-    paper_entry,
-    shared_arguments,
-)
-
-_DEFAULTS = NO_LAYERS | {
-    "n_conv_per_stage": None,
-    "n_conv_per_stage_decoder": None,
-    "conv_bias": True,
-    "nonlin": "torch.nn.PReLU",
-    "auxiliary_heads": True,
-    "checkpointing": "none",
-}
+from nnunet_conres.plans.entries import as_entry, kept_arguments, names_paper_form, own_arguments, shared_arguments
 
 
 def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
@@ -41,7 +25,7 @@ def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
     """
     own = own_arguments(configuration, VNet)
     if own is not None:
-        return as_entry(VNet, _DEFAULTS | own)
+        return as_entry(VNet, own)
     arguments = shared_arguments(configuration, VNet)
     n_stages = arguments["n_stages"]
     features = per_stage("features_per_stage", arguments["features_per_stage"], n_stages)
@@ -54,8 +38,6 @@ def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
         "n_conv_per_stage_decoder": convolutions[-2::-1],
         "nonlin": "torch.nn.PReLU",
         "nonlin_kwargs": {},
-        "auxiliary_heads": True,
-        "checkpointing": "none",
     }
     return as_entry(VNet, arguments)
 
@@ -68,4 +50,4 @@ def paper_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
     """
     if names_paper_form(configuration, VNet):
         return architecture(configuration)
-    return paper_entry(VNet, paper_arguments(), configuration)
+    return as_entry(VNet, paper_arguments() | kept_arguments(configuration, VNet, "checkpointing"))

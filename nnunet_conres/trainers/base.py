@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -22,7 +23,6 @@ from nnunet_conres.plans.configurations import configuration_of, with_configurat
 from nnunet_conres.plans.entries import has_auxiliary_heads, set_background_class
 from nnunet_conres.trainers.checks import (
     as_in_other_folds,
-    build_network,
     check_device,
     check_is_3d,
     check_network,
@@ -100,8 +100,14 @@ class PluginTrainer(RecipeTrainer, LossPartsTrainer, CpuPrecisionTrainer, Finite
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """Builds the network that the plans name, or derives it from stock plans; also called for prediction."""
-        architecture = cls.architecture(configuration_manager)
-        return build_network(architecture, num_input_channels, num_output_channels, enable_deep_supervision)
+        entries = configuration_manager.configuration | {"architecture": cls.architecture(configuration_manager)}
+        return nnUNetTrainer.build_network_architecture(
+            plans_manager,
+            ConfigurationManager(entries),
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+        )
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         if self.enable_deep_supervision and not has_auxiliary_heads(self.configuration_manager):

@@ -11,7 +11,6 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
-from torch import nn
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.plans.configurations import configuration_of, differences_in_topology
@@ -60,21 +59,6 @@ def check_slice_axis(configuration: ConfigurationManager, name: str, network: st
         )
 
 
-def build_network(
-    architecture: Mapping[str, Any], num_input_channels: int, num_output_channels: int, enable_deep_supervision: bool
-) -> nn.Module:
-    """The network that an ``architecture`` entry of plans describes, its weights drawn anew."""
-    return get_network_from_plans(
-        architecture["network_class_name"],
-        architecture["arch_kwargs"],
-        architecture["_kw_requires_import"],
-        num_input_channels,
-        num_output_channels,
-        allow_init=True,
-        deep_supervision=enable_deep_supervision,
-    )
-
-
 def check_network(architecture: Mapping[str, Any], name: str) -> None:
     """Refuses what the network's constructor would.
 
@@ -83,7 +67,14 @@ def check_network(architecture: Mapping[str, Any], name: str) -> None:
     """
     try:
         with torch.device("meta"):  # shapes only: no memory, no time
-            build_network(architecture, 1, 2, enable_deep_supervision=True)
+            get_network_from_plans(
+                architecture["network_class_name"],
+                architecture["arch_kwargs"],
+                architecture["_kw_requires_import"],
+                input_channels=1,
+                output_channels=2,
+                deep_supervision=True,
+            )
     except (TypeError, ValueError) as error:
         raise InputError(
             f"The network that configuration {name} asks for can't be built: {error} Its architecture in the plans: "

@@ -100,18 +100,6 @@ class TestNetworksWithResidualMaps:
         assert arguments["checkpointing"] == "full"
         assert arguments["future"] == 7  # the constructor refuses what it doesn't know; nothing is dropped silently
 
-    def test_resolving_twice_changes_nothing(
-        self, derive: Callable[..., Any], class_name: str, own: dict[str, Any]
-    ) -> None:
-        once = with_configuration(plans(), "3d_fullres", architecture=derive(fullres(plans())))
-        assert derive(fullres(once)) == once["configurations"]["3d_fullres"]["architecture"]
-
-    def test_refuse_networks_without_stages(
-        self, derive: Callable[..., Any], class_name: str, own: dict[str, Any]
-    ) -> None:
-        with pytest.raises(ValueError, match=r"Primus has no n_stages, strides"):
-            derive(fullres(plans("architectures.primus.Primus", n_stages="left out", strides="left out")))
-
 
 class TestConResNetArchitecture:
     def test_shared_encoder(self) -> None:
@@ -250,7 +238,7 @@ def test_papers_have_a_single_head() -> None:
     assert has_auxiliary_heads(configuration)
     for family in PLANNED.values():
         assert heads(family.plans.architecture(configuration))
-        if family.paper_trainer is not None:
+        if hasattr(family.plans, "paper_architecture"):
             assert not heads(family.plans.paper_architecture(configuration))
 
 
@@ -260,10 +248,11 @@ def naming(entry: dict[str, Any], **patch: Any) -> Any:
 
 
 PAPERS = {
-    VNET: vnet.paper_architecture,
-    UNET3D: unet3d.paper_architecture,
-    CONRESNET_PAPER: conresnet.paper_architecture,
+    family.networks[-1]: family.plans.paper_architecture
+    for family in PLANNED.values()
+    if hasattr(family.plans, "paper_architecture")
 }
+DYNAMIC = {family.networks[0]: family.plans.architecture for family in PLANNED.values()}
 
 
 class TestPlansOfOtherFamilies:
@@ -273,22 +262,10 @@ class TestPlansOfOtherFamilies:
         stock = PAPERS[ours](fullres(plans()))
         assert PAPERS[ours](naming(PAPERS[theirs](fullres(plans())))) == stock
 
-    @pytest.mark.parametrize(
-        ("derive", "theirs"),
-        [
-            (vnet.architecture, UNET3D),
-            (vnet.architecture, CONRESNET_PAPER),
-            (unet3d.architecture, VNET),
-            (unet3d.architecture, CONRESNET_PAPER),
-            (conresnet.architecture, VNET),
-            (conresnet.architecture, UNET3D),
-            (conresnet.architecture, CONRESNET_PAPER),
-            (residual_maps.architecture, CONRESNET_PAPER),
-        ],
-    )
-    def test_nothing_is_derived_from_another_networks_paper_form(self, derive: Any, theirs: str) -> None:
+    @pytest.mark.parametrize(("ours", "theirs"), [(one, other) for one in DYNAMIC for other in PAPERS if one != other])
+    def test_nothing_is_derived_from_another_networks_paper_form(self, ours: str, theirs: str) -> None:
         with pytest.raises(ValueError, match=r"Cannot derive .*a paper's own"):
-            derive(naming(PAPERS[theirs](fullres(plans()))))
+            DYNAMIC[ours](naming(PAPERS[theirs](fullres(plans()))))
 
     def test_single_headed_plans_of_the_own_network_keep_their_arguments(self) -> None:
         for derive, paper in ((vnet.architecture, PAPERS[VNET]), (unet3d.architecture, PAPERS[UNET3D])):
@@ -320,16 +297,8 @@ def test_what_plans_leave_out_is_spelled_out_as_the_constructor_has_it(derive: A
 
 @pytest.mark.parametrize(
     ("derive", "class_name"),
-    [
-        (conresnet.architecture, CONRESNET),
-        (conresnet.paper_architecture, CONRESNET),
-        (conresnet.paper_architecture, CONRESNET_PAPER),
-        (residual_maps.architecture, RESIDUAL_MAP_UNET),
-        (vnet.architecture, VNET),
-        (vnet.paper_architecture, VNET),
-        (unet3d.architecture, UNET3D),
-        (unet3d.paper_architecture, UNET3D),
-    ],
+    [*((derive, name) for name, derive in (DYNAMIC | PAPERS).items()), (conresnet.paper_architecture, CONRESNET)]
+    + [(DYNAMIC[name], name) for name in PAPERS if name in DYNAMIC],
 )
 def test_checkpointing_stays_with_its_network(derive: Callable[..., dict[str, Any]], class_name: str) -> None:
     own = configuration_of(plans(class_name, checkpointing="full"), "3d_fullres")
