@@ -123,35 +123,17 @@ def _optional(op: type[nn.Module] | None, *args: Any, kwargs: dict[str, Any] | N
 class ConResNet(ResidualMapsMixin, PlansNetwork):
     """Encoder-decoder network with a second decoder that predicts the inter-slice residual of the segmentation.
 
-    The residual stream of that decoder acts on the segmentation's features as attention, at every level. Takes the
-    arguments that nnU-Net writes into plans for its ResidualEncoderUNet, so that a plans file alone can instantiate it.
+    The residual stream of that decoder acts on the segmentation's features as attention, at every level.
 
     Args:
-        input_channels: Number of image channels.
-        n_stages: Number of resolutions, at least 2.
-        features_per_stage: Channels of every stage, one number or one per stage.
-        conv_op: ``torch.nn.Conv3d``; the network needs a slice axis.
-        kernel_sizes: Odd kernel sizes, one number or (kx, ky, kz) per stage.
-        strides: Strides, one number or (sx, sy, sz) per stage; those of the first stage are 1.
+        ...: Those of nnU-Net's plans, see `PlansNetwork`.
         n_blocks_per_stage: Residual blocks (two convolutions each) per encoder stage, one number or one per stage.
-        num_classes: Number of output channels of the segmentation: labels with background, or regions.
         n_conv_per_stage_decoder: Convolutions of the segmentation stream per decoder level, one number or a list.
-        conv_bias: Whether convolutions have a bias.
-        norm_op: Norm class, or None, and its arguments ``norm_op_kwargs``.
-        norm_op_kwargs: See ``norm_op``.
-        dropout_op: Dropout class, or None, and its arguments ``dropout_op_kwargs``.
-        dropout_op_kwargs: See ``dropout_op``.
-        nonlin: Nonlinearity class, or None, and its arguments ``nonlin_kwargs``.
-        nonlin_kwargs: See ``nonlin``.
-        deep_supervision: Whether the segmentation is returned at all of the plans' scales; can be switched later at
-            ``decoder.deep_supervision``.
         residual_outputs: Whether residual maps are returned too; can be switched later at the attribute of this name.
         background_class: Whether the first class is the background, which has no residual map.
         shared_encoder: False: the residual stream starts from the image residual at the coarsest decoder level (the
             authors' form). True: image and image residual both pass through the encoder, with the same weights.
         slice_axis: Spatial axis along which slices follow each other, 0 (in nnU-Net), 1 or 2.
-        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
-            ``"decoder"``, or the ``"full"`` network. For memory; changes no result.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -188,19 +170,8 @@ class ConResNet(ResidualMapsMixin, PlansNetwork):
         super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides, checkpointing)
         self.shared_encoder = shared_encoder
         self.slice_axis = spatial_axis(slice_axis)
-        self.encoder = residual_encoder(
-            self,
-            input_channels,
-            conv_op,
-            n_blocks_per_stage,
-            conv_bias,
-            norm_op,
-            norm_op_kwargs,
-            dropout_op,
-            dropout_op_kwargs,
-            nonlin,
-            nonlin_kwargs,
-        )
+        layers = (conv_bias, norm_op, norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs)
+        self.encoder = residual_encoder(self, input_channels, conv_op, n_blocks_per_stage, layers)
         self.decoder = ConResNetDecoder(
             self.encoder,
             input_channels,

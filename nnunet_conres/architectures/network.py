@@ -17,6 +17,16 @@ CHECKPOINTINGS = ("none", "decoder", "full")
 class PlansNetwork(nn.Module):
     """A network that a plans file alone can instantiate.
 
+    Constructors take these arguments, which nnU-Net writes in plans for its U-Nets:
+
+    - ``input_channels``, ``num_classes``: image channels, and classes (labels with background, or regions);
+    - those below, and ``n_conv_per_stage_decoder``: convolutions per decoder level, lowest resolution first, one number
+      or one per level; the encoder's number is the network's own;
+    - ``conv_bias``: whether convolutions have a bias;
+    - ``norm_op``, ``dropout_op``, ``nonlin``: classes, or None, with ``norm_op_kwargs`` and so on for their arguments;
+    - ``deep_supervision``: whether logits are returned at all of the plans' scales; can be switched later at
+      ``decoder.deep_supervision``.
+
     Args:
         n_stages: Number of resolutions, at least 2.
         features_per_stage: Channels of every stage, one number or one per stage.

@@ -35,20 +35,21 @@ def residual_encoder(
     input_channels: int,
     conv_op: type[nn.Module],
     n_blocks_per_stage: int | Sequence[int],
-    conv_bias: bool,
-    norm_op: type[nn.Module] | None,
-    norm_op_kwargs: dict[str, Any] | None,
-    dropout_op: type[nn.Module] | None,
-    dropout_op_kwargs: dict[str, Any] | None,
-    nonlin: type[nn.Module] | None,
-    nonlin_kwargs: dict[str, Any] | None,
+    layers: Sequence[Any],
 ) -> AnySizeResidualEncoder:
     """The encoder of a network, with the stages, kernels, strides and checkpointing that the network has checked.
+
+    Args:
+        network: The network.
+        input_channels: Number of image channels.
+        conv_op: ``torch.nn.Conv3d``.
+        n_blocks_per_stage: Residual blocks per stage.
+        layers: Bias, norm, dropout and nonlinearity, in the order in which plans have them.
 
     Raises:
         ValueError: If ``n_blocks_per_stage`` doesn't fit the network's stages.
     """
-    n_stages = len(network.features)
+    n_stages, (conv_bias, norm_op, *others) = len(network.features), layers
     return AnySizeResidualEncoder(
         input_channels,
         n_stages,
@@ -59,11 +60,7 @@ def residual_encoder(
         counts_per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages),
         conv_bias,
         memory_efficient_norm(norm_op),
-        norm_op_kwargs,
-        dropout_op,
-        dropout_op_kwargs,
-        nonlin,
-        nonlin_kwargs,
+        *others,
         checkpointing=network.checkpointing == "full",
     )
 

@@ -44,12 +44,11 @@ def check_is_3d(configuration: ConfigurationManager, name: str, network: str) ->
 
 
 def check_slice_axis(configuration: ConfigurationManager, name: str, network: str) -> None:
-    """Refuses configurations without a slice axis to take residuals along.
+    """Refuses 3D configurations without a slice axis to take residuals along.
 
     Raises:
-        InputError: If the patch is 2D, or a single slice.
+        InputError: If the patch is a single slice.
     """
-    check_is_3d(configuration, name, network)
     patch_size = [int(extent) for extent in configuration.patch_size]
     slice_axis = configuration.network_arch_init_kwargs.get("slice_axis", 0)
     if patch_size[slice_axis] < 2:
