@@ -13,15 +13,7 @@ from importlib import import_module
 from typing import Any, Final
 
 TRAINING_LENGTHS: Final[Mapping[str, int]] = {
-    "1epoch": 1,
-    "5epochs": 5,
-    "10epochs": 10,
-    "20epochs": 20,
-    "50epochs": 50,
-    "100epochs": 100,
-    "250epochs": 250,
-    "500epochs": 500,
-    "2000epochs": 2000,
+    f"{epochs}epoch{'s' if epochs > 1 else ''}": epochs for epochs in (1, 5, 10, 20, 50, 100, 250, 500, 2000)
 }
 """Endings of the names of trainers with another number of epochs."""
 
