@@ -44,6 +44,7 @@ def paper_arguments() -> dict[str, Any]:
         "strides": [[1, 1, 1]] + [[2, 2, 2]] * (n_stages - 1),
         "n_conv_per_stage": list(PAPER_CONVOLUTIONS),
         "n_conv_per_stage_decoder": list(PAPER_CONVOLUTIONS[-2::-1]),
+        "nonlin_kwargs": {},
         "auxiliary_heads": False,
     }
 
