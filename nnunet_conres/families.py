@@ -1,4 +1,4 @@
-"""The families of networks: everything that goes by a network's name, said once. Imports nothing heavy.
+"""The families of networks: everything that goes by a network's name, in one place. Imports nothing heavy.
 
 Planners, the choices of ``-a``, the trainers that nnU-Net finds and their training lengths, the names that a workflow
 knows and the networks that the shared tests run are derived from `FAMILIES`. Another family is an entry here and three

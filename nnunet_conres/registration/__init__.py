@@ -7,7 +7,7 @@ starts in an environment that the package is installed in: last, so that a user'
 child processes. Python up to 3.14 reads ``nnunet_conres.pth``, later ones ``nnunet_conres.start``; both call one
 function, and ``site_packages/`` beside this file holds all three.
 
-Which trainers there are is said in `nnunet_conres.families`.
+`nnunet_conres.families` lists the trainers.
 """
 
 import os
