@@ -21,14 +21,17 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_conres.datasets.raw import (
     TrainingCase,
+    file_faults,
     find_dataset,
     find_training_cases,
     folder_from_environment,
+    map_cases,
     read_dataset_json,
     short_message,
     some,
 )
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, writing_errors
+from nnunet_conres.images.volumes import reader_for
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.planning.preprocessing import (
     OF_FILES,
@@ -167,12 +170,13 @@ class Planned:
         return "\n".join(lines)
 
 
-def plan(dataset_ids: Sequence[int], options: PlanOptions) -> list[Planned]:
+def plan(dataset_ids: Sequence[int], options: PlanOptions, *, progress: bool = True) -> list[Planned]:
     """Plans data sets whose fingerprints are there, and writes the plans.
 
     Args:
         dataset_ids: Numbers of the data sets.
         options: What is asked of the planner.
+        progress: Whether to show progress bars on stderr.
 
     Returns:
         The plans, in the order of the data sets.
@@ -186,7 +190,7 @@ def plan(dataset_ids: Sequence[int], options: PlanOptions) -> list[Planned]:
         faults += _dataset_faults(dataset_id, options, needs_fingerprint=True)
     if faults:
         raise InputError(faults)
-    return [_with_next_commands(_plan(dataset_id, options)) for dataset_id in dataset_ids]
+    return [_with_next_commands(_plan(dataset_id, options, progress)) for dataset_id in dataset_ids]
 
 
 def plan_and_preprocess(
@@ -259,19 +263,23 @@ def plan_and_preprocess(
         if different:
             print(f"The raw data changed since {fingerprint} was taken ({some(different)}); it is taken again.")
         is_new = clean or bool(different) or not fingerprint.is_file()
-        with _refusals_of_nnunet(find_dataset(dataset_id), OF_FILES):
-            extract_fingerprint_dataset(
-                dataset_id,
-                extractor,
-                fingerprint_processes,
-                verify_dataset_integrity,
-                is_new,
-                options.verbose,
-                progress,
-            )
+        with _refusals_of_nnunet(find_dataset(dataset_id), fingerprint, OF_FILES):
+            try:
+                extract_fingerprint_dataset(
+                    dataset_id,
+                    extractor,
+                    fingerprint_processes,
+                    verify_dataset_integrity,
+                    is_new,
+                    options.verbose,
+                    progress,
+                )
+            except Exception:  # each of nnU-Net's readers has its own
+                _check_files(dataset_id, cases, fingerprint_processes, progress)
+                raise
         if is_new:
             note_in_fingerprint(fingerprint, files)
-    done = [_plan(dataset_id, options) for dataset_id in dataset_ids]
+    done = [_plan(dataset_id, options, progress) for dataset_id in dataset_ids]
     if preprocess:
         done = [
             _preprocess(one, dict(zip(configurations, processes, strict=True)), options.verbose, progress)
@@ -283,6 +291,16 @@ def plan_and_preprocess(
 def _cases_of(dataset_id: int) -> list[TrainingCase]:
     raw = find_dataset(dataset_id)
     return find_training_cases(raw, read_dataset_json(raw)[0] or {})[0]
+
+
+def _check_files(dataset_id: int, cases: Sequence[TrainingCase], processes: int, progress: bool) -> None:
+    """Raises what is wrong with the files of a data set: of many errors nnU-Net tells one, and not always where."""
+    dataset_json = read_dataset_json(find_dataset(dataset_id))[0] or {}
+    reader = reader_for(dataset_json, [case.images[0] for case in cases])
+    jobs = [(case, reader) for case in cases]
+    faults = [fault for found in map_cases(file_faults, jobs, processes, "Checking", progress) for fault in found]
+    if faults:
+        raise InputError(faults)
 
 
 def _folder_of(dataset_id: int) -> Path:
@@ -328,11 +346,11 @@ def _notes(dataset_id: int) -> tuple[str, ...]:
     )
 
 
-def _plan(dataset_id: int, options: PlanOptions) -> Planned:
+def _plan(dataset_id: int, options: PlanOptions, progress: bool) -> Planned:
     raw = find_dataset(dataset_id)
     # what nnU-Net prints while it searches is of no use to anybody who isn't searching for a fault
     silence = contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO())
-    with _refusals_of_nnunet(raw), silence:
+    with _refusals_of_nnunet(raw, _folder_of(dataset_id)), silence:
         planner = PLANNERS[options.architecture](
             dataset_id,
             gpu_memory_target_in_gb=options.gpu_memory_target,
@@ -344,6 +362,7 @@ def _plan(dataset_id: int, options: PlanOptions) -> Planned:
                 else [float(extent) for extent in options.overwrite_target_spacing]
             ),
         )
+        planner.progress = progress
         planner.plan_experiment()
     return Planned(
         dataset_name=raw.name,
@@ -457,9 +476,14 @@ def _find_class(folder: str, name: str) -> type | None:
 
 
 @contextlib.contextmanager
-def _refusals_of_nnunet(raw: Path, kinds: tuple[type[Exception], ...] = (AssertionError,)) -> Iterator[None]:
-    """Makes errors of the user's of what nnU-Net raises about a data set."""
+def _refusals_of_nnunet(
+    raw: Path, target: Path, kinds: tuple[type[Exception], ...] = (AssertionError,)
+) -> Iterator[None]:
+    """Makes errors of the user's of what nnU-Net raises about a data set, or while it writes a target."""
     try:
-        yield
+        with writing_errors(target):
+            yield
+    except InputError:
+        raise
     except kinds as error:
         raise InputError(f"nnU-Net refuses {raw}: {short_message(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -33,7 +34,7 @@ from nnunet_conres.planning.architectures import (
     unet3d_architecture,
     vnet_architecture,
 )
-from nnunet_conres.planning.memory import MemoryModel
+from nnunet_conres.planning.memory import MemoryModel, UntrainableError
 from nnunet_conres.planning.preprocessing import read_plans, settings_faults, share_data
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.text import times
@@ -74,6 +75,10 @@ class PlannedConfiguration:
 
 class TooLittleMemoryError(InputError):
     """Not even the smallest patch fits the target."""
+
+
+class _SmallestPatchReached(Exception):  # noqa: N818  (no error)
+    """nnU-Net's search for a patch has come to one that is too small."""
 
 
 class _PlanAgain(Exception):  # noqa: N818  (no error)
@@ -133,6 +138,9 @@ class NetworkPlanner(ExperimentPlanner):
         self._labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         self._previous_stage_channels = 0
         self._search: list[tuple[list[int], int]] = []
+        self._only_shrinks = False
+        self._smallest: tuple[list[int], dict[str, Any]] | None = None
+        self._checked_channels: set[int] = set()
         self._bar = tqdm(disable=True)
         self.model = MemoryModel(progress=lambda: self._bar.update())
 
@@ -197,27 +205,59 @@ class NetworkPlanner(ExperimentPlanner):
             "arch_kwargs": arch_kwargs,
             "_kw_requires_import": arch_kwargs_req_import,
         }
-        needed = self._memory(self._derive(stock, self._checkpointing), patch, self.UNet_min_batch_size)
+        architecture = self._derive(stock, self._checkpointing)
+        if self._only_shrinks:
+            self._smallest = patch, architecture
+            return sys.maxsize
+        needed = self._memory(architecture, patch, self.UNet_min_batch_size)
         self._search.append((patch, needed))
         return needed
 
     def _check_patch(self, patch: list[int], n_stages: int) -> None:
         if n_stages >= _MIN_STAGES and min(patch) >= MIN_EDGE:
             return
+        if self._smallest is not None and self._only_shrinks:
+            raise _SmallestPatchReached
         if not self._search:
             raise InputError(
                 f"The images of {self.dataset_name} are too small for {self.network_name}: a patch of {times(patch)} "
                 f"voxels makes a network of {n_stages} stages; expected {_MIN_STAGES} stages or more, and {MIN_EDGE} "
                 f"voxels along each axis. A finer -overwrite_target_spacing makes them larger."
             )
-        patch, needed = min(self._search, key=lambda tried: tried[1])
-        raise TooLittleMemoryError(
+        raise self._too_little(*min(self._search, key=lambda tried: tried[1]))
+
+    def _too_little(self, patch: list[int], needed: int) -> TooLittleMemoryError:
+        return TooLittleMemoryError(
             f"{self.network_name} can't be planned for {self.dataset_name} in {_gib(self.memory_target)}: the smallest "
             f"patch, {times(patch)} voxels, takes {_gib(needed)} at batch {self.UNet_min_batch_size} with "
             f"checkpointing {self._checkpointing}"
             + (" in the cascade, where the stage before adds channels" if self._previous_stage_channels else "")
             + f". Set -gpu_memory_target to at least {math.ceil(needed / GIB * 100) / 100:g}."
         )
+
+    def _check_smallest_patch(self, arguments: tuple[Any, ...]) -> None:
+        """Refuses a target that the smallest patch does not fit, before the search for the largest, which is long.
+
+        Raises:
+            TooLittleMemoryError: If it does not fit under full checkpointing.
+        """
+        if self._previous_stage_channels in self._checked_channels:
+            return
+        self._search, self._smallest = [], None
+        self._only_shrinks, self._checkpointing = True, CHECKPOINTINGS[-1]
+        try:
+            super().get_plans_for_configuration(*arguments, {})
+        except _SmallestPatchReached:
+            assert self._smallest is not None
+            patch, architecture = self._smallest
+            # A patch that is too small to be trained is none to be found.
+            with contextlib.suppress(UntrainableError):
+                needed = self.model.execute(self._step(architecture, patch, self.UNet_min_batch_size))
+                if needed > self.memory_target:
+                    raise self._too_little(patch, needed) from None
+        finally:
+            self._only_shrinks, self._checkpointing = False, None
+        self._checked_channels.add(self._previous_stage_channels)
 
     # --- a configuration --------------------------------------------------------------------------------------------
 
@@ -266,6 +306,7 @@ class NetworkPlanner(ExperimentPlanner):
                 f"{' x '.join(f'{extent:g}' for extent in spacing)} mm: {times([round(e) for e in median_shape])} "
                 f"voxels. A finer -overwrite_target_spacing makes them larger."
             ) from None
+        self._check_smallest_patch(arguments)
         wanted = math.prod(int(extent) for extent in plan["patch_size"])
         for checkpointing in CHECKPOINTINGS:
             found = self._largest_patch_under(checkpointing, arguments)

@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +25,10 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, map_cases, short_message, some
+from nnunet_conres.datasets.raw import TrainingCase, file_faults, find_training_cases, map_cases, short_message, some
 from nnunet_conres.errors import InputError, file_errors
-from nnunet_conres.files import written_whole
+from nnunet_conres.files import failed_write, written_whole
+from nnunet_conres.folders import clear_leftovers, partial_folder
 from nnunet_conres.locks import hold
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 from nnunet_conres.planning.sources import GT_SEGMENTATIONS, RECORD, cases_in, files_of, judge
@@ -312,25 +312,24 @@ def _preprocess_case(job: _Job) -> str:
     case_id = job.case.case_id
     images, labels_file = [str(path) for path in job.case.images], str(job.case.labels)
     own = job.partial / case_id
-    own.mkdir()
     target = str(own / case_id)
     with file_errors(job.case.labels):
         files = files_of(job.case)
     record = {"files": files, "settings": dict(job.settings), "labels": dict(job.dataset_json["labels"])}
-    preprocessor.run_case = _checked(preprocessor.run_case)
+    preprocessor.run_case = run_case = _Checked(preprocessor.run_case, job, plans.image_reader_writer_class)
     arguments = (images, labels_file, plans, configuration, dict(job.dataset_json))
+    with file_errors(own):
+        own.mkdir()
     try:
         if job.as_npz:
-            data, labels, properties = preprocessor.run_case(*arguments)
+            data, labels, properties = run_case(*arguments)
             nnUNetDatasetNumpy.save_case(data.astype(np.float32), labels.astype(np.int16), properties, target)
         else:
             preprocessor.run_case_save(target, *arguments)
-    except Exception as error:  # readers and resampling have their own
-        kind = InputError if isinstance(error, OF_FILES) else RuntimeError
-        raise kind(
-            f"Case {case_id} can't be preprocessed for configuration {job.configuration}: {short_message(error)}. "
-            f"Its files: {', '.join((*images, labels_file))}."
-        ) from error
+    except OF_FILES as error:
+        if not run_case.n_bytes:  # reading or computing has failed, and says so
+            raise
+        raise failed_write(job.folder / f"{case_id}{'.npz' if job.as_npz else '.b2nd'}", run_case.n_bytes) from error
     with file_errors(job.folder):
         _note(own / f"{case_id}.pkl", record)
         # What says that the case is complete goes first and comes last: never is it beside data of another making.
@@ -341,23 +340,44 @@ def _preprocess_case(job: _Job) -> str:
     return case_id
 
 
-def _checked(run_case: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """nnU-Net's preprocessing of one case, which refuses images with voxels that are not finite.
+class _Checked:
+    """nnU-Net's preprocessing of one case, which names the raw files in what it raises, and refuses some images.
 
-    One such voxel makes its whole channel NaN where nnU-Net normalises by mean and standard deviation.
+    One voxel that is not finite makes its whole channel NaN where nnU-Net normalises by mean and standard deviation.
+
+    Args:
+        run_case: nnU-Net's method.
+        job: The case and its configuration.
+        reader: nnU-Net's, which is more lenient than the check before.
+
+    Attributes:
+        n_bytes: Of the result; 0 before there is one.
     """
 
-    def run(*arguments: Any) -> tuple[Any, ...]:
-        image, *others = run_case(*arguments)
-        broken = [str(number) for number, channel in enumerate(image) if not np.isfinite(channel).all()]
-        if broken:
-            raise InputError(
-                f"after preprocessing, channel {', '.join(broken)} has voxels that are NaN or infinite. Look for such "
-                f"voxels in the raw images, and correct them or remove the case"
-            )
-        return (image, *others)
+    def __init__(self, run_case: Callable[..., tuple[Any, ...]], job: _Job, reader: type) -> None:
+        self._run_case, self._job, self._reader = run_case, job, reader
+        self.n_bytes = 0
 
-    return run
+    def __call__(self, images: list[str], labels_file: str, *arguments: Any) -> tuple[Any, ...]:
+        try:
+            faults = file_faults((self._job.case, self._reader))
+            if faults:
+                raise InputError(" ".join(faults))
+            image, labels, *others = self._run_case(images, labels_file, *arguments)
+            broken = [str(number) for number, channel in enumerate(image) if not np.isfinite(channel).all()]
+            if broken:
+                raise InputError(
+                    f"after preprocessing, channel {', '.join(broken)} has voxels that are NaN or infinite. Look for "
+                    f"such voxels in the raw images, and correct them or remove the case"
+                )
+        except Exception as error:  # readers and resampling have their own
+            kind = InputError if isinstance(error, OF_FILES) else RuntimeError
+            raise kind(
+                f"Case {self._job.case.case_id} can't be preprocessed for configuration {self._job.configuration}: "
+                f"{short_message(error)}. Its files: {', '.join((*images, labels_file))}."
+            ) from error
+        self.n_bytes = image.nbytes + labels.nbytes
+        return (image, labels, *others)
 
 
 def _note(properties_file: Path, record: Mapping[str, Any]) -> None:
@@ -482,8 +502,8 @@ class PreprocessedDataset:
                 with file_errors(lock):
                     stack.enter_context(hold(lock, poll_seconds=1))
                 stack.callback(lock.unlink, missing_ok=True)  # while it is held: nobody else has taken it
-                for leftover in folder.parent.glob(f".{folder.name}.????????"):
-                    shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
+                clear_leftovers(folder.parent, folder)
+                clear_leftovers(folder)
             states = {folder: self._look(name, numbers[name], progress) for folder, name in folders.items()}
             written = {
                 folder: self._preprocess(name, states[folder], numbers[name], verbose, progress)
@@ -518,13 +538,12 @@ class PreprocessedDataset:
             folder.mkdir(parents=True, exist_ok=True)
         as_npz = _holds_npz(folder)
         settings = preprocessing_settings(self._plans, configuration)
-        # on the same drive, for what isn't complete yet
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
+        with partial_folder(folder) as partial:
             jobs = [
                 _Job(
                     self._cases[case_id],
                     folder,
-                    Path(partial),
+                    partial,
                     self._plans,
                     configuration,
                     self._dataset_json,

@@ -17,6 +17,7 @@ from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
 from nnunet_conres.planning.architectures import CONRESNET_PAPER
+from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.text import aligned, times
 
 # What nnU-Net's planners take: an axis is halved until it is shorter than twice this, and features are doubled up to
@@ -170,6 +171,12 @@ def add_variants(
             )
         except InputError as error:
             faults.append(f"Patch {times(wanted)}: {error}")
+            continue
+        if min(patch) < MIN_EDGE:
+            faults.append(
+                f"Patch {times(patch)} is too small: expected {MIN_EDGE} voxels or more along each axis, below which "
+                f"nnU-Net's augmentation fails."
+            )
             continue
         name = f"{base}_{'x'.join(map(str, patch))}" + (f"_b{batch}" if batch != configuration.batch_size else "")
         entry: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing.dummy
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
@@ -33,6 +35,12 @@ from nnunet_conres.trainers import nnUNetTrainerVNet
 NAME = "Dataset701_Made"
 SHAPE = (12, 16, 20)
 DATA = "nnUNetVNetPlans_3d_fullres"
+
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -405,7 +413,7 @@ class TestKilledAndConcurrentRuns:
         process = self.begin(raw, folder, tmp_path / "mark", 600)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert list(folder.glob(f".{DATA}.????????"))
+        assert list(folder.glob(f".{DATA}.partial-????????"))
         assert complete().preprocessed[0].written == ("case_1", "case_2")
         assert not list(folder.glob(".*"))
 
@@ -417,6 +425,66 @@ class TestKilledAndConcurrentRuns:
         assert process.communicate()[0].strip() == "('case_0', 'case_1', 'case_2')"
         assert process.returncode == 0
         assert not list(folder.glob(".*"))
+
+
+class TestFilesThatCannotBeWritten:
+    @pytest.mark.skipif(resource is None, reason="needs a limit of the files' size")
+    @pytest.mark.parametrize("as_npz", [False, True])
+    def test_data(self, raw: Path, folder: Path, as_npz: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Blosc2 says neither which file it could not write nor why."""
+        complete(preprocess=False)
+        if as_npz:
+            monkeypatch.setattr("nnunet_conres.planning.preprocessing._holds_npz", lambda _: True)
+        before = sorted(folder.rglob("*"))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+        try:
+            with pytest.raises(InputError) as caught:
+                PreprocessedDataset(raw, folder, "nnUNetVNetPlans").complete({"3d_fullres": 1}, progress=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        path = folder / DATA / ("case_0.npz" if as_npz else "case_0.b2nd")
+        assert str(caught.value).startswith(f"{path}: File too large. Raise the limit")
+        assert [path for path in sorted(folder.rglob("*")) if path not in before] == [folder / DATA]
+
+    @pytest.mark.skipif(resource is None, reason="needs a limit of the files' size")
+    def test_fingerprint(self, raw: Path, folder: Path) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+        try:
+            with pytest.raises(InputError, match=f"^{folder / 'dataset_fingerprint.json'}: File too large"):
+                complete(preprocess=False, clean=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class TestFilesThatNnunetDoesNotReadAsTheyAre:
+    @pytest.mark.parametrize("part", ["imagesTr/case_1_0000", "labelsTr/case_1"])
+    def test_compressed_without_gz(self, raw: Path, part: str) -> None:
+        make_uncompressed(raw)
+        path = raw / f"{part}.nii"
+        path.write_bytes(gzip.compress(path.read_bytes()))
+        with pytest.raises(InputError) as caught:
+            complete(clean=True)
+        assert f"{path} cannot be read: it is compressed, and its name does not say so" in str(caught.value)
+
+    def test_labels_with_a_scale_factor(self, raw: Path) -> None:
+        """Training would cut 0.99999285 off to 0."""
+        path = raw / "labelsTr" / "case_1.nii.gz"
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(path))
+        image = nibabel.Nifti1Image(np.rint((labels.T + 319.0) / 0.01).astype(np.int16), np.diag([-1, -1, 1, 1]))
+        image.header.set_slope_inter(0.01, -319.0)
+        path.write_bytes(gzip.compress(image.to_bytes()))
+        with pytest.raises(InputError, match=f"Case case_1 can't be preprocessed.*{path} has labels that nnU-Net's"):
+            complete(clean=True)
+
+    def test_labels_that_are_not_finite(self, raw: Path) -> None:
+        path = raw / "labelsTr" / "case_1.nii.gz"
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(path)).astype(np.float32)
+        labels[0, 0, 0] = np.nan
+        sitk.WriteImage(sitk.GetImageFromArray(labels), path)
+        with pytest.raises(InputError, match=f"Case case_1 can't be preprocessed.*{path} has 1 voxels that are NaN"):
+            complete(clean=True)
 
 
 def test_a_fingerprint_that_was_carried_over_is_kept(raw: Path, folder: Path) -> None:

@@ -16,7 +16,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_conres import cli
 from nnunet_conres.errors import InputError
 from nnunet_conres.planning.commands import PlanOptions, plan
+from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.planning.variants import add_variants
+from nnunet_conres.text import times
 from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet
 
 NAME = "Dataset701_Made"
@@ -125,6 +127,13 @@ class TestRefused:
         assert "too small" in str(error.value)
         assert "80 x 80; expected 3" in str(error.value)
         assert "batch size is 0" in str(error.value)
+        assert plans_file.read_text() == content
+
+    @pytest.mark.parametrize("patch", [(2, 64, 64), (64, 64, 3), (3, 3, 64)])
+    def test_edges_that_no_planner_gives(self, patch: tuple[int, ...], plans_file: Path) -> None:
+        content = plans_file.read_text()
+        with pytest.raises(InputError, match=rf"Patch {times(patch)} is too small: expected {MIN_EDGE} voxels"):
+            add_variants(NAME, "nnUNetPlans", [patch])
         assert plans_file.read_text() == content
 
     def test_slips(self, plans_file: Path) -> None:
