@@ -150,6 +150,28 @@ def writing(folder: Path, *, lock: str = _LOCK) -> Iterator[None]:
                 empty.rmdir()
 
 
+@contextlib.contextmanager
+def one_at_a_time(target: Path) -> Iterator[None]:
+    """Wait until no other process writes a file or folder.
+
+    Args:
+        target: The file or folder; the one above it is made if need be.
+
+    Raises:
+        InputError: The file system refuses.
+    """
+    lock = lock_of(target)
+    with contextlib.ExitStack() as stack:
+        with file_errors(lock):
+            stack.enter_context(hold(lock, poll_seconds=1, target=str(target)))
+        try:
+            yield
+        finally:
+            # While it is held: nobody else can have taken it.
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+
 def lock_of(target: Path) -> Path:
     """The file that excludes other writers of a new folder: beside it, under a hidden name."""
     absolute = Path(os.path.abspath(target))

@@ -117,7 +117,7 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0, target: st
         _check_is_lock(file, path)
         me = Holder(socket.gethostname(), os.getpid(), os.environ.get(JOB_VARIABLE, ""), time.time(), target)
         try:
-            with file_errors(path):
+            with file_errors(target or path):
                 _write(file, json.dumps(asdict(me)))
         except InputError:  # a full disk: an empty file would stay in the user's folder
             path.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from nnunet_conres.datasets.raw import (
     some,
 )
 from nnunet_conres.errors import InputError, writing_errors
+from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.images.volumes import reader_for
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.planning.preprocessing import (
@@ -257,28 +258,15 @@ def plan_and_preprocess(
     for dataset_id in dataset_ids:
         if preprocess and clean:
             _remove_cases_that_are_gone(dataset_id, configurations)
-        cases, fingerprint = _cases_of(dataset_id), _folder_of(dataset_id) / "dataset_fingerprint.json"
-        files = sizes_and_times(cases)
-        different = fingerprint_differences(fingerprint, cases, is_copy_different=True) if fingerprint.is_file() else []
-        if different:
-            print(f"The raw data changed since {fingerprint} was taken ({some(different)}); it is taken again.")
-        is_new = clean or bool(different) or not fingerprint.is_file()
-        with _refusals_of_nnunet(find_dataset(dataset_id), fingerprint, OF_FILES):
-            try:
-                extract_fingerprint_dataset(
-                    dataset_id,
-                    extractor,
-                    fingerprint_processes,
-                    verify_dataset_integrity,
-                    is_new,
-                    options.verbose,
-                    progress,
-                )
-            except Exception:  # each of nnU-Net's readers has its own
-                _check_files(dataset_id, cases, fingerprint_processes, progress)
-                raise
-        if is_new:
-            note_in_fingerprint(fingerprint, files)
+        _take_fingerprint(
+            dataset_id,
+            extractor,
+            fingerprint_processes,
+            check=verify_dataset_integrity,
+            clean=clean,
+            verbose=options.verbose,
+            progress=progress,
+        )
     done = [_plan(dataset_id, options, progress) for dataset_id in dataset_ids]
     if preprocess:
         done = [
@@ -286,6 +274,31 @@ def plan_and_preprocess(
             for one in done
         ]
     return [_with_next_commands(one) for one in done]
+
+
+def _take_fingerprint(
+    dataset_id: int, extractor: type | None, processes: int, *, check: bool, clean: bool, verbose: bool, progress: bool
+) -> None:
+    """Takes a fingerprint where it is missing or outdated, or in any case if `clean`; one process at a time does."""
+    cases, fingerprint = _cases_of(dataset_id), _folder_of(dataset_id) / "dataset_fingerprint.json"
+    with one_at_a_time(fingerprint):
+        files = sizes_and_times(cases)
+        different = fingerprint_differences(fingerprint, cases, is_copy_different=True) if fingerprint.is_file() else []
+        if different:
+            print(f"{fingerprint} is not of the raw data as they are ({some(different)}); it is taken again.")
+        is_new = clean or bool(different) or not fingerprint.is_file()
+        with _refusals_of_nnunet(find_dataset(dataset_id), fingerprint, OF_FILES):
+            try:
+                extract_fingerprint_dataset(dataset_id, extractor, processes, check, is_new, verbose, progress)
+            except Exception:  # each of nnU-Net's readers has its own
+                _check_files(dataset_id, cases, processes, progress)
+                raise
+        if is_new:
+            try:
+                note_in_fingerprint(fingerprint, files)
+            except InputError:  # a full disk
+                fingerprint.unlink(missing_ok=True)
+                raise
 
 
 def _cases_of(dataset_id: int) -> list[TrainingCase]:
@@ -430,8 +443,9 @@ def _dataset_faults(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
         try:
             json.loads(fingerprint.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            yield f"{fingerprint} cannot be read: {error}. {again}"
-            return
+            if needs_fingerprint or isinstance(error, OSError):
+                yield f"{fingerprint} cannot be read: {error}. {again}"
+                return
         if needs_fingerprint and dataset_json is not None:
             cases = find_training_cases(raw, dataset_json)[0]
             different = fingerprint_differences(fingerprint, cases, is_copy_different=False)

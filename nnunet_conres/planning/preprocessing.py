@@ -28,8 +28,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_conres.datasets.raw import TrainingCase, file_faults, find_training_cases, map_cases, short_message, some
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import failed_write, written_whole
-from nnunet_conres.folders import clear_leftovers, partial_folder
-from nnunet_conres.locks import hold
+from nnunet_conres.folders import clear_leftovers, one_at_a_time, partial_folder
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 from nnunet_conres.planning.sources import GT_SEGMENTATIONS, RECORD, cases_in, files_of, judge
 from nnunet_conres.unpickling import read_pickle
@@ -498,10 +497,7 @@ class PreprocessedDataset:
         folders = {self.folder(name): name for name in reversed(numbers)}  # fullres and cascade have the same
         with contextlib.ExitStack() as stack:
             for folder in sorted(folders):
-                lock = folder.with_name(f".{folder.name}.lock")
-                with file_errors(lock):
-                    stack.enter_context(hold(lock, poll_seconds=1))
-                stack.callback(lock.unlink, missing_ok=True)  # while it is held: nobody else has taken it
+                stack.enter_context(one_at_a_time(folder))
                 clear_leftovers(folder.parent, folder)
                 clear_leftovers(folder)
             states = {folder: self._look(name, numbers[name], progress) for folder, name in folders.items()}

@@ -288,6 +288,10 @@ class TestFingerprint:
         assert "it was taken of 3 cases, and there are 4); it is taken again" in capsys.readouterr().out
         content = json.loads(fingerprint.read_text())
         assert len(content["spacings"]) == 4
+        fingerprint.write_text(fingerprint.read_text()[:100])  # nnU-Net was killed while it wrote
+        complete(preprocess=False)
+        assert "it can't be read" in capsys.readouterr().out
+        assert json.loads(fingerprint.read_text()) == content
         before = fingerprint.read_bytes()
         complete(preprocess=False)
         assert fingerprint.read_bytes() == before
@@ -448,14 +452,18 @@ class TestFilesThatCannotBeWritten:
         assert [path for path in sorted(folder.rglob("*")) if path not in before] == [folder / DATA]
 
     @pytest.mark.skipif(resource is None, reason="needs a limit of the files' size")
-    def test_fingerprint(self, raw: Path, folder: Path) -> None:
+    @pytest.mark.parametrize("size", [16, 512])
+    def test_fingerprint(self, raw: Path, folder: Path, size: int) -> None:
+        """Neither the lock, which is written first, nor the fingerprint fits; nothing of it stays."""
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             with pytest.raises(InputError, match=f"^{folder / 'dataset_fingerprint.json'}: File too large"):
                 complete(preprocess=False, clean=True)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (folder / "dataset_fingerprint.json").exists() == (size == 16)
+        assert not list(folder.glob(".*"))
 
 
 class TestFilesThatNnunetDoesNotReadAsTheyAre:
