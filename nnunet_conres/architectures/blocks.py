@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from nnunet_conres.architectures.frugal import standardized_weight
-
 
 class WeightStandardizedConv3d(nn.Conv3d):
     """3D convolution whose filters are standardised before every use.
@@ -26,7 +24,11 @@ class WeightStandardizedConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves (B, C, X, Y, Z) with the standardised filters."""
-        return self._conv_forward(input, standardized_weight(self.weight), self.bias)
+        centred = self.weight - self.weight.mean(list(range(1, self.weight.ndim)), keepdim=True)
+        # several times faster than torch.var on a CPU
+        variance = torch.linalg.vector_norm(centred.flatten(1), dim=1).square() / (self.weight[0].numel() - 1)
+        std = torch.sqrt(variance + 1e-12).view(-1, *[1] * (self.weight.ndim - 1))
+        return self._conv_forward(input, centred / std, self.bias)
 
 
 class CeilAvgPool3d(nn.AvgPool3d):

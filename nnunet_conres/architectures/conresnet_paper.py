@@ -20,7 +20,7 @@ from nnunet_conres.architectures.blocks import (
     resize,
 )
 from nnunet_conres.architectures.context_residual import ContextResidualDecoder, ContextResidualModule
-from nnunet_conres.architectures.frugal import GroupNormReLU
+from nnunet_conres.architectures.memory_efficient import GroupNormReLU
 from nnunet_conres.architectures.network import PlansNetwork, ResidualMapsMixin, residual_classes, spatial_axis
 from nnunet_conres.residuals import inter_slice_residual
 

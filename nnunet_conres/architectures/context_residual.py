@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_conres.architectures.blocks import Heads, maybe_checkpoint, resize
-from nnunet_conres.architectures.frugal import attend, residual_of_sigmoid
+from nnunet_conres.architectures.memory_efficient import attend, residual_of_sigmoid
 
 
 class ContextResidualModule(nn.Module):

@@ -12,7 +12,7 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Sta
 from torch import Tensor, nn
 
 from nnunet_conres.architectures.blocks import CeilAvgPool3d, maybe_checkpoint
-from nnunet_conres.architectures.frugal import frugal_norm
+from nnunet_conres.architectures.memory_efficient import memory_efficient_norm
 from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage
 
 
@@ -72,7 +72,7 @@ def residual_encoder(
         network.strides,
         counts_per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages),
         conv_bias,
-        frugal_norm(norm_op),
+        memory_efficient_norm(norm_op),
         norm_op_kwargs,
         dropout_op,
         dropout_op_kwargs,

@@ -297,7 +297,7 @@ def options(experiment: Experiment) -> dict[str, dict[str, Any]]:
     """What of the configuration a step's outcome depends on, by name of the step."""
     from dataclasses import asdict
 
-    splits = {key: str(value) for key, value in asdict(experiment.splits).items()}
+    splits = {key: str(value) for key, value in experiment.splits.model_dump().items()}
     found: dict[str, dict[str, Any]] = {
         "data": {
             "dataset": experiment.dataset,

@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.registration import TRAINERS
-from nnunet_conres.workflow.config import SLURM_TEXTS, STOCK_LENGTHS, Experiment, Model
+from nnunet_conres.workflow.config import STOCK_LENGTHS, Experiment, Model
 from nnunet_conres.workflow.records import read_json
+from nnunet_conres.workflow.schema import SLURM_TEXTS
 
 # Cores, memory in GB and minutes where nothing is known; generous, since jobs over their limits are killed.
 DEFAULTS: Final[Mapping[str, tuple[int, float, float]]] = {

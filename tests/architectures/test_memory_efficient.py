@@ -1,4 +1,4 @@
-"""Steps that keep little for backward give what plain autograd gives."""
+"""Operations that keep little for backward give what plain autograd gives."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_conres.architectures.frugal import (
+from nnunet_conres.architectures.memory_efficient import (
     GroupNormReLU,
     InstanceNorm3d,
     attend,
-    frugal_norm,
+    memory_efficient_norm,
     residual_of_sigmoid,
-    standardized_weight,
 )
 from nnunet_conres.residuals import inter_slice_residual
 
@@ -76,23 +75,6 @@ class TestAttend:
         assert number_kept(lambda: attend(features, residual)) == 2
 
 
-class TestStandardizedWeight:
-    def reference(self, weight: Tensor) -> Tensor:
-        dims = tuple(range(1, weight.ndim))
-        variance, mean = torch.var_mean(weight, dims, correction=1, keepdim=True)
-        return (weight - mean) / torch.sqrt(variance + 1e-12)
-
-    @pytest.mark.parametrize("shape", [(4, 3, 3, 3, 3), (3, 8, 1, 1, 1)])
-    def test_gradient(self, shape: tuple[int, ...]) -> None:
-        weight = leaf(*shape)
-        assert torch.autograd.gradcheck(standardized_weight, (weight,))
-        torch.testing.assert_close(standardized_weight(weight), self.reference(weight))
-
-    def test_keeps_its_result_only(self) -> None:
-        weight = leaf(4, 3, 3, 3, 3)
-        assert number_kept(lambda: standardized_weight(weight)) == 2  # and the deviation of every filter
-
-
 class TestInstanceNorm:
     def norms(self) -> tuple[InstanceNorm3d, nn.InstanceNorm3d]:
         torch.manual_seed(0)
@@ -131,9 +113,9 @@ class TestInstanceNorm:
             assert len(large) >= copies if copies else len(large) == 0
 
     def test_takes_the_place_of_torchs(self) -> None:
-        assert frugal_norm(nn.InstanceNorm3d) is InstanceNorm3d
-        assert frugal_norm(nn.BatchNorm3d) is nn.BatchNorm3d
-        assert frugal_norm(None) is None
+        assert memory_efficient_norm(nn.InstanceNorm3d) is InstanceNorm3d
+        assert memory_efficient_norm(nn.BatchNorm3d) is nn.BatchNorm3d
+        assert memory_efficient_norm(None) is None
 
 
 class TestGroupNormReLU:

@@ -1,0 +1,314 @@
+"""What the YAML file of an experiment may hold, entry by entry, as pydantic models.
+
+Checks that need several entries, or nnU-Net's classes, are in nnunet_conres.workflow.config.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+# Options of sbatch that Snakemake's plugin sets itself and refuses in slurm_extra, and what to write instead.
+_NOT_EXTRA: Final = {
+    option: instead
+    for options, instead in (
+        ("--account -A", "account"),
+        ("--partition -p", "partition"),
+        ("--qos", "qos"),
+        ("--constraint -C", "constraint"),
+        ("--mem --mem-per-cpu", "memory_gb"),
+        ("--time -t", "minutes"),
+        ("--cpus-per-task -c --ntasks -n --cpus-per-gpu --ntasks-per-gpu", "cpus"),
+        ("--gres --gpus", "gpus or gpu_types"),
+        ("--nodes -N", "nothing, since a job is on one node"),
+        ("--output -o --error -e", "nothing, since the workflow places the logs"),
+        ("--comment", "nothing, since it holds step, model and fold"),
+        ("--export", "environment, at the top"),
+        ("--workdir -D", "work, at the top"),
+        ("--clusters", "nothing, since the plugin does not support it"),
+        ("--job-name -J", "nothing, since the plugin finds its jobs by their names"),
+    )
+    for option in options.split()
+}
+
+
+# --- kinds of values --------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> str:
+    """A text that can be part of a path, an argument or an environment variable."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("expected a text")
+    try:
+        if b"\0" not in value.encode():
+            return value
+    except UnicodeEncodeError:
+        pass
+    raise ValueError("expected a text without NUL and without lone surrogates")
+
+
+def _path(value: Any, info: ValidationInfo) -> Path:
+    """An absolute path; relative ones are relative to the folder of the file."""
+    base: Path = info.context  # type: ignore[assignment]
+    return (base / Path(os.path.expandvars(_text(value))).expanduser()).absolute()
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder")
+    return path
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    return path
+
+
+def _snakemakes_path(path: Path) -> Path:
+    if re.search("[{}<>]", str(path)):
+        raise ValueError("expected a folder without {, }, < and >, which Snakemake takes for wildcards")
+    return path
+
+
+def _as_tuple(value: Any) -> Any:
+    return value if isinstance(value, tuple) else tuple(value) if isinstance(value, list) else (value,)
+
+
+def _expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"expected a regular expression, but: {error}") from error
+    return value
+
+
+def _slurm_extra(value: str) -> str:
+    for option in (word.strip("'\"").partition("=")[0] for word in value.split()):
+        if option in _NOT_EXTRA:
+            raise ValueError(f"{option} is not allowed; expected {_NOT_EXTRA[option]} instead")
+    return value
+
+
+def _variable(value: Any) -> str:
+    """A value of an environment variable."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, (int, float)) else _text(value)
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Name = Annotated[Text, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+ModelName = Annotated[Text, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+AnyPath = Annotated[Path, BeforeValidator(_path)]
+Folder = Annotated[AnyPath, AfterValidator(_folder)]
+Folders = Annotated[tuple[Folder, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    """Entries of which all may be left out; an entry without a value counts as left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_empty(cls, value: Any) -> Any:
+        if value is None:
+            return {}
+        if isinstance(value, Mapping):
+            return {key: entry for key, entry in value.items() if entry is not None}
+        return value
+
+
+class Data(Section):
+    """The data set: one in nnUNet_raw, or BraTS folders to convert."""
+
+    id: Annotated[int, Field(ge=1, le=999)] | None = None
+    name: Annotated[Text, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
+    brats: Folders = ()
+    held_out: Folders = ()
+    scheme: Annotated[tuple[Text | int, ...], BeforeValidator(_as_tuple)] = ("auto",)
+
+
+class Test(Section):
+    """Test cases, named as nnU-Net wants them."""
+
+    images: Folder | None = None
+    labels: Folder | None = None
+    parts: Count = 1
+
+
+class ModelEntries(Section):
+    """A model to train."""
+
+    trainer: Name = "nnUNetTrainer"
+    plans: Name = "nnUNetPlans"
+    configuration: Name = "3d_fullres"
+    epochs: Count | None = None
+    gpus: Count = 1
+    epoch_seconds: Positive | None = None
+
+
+class PlansEntries(Section):
+    """How plans are made."""
+
+    planner: Name | None = None
+    gpu_memory_target: Positive | None = None
+
+
+class Splits(Section):
+    """How the folds are chosen; see `nnunet-conres split`."""
+
+    folds: Annotated[int, Field(ge=2)] = 5
+    stratify: Literal["both", "grade", "volume", "none"] = "both"
+    seed: Annotated[int, Field(ge=0)] = 12345
+    group: Annotated[Text, AfterValidator(_expression)] | None = None
+    grades: Annotated[AnyPath, AfterValidator(_file)] | None = None
+
+
+SLURM_TEXTS: Final = ("account", "partition", "qos", "constraint", "slurm_extra")
+
+
+class RuleResources(Section):
+    """What the jobs of a rule ask for; `SLURM_TEXTS` go to SLURM as they are."""
+
+    cpus: Count | None = None
+    memory_gb: Positive | None = None
+    minutes: Positive | None = None
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    gpu_types: dict[Text, Positive] | None = None
+    account: Text | None = None
+    partition: Text | None = None
+    qos: Text | None = None
+    constraint: Text | None = None
+    slurm_extra: Annotated[Text, AfterValidator(_slurm_extra)] | None = None
+
+
+Rule = Literal[
+    "default", "convert", "fingerprint", "split", "plan", "preprocess", "memory", "train", "predict", "ensemble",
+    "compare",
+]  # fmt: skip
+
+
+class ExperimentFile(Section):
+    """The whole file."""
+
+    work: Annotated[AnyPath, AfterValidator(_snakemakes_path)] | None = None
+    folders: dict[Literal["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"], AnyPath] = {}
+    data: Data = Data()
+    test: Test | None = None
+    models: dict[ModelName, ModelEntries] = {}
+    plans: dict[Name, PlansEntries] = {}
+    folds: list[int] | None = None
+    splits: Splits = Splits()
+    epochs: Count = 1000
+    device: Literal["cuda", "cpu", "mps"] = "cuda"
+    checkpoint_minutes: Positive = 5.0
+    retries: Annotated[int, Field(ge=0)] = 5
+    time_limit_hours: Positive = 24.0
+    ensembles: Literal["all", "pairs", "none"] | bool | list[list[ModelName]] | None = None
+    environment: dict[
+        Annotated[Text, StringConstraints(pattern="^[A-Za-z_][A-Za-z0-9_]*$")],
+        Annotated[str, BeforeValidator(_variable)],
+    ] = {}
+    resources: dict[Rule, RuleResources] = {}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read(content: Mapping[str, Any], base: Path) -> tuple[ExperimentFile, list[str], set[str]]:
+    """Check the entries of a file one by one.
+
+    Args:
+        content: What the YAML file holds.
+        base: Folder that relative paths are relative to.
+
+    Returns:
+        The entries that are right, a message for each that is not, and the first names of the latter.
+    """
+    errors: list[str] = []
+    wrong: set[str] = set()
+    remaining: Any = dict(content)
+    while True:
+        try:
+            return ExperimentFile.model_validate(remaining, context=base), errors, wrong
+        except ValidationError as error:
+            places: dict[tuple[str, ...], str] = {}
+            for entry in error.errors(include_url=False):
+                place = _place(entry["loc"], remaining)
+                places.setdefault(place, _message(entry, place))
+            for place, message in places.items():
+                errors.append(message)
+                wrong.add(place[0] if place else "")
+                remaining = _without(remaining, place)
+
+
+def _place(location: tuple[int | str, ...], content: Any) -> tuple[str, ...]:
+    """The entry that an error is about: pydantic adds positions in lists and the members of unions."""
+    place: list[str] = []
+    for key in location:
+        if not isinstance(content, Mapping) or key not in content:
+            break
+        place.append(str(key))
+        content = content[key]
+    return tuple(place)
+
+
+def _message(error: Any, place: tuple[str, ...]) -> str:
+    where = ", ".join(place).encode("unicode_escape").decode()
+    if error["type"] == "extra_forbidden":
+        return f"{where} is not known{_instead(place)}"
+    if error["type"] == "value_error":
+        expected = str(error["ctx"]["error"])
+    else:  # as in "Input should be less than or equal to 999"
+        expected = re.sub("^[A-Z][a-z]+ should ", "expected to ", error["msg"]).replace("to be ", "")
+    if error["loc"][-1:] == ("[key]",):
+        return f"{where}: not a valid name; {expected}"
+    return f"{where} is {error['input']!r}; {expected}"
+
+
+_SECTIONS: Final[dict[str, type[Section]]] = {
+    "data": Data,
+    "test": Test,
+    "models": ModelEntries,
+    "plans": PlansEntries,
+    "splits": Splits,
+    "resources": RuleResources,
+}
+
+
+def _instead(place: tuple[str, ...]) -> str:
+    section = ExperimentFile if len(place) == 1 else _SECTIONS.get(place[0])
+    return "" if section is None else f"; expected {', '.join(section.model_fields)}"
+
+
+def _without(content: Any, place: tuple[str, ...]) -> Any:
+    """Entries without one of them."""
+    if not place:
+        return {}
+    key = next(key for key in content if str(key) == place[0])
+    rest = {name: value for name, value in content.items() if name != key}
+    if len(place) > 1 and isinstance(content[key], Mapping):
+        rest[key] = _without(content[key], place[1:])
+    return rest
