@@ -281,10 +281,12 @@ def _holder_in(text: str) -> Holder | None:
 
 
 def _write(file: IO[str], text: str) -> None:
-    file.seek(0)
-    file.truncate()
-    file.write(text)
-    file.flush()
+    # Without a buffer: what a full disk did not take would be written again when the file is closed.
+    descriptor, left = file.fileno(), text.encode()
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def _touch(path: Path, done: threading.Event) -> None:

@@ -27,6 +27,7 @@ from nnunet_conres.architectures.network import CHECKPOINTINGS
 from nnunet_conres.datasets.fingerprint import FINGERPRINT, exclude_ignored_voxels
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
+from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.planning.architectures import (
     conresnet_architecture,
     residual_maps_architecture,
@@ -450,6 +451,10 @@ class NetworkPlanner(ExperimentPlanner):
         plans.update(completed)
         self._check_training_steps(plans)
 
+        with one_at_a_time(self.plans_file):  # or configurations that are added meanwhile would be lost
+            self._write_plans(plans)
+
+    def _write_plans(self, plans: dict[str, Any]) -> None:
         existing = read_plans(self.plans_file.parent)
         planners = [planner.__name__ for planner in PLANNERS.values()]
         share_data(plans, existing, planners, self.plans_file.parent)

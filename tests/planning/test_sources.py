@@ -37,12 +37,6 @@ SHAPE = (12, 16, 20)
 DATA = "nnUNetVNetPlans_3d_fullres"
 
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
-
 @pytest.fixture
 def raw(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A raw data set of three cases, with a fingerprint of the package's own and no plans yet."""
@@ -432,37 +426,28 @@ class TestKilledAndConcurrentRuns:
 
 
 class TestFilesThatCannotBeWritten:
-    @pytest.mark.skipif(resource is None, reason="needs a limit of the files' size")
     @pytest.mark.parametrize("as_npz", [False, True])
-    def test_data(self, raw: Path, folder: Path, as_npz: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_data(
+        self, raw: Path, folder: Path, as_npz: bool, limited_files: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Blosc2 says neither which file it could not write nor why."""
         complete(preprocess=False)
         if as_npz:
             monkeypatch.setattr("nnunet_conres.planning.preprocessing._holds_npz", lambda _: True)
         before = sorted(folder.rglob("*"))
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
-        try:
-            with pytest.raises(InputError) as caught:
-                PreprocessedDataset(raw, folder, "nnUNetVNetPlans").complete({"3d_fullres": 1}, progress=False)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with limited_files(2048), pytest.raises(InputError) as caught:
+            PreprocessedDataset(raw, folder, "nnUNetVNetPlans").complete({"3d_fullres": 1}, progress=False)
         path = folder / DATA / ("case_0.npz" if as_npz else "case_0.b2nd")
         assert str(caught.value).startswith(f"{path}: File too large. Raise the limit")
         assert [path for path in sorted(folder.rglob("*")) if path not in before] == [folder / DATA]
 
-    @pytest.mark.skipif(resource is None, reason="needs a limit of the files' size")
     @pytest.mark.parametrize("size", [16, 512])
-    def test_fingerprint(self, raw: Path, folder: Path, size: int) -> None:
+    def test_fingerprint(self, raw: Path, folder: Path, size: int, limited_files: Any) -> None:
         """Neither the lock, which is written first, nor the fingerprint fits; nothing of it stays."""
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        try:
-            with pytest.raises(InputError, match=f"^{folder / 'dataset_fingerprint.json'}: File too large"):
-                complete(preprocess=False, clean=True)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert (folder / "dataset_fingerprint.json").exists() == (size == 16)
+        fingerprint = folder / "dataset_fingerprint.json"
+        with limited_files(size), pytest.raises(InputError, match=f"^{fingerprint}: File too large"):
+            complete(preprocess=False, clean=True)
+        assert fingerprint.exists() == (size == 16)
         assert not list(folder.glob(".*"))
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres import cli
 from nnunet_conres.errors import InputError
+from nnunet_conres.planning import variants
 from nnunet_conres.planning.commands import PlanOptions, plan
 from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.planning.variants import add_variants
@@ -108,6 +111,25 @@ class TestPlans:
         content = plans_file.read_text()
         assert add_variants(NAME, "nnUNetPlans", [(8, 80, 80)]).variants[0].was_there
         assert plans_file.read_text() == content
+
+    def test_two_commands_at_once_add_both(self, plans_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The second one comes when the first has read the plans and not written them yet."""
+        write, second = variants.write_json, []
+
+        def late(path: Path, content: Any) -> None:
+            if not second:
+                second.append(threading.Thread(target=add_variants, args=(NAME, "nnUNetPlans", [(16, 160, 160)])))
+                second[0].start()
+                time.sleep(0.3)
+            write(path, content)
+
+        monkeypatch.setattr(variants, "write_json", late)
+        add_variants(NAME, "nnUNetPlans", [(8, 80, 80)])
+        second[0].join()
+        assert {"3d_fullres_8x80x80", "3d_fullres_16x160x160"} <= set(
+            PlansManager(str(plans_file)).plans["configurations"]
+        )
+        assert not list(plans_file.parent.glob(".*"))
 
     def test_a_lowres_variant_does_not_feed_the_cascade(self, plans_file: Path) -> None:
         plans = json.loads(plans_file.read_text())
