@@ -64,6 +64,8 @@ class TestWheel:
         assert "nnunet_conres/py.typed" in names
         for name in ("page.html", "viewer.html", "report.css", "report.js"):
             assert f"nnunet_conres/evaluation/report/{name}" in names
+        schemes = (repository_root / "nnunet_conres/datasets/schemes").glob("*.toml")
+        assert {path.name for path in schemes} == {Path(name).name for name in names if "/datasets/schemes/" in name}
         assert f"{info}/licenses/LICENSE" in names
 
     def test_metadata(self, wheel: Path) -> None:

@@ -9,14 +9,21 @@ from nnunet_conres.cli.arguments import number_of_processes
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
 
+_SCHEMES = (
+    "2018 (for 2017 to 2020), 2021, 2023, 2023-MEN, 2023-MET (also 2024-MET), 2023-PED, 2023-SSA, 2024 (after "
+    "treatment), 2024-GoAT, 2024-MEN-RT, 2024-PED (also 2025-, 2026-PED), 2025-GLI (before and after treatment), "
+    "2025-MET (also 2026-MET), MSD (Decathlon), or a TOML file that describes another"
+)
+
 
 def add_brats_convert(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "brats-convert",
         help="convert BraTS folders to an nnU-Net data set",
         description="Converts BraTS folders to an nnU-Net data set in $nnUNet_raw, with channels FLAIR, T1, T1ce, T2 "
-        "and regions whole_tumor, tumor_core, enhancing_tumor (and what the year adds) for every year. Labelled cases "
-        "are for training, others go to imagesTs. All files are checked before anything is written.",
+        "and regions whole_tumor, tumor_core, enhancing_tumor (and what the year adds) for every year; of MEN-RT, the "
+        "channel T1ce and the region gross_tumor_volume. Labelled cases are for training, others go to imagesTs. All "
+        "files are checked before anything is written.",
     )
     parser.add_argument(
         "-i", metavar="FOLDER", nargs="+", required=True, help="input folders, searched with subfolders"
@@ -33,13 +40,19 @@ def add_brats_convert(subparsers: "Subparsers") -> None:
         help="folders with cases never to train on: images to imagesTs, labels to labelsTs",
     )
     parser.add_argument(
+        "--corrected",
+        metavar="FOLDER",
+        nargs="+",
+        default=[],
+        help="folders with corrected files, which take the place of those of the same cases",
+    )
+    parser.add_argument(
         "--scheme",
         metavar="SCHEME",
         nargs="+",
         default=["auto"],
-        help="file names and labels: 2018 (for 2017 to 2020), 2021, 2023, 2023-MEN, 2023-MET, 2023-PED, 2023-SSA, 2024 "
-        "(after treatment), 2024-PED, MSD (Decathlon); several to allow a mixture; auto for any one that file names "
-        "tell (default: auto)",
+        help=f"file names and labels: {_SCHEMES}; several to allow a mixture; auto for any one that file names tell "
+        "(default: auto)",
     )
     parser.add_argument(
         "--mode",
@@ -52,6 +65,13 @@ def add_brats_convert(subparsers: "Subparsers") -> None:
         choices=("link", "copy"),
         default="link",
         help="hard links where possible, or copies of the images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--missing",
+        choices=("refuse", "zero"),
+        default="refuse",
+        help="cases without one of their modalities: refuse them, or write a zero image in its place and record it in "
+        "cases.json (default: %(default)s)",
     )
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave cases with faults out, and say which, instead of stopping"
@@ -69,10 +89,12 @@ def _brats_convert(arguments: argparse.Namespace) -> int:
         arguments.i,
         arguments.d,
         held_out_folders=arguments.held_out,
+        corrected_folders=arguments.corrected,
         dataset_name=arguments.name,
         schemes=arguments.scheme,
         mode=arguments.mode,
         image_mode=arguments.images,
+        missing=arguments.missing,
         skip_bad=arguments.skip_bad,
         processes=number_of_processes(arguments.np),
     )
@@ -86,6 +108,8 @@ def _brats_convert(arguments: argparse.Namespace) -> int:
     if done.skipped:
         print(f"  left out:       {len(done.skipped)}: {some(list(done.skipped), 20)}")
     print("  image files:    " + ", ".join(f"{count} {how}" for how, count in done.transfers.items() if count))
+    if done.missing:
+        print(f"  zero images:    of {len(done.missing)} cases without a modality: {some(list(done.missing), 20)}")
     print(f"  scheme:         {', '.join(done.schemes)}")
     if done.training_ids:
         print(f"Next: nnUNetv2_plan_and_preprocess -d {arguments.d} -c 3d_fullres --verify_dataset_integrity")
@@ -105,8 +129,7 @@ def add_brats_export(subparsers: "Subparsers") -> None:
         "--scheme",
         metavar="SCHEME",
         required=True,
-        help="the challenge: 2018 (for 2017 to 2020), 2021, 2023, 2023-MEN, 2023-MET, 2023-PED, 2023-SSA, 2024, "
-        "2024-PED or MSD",
+        help=f"the challenge: {_SCHEMES}",
     )
     parser.add_argument(
         "-djfile", metavar="FILE", help="dataset.json of the data set (default: the one in the folder with predictions)"

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import get_args
 
 from nnunet_conres.datasets.brats_check import Findings, check_case
-from nnunet_conres.datasets.brats_find import Case, collection, find_cases
-from nnunet_conres.datasets.brats_schemes import AUTO, SCHEMES, Mode, common_label_set
+from nnunet_conres.datasets.brats_find import Case, Missing, collection, find_cases
+from nnunet_conres.datasets.brats_scheme_files import Mode
+from nnunet_conres.datasets.brats_schemes import AUTO, common_label_set, select_schemes
 from nnunet_conres.datasets.brats_write import (
     TRANSFERS,
     ImageMode,
@@ -51,6 +52,7 @@ class Conversion:
         test_label_ids: Those of `test_ids` with labels, in labelsTs.
         schemes: Names of the schemes met.
         transfers: Number of image files linked, copied, compressed, and split from files with several channels.
+        missing: The channels that are zero images, by the case that lacks them.
         warnings: What the user should know and nnU-Net does not mind.
         skipped: Faults by the case or file that was left out for them.
     """
@@ -61,6 +63,7 @@ class Conversion:
     test_label_ids: tuple[str, ...]
     schemes: tuple[str, ...]
     transfers: Mapping[Transfer, int] = field(default_factory=dict)
+    missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -70,10 +73,12 @@ def convert_brats(
     dataset_id: int,
     *,
     held_out_folders: Sequence[str | Path] = (),
+    corrected_folders: Sequence[str | Path] = (),
     dataset_name: str = "BraTS",
     schemes: Sequence[str] = (AUTO,),
     mode: Mode = "regions",
     image_mode: ImageMode = "link",
+    missing: Missing = "refuse",
     skip_bad: bool = False,
     processes: int = 1,
     raw_folder: str | Path | None = None,
@@ -90,13 +95,17 @@ def convert_brats(
         input_folders: Searched with all their subfolders.
         dataset_id: nnU-Net's number for the data set, 1 to 999.
         held_out_folders: Like `input_folders`, but none of these cases is trained on.
+        corrected_folders: Searched with all their subfolders for files that take the place of those of the same case
+            and part, as challenges release corrected labels.
         dataset_name: The part of the data set's name after the number.
-        schemes: Names of the schemes the files may follow; more than one allows a mixture. ("auto",) takes any scheme,
-            but only one.
+        schemes: Names of the schemes the files may follow, or TOML files that describe further ones; more than one
+            allows a mixture. ("auto",) takes any scheme, but only one.
         mode: "regions" has nnU-Net predict whole tumour, tumour core and so on, which lie within each other; "labels"
             the tissues.
         image_mode: "link" makes hard links where the file system can and copies elsewhere; "copy" always copies. Files
             that are not yet compressed are compressed in both cases, and those with several channels split.
+        missing: "zero" writes a zero image in place of an absent modality, and says so in cases.json; "refuse" takes no
+            such case. A case without any image is never taken.
         skip_bad: Whether cases with faults are left out, instead of forbidding the conversion.
         processes: Number of processes, 1 or more.
         raw_folder: nnU-Net's raw folder; by default the value of the environment variable nnUNet_raw.
@@ -108,16 +117,28 @@ def convert_brats(
     Raises:
         ConversionError: Something is wrong with the input or the target. Lists all that was found.
     """
-    faults = list(_argument_faults(dataset_id, dataset_name, schemes, mode, image_mode, processes))
+    selection, scheme_faults = select_schemes(schemes)
+    faults = list(_argument_faults(dataset_id, dataset_name, mode, image_mode, missing, processes))
+    faults += scheme_faults
     raw = folder_from_environment(FOLDER_VARIABLES[0]) if raw_folder is None else Path(raw_folder)
     if raw is None:
         faults.append(RAW_NOT_SET)
     else:
         faults += target_faults(raw, dataset_id, dataset_name)
-    found = find_cases(input_folders, held_out_folders=held_out_folders, schemes=schemes)
+    if scheme_faults:
+        # Without the schemes it is not known what the files should be.
+        raise ConversionError(faults)
+    found = find_cases(
+        input_folders,
+        held_out_folders=held_out_folders,
+        corrected_folders=corrected_folders,
+        selection=selection,
+        missing=missing,
+    )
     faults += found.faults
 
-    # Faulty arguments do not keep the files from being looked at: whoever has to repair both learns of both at once.
+    # Other faulty arguments do not keep the files from being looked at: whoever has to repair both learns of both at
+    # once.
     findings = list(map_cases(check_case, found.cases, max(1, processes), "Checking", progress))
     bad = {where: tuple(messages) for where, messages in found.bad.items()}
     kept: list[tuple[Case, Findings]] = []
@@ -130,9 +151,11 @@ def convert_brats(
     if not skip_bad:
         faults += [fault for messages in bad.values() for fault in messages]
         if len(bad) > 5:
+            # All of them, where messages of one kind are cut short: --missing zero takes them.
+            incomplete = "".join(f"Without {parts}: {', '.join(ids)}. " for parts, ids in found.incomplete.items())
             faults.append(
-                f"{len(bad)} cases or files have errors, and {len(kept)} cases have none. Correct them, or leave them "
-                f"out with --skip-bad."
+                f"{incomplete}{len(bad)} cases or files have errors, and {len(kept)} cases have none. Correct them, or "
+                f"leave them out with --skip-bad."
             )
     elif bad and not cases:
         faults += [*(fault for messages in bad.values() for fault in messages), "No case is left to convert."]
@@ -154,23 +177,23 @@ def convert_brats(
         training_ids=training,
         test_ids=tuple(case.case_id for case in cases if not case.trains),
         test_label_ids=tuple(case.case_id for case in cases if case.held_out and case.labels is not None),
-        schemes=tuple(name for name in SCHEMES if any(case.scheme == name for case in cases)),
+        schemes=tuple(scheme.name for scheme in selection.known if any(case.scheme is scheme for case in cases)),
         transfers=transfers,
+        missing={case.case_id: case.missing for case in cases if case.missing},
         warnings=tuple(warnings),
         skipped=bad,
     )
 
 
 def _argument_faults(
-    dataset_id: int, dataset_name: str, schemes: Sequence[str], mode: str, image_mode: str, processes: int
+    dataset_id: int, dataset_name: str, mode: str, image_mode: str, missing: str, processes: int
 ) -> Iterator[str]:
     yield from id_faults(dataset_id, dataset_name)
-    unknown = [name for name in schemes if name != AUTO and name not in SCHEMES]
-    if unknown or not schemes:
-        yield f"The scheme is {' '.join(unknown) or 'missing'}; expected {AUTO} or any of {', '.join(SCHEMES)}."
-    elif AUTO in schemes and len(schemes) > 1:
-        yield f"--scheme {AUTO} cannot be combined with others; name all that are allowed, or {AUTO} alone."
-    for what, value, known in (("mode", mode, get_args(Mode)), ("image mode", image_mode, get_args(ImageMode))):
+    for what, value, known in (
+        ("mode", mode, get_args(Mode)),
+        ("image mode", image_mode, get_args(ImageMode)),
+        ("treatment of missing modalities", missing, get_args(Missing)),
+    ):
         if value not in known:
             yield f"The {what} is {value!r}; expected {' or '.join(known)}."
     if processes < 1:
@@ -200,22 +223,23 @@ def _write(
 
 def _doubts(cases: Sequence[Case], findings: Mapping[str, Findings]) -> Iterator[str]:
     """What may have been meant otherwise, seen over all cases."""
-    for name, scheme in SCHEMES.items():
-        labelled = [case for case in cases if case.scheme == name and case.labels is not None]
+    schemes = list(dict.fromkeys(case.scheme for case in cases))
+    for scheme in schemes:
+        labelled = [case for case in cases if case.scheme is scheme and case.labels is not None]
         met = {value for case in labelled for value in findings[case.case_id].values}
         never = [f"{value} {tissue}" for value, tissue in scheme.labels.items() if value not in met]
         if labelled and met and never:
             yield (
-                f"No label file has {' or '.join(never)}, which {scheme.title} (--scheme {name}) has. Look into it: "
-                f"are the files of another year, or relabelled?"
+                f"No label file has {' or '.join(never)}, which {scheme.called} has. Look into it: are the files of "
+                f"another year, or relabelled?"
             )
-    label_set = common_label_set(case.scheme for case in cases)
-    for name in dict.fromkeys(case.scheme for case in cases if case.labels is not None):
-        lacking = [] if label_set is None else [t for t in label_set.tissues if t not in SCHEMES[name].labels.values()]
+    label_set = common_label_set(schemes)
+    for scheme in dict.fromkeys(case.scheme for case in cases if case.labels is not None):
+        lacking = [] if label_set is None else [t for t in label_set.tissues if t not in scheme.labels.values()]
         if lacking:
             yield (
-                f"{SCHEMES[name].title} (--scheme {name}) knows no {' or '.join(lacking)}: its cases teach that there "
-                f"is none in them. That is right where none can be, as before surgery, and wrong elsewhere."
+                f"{scheme.called} knows no {' or '.join(lacking)}: its cases teach that there is none in them. That is "
+                f"right where none can be, as before surgery, and wrong elsewhere."
             )
     labelled_folders = {collection(case) for case in cases if case.trains}
     unlabelled = [case.case_id for case in cases if case.labels is None and collection(case) in labelled_folders]
@@ -228,5 +252,12 @@ def _doubts(cases: Sequence[Case], findings: Mapping[str, Findings]) -> Iterator
     again = [" and ".join(ids) for ids in patients.values() if len(ids) > 1]
     if again:
         yield f"{some(again)}: probably the same patient in two years' releases. Leave one out of each pair."
+    trained = {case.patient for case in cases if case.trains}
+    both = [case.case_id for case in cases if case.held_out and case.patient in trained]
+    if both:
+        yield (
+            f"{some(both)}: held out, and the same patients are trained on at other time points. Hold out all cases of "
+            f"a patient, or none."
+        )
     if not any(case.trains for case in cases):
         yield "No case has labels: the data set can be predicted, but not trained on."

@@ -10,7 +10,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nnunet_conres.datasets.brats_find import Case
-from nnunet_conres.datasets.brats_schemes import CHANNELS, SCHEMES, label_message, labels_outside
+from nnunet_conres.datasets.brats_scheme_files import LABELS, Content
+from nnunet_conres.datasets.brats_schemes import label_message, labels_outside
 from nnunet_conres.errors import InputError
 from nnunet_conres.images.content import DamagedFileError
 from nnunet_conres.images.nifti import Grid, grid_difference, read_grid, read_nifti
@@ -45,12 +46,11 @@ def check_case(case: Case) -> Findings:
     faults: list[str] = []
     warnings: list[str] = []
     values: tuple[int, ...] = ()
-    scheme = SCHEMES[case.scheme]
+    scheme = case.scheme
     reference: tuple[Path, Grid] | None = None
-    # Of one file with all channels, or of a file per channel.
-    channels = 1 if scheme.layout.modalities else len(CHANNELS)
-    for path in (*case.images, *([] if case.labels is None else [case.labels])):
-        is_labels = path == case.labels
+    for path, content in zip((*case.images, case.labels), (*scheme.layout.images, LABELS), strict=True):
+        if path is None:
+            continue
         try:
             file = read_nifti(path)
             grid = read_grid(path, file.header)
@@ -58,7 +58,7 @@ def check_case(case: Case) -> Findings:
             advice = "Get the file again, or leave" if isinstance(error, DamagedFileError) else "Correct it, or leave"
             faults.append(f"{error} {advice} the case out.")
             continue
-        wrong = _kind_fault(file.stored, 1 if is_labels else channels)
+        wrong = _kind_fault(file.stored, len(content))
         if wrong:
             faults.append(f"{path} {wrong}")
             continue
@@ -74,7 +74,7 @@ def check_case(case: Case) -> Findings:
         not_finite = file.not_finite()
         if not_finite:
             faults.append(f"{path} has {not_finite} voxels that are NaN or infinite; expected finite intensities.")
-        elif is_labels:
+        elif content == LABELS:
             labels = file.labels()
             strange = labels_outside(labels, (0, *scheme.labels))
             if strange:
@@ -84,7 +84,7 @@ def check_case(case: Case) -> Findings:
             if not values:
                 warnings.append(f"{path} is all background: the case has no tumour.")
         else:
-            warnings += _empty_channels(path, file.stored, channels)
+            warnings += _empty_channels(path, file.stored, content)
     return Findings(tuple(faults), tuple(warnings), values)
 
 
@@ -99,10 +99,10 @@ def _kind_fault(voxels: NDArray[Any], channels: int) -> str:
     return ""
 
 
-def _empty_channels(path: Path, voxels: NDArray[Any], channels: int) -> Iterator[str]:
-    for index in range(channels):
-        channel = voxels if channels == 1 else voxels[..., index]
+def _empty_channels(path: Path, voxels: NDArray[Any], channels: Content) -> Iterator[str]:
+    for index, name in enumerate(channels):
+        channel = voxels if len(channels) == 1 else voxels[..., index]
         # Most are found not to be by their middle slice.
         if not channel[..., channel.shape[2] // 2].any() and not channel.any():
-            where = "" if channels == 1 else f" in channel {index}, {CHANNELS[index]}"
+            where = "" if len(channels) == 1 else f" in channel {index}, {name}"
             yield f"{path} is 0 everywhere{where}: the modality is empty."

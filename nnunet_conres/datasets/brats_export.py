@@ -13,7 +13,8 @@ import numpy as np
 
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.brats_find import image_of, names_image, nifti_files
-from nnunet_conres.datasets.brats_schemes import LABEL_SETS, SCHEMES, LabelSet, Mode, labels_outside, map_labels
+from nnunet_conres.datasets.brats_scheme_files import LabelSet, Layout, Mode, Scheme
+from nnunet_conres.datasets.brats_schemes import AUTO, SCHEMES, Selection, labels_outside, map_labels, select_schemes
 from nnunet_conres.datasets.raw import map_cases, some
 from nnunet_conres.errors import InputError
 from nnunet_conres.folders import being_written, check_complete, new_folder, visible
@@ -58,7 +59,7 @@ class Prediction(NamedTuple):
         path: The file.
         table: The challenge's label of each of nnU-Net's that has one.
         known: All of nnU-Net's labels, with their tissues.
-        scheme: Name of the challenge's scheme.
+        scheme: The challenge's.
         reference: An image of the same case, or None.
         et_min_voxels: Enhancing tumour of fewer voxels is replaced.
         output: The file to be written, or None to check only.
@@ -67,7 +68,7 @@ class Prediction(NamedTuple):
     path: Path
     table: Mapping[int, int]
     known: Mapping[int, str]
-    scheme: str
+    scheme: Scheme
     reference: Path | None
     et_min_voxels: int
     output: Path | None
@@ -96,7 +97,7 @@ def export_brats(
     Args:
         predictions_folder: Label maps as nnU-Net writes them, CASE.nii.gz.
         output_folder: Must not exist, or be empty; gets its files only when all are whole.
-        scheme: A name in `SCHEMES`.
+        scheme: The challenge: a scheme's name, or a TOML file that describes one.
         dataset_json: dataset.json of the data set that the model was trained on; by default the one that nnU-Net puts
             into the folder with predictions.
         reference_folder: Searched with subfolders for the cases' images, named as BraTS or nnU-Net names them. Size and
@@ -115,7 +116,8 @@ def export_brats(
     """
     # Resolved: a link to an empty folder is not replaced, but what it leads to.
     folder, output = Path(predictions_folder), Path(output_folder).resolve()
-    faults = list(_argument_faults(scheme, et_min_voxels, processes))
+    challenge, selection, faults = _one_scheme(scheme)
+    faults += _argument_faults(challenge, et_min_voxels, processes)
     faults += being_written(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         faults.append(f"{output} exists already and is not an empty folder; remove it, or choose another -o.")
@@ -124,24 +126,26 @@ def export_brats(
         faults.append(f"{folder} is not a folder; expected a folder with predictions.")
     elif not paths:
         faults.append(f"{folder} has no NIfTI file; expected predictions named CASE.nii.gz.")
-    faults += _name_faults(folder, paths, scheme)
-    tissues, found = _tissues(folder / "dataset.json" if dataset_json is None else Path(dataset_json))
+    faults += _name_faults(folder, paths, challenge, selection)
+    tissues, found = _tissues(folder / "dataset.json" if dataset_json is None else Path(dataset_json), challenge)
     faults += found
-    references, found, warnings = _references(reference_folder, [stem(path) for path in paths])
+    references, found, warnings = _references(reference_folder, [stem(path) for path in paths], selection.layouts)
     faults += found
-    if scheme not in SCHEMES or not tissues:
+    if challenge is None or not tissues:
         raise ExportError(faults)
 
     # A label whose tissue the challenge lacks may be in the data set, as long as it is in no prediction.
-    values = {tissue: value for value, tissue in SCHEMES[scheme].labels.items()}
+    values = {tissue: value for value, tissue in challenge.labels.items()}
     table = {0: 0, **{label: values[tissue] for label, tissue in tissues.items() if tissue in values}}
     missing = [tissue for tissue in values if tissue not in tissues.values()]
     if missing:
-        warnings.append(f"The data set knows no {' or '.join(missing)}, which {SCHEMES[scheme].title} asks for.")
-    unnamed = [stem(path) for path in paths if not SCHEMES[scheme].may_be(stem(path))]
+        warnings.append(f"The data set knows no {' or '.join(missing)}, which {challenge.title} asks for.")
+    unnamed = [stem(path) for path in paths if not challenge.may_be(stem(path))]
     if unnamed:
-        warnings.append(f"{some(unnamed)}: not named as the cases of {SCHEMES[scheme].title} (--scheme {scheme}).")
-    jobs = [Prediction(path, table, tissues, scheme, references.get(stem(path)), et_min_voxels, None) for path in paths]
+        warnings.append(f"{some(unnamed)}: not named as the cases of {challenge.called}.")
+    jobs = [
+        Prediction(path, table, tissues, challenge, references.get(stem(path)), et_min_voxels, None) for path in paths
+    ]
     checked = list(map_cases(export_case, jobs, max(1, processes), "Checking", progress))
     faults += [fault for result in checked for fault in result.faults]
     if faults:
@@ -190,18 +194,20 @@ def export_case(job: Prediction) -> Result:
         return Result(tuple(faults), 0)
 
     exported = map_labels(labels, job.table)
-    values = {tissue: value for value, tissue in SCHEMES[job.scheme].labels.items()}
-    enhancing = exported == values["enhancing"]
-    count = int(np.count_nonzero(enhancing))
-    replace = 0 < count < job.et_min_voxels
-    if replace:
-        exported[enhancing] = values[SCHEMES[job.scheme].less_enhancing]
+    cleaned = 0
+    if job.et_min_voxels:
+        values = {tissue: value for value, tissue in job.scheme.labels.items()}
+        enhancing = exported == values["enhancing"]
+        count = int(np.count_nonzero(enhancing))
+        if 0 < count < job.et_min_voxels:
+            exported[enhancing] = values[job.scheme.less_enhancing]
+            cleaned = count
     write_nifti(job.output, exported, header)
-    return Result((), count if replace else 0)
+    return Result((), cleaned)
 
 
 def _label_fault(job: Prediction, strange: Mapping[float, int]) -> str:
-    scheme = SCHEMES[job.scheme]
+    scheme = job.scheme
     tissues = {float(label): tissue for label, tissue in job.known.items()}
     found = ", ".join(
         f"{number_text(value)}{f' {tissues[value]}' if value in tissues else ''} ({count} voxels)"
@@ -209,7 +215,7 @@ def _label_fault(job: Prediction, strange: Mapping[float, int]) -> str:
     )
     if strange.keys() <= tissues.keys():
         return (
-            f"{job.path} has labels {found}, which {scheme.title} (--scheme {scheme.name}) has no value for; it has "
+            f"{job.path} has labels {found}, which {scheme.called} has no value for; it has "
             f"{scheme.known_labels}. Choose the --scheme whose tissues the model was trained on."
         )
     expected = ", ".join(f"{label} {tissue}" for label, tissue in job.known.items())
@@ -219,16 +225,27 @@ def _label_fault(job: Prediction, strange: Mapping[float, int]) -> str:
     )
 
 
-def _argument_faults(scheme: str, et_min_voxels: int, processes: int) -> Iterator[str]:
-    if scheme not in SCHEMES:
-        yield f"The scheme is {scheme}; expected one of {', '.join(SCHEMES)}."
+def _one_scheme(name: str) -> tuple[Scheme | None, Selection, list[str]]:
+    """The challenge's scheme, None where there is none of this name; all that are known; and what is wrong."""
+    selection, faults = select_schemes([name])
+    if selection.auto:
+        faults = [f"The scheme is {AUTO}; expected one of {', '.join(SCHEMES)}, or a TOML file that describes another."]
+    return (None if faults else selection.allowed[0]), selection, faults
+
+
+def _argument_faults(scheme: Scheme | None, et_min_voxels: int, processes: int) -> Iterator[str]:
     if et_min_voxels < 0:
         yield f"--et-min-voxels is {et_min_voxels}; expected 0 or more."
+    elif et_min_voxels and scheme is not None and not scheme.less_enhancing:
+        yield (
+            f"--et-min-voxels is {et_min_voxels}, but {scheme.called} does not say what takes the place of enhancing "
+            f"tumour (less_enhancing); leave the option out."
+        )
     if processes < 1:
         yield f"The number of processes is {processes}; expected 1 or more."
 
 
-def _name_faults(folder: Path, paths: Sequence[Path], scheme: str) -> Iterator[str]:
+def _name_faults(folder: Path, paths: Sequence[Path], scheme: Scheme | None, selection: Selection) -> Iterator[str]:
     """Files that are no case's, or whose name is another challenge's."""
     ids = [stem(path) for path in paths]
     yield from unsafe_ids(ids, folder)
@@ -236,29 +253,34 @@ def _name_faults(folder: Path, paths: Sequence[Path], scheme: str) -> Iterator[s
     if doubled:
         yield f"{some(doubled)}: more than one file; keep one of each."
     # Not CASE_0000.nii.gz, as nnU-Net names images: ids may end so. What is no prediction has other values.
-    images = [path.name for path in paths if names_image(path)]
+    images = [path.name for path in paths if names_image(path, selection.layouts)]
     if images:
         yield f"{some(images)}: named as BraTS names images; expected predictions named CASE.nii.gz."
-    if scheme not in SCHEMES:
+    if scheme is None:
         return
-    foreign = [case_id for case_id in ids if _others(case_id, scheme)]
+    others = {case_id: [] if scheme.may_be(case_id) else _owners(case_id) for case_id in ids}
+    foreign = [case_id for case_id in ids if others[case_id]]
     if foreign:
-        hints = sorted({name for case_id in foreign for name in _others(case_id, scheme)})
+        hints = sorted({name for case_id in foreign for name in others[case_id]})
         yield (
-            f"{some(foreign)}: not named as the cases of {SCHEMES[scheme].title} (--scheme {scheme}), but as those of "
-            f"--scheme {' or '.join(hints)}."
+            f"{some(foreign)}: not named as the cases of {scheme.called}, but as those of --scheme "
+            f"{' or '.join(hints)}."
         )
 
 
-def _others(case_id: str, scheme: str) -> list[str]:
-    """Schemes that a case id belongs to, if it does not belong to this one."""
-    if SCHEMES[scheme].may_be(case_id):
-        return []
-    return [name for name, other in SCHEMES.items() if other.may_be(case_id)]
+def _owners(case_id: str) -> list[str]:
+    """Schemes that a case id may belong to."""
+    return [name for name, scheme in SCHEMES.items() if scheme.may_be(case_id)]
 
 
-def _tissues(path: Path) -> tuple[dict[int, str], list[str]]:
-    """Tissue of each label of a data set, and a message for every fault."""
+def _tissues(path: Path, scheme: Scheme | None) -> tuple[dict[int, str], list[str]]:
+    """Tissue of each label of a data set, and a message for every fault.
+
+    Args:
+        path: The data set's dataset.json.
+        scheme: The challenge, whose label set comes first: one that this package does not know may be described in a
+            file only.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -269,14 +291,16 @@ def _tissues(path: Path) -> tuple[dict[int, str], list[str]]:
     labels = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(labels, dict):
         return {}, [f"{path} has no labels; expected the dataset.json of an nnU-Net data set."]
-    for label_set in LABEL_SETS:
+    known = ([] if scheme is None else [scheme]) + list(SCHEMES.values())
+    for label_set in (one.label_set for one in known):
         modes: tuple[Mode, ...] = ("regions", "labels")
         for mode in modes:
             if _same_labels(content, label_set, mode):
                 return {label: tissue for tissue, label in label_set.tissues.items()}, []
     return {}, [
         f"{path} has labels {labels} in the order {content.get('regions_class_order')}: not those of brats-convert, so "
-        f"it is unknown which tissue is which. Expected regions of {' or of '.join(s.name for s in LABEL_SETS)}."
+        f"it is unknown which tissue is which. Expected those of one of the schemes {', '.join(SCHEMES)}; for a data "
+        f"set of a scheme in a file, name that file with --scheme."
     ]
 
 
@@ -295,7 +319,9 @@ def _normalised(labels: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
     ]
 
 
-def _references(folder: str | Path | None, case_ids: Sequence[str]) -> tuple[dict[str, Path], list[str], list[str]]:
+def _references(
+    folder: str | Path | None, case_ids: Sequence[str], layouts: Sequence[Layout]
+) -> tuple[dict[str, Path], list[str], list[str]]:
     """An image of each case, faults, and warnings."""
     if folder is None:
         return {}, [], []
@@ -303,7 +329,7 @@ def _references(folder: str | Path | None, case_ids: Sequence[str]) -> tuple[dic
         return {}, [f"{folder} is not a folder; expected the cases' images there."], []
     images: dict[str, Path] = {}
     for path in nifti_files(Path(folder)):
-        case_id = image_of(path)
+        case_id = image_of(path, layouts)
         if case_id is not None:
             images.setdefault(case_id, path)
     missing = [case_id for case_id in case_ids if case_id not in images]

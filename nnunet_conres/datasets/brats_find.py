@@ -8,21 +8,23 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from nnunet_conres.case_ids import unsafe_ids
+from nnunet_conres.datasets.brats_scheme_files import LABELS, Content, Layout, Scheme
 from nnunet_conres.datasets.brats_schemes import (
-    AUTO,
-    LAYOUTS,
-    SCHEMES,
-    Layout,
-    Scheme,
-    allowed_schemes,
+    ANY,
+    Selection,
+    archive_of_another,
     choose_scheme,
     common_label_set,
 )
 from nnunet_conres.datasets.raw import some
 from nnunet_conres.folders import is_hidden
 from nnunet_conres.images.nifti import is_nifti, stem
+
+Missing = Literal["refuse", "zero"]
+"""What happens to cases without one of their modalities: they are refused, or a zero image takes its place."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,19 @@ class Case:
 
     Attributes:
         case_id: As in the file names, which nnU-Net keeps.
-        scheme: Name of the scheme that the files follow.
-        images: File of each channel, in the order of `CHANNELS`; or one file that has them all.
+        scheme: The scheme that the files follow.
+        images: One for each of the scheme's image files; None for one that is absent, which at least one is not.
         labels: Label file, or None.
         held_out: Whether the case came from a folder of held-out cases.
+        corrected: The parts that came from a folder of corrected files.
     """
 
     case_id: str
-    scheme: str
-    images: tuple[Path, ...]
+    scheme: Scheme
+    images: tuple[Path | None, ...]
     labels: Path | None
     held_out: bool
+    corrected: tuple[str, ...] = ()
 
     @property
     def trains(self) -> bool:
@@ -49,9 +53,25 @@ class Case:
         return self.labels is not None and not self.held_out
 
     @property
+    def first_image(self) -> Path:
+        """The first image that is there: its grid is the case's."""
+        return next(image for image in self.images if image is not None)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The channels that are absent."""
+        pairs = zip(self.images, self.scheme.layout.images, strict=True)
+        return tuple(channel for image, channels in pairs if image is None for channel in channels)
+
+    @property
+    def patient(self) -> str:
+        """The patient that the id names."""
+        return self.scheme.patient_of(self.case_id)
+
+    @property
     def grade(self) -> str | None:
         """HGG or LGG, where the case lies in a folder that is called so."""
-        grades = [part.upper() for part in self.images[0].parent.parts if part.upper() in ("HGG", "LGG")]
+        grades = [part.upper() for part in self.first_image.parent.parts if part.upper() in ("HGG", "LGG")]
         return grades[-1] if grades else None
 
 
@@ -64,95 +84,206 @@ class Found:
         faults: What forbids converting any of them.
         bad: What is wrong with single cases, or with files that belong to none, by what would be left out.
         doubled: Ids met more than once, in lower case.
+        incomplete: Ids of the cases that lack some of their images, by the absent parts, such as t2w.
     """
 
     cases: list[Case] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     bad: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     doubled: set[str] = field(default_factory=set)
+    incomplete: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the files of a case lie together, and how they are named."""
+
+    held_out: bool
+    folder: Path
+    case_id: str
+    layout: Layout
+
+
+_Files = dict[Content, list[Path]]
 
 
 def find_cases(
     folders: Sequence[str | Path],
     *,
     held_out_folders: Sequence[str | Path] = (),
-    schemes: Sequence[str] = (AUTO,),
+    corrected_folders: Sequence[str | Path] = (),
+    selection: Selection = ANY,
+    missing: Missing = "refuse",
 ) -> Found:
     """Collect the cases below some folders by their file names, without opening a file.
 
     Args:
         folders: Searched with all their subfolders; hidden files are passed over.
         held_out_folders: Like `folders`; their cases are marked as held out.
-        schemes: Names of the schemes that files may follow; more than one allows a mixture. ("auto",) takes any, but
-            only one.
+        corrected_folders: Like `folders`; each file there takes the place of the one that `folders` or
+            `held_out_folders` have for the same case and part.
+        selection: The schemes that files may follow.
+        missing: "zero" takes cases that lack some of their images.
 
     Returns:
         Cases and faults.
     """
     found = Found()
-    parts: dict[tuple[bool, Path, str, Layout], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    owners: dict[Path, bool] = {}
-    for held_out, roots in ((False, folders), (True, held_out_folders)):
-        for root in roots:
-            if not Path(root).is_dir():
-                found.faults.append(f"{root} is not a folder; expected a folder with BraTS cases.")
-                continue
-            shared = []
-            for path in nifti_files(Path(root)):
-                # One folder inside another, or named twice, is not a second copy of its cases.
-                itself = path.resolve()
-                first = itself not in owners
-                if owners.setdefault(itself, held_out) != held_out:
-                    shared.append(str(path))
-                    continue
-                named = _unwrapped(path)
-                place = _place(named)
-                if place is None:
-                    found.bad[str(path)].append(
-                        f"{path} fits no naming scheme of BraTS, so it is unclear what it is. Expected "
-                        f"{_expected_names(schemes)}; rename it, or move it out of the folder."
-                    )
-                elif first:
-                    layout, case_id, part = place
-                    parts[held_out, _case_folder(named, layout), case_id, layout][part].append(path)
-            if shared:
-                found.faults.append(
-                    f"{some(shared)}: among both the input and the held-out folders; leave {root} or what holds it out "
-                    f"of one."
-                )
+    owners: dict[Path, str] = {}
+    # First, as corrected files may lie among the input.
+    corrections = _collect(corrected_folders, "corrected", owners, selection, found)
+    places = {
+        _Place(held_out, *key): files
+        for held_out, roots in ((False, folders), (True, held_out_folders))
+        for key, files in _collect(roots, "held-out" if held_out else "input", owners, selection, found).items()
+    }
+    roots = [Path(root).resolve() for root in (*folders, *held_out_folders)]
+    corrected = _correct(places, corrections, found)
+    alone = set(_labels_alone(places, found))
 
     reasons: dict[str, list[str]] = defaultdict(list)
-    for (held_out, folder, case_id, layout), files in parts.items():
+    others: dict[tuple[str, str, Scheme], list[str]] = defaultdict(list)
+    for place, files in places.items():
+        folder, case_id, layout = place.folder, place.case_id, place.layout
+        if place in alone:
+            continue
         unsafe = unsafe_ids([case_id], folder)
         if unsafe:
             found.bad[ascii(str(folder / case_id))] += unsafe
             continue
-        scheme, reason = choose_scheme(layout, case_id, schemes)
+        above = _folder_names(folder, roots)
+        scheme, reason = choose_scheme(layout, case_id, selection, above)
         if scheme is None:
             reasons[reason].append(str(folder / case_id))
             continue
-        problems = list(_file_faults(scheme, folder, case_id, files))
+        other = archive_of_another(scheme, above, selection.known)
+        if other is not None:
+            others[(*other, scheme)].append(case_id)
+        problems = list(_file_faults(scheme, folder, case_id, files, missing))
         if problems:
+            absent = [layout.part(content) for content in layout.images if content not in files]
+            if 0 < len(absent) < len(layout.images) and missing == "refuse":
+                found.incomplete[" and ".join(absent)].append(case_id)
             found.bad[str(folder / case_id)] += problems
             continue
-        images = tuple(files[part][0] for part in layout.image_parts)
-        labels = files.get(layout.label_part)
-        found.cases.append(Case(case_id, scheme.name, images, labels[0] if labels else None, held_out))
-    for reason, places in reasons.items():
-        more = f" and {len(places) - 5} more cases" if len(places) > 5 else ""
-        found.faults.append(f"{', '.join(places[:5])}{more}: {reason}.")
+        images = tuple(files[content][0] if content in files else None for content in layout.images)
+        labels = files.get(LABELS)
+        parts = tuple(layout.part(content) for content in corrected.get(place, ()))
+        found.cases.append(Case(case_id, scheme, images, labels[0] if labels else None, place.held_out, parts))
+    for reason, named in reasons.items():
+        more = f" and {len(named) - 5} more cases" if len(named) > 5 else ""
+        found.faults.append(f"{', '.join(named[:5])}{more}: {reason}.")
+    for (name, owner, scheme), ids in others.items():
+        found.faults.append(
+            f"{some(ids)}: in a folder {name}, which is an archive of {owner}, and not of {scheme.called}. Say which "
+            f"it is with --scheme, or rename the folder if its name is wrong."
+        )
     found.cases.sort(key=lambda case: case.case_id)
 
-    for twins in _duplicates(parts):
+    for twins in _duplicates(place for place in places if place not in alone):
         listed = ", ".join(str(folder / case_id) for case_id, folder in twins)
         fault = f"Case id {twins[0][0]} occurs {len(twins)} times: {listed}; ids must differ, rename or remove."
         found.bad[", ".join(sorted({case_id for case_id, _ in twins}))].append(fault)
         found.doubled.add(twins[0][0].casefold())
-    found.faults += _mixture_faults({case.scheme for case in found.cases}, schemes)
-    if not parts and not found.faults and not found.bad:
+    found.faults += _mixture_faults(list(dict.fromkeys(case.scheme for case in found.cases)), selection)
+    if not places and not found.faults and not found.bad:
         listed = ", ".join(str(folder) for folder in (*folders, *held_out_folders)) or "no folder"
-        found.faults.append(f"No BraTS case found in {listed}. Expected files named {_expected_names(schemes)}.")
+        found.faults.append(f"No BraTS case found in {listed}. Expected files named {_expected_names(selection)}.")
     return found
+
+
+def _collect(
+    roots: Sequence[str | Path], kind: str, owners: dict[Path, str], selection: Selection, found: Found
+) -> dict[tuple[Path, str, Layout], _Files]:
+    """Files below some folders, by folder, case id and layout; faults go to `found`.
+
+    Args:
+        roots: The folders.
+        kind: What they are, for messages: corrected, input or held-out.
+        owners: What the files seen so far are, which those of these folders are added to.
+        selection: The schemes that files may follow.
+        found: Gets a fault for every file without a place, and for folders that are none or of two kinds.
+    """
+    cases: dict[tuple[Path, str, Layout], _Files] = defaultdict(lambda: defaultdict(list))
+    for root in roots:
+        if not Path(root).is_dir():
+            found.faults.append(f"{root} is not a folder; expected a folder with BraTS cases.")
+            continue
+        shared = []
+        for path in nifti_files(Path(root)):
+            # One folder inside another, or named twice, is not a second copy of its cases.
+            itself = path.resolve()
+            first = itself not in owners
+            owner = owners.setdefault(itself, kind)
+            if owner != kind:
+                if owner != "corrected":
+                    shared.append(str(path))
+                continue
+            named = _unwrapped(path)
+            place = _place(named, selection.layouts)
+            if place is None:
+                found.bad[str(path)].append(
+                    f"{path} fits no naming scheme of BraTS, so it is unclear what it is. Expected "
+                    f"{_expected_names(selection)}; rename it, or move it out of the folder."
+                )
+            elif first:
+                layout, case_id, content = place
+                cases[_case_folder(named, layout), case_id, layout][content].append(path)
+        if shared:
+            found.faults.append(
+                f"{some(shared)}: among both the input and the held-out folders; leave {root} or what holds it out "
+                f"of one."
+            )
+    return cases
+
+
+def _correct(
+    places: Mapping[_Place, _Files], corrections: Mapping[tuple[Path, str, Layout], _Files], found: Found
+) -> dict[_Place, list[Content]]:
+    """Put corrected files in the place of others, and tell which.
+
+    A corrected file without a case, or a second one for the same part, is a fault.
+    """
+    by_id = {(place.case_id, place.layout): place for place in places}
+    corrected: dict[_Place, list[Content]] = defaultdict(list)
+    for (_, case_id, layout), files in corrections.items():
+        place = by_id.get((case_id, layout))
+        for content, paths in files.items():
+            if place is None:
+                found.faults.append(
+                    f"{paths[0]}: no case {case_id} among the input; expected corrected files of the cases there. Add "
+                    f"the folder with the case to -i, or move this file out of --corrected."
+                )
+            elif len(paths) > 1 or content in corrected[place]:
+                found.faults.append(f"{case_id} has more than one corrected file for {layout.part(content)}; keep one.")
+            else:
+                places[place][content] = paths
+                corrected[place].append(content)
+    return corrected
+
+
+def _labels_alone(places: Mapping[_Place, _Files], found: Found) -> Iterator[_Place]:
+    """Places that have labels of a case whose images lie elsewhere: a fault with a remedy, and not a second case."""
+    with_images = {
+        (place.case_id, place.layout): place for place, files in places.items() if any(c != LABELS for c in files)
+    }
+    for place, files in places.items():
+        other = with_images.get((place.case_id, place.layout))
+        if set(files) == {LABELS} and other is not None:
+            found.bad[str(place.folder / place.case_id)].append(
+                f"{files[LABELS][0]} has no images beside it, and case {place.case_id} lies in {other.folder}. If "
+                f"these are corrected labels, name their folder with --corrected; else remove them."
+            )
+            yield place
+
+
+def _folder_names(folder: Path, roots: Sequence[Path]) -> tuple[str, ...]:
+    """Names of the folders that hold a folder, from its input folder downwards."""
+    itself = folder.resolve()
+    for root in roots:
+        if itself.is_relative_to(root):
+            return (root.name, *itself.relative_to(root).parts)
+    return (itself.name,)
 
 
 def nifti_files(root: Path) -> Iterator[Path]:
@@ -171,25 +302,25 @@ def nifti_files(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def image_of(path: Path) -> str | None:
+def image_of(path: Path, layouts: Sequence[Layout] = ANY.layouts) -> str | None:
     """Id of the case that a file is an image of, by BraTS's names or nnU-Net's, else None."""
-    place = _place(_unwrapped(path))
+    place = _place(_unwrapped(path), layouts)
     if place is not None:
-        layout, case_id, part = place
-        return case_id if part in layout.image_parts else None
+        _, case_id, content = place
+        return None if content == LABELS else case_id
     match = re.fullmatch(r"(.+)_\d{4}\.nii(?:\.gz)?", path.name, re.IGNORECASE)
     return None if match is None else match[1]
 
 
-def names_image(path: Path) -> bool:
+def names_image(path: Path, layouts: Sequence[Layout] = ANY.layouts) -> bool:
     """Whether a file's name is that of an image in BraTS, such as CASE_flair.nii.gz."""
-    place = _place(_unwrapped(path))
-    return place is not None and place[2] in place[0].image_parts and place[1] != stem(path)
+    place = _place(_unwrapped(path), layouts)
+    return place is not None and place[2] != LABELS and place[1] != stem(path)
 
 
 def collection(case: Case) -> Path:
     """The folder that holds the case's own folder, or its files where it has none."""
-    folder = _unwrapped(case.images[0]).parent
+    folder = _unwrapped(case.first_image).parent
     return folder.parent if folder.name == case.case_id else folder
 
 
@@ -206,9 +337,9 @@ def _unwrapped(path: Path) -> Path:
     return path if others else folder
 
 
-def _place(path: Path) -> tuple[Layout, str, str] | None:
-    """Layout, case id and file part that a file's name says, or None."""
-    for layout in LAYOUTS:
+def _place(path: Path, layouts: Sequence[Layout]) -> tuple[Layout, str, Content] | None:
+    """Layout, case id and content that a file's name says, or None."""
+    for layout in layouts:
         split = layout.split(path.parent.name, path.name)
         if split is not None:
             return (layout, *split)
@@ -217,44 +348,51 @@ def _place(path: Path) -> tuple[Layout, str, str] | None:
 
 def _case_folder(path: Path, layout: Layout) -> Path:
     """Where the files of a case lie together."""
-    return path.parent if layout.modalities else path.parent.parent
+    return path.parent.parent if layout.has_folders else path.parent
 
 
-def _expected_names(schemes: Sequence[str]) -> str:
-    layouts = dict.fromkeys(scheme.layout.expected() for scheme in allowed_schemes(schemes))
+def _expected_names(selection: Selection) -> str:
+    layouts = dict.fromkeys(scheme.layout.expected() for scheme in selection.allowed)
     return " or ".join(layouts)
 
 
-def _file_faults(scheme: Scheme, folder: Path, case_id: str, files: Mapping[str, Sequence[Path]]) -> Iterator[str]:
+def _file_faults(
+    scheme: Scheme, folder: Path, case_id: str, files: Mapping[Content, Sequence[Path]], missing: Missing
+) -> Iterator[str]:
     layout = scheme.layout
-    for part in (*layout.image_parts, layout.label_part):
-        paths = files.get(part, ())
-        if not paths and part != layout.label_part:
-            needed = ", ".join(layout.image_parts)
-            yield f"{folder / layout.expected(case_id, part)} is missing; a case needs all of {needed}."
-        elif len(paths) > 1:
+    absent = [content for content in layout.images if not files.get(content)]
+    if missing == "refuse" or len(absent) == len(layout.images):
+        needed = ", ".join(layout.part(content) for content in layout.images)
+        advice = "; --missing zero puts a zero image in its place" if len(absent) < len(layout.images) else ""
+        for content in absent:
+            yield f"{folder / layout.expected(case_id, content)} is missing; a case needs all of {needed}{advice}."
+    for content, paths in files.items():
+        if len(paths) > 1:
             names = ", ".join(sorted(path.name for path in paths))
-            yield f"{case_id} has {len(paths)} files for {part} in {folder}: {names}; keep one."
+            yield f"{case_id} has {len(paths)} files for {layout.part(content)} in {folder}: {names}; keep one."
 
 
-def _duplicates(places: Iterable[tuple[bool, Path, str, Layout]]) -> Iterator[list[tuple[str, Path]]]:
+def _duplicates(places: Iterable[_Place]) -> Iterator[list[tuple[str, Path]]]:
     """Ids met more than once, also when they differ in upper and lower case only, as some file systems do not."""
     folders: dict[str, list[tuple[str, Path]]] = defaultdict(list)
-    for _, folder, case_id, _ in places:
-        folders[case_id.casefold()].append((case_id, folder))
+    for place in places:
+        folders[place.case_id.casefold()].append((place.case_id, place.folder))
     yield from (found for found in folders.values() if len(found) > 1)
 
 
-def _mixture_faults(met: set[str], schemes: Sequence[str]) -> Iterator[str]:
-    names = [name for name in SCHEMES if name in met]
-    listed = " and ".join(f"{SCHEMES[name].title} (--scheme {name})" for name in names)
-    if len(names) > 1 and common_label_set(names) is None:
+def _mixture_faults(met: Sequence[Scheme], selection: Selection) -> Iterator[str]:
+    schemes = [scheme for scheme in selection.known if scheme in met]
+    listed = " and ".join(scheme.called for scheme in schemes)
+    if len({scheme.layout.channels for scheme in schemes}) > 1:
+        yield f"The folders mix {listed}, which have different channels. Convert them separately."
+    elif len(schemes) > 1 and common_label_set(schemes) is None:
         yield (
             f"The folders mix {listed}, whose labels do not mean the same tissues: no one set of labels can hold them. "
-            f"Convert them apart."
+            f"Convert them separately."
         )
-    elif len(names) > 1 and AUTO in schemes:
+    elif len(schemes) > 1 and selection.auto:
         yield (
-            f"The folders mix {listed}. If that is meant, say so with --scheme {' '.join(names)}; mind that BraTS has "
-            f"released many patients again in later years, under other ids."
+            f"The folders mix {listed}. If that is meant, say so with --scheme "
+            f"{' '.join(scheme.name for scheme in schemes)}; mind that BraTS has released many patients again in later "
+            f"years, under other ids."
         )

@@ -1,296 +1,169 @@
-"""What the BraTS challenges call their files and labels, year by year: tables, and what follows from them alone.
-
-A further year is a further entry in `SCHEMES`; one with tissues of its own also needs one in `LABEL_SETS`, one with
-file names of its own one in `LAYOUTS`.
-"""
+"""The schemes of the BraTS challenges: which one a case follows, and what its labels become."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.datasets.brats_scheme_files import LabelSet, Layout, Scheme, builtin_schemes, read_scheme
+from nnunet_conres.errors import InputError
 from nnunet_conres.text import number_text
-
-Mode = Literal["regions", "labels"]
-
-CHANNELS: Final = ("FLAIR", "T1", "T1ce", "T2")
-"""nnU-Net's channels 0 to 3 for every year, so that one year's model can predict another year's cases."""
 
 AUTO: Final = "auto"
 """What `--scheme` calls the choice by file names."""
 
+SCHEMES: Final[Mapping[str, Scheme]] = builtin_schemes()
+"""The package's own schemes, by name."""
+
 
 @dataclass(frozen=True)
-class LabelSet:
-    """Tissues that a data set tells apart, with nnU-Net's consecutive labels, and its regions.
+class Selection:
+    """The schemes that `--scheme` allows.
 
     Attributes:
-        name: For messages.
-        tissues: nnU-Net's label of each, consecutive from 1, outermost first: written in that order, regions that lie
-            within each other restore the labels.
-        regions: Labels of each region. As many as there are labels; the region at position k is what label k+1 is left
-            of once the regions behind it are written over it.
+        allowed: The schemes that were named; all of the package's own for auto.
+        known: These, and then the package's own: what files are recognised by.
+        auto: Whether none was named, so that the ids have to tell.
     """
 
-    name: str
-    tissues: Mapping[str, int]
-    regions: Mapping[str, tuple[int, ...]]
+    allowed: tuple[Scheme, ...]
+    known: tuple[Scheme, ...]
+    auto: bool
 
     @property
-    def class_order(self) -> tuple[int, ...]:
-        """nnU-Net's regions_class_order: the label that each region is written as, in the regions' order."""
-        return tuple(self.tissues.values())
+    def layouts(self) -> tuple[Layout, ...]:
+        """All layouts that are known, those of allowed schemes first."""
+        return tuple(dict.fromkeys(scheme.layout for scheme in self.known))
 
-    def dataset_json(self, mode: Mode) -> dict[str, Any]:
-        """The part of dataset.json about labels."""
-        if mode == "labels":
-            return {"labels": {"background": 0, **self.tissues}}
-        regions = {name: labels[0] if len(labels) == 1 else list(labels) for name, labels in self.regions.items()}
-        return {"labels": {"background": 0, **regions}, "regions_class_order": list(self.class_order)}
-
-    def contains(self, other: LabelSet) -> bool:
-        """Whether all tissues of another set are tissues of this one, with the same labels."""
-        return other.tissues.items() <= self.tissues.items()
+    @property
+    def options(self) -> str:
+        """What was said on the command line."""
+        return " ".join(["--scheme", *(scheme.option.split(" ", 1)[1] for scheme in self.allowed)])
 
 
-_GLIOMA: Final = LabelSet(
-    name="glioma",
-    tissues={"oedema": 1, "necrosis": 2, "enhancing": 3},
-    regions={"whole_tumor": (1, 2, 3), "tumor_core": (2, 3), "enhancing_tumor": (3,)},
-)
-_POST_TREATMENT: Final = LabelSet(
-    name="post-treatment glioma",
-    tissues={**_GLIOMA.tissues, "resection_cavity": 4},
-    # The challenge leaves the cavity out of the whole tumour.
-    regions={**_GLIOMA.regions, "resection_cavity": (4,)},
-)
-_PEDIATRIC: Final = LabelSet(
-    name="paediatric tumours of 2024",
-    tissues={"oedema": 1, "nonenhancing": 2, "cyst": 3, "enhancing": 4},
-    regions={
-        "whole_tumor": (1, 2, 3, 4),
-        "tumor_core": (2, 3, 4),
-        "cystic_component": (3,),
-        "enhancing_tumor": (4,),
-    },
-)
-LABEL_SETS: Final = (_GLIOMA, _POST_TREATMENT, _PEDIATRIC)
+ANY: Final = Selection(tuple(SCHEMES.values()), tuple(SCHEMES.values()), auto=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """How the files of a case are named.
+def select_schemes(names: Sequence[str]) -> tuple[Selection, list[str]]:
+    """The schemes that `--scheme` names.
 
-    Attributes:
-        separator: Between case id and file part.
-        modalities: File part of each channel.
-        label_part: File part of the labels.
+    Args:
+        names: Names of the package's schemes, TOML files that describe others, or auto alone.
+
+    Returns:
+        The schemes, and a message for every name that is none.
     """
-
-    separator: str
-    modalities: Mapping[str, str]
-    label_part: str = "seg"
-
-    def split(self, folder_name: str, file_name: str) -> tuple[str, str] | None:
-        """Case id and file part (lower case) of a NIfTI file that is named so, else None."""
-        parts = "|".join((*self.modalities.values(), self.label_part))
-        match = re.fullmatch(rf"(.+){self.separator}({parts})\.nii(?:\.gz)?", file_name, re.I | re.DOTALL)
-        return None if match is None else (match[1], match[2].lower())
-
-    @property
-    def image_parts(self) -> tuple[str, ...]:
-        """File parts of the images, one per file."""
-        return tuple(self.modalities.values())
-
-    def expected(self, case_id: str = "CASE", part: str | None = None) -> str:
-        """Name of a case's file, or of all of them."""
-        parts = f"{{{','.join((*self.image_parts, self.label_part))}}}" if part is None else part
-        return f"{case_id}{self.separator}{parts}.nii.gz"
-
-
-@dataclass(frozen=True, eq=False)
-class FourDimensional(Layout):
-    """Files of the Medical Segmentation Decathlon: all channels in one, the folder tells images and labels apart."""
-
-    separator: str = ""
-    modalities: Mapping[str, str] = field(default_factory=dict)
-    label_part: str = "labels"
-
-    def split(self, folder_name: str, file_name: str) -> tuple[str, str] | None:
-        match = re.fullmatch(r"(BRATS_\d+)\.nii(?:\.gz)?", file_name, re.IGNORECASE)
-        part = {"imagestr": "images", "imagests": "images", "labelstr": "labels"}.get(folder_name.lower())
-        return None if match is None or part is None else (match[1], part)
-
-    @property
-    def image_parts(self) -> tuple[str, ...]:
-        return ("images",)
-
-    def expected(self, case_id: str = "BRATS_001", part: str | None = None) -> str:
-        folder = {None: "{imagesTr,labelsTr,imagesTs}", "images": "imagesTr", "labels": "labelsTr"}[part]
-        return f"{folder}/{case_id}.nii.gz"
+    if AUTO in names:
+        more = [f"--scheme {AUTO} cannot be combined with others; name all that are allowed, or {AUTO} alone."]
+        return ANY, more if len(names) > 1 else []
+    errors: list[str] = []
+    allowed: dict[str, Scheme] = {}
+    for name in names:
+        scheme = next((known for known in SCHEMES.values() if name in (known.name, *known.other_names)), None)
+        if scheme is None and (name.lower().endswith(".toml") or Path(name).is_file()):
+            try:
+                scheme = read_scheme(name)
+            except InputError as error:
+                errors += error.faults
+                continue
+            taken = [known for known in SCHEMES.values() if scheme.name in (known.name, *known.other_names)]
+            if taken or scheme.name in (AUTO, *allowed):
+                errors.append(f"{name}: a scheme {scheme.name} exists already; give the file another name.")
+        if scheme is None:
+            errors.append(
+                f"The scheme is {name}; expected {AUTO} or any of {', '.join(SCHEMES)}, or a TOML file that describes "
+                f"another."
+            )
+        else:
+            allowed[scheme.name] = scheme
+    if not names:
+        errors.append(f"The scheme is missing; expected {AUTO} or any of {', '.join(SCHEMES)}, or a TOML file.")
+    own = (scheme for scheme in SCHEMES.values() if scheme.name not in allowed)
+    return Selection(tuple(allowed.values()), (*allowed.values(), *own), auto=False), errors
 
 
-LAYOUT_2017: Final = Layout("_", {"FLAIR": "flair", "T1": "t1", "T1ce": "t1ce", "T2": "t2"})
-LAYOUT_2023: Final = Layout("-", {"FLAIR": "t2f", "T1": "t1n", "T1ce": "t1c", "T2": "t2w"})
-# Its channels are FLAIR, T1w, t1gd, T2w: ours, in our order.
-LAYOUT_MSD: Final = FourDimensional()
-LAYOUTS: Final = (LAYOUT_2017, LAYOUT_2023, LAYOUT_MSD)
-
-
-@dataclass(frozen=True, eq=False)
-class Scheme:
-    """The file names and labels of a challenge.
-
-    Attributes:
-        name: What `--scheme` calls it.
-        title: For messages.
-        layout: How its files are named.
-        ids: Case ids (a regular expression, case ignored) that are taken for this challenge where `--scheme` does not
-            say otherwise. Ids that several schemes claim cannot be told apart, and `--scheme` has to.
-        prefix: What the challenge's own ids begin with (a regular expression, case ignored), also those that `ids`
-            leaves to another year.
-        labels: Tissue of each label value other than 0, the background.
-        label_set: The tissues of those labels, and their regions.
-        less_enhancing: Tissue that takes the place of enhancing tumour too small to be believed.
-    """
-
-    name: str
-    title: str
-    layout: Layout
-    ids: str
-    prefix: str
-    labels: Mapping[int, str]
-    label_set: LabelSet = _GLIOMA
-    less_enhancing: str = "necrosis"
-
-    @property
-    def known_labels(self) -> str:
-        """The labels, for messages."""
-        return ", ".join(f"{value} {tissue}" for value, tissue in self.labels.items())
-
-    def claims(self, case_id: str) -> bool:
-        """Whether a case is taken for this challenge where nothing else is said."""
-        return re.fullmatch(self.ids, case_id, re.IGNORECASE) is not None
-
-    def may_be(self, case_id: str) -> bool:
-        """Whether an id is named as this challenge names its own."""
-        return re.match(self.prefix, case_id, re.IGNORECASE) is not None
-
-    def to_nnunet(self) -> dict[int, int]:
-        """nnU-Net's label of each of the challenge's."""
-        return {0: 0, **{value: self.label_set.tissues[tissue] for value, tissue in self.labels.items()}}
-
-
-_UNTIL_2021: Final = {1: "necrosis", 2: "oedema", 4: "enhancing"}
-_SINCE_2023: Final = {1: "necrosis", 2: "oedema", 3: "enhancing"}
-
-SCHEMES: Final[Mapping[str, Scheme]] = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme("2018", "BraTS 2017 to 2020", LAYOUT_2017, r"(?!BraTS2021_).+", r"BraTS(17|18|19|20)_", _UNTIL_2021),
-        Scheme("2021", "BraTS 2021", LAYOUT_2017, r"BraTS2021_.+", r"BraTS2021_", _UNTIL_2021),
-        # Time points of 2024's post-treatment scans are counted from 100.
-        Scheme("2023", "BraTS 2023, adult glioma", LAYOUT_2023, r"BraTS-GLI-\d+-0\d\d", r"BraTS-GLI-", _SINCE_2023),
-        Scheme("2023-MEN", "BraTS 2023, meningioma", LAYOUT_2023, r"BraTS-MEN-.+", r"BraTS-MEN-", _SINCE_2023),
-        Scheme("2023-MET", "BraTS 2023 and 2024, metastases", LAYOUT_2023, "BraTS-MET-.+", "BraTS-MET-", _SINCE_2023),
-        Scheme("2023-SSA", "BraTS 2023 and 2024, Africa", LAYOUT_2023, r"BraTS-SSA-.+", r"BraTS-SSA-", _SINCE_2023),
-        Scheme("2023-PED", "BraTS 2023, paediatric", LAYOUT_2023, r"BraTS-PED-.+", r"BraTS-PED-", _SINCE_2023),
-        Scheme(
-            "2024",
-            "BraTS 2024, adult glioma after treatment",
-            LAYOUT_2023,
-            r"BraTS-GLI-\d+-[1-9]\d\d",
-            r"BraTS-GLI-",
-            {**_SINCE_2023, 4: "resection_cavity"},
-            _POST_TREATMENT,
-        ),
-        Scheme(
-            "2024-PED",
-            "BraTS 2024, paediatric",
-            LAYOUT_2023,
-            r"BraTS-PED-.+",
-            r"BraTS-PED-",
-            {1: "enhancing", 2: "nonenhancing", 3: "cyst", 4: "oedema"},
-            _PEDIATRIC,
-            less_enhancing="nonenhancing",
-        ),
-        Scheme(
-            "MSD",
-            "Medical Segmentation Decathlon, Task01_BrainTumour",
-            LAYOUT_MSD,
-            r"BRATS_\d+",
-            r"BRATS_\d+$",
-            {1: "oedema", 2: "necrosis", 3: "enhancing"},
-        ),
-    )
-}
-
-
-def allowed_schemes(names: Sequence[str]) -> tuple[Scheme, ...]:
-    """Schemes that were named, all of them for ("auto",); names that are none are passed over."""
-    return tuple(SCHEMES.values()) if AUTO in names else tuple(SCHEMES[name] for name in names if name in SCHEMES)
-
-
-def choose_scheme(layout: Layout, case_id: str, names: Sequence[str]) -> tuple[Scheme | None, str]:
+def choose_scheme(
+    layout: Layout, case_id: str, selection: Selection, folders: Sequence[str] = ()
+) -> tuple[Scheme | None, str]:
     """The scheme of a case, by the layout of its files and its id.
 
     Args:
         layout: How its files are named.
         case_id: Its id.
-        names: The schemes that were named, or ("auto",).
+        selection: The schemes that are allowed.
+        folders: Names of the folders that it lies in. They decide between schemes that were named, and no others.
 
     Returns:
         The scheme, and an empty string; or None, and why: the end of a sentence that begins with the case.
     """
-    of_layout = [scheme for scheme in SCHEMES.values() if scheme.layout is layout]
+    of_layout = [scheme for scheme in selection.known if scheme.layout == layout]
     claiming = [scheme for scheme in of_layout if scheme.claims(case_id)]
-    if AUTO in names:
+    alike = [scheme for scheme in of_layout if scheme.may_be(case_id)]
+    if selection.auto:
         if len(claiming) == 1:
             return claiming[0], ""
-        options = claiming or of_layout
-        return None, f"could be of {_options(options)}, with different labels; say which it is"
+        return None, f"could be of {_listed(claiming or alike or of_layout)}, with different labels; say which it is"
 
-    named = [scheme for scheme in of_layout if scheme.name in names]
-    fitting = [scheme for scheme in named if scheme.may_be(case_id) or scheme.claims(case_id)]
-    # Several years' names for one id: what the id looks like decides.
-    for options in ([scheme for scheme in fitting if scheme in claiming], fitting):
+    named = [scheme for scheme in selection.allowed if scheme.layout == layout]
+    fitting = [scheme for scheme in named if scheme in alike or scheme in claiming]
+    # Several years' names for one id: what the id looks like decides, or else the archive.
+    owning = [scheme for scheme in fitting if any(map(scheme.owns_folder, folders))]
+    for options in ([scheme for scheme in fitting if scheme in claiming], fitting, owning):
         if len(options) == 1:
             return options[0], ""
     if fitting:
-        return None, f"could be of {_options(fitting)}, with different labels; convert them apart"
-    known = [scheme for scheme in of_layout if scheme.may_be(case_id)]
-    if len(named) == 1 and not known:
+        return None, f"could be of {_listed(fitting)}, with different labels; convert them separately"
+    if len(named) == 1 and not alike:
         return named[0], ""
     return None, (
-        f"is named as in {_options(known or of_layout)}, which --scheme {' '.join(names)} does not allow; move it out "
-        f"of the folder, or name its scheme"
+        f"is named as in {_listed(alike or of_layout)}, which {selection.options} does not allow; move it out of the "
+        f"folder, or name its scheme"
     )
 
 
-def _options(schemes: Iterable[Scheme]) -> str:
-    return " or ".join(f"{scheme.title} (--scheme {scheme.name})" for scheme in schemes)
+def archive_of_another(scheme: Scheme, folders: Sequence[str], known: Iterable[Scheme]) -> tuple[str, str] | None:
+    """A folder whose name says that it is the archive of another challenge than a case's scheme.
 
+    Names of folders never choose a scheme by themselves, but they can contradict one: labels of different years may
+    have the same values for other tissues.
 
-def common_label_set(names: Iterable[str]) -> LabelSet | None:
-    """The label set that holds the tissues of all these schemes, None where they contradict each other."""
-    sets = [SCHEMES[name].label_set for name in dict.fromkeys(names)]
-    for candidate in sets:
-        if all(candidate.contains(other) for other in sets):
-            return candidate
+    Args:
+        scheme: Of the case.
+        folders: Names of the folders that it lies in, from the outermost.
+        known: All schemes.
+
+    Returns:
+        The folder, and the schemes that it is the archive of, for messages; or None.
+    """
+    # The innermost archive counts, whatever it was unpacked into.
+    for folder in reversed(folders):
+        owners = [other for other in known if other.layout == scheme.layout and other.owns_folder(folder)]
+        if owners:
+            return None if scheme in owners else (folder, _listed(owners))
     return None
 
 
-def to_nnunet_labels(labels: NDArray[Any], scheme: str) -> NDArray[np.uint8]:
+def _listed(schemes: Iterable[Scheme]) -> str:
+    return " or ".join(scheme.called for scheme in schemes)
+
+
+def common_label_set(schemes: Iterable[Scheme]) -> LabelSet | None:
+    """The label set that holds the tissues of all these schemes, None where they contradict each other."""
+    sets = [scheme.label_set for scheme in schemes]
+    return next((candidate for candidate in sets if all(candidate.contains(other) for other in sets)), None)
+
+
+def to_nnunet_labels(labels: NDArray[Any], scheme: Scheme) -> NDArray[np.uint8]:
     """Map a scheme's label values to nnU-Net's.
 
     Args:
         labels: Label map of any shape, with the scheme's values only.
-        scheme: A name in `SCHEMES`.
+        scheme: Its scheme.
 
     Returns:
         Array of the same shape with 0 background and the scheme's label set's labels.
@@ -298,10 +171,10 @@ def to_nnunet_labels(labels: NDArray[Any], scheme: str) -> NDArray[np.uint8]:
     Raises:
         ValueError: A value is not one of the scheme's.
     """
-    table = SCHEMES[scheme].to_nnunet()
+    table = scheme.to_nnunet()
     strange = labels_outside(labels, tuple(table))
     if strange:
-        raise ValueError(label_message("The label map", strange, SCHEMES[scheme]))
+        raise ValueError(label_message("The label map", strange, scheme))
     return map_labels(labels, table)
 
 
@@ -333,10 +206,10 @@ def label_message(where: object, strange: Mapping[float, int], scheme: Scheme) -
     others = [
         other.name
         for other in SCHEMES.values()
-        if other.layout is scheme.layout and other.prefix == scheme.prefix and strange.keys() <= other.labels.keys()
+        if other.layout == scheme.layout and other.prefix == scheme.prefix and strange.keys() <= other.labels.keys()
     ]
     what = f"If they are of another year, say --scheme {' or '.join(others)}" if others else "Correct the labels"
     return (
-        f"{where} has labels {found}{more}; {scheme.title} (--scheme {scheme.name}) has 0 background, "
+        f"{where} has labels {found}{more}; {scheme.called} has 0 background, "
         f"{scheme.known_labels}. {what}, or leave the case out."
     )

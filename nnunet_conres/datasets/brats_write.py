@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from nnunet_conres.datasets.brats_find import Case
-from nnunet_conres.datasets.brats_schemes import CHANNELS, SCHEMES, LabelSet, Mode, to_nnunet_labels
+from nnunet_conres.datasets.brats_scheme_files import LabelSet, Mode
+from nnunet_conres.datasets.brats_schemes import to_nnunet_labels
 from nnunet_conres.datasets.raw import link_or_copy
 from nnunet_conres.errors import file_errors
 from nnunet_conres.files import write_json
@@ -33,7 +36,7 @@ class Job(NamedTuple):
 def case_files(case: Case) -> list[str]:
     """The files of a case in a data set: the images of all channels, and the labels where it has any."""
     part = "Tr" if case.trains else "Ts"
-    files = [f"images{part}/{case.case_id}_{index:04d}.nii.gz" for index in range(len(CHANNELS))]
+    files = [f"images{part}/{case.case_id}_{index:04d}.nii.gz" for index in range(len(case.scheme.layout.channels))]
     return files if case.labels is None else [*files, f"labels{part}/{case.case_id}.nii.gz"]
 
 
@@ -41,21 +44,32 @@ def write_case(job: Job) -> list[Transfer]:
     """Write a case's images and labels.
 
     Returns:
-        How each image came about.
+        How each image came about that is not one of zeros.
     """
     case, dataset, mode = job
-    files = [dataset / file for file in case_files(case)]
-    targets = files[: len(CHANNELS)]
-    transfers: list[Transfer]
-    if len(case.images) == 1:
-        transfers = _split_channels(read_nifti(case.images[0]), targets)
-    else:
-        transfers = [_transfer(source, target, mode) for source, target in zip(case.images, targets, strict=True)]
-    if case.labels is not None:
+    targets = [dataset / file for file in case_files(case)]
+    labels_target = targets.pop() if case.labels is not None else None
+    transfers: list[Transfer] = []
+    for source, content in zip(case.images, case.scheme.layout.images, strict=True):
+        own, targets = targets[: len(content)], targets[len(content) :]
+        if source is None:
+            _write_zeros(own, case.first_image)
+        elif len(content) > 1:
+            transfers += _split_channels(read_nifti(source), own)
+        else:
+            transfers.append(_transfer(source, own[0], mode))
+    if case.labels is not None and labels_target is not None:
         labels = to_nnunet_labels(read_nifti(case.labels).labels(), case.scheme)
         # The image's geometry, equal within tolerance: nnU-Net's own check is stricter than the last bit of a float32.
-        write_nifti(files[-1], labels, read_header(case.images[0]))
+        write_nifti(labels_target, labels, read_header(case.first_image))
     return transfers
+
+
+def _write_zeros(targets: Sequence[Path], like: Path) -> None:
+    """Write images of zeros on the grid of another."""
+    header = read_header(like)
+    for target in targets:
+        write_nifti(target, np.zeros(header.get_data_shape()[:3], np.uint8), header)
 
 
 def _split_channels(image: Nifti, targets: Sequence[Path]) -> list[Transfer]:
@@ -80,20 +94,28 @@ def write_descriptions(dataset: Path, name: str, cases: Sequence[Case], label_se
     """Write dataset.json, and what is known of each case beside it."""
     from nnunet_conres import __version__
 
+    schemes = list(dict.fromkeys(case.scheme for case in cases))
     content: dict[str, Any] = {
         "name": name,
-        "description": f"BraTS, labels of {label_set.name}"
-        + (", as regions that lie within each other" if mode == "regions" else ""),
-        "channel_names": {str(index): channel for index, channel in enumerate(CHANNELS)},
+        "description": "; ".join(scheme.title for scheme in schemes)
+        + (". Regions that lie within each other" if mode == "regions" else ""),
+        "channel_names": {str(index): name for index, name in enumerate(cases[0].scheme.layout.channels)},
         **label_set.dataset_json(mode),
         "numTraining": sum(case.trains for case in cases),
         "file_ending": ".nii.gz",
         "converted_by": f"nnunet-conres {__version__}",
-        "brats_schemes": [name for name in SCHEMES if any(case.scheme == name for case in cases)],
+        "brats_schemes": [scheme.name for scheme in schemes],
     }
     write_json(dataset / "dataset.json", content)
     known = {}
     for case in cases:
-        about = {"scheme": case.scheme, "source": str(case.images[0].parent)}
-        known[case.case_id] = about if case.grade is None else {"grade": case.grade, **about}
+        about = {
+            "grade": case.grade,
+            "scheme": case.scheme.name,
+            "source": str(case.first_image.parent),
+            "patient": "" if case.patient == case.case_id else case.patient,
+            "missing": list(case.missing),
+            "corrected": list(case.corrected),
+        }
+        known[case.case_id] = {key: value for key, value in about.items() if value}
     write_json(dataset / CASES_FILE, known)

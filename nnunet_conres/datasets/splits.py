@@ -166,9 +166,12 @@ def split(
 
     pattern, found = compile_group(group)
     faults += found
-    groups, found = group_cases(ids, pattern)
+    known, found = _read_cases_file(folder / CASES_FILE)
     faults += found
-    grades, found = _grades(folder, grades_file, ids)
+    patients = {case_id: facts["patient"] for case_id, facts in known.items() if "patient" in facts}
+    groups, found = group_cases(ids, pattern, patients)
+    faults += found
+    grades, found = _grades(known, grades_file, ids)
     faults += found
     reader: type | None = None
     if cases:
@@ -249,19 +252,22 @@ def compile_group(group: str | None) -> tuple[re.Pattern[str] | None, list[str]]
         return None, [f"--group {group!r} is no regular expression: {error}."]
 
 
-def group_cases(ids: Sequence[str], pattern: re.Pattern[str] | None = None) -> tuple[dict[str, str], list[str]]:
+def group_cases(
+    ids: Sequence[str], pattern: re.Pattern[str] | None = None, patients: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], list[str]]:
     """The group of every case.
 
     Args:
         ids: Of the cases.
         pattern: Names the group with its first group in parentheses, or with all that it matches where it has none.
             By default the group is the patient.
+        patients: The patient of cases of which it is known; of others, the id names it.
 
     Returns:
         Groups by id, and a message that names all ids without a group.
     """
     if pattern is None:
-        return {case_id: patient_of(case_id) for case_id in ids}, []
+        return {case_id: (patients or {}).get(case_id) or patient_of(case_id) for case_id in ids}, []
     groups: dict[str, str] = {}
     for case_id in ids:
         match = pattern.search(case_id)
@@ -485,21 +491,27 @@ def _measure(job: _Measure) -> tuple[float, float | None] | str:
     return float(np.count_nonzero(foreground) * np.prod(labels.spacing) / 1000), labels.inexact
 
 
-def _grades(folder: Path, grades_file: str | Path | None, ids: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def _grades(
+    known: Mapping[str, Mapping[str, str]], grades_file: str | Path | None, ids: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
     """Grade of every case, UNKNOWN where it is not known."""
     if grades_file is not None:
-        known, faults = _read_grades(Path(grades_file), ids)
+        grades, faults = _read_grades(Path(grades_file), ids)
     else:
-        known, faults = _read_cases_file(folder / CASES_FILE)
-    return {case_id: known.get(case_id, UNKNOWN) for case_id in ids}, faults
+        grades, faults = {case_id: facts["grade"] for case_id, facts in known.items() if "grade" in facts}, []
+    return {case_id: grades.get(case_id, UNKNOWN) for case_id in ids}, faults
 
 
-def _read_cases_file(path: Path) -> tuple[dict[str, str], list[str]]:
+def _read_cases_file(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """What a data set's cases.json knows of each case: its grade and its patient."""
     if not path.is_file():
         return {}, []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = {str(case_id): str(facts["grade"]) for case_id, facts in content.items() if facts.get("grade")}
+        found = {
+            str(case_id): {key: str(facts[key]) for key in ("grade", "patient") if facts.get(key)}
+            for case_id, facts in content.items()
+        }
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return {}, [f'{path} cannot be read: {error}; expected {{"CASE": {{"grade": "HGG"}}, ...}}.']
     return found, []

@@ -15,8 +15,11 @@ def convert(experiment: Experiment, processes: int) -> list[str]:
     """BraTS folders to a data set."""
     command = [OWN_COMMAND, "brats-convert", "-i", *map(str, experiment.brats), "-d", str(experiment.dataset_id)]
     command += ["-name", experiment.dataset[11:], "--scheme", *experiment.scheme, "-np", str(processes)]
-    if experiment.held_out:
-        command += ["--held-out", *map(str, experiment.held_out)]
+    for option, folders in (("--held-out", experiment.held_out), ("--corrected", experiment.corrected)):
+        if folders:
+            command += [option, *map(str, folders)]
+    if experiment.missing != "refuse":
+        command += ["--missing", experiment.missing]
     return command
 
 

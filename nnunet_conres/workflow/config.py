@@ -87,7 +87,9 @@ class Experiment:
         dataset: Whole name of the data set.
         brats: Folders to convert; empty for a data set that is there.
         held_out: Folders of which images and labels are for testing only.
-        scheme: Schemes that `nnunet-conres brats-convert` may take.
+        corrected: Folders of files that replace those of the same cases.
+        scheme: Schemes that `nnunet-conres brats-convert` may take, or files that describe one.
+        missing: What it does about absent modalities: "refuse" or "zero".
         models: The models, the baseline first.
         plans: The plans that the models need, by name.
         folds: Folds to train.
@@ -110,7 +112,9 @@ class Experiment:
     plans: Mapping[str, Plans]
     brats: tuple[Path, ...] = ()
     held_out: tuple[Path, ...] = ()
+    corrected: tuple[Path, ...] = ()
     scheme: tuple[str, ...] = ("auto",)
+    missing: str = "refuse"
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
     splits: Splits = field(default_factory=Splits)
     test_images: Path | None = None
@@ -257,7 +261,9 @@ class _Reader:
             dataset=dataset,
             brats=file.data.brats,
             held_out=file.data.held_out,
-            scheme=tuple(str(one) for one in file.data.scheme),
+            corrected=file.data.corrected,
+            scheme=file.data.scheme,
+            missing=file.data.missing,
             models=tuple(models),
             plans=plans,
             folds=self._folds(),
@@ -296,7 +302,7 @@ class _Reader:
             return ""
         if data.brats:
             return folder_name(data.id, data.name or "BraTS")
-        for key in ("held_out", "scheme"):
+        for key in ("held_out", "corrected", "scheme", "missing"):
             if key in data.model_fields_set:
                 self.errors.append(f"data, {key} goes with brats, which is missing")
         if data.name is not None:

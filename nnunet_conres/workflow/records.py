@@ -303,7 +303,9 @@ def options(experiment: Experiment) -> dict[str, dict[str, Any]]:
             "dataset": experiment.dataset,
             "brats": [str(folder) for folder in experiment.brats],
             "held_out": [str(folder) for folder in experiment.held_out],
+            "corrected": [str(folder) for folder in experiment.corrected],
             "scheme": list(experiment.scheme),
+            "missing": experiment.missing,
         },
         "splits": splits,
         "compare": {

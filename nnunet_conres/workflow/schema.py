@@ -86,6 +86,12 @@ def _snakemakes_path(path: Path) -> Path:
     return path
 
 
+def _scheme(value: Any, info: ValidationInfo) -> str:
+    """A scheme's name, such as 2021 (a number in YAML), or the path of a file that describes one."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+    return str(_file(_path(text, info))) if text.endswith(".toml") else text
+
+
 def _as_tuple(value: Any) -> Any:
     return value if isinstance(value, tuple) else tuple(value) if isinstance(value, list) else (value,)
 
@@ -147,7 +153,9 @@ class Data(Section):
     name: Annotated[Text, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
     brats: Folders = ()
     held_out: Folders = ()
-    scheme: Annotated[tuple[Text | int, ...], BeforeValidator(_as_tuple)] = ("auto",)
+    corrected: Folders = ()
+    scheme: Annotated[tuple[Annotated[str, BeforeValidator(_scheme)], ...], BeforeValidator(_as_tuple)] = ("auto",)
+    missing: Literal["refuse", "zero"] = "refuse"
 
 
 class Test(Section):

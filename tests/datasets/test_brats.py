@@ -34,8 +34,13 @@ KNOWN: dict[str, tuple[tuple[str, ...], str, dict[int, int]]] = {
     "2024": (SINCE_2023, "BraTS-GLI-00001-100", {0: 0, 1: 2, 2: 1, 3: 3, 4: 4}),
     # enhancing 1, non-enhancing 2, cyst 3, oedema 4; outermost first oedema, non-enhancing, cyst, enhancing
     "2024-PED": (SINCE_2023, "BraTS-PED-00001-000", {0: 0, 1: 4, 2: 2, 3: 3, 4: 1}),
+    "2024-GoAT": (SINCE_2023, "BraTS-GoAT-00001", {0: 0, 1: 2, 2: 1, 3: 3}),
+    "2025-GLI": (SINCE_2023, "BraTS-GLI-00001-000", {0: 0, 1: 2, 2: 1, 3: 3, 4: 4}),
+    "2025-MET": (SINCE_2023, "BraTS-MET-00001-000", {0: 0, 1: 2, 2: 1, 3: 3, 4: 4}),
     "MSD": ((), "BRATS_001", {0: 0, 1: 1, 2: 2, 3: 3}),
 }
+# Schemes whose ids other schemes have too.
+ON_REQUEST = ("2023-MET", "2023-PED", "2024-PED", "2025-GLI", "2025-MET")
 
 
 def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
@@ -100,7 +105,7 @@ class TestConvert:
     def test_channels_labels_and_geometry(self, source: Path, scheme: str, ending: str) -> None:
         _, case_id, table = KNOWN[scheme]
         files = write_case(source / "HGG" / case_id, case_id, scheme, ending=ending)
-        done = convert(source, schemes=(scheme,) if scheme.endswith("PED") else ("auto",))
+        done = convert(source, schemes=(scheme,) if scheme in ON_REQUEST else ("auto",))
         assert done.schemes == (scheme,)
         for channel in range(4):
             image = load(done.dataset_folder / f"imagesTr/{case_id}_{channel:04d}.nii.gz")

@@ -14,7 +14,8 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_conres import cli
 from nnunet_conres.datasets.brats import convert_brats
 from nnunet_conres.datasets.brats_export import Export, ExportError, _name_faults, export_brats
-from nnunet_conres.datasets.brats_schemes import SCHEMES
+from nnunet_conres.datasets.brats_scheme_files import LABELS
+from nnunet_conres.datasets.brats_schemes import ANY, SCHEMES
 
 SHAPE = (7, 6, 5)
 AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239], [0, 0, 1.0, 0], [0, 0, 0, 1]])
@@ -27,7 +28,11 @@ IDS = {
     "2023-SSA": "BraTS-SSA-00001-000",
     "2023-PED": "BraTS-PED-00001-000",
     "2024": "BraTS-GLI-00001-100",
+    "2024-GoAT": "BraTS-GoAT-00001",
+    "2024-MEN-RT": "BraTS-MEN-RT-0001-1",
     "2024-PED": "BraTS-PED-00001-000",
+    "2025-GLI": "BraTS-GLI-00001-000",
+    "2025-MET": "BraTS-MET-00001-000",
     "MSD": "BRATS_001",
 }
 GLIOMA = {
@@ -77,11 +82,11 @@ class TestRoundTrip:
         rng = np.random.default_rng(1)
         case_id, layout = IDS[scheme], SCHEMES[scheme].layout
         source = tmp_path / "source"
-        for part in layout.image_parts:
-            shape = SHAPE if layout.modalities else (*SHAPE, 4)
-            save(source / layout.expected(case_id, part), rng.integers(1, 99, shape).astype(np.int16))
+        for channels in layout.images:
+            shape = SHAPE if len(channels) == 1 else (*SHAPE, len(channels))
+            save(source / layout.expected(case_id, channels), rng.integers(1, 99, shape).astype(np.int16))
         labels = rng.choice([0, *SCHEMES[scheme].labels], SHAPE).astype(np.uint8)
-        original = save(source / layout.expected(case_id, layout.label_part), labels)
+        original = save(source / layout.expected(case_id, LABELS), labels)
         done = convert_brats([source], 501, schemes=(scheme,), mode=mode, raw_folder=tmp_path / "raw", progress=False)
         export_brats(
             done.dataset_folder / "labelsTr",
@@ -96,7 +101,10 @@ class TestRoundTrip:
         np.testing.assert_array_equal(np.asarray(back.dataobj), labels)
         assert back.get_data_dtype() == np.uint8
         np.testing.assert_array_equal(back.affine, nibabel.load(original).affine)
-        assert not (np.array_equal(load(done.dataset_folder / f"labelsTr/{case_id}.nii.gz"), labels)) or scheme == "MSD"
+        assert not (np.array_equal(load(done.dataset_folder / f"labelsTr/{case_id}.nii.gz"), labels)) or scheme in (
+            "2024-MEN-RT",
+            "MSD",
+        )
 
 
 class TestIdsThatEndAsChannels:
@@ -137,7 +145,7 @@ class TestIdsThatEndAsChannels:
 def test_the_time_for_names_grows_with_their_number(tmp_path: Path) -> None:
     names = [tmp_path / f"Brats18_A_{number}_1.nii.gz" for number in range(40_000)]
     begin = time.process_time()
-    assert not list(_name_faults(tmp_path, names, "2018"))
+    assert not list(_name_faults(tmp_path, names, SCHEMES["2018"], ANY))
     # A second where every name is looked at once, minutes where it is compared with all others.
     assert time.process_time() - begin < 20
 

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.workflow import commands
 from nnunet_conres.workflow.config import iterate_trainings, parse_config, read_config
 from nnunet_conres.workflow.launch import EXAMPLES
 
@@ -24,6 +25,13 @@ class TestParse:
         assert experiment.work == tmp_path / "work"
         assert experiment.raw == tmp_path / "nn" / "raw" / "Dataset501_BraTS"
         assert experiment.test_images == experiment.raw / "imagesTs"
+
+    def test_archives_of_a_new_year(self, content: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "2027.toml").touch()
+        content["data"] |= {"scheme": ["2027.toml", 2021], "missing": "zero", "corrected": "held_out"}
+        command = " ".join(commands.convert(parse_config(content, tmp_path), 2))
+        assert f"--scheme {tmp_path / '2027.toml'} 2021 " in command
+        assert command.endswith(f"--corrected {tmp_path / 'held_out'} --missing zero")
 
     def test_every_model_in_every_fold(self, content: dict[str, Any], tmp_path: Path) -> None:
         trainings = [(model.name, fold) for model, fold in iterate_trainings(parse_config(content, tmp_path))]
@@ -129,6 +137,8 @@ class TestFaults:
             (("data", "brats"), [], "brats is []"),
             (("data", "brats"), [None], "data, brats is None; expected a text"),
             (("data", "scheme"), {"2021": 1}, "data, scheme is"),
+            (("data", "scheme"), "new.toml", "new.toml is no file"),
+            (("data", "missing"), "one", "expected 'refuse' or 'zero'"),
             (("work",), "", "work is ''; expected a text"),
             (("checkpoint_minutes",), float("nan"), "checkpoint_minutes is nan"),
             (("time_limit_hours",), float("inf"), "time_limit_hours is inf"),
