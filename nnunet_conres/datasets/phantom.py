@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from nnunet_conres.errors import InputError, file_errors
-from nnunet_conres.folders import new_folder, visible
+from nnunet_conres.folders import new_folder
 from nnunet_conres.images.nifti import header_of, write_nifti
 
 Grade = Literal["HGG", "LGG"]
@@ -147,7 +147,7 @@ def write_brats_phantoms(
     output = Path(output_folder)
     parts = (("training", "PHANTOM", training_cases), ("held_out", "PHANTOMHELDOUT", held_out_cases))
     ids: dict[str, list[str]] = {}
-    if output.exists() and (not output.is_dir() or visible(output)):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists and is no empty folder; remove it, or choose another -o.")
     with new_folder(output) as partial:
         for stream, (part, site, count) in enumerate(parts):

@@ -315,7 +315,8 @@ def _preprocess_case(job: _Job) -> str:
     with file_errors(job.case.labels):
         files = files_of(job.case)
     record = {"files": files, "settings": dict(job.settings), "labels": dict(job.dataset_json["labels"])}
-    preprocessor.run_case = run_case = _Checked(preprocessor.run_case, job, plans.image_reader_writer_class)
+    reader = plans.image_reader_writer_class
+    preprocessor.run_case = run_case = _Checked(preprocessor.run_case, job.case, reader)
     arguments = (images, labels_file, plans, configuration, dict(job.dataset_json))
     with file_errors(own):
         own.mkdir()
@@ -325,12 +326,20 @@ def _preprocess_case(job: _Job) -> str:
             nnUNetDatasetNumpy.save_case(data.astype(np.float32), labels.astype(np.int16), properties, target)
         else:
             preprocessor.run_case_save(target, *arguments)
-    except OF_FILES as error:
-        if not run_case.n_bytes:  # reading or computing has failed, and says so
-            raise
-        raise failed_write(job.folder / f"{case_id}{'.npz' if job.as_npz else '.b2nd'}", run_case.n_bytes) from error
-    with file_errors(job.folder):
+    except Exception as error:  # readers, resampling and writers have their own
+        is_of_files = isinstance(error, OF_FILES)
+        if run_case.n_bytes and is_of_files:  # all is computed: it could not be written
+            path = job.folder / f"{case_id}{'.npz' if job.as_npz else '.b2nd'}"
+            raise failed_write(path, run_case.n_bytes) from error
+        raise (InputError if is_of_files else RuntimeError)(
+            f"Case {case_id} can't be preprocessed for configuration {job.configuration}: {short_message(error)}. Its "
+            f"files: {', '.join((*images, labels_file))}."
+        ) from error
+    try:
         _note(own / f"{case_id}.pkl", record)
+    except InputError as error:
+        raise error.naming(job.folder, instead_of=own) from error
+    with file_errors(job.folder):
         # What says that the case is complete goes first and comes last: never is it beside data of another making.
         (job.folder / f"{case_id}.pkl").unlink(missing_ok=True)
         for path in sorted(own.iterdir(), key=lambda path: (path.suffix == ".pkl", path.name)):
@@ -340,41 +349,34 @@ def _preprocess_case(job: _Job) -> str:
 
 
 class _Checked:
-    """nnU-Net's preprocessing of one case, which names the raw files in what it raises, and refuses some images.
+    """nnU-Net's preprocessing of one case, after a check of its files, and refused where voxels are not finite then.
 
-    One voxel that is not finite makes its whole channel NaN where nnU-Net normalises by mean and standard deviation.
+    One such voxel makes its whole channel NaN where nnU-Net normalises by mean and standard deviation.
 
     Args:
         run_case: nnU-Net's method.
-        job: The case and its configuration.
-        reader: nnU-Net's, which is more lenient than the check before.
+        case: The case.
+        reader: nnU-Net's reader for it.
 
     Attributes:
         n_bytes: Of the result; 0 before there is one.
     """
 
-    def __init__(self, run_case: Callable[..., tuple[Any, ...]], job: _Job, reader: type) -> None:
-        self._run_case, self._job, self._reader = run_case, job, reader
+    def __init__(self, run_case: Callable[..., tuple[Any, ...]], case: TrainingCase, reader: type) -> None:
+        self._run_case, self._case, self._reader = run_case, case, reader
         self.n_bytes = 0
 
-    def __call__(self, images: list[str], labels_file: str, *arguments: Any) -> tuple[Any, ...]:
-        try:
-            faults = file_faults((self._job.case, self._reader))
-            if faults:
-                raise InputError(" ".join(faults))
-            image, labels, *others = self._run_case(images, labels_file, *arguments)
-            broken = [str(number) for number, channel in enumerate(image) if not np.isfinite(channel).all()]
-            if broken:
-                raise InputError(
-                    f"after preprocessing, channel {', '.join(broken)} has voxels that are NaN or infinite. Look for "
-                    f"such voxels in the raw images, and correct them or remove the case"
-                )
-        except Exception as error:  # readers and resampling have their own
-            kind = InputError if isinstance(error, OF_FILES) else RuntimeError
-            raise kind(
-                f"Case {self._job.case.case_id} can't be preprocessed for configuration {self._job.configuration}: "
-                f"{short_message(error)}. Its files: {', '.join((*images, labels_file))}."
-            ) from error
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        faults = file_faults((self._case, self._reader))
+        if faults:
+            raise InputError(" ".join(faults))
+        image, labels, *others = self._run_case(*arguments)
+        broken = [str(number) for number, channel in enumerate(image) if not np.isfinite(channel).all()]
+        if broken:
+            raise InputError(
+                f"after preprocessing, channel {', '.join(broken)} has voxels that are NaN or infinite. Look for such "
+                f"voxels in the raw images, and correct them or remove the case"
+            )
         self.n_bytes = image.nbytes + labels.nbytes
         return (image, labels, *others)
 

@@ -224,11 +224,12 @@ class TestWriteBratsPhantoms:
         assert not list(tmp_path.rglob("*.nii.gz"))
         assert not list((tmp_path / "above").iterdir())
 
-    def test_what_is_there_is_kept(self, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
+    @pytest.mark.parametrize("name", ["file", ".hidden"])
+    def test_what_is_there_is_kept(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).touch()
         with pytest.raises(InputError, match="is no empty folder; remove it, or choose another -o"):
             write_brats_phantoms(tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        assert [path.name for path in tmp_path.iterdir()] == [name]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import multiprocessing.dummy
@@ -25,7 +26,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_conres import cli
 from nnunet_conres.datasets.fingerprint import carry_fingerprint
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.planning import planners
 from nnunet_conres.planning.commands import PlanOptions, plan, plan_and_preprocess
 from nnunet_conres.planning.preprocessing import PreprocessedDataset
@@ -440,6 +441,17 @@ class TestFilesThatCannotBeWritten:
         path = folder / DATA / ("case_0.npz" if as_npz else "case_0.b2nd")
         assert str(caught.value).startswith(f"{path}: File too large. Raise the limit")
         assert [path for path in sorted(folder.rglob("*")) if path not in before] == [folder / DATA]
+
+    def test_properties(self, raw: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        complete(preprocess=False)
+
+        def full(path: Path, _: Any) -> None:
+            with file_errors(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("nnunet_conres.planning.preprocessing._note", full)
+        with pytest.raises(InputError, match=f"^{folder / DATA / 'case_0.pkl'}: No space left"):
+            PreprocessedDataset(raw, folder, "nnUNetVNetPlans").complete({"3d_fullres": 1}, progress=False)
 
     @pytest.mark.parametrize("size", [16, 512])
     def test_fingerprint(self, raw: Path, folder: Path, size: int, limited_files: Any) -> None:
