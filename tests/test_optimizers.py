@@ -418,7 +418,7 @@ class TestMuon:
         assert torch.equal(still.detach(), torch.ones(2, 3))
         assert not torch.equal(moving.detach(), torch.ones(2, 3))
 
-    @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), -0.1])
+    @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), -0.1, True, False])
     @pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum", "betas", "eps", "lr_factor"])
     def test_numbers_out_of_range(self, name: str, number: float) -> None:
         value = (0.9, number) if name == "betas" else number

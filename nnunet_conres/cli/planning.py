@@ -59,6 +59,7 @@ def _add_planning_options(parser: argparse.ArgumentParser) -> None:
         help="preprocessor in nnunetv2.preprocessing (default: %(default)s)",
     )
     parser.add_argument("--verbose", action="store_true", help="show what nnU-Net prints while it plans")
+    parser.add_argument("--no_pbar", action="store_true", help="show no progress bars")
 
 
 def _plan_options(arguments: argparse.Namespace) -> "PlanOptions":
@@ -77,7 +78,7 @@ def _plan_options(arguments: argparse.Namespace) -> "PlanOptions":
 def _plan(arguments: argparse.Namespace) -> int:
     from nnunet_conres.planning.commands import plan
 
-    for planned in plan(arguments.d, _plan_options(arguments)):
+    for planned in plan(arguments.d, _plan_options(arguments), progress=not arguments.no_pbar):
         print(planned.as_text())
     return 0
 
@@ -125,7 +126,6 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
         action="store_true",
         help="take fingerprints again, and remove preprocessed cases that the raw data set no longer has",
     )
-    parser.add_argument("--no_pbar", action="store_true", help="show no progress bars")
     parser.set_defaults(handler=_plan_and_preprocess)
 
 

@@ -13,6 +13,7 @@ from nnunet_conres.datasets.raw import map_cases, short_message
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.models import Model, Prediction, read_json
 from nnunet_conres.files import write_json
+from nnunet_conres.folders import clear_leftovers
 from nnunet_conres.images.volumes import write_labels
 from nnunet_conres.unpickling import read_pickle
 
@@ -96,6 +97,7 @@ def build_ensemble(
     file_ending = str(read_json(settings_folder / "dataset.json")["file_ending"])
     with file_errors(output_folder):
         output_folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(output_folder)
     try:
         done = read_json(output_folder / _SOURCES)
     except InputError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -27,7 +28,8 @@ from nnunet_conres.datasets.fingerprint import FINGERPRINT, exclude_ignored_voxe
 from nnunet_conres.errors import InputError
 from nnunet_conres.families import PLANNED, Family
 from nnunet_conres.files import write_json
-from nnunet_conres.planning.memory import MemoryModel
+from nnunet_conres.folders import one_at_a_time
+from nnunet_conres.planning.memory import MemoryModel, UntrainableError
 from nnunet_conres.planning.preprocessing import read_plans, settings_faults, share_data
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.plans.entries import set_background_class
@@ -69,6 +71,10 @@ class PlannedConfiguration:
 
 class TooLittleMemoryError(InputError):
     """Not even the smallest patch fits the target."""
+
+
+class _SmallestPatchReached(Exception):  # noqa: N818  (no error)
+    """nnU-Net's search for a patch has come to one that is too small."""
 
 
 class _PlanAgain(Exception):  # noqa: N818  (no error)
@@ -124,6 +130,9 @@ class NetworkPlanner(ExperimentPlanner):
         self._labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         self._previous_stage_channels = 0
         self._search: list[tuple[list[int], int]] = []
+        self._only_shrinks = False
+        self._smallest: tuple[list[int], dict[str, Any]] | None = None
+        self._checked_channels: set[int] = set()
         self._bar = tqdm(disable=True)
         self.model = MemoryModel(progress=lambda: self._bar.update())
 
@@ -183,27 +192,59 @@ class NetworkPlanner(ExperimentPlanner):
             "arch_kwargs": arch_kwargs,
             "_kw_requires_import": arch_kwargs_req_import,
         }
-        needed = self._memory(self._derive(stock, self._checkpointing), patch, self.UNet_min_batch_size)
+        architecture = self._derive(stock, self._checkpointing)
+        if self._only_shrinks:
+            self._smallest = patch, architecture
+            return sys.maxsize
+        needed = self._memory(architecture, patch, self.UNet_min_batch_size)
         self._search.append((patch, needed))
         return needed
 
     def _check_patch(self, patch: list[int], n_stages: int) -> None:
         if n_stages >= _MIN_STAGES and min(patch) >= MIN_EDGE:
             return
+        if self._smallest is not None and self._only_shrinks:
+            raise _SmallestPatchReached
         if not self._search:
             raise InputError(
                 f"The images of {self.dataset_name} are too small for {self.family.title}: a patch of {times(patch)} "
                 f"voxels makes a network of {n_stages} stages; expected {_MIN_STAGES} stages or more, and {MIN_EDGE} "
                 f"voxels along each axis. A finer -overwrite_target_spacing makes them larger."
             )
-        patch, needed = min(self._search, key=lambda tried: tried[1])
-        raise TooLittleMemoryError(
+        raise self._too_little(*min(self._search, key=lambda tried: tried[1]))
+
+    def _too_little(self, patch: list[int], needed: int) -> TooLittleMemoryError:
+        return TooLittleMemoryError(
             f"{self.family.title} can't be planned for {self.dataset_name} in {_gib(self.memory_target)}: the smallest "
             f"patch, {times(patch)} voxels, takes {_gib(needed)} at batch {self.UNet_min_batch_size} with "
             f"checkpointing {self._checkpointing}"
             + (" in the cascade, where the stage before adds channels" if self._previous_stage_channels else "")
             + f". Set -gpu_memory_target to at least {math.ceil(needed / GIB * 100) / 100:g}."
         )
+
+    def _check_smallest_patch(self, arguments: tuple[Any, ...]) -> None:
+        """Refuses a target that the smallest patch does not fit, before the search for the largest, which is long.
+
+        Raises:
+            TooLittleMemoryError: If it does not fit under full checkpointing.
+        """
+        if self._previous_stage_channels in self._checked_channels:
+            return
+        self._search, self._smallest = [], None
+        self._only_shrinks, self._checkpointing = True, CHECKPOINTINGS[-1]
+        try:
+            super().get_plans_for_configuration(*arguments, {})
+        except _SmallestPatchReached:
+            assert self._smallest is not None
+            patch, architecture = self._smallest
+            # A patch that is too small to be trained is none to be found.
+            with contextlib.suppress(UntrainableError):
+                needed = self.model.execute(self._step(architecture, patch, self.UNet_min_batch_size))
+                if needed > self.memory_target:
+                    raise self._too_little(patch, needed) from None
+        finally:
+            self._only_shrinks, self._checkpointing = False, None
+        self._checked_channels.add(self._previous_stage_channels)
 
     # --- a configuration --------------------------------------------------------------------------------------------
 
@@ -252,6 +293,7 @@ class NetworkPlanner(ExperimentPlanner):
                 f"{' x '.join(f'{extent:g}' for extent in spacing)} mm: {times([round(e) for e in median_shape])} "
                 f"voxels. A finer -overwrite_target_spacing makes them larger."
             ) from None
+        self._check_smallest_patch(arguments)
         wanted = math.prod(int(extent) for extent in plan["patch_size"])
         for checkpointing in CHECKPOINTINGS:
             found = self._largest_patch_under(checkpointing, arguments)
@@ -395,6 +437,10 @@ class NetworkPlanner(ExperimentPlanner):
         plans.update(completed)
         self._check_training_steps(plans)
 
+        with one_at_a_time(self.plans_file):  # or configurations that are added meanwhile would be lost
+            self._write_plans(plans)
+
+    def _write_plans(self, plans: dict[str, Any]) -> None:
         existing = read_plans(self.plans_file.parent)
         planners = [planner.__name__ for planner in PLANNERS.values()]
         share_data(plans, existing, planners, self.plans_file.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -15,6 +16,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
+from nnunet_conres.folders import one_at_a_time
+from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.plans.entries import fixed_stages, stride_products
 from nnunet_conres.text import aligned, times
 
@@ -138,6 +141,21 @@ def add_variants(
     Raises:
         InputError: The plans or an argument do not allow it; nothing was written. Lists all that was found.
     """
+    preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
+    with contextlib.ExitStack() as stack:
+        # From reading to writing: of two that add to the same plans, the second must not undo what the first has added.
+        if preprocessed is not None and (preprocessed / dataset_name).is_dir():
+            stack.enter_context(one_at_a_time(preprocessed / dataset_name / f"{plans_name}.json"))
+        return _add_variants(dataset_name, plans_name, patch_sizes, base, batch_sizes)
+
+
+def _add_variants(
+    dataset_name: str,
+    plans_name: str,
+    patch_sizes: Sequence[Sequence[int]],
+    base: str,
+    batch_sizes: Sequence[int] | None,
+) -> AddedVariants:
     plans_file, plans, faults = _read(dataset_name, plans_name, base)
     if plans is None:
         raise InputError(faults)
@@ -169,6 +187,12 @@ def add_variants(
             )
         except InputError as error:
             faults.append(f"Patch {times(wanted)}: {error}")
+            continue
+        if min(patch) < MIN_EDGE:
+            faults.append(
+                f"Patch {times(patch)} is too small: expected {MIN_EDGE} voxels or more along each axis, below which "
+                f"nnU-Net's augmentation fails."
+            )
             continue
         name = f"{base}_{'x'.join(map(str, patch))}" + (f"_b{batch}" if batch != configuration.batch_size else "")
         entry: dict[str, Any] = {

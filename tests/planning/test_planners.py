@@ -240,6 +240,25 @@ class TestMemory:
             gib = float(str(refusal.value).split("-gpu_memory_target to at least ")[1].rstrip("."))
         assert planned(gib=gib)["configurations"]["3d_cascade_fullres"]["batch_size"] == 2
 
+    def test_a_target_that_nothing_fits_is_refused_after_one_execution(
+        self, make: Any, planned: Any, monkeypatch: Any
+    ) -> None:
+        executed = []
+
+        def execute(step: TrainingStep) -> int:
+            executed.append(step)
+            return fake_memory(step)
+
+        def search(step: TrainingStep) -> int:
+            raise AssertionError("the search for the largest patch is long")
+
+        make(LARGE)
+        monkeypatch.setattr(planners, "MemoryModel", FakeModel(search, execute))
+        with pytest.raises(InputError, match=r"takes 0\.\d+ GiB at batch 2 with checkpointing full\. Set"):
+            planned(gib=1e-5)
+        assert len(executed) == 1
+        assert executed[0].batch_size == 2
+
     def test_spacing_that_is_too_coarse(self, make: Any, planned: Any) -> None:
         make(ISOTROPIC)
         with pytest.raises(ValueError, match=r"too small for V-Net at a voxel size of 500 x 500 x 500 mm"):
@@ -620,7 +639,9 @@ class TestCommands:
         make(TINY, cases=3)
         command = ["plan_and_preprocess", "-d", "701", "-a", "vnet", "-np", "1", "-npfp", "1", "--no_pbar"]
         assert cli.main(command) == 0
-        lines = capsys.readouterr().out.splitlines()
+        captured = capsys.readouterr()
+        assert "%|" not in captured.err
+        lines = captured.out.splitlines()
         assert "Data of 3d_fullres: 3 cases written, 0 were there" in lines
         assert "Data of 3d_lowres: none, the images don't need this configuration" in lines
         assert lines[-1] == "Next: nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerVNet -p nnUNetVNetPlans"
