@@ -364,18 +364,33 @@ def _counts(drawn: NDArray[np.intp], length: int) -> NDArray[np.int32]:
 
 def _means(series: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[np.float64]:
     totals: NDArray[np.float64] = series @ counts.T.astype(np.float64)
-    return totals[:, 0] / totals[:, 1]
+    means = totals[:, 0] / totals[:, 1]
+    # Equal means have to be equal numbers, whatever the order in which they were summed up.
+    scale = np.abs(series[:, 0]).max(axis=1, keepdims=True)
+    scale[scale == 0] = 1
+    return np.asarray(np.round(means / scale, 12) * scale, np.float64)
 
 
 def _medians(series: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[np.float64]:
+    units = counts.shape[1]
+    # The median of a drawing has a rank near the middle: eight standard deviations to both sides are looked at.
+    reach = 4 * math.isqrt(units) + 4
+    start, stop = max(0, units // 2 - reach), units // 2 + reach
     middle = (int(counts[0].sum()) - 1) / 2
-    columns = np.ascontiguousarray(counts.T)
+    columns = np.ascontiguousarray(counts.T, np.int16 if units < 1 << 15 else np.int32)
+    order = np.argsort(series[:, 0], axis=1)
+    outside = np.zeros((len(series), units), np.float32)
+    np.put_along_axis(outside, order[:, :start], 1, axis=1)
+    before = (outside @ columns.astype(np.float32)).astype(columns.dtype)
     found = []
-    for values in series[:, 0]:
-        order = np.argsort(values)
-        # A value is the k-th if fewer than k + 1 were drawn of those before it.
-        drawn = np.cumsum(columns[order], axis=0, dtype=np.int32)
-        low, high = (values[order[(drawn <= place).sum(axis=0)]] for place in (math.floor(middle), math.ceil(middle)))
+    for values, ranks, drawn_before in zip(series[:, 0], order, before, strict=True):
+        near = ranks[start:stop]
+        drawn = np.cumsum(columns[near], axis=0, dtype=columns.dtype)
+        drawn += drawn_before
+        if (drawn_before > middle).any() or (drawn[-1] <= middle).any():
+            near, drawn = ranks, np.cumsum(columns[ranks], axis=0, dtype=columns.dtype)
+        # A value is the k-th if fewer than k + 1 were drawn up to the one before it.
+        low, high = (values[near[(drawn <= place).sum(axis=0)]] for place in (math.floor(middle), math.ceil(middle)))
         found.append((low + high) / 2)
     return np.array(found)
 
