@@ -141,11 +141,11 @@ def add_densify(subparsers: "Subparsers") -> None:
 
 
 def _densify(arguments: argparse.Namespace) -> int:
-    from nnunet_conres.datasets.densify import Model, densify
+    from nnunet_conres.datasets.densify import TrainedModel, densify
 
     done = densify(
         arguments.d,
-        Model(arguments.tr, arguments.p, arguments.c, tuple(arguments.f), arguments.chk),
+        TrainedModel(arguments.tr, arguments.p, arguments.c, tuple(arguments.f), arguments.chk),
         arguments.o,
         device=arguments.device,
         mirroring=not arguments.disable_tta,

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 
 from nnunet_conres.datasets.brats_write import CASES_FILE
 from nnunet_conres.datasets.raw import (
-    FOLDER_VARIABLES,
     TrainingCase,
     find_dataset,
     find_training_cases,
-    folder_from_environment,
     map_cases,
     read_dataset_json,
     some,
@@ -29,6 +27,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, visible, writing
 from nnunet_conres.images.volumes import read_labels, reader_for
+from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.text import aligned, number_text
 
 Balance = Literal["both", "grade", "volume", "none"]

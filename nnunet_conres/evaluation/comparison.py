@@ -13,12 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres import __version__
-from nnunet_conres.datasets.raw import (
-    FOLDER_VARIABLES,
-    folder_from_environment,
-    short_message,
-    some,
-)
+from nnunet_conres.datasets.raw import short_message, some
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.costs import Cost, Curves, ensemble_cost, model_cost, unlike_conditions
 from nnunet_conres.evaluation.ensembles import build_ensemble, ensemble_members, settings_differences
@@ -43,6 +38,7 @@ from nnunet_conres.evaluation.statistics import PairedComparison, compare_paired
 from nnunet_conres.files import write_json, written_whole
 from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.volumes import reader_for
+from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.text import aligned
 
 MOST_DISAGREEMENTS: Final = 10

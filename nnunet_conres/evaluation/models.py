@@ -10,9 +10,10 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Final
 
 from nnunet_conres.case_ids import unsafe_ids
-from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment, some
+from nnunet_conres.datasets.raw import some
 from nnunet_conres.errors import InputError
 from nnunet_conres.folders import list_files
+from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
 
 PROBABILITIES_ENDING: Final = ".npz"
 # What nnU-Net writes into folders of predictions besides.

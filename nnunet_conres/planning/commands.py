@@ -23,12 +23,12 @@ from nnunet_conres.datasets.raw import (
     TrainingCase,
     find_dataset,
     find_training_cases,
-    folder_from_environment,
     read_dataset_json,
     short_message,
     some,
 )
 from nnunet_conres.errors import InputError
+from nnunet_conres.nnunet import folder_from_environment
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.planning.preprocessing import (
     OF_FILES,

@@ -13,9 +13,9 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres.architectures.conresnet_paper import DIVISOR
-from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
+from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.planning.architectures import CONRESNET_PAPER
 from nnunet_conres.text import aligned, times
 
