@@ -1,13 +1,17 @@
-"""nnU-Net's folders, and its names of data sets and models."""
+"""nnU-Net's folders, names of data sets and models, and what is in its JSON files."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.files import read_json
+
+_Model = TypeVar("_Model", bound="Model")
 
 # The first holds the raw data sets.
 FOLDER_VARIABLES: Final = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -49,10 +53,10 @@ class Model:
     configuration: str
 
     @classmethod
-    def of_folder(cls, folder: Path) -> Model | None:
+    def of_folder(cls: type[_Model], folder: Path) -> _Model | None:
         """The model of a folder that has nnU-Net's name and plans.json; None for another folder."""
         parts = folder.resolve().name.split("__")
-        return Model(*parts) if len(parts) == 3 and (folder / "plans.json").is_file() else None
+        return cls(*parts) if len(parts) == 3 and (folder / "plans.json").is_file() else None
 
     @property
     def folder_name(self) -> str:
@@ -68,3 +72,65 @@ class Model:
         """The command that trains a fold."""
         named = (dataset_name, self.configuration, str(fold), "-tr", self.trainer, "-p", self.plans)
         return ("nnUNetv2_train", *named, *options)
+
+
+# --- dataset.json and plans.json -------------------------------------------------------------------------------------
+
+
+def label_values(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Label values of every label or region but background and ignore, by name, in the file's order.
+
+    Args:
+        labels: The entry ``labels`` of dataset.json.
+
+    Raises:
+        TypeError, ValueError, AttributeError: It is none.
+    """
+    return {
+        str(name): tuple(int(value) for value in (values if isinstance(values, (list, tuple)) else (values,)))
+        for name, values in labels.items()
+        if name not in ("background", "ignore")
+    }
+
+
+def ignore_label(labels: Mapping[str, Any]) -> int | None:
+    """The label of voxels that are not annotated, None where there is none.
+
+    Args:
+        labels: The entry ``labels`` of dataset.json.
+    """
+    return None if labels.get("ignore") is None else int(labels["ignore"])
+
+
+def architecture_faults(plans_file: Path) -> list[str]:
+    """What a model's plans name as network or layer that is none, and would be called when the network is built.
+
+    Args:
+        plans_file: The plans.json of a model, which other people may have made.
+
+    Returns:
+        A message for every such name.
+
+    Raises:
+        InputError: The file cannot be read, or holds no plans.
+    """
+    import pydoc
+
+    from torch import nn
+
+    names: list[Any] = []
+    content = read_json(plans_file)
+    try:
+        for configuration in content["configurations"].values():
+            architecture = configuration.get("architecture", {})
+            arguments = architecture.get("arch_kwargs", {})
+            names += [architecture.get("network_class_name")]
+            names += [arguments.get(key) for key in architecture.get("_kw_requires_import", ())]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{plans_file} holds no plans of nnU-Net: {error!r}.") from error
+    faults = []
+    for name in dict.fromkeys(name for name in names if isinstance(name, str)):
+        found = pydoc.locate(name)  # as nnU-Net finds it
+        if found is not None and not (isinstance(found, type) and issubclass(found, nn.Module)):
+            faults.append(f"{plans_file} names {name} as part of a network; expected a class of torch.nn.Module.")
+    return faults

@@ -137,7 +137,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         unused = [option for option, value in {**given, "--model": arguments.model}.items() if value]
         if unused:
             raise InputError(f"{', '.join(unused)}: for --predictions only; with -d nnU-Net's folders tell.")
-        from nnunet_conres.evaluation.models import parse_model_names
+        from nnunet_conres.evaluation.predictions import parse_model_names
         from nnunet_conres.nnunet import dataset_name_of
 
         names, faults = parse_model_names(arguments.tr, arguments.p, arguments.c)

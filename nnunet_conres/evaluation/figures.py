@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.labels import ignore_label, label_values
 from nnunet_conres.files import written_whole
 from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.volumes import affine_of, read_labels, read_volume, reader_for, standing
+from nnunet_conres.nnunet import ignore_label, label_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

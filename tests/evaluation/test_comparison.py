@@ -25,7 +25,7 @@ from nnunet_conres.evaluation.comparison import (
     compare_test_set,
 )
 from nnunet_conres.evaluation.metrics import MetricOptions
-from nnunet_conres.evaluation.models import ModelName
+from nnunet_conres.evaluation.predictions import NamedModel
 from nnunet_conres.evaluation.statistics import mean_interval
 from nnunet_conres.folders import writing
 
@@ -34,8 +34,8 @@ QUIET = CompareOptions(progress=False)
 STOCK, OURS = "nnUNetTrainer", "nnUNetTrainerConResNet"
 
 
-def names(*trainers: str) -> list[ModelName]:
-    return [ModelName(trainer, "nnUNetPlans", "3d_fullres") for trainer in trainers]
+def names(*trainers: str) -> list[NamedModel]:
+    return [NamedModel(trainer, "nnUNetPlans", "3d_fullres") for trainer in trainers]
 
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:

@@ -156,7 +156,7 @@ def curve_chart(lines: Sequence[Line], *, axis: str, title: str) -> str:
     left, right, top, bottom = 44, _WIDTH - 18, 24, 200
     drawn: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
     for line in lines:
-        values = np.array([value if is_number(value) else np.nan for value in line.values], float)
+        values = np.array(line.values, float)  # NaN for None
         epochs = np.asarray(line.epochs, float)[: len(values)]
         drawn.append((epochs, values[: len(epochs)]))
     horizontal = _even([x for x, _ in drawn], left, right)
