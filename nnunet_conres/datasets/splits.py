@@ -383,7 +383,7 @@ def format_table(done: Split) -> str:
         held_out = [done.cases[case_id] for case_id in fold.validation]
         rows.append((str(number), str(len(fold.training)), *_cells(held_out, shown)))
     rows.append(("all", "", *_cells(list(done.cases.values()), shown)))
-    return "\n".join(aligned(rows, right=True))
+    return "\n".join(aligned(rows, left=0))
 
 
 def _cells(cases: Sequence[CaseFacts], grades: Sequence[str]) -> tuple[str, ...]:
