@@ -112,7 +112,8 @@ def add_compare(subparsers: "Subparsers") -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from nnunet_conres.evaluation.comparison import CompareOptions, compare_cross_validation, compare_test_set
+    from nnunet_conres.evaluation.comparison import compare
+    from nnunet_conres.evaluation.finding import CompareOptions, find_cross_validation, find_test_set
     from nnunet_conres.evaluation.metrics import MetricOptions
 
     options = CompareOptions(
@@ -143,22 +144,21 @@ def _compare(arguments: argparse.Namespace) -> int:
         names, faults = parse_model_names(arguments.tr, arguments.p, arguments.c)
         if faults:
             raise InputError(faults)
-        compared = compare_cross_validation(dataset_name_of(arguments.d), names, arguments.f, arguments.o, options)
+        found = find_cross_validation(dataset_name_of(arguments.d), names, arguments.f, options)
     elif arguments.predictions is not None and arguments.d is None:
         if arguments.reference is None or arguments.djfile is None:
             raise InputError("--predictions needs --reference and -djfile.")
-        compared = compare_test_set(
+        found = find_test_set(
             _named_folders("--predictions", arguments.predictions),
             arguments.reference,
             arguments.djfile,
-            arguments.o,
             options,
             images=arguments.i,
             model_folders=_named_folders("--model", arguments.model),
         )
     else:
         raise InputError("Expected either -d with -tr, or --predictions with --reference and -djfile.")
-    print(compared.as_text())
+    print(compare(found, arguments.o, options).as_text())
     return 0
 
 

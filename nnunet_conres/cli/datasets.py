@@ -162,7 +162,7 @@ def _densify(arguments: argparse.Namespace) -> int:
     if arguments.figures > 0:
         from pathlib import Path
 
-        from nnunet_conres.evaluation.figures import SparseCase, write_sparse_annotation_figures
+        from nnunet_conres.evaluation.sparse_figures import SparseCase, write_sparse_annotation_figures
 
         drawn = [
             SparseCase(

@@ -15,9 +15,8 @@ from nnunet_conres.datasets.raw import some
 from nnunet_conres.evaluation.costs import Costs, costs_of
 from nnunet_conres.evaluation.drawing import draw_cases
 from nnunet_conres.evaluation.ensembles import add_ensembles
-from nnunet_conres.evaluation.finding import CompareOptions, Found, find_cross_validation, find_test_set
+from nnunet_conres.evaluation.finding import CompareOptions, Found
 from nnunet_conres.evaluation.metrics import METRICS
-from nnunet_conres.evaluation.predictions import NamedModel
 from nnunet_conres.evaluation.report import REPORT_FORMAT, report_page
 from nnunet_conres.evaluation.scoring import Scores, ScoringJob, reader_name, score_cases
 from nnunet_conres.evaluation.testing import Findings, compare_scores, overall_of
@@ -66,19 +65,11 @@ class Comparison:
         return "\n".join([*lines, "", f"Report: {self.report}", f"        {self.json}", f"        {self.csv}"])
 
 
-def compare_cross_validation(
-    dataset_name: str,
-    names: Sequence[NamedModel],
-    folds: Sequence[int],
-    output_folder: str | Path,
-    options: CompareOptions | None = None,
-) -> Comparison:
-    """Compares models by the cases that their folds held out, and writes the report.
+def compare(found: Found, output_folder: str | Path, options: CompareOptions | None = None) -> Comparison:
+    """Compares models, and writes the report.
 
     Args:
-        dataset_name: Whole name of the data set.
-        names: The models, the baseline first.
-        folds: Folds that every model has to have.
+        found: The models, and what they predicted: what `find_cross_validation` or `find_test_set` returns.
         output_folder: Where the report goes; made if need be.
         options: How to compare.
 
@@ -86,46 +77,9 @@ def compare_cross_validation(
         What was found and written.
 
     Raises:
-        InputError: Something is missing or does not fit; lists all that was found, with the commands that help.
+        InputError: Files can't be read or do not fit each other, or the report can't be written.
     """
-    options = options or CompareOptions()
-    return _compare(find_cross_validation(dataset_name, names, folds, options), Path(output_folder), options)
-
-
-def compare_test_set(
-    predictions: Mapping[str, str | Path],
-    references: str | Path,
-    dataset_json: str | Path,
-    output_folder: str | Path,
-    options: CompareOptions | None = None,
-    *,
-    images: str | Path | None = None,
-    model_folders: Mapping[str, str | Path] | None = None,
-) -> Comparison:
-    """Compares folders of predictions of the same images, and writes the report.
-
-    Args:
-        predictions: Folder by the model's name, the baseline first.
-        references: Folder with the true label maps.
-        dataset_json: The data set's dataset.json.
-        output_folder: Where the report goes; made if need be.
-        options: How to compare.
-        images: Folder with the images, named as nnU-Net names them, for the pictures of the report.
-        model_folders: Trained model folder by the models' names, for costs and curves.
-
-    Returns:
-        What was found and written.
-
-    Raises:
-        InputError: Something is missing or does not fit; lists all that was found.
-    """
-    options = options or CompareOptions()
-    found = find_test_set(predictions, references, dataset_json, options, images=images, model_folders=model_folders)
-    return _compare(found, Path(output_folder), options)
-
-
-def _compare(found: Found, output: Path, options: CompareOptions) -> Comparison:
-    """All stages after the first."""
+    options, output = options or CompareOptions(), Path(output_folder)
     cache = output / "cache"
     with writing(output):
         found = add_ensembles(found, output, options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -14,12 +13,15 @@ from nnunet_conres.evaluation.figures import (
     COLOURS,
     View,
     channels_to_show,
+    colours_of,
     content_box,
     draw_outline,
+    show_plane,
     slices_to_show,
     tint,
+    value_range,
+    write_note,
 )
-from nnunet_conres.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +106,7 @@ def image_residual_figure(
     limits = content_box(image)
     first, last = max(1, limits[axis][0]), limits[axis][1] - 1
     slices = sorted({max(1, round(first + share * (last - first))) for share in (0.3, 0.5, 0.7)})
-    shown = _range(image[image != image.flat[0]])
+    shown = value_range(image[image != image.flat[0]])
     high = _high_end(residual)
     columns = [
         Column("slice before", image, shown, offset=-1),
@@ -213,7 +215,7 @@ def predicted_residual_figure(
     strongest = np.maximum.reduce(list(predicted.values()))
     nothing = np.zeros(image.shape, np.uint8)
     columns = [
-        Column("image", image, _range(image[image != image.flat[0]]), outlined=true_masks, dashed=predicted_masks)
+        Column("image", image, value_range(image[image != image.flat[0]]), outlined=true_masks, dashed=predicted_masks)
     ]
     if of_reference:
         columns.append(Column("residual of the reference", nothing, (0, 1), tinted=of_reference))
@@ -222,13 +224,14 @@ def predicted_residual_figure(
         Column("predicted residual, 0 to 1", strongest, (0.0, 1.0), _MAP_COLOURS),
     ]
     if attention is not None:
-        low, high = _range(attention[attention != 1])
+        low, high = value_range(attention[attention != 1])
         columns.append(Column(f"attention, {low:.2f} to {high:.2f}", attention, (low, high), _MAP_COLOURS))
     known = of_reference or of_prediction
-    curves = [Curve("predicted residual", _means(strongest, axis), "white")]
-    curves.append(Curve("of the prediction", _means(np.logical_or.reduce([*of_prediction.values()]), axis), "grey"))
-    if of_reference:
-        curves.append(Curve("of the reference", _means(np.logical_or.reduce([*known.values()]), axis), "grey", "--"))
+    curves = [Curve("predicted residual", mean_per_slice(strongest, axis), "white")]
+    for name, residuals, style in (("prediction", of_prediction, "-"), ("reference", of_reference or {}, "--")):
+        if residuals:
+            anywhere = np.logical_or.reduce([*residuals.values()])
+            curves.append(Curve(f"of the {name}", mean_per_slice(anywhere, axis), "grey", style))
     curves += [Curve(name, [], colour) for name, colour in colours_of(regions).items()]
     return draw(
         columns,
@@ -249,11 +252,6 @@ def slices_of(residuals: Mapping[str, NDArray[np.bool_]], axis: int) -> list[int
     total = np.logical_or.reduce(list(residuals.values())).astype(np.uint8)
     slices = slices_to_show(np.moveaxis(total, axis, 0), {"residual": (1,)}, number=_SLICES)
     return [max(1, index) for index in slices]
-
-
-def colours_of(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """A colour for every label or region."""
-    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
 
 
 def draw(
@@ -312,27 +310,20 @@ def draw(
         for number, column in enumerate(columns):
             panel = figure.add_subplot(panels[row, number])
             view = View(axis, index + column.offset, rows_axis, columns_axis)
-            panel.imshow(
-                view.of(column.volume),
-                cmap=column.colour_map,
-                vmin=column.limits[0],
-                vmax=column.limits[1],
-                aspect=spacing[rows_axis] / spacing[columns_axis],
-                interpolation="nearest",
+            show_plane(
+                panel,
+                view,
+                column.volume,
+                values=column.limits,
+                limits=limits,
+                spacing=spacing,
+                reverse=reverse,
+                colour_map=column.colour_map,
             )
             _draw_masks(panel, column, view, colours)
-            panel.set_axis_off()
-            for shown, limit, set_limit in (
-                (columns_axis, limits[columns_axis], panel.set_xlim),
-                (rows_axis, limits[rows_axis][::-1], panel.set_ylim),
-            ):
-                first, last = limit[0] - 0.5, limit[1] - 0.5
-                set_limit(*((last, first) if reverse[shown] else (first, last)))
             if row == 0:
                 panel.set_title(column.title, color="white", fontsize=8, pad=3)
-            panel.text(
-                0.03, 0.97, str(view.index), transform=panel.transAxes, va="top", color="white", fontsize=8
-            ).set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.5})
+            write_note(panel, str(view.index))
     figure.text(0.5, 1 - 0.17 / size[1], title, ha="center", va="center", color="white", fontsize=10)
     plot = figure.add_axes((0.85 / size[0], bottom / size[1], 1 - 1.0 / size[0], _CURVE / size[1]))
     _draw_curves(plot, curves, slices, axis, unit)
@@ -346,13 +337,6 @@ def draw(
             fontsize=8,
         )
     return figure
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure; whoever looks finds it whole or not at all."""
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=120, facecolor=figure.get_facecolor())
-    return path
 
 
 def _draw_masks(panel: Axes, column: Column, view: View, colours: Mapping[str, str]) -> None:
@@ -381,17 +365,10 @@ def _draw_curves(plot: Axes, curves: Sequence[Curve], slices: Sequence[int], axi
         spine.set_color("white")
 
 
-def _means(residual: NDArray[Any], axis: int) -> NDArray[np.float64]:
-    means: NDArray[np.float64] = residual.mean(axis=tuple({0, 1, 2} - {axis}), dtype=np.float64)
-    return means
-
-
-def _range(values: NDArray[Any]) -> tuple[float, float]:
-    """Values to show darkest and brightest."""
-    if not values.size:
-        return 0.0, 1.0
-    low, high = (float(value) for value in np.percentile(values, (0.5, 99.7)))
-    return low, max(high, low + 1e-6)
+def mean_per_slice(residual: NDArray[Any], axis: int) -> tuple[float, ...]:
+    """Mean over all voxels of each slice."""
+    means = residual.mean(axis=tuple({0, 1, 2} - {axis}), dtype=np.float64)
+    return tuple(float(value) for value in means)
 
 
 def _high_end(residual: NDArray[Any]) -> float:

@@ -22,7 +22,8 @@ from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import short_message, some
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.figures import reversed_axes
+from nnunet_conres.evaluation.figures import reversed_axes, save_figure
+from nnunet_conres.evaluation.residual_figures import predicted_residual_figure
 from nnunet_conres.evaluation.residual_maps import (
     ENDINGS,
     RECORD,
@@ -366,8 +367,6 @@ def write_predicted_residuals(
 def _write_case(
     case_id: str, images: Sequence[Path], reference: Path | None, output: Path, predictor: ResidualPredictor
 ) -> CaseResiduals:
-    from nnunet_conres.evaluation.residual_figures import predicted_residual_figure, save_figure
-
     volumes = [read_volume(path, predictor.reader) for path in images]
     properties = volumes[0].properties
     axis, regions = predictor.slice_axis, predictor.regions

@@ -216,29 +216,6 @@ def rank_biserial(differences: NDArray[np.float64]) -> float:
     return float((ranks * np.sign(not_zero)).sum() / ranks.sum())
 
 
-def mean_interval(
-    values: Sequence[float] | NDArray[np.float64],
-    groups: Sequence[str] | None = None,
-    *,
-    confidence: float = 0.95,
-    samples: int = 10000,
-    seed: int = 0,
-) -> Interval:
-    """Bias-corrected and accelerated (BCa) bootstrap interval of a mean.
-
-    Args:
-        values: None NaN.
-        groups: Group of every value, if values of one are not independent: groups are drawn, with all their values.
-        confidence: Between 0 and 1.
-        samples: Drawings.
-        seed: Of the drawings; the same for the same result.
-
-    Returns:
-        The interval; NaN for fewer than two values or groups, a single point if all are the same.
-    """
-    return mean_intervals([values], [groups], confidence=confidence, samples=samples, seed=seed)[0]
-
-
 def mean_intervals(
     series: Sequence[Sequence[float] | NDArray[np.float64]],
     groups: Sequence[Sequence[str] | None] | None = None,
@@ -247,17 +224,18 @@ def mean_intervals(
     samples: int = 10000,
     seed: int = 0,
 ) -> list[Interval]:
-    """What `mean_interval` finds for each of many series, at a fraction of the time.
+    """Bias-corrected and accelerated (BCa) bootstrap intervals of means.
 
     Args:
-        series: Values, none NaN.
-        groups: For each series, as in `mean_interval`.
+        series: Values of which there is a mean each, none NaN.
+        groups: For each series the group of every value, if values of one are not independent: groups are drawn, with
+            all their values.
         confidence: Between 0 and 1.
         samples: Drawings.
-        seed: Of the drawings; the same for each series.
+        seed: Of the drawings of each series; the same for the same result.
 
     Returns:
-        An interval for each series.
+        An interval for each series; NaN for fewer than two values or groups, a single point if all are the same.
     """
     data = [_sums_and_sizes(*pair) for pair in zip(series, groups or [None] * len(series), strict=True)]
     return _bootstrap(data, _means, "BCa", confidence, samples, seed)
@@ -273,23 +251,6 @@ def _sums_and_sizes(values: Sequence[float] | NDArray[np.float64], groups: Seque
     return np.array([[math.fsum(of) for of in members.values()], [len(of) for of in members.values()]], np.float64)
 
 
-def median_interval(
-    values: Sequence[float] | NDArray[np.float64], *, confidence: float = 0.95, samples: int = 10000, seed: int = 0
-) -> Interval:
-    """Percentile bootstrap interval of a median; the acceleration that BCa needs is not defined for one.
-
-    Args:
-        values: As for `mean_interval`.
-        confidence: Between 0 and 1.
-        samples: Drawings.
-        seed: Of the drawings; the same for the same result.
-
-    Returns:
-        As `mean_interval`.
-    """
-    return median_intervals([values], confidence=confidence, samples=samples, seed=seed)[0]
-
-
 def median_intervals(
     series: Sequence[Sequence[float] | NDArray[np.float64]],
     *,
@@ -297,7 +258,17 @@ def median_intervals(
     samples: int = 10000,
     seed: int = 0,
 ) -> list[Interval]:
-    """What `median_interval` finds for each of many series, as `mean_intervals` does for means."""
+    """Percentile bootstrap intervals of medians, for which the acceleration that BCa needs is not defined.
+
+    Args:
+        series: As for `mean_intervals`.
+        confidence: Between 0 and 1.
+        samples: Drawings.
+        seed: As for `mean_intervals`.
+
+    Returns:
+        As `mean_intervals`.
+    """
     data = [np.asarray(values, np.float64)[np.newaxis] for values in series]
     return _bootstrap(data, _medians, "percentile", confidence, samples, seed)
 
