@@ -99,7 +99,7 @@ def compare(found: Found, output_folder: str | Path, options: CompareOptions | N
         )
         names = {model.key: model.name for model in found.models}
         singles = [model.key for model in found.models if not model.members]
-        findings = compare_scores(scores, names, singles, found.groups)
+        findings = compare_scores(scores, names, singles, found.groups, cache / "statistics")
         costs = costs_of(found.models, cache / "networks")
         pictures, warnings = draw_cases(found, [case["id"] for case in findings.disagreements], cache / "pictures")
         content = _content(found, scores, findings, costs, warnings)

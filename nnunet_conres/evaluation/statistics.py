@@ -15,6 +15,9 @@ from nnunet_conres.datasets.raw import some
 from nnunet_conres.evaluation.metrics import METRICS, Metric
 from nnunet_conres.evaluation.scoring import MEAN
 
+# Raised where a change gives other numbers: what was kept from run to run is then computed again.
+STATISTICS_VERSION: Final = 1
+
 # Fewer differences than these cannot give a two-sided p below 0.05, whatever they are: 2 / 2**5 = 0.0625.
 FEWEST_FOR_TEST: Final = 6
 
@@ -334,7 +337,7 @@ def _counts(drawn: NDArray[np.intp], length: int) -> NDArray[np.int32]:
 
 
 def _means(series: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[np.float64]:
-    totals: NDArray[np.float64] = series @ counts.T.astype(np.float64)
+    totals = (series.reshape(-1, series.shape[-1]) @ counts.T.astype(np.float64)).reshape(*series.shape[:2], -1)
     means = totals[:, 0] / totals[:, 1]
     # Equal means have to be equal numbers, whatever the order in which they were summed up.
     scale = np.abs(series[:, 0]).max(axis=1, keepdims=True)

@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from nnunet_conres.evaluation.cache import Cache, key_of
 from nnunet_conres.evaluation.metrics import METRICS
 from nnunet_conres.evaluation.scoring import MEAN, Scores
-from nnunet_conres.evaluation.statistics import PairedComparison, compare_paired, mean_intervals
+from nnunet_conres.evaluation.statistics import (
+    STATISTICS_VERSION,
+    PairedComparison,
+    compare_paired,
+    mean_intervals,
+)
+from nnunet_conres.files import without_nan
 
 MOST_DISAGREEMENTS: Final = 10
 
@@ -39,7 +48,11 @@ class Findings:
 
 
 def compare_scores(
-    scores: Scores, names: Mapping[str, str], singles: Sequence[str], groups: Mapping[str, str] | None = None
+    scores: Scores,
+    names: Mapping[str, str],
+    singles: Sequence[str],
+    groups: Mapping[str, str] | None = None,
+    cache_folder: Path | None = None,
 ) -> Findings:
     """Compare all models with the first one.
 
@@ -48,7 +61,16 @@ def compare_scores(
         names: What people call the models, by their keys, the baseline first.
         singles: Keys of the models that are no ensembles, the baseline first.
         groups: Group of every case, if cases are not independent.
+        cache_folder: Keeps the findings from run to run.
     """
+    versions = [STATISTICS_VERSION, version("numpy"), version("scipy")]
+    key = key_of(versions, scores.values, names, singles, groups)
+    return Findings(**Cache(cache_folder).kept(key, lambda: _compare(scores, names, singles, groups)))
+
+
+def _compare(
+    scores: Scores, names: Mapping[str, str], singles: Sequence[str], groups: Mapping[str, str] | None
+) -> dict[str, Any]:
     baseline = singles[0]
     regions = [region for region in next(iter(scores.values[baseline].values())) if region != MEAN]
     overall = overall_of(regions)
@@ -61,13 +83,14 @@ def compare_scores(
     ]
     conclusions += _does_the_ensemble_help(scores, names, singles, overall, groups)
     keys = {name: key for key, name in names.items()}
-    return Findings(
+    findings = Findings(
         regions,
         _summary(scores, groups),
         [_row(comparison, keys) for comparison in compared],
         conclusions,
         _disagreements(scores, names, singles, overall),
     )
+    return dict(without_nan(vars(findings)))
 
 
 def overall_of(regions: Sequence[str]) -> str:

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,16 @@ from nnunet_conres.datasets.phantom import MODALITIES, make_phantom
 DATASET, FOLDS, EPOCHS = "Dataset999_Synthetic", 5, 1000
 CHANNELS = {str(number): modality for number, modality in enumerate(MODALITIES)}
 LABELS = {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": 3}
+
+# Starts a command and measures it. Linux counts the memory of the process that starts it too: that has to be small.
+_LAUNCHER = """
+import json, resource, subprocess, sys, time
+began = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss]))
+sys.exit(code)
+"""
 
 # Further cases are hard links to these: what is timed does not depend on it.
 _DIFFERENT_CASES = 8
@@ -170,19 +179,13 @@ def measured(command: list[str], environment: dict[str, str]) -> dict[str, float
     Raises:
         BenchmarkError: It failed.
     """
-    began = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    printed = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    launched = [sys.executable, "-c", _LAUNCHER, *command]
+    process = subprocess.run(launched, env=environment, capture_output=True, text=True, check=False)
     if process.returncode != 0:
-        raise BenchmarkError(f"nnunet-conres compare failed: {printed}")
-    return {
-        "seconds": time.perf_counter() - began,
-        "processor_seconds": usage.ru_utime + usage.ru_stime,
-        "memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-    }
+        raise BenchmarkError(f"nnunet-conres compare failed: {process.stderr}")
+    seconds, processor_seconds, memory = json.loads(process.stdout)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"seconds": seconds, "processor_seconds": processor_seconds, "memory_bytes": memory * unit}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

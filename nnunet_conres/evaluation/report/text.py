@@ -27,6 +27,8 @@ def breakable(text: Any) -> str:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number, and no truth value."""
+    if type(value) is float:  # most are
+        return math.isfinite(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
