@@ -36,6 +36,26 @@ _MAP_COLOURS: Final = "magma"
 
 
 @dataclass(frozen=True)
+class Slicing:
+    """How slices are taken and shown.
+
+    Attributes:
+        axis: Axis of the slices.
+        spacing: Voxel size along the three axes in mm.
+        reverse: For each axis, whether to show it from its end to its beginning.
+        title: Of the picture.
+    """
+
+    axis: int = 0
+    spacing: Sequence[float] = (1.0, 1.0, 1.0)
+    reverse: Sequence[bool] = (True, False, False)
+    title: str = ""
+
+
+_ALONG_Z: Final = Slicing()
+
+
+@dataclass(frozen=True)
 class Column:
     """What one column of the picture shows, slice by slice.
 
@@ -81,12 +101,9 @@ def image_residual_figure(
     image: NDArray[Any],
     residual: NDArray[Any],
     means: Sequence[float],
+    slicing: Slicing = _ALONG_Z,
     *,
-    axis: int = 0,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    reverse: Sequence[bool] = (True, False, False),
     unit: str = "standard deviations",
-    title: str = "",
 ) -> Figure:
     """Draw slices of an image, the slices before them, and what has changed.
 
@@ -94,17 +111,14 @@ def image_residual_figure(
         image: Any intensities, axes z, y, x.
         residual: Of the same shape.
         means: Mean residual of every slice.
-        axis: Axis of the slices.
-        spacing: Voxel size along the three axes in mm.
-        reverse: For each axis, whether to show it from its end to its beginning.
+        slicing: How slices are taken and shown.
         unit: Of the residual.
-        title: Shown on top.
 
     Returns:
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
     """
     limits = content_box(image)
-    first, last = max(1, limits[axis][0]), limits[axis][1] - 1
+    first, last = max(1, limits[slicing.axis][0]), limits[slicing.axis][1] - 1
     slices = sorted({max(1, round(first + share * (last - first))) for share in (0.3, 0.5, 0.7)})
     shown = value_range(image[image != image.flat[0]])
     high = _high_end(residual)
@@ -117,12 +131,9 @@ def image_residual_figure(
         columns,
         slices,
         [Curve("", means, COLOURS[0])],
+        slicing,
         limits=limits,
-        axis=axis,
-        spacing=spacing,
-        reverse=reverse,
         unit=unit,
-        title=title,
     )
 
 
@@ -130,12 +141,9 @@ def label_residual_figure(
     labels: NDArray[Any],
     residuals: Mapping[str, NDArray[np.bool_]],
     means: Mapping[str, Sequence[float]],
+    slicing: Slicing = _ALONG_Z,
     *,
     regions: Mapping[str, Sequence[int]],
-    axis: int = 0,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    reverse: Sequence[bool] = (True, False, False),
-    title: str = "",
 ) -> Figure:
     """Draw slices of a label map, the slices before them, and the residual of every label or region.
 
@@ -144,10 +152,7 @@ def label_residual_figure(
         residuals: Masks of the same shape, by name.
         means: Mean residual of every slice, by name.
         regions: Label values by name.
-        axis: Axis of the slices.
-        spacing: Voxel size along the three axes in mm.
-        reverse: For each axis, whether to show it from its end to its beginning.
-        title: Shown on top.
+        slicing: How slices are taken and shown.
 
     Returns:
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
@@ -161,14 +166,11 @@ def label_residual_figure(
     ]
     return draw(
         columns,
-        slices_of(residuals, axis),
+        slices_of(residuals, slicing.axis),
         [Curve(name, means[name], colour) for name, colour in colours_of(regions).items()],
+        slicing,
         limits=content_box(np.logical_or.reduce(list(masks.values()))),
-        axis=axis,
-        spacing=spacing,
-        reverse=reverse,
         unit="share of voxels",
-        title=title,
         names=tuple(regions),
     )
 
@@ -179,15 +181,12 @@ def predicted_residual_figure(
     predicted: Mapping[str, NDArray[np.float32]],
     attention: NDArray[np.float32] | None,
     of_prediction: Mapping[str, NDArray[np.bool_]],
+    slicing: Slicing = _ALONG_Z,
     *,
     regions: Mapping[str, Sequence[int]],
     reference: NDArray[Any] | None = None,
     of_reference: Mapping[str, NDArray[np.bool_]] | None = None,
     channels: Sequence[str] = (),
-    axis: int = 0,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    reverse: Sequence[bool] = (True, False, False),
-    title: str = "",
 ) -> Figure:
     """Draw what a network takes for the residual, beside that of its segmentation and, if it is known, the true one.
 
@@ -201,10 +200,7 @@ def predicted_residual_figure(
         reference: True label map, if there is one.
         of_reference: Its residual, by name.
         channels: Names of the channels.
-        axis: Axis of the slices.
-        spacing: Voxel size along the three axes in mm.
-        reverse: For each axis, whether to show it from its end to its beginning.
-        title: Shown on top.
+        slicing: How slices are taken and shown.
 
     Returns:
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
@@ -227,22 +223,19 @@ def predicted_residual_figure(
         low, high = value_range(attention[attention != 1])
         columns.append(Column(f"attention, {low:.2f} to {high:.2f}", attention, (low, high), _MAP_COLOURS))
     known = of_reference or of_prediction
-    curves = [Curve("predicted residual", mean_per_slice(strongest, axis), "white")]
+    curves = [Curve("predicted residual", mean_per_slice(strongest, slicing.axis), "white")]
     for name, residuals, style in (("prediction", of_prediction, "-"), ("reference", of_reference or {}, "--")):
         if residuals:
             anywhere = np.logical_or.reduce([*residuals.values()])
-            curves.append(Curve(f"of the {name}", mean_per_slice(anywhere, axis), "grey", style))
+            curves.append(Curve(f"of the {name}", mean_per_slice(anywhere, slicing.axis), "grey", style))
     curves += [Curve(name, [], colour) for name, colour in colours_of(regions).items()]
     return draw(
         columns,
-        slices_of(known, axis),
+        slices_of(known, slicing.axis),
         curves,
+        slicing,
         limits=content_box(image),
-        axis=axis,
-        spacing=spacing,
-        reverse=reverse,
         unit="any region",
-        title=title,
         names=tuple(regions),
     )
 
@@ -258,13 +251,10 @@ def draw(
     columns: Sequence[Column],
     slices: Sequence[int],
     curves: Sequence[Curve],
+    slicing: Slicing,
     *,
     limits: Sequence[tuple[int, int]],
-    axis: int,
-    spacing: Sequence[float],
-    reverse: Sequence[bool],
     unit: str,
-    title: str,
     names: Sequence[str] = (),
 ) -> Figure:
     """Draw slices in rows, what there is to show of each in columns, and curves over all slices below.
@@ -274,11 +264,8 @@ def draw(
         slices: Indices along the axis, from top to bottom.
         curves: To draw below.
         limits: Indices (first, one past the last) along each axis of what to show.
-        axis: Axis of the slices.
-        spacing: Voxel size along the three axes in mm.
-        reverse: For each axis, whether to show it from its end to its beginning.
+        slicing: How slices are taken and shown.
         unit: Of the curves.
-        title: Shown on top.
         names: Of labels and regions, the outermost first, for the colours.
 
     Returns:
@@ -286,8 +273,8 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    rows_axis, columns_axis = (other for other in range(3) if other != axis)
-    height, width = ((limits[a][1] - limits[a][0]) * spacing[a] for a in (rows_axis, columns_axis))
+    rows_axis, columns_axis = (other for other in range(3) if other != slicing.axis)
+    height, width = ((limits[a][1] - limits[a][0]) * slicing.spacing[a] for a in (rows_axis, columns_axis))
     panel_height = _PANEL * float(np.clip(height / width, 0.3, 1.3))
     top = 0.55
     legend_columns = len(columns) + 1
@@ -309,24 +296,24 @@ def draw(
     for row, index in enumerate(slices):
         for number, column in enumerate(columns):
             panel = figure.add_subplot(panels[row, number])
-            view = View(axis, index + column.offset, rows_axis, columns_axis)
+            view = View(slicing.axis, index + column.offset, rows_axis, columns_axis)
             show_plane(
                 panel,
                 view,
                 column.volume,
                 values=column.limits,
                 limits=limits,
-                spacing=spacing,
-                reverse=reverse,
+                spacing=slicing.spacing,
+                reverse=slicing.reverse,
                 colour_map=column.colour_map,
             )
             _draw_masks(panel, column, view, colours)
             if row == 0:
                 panel.set_title(column.title, color="white", fontsize=8, pad=3)
             write_note(panel, str(view.index))
-    figure.text(0.5, 1 - 0.17 / size[1], title, ha="center", va="center", color="white", fontsize=10)
+    figure.text(0.5, 1 - 0.17 / size[1], slicing.title, ha="center", va="center", color="white", fontsize=10)
     plot = figure.add_axes((0.85 / size[0], bottom / size[1], 1 - 1.0 / size[0], _CURVE / size[1]))
-    _draw_curves(plot, curves, slices, axis, unit)
+    _draw_curves(plot, curves, slices, slicing.axis, unit)
     if legend_rows:
         figure.legend(
             *plot.get_legend_handles_labels(),

@@ -19,7 +19,12 @@ from nnunet_conres.datasets.raw import some
 from nnunet_conres.datasets.sparse import Axis, slice_axis
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import Legend, read_legend, reversed_axes, save_figure
-from nnunet_conres.evaluation.residual_figures import image_residual_figure, label_residual_figure, mean_per_slice
+from nnunet_conres.evaluation.residual_figures import (
+    Slicing,
+    image_residual_figure,
+    label_residual_figure,
+    mean_per_slice,
+)
 from nnunet_conres.evaluation.summary import dataset_json_near
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, writing
@@ -429,11 +434,8 @@ def _write_image_residual(look: FileLook, output: Path, axis: int, intensities: 
         voxels,
         residual,
         means,
-        axis=axis,
-        spacing=look.spacing,
-        reverse=reversed_axes(image.properties),
+        slicing=Slicing(axis, look.spacing, reversed_axes(image.properties), name),
         unit="standard deviations" if intensities == "zscore" else "intensity",
-        title=name,
     )
     return FileResiduals(
         look.path,
@@ -457,10 +459,7 @@ def _write_label_residuals(
         residuals,
         means,
         regions=regions,
-        axis=axis,
-        spacing=look.spacing,
-        reverse=reversed_axes(labels.properties),
-        title=name,
+        slicing=Slicing(axis, look.spacing, reversed_axes(labels.properties), name),
     )
     parts = file_parts(residuals)
     maps = {

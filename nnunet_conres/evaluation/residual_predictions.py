@@ -23,7 +23,7 @@ from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import short_message, some
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import reversed_axes, save_figure
-from nnunet_conres.evaluation.residual_figures import predicted_residual_figure
+from nnunet_conres.evaluation.residual_figures import Slicing, predicted_residual_figure
 from nnunet_conres.evaluation.residual_maps import (
     ENDINGS,
     RECORD,
@@ -392,10 +392,7 @@ def _write_case(
         of_reference=of_reference,
         regions=regions,
         channels=predictor.channels,
-        axis=axis,
-        spacing=volumes[0].spacing,
-        reverse=reversed_axes(properties),
-        title=case_id,
+        slicing=Slicing(axis, volumes[0].spacing, reversed_axes(properties), case_id),
     )
     return CaseResiduals(
         case_id=case_id,
