@@ -55,9 +55,8 @@ def _pack(found: Found, case: str) -> dict[str, Any]:
     """
     import numpy as np
 
-    from nnunet_conres.evaluation.figures import read_standing, read_standing_labels
     from nnunet_conres.evaluation.report.cases import CaseVolumes, pack_case
-    from nnunet_conres.images.volumes import reader_for
+    from nnunet_conres.images.volumes import read_standing, read_standing_labels, reader_for
 
     content = found.dataset_json
     channel_names = content.get("channel_names", content.get("modality", {}))

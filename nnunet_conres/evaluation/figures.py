@@ -1,4 +1,4 @@
-"""What all pictures of slices are made of: planes, outlines, legends, and how files are read for them."""
+"""What all pictures of slices are made of: planes, outlines, notes and legends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import written_whole
-from nnunet_conres.images.volumes import affine_of, read_labels, read_volume, standing
 from nnunet_conres.nnunet import ignore_label, label_values
 
 if TYPE_CHECKING:
@@ -223,35 +222,6 @@ def tint(panel: Axes, mask: NDArray[np.bool_], colour: str, opacity: float) -> N
     layer = np.zeros((*mask.shape, 4))
     layer[mask] = (*to_rgb(colour), opacity)
     panel.imshow(layer, aspect=panel.get_aspect(), interpolation="nearest")
-
-
-def reversed_axes(properties: Mapping[str, Any]) -> tuple[bool, ...]:
-    """For each axis of an array of nnU-Net's readers, whether a viewer from the feet, face up, reads it backwards."""
-    affine = affine_of(properties)
-    if affine is None:
-        return (False, False, False)
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    # Towards the left and the back, and downwards, is how pictures are read.
-    read = np.array([-1.0, -1.0, -1.0])
-    reverse = []
-    for direction in directions.T[::-1]:
-        main = int(np.argmax(np.abs(direction)))
-        reverse.append(bool(direction[main] * read[main] < 0))
-    return tuple(reverse)
-
-
-def read_standing(path: Path, reader: type) -> tuple[NDArray[Any], tuple[float, ...]]:
-    """Voxels (z, y, x) of an image and their spacing, turned so that slices are seen from the feet with the face up."""
-    volume = read_volume(path, reader)
-    if volume.voxels.shape[0] != 1:
-        raise InputError(f"{path} has {volume.voxels.shape[0]} channels; expected one, and a file for each channel.")
-    return standing(volume.voxels[0], volume.properties)
-
-
-def read_standing_labels(path: Path, reader: type) -> NDArray[np.int32]:
-    """Labels (z, y, x), turned so that slices are seen from the feet with the face up."""
-    labels = read_labels(path, reader)
-    return standing(labels.voxels, labels.properties)[0]
 
 
 def channels_to_show(names: Sequence[str], count: int) -> list[int]:

@@ -20,14 +20,12 @@ from nnunet_conres.evaluation.figures import (
     dice_text,
     draw_outline,
     grey_window,
-    read_standing,
-    read_standing_labels,
     save_figure,
     slices_to_show,
     write_legend,
 )
 from nnunet_conres.folders import list_files, writing
-from nnunet_conres.images.volumes import reader_for
+from nnunet_conres.images.volumes import read_standing, read_standing_labels, reader_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

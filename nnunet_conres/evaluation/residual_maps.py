@@ -18,7 +18,7 @@ from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import some
 from nnunet_conres.datasets.sparse import Axis, slice_axis
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.figures import Legend, read_legend, reversed_axes, save_figure
+from nnunet_conres.evaluation.figures import Legend, read_legend, save_figure
 from nnunet_conres.evaluation.residual_figures import (
     Slicing,
     image_residual_figure,
@@ -29,7 +29,7 @@ from nnunet_conres.evaluation.summary import dataset_json_near
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.nifti import whole_numbers
-from nnunet_conres.images.volumes import affine_of, read_labels, read_volume, reader_of_file, write_map
+from nnunet_conres.images.volumes import affine_of, read_labels, read_volume, reader_of_file, reversed_axes, write_map
 
 Kind = Literal["image", "labels"]
 

@@ -22,7 +22,7 @@ from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import short_message, some
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.figures import reversed_axes, save_figure
+from nnunet_conres.evaluation.figures import save_figure
 from nnunet_conres.evaluation.residual_figures import Slicing, predicted_residual_figure
 from nnunet_conres.evaluation.residual_maps import (
     ENDINGS,
@@ -36,7 +36,7 @@ from nnunet_conres.evaluation.residual_maps import (
 )
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, writing
-from nnunet_conres.images.volumes import read_labels, read_volume, write_map
+from nnunet_conres.images.volumes import read_labels, read_volume, reversed_axes, write_map
 from nnunet_conres.nnunet import architecture_faults, label_values
 from nnunet_conres.unpickling import read_checkpoint
 

@@ -20,7 +20,6 @@ from nnunet_conres.evaluation.figures import (
     dice_text,
     draw_outline,
     read_legend,
-    reversed_axes,
     save_figure,
     show_plane,
     tint,
@@ -29,7 +28,7 @@ from nnunet_conres.evaluation.figures import (
     write_note,
 )
 from nnunet_conres.folders import writing
-from nnunet_conres.images.volumes import read_labels, read_volume, reader_for
+from nnunet_conres.images.volumes import read_labels, read_volume, reader_for, reversed_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
