@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
-def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], *, left: int | None = None) -> list[str]:
     """Lines of a table whose columns are as wide as their widest cell.
 
     Args:
         rows: At least one; all of one length.
-        right: Whether cells stand at the right of their columns, as numbers do.
+        left: How many columns have their cells at the left, all by default; the others have them at the right, as
+            numbers do.
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    sides = [left is None or column < left for column in range(len(widths))]
     return [
         "  ".join(
-            cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            cell.ljust(width) if at_left else cell.rjust(width)
+            for cell, width, at_left in zip(row, widths, sides, strict=True)
         ).rstrip()
         for row in rows
     ]

@@ -11,6 +11,7 @@ docs/benchmarks.md tells how to read it.
     python scripts/benchmark.py bspline
     python scripts/benchmark.py plans --count
     python scripts/benchmark.py brats
+    python scripts/benchmark.py compare
 """
 
 from __future__ import annotations
@@ -20,12 +21,20 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from benchmarks import brats, bspline, memory, plans, predict, step
+from benchmarks import brats, bspline, compare, memory, plans, predict, step
 from benchmarks.arguments import add_common, check
 from benchmarks.report import write
 from benchmarks.timing import BenchmarkError
 
-SUBCOMMANDS = {"step": step, "memory": memory, "predict": predict, "bspline": bspline, "plans": plans, "brats": brats}
+SUBCOMMANDS = {
+    "step": step,
+    "memory": memory,
+    "predict": predict,
+    "bspline": bspline,
+    "plans": plans,
+    "brats": brats,
+    "compare": compare,
+}
 # one thread, as a worker process that augments has
 THREADS = {"bspline": 1}
 

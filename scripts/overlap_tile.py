@@ -21,9 +21,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from scipy.ndimage import distance_transform_edt
-from tqdm import tqdm
-
-from nnunet_conres.evaluation.tiles import (
+from tiles import (
     bootstrap_rate,
     count_by_distance,
     internal_border_distance,
@@ -31,6 +29,8 @@ from nnunet_conres.evaluation.tiles import (
     tile_figure,
     whole_tiles,
 )
+from tqdm import tqdm
+
 from nnunet_conres.folders import list_files
 
 BASELINE = "half overlap, Gaussian"

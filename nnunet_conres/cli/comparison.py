@@ -112,7 +112,8 @@ def add_compare(subparsers: "Subparsers") -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from nnunet_conres.evaluation.comparison import CompareOptions, compare_cross_validation, compare_test_set
+    from nnunet_conres.evaluation.comparison import compare
+    from nnunet_conres.evaluation.finding import CompareOptions, find_cross_validation, find_test_set
     from nnunet_conres.evaluation.metrics import MetricOptions
 
     options = CompareOptions(
@@ -137,28 +138,27 @@ def _compare(arguments: argparse.Namespace) -> int:
         unused = [option for option, value in {**given, "--model": arguments.model}.items() if value]
         if unused:
             raise InputError(f"{', '.join(unused)}: for --predictions only; with -d nnU-Net's folders tell.")
-        from nnunet_conres.datasets.raw import dataset_name_of
-        from nnunet_conres.evaluation.models import parse_model_names
+        from nnunet_conres.evaluation.predictions import parse_model_names
+        from nnunet_conres.nnunet import dataset_name_of
 
         names, faults = parse_model_names(arguments.tr, arguments.p, arguments.c)
         if faults:
             raise InputError(faults)
-        compared = compare_cross_validation(dataset_name_of(arguments.d), names, arguments.f, arguments.o, options)
+        found = find_cross_validation(dataset_name_of(arguments.d), names, arguments.f, options)
     elif arguments.predictions is not None and arguments.d is None:
         if arguments.reference is None or arguments.djfile is None:
             raise InputError("--predictions needs --reference and -djfile.")
-        compared = compare_test_set(
+        found = find_test_set(
             _named_folders("--predictions", arguments.predictions),
             arguments.reference,
             arguments.djfile,
-            arguments.o,
             options,
             images=arguments.i,
             model_folders=_named_folders("--model", arguments.model),
         )
     else:
         raise InputError("Expected either -d with -tr, or --predictions with --reference and -djfile.")
-    print(compared.as_text())
+    print(compare(found, arguments.o, options).as_text())
     return 0
 
 

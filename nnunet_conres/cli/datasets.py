@@ -141,11 +141,11 @@ def add_densify(subparsers: "Subparsers") -> None:
 
 
 def _densify(arguments: argparse.Namespace) -> int:
-    from nnunet_conres.datasets.densify import Model, densify
+    from nnunet_conres.datasets.densify import TrainedModel, densify
 
     done = densify(
         arguments.d,
-        Model(arguments.tr, arguments.p, arguments.c, tuple(arguments.f), arguments.chk),
+        TrainedModel(arguments.tr, arguments.p, arguments.c, tuple(arguments.f), arguments.chk),
         arguments.o,
         device=arguments.device,
         mirroring=not arguments.disable_tta,
@@ -162,7 +162,7 @@ def _densify(arguments: argparse.Namespace) -> int:
     if arguments.figures > 0:
         from pathlib import Path
 
-        from nnunet_conres.evaluation.figures import SparseCase, write_sparse_annotation_figures
+        from nnunet_conres.evaluation.sparse_figures import SparseCase, write_sparse_annotation_figures
 
         drawn = [
             SparseCase(

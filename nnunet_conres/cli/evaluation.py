@@ -51,7 +51,8 @@ def add_overlay(subparsers: "Subparsers") -> None:
 
 
 def _overlay(arguments: argparse.Namespace) -> int:
-    from nnunet_conres.evaluation.figures import read_legend, write_overlays
+    from nnunet_conres.evaluation.figures import read_legend
+    from nnunet_conres.evaluation.overlays import write_overlays
 
     written = write_overlays(
         arguments.i,

@@ -238,7 +238,7 @@ def add_variants(subparsers: "Subparsers") -> None:
 
 
 def _variants(arguments: argparse.Namespace) -> int:
-    from nnunet_conres.datasets.raw import dataset_name_of
+    from nnunet_conres.nnunet import dataset_name_of
     from nnunet_conres.planning.variants import add_variants
 
     added = add_variants(

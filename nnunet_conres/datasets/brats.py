@@ -23,9 +23,7 @@ from nnunet_conres.datasets.brats_write import (
     write_descriptions,
 )
 from nnunet_conres.datasets.raw import (
-    FOLDER_VARIABLES,
     RAW_NOT_SET,
-    folder_from_environment,
     folder_name,
     id_faults,
     lock_of_dataset,
@@ -35,6 +33,7 @@ from nnunet_conres.datasets.raw import (
 )
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.folders import check_complete, new_folder
+from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
 
 
 class ConversionError(InputError):

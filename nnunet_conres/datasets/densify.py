@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import pickle
+import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,11 +24,9 @@ from numpy.typing import NDArray
 
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import (
-    FOLDER_VARIABLES,
     TrainingCase,
     find_dataset,
     find_training_cases,
-    folder_from_environment,
     look_at_case,
     map_cases,
     read_dataset_json,
@@ -38,6 +37,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import check_complete, visible, writing
 from nnunet_conres.images.volumes import read_labels, write_labels
+from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, folder_from_environment
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -52,33 +52,16 @@ DEFAULT_CHECKPOINT: Final = "checkpoint_final.pth"
 
 
 @dataclass(frozen=True)
-class Model:
-    """A trained nnU-Net model, as nnUNetv2_train and nnUNetv2_predict name it.
+class TrainedModel(Model):
+    """A trained nnU-Net model, as nnUNetv2_predict names it.
 
     Attributes:
-        trainer: Name of the trainer class.
-        plans: Name of the plans.
-        configuration: Name of the configuration.
         folds: Folds whose predictions are averaged.
         checkpoint: Name of the checkpoint file.
     """
 
-    trainer: str
-    plans: str
-    configuration: str
     folds: tuple[Fold, ...]
     checkpoint: str = DEFAULT_CHECKPOINT
-
-    def folder(self, dataset_name: str) -> Path | None:
-        """Its folder in nnUNet_results, None if that is not set."""
-        results = folder_from_environment(FOLDER_VARIABLES[2])
-        return (
-            None if results is None else results / dataset_name / f"{self.trainer}__{self.plans}__{self.configuration}"
-        )
-
-    def training_command(self, dataset_name: str, fold: Fold) -> str:
-        """The command that trains one of its folds."""
-        return f"nnUNetv2_train {dataset_name} {self.configuration} {fold} -tr {self.trainer} -p {self.plans}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +85,7 @@ class Densification:
 
 def densify(
     dataset: int | str,
-    model: Model,
+    model: TrainedModel,
     output_folder: str | Path,
     *,
     device: str = "cuda",
@@ -287,7 +270,7 @@ def merge(labels: NDArray[Any], prediction: NDArray[Any], ignore_label: int) -> 
 
 
 def _argument_faults(
-    model: Model, device: str, step_size: float, preprocessing_processes: int, export_processes: int
+    model: TrainedModel, device: str, step_size: float, preprocessing_processes: int, export_processes: int
 ) -> Iterator[str]:
     import torch
 
@@ -307,7 +290,7 @@ def _argument_faults(
         yield f"The numbers of processes are {preprocessing_processes} and {export_processes}; expected 0 or more."
 
 
-def _model_faults(model: Model, name: str, dataset_json: Mapping[str, Any]) -> Iterator[str]:
+def _model_faults(model: TrainedModel, name: str, dataset_json: Mapping[str, Any]) -> Iterator[str]:
     folder = model.folder(name)
     if folder is None:
         yield "The environment variable nnUNet_results is not set; set it to the folder that holds the trained models."
@@ -315,7 +298,7 @@ def _model_faults(model: Model, name: str, dataset_json: Mapping[str, Any]) -> I
     missing = [fold for fold in model.folds if not (folder / f"fold_{fold}" / model.checkpoint).is_file()]
     for fold in missing:
         others = sorted(path.name for path in (folder / f"fold_{fold}").glob("checkpoint_*.pth"))
-        command = model.training_command(name, fold)
+        command = shlex.join(model.training_command(name, fold))
         if others and DEFAULT_CHECKPOINT in others:
             yield f"Fold {fold} has no {model.checkpoint} in {folder}, only {', '.join(others)}; choose with -chk."
         elif others:
@@ -345,7 +328,7 @@ def _model_faults(model: Model, name: str, dataset_json: Mapping[str, Any]) -> I
 
 
 def _by_validation_fold(
-    model: Model, name: str, cases: Sequence[TrainingCase]
+    model: TrainedModel, name: str, cases: Sequence[TrainingCase]
 ) -> tuple[dict[tuple[Fold, ...], list[TrainingCase]], list[str]]:
     """The cases grouped by those of the model's folds that have them in their validation set."""
     preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
@@ -407,7 +390,7 @@ def _output_faults(
 
 
 def _companion_faults(
-    model: Model,
+    model: TrainedModel,
     dataset_folder: Path,
     cases: Sequence[TrainingCase],
     ending: str,
@@ -444,7 +427,7 @@ def _companion_faults(
 
 
 def _predictor(
-    model: Model, folder: Path, folds: Sequence[Fold], device: str, mirroring: bool, step_size: float
+    model: TrainedModel, folder: Path, folds: Sequence[Fold], device: str, mirroring: bool, step_size: float
 ) -> nnUNetPredictor:
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -598,7 +581,7 @@ def _dense_dataset_json(dataset_json: Mapping[str, Any], cases: int) -> dict[str
     return content
 
 
-def _checkpoint_times(model: Model, name: str) -> dict[str, str]:
+def _checkpoint_times(model: TrainedModel, name: str) -> dict[str, str]:
     """When each fold's checkpoint was written: a model trained anew under the same name is another one."""
     from datetime import datetime, timezone
 

@@ -20,10 +20,8 @@ from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.folders import being_written, list_files, visible
 from nnunet_conres.images.volumes import check_image, read_labels, read_volume
+from nnunet_conres.nnunet import FOLDER_VARIABLES, dataset_name_of, folder_from_environment
 from nnunet_conres.text import number_text
-
-# nnU-Net's own folders; the first holds the raw data sets.
-FOLDER_VARIABLES: Final = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 RAW_NOT_SET: Final = (
     "The environment variable nnUNet_raw is not set; set it to the folder that holds nnU-Net's raw data sets."
@@ -55,12 +53,6 @@ class TrainingCase:
 def folder_name(dataset_id: int, dataset_name: str) -> str:
     """Name of a data set's folder, from its number and the part after it."""
     return f"Dataset{dataset_id:03d}_{dataset_name}"
-
-
-def folder_from_environment(variable: str) -> Path | None:
-    """The folder that one of nnU-Net's environment variables names, None where it is not set."""
-    value = os.environ.get(variable)
-    return Path(value) if value else None
 
 
 def id_faults(dataset_id: int, dataset_name: str) -> Iterator[str]:
@@ -114,21 +106,6 @@ def target_faults(
 def lock_of_dataset(raw: Path, dataset_id: int) -> Path:
     """The file that excludes others while a data set is made, also those that make one of the same number."""
     return raw / f".Dataset{dataset_id:03d}.lock"
-
-
-def dataset_name_of(dataset: int | str) -> str:
-    """Whole name of a data set that nnU-Net finds by its number or name, raw, preprocessed or among the results.
-
-    Raises:
-        InputError: There is none, or more than one.
-    """
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
-    try:
-        return str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).split(". ")[0]  # behind it nnU-Net lists its folders
-        raise InputError([f"{dataset} is no data set: {reason}."]) from error
 
 
 def find_dataset(dataset: int | str) -> Path:

@@ -20,7 +20,6 @@ from nnunet_conres.datasets.raw import (
     TrainingCase,
     find_dataset,
     find_training_cases,
-    folder_from_environment,
     folder_name,
     id_faults,
     link_or_copy,
@@ -36,6 +35,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import check_complete, list_files, new_folder
 from nnunet_conres.images.volumes import read_labels, reader_for, write_labels
+from nnunet_conres.nnunet import folder_from_environment
 
 Axis = Literal["slice", 0, 1, 2]
 

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 
 from nnunet_conres.datasets.brats_write import CASES_FILE
 from nnunet_conres.datasets.raw import (
-    FOLDER_VARIABLES,
     TrainingCase,
     find_dataset,
     find_training_cases,
-    folder_from_environment,
     inexact_labels,
     map_cases,
     read_dataset_json,
@@ -30,6 +28,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, visible, writing
 from nnunet_conres.images.volumes import read_labels, reader_for
+from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.text import aligned
 
 Balance = Literal["both", "grade", "volume", "none"]
@@ -391,7 +390,7 @@ def format_table(done: Split) -> str:
         held_out = [done.cases[case_id] for case_id in fold.validation]
         rows.append((str(number), str(len(fold.training)), *_cells(held_out, shown)))
     rows.append(("all", "", *_cells(list(done.cases.values()), shown)))
-    return "\n".join(aligned(rows, right=True))
+    return "\n".join(aligned(rows, left=0))
 
 
 def _cells(cases: Sequence[CaseFacts], grades: Sequence[str]) -> tuple[str, ...]:

@@ -10,12 +10,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.datasets.raw import short_message
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.models import Model, ModelName, architecture_faults, read_json
+from nnunet_conres.evaluation.cache import Cache, key_of, state_of
+from nnunet_conres.evaluation.predictions import Contender
+from nnunet_conres.files import read_json
+from nnunet_conres.nnunet import Model, architecture_faults
 from nnunet_conres.unpickling import read_checkpoint
 
 # What the trainers of this package say besides: an attribute, which nnU-Net writes into debug.json, and a logged line.
@@ -72,11 +77,47 @@ Curves = dict[str, dict[str, Any]]
 """By fold: {"epochs": [0, 1, ...], "series": {name: values}}."""
 
 
-def model_cost(model: Model) -> tuple[Cost, Curves, list[str]]:
+@dataclass(frozen=True)
+class Costs:
+    """What is known of the trainings of several models.
+
+    Attributes:
+        costs: By the models' keys.
+        curves: Likewise; empty for an ensemble.
+        warnings: What could not be found out, and in what the trainings differ.
+    """
+
+    costs: Mapping[str, Cost]
+    curves: Mapping[str, Curves]
+    warnings: tuple[str, ...]
+
+
+def costs_of(models: Sequence[Contender], cache_folder: Path | None = None) -> Costs:
+    """Costs and training curves of models, and what their ensembles cost together.
+
+    Args:
+        models: Members come before their ensembles.
+        cache_folder: Keeps what is known of networks from run to run.
+    """
+    costs: dict[str, Cost] = {}
+    curves: dict[str, Curves] = {}
+    notes: list[str] = []
+    for model in models:
+        if model.members:
+            costs[model.key], curves[model.key] = ensemble_cost([costs[key] for key in model.members]), {}
+        else:
+            costs[model.key], curves[model.key], found = model_cost(model, cache_folder)
+            notes += found
+    notes += unlike_conditions({model.name: costs[model.key] for model in models if not model.members})
+    return Costs(costs, curves, tuple(notes))
+
+
+def model_cost(model: Contender, cache_folder: Path | None = None) -> tuple[Cost, Curves, list[str]]:
     """Costs and training curves of a trained model.
 
     Args:
         model: The model; without a folder nothing is known of it.
+        cache_folder: Keeps what is known of networks from run to run.
 
     Returns:
         The cost, the curves, and warnings about what could not be found out.
@@ -84,7 +125,7 @@ def model_cost(model: Model) -> tuple[Cost, Curves, list[str]]:
     if model.folder is None or model.model is None:
         return Cost(), {}, []
     notes: list[str] = []
-    known = _network_cost(model.folder, model.model, model.name, notes)
+    known = _network_cost(model.folder, model.model, model.name, notes, Cache(cache_folder))
     curves: Curves = {}
     durations: dict[int | str, list[float]] = {}
     predicting: list[float] = []
@@ -168,42 +209,62 @@ def _readable(value: Any) -> str:
 # --- network ----------------------------------------------------------------------------------------------------------
 
 
-def _network_cost(folder: Path, model: ModelName, name: str, notes: list[str]) -> dict[str, Any]:
+def _network_cost(folder: Path, model: Model, name: str, notes: list[str], cache: Cache) -> dict[str, Any]:
     """Parameters, operations, patch and batch, from the plans that the model was trained with."""
+    known: dict[str, Any] = {}
+    try:
+        plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
+        configuration = _configuration(plans, model.configuration)
+        known["patch_size"] = tuple(int(extent) for extent in configuration["patch_size"])
+        known["batch_size"] = int(configuration["batch_size"])
+        # Trained again, it may be another network under the same name.
+        trained = [state_of(path) for path in sorted(folder.glob("fold_*/checkpoint_*.pth"))]
+        key = key_of(version("nnunetv2"), version("torch"), asdict(model), plans, dataset_json, trained)
+        known |= cache.kept(key, partial(_count, folder, plans, dataset_json, model))
+    except Exception as error:  # other people's trainers and networks fail in their own ways
+        notes.append(f"{name}: parameters and operations are not known: {short_message(error)}.")
+    return known
+
+
+def _configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration of plans, with what it inherits."""
+    own: dict[str, Any] = plans["configurations"][name]
+    return (_configuration(plans, own["inherits_from"]) if "inherits_from" in own else {}) | own
+
+
+def _count(folder: Path, plans_json: dict[str, Any], dataset_json: dict[str, Any], model: Model) -> dict[str, Any]:
+    """Parameters, and operations of a patch, by executing the network without numbers.
+
+    Raises:
+        InputError: The plans name as part of a network what is none, and would be called.
+    """
+    if faults := architecture_faults(folder / "plans.json"):
+        raise InputError(faults[0])
     import torch
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     from torch.utils.flop_counter import FlopCounterMode
 
-    known: dict[str, Any] = {}
-    try:
-        if faults := architecture_faults(folder / "plans.json"):
-            raise InputError(faults[0])
-        dataset_json = read_json(folder / "dataset.json")
-        plans = PlansManager(read_json(folder / "plans.json"))
-        configuration = plans.get_configuration(model.configuration)
-        known["patch_size"] = tuple(int(extent) for extent in configuration.patch_size)
-        known["batch_size"] = int(configuration.batch_size)
-        channels = determine_num_input_channels(plans, configuration, dataset_json)
-        # nnU-Net tells at length where it looks for a trainer.
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer = _trainer_class(model.trainer)
-        with warnings.catch_warnings(), torch.device("meta"), torch.no_grad():
-            warnings.simplefilter("ignore")
-            network = trainer.build_network_architecture(
-                plans, configuration, channels, plans.get_label_manager(dataset_json).num_segmentation_heads, False
-            ).eval()
-            counter = FlopCounterMode(display=False)
-            with counter:
-                network(torch.empty(1, channels, *known["patch_size"]))
-        known["parameters"] = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-        operations = counter.get_flop_counts()["Global"]
-        known["conv_gflops_per_patch"] = (
-            sum(count for operation, count in operations.items() if "convolution" in str(operation)) / _GIGA
-        )
-    except Exception as error:  # other people's trainers and networks fail in their own ways
-        notes.append(f"{name}: parameters and operations are not known: {short_message(error)}.")
-    return known
+    plans = PlansManager(plans_json)
+    configuration = plans.get_configuration(model.configuration)
+    channels = determine_num_input_channels(plans, configuration, dataset_json)
+    # nnU-Net tells at length where it looks for a trainer.
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = _trainer_class(model.trainer)
+    with warnings.catch_warnings(), torch.device("meta"), torch.no_grad():
+        warnings.simplefilter("ignore")
+        network = trainer.build_network_architecture(
+            plans, configuration, channels, plans.get_label_manager(dataset_json).num_segmentation_heads, False
+        ).eval()
+        counter = FlopCounterMode(display=False)
+        with counter:
+            network(torch.empty(1, channels, *configuration.patch_size))
+    operations = counter.get_flop_counts()["Global"]
+    convolutions = sum(count for operation, count in operations.items() if "convolution" in str(operation))
+    return {
+        "parameters": sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
+        "conv_gflops_per_patch": convolutions / _GIGA,
+    }
 
 
 def _trainer_class(name: str) -> Any:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from nnunet_conres.datasets.raw import map_cases, short_message
 from nnunet_conres.errors import InputError, file_errors
-from nnunet_conres.evaluation.models import Model, Prediction, read_json
-from nnunet_conres.files import write_json
+from nnunet_conres.evaluation.cache import state_of
+from nnunet_conres.evaluation.finding import CompareOptions, Found
+from nnunet_conres.evaluation.predictions import Contender, Prediction
+from nnunet_conres.files import read_json, write_json
 from nnunet_conres.folders import clear_leftovers
 from nnunet_conres.images.volumes import write_labels
 from nnunet_conres.unpickling import read_pickle
@@ -20,15 +23,62 @@ from nnunet_conres.unpickling import read_pickle
 _SOURCES = "sources.json"
 
 
-def ensemble_members(models: Sequence[Model]) -> list[tuple[Model, ...]]:
+def add_ensembles(found: Found, output: Path, options: CompareOptions) -> Found:
+    """Ensembles of all models that have probabilities; what is missing for more becomes a warning.
+
+    Args:
+        found: The models, and what they predicted.
+        output: The ensembles' label maps go into a folder within it.
+        options: How to compare.
+
+    Returns:
+        The same with the ensembles after the models.
+
+    Raises:
+        InputError: The probabilities of a case do not fit each other, or a file can't be read.
+    """
+    if not options.ensembles:
+        return found
+    warnings = list(found.warnings)
+    file_ending = str(found.dataset_json["file_ending"])
+    able = [
+        model
+        for model in found.models
+        if all(model.predictions[case].probabilities(file_ending).is_file() for case in found.cases)
+    ]
+    if len(found.models) > 1 and len(able) < len(found.models):
+        without = [model.name for model in found.models if model not in able]
+        lines = [f"No ensemble with {', '.join(without)}: probabilities are missing. Run these, or add --run:"]
+        for missing in found.missing_probabilities:
+            lines.append(missing.remedy if missing.command else missing.as_text)
+        warnings.append("\n".join(lines))
+    differences = settings_differences(able, found.settings) if len(able) > 1 else []
+    if differences:
+        warnings.append("No ensembles. " + " ".join(differences))
+    ensembles = [
+        build_ensemble(
+            f"e{number}",
+            members,
+            found.cases,
+            output / "ensembles" / "_".join(member.key for member in members),
+            settings_folder=found.settings[members[0].key],
+            processes=options.processes,
+            progress=options.progress,
+        )
+        for number, members in enumerate(ensemble_members(able) if not differences else ())
+    ]
+    return replace(found, models=[*found.models, *ensembles], warnings=warnings)
+
+
+def ensemble_members(models: Sequence[Contender]) -> list[tuple[Contender, ...]]:
     """Which models are put together: all pairs, as nnU-Net does, and all of them."""
-    members: list[tuple[Model, ...]] = list(combinations(models, 2))
+    members: list[tuple[Contender, ...]] = list(combinations(models, 2))
     if len(models) > 2:
         members.append(tuple(models))
     return members
 
 
-def settings_differences(models: Sequence[Model], settings: Mapping[str, Path]) -> list[str]:
+def settings_differences(models: Sequence[Contender], settings: Mapping[str, Path]) -> list[str]:
     """What keeps the probabilities of models from being averaged.
 
     Args:
@@ -66,14 +116,14 @@ def settings_differences(models: Sequence[Model], settings: Mapping[str, Path]) 
 
 def build_ensemble(
     key: str,
-    members: Sequence[Model],
+    members: Sequence[Contender],
     cases: Sequence[str],
     output_folder: Path,
     *,
     settings_folder: Path,
     processes: int = 1,
     progress: bool = True,
-) -> Model:
+) -> Contender:
     """Averages the members' probabilities, each member counting the same, and writes the label maps.
 
     Cases that are there already, made of the same files and not touched since, are not made again.
@@ -102,12 +152,12 @@ def build_ensemble(
         done = read_json(output_folder / _SOURCES)
     except InputError:
         done = {}
-    sources = {case: [_fingerprint(path) for path in _files(members, case, file_ending)] for case in cases}
+    sources = {case: [state_of(path) for path in _files(members, case, file_ending)] for case in cases}
     targets = {case: output_folder / f"{case}{file_ending}" for case in cases}
     todo = [
         case
         for case in cases
-        if not targets[case].is_file() or done.get(case) != [*sources[case], _fingerprint(targets[case])]
+        if not targets[case].is_file() or done.get(case) != [*sources[case], state_of(targets[case])]
     ]
     jobs = [
         ([str(path) for path in _files(members, case, file_ending)], str(output_folder / case), str(settings_folder))
@@ -116,20 +166,14 @@ def build_ensemble(
     for case, fault in zip(todo, map_cases(_average_case, jobs, processes, f"Ensemble {name}", progress), strict=True):
         if fault:
             raise InputError(fault)
-        done[case] = [*sources[case], _fingerprint(targets[case])]
+        done[case] = [*sources[case], state_of(targets[case])]
         write_json(output_folder / _SOURCES, done)
     predictions = {case: Prediction(case, targets[case], members[0].predictions[case].fold) for case in cases}
-    return Model(key, name, predictions, folds=members[0].folds, members=tuple(member.key for member in members))
+    return Contender(key, name, predictions, folds=members[0].folds, members=tuple(member.key for member in members))
 
 
-def _files(members: Sequence[Model], case: str, file_ending: str) -> Iterator[Path]:
+def _files(members: Sequence[Contender], case: str, file_ending: str) -> Iterator[Path]:
     return (member.predictions[case].probabilities(file_ending) for member in members)
-
-
-def _fingerprint(path: Path) -> list[Any]:
-    """Changes when a model is trained or predicts again; reading gigabytes to be surer would take minutes."""
-    stat = path.stat()
-    return [str(path), stat.st_size, stat.st_mtime_ns]
 
 
 def _average_case(job: tuple[list[str], str, str]) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -14,12 +13,15 @@ from nnunet_conres.evaluation.figures import (
     COLOURS,
     View,
     channels_to_show,
+    colours_of,
     content_box,
     draw_outline,
+    show_plane,
     slices_to_show,
     tint,
+    value_range,
+    write_note,
 )
-from nnunet_conres.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +33,26 @@ _SLICES: Final = 3
 
 # Of maps of numbers: black where there is nothing.
 _MAP_COLOURS: Final = "magma"
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How slices are taken and shown.
+
+    Attributes:
+        axis: Axis of the slices.
+        spacing: Voxel size along the three axes in mm.
+        reverse: For each axis, whether to show it from its end to its beginning.
+        title: Of the picture.
+    """
+
+    axis: int = 0
+    spacing: Sequence[float] = (1.0, 1.0, 1.0)
+    reverse: Sequence[bool] = (True, False, False)
+    title: str = ""
+
+
+_ALONG_Z: Final = Slicing()
 
 
 @dataclass(frozen=True)
@@ -79,12 +101,9 @@ def image_residual_figure(
     image: NDArray[Any],
     residual: NDArray[Any],
     means: Sequence[float],
+    slicing: Slicing = _ALONG_Z,
     *,
-    axis: int = 0,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    reverse: Sequence[bool] = (True, False, False),
     unit: str = "standard deviations",
-    title: str = "",
 ) -> Figure:
     """Draw slices of an image, the slices before them, and what has changed.
 
@@ -92,19 +111,16 @@ def image_residual_figure(
         image: Any intensities, axes z, y, x.
         residual: Of the same shape.
         means: Mean residual of every slice.
-        axis: Axis of the slices.
-        spacing: Voxel size along the three axes in mm.
-        reverse: For each axis, whether to show it from its end to its beginning.
+        slicing: How slices are taken and shown.
         unit: Of the residual.
-        title: Shown on top.
 
     Returns:
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
     """
     limits = content_box(image)
-    first, last = max(1, limits[axis][0]), limits[axis][1] - 1
+    first, last = max(1, limits[slicing.axis][0]), limits[slicing.axis][1] - 1
     slices = sorted({max(1, round(first + share * (last - first))) for share in (0.3, 0.5, 0.7)})
-    shown = _range(image[image != image.flat[0]])
+    shown = value_range(image[image != image.flat[0]])
     high = _high_end(residual)
     columns = [
         Column("slice before", image, shown, offset=-1),
@@ -115,12 +131,9 @@ def image_residual_figure(
         columns,
         slices,
         [Curve("", means, COLOURS[0])],
+        slicing,
         limits=limits,
-        axis=axis,
-        spacing=spacing,
-        reverse=reverse,
         unit=unit,
-        title=title,
     )
 
 
@@ -128,12 +141,9 @@ def label_residual_figure(
     labels: NDArray[Any],
     residuals: Mapping[str, NDArray[np.bool_]],
     means: Mapping[str, Sequence[float]],
+    slicing: Slicing = _ALONG_Z,
     *,
     regions: Mapping[str, Sequence[int]],
-    axis: int = 0,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    reverse: Sequence[bool] = (True, False, False),
-    title: str = "",
 ) -> Figure:
     """Draw slices of a label map, the slices before them, and the residual of every label or region.
 
@@ -142,10 +152,7 @@ def label_residual_figure(
         residuals: Masks of the same shape, by name.
         means: Mean residual of every slice, by name.
         regions: Label values by name.
-        axis: Axis of the slices.
-        spacing: Voxel size along the three axes in mm.
-        reverse: For each axis, whether to show it from its end to its beginning.
-        title: Shown on top.
+        slicing: How slices are taken and shown.
 
     Returns:
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
@@ -159,14 +166,11 @@ def label_residual_figure(
     ]
     return draw(
         columns,
-        slices_of(residuals, axis),
+        slices_of(residuals, slicing.axis),
         [Curve(name, means[name], colour) for name, colour in colours_of(regions).items()],
+        slicing,
         limits=content_box(np.logical_or.reduce(list(masks.values()))),
-        axis=axis,
-        spacing=spacing,
-        reverse=reverse,
         unit="share of voxels",
-        title=title,
         names=tuple(regions),
     )
 
@@ -177,15 +181,12 @@ def predicted_residual_figure(
     predicted: Mapping[str, NDArray[np.float32]],
     attention: NDArray[np.float32] | None,
     of_prediction: Mapping[str, NDArray[np.bool_]],
+    slicing: Slicing = _ALONG_Z,
     *,
     regions: Mapping[str, Sequence[int]],
     reference: NDArray[Any] | None = None,
     of_reference: Mapping[str, NDArray[np.bool_]] | None = None,
     channels: Sequence[str] = (),
-    axis: int = 0,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    reverse: Sequence[bool] = (True, False, False),
-    title: str = "",
 ) -> Figure:
     """Draw what a network takes for the residual, beside that of its segmentation and, if it is known, the true one.
 
@@ -199,10 +200,7 @@ def predicted_residual_figure(
         reference: True label map, if there is one.
         of_reference: Its residual, by name.
         channels: Names of the channels.
-        axis: Axis of the slices.
-        spacing: Voxel size along the three axes in mm.
-        reverse: For each axis, whether to show it from its end to its beginning.
-        title: Shown on top.
+        slicing: How slices are taken and shown.
 
     Returns:
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
@@ -213,7 +211,7 @@ def predicted_residual_figure(
     strongest = np.maximum.reduce(list(predicted.values()))
     nothing = np.zeros(image.shape, np.uint8)
     columns = [
-        Column("image", image, _range(image[image != image.flat[0]]), outlined=true_masks, dashed=predicted_masks)
+        Column("image", image, value_range(image[image != image.flat[0]]), outlined=true_masks, dashed=predicted_masks)
     ]
     if of_reference:
         columns.append(Column("residual of the reference", nothing, (0, 1), tinted=of_reference))
@@ -222,24 +220,22 @@ def predicted_residual_figure(
         Column("predicted residual, 0 to 1", strongest, (0.0, 1.0), _MAP_COLOURS),
     ]
     if attention is not None:
-        low, high = _range(attention[attention != 1])
+        low, high = value_range(attention[attention != 1])
         columns.append(Column(f"attention, {low:.2f} to {high:.2f}", attention, (low, high), _MAP_COLOURS))
     known = of_reference or of_prediction
-    curves = [Curve("predicted residual", _means(strongest, axis), "white")]
-    curves.append(Curve("of the prediction", _means(np.logical_or.reduce([*of_prediction.values()]), axis), "grey"))
-    if of_reference:
-        curves.append(Curve("of the reference", _means(np.logical_or.reduce([*known.values()]), axis), "grey", "--"))
+    curves = [Curve("predicted residual", mean_per_slice(strongest, slicing.axis), "white")]
+    for name, residuals, style in (("prediction", of_prediction, "-"), ("reference", of_reference or {}, "--")):
+        if residuals:
+            anywhere = np.logical_or.reduce([*residuals.values()])
+            curves.append(Curve(f"of the {name}", mean_per_slice(anywhere, slicing.axis), "grey", style))
     curves += [Curve(name, [], colour) for name, colour in colours_of(regions).items()]
     return draw(
         columns,
-        slices_of(known, axis),
+        slices_of(known, slicing.axis),
         curves,
+        slicing,
         limits=content_box(image),
-        axis=axis,
-        spacing=spacing,
-        reverse=reverse,
         unit="any region",
-        title=title,
         names=tuple(regions),
     )
 
@@ -251,22 +247,14 @@ def slices_of(residuals: Mapping[str, NDArray[np.bool_]], axis: int) -> list[int
     return [max(1, index) for index in slices]
 
 
-def colours_of(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """A colour for every label or region."""
-    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
-
-
 def draw(
     columns: Sequence[Column],
     slices: Sequence[int],
     curves: Sequence[Curve],
+    slicing: Slicing,
     *,
     limits: Sequence[tuple[int, int]],
-    axis: int,
-    spacing: Sequence[float],
-    reverse: Sequence[bool],
     unit: str,
-    title: str,
     names: Sequence[str] = (),
 ) -> Figure:
     """Draw slices in rows, what there is to show of each in columns, and curves over all slices below.
@@ -276,11 +264,8 @@ def draw(
         slices: Indices along the axis, from top to bottom.
         curves: To draw below.
         limits: Indices (first, one past the last) along each axis of what to show.
-        axis: Axis of the slices.
-        spacing: Voxel size along the three axes in mm.
-        reverse: For each axis, whether to show it from its end to its beginning.
+        slicing: How slices are taken and shown.
         unit: Of the curves.
-        title: Shown on top.
         names: Of labels and regions, the outermost first, for the colours.
 
     Returns:
@@ -288,8 +273,8 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    rows_axis, columns_axis = (other for other in range(3) if other != axis)
-    height, width = ((limits[a][1] - limits[a][0]) * spacing[a] for a in (rows_axis, columns_axis))
+    rows_axis, columns_axis = (other for other in range(3) if other != slicing.axis)
+    height, width = ((limits[a][1] - limits[a][0]) * slicing.spacing[a] for a in (rows_axis, columns_axis))
     panel_height = _PANEL * float(np.clip(height / width, 0.3, 1.3))
     top = 0.55
     legend_columns = len(columns) + 1
@@ -311,31 +296,24 @@ def draw(
     for row, index in enumerate(slices):
         for number, column in enumerate(columns):
             panel = figure.add_subplot(panels[row, number])
-            view = View(axis, index + column.offset, rows_axis, columns_axis)
-            panel.imshow(
-                view.of(column.volume),
-                cmap=column.colour_map,
-                vmin=column.limits[0],
-                vmax=column.limits[1],
-                aspect=spacing[rows_axis] / spacing[columns_axis],
-                interpolation="nearest",
+            view = View(slicing.axis, index + column.offset, rows_axis, columns_axis)
+            show_plane(
+                panel,
+                view,
+                column.volume,
+                values=column.limits,
+                limits=limits,
+                spacing=slicing.spacing,
+                reverse=slicing.reverse,
+                colour_map=column.colour_map,
             )
             _draw_masks(panel, column, view, colours)
-            panel.set_axis_off()
-            for shown, limit, set_limit in (
-                (columns_axis, limits[columns_axis], panel.set_xlim),
-                (rows_axis, limits[rows_axis][::-1], panel.set_ylim),
-            ):
-                first, last = limit[0] - 0.5, limit[1] - 0.5
-                set_limit(*((last, first) if reverse[shown] else (first, last)))
             if row == 0:
                 panel.set_title(column.title, color="white", fontsize=8, pad=3)
-            panel.text(
-                0.03, 0.97, str(view.index), transform=panel.transAxes, va="top", color="white", fontsize=8
-            ).set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.5})
-    figure.text(0.5, 1 - 0.17 / size[1], title, ha="center", va="center", color="white", fontsize=10)
+            write_note(panel, str(view.index))
+    figure.text(0.5, 1 - 0.17 / size[1], slicing.title, ha="center", va="center", color="white", fontsize=10)
     plot = figure.add_axes((0.85 / size[0], bottom / size[1], 1 - 1.0 / size[0], _CURVE / size[1]))
-    _draw_curves(plot, curves, slices, axis, unit)
+    _draw_curves(plot, curves, slices, slicing.axis, unit)
     if legend_rows:
         figure.legend(
             *plot.get_legend_handles_labels(),
@@ -346,13 +324,6 @@ def draw(
             fontsize=8,
         )
     return figure
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure; whoever looks finds it whole or not at all."""
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=120, facecolor=figure.get_facecolor())
-    return path
 
 
 def _draw_masks(panel: Axes, column: Column, view: View, colours: Mapping[str, str]) -> None:
@@ -381,17 +352,10 @@ def _draw_curves(plot: Axes, curves: Sequence[Curve], slices: Sequence[int], axi
         spine.set_color("white")
 
 
-def _means(residual: NDArray[Any], axis: int) -> NDArray[np.float64]:
-    means: NDArray[np.float64] = residual.mean(axis=tuple({0, 1, 2} - {axis}), dtype=np.float64)
-    return means
-
-
-def _range(values: NDArray[Any]) -> tuple[float, float]:
-    """Values to show darkest and brightest."""
-    if not values.size:
-        return 0.0, 1.0
-    low, high = (float(value) for value in np.percentile(values, (0.5, 99.7)))
-    return low, max(high, low + 1e-6)
+def mean_per_slice(residual: NDArray[Any], axis: int) -> tuple[float, ...]:
+    """Mean over all voxels of each slice."""
+    means = residual.mean(axis=tuple({0, 1, 2} - {axis}), dtype=np.float64)
+    return tuple(float(value) for value in means)
 
 
 def _high_end(residual: NDArray[Any]) -> float:

@@ -18,12 +18,18 @@ from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import some
 from nnunet_conres.datasets.sparse import Axis, slice_axis
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.figures import Legend, read_legend, reversed_axes
+from nnunet_conres.evaluation.figures import Legend, read_legend, save_figure
+from nnunet_conres.evaluation.residual_figures import (
+    Slicing,
+    image_residual_figure,
+    label_residual_figure,
+    mean_per_slice,
+)
 from nnunet_conres.evaluation.summary import dataset_json_near
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.nifti import whole_numbers
-from nnunet_conres.images.volumes import affine_of, read_labels, read_volume, reader_of_file, write_map
+from nnunet_conres.images.volumes import affine_of, read_labels, read_volume, reader_of_file, reversed_axes, write_map
 
 Kind = Literal["image", "labels"]
 
@@ -172,40 +178,25 @@ def write_residual_maps(
 
     output = Path(output_folder)
     with writing(output):
-        return _write_residual_maps(looks, legends, output, axis, chosen, intensities, warnings, progress)
-
-
-def _write_residual_maps(
-    looks: Sequence[FileLook],
-    legends: Mapping[Path, Legend | None],
-    output: Path,
-    axis: Axis,
-    chosen: int,
-    intensities: Intensities,
-    warnings: list[str],
-    progress: bool,
-) -> ResidualMaps:
-    from tqdm import tqdm
-
-    done = []
-    for look in tqdm(looks, desc="Residuals", unit="file", disable=not progress):
-        if look.kind == "image":
-            done.append(_write_image_residual(look, output, chosen, intensities))
-        else:
-            regions, ignore_label = regions_of(look.values, legends[look.path])
-            done.append(_write_label_residuals(look, output, chosen, regions, ignore_label))
-            if not any(any(values) for values in done[-1].means.values()):
-                warnings.append(f"{look.path} has no residual: nothing is labelled that ends between slices.")
-    spacing = ", ".join(f"{value:g}" for value in np.median([look.spacing for look in looks], axis=0))
-    result = ResidualMaps(
-        axis=chosen,
-        axis_reason=f"the first with the largest spacing ({spacing} mm)" if axis == "slice" else "as asked for",
-        files=tuple(done),
-        warnings=tuple(warnings),
-    )
-    content = {"axis": chosen, "intensities": intensities, "files": [one.as_json() for one in done]}
-    write_json(output / RECORD, content)
-    return result
+        done = []
+        for look in tqdm(looks, desc="Residuals", unit="file", disable=not progress):
+            if look.kind == "image":
+                done.append(_write_image_residual(look, output, chosen, intensities))
+            else:
+                regions, ignore_label = regions_of(look.values, legends[look.path])
+                done.append(_write_label_residuals(look, output, chosen, regions, ignore_label))
+                if not any(any(values) for values in done[-1].means.values()):
+                    warnings.append(f"{look.path} has no residual: nothing is labelled that ends between slices.")
+        spacing = ", ".join(f"{value:g}" for value in np.median([look.spacing for look in looks], axis=0))
+        result = ResidualMaps(
+            axis=chosen,
+            axis_reason=f"the first with the largest spacing ({spacing} mm)" if axis == "slice" else "as asked for",
+            files=tuple(done),
+            warnings=tuple(warnings),
+        )
+        content = {"axis": chosen, "intensities": intensities, "files": [one.as_json() for one in done]}
+        write_json(output / RECORD, content)
+        return result
 
 
 def residual_of_image(voxels: NDArray[Any], axis: int) -> NDArray[np.float32]:
@@ -432,15 +423,7 @@ def regions_of(values: Sequence[int], legend: Legend | None) -> tuple[dict[str, 
     return {f"label_{value}": (value,) for value in values if value} or {"label_1": (1,)}, None
 
 
-def mean_per_slice(residual: NDArray[Any], axis: int) -> tuple[float, ...]:
-    """Mean over all voxels of each slice."""
-    means = residual.mean(axis=tuple({0, 1, 2} - {axis}), dtype=np.float64)
-    return tuple(float(value) for value in means)
-
-
 def _write_image_residual(look: FileLook, output: Path, axis: int, intensities: Intensities) -> FileResiduals:
-    from nnunet_conres.evaluation.residual_figures import image_residual_figure, save_figure
-
     assert look.reader is not None, "files that can't be read are refused"
     image = read_volume(look.path, look.reader)
     voxels = image.voxels[0]
@@ -451,11 +434,8 @@ def _write_image_residual(look: FileLook, output: Path, axis: int, intensities: 
         voxels,
         residual,
         means,
-        axis=axis,
-        spacing=look.spacing,
-        reverse=reversed_axes(image.properties),
+        slicing=Slicing(axis, look.spacing, reversed_axes(image.properties), name),
         unit="standard deviations" if intensities == "zscore" else "intensity",
-        title=name,
     )
     return FileResiduals(
         look.path,
@@ -469,8 +449,6 @@ def _write_image_residual(look: FileLook, output: Path, axis: int, intensities: 
 def _write_label_residuals(
     look: FileLook, output: Path, axis: int, regions: Mapping[str, Sequence[int]], ignore_label: int | None
 ) -> FileResiduals:
-    from nnunet_conres.evaluation.residual_figures import label_residual_figure, save_figure
-
     assert look.reader is not None, "files that can't be read are refused"
     labels = read_labels(look.path, look.reader)
     residuals = residual_of_labels(labels.voxels, regions, axis, ignore_label)
@@ -481,10 +459,7 @@ def _write_label_residuals(
         residuals,
         means,
         regions=regions,
-        axis=axis,
-        spacing=look.spacing,
-        reverse=reversed_axes(labels.properties),
-        title=name,
+        slicing=Slicing(axis, look.spacing, reversed_axes(labels.properties), name),
     )
     parts = file_parts(residuals)
     maps = {

@@ -22,9 +22,8 @@ from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.raw import short_message, some
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.figures import reversed_axes
-from nnunet_conres.evaluation.labels import label_values
-from nnunet_conres.evaluation.models import architecture_faults
+from nnunet_conres.evaluation.figures import save_figure
+from nnunet_conres.evaluation.residual_figures import Slicing, predicted_residual_figure
 from nnunet_conres.evaluation.residual_maps import (
     ENDINGS,
     RECORD,
@@ -37,7 +36,8 @@ from nnunet_conres.evaluation.residual_maps import (
 )
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, writing
-from nnunet_conres.images.volumes import read_labels, read_volume, write_map
+from nnunet_conres.images.volumes import read_labels, read_volume, reversed_axes, write_map
+from nnunet_conres.nnunet import architecture_faults, label_values
 from nnunet_conres.unpickling import read_checkpoint
 
 DEFAULT_CHECKPOINT: Final = "checkpoint_final.pth"
@@ -367,8 +367,6 @@ def write_predicted_residuals(
 def _write_case(
     case_id: str, images: Sequence[Path], reference: Path | None, output: Path, predictor: ResidualPredictor
 ) -> CaseResiduals:
-    from nnunet_conres.evaluation.residual_figures import predicted_residual_figure, save_figure
-
     volumes = [read_volume(path, predictor.reader) for path in images]
     properties = volumes[0].properties
     axis, regions = predictor.slice_axis, predictor.regions
@@ -394,10 +392,7 @@ def _write_case(
         of_reference=of_reference,
         regions=regions,
         channels=predictor.channels,
-        axis=axis,
-        spacing=volumes[0].spacing,
-        reverse=reversed_axes(properties),
-        title=case_id,
+        slicing=Slicing(axis, volumes[0].spacing, reversed_axes(properties), case_id),
     )
     return CaseResiduals(
         case_id=case_id,

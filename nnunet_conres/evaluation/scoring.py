@@ -1,26 +1,25 @@
-"""Scores of predicted label files against their references, over many cases and models, kept from run to run."""
+"""Second stage of a comparison: scores of label files against their references, kept from run to run."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_conres import __version__
 from nnunet_conres.datasets.raw import map_cases
-from nnunet_conres.errors import InputError, file_errors
-from nnunet_conres.evaluation.json_values import without_nan
-from nnunet_conres.evaluation.labels import ignore_label, label_values
+from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.cache import Cache, content_of, key_of
 from nnunet_conres.evaluation.metrics import METRIC_VERSION, METRICS, MetricOptions, measure
-from nnunet_conres.files import write_json
+from nnunet_conres.files import without_nan
 from nnunet_conres.images.volumes import Labels, affine_of, read_labels, reader_for
+from nnunet_conres.nnunet import ignore_label, label_values
 
 # The mean over the labels or regions of a case stands beside them under this name.
 MEAN: Final = "mean"
@@ -71,6 +70,7 @@ def score_cases(
     *,
     options: MetricOptions | None = None,
     cache_folder: str | Path | None = None,
+    reader: str | None = None,
     processes: int = 1,
     progress: bool = True,
 ) -> Scores:
@@ -83,6 +83,7 @@ def score_cases(
         options: Conventions; BraTS's by default.
         cache_folder: Keeps the scores of every pair of files, by the content of both, and is created if need be: who
             starts again after a stop, or with one more model, waits for what is new only. None to keep nothing.
+        reader: Name of nnU-Net's reader for the files, where it is known; finding out takes as long as reading a file.
         processes: Files scored at once.
         progress: Whether to show a progress bar on stderr.
 
@@ -102,17 +103,29 @@ def score_cases(
         faults.append(f"A label is called {MEAN!r}, as the mean over all labels is; give it another name.")
     if faults:
         raise InputError(faults)
-    cache = None if cache_folder is None else Path(cache_folder)
-    if cache is not None:
-        with file_errors(cache):
-            cache.mkdir(parents=True, exist_ok=True)
-    reader = reader_for(dataset_json, [job.reference for job in jobs])
-
-    tasks = [_Task(job, scheme, options, reader, cache) for job in jobs]
+    kept = Cache(None if cache_folder is None else Path(cache_folder))
+    references = [job.reference for job in jobs]
+    name = reader or reader_for(dataset_json, references).__name__
+    hashed = cache(content_of)  # a reference is that of several models
+    keys = [
+        str(number) if kept.folder is None else _key(job, scheme, options, name, hashed)
+        for number, job in enumerate(jobs)
+    ]
+    outcomes = {key: outcome for key in keys if (outcome := _of_entry(kept.get(key), scheme)) is not None}
+    # Two models may have made the very same prediction.
+    todo = {key: job for key, job in zip(reversed(keys), reversed(jobs), strict=True) if key not in outcomes}
+    if todo:
+        found = reader_for(dataset_json, references)
+        tasks = [_Task(job, scheme, options, found, kept, key) for key, job in reversed(todo.items())]
+        scored = map_cases(_score, tasks, processes, "Scoring", progress)
+        outcomes |= {task.key: outcome for task, outcome in zip(tasks, scored, strict=True)}
     values: dict[str, dict[str, CaseScores]] = {}
     cached = 0
     displaced: list[Path] = []
-    for job, outcome in zip(jobs, map_cases(_score, tasks, processes, "Scoring", progress), strict=True):
+    for key, job in zip(keys, jobs, strict=True):
+        outcome = outcomes[key]
+        if outcome.faults and job is not todo[key]:
+            outcome = _score(_Task(job, scheme, options, found, kept, key))  # the message names another file
         faults += outcome.faults
         cached += outcome.cached
         displaced += [job.prediction] if outcome.displaced else []
@@ -149,7 +162,8 @@ class _Task:
     scheme: _Scheme
     options: MetricOptions
     reader: type
-    cache: Path | None
+    cache: Cache
+    key: str
 
 
 @dataclass(frozen=True)
@@ -192,11 +206,6 @@ def _scheme(dataset_json: Mapping[str, Any]) -> _Scheme:
 
 
 def _score(task: _Task) -> _Outcome:
-    entry = None if task.cache is None else task.cache / f"{_content_key(task)}.json"
-    if entry is not None:
-        kept = _read_entry(entry, task.scheme)
-        if kept is not None:
-            return _Outcome(_with_mean(kept[0]), cached=True, displaced=kept[1])
     read = _read_pair(task)
     if isinstance(read, list):
         return _Outcome({}, faults=tuple(read))
@@ -206,8 +215,8 @@ def _score(task: _Task) -> _Outcome:
         name: measure(np.isin(reference, values), np.isin(prediction, values), spacing, task.options, ignored=ignored)
         for name, values in task.scheme.regions.items()
     }
-    if entry is not None:
-        _write_entry(entry, task, scores, displaced)
+    content = {"case": task.job.case_id, "prediction": task.job.prediction.name, "displaced": displaced}
+    task.cache.put(task.key, content | {"scores": without_nan(scores)})
     return _Outcome(_with_mean(scores), displaced=displaced)
 
 
@@ -270,44 +279,45 @@ def _with_mean(scores: CaseScores) -> CaseScores:
 # --- the cache ------------------------------------------------------------------------------------------------------
 
 
-def _content_key(task: _Task) -> str:
+def reader_name(dataset_json: Mapping[str, Any], references: Sequence[Path], cache_folder: Path) -> str:
+    """Name of nnU-Net's reader for the files of a data set.
+
+    Args:
+        dataset_json: Content of dataset.json.
+        references: Files; nnU-Net chooses by the first that it can read.
+        cache_folder: Keeps the answer.
+
+    Raises:
+        InputError: None can read any of the files.
+    """
+    entries = [dataset_json.get(name) for name in ("overwrite_image_reader_writer", "file_ending")]
+    key = key_of(version("nnunetv2"), entries, content_of(references[0]))
+    return Cache(cache_folder).kept(key, lambda: reader_for(dataset_json, references).__name__)
+
+
+def _key(job: ScoringJob, scheme: _Scheme, options: MetricOptions, reader: str, hashed: Callable[[Path], str]) -> str:
     """Hash of all that the scores depend on."""
     conventions = {
-        "version": __version__,
         "metrics": METRIC_VERSION,
-        "options": task.options.as_json(),
-        "regions": [[name, list(values)] for name, values in task.scheme.regions.items()],
-        "allowed": list(task.scheme.allowed),
-        "ignore": task.scheme.ignore,
-        "reader": task.reader.__name__,
+        "options": options.as_json(),
+        "regions": [[name, list(values)] for name, values in scheme.regions.items()],
+        "allowed": list(scheme.allowed),
+        "ignore": scheme.ignore,
+        "reader": reader,
     }
-    key = hashlib.sha256(json.dumps(conventions).encode())
-    for path in (task.job.reference, task.job.prediction):
-        # The same bytes may be read as another image under another ending.
-        key.update(path.suffix.lower().encode())
-        with file_errors(path):
-            key.update(hashlib.sha256(path.read_bytes()).digest())
-    return key.hexdigest()
+    return key_of(conventions, hashed(job.reference), hashed(job.prediction))
 
 
-def _read_entry(entry: Path, scheme: _Scheme) -> tuple[CaseScores, bool] | None:
-    """Scores from the cache, and whether the prediction lies elsewhere; None if there are none that make sense."""
+def _of_entry(content: Any, scheme: _Scheme) -> _Outcome | None:
+    """What an entry of the cache holds; None if there is none that makes sense."""
     try:
-        content = json.loads(entry.read_text(encoding="utf-8"))
         regions = content["scores"]
         if list(regions) != list(scheme.regions):
             return None
-        kept = {
-            name: {key: math.nan if scores[key] is None else float(scores[key]) for key in METRICS}
-            for name, scores in regions.items()
+        scores = {
+            name: {key: math.nan if values[key] is None else float(values[key]) for key in METRICS}
+            for name, values in regions.items()
         }
-        return kept, bool(content["displaced"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return _Outcome(_with_mean(scores), cached=True, displaced=bool(content["displaced"]))
+    except (ValueError, KeyError, TypeError):
         return None
-
-
-def _write_entry(entry: Path, task: _Task, scores: CaseScores, displaced: bool) -> None:
-    content = {"case": task.job.case_id, "prediction": task.job.prediction.name, "displaced": displaced}
-    content["scores"] = without_nan(scores)
-    # Several processes may write it at once: two models may have made the very same prediction.
-    write_json(entry, content)

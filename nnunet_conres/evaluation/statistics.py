@@ -15,6 +15,9 @@ from nnunet_conres.datasets.raw import some
 from nnunet_conres.evaluation.metrics import METRICS, Metric
 from nnunet_conres.evaluation.scoring import MEAN
 
+# Raised where a change gives other numbers: what was kept from run to run is then computed again.
+STATISTICS_VERSION: Final = 1
+
 # Fewer differences than these cannot give a two-sided p below 0.05, whatever they are: 2 / 2**5 = 0.0625.
 FEWEST_FOR_TEST: Final = 6
 
@@ -135,13 +138,22 @@ def compare_paired(
     if faults:
         raise ValueError("\n".join(faults))
 
+    pairs = [
+        _pair(values, model, baseline, region, METRICS[key], groups)
+        for key in chosen_metrics
+        for region in chosen_regions
+        for model in others
+    ]
+    differences = [pair.differences for pair in pairs]
+    means = mean_intervals(differences, confidence=confidence, samples=samples, seed=seed)
+    medians = median_intervals(differences, confidence=confidence, samples=samples, seed=seed)
+    found = [
+        _compare(*each, confidence=confidence, grouped=groups is not None)
+        for each in zip(pairs, means, medians, strict=True)
+    ]
     comparisons = []
     for key in chosen_metrics:
-        family = [
-            _compare(values, model, baseline, region, METRICS[key], groups, confidence, samples, seed)
-            for region in chosen_regions
-            for model in others
-        ]
+        family = [comparison for comparison in found if comparison.metric == key]
         corrected = holm([comparison.p_value for comparison in family])
         comparisons += [
             _conclude(replace(comparison, p_corrected=p)) for comparison, p in zip(family, corrected, strict=True)
@@ -207,135 +219,233 @@ def rank_biserial(differences: NDArray[np.float64]) -> float:
     return float((ranks * np.sign(not_zero)).sum() / ranks.sum())
 
 
-def mean_interval(
-    values: Sequence[float] | NDArray[np.float64],
-    groups: Sequence[str] | None = None,
+def mean_intervals(
+    series: Sequence[Sequence[float] | NDArray[np.float64]],
+    groups: Sequence[Sequence[str] | None] | None = None,
     *,
     confidence: float = 0.95,
     samples: int = 10000,
     seed: int = 0,
-) -> Interval:
-    """Bias-corrected and accelerated (BCa) bootstrap interval of a mean.
+) -> list[Interval]:
+    """Bias-corrected and accelerated (BCa) bootstrap intervals of means.
 
     Args:
-        values: None NaN.
-        groups: Group of every value, if values of one are not independent: groups are drawn, with all their values.
+        series: Values of which there is a mean each, none NaN.
+        groups: For each series the group of every value, if values of one are not independent: groups are drawn, with
+            all their values.
         confidence: Between 0 and 1.
         samples: Drawings.
-        seed: Of the drawings; the same for the same result.
+        seed: Of the drawings of each series; the same for the same result.
 
     Returns:
-        The interval; NaN for fewer than two values or groups, a single point if all are the same.
+        An interval for each series; NaN for fewer than two values or groups, a single point if all are the same.
     """
+    data = [_sums_and_sizes(*pair) for pair in zip(series, groups or [None] * len(series), strict=True)]
+    return _bootstrap(data, _means, "BCa", confidence, samples, seed)
+
+
+def _sums_and_sizes(values: Sequence[float] | NDArray[np.float64], groups: Sequence[str] | None) -> NDArray[np.float64]:
+    """Sum and number of the values of each group (2, groups)."""
     if groups is None:
-        return _bootstrap((values,), np.mean, "BCa", confidence, samples, seed)
-    members = {group: [value for value, of in zip(values, groups, strict=True) if of == group] for group in groups}
-    sums, sizes = [math.fsum(of) for of in members.values()], [len(of) for of in members.values()]
-
-    def mean(sums: NDArray[np.float64], sizes: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = sums.sum(axis) / sizes.sum(axis)
-        return found
-
-    return _bootstrap((sums, sizes), mean, "BCa", confidence, samples, seed)
+        return np.stack([np.asarray(values, np.float64), np.ones(len(values))])
+    members: dict[str, list[float]] = defaultdict(list)
+    for value, group in zip(values, groups, strict=True):
+        members[group].append(value)
+    return np.array([[math.fsum(of) for of in members.values()], [len(of) for of in members.values()]], np.float64)
 
 
-def median_interval(
-    values: Sequence[float] | NDArray[np.float64], *, confidence: float = 0.95, samples: int = 10000, seed: int = 0
-) -> Interval:
-    """Percentile bootstrap interval of a median; the acceleration that BCa needs is not defined for one.
+def median_intervals(
+    series: Sequence[Sequence[float] | NDArray[np.float64]],
+    *,
+    confidence: float = 0.95,
+    samples: int = 10000,
+    seed: int = 0,
+) -> list[Interval]:
+    """Percentile bootstrap intervals of medians, for which the acceleration that BCa needs is not defined.
 
     Args:
-        values: As for `mean_interval`.
+        series: As for `mean_intervals`.
         confidence: Between 0 and 1.
         samples: Drawings.
-        seed: Of the drawings; the same for the same result.
+        seed: As for `mean_intervals`.
 
     Returns:
-        As `mean_interval`.
+        As `mean_intervals`.
     """
-    return _bootstrap((values,), np.median, "percentile", confidence, samples, seed)
+    data = [np.asarray(values, np.float64)[np.newaxis] for values in series]
+    return _bootstrap(data, _medians, "percentile", confidence, samples, seed)
 
 
 def _bootstrap(
-    data: Sequence[Sequence[float] | NDArray[np.float64]],
-    statistic: Callable[..., Any],
+    series: Sequence[NDArray[np.float64]],
+    statistic: Callable[[NDArray[np.float64], NDArray[np.int32]], NDArray[np.float64]],
     method: str,
     confidence: float,
     samples: int,
     seed: int,
-) -> Interval:
+) -> list[Interval]:
+    """Intervals of a statistic; series of one length are drawn together.
+
+    Args:
+        series: What belongs to a unit that is drawn, one column per unit.
+        statistic: Of such series (S, rows, units) in drawings (D, units), which say how often a unit was drawn; (S, D).
+        method: As SciPy calls it.
+        confidence: Between 0 and 1.
+        samples: Drawings.
+        seed: Of the drawings.
+    """
     from scipy.stats import bootstrap
 
-    observed = [np.asarray(values, dtype=np.float64) for values in data]
-    if observed[0].size < 2:
-        return Interval(math.nan, math.nan)
-    if all(np.ptp(values) == 0 for values in observed):
-        point = float(statistic(*observed))
-        return Interval(point, point)
-    found = bootstrap(
-        observed,
-        statistic,
-        confidence_level=confidence,
-        n_resamples=samples,
-        # A few MB at a time.
-        batch=max(1, 1_000_000 // observed[0].size),
-        paired=True,
-        method=method,
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(float(found.low), float(found.high))
+    intervals = [Interval(math.nan, math.nan)] * len(series)
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for number, data in enumerate(series):
+        if data.shape[1] < 2:
+            continue
+        if (np.ptp(data, axis=1) == 0).all():
+            point = float(statistic(data[np.newaxis], np.ones((1, data.shape[1]), np.int32))[0, 0])
+            intervals[number] = Interval(point, point)
+        else:
+            by_length[data.shape[1]].append(number)
+    for length, numbers in by_length.items():
+        together = np.stack([series[number] for number in numbers])
+
+        def of_drawings(
+            drawn: NDArray[np.intp], axis: int = -1, length: int = length, together: NDArray[np.float64] = together
+        ) -> NDArray[np.float64]:
+            found = statistic(together, _counts(np.atleast_2d(drawn), length))
+            return found if drawn.ndim > 1 else found[:, 0]
+
+        found = bootstrap(
+            (np.arange(length),),
+            of_drawings,
+            confidence_level=confidence,
+            n_resamples=samples,
+            # A few MB at a time.
+            batch=max(1, 1_000_000 // length),
+            method=method,
+            random_state=np.random.default_rng(seed),
+        ).confidence_interval
+        for number, low, high in zip(numbers, found.low, found.high, strict=True):
+            intervals[number] = Interval(float(low), float(high))
+    return intervals
+
+
+def _counts(drawn: NDArray[np.intp], length: int) -> NDArray[np.int32]:
+    """How often each unit was drawn (D, units), from the units that were drawn (D, any number)."""
+    rows = np.arange(len(drawn))[:, np.newaxis] * length
+    return np.bincount((rows + drawn).ravel(), minlength=len(drawn) * length).reshape(-1, length).astype(np.int32)
+
+
+def _means(series: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[np.float64]:
+    totals = (series.reshape(-1, series.shape[-1]) @ counts.T.astype(np.float64)).reshape(*series.shape[:2], -1)
+    means = totals[:, 0] / totals[:, 1]
+    # Equal means have to be equal numbers, whatever the order in which they were summed up.
+    scale = np.abs(series[:, 0]).max(axis=1, keepdims=True)
+    scale[scale == 0] = 1
+    return np.asarray(np.round(means / scale, 12) * scale, np.float64)
+
+
+def _medians(series: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[np.float64]:
+    units = counts.shape[1]
+    # The median of a drawing has a rank near the middle: eight standard deviations to both sides are looked at.
+    reach = 4 * math.isqrt(units) + 4
+    start, stop = max(0, units // 2 - reach), units // 2 + reach
+    middle = (int(counts[0].sum()) - 1) / 2
+    columns = np.ascontiguousarray(counts.T, np.int16 if units < 1 << 15 else np.int32)
+    order = np.argsort(series[:, 0], axis=1)
+    outside = np.zeros((len(series), units), np.float32)
+    np.put_along_axis(outside, order[:, :start], 1, axis=1)
+    before = (outside @ columns.astype(np.float32)).astype(columns.dtype)
+    found = []
+    for values, ranks, drawn_before in zip(series[:, 0], order, before, strict=True):
+        near = ranks[start:stop]
+        drawn = np.cumsum(columns[near], axis=0, dtype=columns.dtype)
+        drawn += drawn_before
+        if (drawn_before > middle).any() or (drawn[-1] <= middle).any():
+            near, drawn = ranks, np.cumsum(columns[ranks], axis=0, dtype=columns.dtype)
+        # A value is the k-th if fewer than k + 1 were drawn up to the one before it.
+        low, high = (values[near[(drawn <= place).sum(axis=0)]] for place in (math.floor(middle), math.ceil(middle)))
+        found.append((low + high) / 2)
+    return np.array(found)
 
 
 # --- one comparison -------------------------------------------------------------------------------------------------
 
 
-def _compare(
+@dataclass(frozen=True)
+class _Pair:
+    """A model and the baseline, in one metric and region.
+
+    Attributes:
+        model: The model.
+        baseline: What it is compared with.
+        region: Label or region.
+        metric: The metric.
+        means: Of the model and of the baseline, for every case or group (groups, 2).
+        left_out: Cases in which one of the two has no value.
+    """
+
+    model: str
+    baseline: str
+    region: str
+    metric: Metric
+    means: NDArray[np.float64]
+    left_out: tuple[str, ...]
+
+    @property
+    def differences(self) -> NDArray[np.float64]:
+        """The model's less the baseline's."""
+        found: NDArray[np.float64] = np.round(self.means[:, 0] - self.means[:, 1], _DECIMALS)
+        return found
+
+
+def _pair(
     values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]],
     model: str,
     baseline: str,
     region: str,
     metric: Metric,
     groups: Mapping[str, str] | None,
-    confidence: float,
-    samples: int,
-    seed: int,
-) -> PairedComparison:
-    """All numbers of a comparison; the correction and the conclusion are still to come."""
-    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+) -> _Pair:
+    members: dict[str, list[tuple[float, float]]] = defaultdict(list)
     left_out = []
     for case in values[baseline]:
         own, other = (metric.compared(values[name][case][region][metric.key]) for name in (model, baseline))
         if math.isnan(own) or math.isnan(other):
             left_out.append(case)
         else:
-            pairs[case if groups is None else groups[case]].append((own, other))
-    means = np.array([np.mean(members, axis=0) for members in pairs.values()]).reshape(-1, 2)
-    differences = np.round(means[:, 0] - means[:, 1], _DECIMALS)
+            members[case if groups is None else groups[case]].append((own, other))
+    means = [[sum(of) / len(of) for of in zip(*pairs, strict=True)] for pairs in members.values()]
+    return _Pair(model, baseline, region, metric, np.array(means).reshape(-1, 2), tuple(left_out))
+
+
+def _compare(pair: _Pair, mean: Interval, median: Interval, *, confidence: float, grouped: bool) -> PairedComparison:
+    """All numbers of a comparison; the correction and the conclusion are still to come."""
+    differences = pair.differences
     # Positive where the model is better.
-    gains = differences if metric.higher_is_better else -differences
+    gains = differences if pair.metric.higher_is_better else -differences
     none = differences.size == 0
-    enough = differences.size >= FEWEST_FOR_TEST
     return PairedComparison(
-        model=model,
-        baseline=baseline,
-        region=region,
-        metric=metric.key,
+        model=pair.model,
+        baseline=pair.baseline,
+        region=pair.region,
+        metric=pair.metric.key,
         count=differences.size,
-        left_out=tuple(left_out),
-        model_mean=math.nan if none else float(means[:, 0].mean()),
-        baseline_mean=math.nan if none else float(means[:, 1].mean()),
+        left_out=pair.left_out,
+        model_mean=math.nan if none else float(pair.means[:, 0].mean()),
+        baseline_mean=math.nan if none else float(pair.means[:, 1].mean()),
         mean_difference=math.nan if none else float(differences.mean()),
-        mean_interval=mean_interval(differences, confidence=confidence, samples=samples, seed=seed),
+        mean_interval=mean,
         median_difference=math.nan if none else float(np.median(differences)),
-        median_interval=median_interval(differences, confidence=confidence, samples=samples, seed=seed),
-        p_value=wilcoxon(differences) if enough else math.nan,
+        median_interval=median,
+        p_value=wilcoxon(differences) if differences.size >= FEWEST_FOR_TEST else math.nan,
         p_corrected=math.nan,
         effect=math.nan if none else rank_biserial(gains),
         wins=int((gains > 0).sum()),
         ties=int((gains == 0).sum()),
         losses=int((gains < 0).sum()),
         confidence=confidence,
-        grouped=groups is not None,
+        grouped=grouped,
         conclusion="untested",
         sentence="",
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.files import without_nan
+from nnunet_conres.text import aligned
 
 Key = int | tuple[int, ...]
 
@@ -32,12 +34,8 @@ class Score:
 
     def as_json(self) -> dict[str, float | None]:
         """JSON has no NaN: None takes its place."""
-        return {
-            "Dice": _none_if_nan(self.dice),
-            "IoU": _none_if_nan(self.iou),
-            "FP": _none_if_nan(self.false_positives),
-            "FN": _none_if_nan(self.false_negatives),
-        }
+        scores = {"Dice": self.dice, "IoU": self.iou, "FP": self.false_positives, "FN": self.false_negatives}
+        return dict(without_nan(scores))
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,10 @@ def format_table(summary: Summary) -> str:
     case_rows: list[tuple[str, ...]] = [("Dice per case", *summary.mean)]
     for case, scores in summary.cases.items():
         case_rows.append((case, *(_fraction(score.dice) for score in scores.values())))
-    return f"{_aligned(rows)}\n\n{_aligned(case_rows)}"
+    lines, case_lines = (aligned(table, left=1) for table in (rows, case_rows))
+    for table in (lines, case_lines):
+        table.insert(1, "-" * max(map(len, table)))
+    return "\n".join([*lines, "", *case_lines])
 
 
 def _load(path: Path) -> Any:
@@ -197,10 +198,6 @@ def _case_id(prediction_file: str) -> str:
     return name[: -len(".nii.gz")] if name.endswith(".nii.gz") else name.rpartition(".")[0] or name
 
 
-def _none_if_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
 def _fraction(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
@@ -208,17 +205,3 @@ def _fraction(value: float) -> str:
 def _cells(score: Score) -> tuple[str, ...]:
     voxels = ("-" if math.isnan(v) else f"{v:.1f}" for v in (score.false_positives, score.false_negatives))
     return (_fraction(score.dice), _fraction(score.iou), *voxels)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for number, row in enumerate(rows):
-        first, *others = (
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join((first, *others)).rstrip())
-        if number == 0:
-            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return "\n".join(lines)

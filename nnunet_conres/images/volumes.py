@@ -347,6 +347,35 @@ def standing(voxels: NDArray[Any], properties: Mapping[str, Any]) -> tuple[NDArr
     return turned.T, tuple(spacing[::-1][axis] for axis in order)[::-1]
 
 
+def read_standing(path: Path, reader: type) -> tuple[NDArray[Any], tuple[float, ...]]:
+    """Voxels (z, y, x) of an image and their spacing, turned so that slices are seen from the feet with the face up."""
+    volume = read_volume(path, reader)
+    if volume.voxels.shape[0] != 1:
+        raise InputError(f"{path} has {volume.voxels.shape[0]} channels; expected one, and a file for each channel.")
+    return standing(volume.voxels[0], volume.properties)
+
+
+def read_standing_labels(path: Path, reader: type) -> NDArray[np.int32]:
+    """Labels (z, y, x), turned so that slices are seen from the feet with the face up."""
+    labels = read_labels(path, reader)
+    return standing(labels.voxels, labels.properties)[0]
+
+
+def reversed_axes(properties: Mapping[str, Any]) -> tuple[bool, ...]:
+    """For each axis of an array of nnU-Net's readers, whether a viewer from the feet, face up, reads it backwards."""
+    affine = affine_of(properties)
+    if affine is None:
+        return (False, False, False)
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    # Towards the left and the back, and downwards, is how pictures are read.
+    read = np.array([-1.0, -1.0, -1.0])
+    reverse = []
+    for direction in directions.T[::-1]:
+        main = int(np.argmax(np.abs(direction)))
+        reverse.append(bool(direction[main] * read[main] < 0))
+    return tuple(reverse)
+
+
 def _turned(
     voxels: NDArray[Any], affine: NDArray[Any], sides: str
 ) -> tuple[NDArray[Any], NDArray[np.float64], list[int]]:

@@ -24,7 +24,6 @@ from nnunet_conres.datasets.raw import (
     file_faults,
     find_dataset,
     find_training_cases,
-    folder_from_environment,
     map_cases,
     read_dataset_json,
     short_message,
@@ -34,6 +33,7 @@ from nnunet_conres.errors import InputError, writing_errors
 from nnunet_conres.families import PLANNED
 from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.images.volumes import reader_for
+from nnunet_conres.nnunet import folder_from_environment
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.planning.preprocessing import (
     OF_FILES,

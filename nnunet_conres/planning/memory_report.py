@@ -11,8 +11,9 @@ from typing import Any, Final
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_conres.datasets.raw import find_dataset, folder_from_environment, read_dataset_json
+from nnunet_conres.datasets.raw import find_dataset, read_dataset_json
 from nnunet_conres.errors import InputError
+from nnunet_conres.nnunet import folder_from_environment
 from nnunet_conres.planning.memory import MemoryEstimate, MemoryModel, estimate_memory
 from nnunet_conres.planning.preprocessing import read_plans
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer

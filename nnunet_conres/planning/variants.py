@@ -13,10 +13,10 @@ from typing import Any, Final
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import one_at_a_time
+from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.plans.entries import fixed_stages, stride_products
 from nnunet_conres.text import aligned, times

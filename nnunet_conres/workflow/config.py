@@ -13,9 +13,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
-from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_name
+from nnunet_conres import nnunet
+from nnunet_conres.datasets.raw import folder_name
 from nnunet_conres.errors import InputError
 from nnunet_conres.families import PLANNED, TRAINERS
+from nnunet_conres.nnunet import FOLDER_VARIABLES
 from nnunet_conres.registration import VARIABLE
 from nnunet_conres.workflow import schema
 from nnunet_conres.workflow.schema import Splits
@@ -33,22 +35,16 @@ _STANDARD_EPOCHS: Final = 1000
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(nnunet.Model):
     """What to train.
 
     Attributes:
         name: Name in reports, logs and job names.
-        trainer: The trainer's whole name, its number of epochs included.
-        plans: Name of the plans.
-        configuration: Configuration of the plans.
         gpus: GPUs of one training (``-num_gpus``).
         epoch_seconds: How long an epoch takes, where the configuration says so.
     """
 
     name: str
-    trainer: str
-    plans: str
-    configuration: str = "3d_fullres"
     gpus: int = 1
     epoch_seconds: float | None = None
 
@@ -157,7 +153,7 @@ class Experiment:
     def model_folder(self, model: Model) -> Path:
         """nnU-Net's folder of a trained model."""
         results = Path(self.environment["nnUNet_results"])
-        return results / self.dataset / f"{model.trainer}__{model.plans}__{model.configuration}"
+        return results / self.dataset / model.folder_name
 
     def fold_folder(self, model: Model, fold: int) -> Path:
         return self.model_folder(model) / f"fold_{fold}"
@@ -344,7 +340,7 @@ class _Reader:
             if given.gpus > 1 and self.file.device != "cuda":
                 self.errors.append(f"{where}{given.gpus} GPUs, but device is {self.file.device}; expected gpus: 1")
             self._check_class(where, "trainer", given.trainer)
-            model = Model(name, trainer, given.plans, given.configuration, given.gpus, given.epoch_seconds)
+            model = Model(trainer, given.plans, given.configuration, name, given.gpus, given.epoch_seconds)
             identity = (model.trainer, model.plans, model.configuration)
             if identity in identities:
                 self.errors.append(f"models, {name} and {identities[identity]} are the same: {' '.join(identity)}")

@@ -15,7 +15,8 @@ import pytest
 
 from nnunet_conres.datasets.splits import split
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.figures import read_legend, write_overlays
+from nnunet_conres.evaluation.figures import read_legend
+from nnunet_conres.evaluation.overlays import write_overlays
 from nnunet_conres.evaluation.residual_maps import write_residual_maps
 
 SHAPE = (16, 16, 8)

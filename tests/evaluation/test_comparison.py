@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,11 @@ import torch
 
 from nnunet_conres import cli
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.comparison import (
-    CompareOptions,
-    compare_cross_validation,
-    compare_test_set,
-)
+from nnunet_conres.evaluation.comparison import Comparison, compare
+from nnunet_conres.evaluation.finding import CompareOptions, find_cross_validation, find_test_set
 from nnunet_conres.evaluation.metrics import MetricOptions
-from nnunet_conres.evaluation.models import ModelName
-from nnunet_conres.evaluation.statistics import mean_interval
+from nnunet_conres.evaluation.predictions import NamedModel
+from nnunet_conres.evaluation.statistics import mean_intervals
 from nnunet_conres.folders import writing
 
 NAME = "Dataset801_Models"
@@ -34,8 +32,25 @@ QUIET = CompareOptions(progress=False)
 STOCK, OURS = "nnUNetTrainer", "nnUNetTrainerConResNet"
 
 
-def names(*trainers: str) -> list[ModelName]:
-    return [ModelName(trainer, "nnUNetPlans", "3d_fullres") for trainer in trainers]
+def names(*trainers: str) -> list[NamedModel]:
+    return [NamedModel(trainer, "nnUNetPlans", "3d_fullres") for trainer in trainers]
+
+
+def compare_cross_validation(
+    dataset_name: str, models: list[NamedModel], folds: list[int], output: Path, options: CompareOptions
+) -> Comparison:
+    return compare(find_cross_validation(dataset_name, models, folds, options), output, options)
+
+
+def compare_test_set(
+    predictions: dict[str, Path],
+    references: Path,
+    dataset_json: Path,
+    output: Path,
+    options: CompareOptions,
+    images: Path | None = None,
+) -> Comparison:
+    return compare(find_test_set(predictions, references, dataset_json, options, images=images), output, options)
 
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:
@@ -110,6 +125,18 @@ class TestCrossValidation:
         assert "NaN" not in done.json.read_text()
         assert OURS in done.as_text()
 
+    def test_a_second_time_nothing_heavy_is_imported(self, two: Any, tmp_path: Path) -> None:
+        script = (
+            "import sys\nfrom nnunet_conres import cli\n"
+            f"assert cli.main(['compare', '-d', '801', '-tr', {STOCK!r}, {OURS!r}, '-f', '0', '1', '-np', '1', "
+            f"'--no_ensembles', '-o', {str(tmp_path / 'out')!r}]) == 0\n"
+            "print({'torch', 'SimpleITK', 'matplotlib', 'PIL'} & set(sys.modules))"
+        )
+        runs = [
+            subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True) for _ in "12"
+        ]
+        assert runs[1].stdout.splitlines()[-1] == "set()"
+
     def test_costs_and_conditions(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()
         made.add(STOCK)
@@ -166,7 +193,7 @@ class TestCrossValidation:
         content = compare_cross_validation(NAME, names(STOCK, OURS), [0], tmp_path / "out", QUIET).content
         assert {row["n"] for row in content["comparisons"] if row["metric"] == "dice"} == {4}
         dice = {case["id"]: case["scores"]["m0"]["mean"]["dice"] for case in content["cases"]}
-        expected = mean_interval(list(dice.values()), [case[:-4] for case in dice])
+        (expected,) = mean_intervals([list(dice.values())], [[case[:-4] for case in dice]])
         summary = content["summary"]["m0"]["mean"]["dice"]
         assert (summary["low"], summary["high"]) == (expected.low, expected.high)
 

@@ -11,15 +11,15 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunet_conres.evaluation.costs import Cost, ensemble_cost, model_cost, unlike_conditions
-from nnunet_conres.evaluation.models import Model, ModelName, find_cross_validation
+from nnunet_conres.evaluation.predictions import Contender, NamedModel, search_cross_validation
 from nnunet_conres.optimizers import Muon
 
 NAME = "Dataset801_Models"
 
 
-def find(trainer: str = "nnUNetTrainer", folds: tuple[int, ...] = (0,)) -> Model:
-    (model,) = find_cross_validation(
-        NAME, [ModelName(trainer, "nnUNetPlans", "3d_fullres")], folds, device="cpu"
+def find(trainer: str = "nnUNetTrainer", folds: tuple[int, ...] = (0,)) -> Contender:
+    (model,) = search_cross_validation(
+        NAME, [NamedModel(trainer, "nnUNetPlans", "3d_fullres")], folds, device="cpu"
     ).models
     return model
 
@@ -170,7 +170,7 @@ class TestLogs:
         assert any("different precisions" in note for note in notes)
 
     def test_nothing_known(self) -> None:
-        assert model_cost(Model("m0", "A", {})) == (Cost(), {}, [])
+        assert model_cost(Contender("m0", "A", {})) == (Cost(), {}, [])
 
 
 def test_conditions_that_differ() -> None:

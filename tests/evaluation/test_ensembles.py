@@ -14,31 +14,31 @@ from nnunetv2.ensembling.ensemble import ensemble_folders
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.ensembles import build_ensemble, ensemble_members, settings_differences
-from nnunet_conres.evaluation.models import Model, ModelName, find_cross_validation
+from nnunet_conres.evaluation.predictions import Contender, NamedModel, search_cross_validation
 
 NAME = "Dataset801_Models"
 
 
 @pytest.fixture(params=["labels", "regions"])
-def trained(lab: Callable[..., Any], request: pytest.FixtureRequest) -> tuple[Any, list[Model]]:
+def trained(lab: Callable[..., Any], request: pytest.FixtureRequest) -> tuple[Any, list[Contender]]:
     made = lab(request.param)
     names = []
     for number, trainer in enumerate(("A", "B", "C")):
         made.add(trainer, blur=0.6, seed=number)
-        names.append(ModelName(trainer, "nnUNetPlans", "3d_fullres"))
-    return made, find_cross_validation(NAME, names, [0], device="cpu").models
+        names.append(NamedModel(trainer, "nnUNetPlans", "3d_fullres"))
+    return made, search_cross_validation(NAME, names, [0], device="cpu").models
 
 
 def voxels(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
-def build(made: Any, members: list[Model], folder: Path, **kwargs: Any) -> Model:
+def build(made: Any, members: list[Contender], folder: Path, **kwargs: Any) -> Contender:
     return build_ensemble("e0", members, made.cases, folder, settings_folder=made.added[0], progress=False, **kwargs)
 
 
 class TestAverage:
-    def test_of_three_is_the_mean(self, trained: tuple[Any, list[Model]], tmp_path: Path) -> None:
+    def test_of_three_is_the_mean(self, trained: tuple[Any, list[Contender]], tmp_path: Path) -> None:
         made, models = trained
         ensemble = build(made, models, tmp_path / "e")
         assert ensemble.members == ("m0", "m1", "m2")
@@ -51,7 +51,7 @@ class TestAverage:
             differs += int((written != voxels(models[0].predictions[case].labels)).sum())
         assert differs > 0
 
-    def test_of_two_is_nnunets_own(self, trained: tuple[Any, list[Model]], tmp_path: Path) -> None:
+    def test_of_two_is_nnunets_own(self, trained: tuple[Any, list[Contender]], tmp_path: Path) -> None:
         made, models = trained
         ensemble = build(made, models[:2], tmp_path / "e")
         folders = [str(folder / "fold_0" / "validation") for folder in made.added[:2]]
@@ -69,7 +69,7 @@ class TestAverage:
             assert ours.GetSpacing() == theirs.GetSpacing()
             assert case in ensemble.predictions
 
-    def test_all_pairs_and_the_whole(self, trained: tuple[Any, list[Model]]) -> None:
+    def test_all_pairs_and_the_whole(self, trained: tuple[Any, list[Contender]]) -> None:
         _, models = trained
         members = [tuple(model.name for model in chosen) for chosen in ensemble_members(models)]
         assert members == [("A", "B"), ("A", "C"), ("B", "C"), ("A", "B", "C")]
@@ -78,7 +78,7 @@ class TestAverage:
 
 
 class TestResumed:
-    def test_only_what_changed_is_made_again(self, trained: tuple[Any, list[Model]], tmp_path: Path) -> None:
+    def test_only_what_changed_is_made_again(self, trained: tuple[Any, list[Contender]], tmp_path: Path) -> None:
         made, models = trained
         ensemble = build(made, models[:2], tmp_path / "e")
         times = {case: ensemble.predictions[case].labels.stat().st_mtime_ns for case in made.cases}
@@ -90,7 +90,9 @@ class TestResumed:
         mean = (made.probabilities("case_5", 0.9, 7).astype(np.float64) + made.probabilities("case_5", 0.6, 1)) / 2
         np.testing.assert_array_equal(voxels(again.predictions["case_5"].labels), made.labels_of(mean))
 
-    def test_a_label_map_that_was_damaged_is_made_again(self, trained: tuple[Any, list[Model]], tmp_path: Path) -> None:
+    def test_a_label_map_that_was_damaged_is_made_again(
+        self, trained: tuple[Any, list[Contender]], tmp_path: Path
+    ) -> None:
         made, models = trained
         path = build(made, models[:2], tmp_path / "e").predictions["case_1"].labels
         whole = voxels(path)
@@ -98,7 +100,7 @@ class TestResumed:
         build(made, models[:2], tmp_path / "e")
         np.testing.assert_array_equal(voxels(path), whole)
 
-    def test_a_broken_note_of_what_was_done(self, trained: tuple[Any, list[Model]], tmp_path: Path) -> None:
+    def test_a_broken_note_of_what_was_done(self, trained: tuple[Any, list[Contender]], tmp_path: Path) -> None:
         made, models = trained
         build(made, models[:2], tmp_path / "e")
         (tmp_path / "e" / "sources.json").write_text("{")
@@ -112,7 +114,7 @@ class TestRefused:
         names = []
         for trainer in ("A", "B"):
             made.add(trainer)
-            names.append(ModelName(trainer, "nnUNetPlans", "3d_fullres"))
+            names.append(NamedModel(trainer, "nnUNetPlans", "3d_fullres"))
         path = made.added[1] / "fold_0" / "validation" / "case_2.npz"
         if what == "shape":
             np.savez_compressed(path, probabilities=np.zeros((3, 4, 4, 4), np.float32))
@@ -123,12 +125,12 @@ class TestRefused:
         else:
             path = made.added[0] / "fold_0" / "validation" / "case_2.pkl"
             path.unlink()
-        models = find_cross_validation(NAME, names, [0], device="cpu").models
+        models = search_cross_validation(NAME, names, [0], device="cpu").models
         with pytest.raises(InputError, match=path.name):
             build(made, models, tmp_path / "e")
         assert not (tmp_path / "e" / "case_2.nii.gz").exists()
 
-    def test_a_pickle_that_runs_code(self, trained: tuple[Any, list[Model]], tmp_path: Path) -> None:
+    def test_a_pickle_that_runs_code(self, trained: tuple[Any, list[Contender]], tmp_path: Path) -> None:
         made, models = trained
 
         class Touch:
@@ -151,12 +153,12 @@ class TestRefused:
     )
     def test_other_meanings(self, lab: Callable[..., Any], file: str, entry: str, value: Any) -> None:
         made = lab()
-        names = [ModelName(trainer, "nnUNetPlans", "3d_fullres") for trainer in ("A", "B")]
+        names = [NamedModel(trainer, "nnUNetPlans", "3d_fullres") for trainer in ("A", "B")]
         for name in names:
             made.add(name.trainer)
         path = made.added[1] / file
         path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
-        models = find_cross_validation(NAME, names, [0], device="cpu").models
+        models = search_cross_validation(NAME, names, [0], device="cpu").models
         (fault,) = settings_differences(models, {model.key: model.folder for model in models})
         assert entry in fault
         path.unlink()

@@ -15,11 +15,10 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import (
     Legend,
     _border,
-    overlay_figure,
     read_legend,
     slices_to_show,
-    write_overlays,
 )
+from nnunet_conres.evaluation.overlays import overlay_figure, write_overlays
 
 CHANNELS = ("FLAIR", "T1", "T1ce", "T2")
 REGIONS = {"whole_tumor": (1, 2, 3), "tumor_core": (2, 3), "enhancing_tumor": (3,)}

@@ -6,7 +6,11 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from matplotlib.image import imread
 
-from nnunet_conres.evaluation.figures import SparseCase, sparse_annotation_figure, write_sparse_annotation_figures
+from nnunet_conres.evaluation.sparse_figures import (
+    SparseCase,
+    sparse_annotation_figure,
+    write_sparse_annotation_figures,
+)
 
 REGIONS = {"whole": (1, 2), "core": (2,)}
 IGNORE = 3

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import bootstrap
 
 from nnunet_conres.evaluation.metrics import METRICS
 from nnunet_conres.evaluation.statistics import (
@@ -12,8 +13,8 @@ from nnunet_conres.evaluation.statistics import (
     PairedComparison,
     compare_paired,
     holm,
-    mean_interval,
-    median_interval,
+    mean_intervals,
+    median_intervals,
     rank_biserial,
     wilcoxon,
 )
@@ -31,6 +32,14 @@ def scores(
 def compare(own: Sequence[float], base: Sequence[float], metric: str = "dice", **keywords: Any) -> PairedComparison:
     (found,) = compare_paired(scores({"base": base, "own": own}, metric), "base", metrics=[metric], **keywords)
     return found
+
+
+def mean_interval(values: Sequence[float], groups: Sequence[str] | None = None, **keywords: Any) -> Interval:
+    return mean_intervals([values], [groups], **keywords)[0]
+
+
+def median_interval(values: Sequence[float], **keywords: Any) -> Interval:
+    return median_intervals([values], **keywords)[0]
 
 
 # --- second implementations -----------------------------------------------------------------------------------------
@@ -157,6 +166,30 @@ class TestIntervals:
         found = median_interval(values, samples=20000)
         drawn = np.median(np.random.default_rng(3).choice(values, (20000, 31)), axis=1)
         assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, (0.025, 0.975))), abs=0.03)
+
+    @pytest.mark.parametrize("kind", ["mean", "median"])
+    def test_many_series_equal_scipys_one_by_one(self, kind: str) -> None:
+        rng = np.random.default_rng(0)
+        # of several lengths, with and without ties; the median of the longest is looked for near the middle
+        series = [rng.gamma(2, size=n) for n in (40, 41, 41, 600)]
+        # whole numbers, because SciPy may take equal means of others for different ones
+        series += [rng.integers(0, 9, n) * 1.0 for n in (6, 7, 41, 600)]
+        found = (mean_intervals if kind == "mean" else median_intervals)(series, samples=500, seed=3)
+        for values, interval in zip(series, found, strict=True):
+            expected = bootstrap(
+                (values,),
+                np.mean if kind == "mean" else np.median,
+                n_resamples=500,
+                method="BCa" if kind == "mean" else "percentile",
+                random_state=np.random.default_rng(3),
+            ).confidence_interval
+            assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+    def test_the_order_of_summing_up_does_not_matter(self) -> None:
+        """Many means of 12 numbers with one decimal are equal, but sums of floating point numbers differ."""
+        tenths = [3.0, 9.0, 1.0, 7.0, 7.0, 2.0, 8.0, 1.0, 6.0, 4.0, 3.0, 7.0]
+        exact, found = mean_interval(tenths), mean_interval([value / 10 for value in tenths])
+        assert (found.low, found.high) == pytest.approx((exact.low / 10, exact.high / 10), rel=1e-9)
 
     def test_the_seed_decides(self) -> None:
         values = np.random.default_rng(1).normal(0, 1, 20)

@@ -198,7 +198,7 @@ nib = {"spacing": (1.0,) * 3, "nibabel_stuff": {"original_affine": np.eye(4)}}
 def figure(path):
     from matplotlib.figure import Figure
 
-    from nnunet_conres.evaluation.residual_figures import save_figure
+    from nnunet_conres.evaluation.figures import save_figure
 
     drawn = Figure(figsize=(4, 4))
     drawn.subplots().imshow(labels[0])

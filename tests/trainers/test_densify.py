@@ -14,7 +14,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_conres import cli
-from nnunet_conres.datasets.densify import Densification, Model, densify, merge
+from nnunet_conres.datasets.densify import Densification, TrainedModel, densify, merge
 from nnunet_conres.errors import InputError
 from nnunet_conres.folders import writing
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
@@ -96,7 +96,7 @@ def train(make_trainer: Callable[..., Any], results: Path, models: Path) -> Call
 def run(dataset: str, output: Path, folds: tuple[Any, ...] = (0,), **arguments: Any) -> Densification:
     configuration = arguments.pop("configuration", "3d_fullres")
     defaults = {"device": "cpu", "preprocessing_processes": 0, "export_processes": 0, "progress": False}
-    return densify(dataset, Model(NAME, "nnUNetPlans", configuration, folds), output, **defaults | arguments)
+    return densify(dataset, TrainedModel(NAME, "nnUNetPlans", configuration, folds), output, **defaults | arguments)
 
 
 def faults_of(*positional: Any, **arguments: Any) -> str:

@@ -99,7 +99,10 @@ def pack_case(case: CaseVolumes, slices_per_case: int = 64) -> dict[str, Any]:
     Raises:
         ValueError: The volumes do not fit each other; all faults are named.
     """
-    if faults := case.faults():
+    faults = case.faults()
+    if slices_per_case < 1:
+        faults.append(f"slices_per_case is {slices_per_case}; expected 1 or more.")
+    if faults:
         raise ValueError("\n".join(faults))
     label_maps = dict(case.predictions)
     if case.reference is not None:

@@ -1,35 +1,30 @@
-"""The report's charts: SVG drawn by Matplotlib whose colours and fonts are those of the page it stands in."""
+"""The report's charts as SVG, in the colours and fonts of the page that they stand in."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.evaluation.report.text import escape, is_number, letter, plain_number, shortened
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 # Of different models in report.css; from then on they come again.
 NUMBER_OF_COLOURS: Final = 7
 
-# Stand for variables of the page's style sheet. No chart has these colours otherwise.
-_INK: Final = "#010101"
-_MUTED: Final = "#010201"
-_GRID: Final = "#010301"
-_STAND_INS: Final = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
-
-# In points, which are the units of the drawing; the page scales it to the room there is.
+# In units of the drawing; the page scales it to the room there is.
 _WIDTH: Final = 360
+_MARGIN: Final = 8
+_TOP: Final = 2
 _ROW: Final = 62
 _FOOT: Final = 44
+
+# Within a row: the head's two lines, the middle of the points, and the mean below them.
+_NAME, _NOTE, _POINTS, _MEAN = 12, 25, 45, 58
+_HALF_BOX: Final = 10.5
 
 # A quarter of so few values is no value in particular.
 _SMALLEST_BOX: Final = 5
@@ -94,19 +89,18 @@ def distribution_chart(rows: Sequence[Row], *, axis: str, title: str) -> str:
     Returns:
         An svg element.
     """
-    with _style():
-        figure, axes = _figure(len(rows) * _ROW + _FOOT, bottom=_FOOT, top=2)
-        for place, row in enumerate(rows):
-            _write_head(axes, row, place)
-            values = np.sort(np.asarray(row.values, float))
-            _draw_points(axes, values, place, row.index)
-            if len(values) >= _SMALLEST_BOX:
-                _draw_box(axes, values, place, row.index)
-            elif len(values):
-                _draw_tick(axes, float(np.median(values)), place)
-        _set_range(axes, np.concatenate([np.asarray(row.values, float) for row in rows]), axis)
-        axes.set_ylim(len(rows), 0)
-        return _svg(figure, title)
+    scale = _scale([value for row in rows for value in row.values])
+    parts = _frame(scale, len(rows), axis)
+    for place, row in enumerate(rows):
+        top = _TOP + place * _ROW
+        parts += _head(row, top)
+        values = np.sort(np.asarray(row.values, float))
+        parts.append(_points(scale(values), top, row.index))
+        if len(values) >= _SMALLEST_BOX:
+            parts += _box(values, scale, top, row.index)
+        elif len(values):
+            parts.append(_median(float(np.median(values)), scale, top))
+    return _svg(parts, _TOP + len(rows) * _ROW + _FOOT, title)
 
 
 def difference_chart(rows: Sequence[Row], *, axis: str, better: str | None, title: str) -> str:
@@ -121,38 +115,31 @@ def difference_chart(rows: Sequence[Row], *, axis: str, better: str | None, titl
     Returns:
         An svg element.
     """
-    with _style():
-        figure, axes = _figure(len(rows) * _ROW + _FOOT, bottom=_FOOT, top=2)
-        for place, row in enumerate(rows):
-            _write_head(axes, row, place)
-            # Not through the text.
-            axes.plot([0, 0], [place + 0.5, place + 1], color=_INK, linewidth=1.2, clip_on=False)
-            values = np.sort(np.asarray(row.values, float))
-            _draw_points(axes, values, place, row.index)
-            if len(values):
-                _draw_tick(axes, float(np.median(values)), place)
-            if row.centre is not None and is_number(row.centre):
-                if row.low is not None and row.high is not None and is_number(row.low) and is_number(row.high):
-                    line = axes.plot([row.low, row.high], [place + 0.94] * 2, color=_colour(row.index), linewidth=5)
-                    line[0].set_clip_on(False)
-                _draw_dots(axes, np.array([row.centre]), np.array([place + 0.94]), None, 6.0)
-        ends = [value for row in rows for value in (row.low, row.high, row.centre) if is_number(value)]
-        everything = np.concatenate([np.asarray(row.values, float) for row in rows] + [np.asarray(ends, float)])
-        _set_range(axes, everything, axis, symmetric=True)
-        if better in ("higher", "lower"):
-            left, right = ("worse", "better") if better == "higher" else ("better", "worse")
-            for x, text in ((0, f"\N{LEFTWARDS ARROW} {left}"), (1, f"{right} \N{RIGHTWARDS ARROW}")):
-                axes.annotate(
-                    text,
-                    (x, 0),
-                    xytext=(0, -_FOOT + 9),
-                    xycoords="axes fraction",
-                    textcoords="offset points",
-                    ha="right" if x else "left",
-                    color=_INK,
-                )
-        axes.set_ylim(len(rows) + 0.08, 0)
-        return _svg(figure, title)
+    ends = [value for row in rows for value in (row.low, row.high, row.centre) if value is not None]
+    scale = _scale([*(value for row in rows for value in row.values), *ends], symmetric=True)
+    bottom = _TOP + len(rows) * _ROW
+    parts = _frame(scale, len(rows), axis)
+    zero = float(scale(0.0))
+    for place, row in enumerate(rows):
+        top = _TOP + place * _ROW
+        parts += _head(row, top)
+        # Not through the text.
+        parts.append(_stroke(f"M{zero:.1f} {top + _ROW / 2:.1f}V{top + _ROW:.1f}", 1.2))
+        values = np.sort(np.asarray(row.values, float))
+        parts.append(_points(scale(values), top, row.index))
+        if len(values):
+            parts.append(_median(float(np.median(values)), scale, top))
+        if row.centre is not None and is_number(row.centre):
+            y = top + _MEAN
+            if row.low is not None and row.high is not None and is_number(row.low) and is_number(row.high):
+                low, high = scale(np.array([row.low, row.high]))
+                parts.append(_stroke(f"M{low:.1f} {y}H{high:.1f}", 5, colour_of(row.index)))
+            parts.append(_dots(np.array([float(scale(row.centre))]), np.array([float(y)]), 6))
+    if better in ("higher", "lower"):
+        left, right = ("worse", "better") if better == "higher" else ("better", "worse")
+        parts.append(_text(_MARGIN, bottom + _FOOT - 9, f"\N{LEFTWARDS ARROW} {left}"))
+        parts.append(_text(_WIDTH - _MARGIN, bottom + _FOOT - 9, f"{right} \N{RIGHTWARDS ARROW}", anchor="end"))
+    return _svg(parts, bottom + _FOOT, title)
 
 
 def curve_chart(lines: Sequence[Line], *, axis: str, title: str) -> str:
@@ -166,133 +153,115 @@ def curve_chart(lines: Sequence[Line], *, axis: str, title: str) -> str:
     Returns:
         An svg element.
     """
-    with _style():
-        figure, axes = _figure(236, bottom=36, top=24, left=44, right=18)
-        ends: dict[int, tuple[float, float]] = {}
-        solid = [line.index for line in lines if not line.dashed]
-        # Of several folds each has a line; thinner ones are told apart.
-        width = 1.1 if len(solid) > len(set(solid)) else 1.8
-        for line in lines:
-            y = np.array([np.nan if not is_number(value) else value for value in line.values], float)
-            x = np.asarray(line.epochs, float)[: len(y)]
-            y = y[: len(x)]
-            drawn = axes.plot(x, y, color=_colour(line.index), linewidth=width)[0]
-            drawn.set_clip_on(False)
-            drawn.set_dash_capstyle("butt")
-            if line.dashed:
-                drawn.set_linestyle((0, (4, 2.5)))
-            known = np.flatnonzero(np.isfinite(y))
-            if known.size == 1:
-                _draw_dots(axes, x[known], y[known], line.index, 5.0)
-            if known.size and not line.dashed:
-                ends.setdefault(line.index, (float(x[known[-1]]), float(y[known[-1]])))
-        _write_letters(axes, ends)
-        axes.grid(axis="both", color=_GRID, linewidth=0.8)
-        from matplotlib.ticker import MaxNLocator
+    left, right, top, bottom = 44, _WIDTH - 18, 24, 200
+    drawn: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+    for line in lines:
+        values = np.array(line.values, float)  # NaN for None
+        epochs = np.asarray(line.epochs, float)[: len(values)]
+        drawn.append((epochs, values[: len(epochs)]))
+    horizontal = _even([x for x, _ in drawn], left, right)
+    vertical = _even([y for _, y in drawn], bottom, top)
+    parts = [_text(left, 12, axis, "title")] if axis else []
+    for epoch in horizontal.ticks(6, whole=True):
+        at = float(horizontal(epoch))
+        parts.append(_stroke(f"M{at:.1f} {top}V{bottom}", 0.8, "var(--grid)"))
+        parts.append(_text(at, bottom + 11, f"{epoch:.0f}", "muted", "middle"))
+    for value, text in _labelled(vertical.ticks(6)):
+        at = float(vertical(value))
+        parts.append(_stroke(f"M{left} {at:.1f}H{right}", 0.8, "var(--grid)"))
+        parts.append(_text(left - 4, at, text, "muted", "end"))
+    parts.append(_text((left + right) / 2, bottom + 27, "epoch", "muted", "middle"))
 
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.tick_params(colors=_MUTED)
-        axes.set_xlabel("epoch", color=_MUTED, fontsize=10, labelpad=3)
-        axes.set_title(axis, color=_INK, fontsize=11, fontweight="bold", loc="left", pad=6) if axis else None
-        return _svg(figure, title)
-
-
-def _style() -> Any:
-    from matplotlib import rc_context
-
-    # Text stays text, and none of it is taken for mathematics, since names may have dollar signs.
-    return rc_context({"svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "path.simplify": False})
-
-
-def _figure(height: float, *, bottom: float, top: float, left: float = 8, right: float = 8) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH / 72, height / 72))
-    figure.patch.set_visible(False)
-    axes = figure.add_axes((left / _WIDTH, bottom / height, 1 - (left + right) / _WIDTH, 1 - (bottom + top) / height))
-    axes.patch.set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.set_axisbelow(True)
-    return figure, axes
+    solid = [line.index for line in lines if not line.dashed]
+    # Of several folds each has a line; thinner ones can be distinguished.
+    width = 1.1 if len(solid) > len(set(solid)) else 1.8
+    ends: dict[int, tuple[float, float]] = {}
+    for line, (x, y) in zip(lines, drawn, strict=True):
+        known = np.flatnonzero(np.isfinite(y))
+        if not known.size:
+            continue
+        across, down = horizontal(x), vertical(y)
+        if known.size == 1:
+            parts.append(_dots(across[known], down[known], 5, colour_of(line.index), 0.6))
+        # A gap begins a new part of the path.
+        starts = np.diff(known, prepend=-2) > 1
+        points = zip(starts, across[known].tolist(), down[known].tolist(), strict=True)
+        path = "".join(f"{'M' if start else 'L'}{a:.1f} {b:.1f}" for start, a, b in points)
+        parts.append(_stroke(path, width, colour_of(line.index), dashed=line.dashed))
+        if not line.dashed:
+            ends.setdefault(line.index, (float(across[known[-1]]), float(down[known[-1]])))
+    for index, end, height in _apart(ends, top, bottom):
+        style = f"fill: {colour_of(index)}; font-weight: bold"
+        parts.append(_text(end + 4, height, letter(index), style=style))
+    return _svg(parts, 236, title)
 
 
-def _colour(index: int) -> str:
-    """Stands for a model's colour."""
-    return f"#02{index % NUMBER_OF_COLOURS:02x}02"
+def summary_note(values: Sequence[float], decimals: int) -> str:
+    """What stands below a model's name: median, quartiles and number of cases."""
+    if not len(values):
+        return "no values"
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    texts = [plain_number(float(value), decimals) for value in (middle, low, high)]
+    return f"median {texts[0]}, quartiles {texts[1]} to {texts[2]}, n = {len(values)}"
 
 
-def _write_head(axes: Axes, row: Row, place: int) -> None:
-    from matplotlib.transforms import blended_transform_factory
-
-    where = blended_transform_factory(axes.transAxes, axes.transData)
-    axes.text(0, place + 0.19, letter(row.index), transform=where, va="center", color=_INK, fontweight="bold")
-    indent = (8 + 8 * len(letter(row.index))) / _WIDTH
-    axes.text(indent, place + 0.19, shortened(row.name, 46), transform=where, va="center", color=_INK)
-    axes.text(indent, place + 0.40, row.note, transform=where, va="center", color=_MUTED, fontsize=9)
+# --- scales -----------------------------------------------------------------------------------------------------------
 
 
-def _draw_points(axes: Axes, values: NDArray[np.float64], place: int, index: int) -> None:
-    # The golden ratio spreads neighbours apart, and always in the same way.
-    spread = (np.arange(len(values)) * 0.6180339887 % 1 - 0.5) * 0.26
-    if len(values) == 1:
-        spread[:] = 0
-    _draw_dots(axes, values, place + 0.72 + spread, index, 4.2 if len(values) <= 200 else 3.0)
+@dataclass(frozen=True)
+class _Scale:
+    """Where values lie along an axis.
+
+    Attributes:
+        low: Value at the start.
+        high: Value at the end.
+        start: Of the axis, in units of the drawing.
+        end: Likewise.
+        threshold: Size up to which it is even, and beyond which logarithmic; None for even throughout.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    threshold: float | None = None
+
+    def __call__(self, values: Any) -> NDArray[np.float64]:
+        low, high = self._even(np.array([self.low, self.high]))
+        found: NDArray[np.float64] = self.start + (self._even(values) - low) / (high - low) * (self.end - self.start)
+        return found
+
+    def _even(self, values: Any) -> NDArray[np.float64]:
+        values = np.asarray(values, float)
+        if self.threshold is None:
+            return values
+        sizes = np.abs(values) / self.threshold
+        return np.sign(values) * np.where(sizes <= 1, sizes, 1 + np.log10(np.maximum(sizes, 1)))
+
+    def ticks(self, most: int, *, whole: bool = False) -> list[float]:
+        """Round values within the range, with at most so many steps between them."""
+        if self.threshold is not None:
+            first, last = round(math.log10(self.threshold)), math.floor(math.log10(max(self.high, -self.low)))
+            powers = [10.0**power for power in range(first, last + 1, -(-(last - first + 1) // most))]
+            values = [*(-power for power in reversed(powers)), 0.0, *powers]
+            return [value for value in values if self.low <= value <= self.high]
+        magnitude = 10.0 ** math.floor(math.log10((self.high - self.low) / most))
+        steps = [factor * (max(1.0, magnitude) if whole else magnitude) for factor in (1, 2, 2.5, 5, 10)]
+        fits = [step for step in steps if (self.high - self.low) / step <= most and (step % 1 == 0 or not whole)]
+        step = fits[0]
+        return [number * step for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
 
-def _draw_dots(axes: Axes, x: NDArray[Any], y: NDArray[Any], index: int | None, size: float) -> None:
-    """Points as round ends of lines without a length: one path, not an element each. In ink if there is no index."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    if not len(x):
-        return
-    vertices = np.repeat(np.column_stack([x, y]), 2, axis=0)
-    path = Path(vertices, np.tile([Path.MOVETO, Path.LINETO], len(x)))
-    colour, opacity = (_INK, 1.0) if index is None else (_colour(index), 0.6)
-    patch = PathPatch(path, facecolor="none", edgecolor=colour, linewidth=size, capstyle="round", alpha=opacity)
-    patch.set_clip_on(False)
-    patch.set_zorder(3)
-    axes.add_patch(patch)
-
-
-def _draw_box(axes: Axes, values: NDArray[np.float64], place: int, index: int) -> None:
-    from matplotlib.patches import Rectangle
-
-    low, middle, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
-    reach = 1.5 * (high - low)
-    ends = float(values[values >= low - reach].min()), float(values[values <= high + reach].max())
-    y, half = place + 0.72, 0.17
-    box = Rectangle((low, y - half), high - low, 2 * half, facecolor=_colour(index), edgecolor="none", alpha=0.22)
-    edge = Rectangle((low, y - half), high - low, 2 * half, facecolor="none", edgecolor=_INK, linewidth=1)
-    for patch in (box, edge):
-        patch.set_clip_on(False)
-        axes.add_patch(patch)
-    for start, end in ((ends[0], low), (high, ends[1])):
-        axes.plot([start, end], [y, y], color=_INK, linewidth=1, clip_on=False)
-    axes.plot([middle] * 2, [y - half, y + half], color=_INK, linewidth=2.4, clip_on=False, solid_capstyle="butt")
-
-
-def _draw_tick(axes: Axes, x: float, place: int) -> None:
-    y = place + 0.72
-    axes.plot([x, x], [y - 0.17, y + 0.17], color=_INK, linewidth=2.4, clip_on=False, solid_capstyle="butt")
-
-
-def _set_range(axes: Axes, values: NDArray[np.float64], label: str, *, symmetric: bool = False) -> None:
-    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter, SymmetricalLogLocator
-
+def _scale(given: Sequence[float], *, symmetric: bool = False) -> _Scale:
+    """A horizontal axis that shows all values."""
+    values = np.asarray(given, float)
     values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
     sizes = np.abs(values)
     usual = float(np.percentile(sizes, 90)) if values.size else 0.0
+    threshold = None
     if values.size >= _SMALLEST_BOX and usual > 0 and sizes.max() > _LONG_TAIL * usual and sizes.max() > 2:
-        threshold = 10.0 ** np.floor(np.log10(usual))
-        axes.set_xscale("symlog", linthresh=threshold, linscale=1.0)
-        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
-        formatter = ScalarFormatter()
-        axes.xaxis.set_major_formatter(formatter)
-        label += f", logarithmic beyond {threshold:g}"
+        threshold = 10.0 ** math.floor(math.log10(usual))
         if symmetric:
             high = 1.3 * max(high, -low)
             low = -high
@@ -304,82 +273,109 @@ def _set_range(axes: Axes, values: NDArray[np.float64], label: str, *, symmetric
             low = -high
         room = 0.05 * (high - low) or max(0.05 * abs(high), 0.05)
         low, high = low - room, high + room
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(low, high)
-    axes.grid(axis="x", color=_GRID, linewidth=0.8)
-    axes.yaxis.set_major_locator(NullLocator())
-    axes.tick_params(axis="x", colors=_MUTED, labelsize=9)
-    axes.set_xlabel(label, color=_MUTED, fontsize=10, labelpad=2)
+    return _Scale(low, high, _MARGIN, _WIDTH - _MARGIN, threshold)
 
 
-def _write_letters(axes: Axes, ends: Mapping[int, tuple[float, float]]) -> None:
-    """Letters of the models right of their curves' ends, pushed apart where they would cover each other."""
-    if not ends:
-        return
-    low, high = axes.get_ylim()
-    step = (high - low) / 13
-    heights: list[float] = []
-    order = sorted(ends, key=lambda index: ends[index][1])
-    for index in order:
-        heights.append(max(ends[index][1], heights[-1] + step if heights else low))
-    ceiling = high
-    for place in reversed(range(len(heights))):
-        heights[place] = min(heights[place], ceiling)
-        ceiling = heights[place] - step
-    for index, height in zip(order, heights, strict=True):
-        x = ends[index][0]
-        axes.annotate(
-            letter(index),
-            (x, height),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            color=_colour(index),
-            fontweight="bold",
-            annotation_clip=False,
-        )
-    axes.set_ylim(low, high)
+def _even(values: Sequence[NDArray[np.float64]], start: float, end: float) -> _Scale:
+    """An axis of a plot of curves."""
+    known = np.concatenate([of[np.isfinite(of)] for of in values]) if values else np.empty(0)
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    room = 0.05 * (high - low) or max(0.05 * abs(high), 0.05)
+    return _Scale(low - room, high + room, start, end)
 
 
-def _svg(figure: Figure, title: str) -> str:
-    """The figure as an svg element that takes its colours, its font and its size from the page."""
-    # Marks at the ticks would be definitions with names, of which a page may have only one each. Nor is any clipped.
-    for axes in figure.axes:
-        axes.tick_params(which="both", bottom=False, left=False, top=False, right=False)
-        for line in (*axes.get_xgridlines(), *axes.get_ygridlines()):
-            line.set_clip_on(False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    size = re.search(r'viewBox="([^"]*)"', text)
-    body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
-    body = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.S)
-    body = re.sub(r'(<g) id="[^"]*"', r"\1", body)
-    for stand_in, variable in _stand_ins().items():
-        body = body.replace(stand_in, variable)
-    # Of fonts only the weight and the size are the chart's. Matplotlib has written them in one property and in several.
-    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
-    body = re.sub(r"font: (?:(bold|\d+) )?([\d.]+px) '[^;\"]*", r"font-weight: \1; font-size: \2", body)
-    body = body.replace("font-weight: ; ", "")
-    body = re.sub(
-        r'\b(?:d|x|y|transform|width|height)="[^"]*"',
-        lambda attribute: re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", attribute[0]),
-        body,
+def _labelled(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """Values beside their texts, with the decimals that tell them apart."""
+    decimals = next(
+        (n for n in range(7) if all(abs(tick - round(tick, n)) <= 1e-9 + 1e-6 * abs(tick) for tick in ticks)), None
     )
-    body = re.sub(r"\s*\n\s*", " ", body)
-    view = size[1] if size else f"0 0 {_WIDTH} {_WIDTH}"
-    return f'<svg class="chart" viewBox="{view}" role="img" aria-label="{escape(title)}">{body}</svg>'
+    texts = [f"{tick:g}" if decimals is None else plain_number(tick, decimals) for tick in ticks]
+    return list(zip(ticks, texts, strict=True))
 
 
-def _stand_ins() -> dict[str, str]:
-    return _STAND_INS | {_colour(index): colour_of(index) for index in range(NUMBER_OF_COLOURS)}
+def _apart(ends: Mapping[int, tuple[float, float]], top: float, bottom: float) -> Iterable[tuple[int, float, float]]:
+    """Models with the ends of their curves, pushed apart where letters would cover each other."""
+    step = (bottom - top) / 13
+    order = sorted(ends, key=lambda index: -ends[index][1])
+    heights: list[float] = []
+    for index in order:
+        heights.append(min(ends[index][1], heights[-1] - step if heights else bottom))
+    ceiling = top
+    for place in reversed(range(len(heights))):
+        heights[place] = max(heights[place], ceiling)
+        ceiling = heights[place] + step
+    return [(index, ends[index][0], height) for index, height in zip(order, heights, strict=True)]
 
 
-def summary_note(values: Sequence[float], decimals: int) -> str:
-    """What stands below a model's name: median, quartiles and number of cases."""
-    if not len(values):
-        return "no values"
+# --- elements ---------------------------------------------------------------------------------------------------------
+
+
+def _frame(scale: _Scale, rows: int, label: str) -> list[str]:
+    """Grid lines, the axis and what it is."""
+    bottom = _TOP + rows * _ROW
+    parts = []
+    for value, text in _labelled(scale.ticks(6)):
+        x = float(scale(value))
+        parts.append(_stroke(f"M{x:.1f} {_TOP}V{bottom}", 0.8, "var(--grid)"))
+        parts.append(_text(x, bottom + 10, text, "muted", "middle"))
+    if scale.threshold is not None:
+        label += f", logarithmic beyond {scale.threshold:g}"
+    return [*parts, _text(_WIDTH / 2, bottom + 23, label, "muted", "middle")]
+
+
+def _head(row: Row, top: float) -> list[str]:
+    indent = _MARGIN + 8 + 8 * len(letter(row.index))
+    return [
+        _text(_MARGIN, top + _NAME, letter(row.index), "title"),
+        _text(indent, top + _NAME, shortened(row.name, 46)),
+        _text(indent, top + _NOTE, row.note, "muted"),
+    ]
+
+
+def _points(x: NDArray[np.float64], top: float, index: int) -> str:
+    # The golden ratio spreads neighbours apart, and always in the same way.
+    spread = np.asarray(np.arange(len(x)) * 0.6180339887 % 1 - 0.5, np.float64) * (len(x) > 1)
+    return _dots(x, top + _POINTS + 16 * spread, 4.2 if len(x) <= 200 else 3, colour_of(index), 0.6)
+
+
+def _dots(
+    x: NDArray[np.float64], y: NDArray[np.float64], size: float, colour: str = "var(--ink)", opacity: float = 1
+) -> str:
+    """Points as round ends of lines without a length: one path, not an element each."""
+    path = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x.tolist(), y.tolist(), strict=True))
+    style = f"stroke: {colour}; stroke-width: {size}; stroke-linecap: round; opacity: {opacity}"
+    return f'<path d="{path}" style="{style}"/>' if path else ""
+
+
+def _box(values: NDArray[np.float64], scale: _Scale, top: float, index: int) -> list[str]:
     low, middle, high = np.percentile(values, (25, 50, 75))
-    texts = [plain_number(float(value), decimals) for value in (middle, low, high)]
-    return f"median {texts[0]}, quartiles {texts[1]} to {texts[2]}, n = {len(values)}"
+    reach = 1.5 * (high - low)
+    ends = values[values >= low - reach].min(), values[values <= high + reach].max()
+    first, left, right, last = scale(np.array([ends[0], low, high, ends[1]]))
+    y = top + _POINTS
+    area = f'x="{left:.1f}" y="{y - _HALF_BOX}" width="{right - left:.1f}" height="{2 * _HALF_BOX}"'
+    return [
+        f'<rect {area} style="fill: {colour_of(index)}; fill-opacity: .22; stroke: var(--ink)"/>',
+        _stroke(f"M{first:.1f} {y}H{left:.1f}M{right:.1f} {y}H{last:.1f}", 1),
+        _median(float(middle), scale, top),
+    ]
+
+
+def _median(value: float, scale: _Scale, top: float) -> str:
+    return _stroke(f"M{float(scale(value)):.1f} {top + _POINTS - _HALF_BOX}v{2 * _HALF_BOX}", 2.4)
+
+
+def _stroke(path: str, width: float, colour: str = "var(--ink)", *, dashed: bool = False) -> str:
+    dashes = "; stroke-dasharray: 7 4.5" if dashed else ""
+    return f'<path d="{path}" style="stroke: {colour}; stroke-width: {width}{dashes}"/>'
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start", *, style: str = "") -> str:
+    """A line of text whose middle is at a height."""
+    attributes = (f' class="{kind}"' if kind else "") + (f' style="{style}"' if style else "")
+    return f'<text x="{x:.1f}" y="{y:.1f}" dy=".35em" text-anchor="{anchor}"{attributes}>{escape(text)}</text>'
+
+
+def _svg(parts: Iterable[str], height: float, title: str) -> str:
+    box = f'viewBox="0 0 {_WIDTH} {height}"'
+    return f'<svg class="chart" {box} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'

@@ -1,19 +1,16 @@
-"""Builds the page of the report from a comparison and the volumes of some of its cases."""
+"""The page of the report, from a comparison and the pictures of some of its cases."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from string import Template
 from typing import Any, Final
 
 from nnunet_conres.evaluation.report import sections
-from nnunet_conres.evaluation.report.cases import CaseVolumes, pack_case
 from nnunet_conres.evaluation.report.sections import asset
 from nnunet_conres.evaluation.report.text import escape, script_data
-from nnunet_conres.files import written_whole
 
 REPORT_FORMAT: Final = 1
 """Of report.json."""
@@ -23,42 +20,25 @@ _DICTIONARIES: Final = ("dataset", "summary")
 _LISTS: Final = ("regions", "metrics", "models", "comparisons", "conclusions", "warnings", "cases", "disagreements")
 
 
-def write_report(
-    comparison: Mapping[str, Any],
-    case_volumes: Iterable[CaseVolumes],
-    path: str | Path,
-    *,
-    slices_per_case: int = 64,
-) -> Path:
-    """Write a comparison of models as one HTML file.
+def report_page(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]] = ()) -> str:
+    """A comparison of models as one HTML page.
 
     Args:
         comparison: The content of report.json, format 1. Any number in it may be None, and NaN and infinities are
             taken for None.
-        case_volumes: Cases to look at slice by slice, in the order to show them in. They are taken one by one, so that
-            a generator keeps one in memory only.
-        path: The file to write, replaced if it exists; its folder is created if need be.
-        slices_per_case: How many slices of a case to embed at most. From cases with more, some are left out at even
-            distances, and the page says which are there.
+        pictures: Cases to look at slice by slice, as `pack_case` makes them, in the order to show them in.
 
     Returns:
-        The path.
+        The page.
 
     Raises:
-        ValueError: The comparison lacks something or contradicts itself, or volumes do not fit each other or the
-            comparison. Nothing is written then.
+        ValueError: The comparison lacks something or contradicts itself, or pictures do not belong to it.
     """
-    path = Path(path)
     if faults := list(_faults(comparison)):
         raise ValueError("\n".join(["The comparison cannot be shown:", *faults]))
-    if slices_per_case < 1:
-        raise ValueError(f"slices_per_case is {slices_per_case}; expected 1 or more.")
-    volumes = _packed(comparison, case_volumes, slices_per_case)
-    page = _page(comparison, volumes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial:
-        partial.write_text(page, encoding="utf-8", newline="\n")
-    return path
+    if faults := list(_picture_faults(comparison, pictures)):
+        raise ValueError("\n".join(["The cases cannot be shown:", *faults]))
+    return _page(comparison, pictures)
 
 
 def _faults(comparison: Mapping[str, Any]) -> Iterator[str]:
@@ -92,26 +72,17 @@ def _faults(comparison: Mapping[str, Any]) -> Iterator[str]:
         yield f"{baselines} models are the baseline; expected one at most."
 
 
-def _packed(comparison: Mapping[str, Any], case_volumes: Iterable[CaseVolumes], number: int) -> list[dict[str, Any]]:
-    """The cases for the viewer, checked and packed one by one."""
+def _picture_faults(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Everything that keeps pictures from being shown."""
     cases = {case["id"] for case in comparison["cases"]}
     models = {model["key"] for model in comparison["models"]}
-    packed: list[dict[str, Any]] = []
-    faults = []
-    for volumes in case_volumes:
-        found = volumes.faults()
-        if volumes.case_id not in cases:
-            found.append(f"{volumes.case_id} has volumes, but is none of the comparison's cases.")
-        if unknown := sorted(set(volumes.predictions) - models):
-            found.append(f"{volumes.case_id} has predictions of {', '.join(unknown)}, which are none of its models.")
-        if any(case["id"] == volumes.case_id for case in packed):
-            found.append(f"{volumes.case_id} has volumes more than once.")
-        faults += found
-        if not faults:
-            packed.append(pack_case(volumes, number))
-    if faults:
-        raise ValueError("\n".join(["The cases cannot be shown:", *faults]))
-    return packed
+    ids = [picture["id"] for picture in pictures]
+    for picture in pictures:
+        if picture["id"] not in cases:
+            yield f"{picture['id']} has volumes, but is none of the comparison's cases."
+        if unknown := sorted(set(picture["labels"]) - models - {"reference"}):
+            yield f"{picture['id']} has predictions of {', '.join(unknown)}, which are none of its models."
+    yield from (f"{case} has volumes more than once." for case in dict.fromkeys(ids) if ids.count(case) > 1)
 
 
 def _page(comparison: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -> str:

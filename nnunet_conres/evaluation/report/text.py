@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nnunet_conres.evaluation.json_values import without_nan
+from nnunet_conres.files import without_nan
 
 MINUS = "\N{MINUS SIGN}"
 NONE = '<span class="none" title="not available">\N{EN DASH}<span class="unseen"> not available</span></span>'
@@ -27,6 +27,8 @@ def breakable(text: Any) -> str:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number, and no truth value."""
+    if type(value) is float:  # most are
+        return math.isfinite(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

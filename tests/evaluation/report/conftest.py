@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnunet_conres.evaluation.report import CaseVolumes
+from nnunet_conres.evaluation.report.cases import CaseVolumes
 
 REGIONS = {"whole_tumor": (1, 2, 3), "tumor_core": (2, 3), "enhancing_tumor": (3,)}
 METRICS: list[dict[str, Any]] = [

@@ -3,7 +3,7 @@
 import base64
 import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nnunet_conres.evaluation.report import CaseVolumes, write_report
+from nnunet_conres.evaluation.report import report_page
+from nnunet_conres.evaluation.report.cases import CaseVolumes, pack_case
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 
@@ -28,6 +29,14 @@ ARGUMENTS = [
     "--disable-sync",
     "--no-first-run",
 ]
+
+
+def write_report(
+    comparison: dict[str, Any], volumes: Sequence[CaseVolumes], path: Path, *, slices_per_case: int = 64
+) -> Path:
+    page = report_page(comparison, [pack_case(of_case, slices_per_case) for of_case in volumes])
+    path.write_text(page, encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nnunet_conres.evaluation.report import CaseVolumes
-from nnunet_conres.evaluation.report.cases import pack_case
+from nnunet_conres.evaluation.report.cases import CaseVolumes, pack_case
 
 
 def pixels(picture: str) -> np.ndarray:

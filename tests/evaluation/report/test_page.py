@@ -4,20 +4,29 @@ import html.parser
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nnunet_conres.evaluation.report import CaseVolumes, write_report
+from nnunet_conres.evaluation.report import report_page
+from nnunet_conres.evaluation.report.cases import CaseVolumes, pack_case
 
 Make = Callable[..., dict[str, Any]]
 MakeVolumes = Callable[..., CaseVolumes]
 
 # Elements that have no end.
 VOID = {"meta", "link", "input", "br", "hr", "img", "wbr"}
+
+
+def write_report(
+    comparison: dict[str, Any], volumes: Sequence[CaseVolumes], path: Path, *, slices_per_case: int = 64
+) -> Path:
+    page = report_page(comparison, [pack_case(of_case, slices_per_case) for of_case in volumes])
+    path.write_text(page, encoding="utf-8")
+    return path
 
 
 class Page(html.parser.HTMLParser):
@@ -60,7 +69,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory, make_comparison: Make, make_volumes: MakeVolumes) -> Page:
-    path = tmp_path_factory.mktemp("report") / "new" / "report.html"
+    path = tmp_path_factory.mktemp("report") / "report.html"
     return Page(write_report(make_comparison(with_ensemble=True), [make_volumes()], path))
 
 
@@ -258,9 +267,11 @@ class TestFaults:
             write_report(make_small_comparison(), [volumes[-1], volumes[-1]], tmp_path / "report.html")
         assert not list(tmp_path.iterdir())
 
-    def test_an_old_report_stays_if_a_new_one_fails(self, tmp_path: Path, make_small_comparison: Make) -> None:
+    def test_an_old_report_stays_if_a_new_one_fails(
+        self, tmp_path: Path, make_small_comparison: Make, make_volumes: MakeVolumes
+    ) -> None:
         path = tmp_path / "report.html"
         path.write_text("old")
         with pytest.raises(ValueError, match="slices_per_case"):
-            write_report(make_small_comparison(), [], path, slices_per_case=0)
+            write_report(make_small_comparison(), [make_volumes()], path, slices_per_case=0)
         assert path.read_text() == "old"

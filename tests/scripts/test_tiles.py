@@ -3,8 +3,7 @@ from itertools import product
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-from nnunet_conres.evaluation.tiles import (
+from tiles import (
     Curve,
     bootstrap_rate,
     count_by_distance,

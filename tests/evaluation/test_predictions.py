@@ -8,45 +8,45 @@ from typing import Any
 
 import pytest
 
-from nnunet_conres.evaluation.models import (
-    Found,
-    ModelName,
+from nnunet_conres.evaluation.predictions import (
+    NamedModel,
+    Search,
     display_names,
-    find_cross_validation,
-    find_test_set,
     iterate_missing,
     other_splits,
     parse_model_names,
     same_cases,
+    search_cross_validation,
+    search_test_set,
 )
 
 NAME = "Dataset801_Models"
-STOCK = ModelName("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
-OURS = ModelName("nnUNetTrainerConResNet", "nnUNetPlans", "3d_fullres")
+STOCK = NamedModel("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
+OURS = NamedModel("nnUNetTrainerConResNet", "nnUNetPlans", "3d_fullres")
 
 
-def find_held_out(names: Sequence[ModelName], folds: Sequence[int], device: str = "cuda") -> Found:
-    return find_cross_validation(NAME, names, folds, device=device)
+def find_held_out(names: Sequence[NamedModel], folds: Sequence[int], device: str = "cuda") -> Search:
+    return search_cross_validation(NAME, names, folds, device=device)
 
 
 class TestNames:
     def test_one_plans_for_all(self) -> None:
         names, faults = parse_model_names(["A", "B"], ["P"], ["3d_fullres"])
         assert not faults
-        assert names == [ModelName("A", "P", "3d_fullres"), ModelName("B", "P", "3d_fullres")]
+        assert names == [NamedModel("A", "P", "3d_fullres"), NamedModel("B", "P", "3d_fullres")]
 
     def test_one_for_each(self) -> None:
         names, faults = parse_model_names(["A", "B"], ["P", "Q"], ["2d", "3d_lowres"])
         assert not faults
-        assert names == [ModelName("A", "P", "2d"), ModelName("B", "Q", "3d_lowres")]
+        assert names == [NamedModel("A", "P", "2d"), NamedModel("B", "Q", "3d_lowres")]
 
     def test_a_trainer_with_its_own(self) -> None:
         names, faults = parse_model_names(["A", "B:Q", "C:R:2d"], ["P"], ["3d_fullres"])
         assert not faults
         assert names == [
-            ModelName("A", "P", "3d_fullres"),
-            ModelName("B", "Q", "3d_fullres"),
-            ModelName("C", "R", "2d"),
+            NamedModel("A", "P", "3d_fullres"),
+            NamedModel("B", "Q", "3d_fullres"),
+            NamedModel("C", "R", "2d"),
         ]
 
     def test_same_trainer_with_other_plans_is_another_model(self) -> None:
@@ -94,7 +94,7 @@ class TestCrossValidation:
 
     def test_plans_that_do_not_exist(self, lab: Callable[..., Any]) -> None:
         lab().add()
-        (fault,) = find_held_out([ModelName("nnUNetTrainer", "nope", "3d_fullres")], [0, 1]).faults
+        (fault,) = find_held_out([NamedModel("nnUNetTrainer", "nope", "3d_fullres")], [0, 1]).faults
         assert "there are no plans nope" in fault
 
     def test_a_validation_that_was_interrupted(self, lab: Callable[..., Any]) -> None:
@@ -217,7 +217,7 @@ class TestTestSet:
         (tmp_path / "b" / "predict_from_raw_data_args.json").write_text(
             json.dumps({"list_of_lists_or_source_folder": "/images of b"})
         )
-        found = find_test_set({"A": tmp_path / "a", "B": tmp_path / "b"}, {"B": trained}, ".nii.gz", device="cuda")
+        found = search_test_set({"A": tmp_path / "a", "B": tmp_path / "b"}, {"B": trained}, ".nii.gz", device="cuda")
         assert not found.faults
         assert [model.key for model in found.models] == ["m0", "m1"]
         assert found.models[1].model == STOCK
@@ -227,20 +227,20 @@ class TestTestSet:
         assert "'/images of b'" in missing.as_text
         assert missing.command[-3:] == ("-device", "cuda", "--save_probabilities")
         assert missing.is_known
-        (missing,) = find_test_set({"B": tmp_path / "b"}, {}, ".nii.gz", device="cpu").missing_probabilities
+        (missing,) = search_test_set({"B": tmp_path / "b"}, {}, ".nii.gz", device="cpu").missing_probabilities
         assert "cpu" in missing.command
         assert not missing.is_known
 
     def test_faults(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         folders = {"A": tmp_path / "none", "B": tmp_path / "empty"}
-        faults = find_test_set(folders, {"C": tmp_path}, ".nii.gz", device="cpu").faults
+        faults = search_test_set(folders, {"C": tmp_path}, ".nii.gz", device="cpu").faults
         assert len(faults) == 3
 
     def test_not_a_model_folder(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()
         made.write_predictions(tmp_path / "a", made.cases, 0.3, 1)
-        found = find_test_set({"A": tmp_path / "a"}, {"A": tmp_path}, ".nii.gz", device="cpu")
+        found = search_test_set({"A": tmp_path / "a"}, {"A": tmp_path}, ".nii.gz", device="cpu")
         assert "no folder of a trained model" in found.faults[0]
 
 

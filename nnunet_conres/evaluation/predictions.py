@@ -1,4 +1,4 @@
-"""Which models are compared, and where their predictions are: of a cross-validation, or in folders of a test set."""
+"""Where the predictions of models are: of a cross-validation, or in folders of a test set."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any, Final
+from typing import Final
 
 from nnunet_conres.case_ids import unsafe_ids
-from nnunet_conres.datasets.raw import FOLDER_VARIABLES, folder_from_environment, some
+from nnunet_conres.datasets.raw import some
 from nnunet_conres.errors import InputError
+from nnunet_conres.files import read_json
 from nnunet_conres.folders import list_files
+from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, folder_from_environment
 
 PROBABILITIES_ENDING: Final = ".npz"
 # What nnU-Net writes into folders of predictions besides.
@@ -22,25 +24,14 @@ _UNKNOWN_IMAGES, _UNKNOWN_MODEL = "IMAGES", "MODEL_FOLDER"
 
 
 @dataclass(frozen=True)
-class ModelName:
-    """A model as nnU-Net names it.
+class NamedModel(Model):
+    """A model that the user may have given another name.
 
     Attributes:
-        trainer: Name of the trainer's class.
-        plans: Name of the plans.
-        configuration: For example 3d_fullres.
         label: What the user calls it, None where the user did not say.
     """
 
-    trainer: str
-    plans: str
-    configuration: str
     label: str | None = field(default=None, compare=False)
-
-    @property
-    def folder_name(self) -> str:
-        """Name of its folder among the results."""
-        return f"{self.trainer}__{self.plans}__{self.configuration}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Model:
+class Contender:
     """A model, or an ensemble of models, with its predictions.
 
     Attributes:
@@ -80,7 +71,7 @@ class Model:
     name: str
     predictions: Mapping[str, Prediction]
     folder: Path | None = None
-    model: ModelName | None = None
+    model: Model | None = None
     folds: tuple[int | str, ...] = ()
     members: tuple[str, ...] = ()
 
@@ -118,8 +109,8 @@ class Missing:
 
 
 @dataclass
-class Found:
-    """The models that were found.
+class Search:
+    """What a search for predictions found.
 
     Attributes:
         models: The complete ones.
@@ -129,7 +120,7 @@ class Found:
         missing_probabilities: Probabilities that a command makes; forbids ensembles only.
     """
 
-    models: list[Model] = field(default_factory=list)
+    models: list[Contender] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
     gaps: list[Missing] = field(default_factory=list)
@@ -141,7 +132,7 @@ class Found:
 
 def parse_model_names(
     trainers: Sequence[str], plans: Sequence[str], configurations: Sequence[str]
-) -> tuple[list[ModelName], list[str]]:
+) -> tuple[list[NamedModel], list[str]]:
     """The models that a command line names.
 
     Args:
@@ -157,7 +148,7 @@ def parse_model_names(
         for option, given in (("-p", plans), ("-c", configurations))
         if len(given) not in (1, len(trainers))
     ]
-    names: list[ModelName] = []
+    names: list[NamedModel] = []
     for number, text in enumerate(trainers):
         label, equals, rest = text.rpartition("=")
         parts = rest.split(":")
@@ -167,7 +158,7 @@ def parse_model_names(
         given = [_one_for(values, number) for values in (plans, configurations)]
         trainer, *others = parts
         own_plans, own_configuration = others + given[len(others) :]
-        names.append(ModelName(trainer, own_plans, own_configuration, label or None))
+        names.append(NamedModel(trainer, own_plans, own_configuration, label or None))
     doubled = {name.folder_name for name in names if names.count(name) > 1}
     if not doubled:
         # also where one is called as another's trainer
@@ -181,7 +172,7 @@ def _one_for(values: Sequence[str], number: int) -> str:
     return values[number] if number < len(values) else values[0]
 
 
-def display_names(names: Sequence[ModelName]) -> list[str]:
+def display_names(names: Sequence[NamedModel]) -> list[str]:
     """What to call the models: as the user does, else the trainer, with plans and configuration where models differ."""
     several_plans = len({name.plans for name in names}) > 1
     several_configurations = len({name.configuration for name in names}) > 1
@@ -197,7 +188,9 @@ def display_names(names: Sequence[ModelName]) -> list[str]:
 # --- cross-validation -------------------------------------------------------------------------------------------------
 
 
-def find_cross_validation(dataset_name: str, names: Sequence[ModelName], folds: Sequence[int], *, device: str) -> Found:
+def search_cross_validation(
+    dataset_name: str, names: Sequence[NamedModel], folds: Sequence[int], *, device: str
+) -> Search:
     """The validation predictions of trained models.
 
     Args:
@@ -209,7 +202,7 @@ def find_cross_validation(dataset_name: str, names: Sequence[ModelName], folds: 
     Returns:
         The models; a model with a fault is left out.
     """
-    found = Found()
+    found = Search()
     results = folder_from_environment(FOLDER_VARIABLES[2])
     if results is None:
         found.faults.append(
@@ -227,8 +220,7 @@ def find_cross_validation(dataset_name: str, names: Sequence[ModelName], folds: 
         predictions: dict[str, Prediction] = {}
         complete = file_ending is not None
         for number_of_fold in folds:
-            train: tuple[str, ...] = ("nnUNetv2_train", dataset_name, name.configuration, str(number_of_fold))
-            train += ("-tr", name.trainer, "-p", name.plans, "-device", device)
+            train = name.training_command(dataset_name, number_of_fold, "-device", device)
             fold = _Fold(f"{display_name}, fold {number_of_fold},", number_of_fold, folder, train, plans_file)
             of_fold = _held_out(fold, file_ending, found)
             if of_fold is None:
@@ -242,7 +234,7 @@ def find_cross_validation(dataset_name: str, names: Sequence[ModelName], folds: 
                 complete = False
             predictions |= of_fold
         if complete:
-            found.models.append(Model(f"m{number}", display_name, _sorted(predictions), folder, name, tuple(folds)))
+            found.models.append(Contender(f"m{number}", display_name, _sorted(predictions), folder, name, tuple(folds)))
     return found
 
 
@@ -303,7 +295,7 @@ class _Fold:
         return shlex.join((*self.train, "--val", "--npz"))
 
 
-def _held_out(fold: _Fold, file_ending: str | None, found: Found) -> dict[str, Prediction] | None:
+def _held_out(fold: _Fold, file_ending: str | None, found: Search) -> dict[str, Prediction] | None:
     """The predictions of a fold's validation, None where it can't be compared; adds what is missing to `found`."""
     validation = fold.folder / "validation"
     if not fold.checkpoint.is_file() and not validation.is_dir():
@@ -372,9 +364,9 @@ def _cases_of_split(splits_file: Path, fold: int) -> list[str] | None:
 # --- test set ---------------------------------------------------------------------------------------------------------
 
 
-def find_test_set(
+def search_test_set(
     folders: Mapping[str, Path], model_folders: Mapping[str, Path], file_ending: str, *, device: str
-) -> Found:
+) -> Search:
     """Predictions in folders, as nnUNetv2_predict writes them.
 
     Args:
@@ -387,7 +379,7 @@ def find_test_set(
     Returns:
         The models; a model with a fault is left out.
     """
-    found = Found()
+    found = Search()
     for name in model_folders:
         if name not in folders:
             found.faults.append(f"--model {name}=... names no model of --predictions; expected {', '.join(folders)}.")
@@ -400,17 +392,17 @@ def find_test_set(
             found.faults.append(f"{folder} has no file that ends in {file_ending}; expected predictions of {name}.")
             continue
         trained = model_folders.get(name)
-        model: ModelName | None = None
+        model: NamedModel | None = None
         folds: tuple[int | str, ...] = ()
         if trained is not None:
-            model, folds = _trained_model(trained)
+            model, folds = NamedModel.of_folder(trained), _trained_folds(trained)
             if model is None:
                 found.faults.append(
                     f"{trained} is no folder of a trained model; expected one named TRAINER__PLANS__CONFIGURATION, "
                     f"with plans.json in it."
                 )
                 continue
-        found.models.append(Model(f"m{number}", name, _sorted(predictions), trained, model, folds))
+        found.models.append(Contender(f"m{number}", name, _sorted(predictions), trained, model, folds))
         if any(not prediction.probabilities(file_ending).is_file() for prediction in predictions.values()):
             found.missing_probabilities.append(
                 Missing(f"{name} has no probabilities in {folder}.", _predict_command(folder, trained, folds, device))
@@ -418,14 +410,11 @@ def find_test_set(
     return found
 
 
-def _trained_model(folder: Path) -> tuple[ModelName | None, tuple[int | str, ...]]:
-    parts = folder.resolve().name.split("__")
-    if len(parts) != 3 or not (folder / _PLANS_JSON).is_file():
-        return None, ()
+def _trained_folds(folder: Path) -> tuple[int | str, ...]:
     folds: list[int | str] = [*sorted(int(path.name[5:]) for path in folder.glob("fold_*") if path.name[5:].isdigit())]
     if not folds and (folder / "fold_all").is_dir():
         folds.append("all")
-    return ModelName(*parts), tuple(folds)
+    return tuple(folds)
 
 
 def _predict_command(folder: Path, trained: Path | None, folds: Sequence[int | str], device: str) -> tuple[str, ...]:
@@ -448,7 +437,7 @@ def _predict_command(folder: Path, trained: Path | None, folds: Sequence[int | s
 
 
 def same_cases(
-    models: Sequence[Model], references: Sequence[str], *, intersection: bool
+    models: Sequence[Contender], references: Sequence[str], *, intersection: bool
 ) -> tuple[list[str], list[str]]:
     """The cases that all models are compared on.
 
@@ -492,12 +481,12 @@ def same_cases(
     return sorted(everywhere), faults
 
 
-def other_splits(models: Sequence[Model]) -> list[str]:
+def other_splits(models: Sequence[Contender]) -> list[str]:
     """Names of the models that held cases out in other folds than the first model did."""
     return [model.name for model in models[1:] if _in_other_folds(models[0], model)]
 
 
-def _in_other_folds(first: Model, second: Model) -> set[str]:
+def _in_other_folds(first: Contender, second: Contender) -> set[str]:
     common = set(first.predictions) & set(second.predictions)
     return {case for case in common if first.predictions[case].fold != second.predictions[case].fold}
 
@@ -521,58 +510,7 @@ def _file_ending(folder: Path, faults: list[str]) -> str | None:
     return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content.
-
-    Raises:
-        InputError: It cannot be read, or is no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
-    return content
-
-
-def architecture_faults(plans_file: Path) -> list[str]:
-    """What a model's plans name as network or layer that is none, and would be called when the network is built.
-
-    Args:
-        plans_file: The plans.json of a model, which other people may have made.
-
-    Returns:
-        A message for every such name.
-
-    Raises:
-        InputError: The file cannot be read, or holds no plans.
-    """
-    import pydoc
-
-    from torch import nn
-
-    names: list[Any] = []
-    content = read_json(plans_file)
-    try:
-        for configuration in content["configurations"].values():
-            architecture = configuration.get("architecture", {})
-            arguments = architecture.get("arch_kwargs", {})
-            names += [architecture.get("network_class_name")]
-            names += [arguments.get(key) for key in architecture.get("_kw_requires_import", ())]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{plans_file} holds no plans of nnU-Net: {error!r}.") from error
-    faults = []
-    for name in dict.fromkeys(name for name in names if isinstance(name, str)):
-        found = pydoc.locate(name)  # as nnU-Net finds it
-        if found is not None and not (isinstance(found, type) and issubclass(found, nn.Module)):
-            faults.append(f"{plans_file} names {name} as part of a network; expected a class of torch.nn.Module.")
-    return faults
-
-
-def iterate_missing(found: Found, *, probabilities: bool) -> Iterator[Missing]:
+def iterate_missing(found: Search, *, probabilities: bool) -> Iterator[Missing]:
     """All that commands have to make before the comparison, each command once."""
     seen: set[tuple[str, ...] | str] = set()
     for missing in (*found.missing, *found.gaps, *(found.missing_probabilities if probabilities else ())):

@@ -1,0 +1,72 @@
+"""Results that are kept from run to run, each under a hash of all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nnunet_conres import __version__
+from nnunet_conres.errors import file_errors
+from nnunet_conres.files import write_json
+
+_Result = TypeVar("_Result")
+
+
+def key_of(*parts: Any) -> str:
+    """A hash of JSON-like parts, and of this package's version."""
+    return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
+
+
+def content_of(path: Path) -> str:
+    """A hash of a file's content and of its ending: under another one the same bytes may be another image."""
+    with file_errors(path):
+        return path.suffix.lower() + hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def state_of(path: Path) -> list[Any]:
+    """Changes when a file is written again; reading gigabytes to be surer would take minutes."""
+    with file_errors(path):
+        stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns]
+
+
+class Cache:
+    """A folder of JSON files, one per result.
+
+    Args:
+        folder: Made if need be; None to keep nothing.
+
+    Raises:
+        InputError: The folder can't be made.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        if folder is not None:
+            with file_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> Any:
+        """A result, None where there is none that can be read."""
+        if self.folder is None:
+            return None
+        try:
+            return json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def put(self, key: str, content: Any) -> None:
+        """Keep a result. Several processes may write the same one at once."""
+        if self.folder is not None:
+            write_json(self.folder / f"{key}.json", content, indent=None)
+
+    def kept(self, key: str, make: Callable[[], _Result]) -> _Result:
+        """A result as JSON holds it, made and kept where there is none."""
+        content: _Result | None = self.get(key)
+        if content is None:
+            content = make()
+            self.put(key, content)
+        return content

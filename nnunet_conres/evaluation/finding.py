@@ -1,0 +1,318 @@
+"""First stage of a comparison: what is compared, with its predictions, references and images, complete and checked."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nnunet_conres.datasets.raw import some
+from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.metrics import MetricOptions
+from nnunet_conres.evaluation.predictions import (
+    Contender,
+    Missing,
+    NamedModel,
+    Search,
+    iterate_missing,
+    other_splits,
+    same_cases,
+    search_cross_validation,
+    search_test_set,
+)
+from nnunet_conres.files import read_json
+from nnunet_conres.folders import list_files
+from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """How models are compared.
+
+    Attributes:
+        intersection: Whether to compare on the common cases where models have different ones.
+        ensembles: Whether to average probabilities and compare that as further models.
+        run: Whether to run the commands that make what is missing.
+        device: Device of those commands; None for cuda where there is a GPU, else cpu.
+        metrics: Conventions of the metrics.
+        group_pattern: Regular expression that finds in a case's id what it is grouped by, where cases are not
+            independent; None for the patients of BraTS's ids since 2023.
+        processes: Cases scored at once.
+        progress: Whether to show progress bars on stderr.
+    """
+
+    intersection: bool = False
+    ensembles: bool = True
+    run: bool = False
+    device: str | None = None
+    metrics: MetricOptions = field(default_factory=MetricOptions)
+    group_pattern: str | None = None
+    processes: int = 1
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is compared: checked and complete.
+
+    Attributes:
+        kind: "cross-validation" or "test".
+        dataset_name: Name of the data set.
+        dataset_json: Content of its dataset.json.
+        models: The models, the baseline first.
+        cases: Ids of the cases.
+        references: True label map by case.
+        images: Image files by case, one per channel; without the cases that have none.
+        settings: Folder with the dataset.json and plans.json that a model predicted with, by its key.
+        groups: Group of every case; None where each case is its own.
+        missing_probabilities: What makes the probabilities that an ensemble lacks.
+        left_out: Cases that have a reference or a prediction, and are not compared.
+        warnings: What has been found already.
+    """
+
+    kind: str
+    dataset_name: str
+    dataset_json: Mapping[str, Any]
+    models: list[Contender]
+    cases: list[str]
+    references: Mapping[str, Path]
+    images: Mapping[str, Sequence[Path]]
+    settings: Mapping[str, Path]
+    groups: Mapping[str, str] | None
+    missing_probabilities: Sequence[Missing]
+    left_out: Sequence[str]
+    warnings: list[str]
+
+    @property
+    def folds(self) -> list[int]:
+        """The folds that held the compared cases out, in the first model."""
+        folds = {self.models[0].predictions[case].fold for case in self.cases}
+        return sorted(fold for fold in folds if fold is not None)
+
+
+def find_cross_validation(
+    dataset_name: str, names: Sequence[NamedModel], folds: Sequence[int], options: CompareOptions
+) -> Found:
+    """The predictions of models for the cases that their folds held out.
+
+    Args:
+        dataset_name: Whole name of the data set.
+        names: The models, the baseline first.
+        folds: Folds that every model has to have.
+        options: How to compare.
+
+    Raises:
+        InputError: Something is missing or does not fit; lists all that was found, with the commands that help.
+    """
+
+    def search(device: str) -> Search:
+        return search_cross_validation(dataset_name, names, folds, device=device)
+
+    found = _search_or_make(search, options, len(names))
+    references = _reference_folder(dataset_name)
+    if references is None:
+        raise InputError([f"{dataset_name} has neither labelsTr in nnUNet_raw nor gt_segmentations in preprocessed."])
+    settings = {model.key: model.folder for model in found.models if model.folder is not None}
+    dataset_json = read_json(settings[found.models[0].key] / "dataset.json")
+    images = _raw_images(dataset_name)
+    return _settle("cross-validation", dataset_name, dataset_json, found, references, images, settings, options)
+
+
+def find_test_set(
+    predictions: Mapping[str, str | Path],
+    references: str | Path,
+    dataset_json: str | Path,
+    options: CompareOptions,
+    *,
+    images: str | Path | None = None,
+    model_folders: Mapping[str, str | Path] | None = None,
+) -> Found:
+    """Folders of predictions of the same images.
+
+    Args:
+        predictions: Folder by the model's name, the baseline first.
+        references: Folder with the true label maps.
+        dataset_json: The data set's dataset.json.
+        options: How to compare.
+        images: Folder with the images, named as nnU-Net names them, for the pictures of the report.
+        model_folders: Trained model folder by the models' names, for costs and curves.
+
+    Raises:
+        InputError: Something is missing or does not fit; lists all that was found.
+    """
+    content = read_json(Path(dataset_json))
+    if "file_ending" not in content:
+        raise InputError(f"{dataset_json} has no file_ending; expected the dataset.json of an nnU-Net data set.")
+    file_ending = str(content["file_ending"])
+    folders = {name: Path(folder) for name, folder in predictions.items()}
+    trained = {name: Path(folder) for name, folder in (model_folders or {}).items()}
+    missing = [
+        f"{folder} is not a folder; expected {what}."
+        for folder, what in ((references, "the true label maps"), (images, "images"))
+        if folder is not None and not Path(folder).is_dir()
+    ]
+
+    def search(device: str) -> Search:
+        found = search_test_set(folders, trained, file_ending, device=device)
+        found.faults[:0] = missing
+        return found
+
+    found = _search_or_make(search, options, len(folders))
+    settings = {model.key: folders[model.name] for model in found.models}
+    shown = {} if images is None else _images_by_case(Path(images), file_ending)
+    name = str(content.get("name", Path(dataset_json).resolve().parent.name))
+    return _settle("test", name, content, found, Path(references), shown, settings, options)
+
+
+def _available_device(*, certain: bool) -> str:
+    """cuda or cpu; PyTorch knows for certain, but takes seconds to import."""
+    if certain:
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if shutil.which("nvidia-smi") and not version("torch").endswith("+cpu") else "cpu"
+
+
+def _search_or_make(search: Callable[[str], Search], options: CompareOptions, number: int) -> Search:
+    """So many models; commands that make what is missing are run where that is wanted.
+
+    Raises:
+        InputError: They are not complete, or a command failed.
+    """
+    device = options.device or _available_device(certain=options.run)
+    found = search(device)
+    if options.run and not found.faults:
+        todo = list(iterate_missing(found, probabilities=options.ensembles and number > 1))
+        unknown = [missing for missing in todo if not missing.is_known]
+        if unknown:
+            raise InputError(
+                [
+                    f"--run does not know the whole command: name the model's folder with --model, run it yourself, or "
+                    f"leave --run out and do without the ensemble. {missing.as_text}"
+                    if missing.command
+                    else missing.as_text
+                    for missing in unknown
+                ]
+            )
+        for missing in todo:
+            print(missing.as_text, flush=True)
+            try:
+                code = subprocess.run(missing.command, check=False).returncode
+            except FileNotFoundError as error:
+                raise InputError(f"{missing.command[0]} is not installed here; run it where nnU-Net is.") from error
+            if code != 0:
+                raise InputError(f"The command failed with exit code {code}: {missing.remedy}")
+        if todo:
+            found = search(device)
+    faults = found.faults + [missing.as_text for missing in found.missing]
+    if not options.intersection:
+        faults += [f"{gap.as_text} Or compare on the common cases with --intersection." for gap in found.gaps]
+    if faults:
+        raise InputError(faults)
+    return found
+
+
+def _settle(
+    kind: str,
+    dataset_name: str,
+    dataset_json: Mapping[str, Any],
+    search: Search,
+    reference_folder: Path,
+    images: Mapping[str, Sequence[Path]],
+    settings: Mapping[str, Path],
+    options: CompareOptions,
+) -> Found:
+    file_ending = str(dataset_json["file_ending"])
+    references = {path.name.removesuffix(file_ending): path for path in list_files(reference_folder, file_ending)}
+    cases, faults = same_cases(search.models, list(references), intersection=options.intersection)
+    faults += _other_labels(search.models, dataset_json, settings)
+    groups, ungrouped = _groups(cases, options.group_pattern)
+    faults += ungrouped
+    if faults:
+        raise InputError(faults)
+    warnings = []
+    predicted = {case for model in search.models for case in model.predictions}
+    left_out = predicted - set(cases)
+    if options.intersection:
+        warnings += [f"{gap.what} Left out for all models." for gap in search.gaps]
+        if left_out:
+            warnings.append(f"Compared on the {len(cases)} common cases only; left out: {some(sorted(left_out))}.")
+        others = other_splits(search.models)
+        if others:
+            warnings.append(
+                f"{some(others)}: trained on other splits than {search.models[0].name}. Each case was held out, but "
+                f"the models learned from different cases."
+            )
+    if kind == "test":
+        unpredicted = sorted(set(references) - predicted)
+        left_out |= set(unpredicted)
+        if unpredicted:
+            warnings.append(f"No model predicted {some(unpredicted)}, for which there is a reference.")
+    return Found(
+        kind,
+        dataset_name,
+        dataset_json,
+        search.models,
+        cases,
+        references,
+        images,
+        settings,
+        groups,
+        search.missing_probabilities,
+        sorted(left_out | {case for gap in search.gaps for case in gap.cases}),
+        warnings,
+    )
+
+
+def _groups(cases: Sequence[str], pattern: str | None) -> tuple[dict[str, str] | None, list[str]]:
+    from nnunet_conres.datasets.splits import compile_group, group_cases
+
+    compiled, faults = compile_group(pattern)
+    if faults:
+        return None, faults
+    groups, faults = group_cases(cases, compiled)
+    return (groups if len(set(groups.values())) < len(groups) else None), faults
+
+
+def _other_labels(
+    models: Sequence[Contender], dataset_json: Mapping[str, Any], settings: Mapping[str, Path]
+) -> Iterator[str]:
+    for model in models:
+        path = settings[model.key] / "dataset.json"
+        if path.is_file() and read_json(path).get("labels") != dataset_json.get("labels"):
+            yield (
+                f"{model.name} was trained with the labels {read_json(path).get('labels')}, but the comparison is in "
+                f"{dataset_json.get('labels')}: their scores are not those of the same thing."
+            )
+
+
+def _reference_folder(dataset_name: str) -> Path | None:
+    for variable, name in ((FOLDER_VARIABLES[0], "labelsTr"), (FOLDER_VARIABLES[1], "gt_segmentations")):
+        root = folder_from_environment(variable)
+        if root is not None and (root / dataset_name / name).is_dir():
+            return root / dataset_name / name
+    return None
+
+
+def _raw_images(dataset_name: str) -> dict[str, list[Path]]:
+    raw = folder_from_environment(FOLDER_VARIABLES[0])
+    if raw is None or not (raw / dataset_name / "imagesTr").is_dir():
+        return {}
+    try:
+        file_ending = str(read_json(raw / dataset_name / "dataset.json")["file_ending"])
+    except (InputError, KeyError):
+        return {}
+    return _images_by_case(raw / dataset_name / "imagesTr", file_ending)
+
+
+def _images_by_case(folder: Path, file_ending: str) -> dict[str, list[Path]]:
+    cases: dict[str, list[Path]] = {}
+    for path in list_files(folder, file_ending):
+        stem = path.name.removesuffix(file_ending)
+        if stem[-5:-4] == "_" and stem[-4:].isdigit():
+            cases.setdefault(stem[:-5], []).append(path)
+    return cases

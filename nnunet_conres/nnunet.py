@@ -1,0 +1,136 @@
+"""nnU-Net's folders, names of data sets and models, and what is in its JSON files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from nnunet_conres.errors import InputError
+from nnunet_conres.files import read_json
+
+_Model = TypeVar("_Model", bound="Model")
+
+# The first holds the raw data sets.
+FOLDER_VARIABLES: Final = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+def folder_from_environment(variable: str) -> Path | None:
+    """The folder that one of nnU-Net's environment variables names, None where it is not set."""
+    value = os.environ.get(variable)
+    return Path(value) if value else None
+
+
+def dataset_name_of(dataset: int | str) -> str:
+    """Whole name of a data set that nnU-Net finds by its number or name, raw, preprocessed or among the results.
+
+    Raises:
+        InputError: There is none, or more than one.
+    """
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    try:
+        return str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).split(". ")[0]  # after it nnU-Net lists its folders
+        raise InputError([f"{dataset} is no data set: {reason}."]) from error
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as nnU-Net names it.
+
+    Attributes:
+        trainer: Name of the trainer's class.
+        plans: Name of the plans.
+        configuration: For example 3d_fullres.
+    """
+
+    trainer: str
+    plans: str
+    configuration: str
+
+    @classmethod
+    def of_folder(cls: type[_Model], folder: Path) -> _Model | None:
+        """The model of a folder that has nnU-Net's name and plans.json; None for another folder."""
+        parts = folder.resolve().name.split("__")
+        return cls(*parts) if len(parts) == 3 and (folder / "plans.json").is_file() else None
+
+    @property
+    def folder_name(self) -> str:
+        """Name of its folder among the results of a data set."""
+        return f"{self.trainer}__{self.plans}__{self.configuration}"
+
+    def folder(self, dataset_name: str) -> Path | None:
+        """Its folder in nnUNet_results, None if that is not set."""
+        results = folder_from_environment(FOLDER_VARIABLES[2])
+        return None if results is None else results / dataset_name / self.folder_name
+
+    def training_command(self, dataset_name: str, fold: int | str, *options: str) -> tuple[str, ...]:
+        """The command that trains a fold."""
+        named = (dataset_name, self.configuration, str(fold), "-tr", self.trainer, "-p", self.plans)
+        return ("nnUNetv2_train", *named, *options)
+
+
+# --- dataset.json and plans.json -------------------------------------------------------------------------------------
+
+
+def label_values(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Label values of every label or region but background and ignore, by name, in the file's order.
+
+    Args:
+        labels: The entry ``labels`` of dataset.json.
+
+    Raises:
+        TypeError, ValueError, AttributeError: It is none.
+    """
+    return {
+        str(name): tuple(int(value) for value in (values if isinstance(values, (list, tuple)) else (values,)))
+        for name, values in labels.items()
+        if name not in ("background", "ignore")
+    }
+
+
+def ignore_label(labels: Mapping[str, Any]) -> int | None:
+    """The label of voxels that are not annotated, None where there is none.
+
+    Args:
+        labels: The entry ``labels`` of dataset.json.
+    """
+    return None if labels.get("ignore") is None else int(labels["ignore"])
+
+
+def architecture_faults(plans_file: Path) -> list[str]:
+    """What a model's plans name as network or layer that is none, and would be called when the network is built.
+
+    Args:
+        plans_file: The plans.json of a model, which other people may have made.
+
+    Returns:
+        A message for every such name.
+
+    Raises:
+        InputError: The file cannot be read, or holds no plans.
+    """
+    import pydoc
+
+    from torch import nn
+
+    names: list[Any] = []
+    content = read_json(plans_file)
+    try:
+        for configuration in content["configurations"].values():
+            architecture = configuration.get("architecture", {})
+            arguments = architecture.get("arch_kwargs", {})
+            names += [architecture.get("network_class_name")]
+            names += [arguments.get(key) for key in architecture.get("_kw_requires_import", ())]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{plans_file} holds no plans of nnU-Net: {error!r}.") from error
+    faults = []
+    for name in dict.fromkeys(name for name in names if isinstance(name, str)):
+        found = pydoc.locate(name)  # as nnU-Net finds it
+        if found is not None and not (isinstance(found, type) and issubclass(found, nn.Module)):
+            faults.append(f"{plans_file} names {name} as part of a network; expected a class of torch.nn.Module.")
+    return faults
