@@ -52,12 +52,12 @@ def unsafe_ids(case_ids: Iterable[str], where: object) -> list[str]:
         reason = why_unsafe(case_id)
         if reason:
             bad.setdefault(reason, []).append(ascii(case_id))
-    faults = []
+    errors = []
     for reason, ids in bad.items():
         shown = ", ".join(ids[:_MOST_SHOWN])
         if len(ids) == 1:
-            faults.append(f"{where} has the case id {shown}, which {reason}; rename the case.")
+            errors.append(f"{where} has the case id {shown}, which {reason}; rename the case.")
         else:
             more = f" and {len(ids) - _MOST_SHOWN} more" if len(ids) > _MOST_SHOWN else ""
-            faults.append(f"{where} has {len(ids)} case ids, each of which {reason}: {shown}{more}; rename the cases.")
-    return faults
+            errors.append(f"{where} has {len(ids)} case ids, each of which {reason}: {shown}{more}; rename the cases.")
+    return errors

@@ -45,22 +45,22 @@ class InputError(ValueError):
     Everything else that is raised is an error of this package and keeps its traceback.
 
     Args:
-        faults: The message, or a list of errors that were found together before anything was written. Each names the
+        errors: The message, or a list of errors that were found together before anything was written. Each names the
             file or value, says what was expected and what to do.
 
     Attributes:
-        faults: One message per error.
+        errors: One message per error.
     """
 
-    def __init__(self, faults: str | Sequence[str]) -> None:
-        if isinstance(faults, str):
-            self.faults: tuple[str, ...] = (faults,)
-            super().__init__(faults)
+    def __init__(self, errors: str | Sequence[str]) -> None:
+        if isinstance(errors, str):
+            self.errors: tuple[str, ...] = (errors,)
+            super().__init__(errors)
             return
-        self.faults = tuple(faults)
-        noun = "error" if len(faults) == 1 else "errors"
-        lines = "\n".join(f"  - {line}" for line in grouped(faults))
-        super().__init__(f"Nothing was written: {len(faults)} {noun} found.\n{lines}")
+        self.errors = tuple(errors)
+        noun = "error" if len(errors) == 1 else "errors"
+        lines = "\n".join(f"  - {line}" for line in grouped(errors))
+        super().__init__(f"Nothing was written: {len(errors)} {noun} found.\n{lines}")
 
     def naming(self, known: os.PathLike[str], *, instead_of: os.PathLike[str]) -> InputError:
         """The same error with a path that the user knows in place of a temporary one.
@@ -69,12 +69,12 @@ class InputError(ValueError):
             known: What the user asked for.
             instead_of: What is named so far.
         """
-        faults = tuple(fault.replace(os.fspath(instead_of), os.fspath(known)) for fault in self.faults)
-        return type(self)(faults[0] if str(self) == self.faults[0] else faults)
+        errors = tuple(error.replace(os.fspath(instead_of), os.fspath(known)) for error in self.errors)
+        return type(self)(errors[0] if str(self) == self.errors[0] else errors)
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str | tuple[str, ...]]]:
         # worker processes send it back; BaseException would call the class with the finished message
-        return type(self), (self.faults[0] if str(self) == self.faults[0] else self.faults,)
+        return type(self), (self.errors[0] if str(self) == self.errors[0] else self.errors,)
 
 
 def grouped(messages: Sequence[str]) -> list[str]:

@@ -102,7 +102,7 @@ def ignore_label(labels: Mapping[str, Any]) -> int | None:
     return None if labels.get("ignore") is None else int(labels["ignore"])
 
 
-def architecture_faults(plans_file: Path) -> list[str]:
+def architecture_errors(plans_file: Path) -> list[str]:
     """What a model's plans name as network or layer that is none, and would be called when the network is built.
 
     Args:
@@ -128,9 +128,9 @@ def architecture_faults(plans_file: Path) -> list[str]:
             names += [arguments.get(key) for key in architecture.get("_kw_requires_import", ())]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{plans_file} holds no plans of nnU-Net: {error!r}.") from error
-    faults = []
+    errors = []
     for name in dict.fromkeys(name for name in names if isinstance(name, str)):
         found = pydoc.locate(name)  # as nnU-Net finds it
         if found is not None and not (isinstance(found, type) and issubclass(found, nn.Module)):
-            faults.append(f"{plans_file} names {name} as part of a network; expected a class of torch.nn.Module.")
-    return faults
+            errors.append(f"{plans_file} names {name} as part of a network; expected a class of torch.nn.Module.")
+    return errors

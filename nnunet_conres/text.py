@@ -36,6 +36,17 @@ def number_text(value: float) -> str:
     return short if float(short) == value or not float(short).is_integer() else f"{value:.9g}"
 
 
-def times(extents: Sequence[int]) -> str:
+def format_shape(extents: Sequence[int]) -> str:
     """A patch or a shape: 80 x 160 x 160."""
     return " x ".join(str(extent) for extent in extents)
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many there are beyond."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def short_message(error: BaseException) -> str:
+    """The last line of an error's message: ITK puts its source file before it, and the reason at the end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).rstrip(".")

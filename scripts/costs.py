@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from benchmarks.made_up import DATA_SETS, DATASET_NAME, nnunet_folders
 from benchmarks.report import table
+from benchmarks.synthetic import DATA_SETS, DATASET_NAME, nnunet_folders
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncM,

@@ -1,4 +1,4 @@
-"""Draws the pictures in docs/images from made-up cases: python scripts/figures.py"""
+"""Draws the pictures in docs/images from synthetic cases: python scripts/figures.py"""
 
 from __future__ import annotations
 

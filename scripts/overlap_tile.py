@@ -83,14 +83,14 @@ def find_cases(arguments: argparse.Namespace) -> dict[str, tuple[list[str], str]
     """Image files and label map of the cases to predict, by case.
 
     Raises:
-        ValueError: Files are missing; all faults are named.
+        ValueError: Files are missing; all errors are named.
     """
     model = arguments.m
     needed = [model / name for name in ("plans.json", "dataset.json", f"fold_{arguments.f}/{arguments.chk}")]
     needed += [path for path in (arguments.i, arguments.ref, arguments.splits) if path is not None]
-    faults = [f"{path} does not exist." for path in needed if not path.exists()]
-    if faults:
-        raise ValueError("\n".join(faults))
+    errors = [f"{path} does not exist." for path in needed if not path.exists()]
+    if errors:
+        raise ValueError("\n".join(errors))
     dataset = json.loads((model / "dataset.json").read_text(encoding="utf-8"))
     ending, channels = dataset["file_ending"], len(dataset["channel_names"])
     if arguments.splits is None:
@@ -106,12 +106,12 @@ def find_cases(arguments: argparse.Namespace) -> dict[str, tuple[list[str], str]
     for name in names[: arguments.n]:
         images = [arguments.i / f"{name}_{channel:04d}{ending}" for channel in range(channels)]
         label = arguments.ref / f"{name}{ending}"
-        faults += [f"{path} does not exist." for path in (*images, label) if not path.is_file()]
+        errors += [f"{path} does not exist." for path in (*images, label) if not path.is_file()]
         cases[name] = ([str(path) for path in images], str(label))
     if not cases:
-        faults.append(f"{arguments.ref} has no file ending in {ending}.")
-    if faults:
-        raise ValueError("\n".join(faults))
+        errors.append(f"{arguments.ref} has no file ending in {ending}.")
+    if errors:
+        raise ValueError("\n".join(errors))
     return cases
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything once, from nothing to figures, on made-up brain tumours: see usage below.
+# Everything once, from nothing to figures, on synthetic brain tumours: see usage below.
 
 set -euo pipefail
 
@@ -7,10 +7,10 @@ usage() {
     cat <<'TEXT'
 Usage: scripts/quickstart.sh [--workdir FOLDER] [--device cpu|cuda|mps] [--python PYTHON] [--fresh]
 
-Makes its own environment, writes a few made-up brain tumour cases in BraTS's layout, converts them to an nnU-Net data
+Makes its own environment, writes a few synthetic brain tumour cases in BraTS's layout, converts them to an nnU-Net data
 set, trains ConResNet and nnU-Net's own U-Net on them for one epoch each with nnUNetv2_train, predicts held-out cases
 with nnUNetv2_predict, and compares the two and their ensemble in a report. Takes 15 to 25 minutes on two cores; a GPU is
-used if there is one. The cases are made up and the trainings are short: the scores say that all works, not how good a
+used if there is one. The cases are synthetic and the trainings are short: the scores say that all works, not how good a
 method is.
 
 Run it again after an interruption and it goes on where it was, within the training too.

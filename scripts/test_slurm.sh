@@ -8,7 +8,7 @@ usage() {
 Usage: scripts/test_slurm.sh [--workdir FOLDER] [--environment FOLDER] [--iterations N] [--sequential]
 
 Installs Debian's slurm-wlm and munge where they are missing, starts a cluster of this one machine with a configuration
-of its own, and runs a small experiment on made-up cases through it with `nnunet-conres workflow --profile slurm`: two
+of its own, and runs a small experiment on synthetic cases through it with `nnunet-conres workflow --profile slurm`: two
 models in two folds, one short epoch each. One training is killed by scancel in the middle of its epoch. Then checks
 that it was completed from its checkpoint, that all is done and reported, and that a second run has nothing to do.
 Ends all that it has started. Needs root and Debian or Ubuntu; about 10 minutes on two cores.

@@ -33,15 +33,15 @@ def test_ids_that_are_safe(case_id: str) -> None:
 )
 def test_ids_that_are_not(case_id: str, reason: str) -> None:
     assert reason in why_unsafe(case_id)
-    (fault,) = unsafe_ids([case_id, "a"], "dataset.json")
-    assert fault.startswith("dataset.json has the case id ")
-    assert fault.isprintable()
+    (error,) = unsafe_ids([case_id, "a"], "dataset.json")
+    assert error.startswith("dataset.json has the case id ")
+    assert error.isprintable()
 
 
 def test_many_are_one_message() -> None:
     ids = [f"-{number}" for number in range(12)]
-    (fault,) = unsafe_ids([*ids, "fine"], "labelsTr")
-    assert fault == (
+    (error,) = unsafe_ids([*ids, "fine"], "labelsTr")
+    assert error == (
         "labelsTr has 12 case ids, each of which begins with -, as options of commands do: "
         "'-0', '-1', '-2', '-3', '-4' and 7 more; rename the cases."
     )

@@ -10,11 +10,11 @@ from nnunet_conres.errors import InputError, file_errors, grouped, writing_error
 from nnunet_conres.locks import LockedError
 
 
-@pytest.mark.parametrize("faults", ["The id is 0.", ["The id is 0."], ["The id is 0.", "There is no folder."]])
-def test_comes_back_whole_from_a_worker_process(faults):
-    error = InputError(faults)
+@pytest.mark.parametrize("errors", ["The id is 0.", ["The id is 0."], ["The id is 0.", "There is no folder."]])
+def test_comes_back_whole_from_a_worker_process(errors):
+    error = InputError(errors)
     returned = pickle.loads(pickle.dumps(error))
-    assert (type(returned), str(returned), returned.faults) == (InputError, str(error), error.faults)
+    assert (type(returned), str(returned), returned.errors) == (InputError, str(error), error.errors)
 
 
 def test_one_message_is_shown_as_it_is():
@@ -24,7 +24,7 @@ def test_one_message_is_shown_as_it_is():
 def test_a_list_is_counted():
     error = InputError(["The id is 0.", "There is no folder."])
     assert "2 errors found" in str(error)
-    assert all(fault in str(error) for fault in error.faults)
+    assert all(message in str(error) for message in error.errors)
 
 
 def attempt(do: Callable[[], object], path: Path) -> str:
@@ -61,11 +61,11 @@ class TestFileErrors:
         assert attempt(read, path) == f"{path}: Not a gzipped file (b'no')"
 
     def test_of_a_temporary_path_as_the_user_knows_it(self) -> None:
-        for faults in ("/a/.b.partial-0/c: no", ["/a/.b.partial-0/c: no"]):
-            error = LockedError(faults).naming(Path("/a/b"), instead_of=Path("/a/.b.partial-0"))
+        for errors in ("/a/.b.partial-0/c: no", ["/a/.b.partial-0/c: no"]):
+            error = LockedError(errors).naming(Path("/a/b"), instead_of=Path("/a/.b.partial-0"))
             assert type(error) is LockedError
-            assert error.faults == ("/a/b/c: no",)
-            assert str(error) == str(LockedError(faults)).replace(".b.partial-0", "b")
+            assert error.errors == ("/a/b/c: no",)
+            assert str(error) == str(LockedError(errors)).replace(".b.partial-0", "b")
 
     @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EBADF, "x"), BrokenPipeError(errno.EPIPE, "x")])
     def test_everything_else_passes(self, error: Exception) -> None:
@@ -93,7 +93,7 @@ class TestGrouped:
         ]
         assert "170 errors found" in str(InputError(missing))
         assert len(str(InputError(missing)).splitlines()) == 7
-        assert len(InputError(missing).faults) == 170
+        assert len(InputError(missing).errors) == 170
 
     def test_many_kinds_are_counted(self) -> None:
         words = [f"{chr(97 + first)}{chr(97 + second)}" for first in range(10) for second in range(10)]

@@ -167,7 +167,7 @@ except InputError as error:
 
         with pytest.raises(InputError) as caught:
             fail()
-        assert caught.value.faults[0].startswith(f"{tmp_path / 'new' / 'file' / 'below'}: Not a directory")
+        assert caught.value.errors[0].startswith(f"{tmp_path / 'new' / 'file' / 'below'}: Not a directory")
 
     def test_the_message_names_what_is_written_under_the_same_lock(self, tmp_path: Path) -> None:
         lock = tmp_path / ".lock"

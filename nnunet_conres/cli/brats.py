@@ -74,7 +74,7 @@ def add_brats_convert(subparsers: "Subparsers") -> None:
         "cases.json (default: %(default)s)",
     )
     parser.add_argument(
-        "--skip-bad", action="store_true", help="leave cases with faults out, and say which, instead of stopping"
+        "--skip-bad", action="store_true", help="leave cases with errors out, and say which, instead of stopping"
     )
     parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
     parser.set_defaults(handler=_brats_convert)
@@ -82,8 +82,8 @@ def add_brats_convert(subparsers: "Subparsers") -> None:
 
 def _brats_convert(arguments: argparse.Namespace) -> int:
     from nnunet_conres.datasets.brats import convert_brats
-    from nnunet_conres.datasets.raw import some
     from nnunet_conres.errors import grouped
+    from nnunet_conres.text import first_few
 
     done = convert_brats(
         arguments.i,
@@ -98,18 +98,18 @@ def _brats_convert(arguments: argparse.Namespace) -> int:
         skip_bad=arguments.skip_bad,
         processes=number_of_processes(arguments.np),
     )
-    for fault in grouped([fault for faults in done.skipped.values() for fault in faults]):
-        print(f"left out: {fault}", file=sys.stderr)
+    for error in grouped([error for errors in done.skipped.values() for error in errors]):
+        print(f"left out: {error}", file=sys.stderr)
     for warning in done.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{done.dataset_folder}")
     print(f"  training cases: {len(done.training_ids)}")
     print(f"  test cases:     {len(done.test_ids)}, {len(done.test_label_ids)} of them with labels")
     if done.skipped:
-        print(f"  left out:       {len(done.skipped)}: {some(list(done.skipped), 20)}")
+        print(f"  left out:       {len(done.skipped)}: {first_few(list(done.skipped), 20)}")
     print("  image files:    " + ", ".join(f"{count} {how}" for how, count in done.transfers.items() if count))
     if done.missing:
-        print(f"  zero images:    of {len(done.missing)} cases without a modality: {some(list(done.missing), 20)}")
+        print(f"  zero images:    of {len(done.missing)} cases without a modality: {first_few(list(done.missing), 20)}")
     print(f"  scheme:         {', '.join(done.schemes)}")
     if done.training_ids:
         print(f"Next: nnUNetv2_plan_and_preprocess -d {arguments.d} -c 3d_fullres --verify_dataset_integrity")
@@ -171,8 +171,9 @@ def _brats_export(arguments: argparse.Namespace) -> int:
 def add_phantom(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "phantom",
-        help="write made-up brain tumour cases in BraTS's layout",
-        description="Writes made-up, labelled brain tumour cases in the layout of BraTS 2018: a folder training and a "
+        help="write synthetic brain tumour cases in BraTS's layout",
+        description="Writes synthetic, labelled brain tumour cases in the layout of BraTS 2018: a folder "
+        "training and a "
         "folder held_out. For trying things out, not for science.",
     )
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, not there yet or empty")

@@ -141,9 +141,9 @@ def _compare(arguments: argparse.Namespace) -> int:
         from nnunet_conres.evaluation.predictions import parse_model_names
         from nnunet_conres.nnunet import dataset_name_of
 
-        names, faults = parse_model_names(arguments.tr, arguments.p, arguments.c)
-        if faults:
-            raise InputError(faults)
+        names, errors = parse_model_names(arguments.tr, arguments.p, arguments.c)
+        if errors:
+            raise InputError(errors)
         found = find_cross_validation(dataset_name_of(arguments.d), names, arguments.f, options)
     elif arguments.predictions is not None and arguments.d is None:
         if arguments.reference is None or arguments.djfile is None:

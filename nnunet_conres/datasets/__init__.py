@@ -1,1 +1,1 @@
-"""Data sets: BraTS into nnU-Net's raw format, and made-up tumour cases to try everything on."""
+"""Data sets: BraTS into nnU-Net's raw format, and synthetic tumour cases to try everything on."""

@@ -22,18 +22,12 @@ from nnunet_conres.datasets.brats_write import (
     write_case,
     write_descriptions,
 )
-from nnunet_conres.datasets.raw import (
-    RAW_NOT_SET,
-    folder_name,
-    id_faults,
-    lock_of_dataset,
-    map_cases,
-    some,
-    target_faults,
-)
+from nnunet_conres.datasets.raw import RAW_NOT_SET, folder_name, id_errors, lock_of_dataset, target_errors
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.folders import check_complete, new_folder
 from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
+from nnunet_conres.parallel import map_cases
+from nnunet_conres.text import first_few
 
 
 class ConversionError(InputError):
@@ -53,7 +47,7 @@ class Conversion:
         transfers: Number of image files linked, copied, compressed, and split from files with several channels.
         missing: The channels that are zero images, by the case that lacks them.
         warnings: What the user should know and nnU-Net does not mind.
-        skipped: Faults by the case or file that was left out for them.
+        skipped: Errors by the case or file that was left out for them.
     """
 
     dataset_folder: Path
@@ -105,7 +99,7 @@ def convert_brats(
             that are not yet compressed are compressed in both cases, and those with several channels split.
         missing: "zero" writes a zero image in place of an absent modality, and says so in cases.json; "refuse" takes no
             such case. A case without any image is never taken.
-        skip_bad: Whether cases with faults are left out, instead of forbidding the conversion.
+        skip_bad: Whether cases with errors are left out, instead of forbidding the conversion.
         processes: Number of processes, 1 or more.
         raw_folder: nnU-Net's raw folder; by default the value of the environment variable nnUNet_raw.
         progress: Whether to show progress bars on stderr.
@@ -116,17 +110,17 @@ def convert_brats(
     Raises:
         ConversionError: Something is wrong with the input or the target. Lists all that was found.
     """
-    selection, scheme_faults = select_schemes(schemes)
-    faults = list(_argument_faults(dataset_id, dataset_name, mode, image_mode, missing, processes))
-    faults += scheme_faults
+    selection, scheme_errors = select_schemes(schemes)
+    errors = list(_argument_errors(dataset_id, dataset_name, mode, image_mode, missing, processes))
+    errors += scheme_errors
     raw = folder_from_environment(FOLDER_VARIABLES[0]) if raw_folder is None else Path(raw_folder)
     if raw is None:
-        faults.append(RAW_NOT_SET)
+        errors.append(RAW_NOT_SET)
     else:
-        faults += target_faults(raw, dataset_id, dataset_name)
-    if scheme_faults:
+        errors += target_errors(raw, dataset_id, dataset_name)
+    if scheme_errors:
         # Without the schemes it is not known what the files should be.
-        raise ConversionError(faults)
+        raise ConversionError(errors)
     found = find_cases(
         input_folders,
         held_out_folders=held_out_folders,
@@ -134,7 +128,7 @@ def convert_brats(
         selection=selection,
         missing=missing,
     )
-    faults += found.faults
+    errors += found.errors
 
     # Other faulty arguments do not keep the files from being looked at: whoever has to repair both learns of both at
     # once.
@@ -142,33 +136,33 @@ def convert_brats(
     bad = {where: tuple(messages) for where, messages in found.bad.items()}
     kept: list[tuple[Case, Findings]] = []
     for case, finding in zip(found.cases, findings, strict=True):
-        if finding.faults:
-            bad[case.case_id] = (*bad.get(case.case_id, ()), *finding.faults)
+        if finding.errors:
+            bad[case.case_id] = (*bad.get(case.case_id, ()), *finding.errors)
         elif case.case_id.casefold() not in found.doubled:
             kept.append((case, finding))
     cases = [case for case, _ in kept]
     if not skip_bad:
-        faults += [fault for messages in bad.values() for fault in messages]
+        errors += [error for messages in bad.values() for error in messages]
         if len(bad) > 5:
             # All of them, where messages of one kind are cut short: --missing zero takes them.
             incomplete = "".join(f"Without {parts}: {', '.join(ids)}. " for parts, ids in found.incomplete.items())
-            faults.append(
+            errors.append(
                 f"{incomplete}{len(bad)} cases or files have errors, and {len(kept)} cases have none. Correct them, or "
                 f"leave them out with --skip-bad."
             )
     elif bad and not cases:
-        faults += [*(fault for messages in bad.values() for fault in messages), "No case is left to convert."]
-    if faults or raw is None:
-        raise ConversionError(faults)
+        errors += [*(error for messages in bad.values() for error in messages), "No case is left to convert."]
+    if errors or raw is None:
+        raise ConversionError(errors)
     warnings = [warning for _, finding in kept for warning in finding.warnings]
     warnings += _doubts(cases, {case.case_id: finding for case, finding in kept})
 
     target = raw / folder_name(dataset_id, dataset_name)
     with new_folder(target, lock=lock_of_dataset(raw, dataset_id)) as partial:
         # Once more, since another may have been made while this one's files were checked.
-        faults = list(target_faults(raw, dataset_id, dataset_name, if_busy=False))
-        if faults:
-            raise ConversionError(faults)
+        errors = list(target_errors(raw, dataset_id, dataset_name, if_busy=False))
+        if errors:
+            raise ConversionError(errors)
         transfers = _write(partial, target.name, cases, mode, image_mode, processes, progress)
     training = tuple(case.case_id for case in cases if case.trains)
     return Conversion(
@@ -184,10 +178,10 @@ def convert_brats(
     )
 
 
-def _argument_faults(
+def _argument_errors(
     dataset_id: int, dataset_name: str, mode: str, image_mode: str, missing: str, processes: int
 ) -> Iterator[str]:
-    yield from id_faults(dataset_id, dataset_name)
+    yield from id_errors(dataset_id, dataset_name)
     for what, value, known in (
         ("mode", mode, get_args(Mode)),
         ("image mode", image_mode, get_args(ImageMode)),
@@ -243,19 +237,20 @@ def _doubts(cases: Sequence[Case], findings: Mapping[str, Findings]) -> Iterator
     labelled_folders = {collection(case) for case in cases if case.trains}
     unlabelled = [case.case_id for case in cases if case.labels is None and collection(case) in labelled_folders]
     if unlabelled:
-        yield f"{some(unlabelled)}: no labels, beside cases that have them. Went to imagesTs."
+        yield f"{first_few(unlabelled)}: no labels, beside cases that have them. Went to imagesTs."
     patients = defaultdict(list)
     for case in cases:
         # Ids of 2017 to 2020 differ in the year alone where a patient was released again.
         patients[re.sub(r"^brats\d\d_", "", case.case_id.casefold())].append(case.case_id)
     again = [" and ".join(ids) for ids in patients.values() if len(ids) > 1]
     if again:
-        yield f"{some(again)}: probably the same patient in two years' releases. Leave one out of each pair."
+        yield f"{first_few(again)}: probably the same patient in two years' releases. Leave one out of each pair."
     trained = {case.patient for case in cases if case.trains}
     both = [case.case_id for case in cases if case.held_out and case.patient in trained]
     if both:
         yield (
-            f"{some(both)}: held out, and the same patients are trained on at other time points. Hold out all cases of "
+            f"{first_few(both)}: held out, and the same patients are trained on at other time points. Hold out "
+            f"all cases of "
             f"a patient, or none."
         )
     if not any(case.trains for case in cases):

@@ -19,15 +19,15 @@ from nnunet_conres.images.nifti import Grid, grid_difference, read_grid, read_ni
 
 @dataclass(frozen=True)
 class Findings:
-    """What checking found: faults forbid the conversion of a case, warnings do not.
+    """What checking found: errors forbid the conversion of a case, warnings do not.
 
     Attributes:
-        faults: One message each.
+        errors: One message each.
         warnings: One message each.
         values: Label values met other than 0.
     """
 
-    faults: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     values: tuple[int, ...] = ()
 
@@ -39,11 +39,11 @@ def check_case(case: Case) -> Findings:
         case: The case, complete.
 
     Returns:
-        Faults: a file that is unreadable, truncated or of the wrong dimensions; voxels that are not finite; geometry
+        Errors: a file that is unreadable, truncated or of the wrong dimensions; voxels that are not finite; geometry
         that differs between files; labels outside the scheme. Warnings: labels that are all background, images that
         are 0.
     """
-    faults: list[str] = []
+    errors: list[str] = []
     warnings: list[str] = []
     values: tuple[int, ...] = ()
     scheme = case.scheme
@@ -56,39 +56,39 @@ def check_case(case: Case) -> Findings:
             grid = read_grid(path, file.header)
         except InputError as error:
             advice = "Get the file again, or leave" if isinstance(error, DamagedFileError) else "Correct it, or leave"
-            faults.append(f"{error} {advice} the case out.")
+            errors.append(f"{error} {advice} the case out.")
             continue
-        wrong = _kind_fault(file.stored, len(content))
+        wrong = _kind_error(file.stored, len(content))
         if wrong:
-            faults.append(f"{path} {wrong}")
+            errors.append(f"{path} {wrong}")
             continue
         if reference is None:
             reference = (path, grid)
         else:
             difference = grid_difference(reference[1], grid)
             if difference:
-                faults.append(
+                errors.append(
                     f"{path} and {reference[0].name} do not lie on the same voxel grid: {difference}. All files of a "
                     f"case must; resample the odd one, or leave the case out."
                 )
         not_finite = file.not_finite()
         if not_finite:
-            faults.append(f"{path} has {not_finite} voxels that are NaN or infinite; expected finite intensities.")
+            errors.append(f"{path} has {not_finite} voxels that are NaN or infinite; expected finite intensities.")
         elif content == LABELS:
             labels = file.labels()
             strange = labels_outside(labels, (0, *scheme.labels))
             if strange:
-                faults.append(label_message(path, strange, scheme))
+                errors.append(label_message(path, strange, scheme))
                 continue
             values = tuple(value for value in scheme.labels if (labels == value).any())
             if not values:
                 warnings.append(f"{path} is all background: the case has no tumour.")
         else:
             warnings += _empty_channels(path, file.stored, content)
-    return Findings(tuple(faults), tuple(warnings), values)
+    return Findings(tuple(errors), tuple(warnings), values)
 
 
-def _kind_fault(voxels: NDArray[Any], channels: int) -> str:
+def _kind_error(voxels: NDArray[Any], channels: int) -> str:
     """What is wrong with a file's dimensions and kind of voxels, or an empty string."""
     if voxels.dtype.kind not in "iuf":
         return f"has voxels of type {voxels.dtype}; expected one number per voxel."

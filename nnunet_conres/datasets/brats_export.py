@@ -15,7 +15,6 @@ from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.brats_find import image_of, names_image, nifti_files
 from nnunet_conres.datasets.brats_scheme_files import LabelSet, Layout, Mode, Scheme
 from nnunet_conres.datasets.brats_schemes import AUTO, SCHEMES, Selection, labels_outside, map_labels, select_schemes
-from nnunet_conres.datasets.raw import map_cases, some
 from nnunet_conres.errors import InputError
 from nnunet_conres.folders import being_written, check_complete, new_folder, visible
 from nnunet_conres.images.content import DamagedFileError
@@ -28,7 +27,8 @@ from nnunet_conres.images.nifti import (
     stem,
     write_nifti,
 )
-from nnunet_conres.text import number_text
+from nnunet_conres.parallel import map_cases
+from nnunet_conres.text import first_few, number_text
 
 
 class ExportError(InputError):
@@ -75,9 +75,9 @@ class Prediction(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Faults of a prediction, and the number of voxels of enhancing tumour that were replaced."""
+    """Errors of a prediction, and the number of voxels of enhancing tumour that were replaced."""
 
-    faults: tuple[str, ...]
+    errors: tuple[str, ...]
     cleaned: int
 
 
@@ -112,27 +112,27 @@ def export_brats(
         What was written.
 
     Raises:
-        ExportError: The predictions do not fit the data set or the scheme, or the target is taken. Lists all faults.
+        ExportError: The predictions do not fit the data set or the scheme, or the target is taken. Lists all errors.
     """
     # Resolved: a link to an empty folder is not replaced, but what it leads to.
     folder, output = Path(predictions_folder), Path(output_folder).resolve()
-    challenge, selection, faults = _one_scheme(scheme)
-    faults += _argument_faults(challenge, et_min_voxels, processes)
-    faults += being_written(output)
+    challenge, selection, errors = _one_scheme(scheme)
+    errors += _argument_errors(challenge, et_min_voxels, processes)
+    errors += being_written(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        faults.append(f"{output} exists already and is not an empty folder; remove it, or choose another -o.")
+        errors.append(f"{output} exists already and is not an empty folder; remove it, or choose another -o.")
     paths = [path for path in visible(folder) if is_nifti(path)] if folder.is_dir() else []
     if not folder.is_dir():
-        faults.append(f"{folder} is not a folder; expected a folder with predictions.")
+        errors.append(f"{folder} is not a folder; expected a folder with predictions.")
     elif not paths:
-        faults.append(f"{folder} has no NIfTI file; expected predictions named CASE.nii.gz.")
-    faults += _name_faults(folder, paths, challenge, selection)
+        errors.append(f"{folder} has no NIfTI file; expected predictions named CASE.nii.gz.")
+    errors += _name_errors(folder, paths, challenge, selection)
     tissues, found = _tissues(folder / "dataset.json" if dataset_json is None else Path(dataset_json), challenge)
-    faults += found
+    errors += found
     references, found, warnings = _references(reference_folder, [stem(path) for path in paths], selection.layouts)
-    faults += found
+    errors += found
     if challenge is None or not tissues:
-        raise ExportError(faults)
+        raise ExportError(errors)
 
     # A label whose tissue the challenge lacks may be in the data set, as long as it is in no prediction.
     values = {tissue: value for value, tissue in challenge.labels.items()}
@@ -142,14 +142,14 @@ def export_brats(
         warnings.append(f"The data set knows no {' or '.join(missing)}, which {challenge.title} asks for.")
     unnamed = [stem(path) for path in paths if not challenge.may_be(stem(path))]
     if unnamed:
-        warnings.append(f"{some(unnamed)}: not named as the cases of {challenge.called}.")
+        warnings.append(f"{first_few(unnamed)}: not named as the cases of {challenge.called}.")
     jobs = [
         Prediction(path, table, tissues, challenge, references.get(stem(path)), et_min_voxels, None) for path in paths
     ]
     checked = list(map_cases(export_case, jobs, max(1, processes), "Checking", progress))
-    faults += [fault for result in checked for fault in result.faults]
-    if faults:
-        raise ExportError(faults)
+    errors += [error for result in checked for error in result.errors]
+    if errors:
+        raise ExportError(errors)
 
     with new_folder(output) as partial:
         jobs = [job._replace(output=partial / f"{stem(job.path)}.nii.gz") for job in jobs]
@@ -163,7 +163,7 @@ def export_case(job: Prediction) -> Result:
     """Check a prediction, and write it if there is a file to write to.
 
     Returns:
-        Faults, and how much enhancing tumour was replaced. With faults nothing is written.
+        Errors, and how much enhancing tumour was replaced. With errors nothing is written.
     """
     try:
         file = read_nifti(job.path)
@@ -175,23 +175,23 @@ def export_case(job: Prediction) -> Result:
     if not_finite:
         return Result((f"{job.path} has {not_finite} voxels that are NaN or infinite; expected labels.",), 0)
     labels = file.labels()
-    faults = []
+    errors = []
     if labels.ndim != 3 or labels.dtype.kind not in "iuf":
         return Result((f"{job.path} has {labels.ndim} dimensions; expected one three-dimensional label map.",), 0)
     strange = labels_outside(labels, job.table)
     if strange:
-        faults.append(_label_fault(job, strange))
+        errors.append(_label_error(job, strange))
     header = file.header
     if job.reference is not None:
         try:
             header = read_header(job.reference)
             difference = grid_difference(read_grid(job.reference, header), grid)
         except InputError as error:
-            return Result((*faults, str(error)), 0)
+            return Result((*errors, str(error)), 0)
         if difference:
-            faults.append(f"{job.path} and {job.reference} do not lie on the same voxel grid: {difference}.")
-    if faults or job.output is None:
-        return Result(tuple(faults), 0)
+            errors.append(f"{job.path} and {job.reference} do not lie on the same voxel grid: {difference}.")
+    if errors or job.output is None:
+        return Result(tuple(errors), 0)
 
     exported = map_labels(labels, job.table)
     cleaned = 0
@@ -206,7 +206,7 @@ def export_case(job: Prediction) -> Result:
     return Result((), cleaned)
 
 
-def _label_fault(job: Prediction, strange: Mapping[float, int]) -> str:
+def _label_error(job: Prediction, strange: Mapping[float, int]) -> str:
     scheme = job.scheme
     tissues = {float(label): tissue for label, tissue in job.known.items()}
     found = ", ".join(
@@ -227,13 +227,13 @@ def _label_fault(job: Prediction, strange: Mapping[float, int]) -> str:
 
 def _one_scheme(name: str) -> tuple[Scheme | None, Selection, list[str]]:
     """The challenge's scheme, None where there is none of this name; all that are known; and what is wrong."""
-    selection, faults = select_schemes([name])
+    selection, errors = select_schemes([name])
     if selection.auto:
-        faults = [f"The scheme is {AUTO}; expected one of {', '.join(SCHEMES)}, or a TOML file that describes another."]
-    return (None if faults else selection.allowed[0]), selection, faults
+        errors = [f"The scheme is {AUTO}; expected one of {', '.join(SCHEMES)}, or a TOML file that describes another."]
+    return (None if errors else selection.allowed[0]), selection, errors
 
 
-def _argument_faults(scheme: Scheme | None, et_min_voxels: int, processes: int) -> Iterator[str]:
+def _argument_errors(scheme: Scheme | None, et_min_voxels: int, processes: int) -> Iterator[str]:
     if et_min_voxels < 0:
         yield f"--et-min-voxels is {et_min_voxels}; expected 0 or more."
     elif et_min_voxels and scheme is not None and not scheme.less_enhancing:
@@ -245,17 +245,17 @@ def _argument_faults(scheme: Scheme | None, et_min_voxels: int, processes: int) 
         yield f"The number of processes is {processes}; expected 1 or more."
 
 
-def _name_faults(folder: Path, paths: Sequence[Path], scheme: Scheme | None, selection: Selection) -> Iterator[str]:
+def _name_errors(folder: Path, paths: Sequence[Path], scheme: Scheme | None, selection: Selection) -> Iterator[str]:
     """Files that are no case's, or whose name is another challenge's."""
     ids = [stem(path) for path in paths]
     yield from unsafe_ids(ids, folder)
     doubled = sorted(case_id for case_id, times in Counter(ids).items() if times > 1)
     if doubled:
-        yield f"{some(doubled)}: more than one file; keep one of each."
+        yield f"{first_few(doubled)}: more than one file; keep one of each."
     # Not CASE_0000.nii.gz, as nnU-Net names images: ids may end so. What is no prediction has other values.
     images = [path.name for path in paths if names_image(path, selection.layouts)]
     if images:
-        yield f"{some(images)}: named as BraTS names images; expected predictions named CASE.nii.gz."
+        yield f"{first_few(images)}: named as BraTS names images; expected predictions named CASE.nii.gz."
     if scheme is None:
         return
     others = {case_id: [] if scheme.may_be(case_id) else _owners(case_id) for case_id in ids}
@@ -263,7 +263,7 @@ def _name_faults(folder: Path, paths: Sequence[Path], scheme: Scheme | None, sel
     if foreign:
         hints = sorted({name for case_id in foreign for name in others[case_id]})
         yield (
-            f"{some(foreign)}: not named as the cases of {scheme.called}, but as those of --scheme "
+            f"{first_few(foreign)}: not named as the cases of {scheme.called}, but as those of --scheme "
             f"{' or '.join(hints)}."
         )
 
@@ -274,7 +274,7 @@ def _owners(case_id: str) -> list[str]:
 
 
 def _tissues(path: Path, scheme: Scheme | None) -> tuple[dict[int, str], list[str]]:
-    """Tissue of each label of a data set, and a message for every fault.
+    """Tissue of each label of a data set, and a message for every error.
 
     Args:
         path: The data set's dataset.json.
@@ -322,7 +322,7 @@ def _normalised(labels: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
 def _references(
     folder: str | Path | None, case_ids: Sequence[str], layouts: Sequence[Layout]
 ) -> tuple[dict[str, Path], list[str], list[str]]:
-    """An image of each case, faults, and warnings."""
+    """An image of each case, errors, and warnings."""
     if folder is None:
         return {}, [], []
     if not Path(folder).is_dir():
@@ -334,7 +334,7 @@ def _references(
             images.setdefault(case_id, path)
     missing = [case_id for case_id in case_ids if case_id not in images]
     predicted = set(case_ids)
-    faults = [f"{some(missing)}: no image in {folder} to compare the prediction with."] if missing else []
+    errors = [f"{first_few(missing)}: no image in {folder} to compare the prediction with."] if missing else []
     unpredicted = sorted(case_id for case_id in images if case_id not in predicted)
-    warnings = [f"{some(unpredicted)}: in {folder}, but not predicted."] if unpredicted else []
-    return images, faults, warnings
+    warnings = [f"{first_few(unpredicted)}: in {folder}, but not predicted."] if unpredicted else []
+    return images, errors, warnings

@@ -19,9 +19,9 @@ from nnunet_conres.datasets.brats_schemes import (
     choose_scheme,
     common_label_set,
 )
-from nnunet_conres.datasets.raw import some
 from nnunet_conres.folders import is_hidden
 from nnunet_conres.images.nifti import is_nifti, stem
+from nnunet_conres.text import first_few
 
 Missing = Literal["refuse", "zero"]
 """What happens to cases without one of their modalities: they are refused, or a zero image takes its place."""
@@ -81,14 +81,14 @@ class Found:
 
     Attributes:
         cases: The complete cases, sorted by id, those with ids met more than once among them.
-        faults: What forbids converting any of them.
+        errors: What forbids converting any of them.
         bad: What is wrong with single cases, or with files that belong to none, by what would be left out.
         doubled: Ids met more than once, in lower case.
         incomplete: Ids of the cases that lack some of their images, by the absent parts, such as t2w.
     """
 
     cases: list[Case] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     bad: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     doubled: set[str] = field(default_factory=set)
     incomplete: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -126,7 +126,7 @@ def find_cases(
         missing: "zero" takes cases that lack some of their images.
 
     Returns:
-        Cases and faults.
+        Cases and errors.
     """
     found = Found()
     owners: dict[Path, str] = {}
@@ -159,7 +159,7 @@ def find_cases(
         other = archive_of_another(scheme, above, selection.known)
         if other is not None:
             others[(*other, scheme)].append(case_id)
-        problems = list(_file_faults(scheme, folder, case_id, files, missing))
+        problems = list(_file_errors(scheme, folder, case_id, files, missing))
         if problems:
             absent = [layout.part(content) for content in layout.images if content not in files]
             if 0 < len(absent) < len(layout.images) and missing == "refuse":
@@ -172,42 +172,43 @@ def find_cases(
         found.cases.append(Case(case_id, scheme, images, labels[0] if labels else None, place.held_out, parts))
     for reason, named in reasons.items():
         more = f" and {len(named) - 5} more cases" if len(named) > 5 else ""
-        found.faults.append(f"{', '.join(named[:5])}{more}: {reason}.")
+        found.errors.append(f"{', '.join(named[:5])}{more}: {reason}.")
     for (name, owner, scheme), ids in others.items():
-        found.faults.append(
-            f"{some(ids)}: in a folder {name}, which is an archive of {owner}, and not of {scheme.called}. Say which "
+        found.errors.append(
+            f"{first_few(ids)}: in a folder {name}, which is an archive of {owner}, and not of {scheme.called}. "
+            f"Say which "
             f"it is with --scheme, or rename the folder if its name is wrong."
         )
     found.cases.sort(key=lambda case: case.case_id)
 
     for twins in _duplicates(place for place in places if place not in alone):
         listed = ", ".join(str(folder / case_id) for case_id, folder in twins)
-        fault = f"Case id {twins[0][0]} occurs {len(twins)} times: {listed}; ids must differ, rename or remove."
-        found.bad[", ".join(sorted({case_id for case_id, _ in twins}))].append(fault)
+        error = f"Case id {twins[0][0]} occurs {len(twins)} times: {listed}; ids must differ, rename or remove."
+        found.bad[", ".join(sorted({case_id for case_id, _ in twins}))].append(error)
         found.doubled.add(twins[0][0].casefold())
-    found.faults += _mixture_faults(list(dict.fromkeys(case.scheme for case in found.cases)), selection)
-    if not places and not found.faults and not found.bad:
+    found.errors += _mixture_errors(list(dict.fromkeys(case.scheme for case in found.cases)), selection)
+    if not places and not found.errors and not found.bad:
         listed = ", ".join(str(folder) for folder in (*folders, *held_out_folders)) or "no folder"
-        found.faults.append(f"No BraTS case found in {listed}. Expected files named {_expected_names(selection)}.")
+        found.errors.append(f"No BraTS case found in {listed}. Expected files named {_expected_names(selection)}.")
     return found
 
 
 def _collect(
     roots: Sequence[str | Path], kind: str, owners: dict[Path, str], selection: Selection, found: Found
 ) -> dict[tuple[Path, str, Layout], _Files]:
-    """Files below some folders, by folder, case id and layout; faults go to `found`.
+    """Files below some folders, by folder, case id and layout; errors go to `found`.
 
     Args:
         roots: The folders.
         kind: What they are, for messages: corrected, input or held-out.
         owners: What the files seen so far are, which those of these folders are added to.
         selection: The schemes that files may follow.
-        found: Gets a fault for every file without a place, and for folders that are none or of two kinds.
+        found: Gets an error for every file without a place, and for folders that are none or of two kinds.
     """
     cases: dict[tuple[Path, str, Layout], _Files] = defaultdict(lambda: defaultdict(list))
     for root in roots:
         if not Path(root).is_dir():
-            found.faults.append(f"{root} is not a folder; expected a folder with BraTS cases.")
+            found.errors.append(f"{root} is not a folder; expected a folder with BraTS cases.")
             continue
         shared = []
         for path in nifti_files(Path(root)):
@@ -230,8 +231,9 @@ def _collect(
                 layout, case_id, content = place
                 cases[_case_folder(named, layout), case_id, layout][content].append(path)
         if shared:
-            found.faults.append(
-                f"{some(shared)}: among both the input and the held-out folders; leave {root} or what holds it out "
+            found.errors.append(
+                f"{first_few(shared)}: among both the input and the held-out folders; leave {root} or what "
+                f"holds it out "
                 f"of one."
             )
     return cases
@@ -242,7 +244,7 @@ def _correct(
 ) -> dict[_Place, list[Content]]:
     """Put corrected files in the place of others, and tell which.
 
-    A corrected file without a case, or a second one for the same part, is a fault.
+    A corrected file without a case, or a second one for the same part, is an error.
     """
     by_id = {(place.case_id, place.layout): place for place in places}
     corrected: dict[_Place, list[Content]] = defaultdict(list)
@@ -250,12 +252,12 @@ def _correct(
         place = by_id.get((case_id, layout))
         for content, paths in files.items():
             if place is None:
-                found.faults.append(
+                found.errors.append(
                     f"{paths[0]}: no case {case_id} among the input; expected corrected files of the cases there. Add "
                     f"the folder with the case to -i, or move this file out of --corrected."
                 )
             elif len(paths) > 1 or content in corrected[place]:
-                found.faults.append(f"{case_id} has more than one corrected file for {layout.part(content)}; keep one.")
+                found.errors.append(f"{case_id} has more than one corrected file for {layout.part(content)}; keep one.")
             else:
                 places[place][content] = paths
                 corrected[place].append(content)
@@ -263,7 +265,7 @@ def _correct(
 
 
 def _labels_alone(places: Mapping[_Place, _Files], found: Found) -> Iterator[_Place]:
-    """Places that have labels of a case whose images lie elsewhere: a fault with a remedy, and not a second case."""
+    """Places that have labels of a case whose images lie elsewhere: an error with a remedy, and not a second case."""
     with_images = {
         (place.case_id, place.layout): place for place, files in places.items() if any(c != LABELS for c in files)
     }
@@ -356,7 +358,7 @@ def _expected_names(selection: Selection) -> str:
     return " or ".join(layouts)
 
 
-def _file_faults(
+def _file_errors(
     scheme: Scheme, folder: Path, case_id: str, files: Mapping[Content, Sequence[Path]], missing: Missing
 ) -> Iterator[str]:
     layout = scheme.layout
@@ -380,7 +382,7 @@ def _duplicates(places: Iterable[_Place]) -> Iterator[list[tuple[str, Path]]]:
     yield from (found for found in folders.values() if len(found) > 1)
 
 
-def _mixture_faults(met: Sequence[Scheme], selection: Selection) -> Iterator[str]:
+def _mixture_errors(met: Sequence[Scheme], selection: Selection) -> Iterator[str]:
     schemes = [scheme for scheme in selection.known if scheme in met]
     listed = " and ".join(scheme.called for scheme in schemes)
     if len({scheme.layout.channels for scheme in schemes}) > 1:

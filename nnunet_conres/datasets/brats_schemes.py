@@ -69,7 +69,7 @@ def select_schemes(names: Sequence[str]) -> tuple[Selection, list[str]]:
             try:
                 scheme = read_scheme(name)
             except InputError as error:
-                errors += error.faults
+                errors += error.errors
                 continue
             taken = [known for known in SCHEMES.values() if scheme.name in (known.name, *known.other_names)]
             if taken or scheme.name in (AUTO, *allowed):

@@ -23,21 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.case_ids import unsafe_ids
-from nnunet_conres.datasets.raw import (
-    TrainingCase,
-    find_dataset,
-    find_training_cases,
-    look_at_case,
-    map_cases,
-    read_dataset_json,
-    short_message,
-)
+from nnunet_conres.datasets.raw import TrainingCase, find_dataset, find_training_cases, look_at_case, read_dataset_json
 from nnunet_conres.datasets.sparse import IGNORE
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import check_complete, visible, writing
 from nnunet_conres.images.volumes import read_labels, write_labels
 from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, folder_from_environment
+from nnunet_conres.parallel import map_cases
+from nnunet_conres.text import short_message
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -129,24 +123,24 @@ def densify(
     """
     dataset_folder, output = find_dataset(dataset), Path(output_folder)
     name = dataset_folder.name
-    faults = list(_argument_faults(model, device, step_size, preprocessing_processes, export_processes))
+    errors = list(_argument_errors(model, device, step_size, preprocessing_processes, export_processes))
     dataset_json, found = read_dataset_json(dataset_folder)
     if dataset_json is None:
-        raise InputError([*faults, *found])
+        raise InputError([*errors, *found])
     if dataset_json["labels"].get(IGNORE) is None:
         raise InputError(
             [
-                *faults,
+                *errors,
                 f"{dataset_folder / 'dataset.json'} has no label {IGNORE!r}: all voxels are annotated, so there is "
                 f"nothing to densify. Expected a data set such as nnunet-conres sparsify makes.",
             ]
         )
-    faults += _model_faults(model, name, dataset_json)
+    errors += _model_errors(model, name, dataset_json)
     cases, found = find_training_cases(dataset_folder, dataset_json)
-    faults += found
+    errors += found
     expected = dataset_json.get("numTraining", len(cases))
     if not found and expected != len(cases):
-        faults.append(
+        errors.append(
             f"{dataset_folder} has {len(cases)} training cases, but its dataset.json says numTraining {expected}. Put "
             f"the missing files back, or correct dataset.json."
         )
@@ -154,7 +148,7 @@ def densify(
     groups: dict[tuple[Fold, ...], list[TrainingCase]] = {model.folds: list(cases)}
     if cross_validation:
         groups, found = _by_validation_fold(model, name, cases)
-        faults += found
+        errors += found
     record = {
         "dataset": name,
         "trainer": model.trainer,
@@ -168,10 +162,10 @@ def densify(
         "previous_stage": None if previous_stage_folder is None else str(Path(previous_stage_folder).resolve()),
         "trained": _checkpoint_times(model, name),
     }
-    faults += _output_faults(output, dataset_folder, cases, existing, record)
-    faults += _companion_faults(model, dataset_folder, cases, ending, previous_stage_folder, reference_folder)
-    if faults:
-        raise InputError(faults)
+    errors += _output_errors(output, dataset_folder, cases, existing, record)
+    errors += _companion_errors(model, dataset_folder, cases, ending, previous_stage_folder, reference_folder)
+    if errors:
+        raise InputError(errors)
 
     # Before anything is written, because whatever nnU-Net has against the model comes up there.
     model_folder = model.folder(name)
@@ -188,16 +182,16 @@ def densify(
         labels = (*first.label_manager.all_labels, first.label_manager.ignore_label)
         jobs = [(case, first.plans_manager.image_reader_writer_class, labels) for case in unpredicted]
         looks = list(map_cases(look_at_case, jobs, max(1, preprocessing_processes), "Checking", progress))
-        faults = [fault for look in looks for fault in look.faults]
-        if faults:
-            raise InputError(faults)
+        errors = [error for look in looks for error in look.errors]
+        if errors:
+            raise InputError(errors)
 
     written: list[str] = []
     with writing(output):
         # Once more, since another run may have written there while this one checked.
-        faults = list(_output_faults(output, dataset_folder, cases, existing, record))
-        if faults:
-            raise InputError(faults)
+        errors = list(_output_errors(output, dataset_folder, cases, existing, record))
+        if errors:
+            raise InputError(errors)
         before = {path.name for path in output.iterdir()}
         try:
             with file_errors(output):
@@ -269,7 +263,7 @@ def merge(labels: NDArray[Any], prediction: NDArray[Any], ignore_label: int) -> 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _argument_faults(
+def _argument_errors(
     model: TrainedModel, device: str, step_size: float, preprocessing_processes: int, export_processes: int
 ) -> Iterator[str]:
     import torch
@@ -290,7 +284,7 @@ def _argument_faults(
         yield f"The numbers of processes are {preprocessing_processes} and {export_processes}; expected 0 or more."
 
 
-def _model_faults(model: TrainedModel, name: str, dataset_json: Mapping[str, Any]) -> Iterator[str]:
+def _model_errors(model: TrainedModel, name: str, dataset_json: Mapping[str, Any]) -> Iterator[str]:
     folder = model.folder(name)
     if folder is None:
         yield "The environment variable nnUNet_results is not set; set it to the folder that holds the trained models."
@@ -349,15 +343,15 @@ def _by_validation_fold(
     groups: dict[tuple[Fold, ...], list[TrainingCase]] = defaultdict(list)
     for case in cases:
         groups[tuple(fold for fold in model.folds if case.case_id in held_out[fold])].append(case)
-    faults = [
+    errors = [
         f"Case {case.case_id} is in the validation set of none of the folds {' '.join(map(str, model.folds))}; give "
         f"all folds of the cross-validation, or leave --cross-validation out."
         for case in groups.pop((), [])
     ]
-    return dict(groups), faults
+    return dict(groups), errors
 
 
-def _output_faults(
+def _output_errors(
     output: Path,
     dataset_folder: Path,
     cases: Sequence[TrainingCase],
@@ -389,7 +383,7 @@ def _output_faults(
             yield f"{output} was begun with other options ({'; '.join(different)}); choose another -o or --overwrite."
 
 
-def _companion_faults(
+def _companion_errors(
     model: TrainedModel,
     dataset_folder: Path,
     cases: Sequence[TrainingCase],

@@ -13,10 +13,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, map_cases
+from nnunet_conres.datasets.raw import TrainingCase, find_training_cases
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
 from nnunet_conres.images.volumes import reader_for
+from nnunet_conres.parallel import map_cases
 
 FINGERPRINT: Final = "dataset_fingerprint.json"
 INTENSITIES: Final = "foreground_intensity_properties_per_channel"
@@ -62,9 +63,9 @@ def annotated_intensities(
     Raises:
         InputError: A case can't be found or read, or none has annotated foreground.
     """
-    cases, faults = find_training_cases(dataset_folder, dataset_json)
-    if faults:
-        raise InputError(faults)
+    cases, errors = find_training_cases(dataset_folder, dataset_json)
+    if errors:
+        raise InputError(errors)
     reader = reader_for(dataset_json, [case.images[0] for case in cases])
     samples = max(1, _VOXELS // len(cases))
     jobs = [(case, reader, dataset_json["labels"]["ignore"], samples) for case in cases]

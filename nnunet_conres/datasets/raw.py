@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
-import threading
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.errors import InputError, file_errors
@@ -26,10 +21,6 @@ from nnunet_conres.text import number_text
 RAW_NOT_SET: Final = (
     "The environment variable nnUNet_raw is not set; set it to the folder that holds nnU-Net's raw data sets."
 )
-
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ def folder_name(dataset_id: int, dataset_name: str) -> str:
     return f"Dataset{dataset_id:03d}_{dataset_name}"
 
 
-def id_faults(dataset_id: int, dataset_name: str) -> Iterator[str]:
+def id_errors(dataset_id: int, dataset_name: str) -> Iterator[str]:
     """What is wrong with the number and the name of a data set to be made."""
     if not 1 <= dataset_id <= 999:
         yield f"The data set id is {dataset_id}; expected 1 to 999 (nnU-Net's own are below 500)."
@@ -63,7 +54,7 @@ def id_faults(dataset_id: int, dataset_name: str) -> Iterator[str]:
         yield f"The data set name is {dataset_name!r}; expected letters, digits, - and _ only."
 
 
-def target_faults(
+def target_errors(
     raw: Path,
     dataset_id: int,
     dataset_name: str,
@@ -79,7 +70,7 @@ def target_faults(
         dataset_id: Number of the new data set.
         dataset_name: The part of its name after the number.
         option: The option that chooses the number, for messages.
-        may_have_been_used: Whether preprocessed data and results of a data set of the very same name are no fault:
+        may_have_been_used: Whether preprocessed data and results of a data set of the very same name are no error:
             they are none where the same data are made once more.
         if_busy: Whether it is one that another process makes it now.
     """
@@ -142,18 +133,18 @@ def find_training_cases(dataset_folder: Path, dataset_json: Mapping[str, Any]) -
         dataset_json: Content of its dataset.json.
 
     Returns:
-        The complete cases sorted by id, and a message for every fault.
+        The complete cases sorted by id, and a message for every error.
     """
     ending = str(dataset_json["file_ending"])
     if "dataset" in dataset_json:
         return _listed_cases(dataset_folder, dataset_json, ending)
 
-    faults: list[str] = []
+    errors: list[str] = []
     images: dict[str, dict[int, Path]] = defaultdict(dict)
     labels: dict[str, Path] = {}
     for folder in (dataset_folder / "imagesTr", dataset_folder / "labelsTr"):
         if not folder.is_dir():
-            faults.append(f"{folder} does not exist; expected the training cases there.")
+            errors.append(f"{folder} does not exist; expected the training cases there.")
             continue
         for path in list_files(folder, ending):
             stem = path.name[: -len(ending)]
@@ -162,11 +153,11 @@ def find_training_cases(dataset_folder: Path, dataset_json: Mapping[str, Any]) -
                 continue
             match = re.fullmatch(r"(.+)_(\d{4})", stem)
             if match is None:
-                faults.append(f"{path} is not named as nnU-Net expects; expected CASE_0000{ending} and so on.")
+                errors.append(f"{path} is not named as nnU-Net expects; expected CASE_0000{ending} and so on.")
             else:
                 images[match[1]][int(match[2])] = path
 
-    faults += unsafe_ids(sorted({*images, *labels}), dataset_folder)
+    errors += unsafe_ids(sorted({*images, *labels}), dataset_folder)
     channels = sorted({channel for files in images.values() for channel in files})
     cases = []
     for case_id in sorted({*images, *labels}):
@@ -177,14 +168,14 @@ def find_training_cases(dataset_folder: Path, dataset_json: Mapping[str, Any]) -
         ]
         if case_id not in labels:
             missing.append(dataset_folder / "labelsTr" / f"{case_id}{ending}")
-        faults += [f"{path} is missing; case {case_id} needs it." for path in missing]
+        errors += [f"{path} is missing; case {case_id} needs it." for path in missing]
         if not missing:
             cases.append(
                 TrainingCase(case_id, tuple(images[case_id][channel] for channel in channels), labels[case_id])
             )
-    if not cases and not faults:
-        faults.append(f"{dataset_folder / 'imagesTr'} has no file that ends in {ending}; expected training cases.")
-    return cases, faults
+    if not cases and not errors:
+        errors.append(f"{dataset_folder / 'imagesTr'} has no file that ends in {ending}; expected training cases.")
+    return cases, errors
 
 
 def _listed_cases(
@@ -202,7 +193,7 @@ def _listed_cases(
             f"{dataset_folder / 'dataset.json'} has a 'dataset' that does not list cases; expected each id, with "
             f"its 'images' and its 'label'."
         ]
-    faults = unsafe_ids(sorted(listed), dataset_folder / "dataset.json")
+    errors = unsafe_ids(sorted(listed), dataset_folder / "dataset.json")
     cases = []
     for case_id, files in sorted(listed.items()):
         paths = [Path(path) for path in (*files["images"], files["label"])]
@@ -212,16 +203,16 @@ def _listed_cases(
             for path in paths
             if not path.name.endswith(ending)
         ]
-        faults += found
+        errors += found
         if not found:
             cases.append(TrainingCase(case_id, tuple(paths[:-1]), paths[-1]))
     if not listed:
-        faults.append(f"{dataset_folder / 'dataset.json'} lists no case under 'dataset'.")
-    return cases, faults
+        errors.append(f"{dataset_folder / 'dataset.json'} lists no case under 'dataset'.")
+    return cases, errors
 
 
 def read_dataset_json(dataset_folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """Content of a raw data set's dataset.json, None if it is not one, and a message for every fault."""
+    """Content of a raw data set's dataset.json, None if it is not one, and a message for every error."""
     path = dataset_folder / "dataset.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -247,13 +238,13 @@ class CaseLook:
         case_id: The case.
         shape: Number of voxels along the three axes.
         spacing: Voxel size along them, mm, of the images: those are what nnU-Net plans with.
-        faults: A message for every fault; shape and spacing are zeros where the files cannot be read.
+        errors: A message for every error; shape and spacing are zeros where the files cannot be read.
     """
 
     case_id: str
     shape: tuple[int, ...] = (0, 0, 0)
     spacing: tuple[float, ...] = (0.0, 0.0, 0.0)
-    faults: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
 
 
 def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
@@ -270,35 +261,35 @@ def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
         image = [read_volume(path, reader) for path in case.images][-1]
         labels = read_labels(case.labels, reader, allowed)
     except InputError as error:
-        return CaseLook(case.case_id, faults=error.faults)
+        return CaseLook(case.case_id, errors=error.errors)
     shape = tuple(image.voxels.shape[1:])
-    faults = []
+    errors = []
     if labels.voxels.shape != shape:
-        faults.append(f"{case.labels} has shape {labels.voxels.shape}; expected {shape} like its image.")
-    return CaseLook(case.case_id, shape, image.spacing, tuple(faults))
+        errors.append(f"{case.labels} has shape {labels.voxels.shape}; expected {shape} like its image.")
+    return CaseLook(case.case_id, shape, image.spacing, tuple(errors))
 
 
-def file_faults(job: tuple[TrainingCase, type]) -> tuple[str, ...]:
+def errors_in_files(job: tuple[TrainingCase, type]) -> tuple[str, ...]:
     """A message for every file of a case that nnU-Net can't train on, or would read otherwise than it is meant.
 
     Args:
         job: The case, and nnU-Net's reader for it.
     """
     case, reader = job
-    faults: list[str] = []
+    errors: list[str] = []
     for path in case.images:
         try:
             check_image(path, reader)
         except InputError as error:
-            faults += error.faults
+            errors += error.errors
     try:
         inexact = read_labels(case.labels, reader).inexact
     except InputError as error:
-        faults += error.faults
+        errors += error.errors
     else:
         if inexact is not None:
-            faults.append(f"{case.labels} has labels that {inexact_labels(reader, inexact)}")
-    return tuple(faults)
+            errors.append(f"{case.labels} has labels that {inexact_labels(reader, inexact)}")
+    return tuple(errors)
 
 
 def inexact_labels(reader: type, value: float) -> str:
@@ -312,64 +303,6 @@ def inexact_labels(reader: type, value: float) -> str:
         f"nnU-Net's {reader.__name__} reads as {number_text(value)} and the like; its training cuts the fraction off. "
         f"Write the labels as integers, without a scale factor."
     )
-
-
-# --- work over cases ------------------------------------------------------------------------------------------------
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first names of a list, and how many there are beyond."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def short_message(error: BaseException) -> str:
-    """The last line of an error's message: ITK puts its source file before it, and the reason at the end."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).rstrip(".")
-
-
-def map_cases(
-    function: Callable[[_Item], _Result], items: Sequence[_Item], processes: int, title: str, progress: bool
-) -> Iterator[_Result]:
-    """Results of a function for all items, in the items' order, with a progress bar."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=len(items), desc=title, unit="case", disable=not progress or not items)
-    with bar:
-        if processes == 1 or len(items) < 2:
-            for item in items:
-                result = function(item)
-                bar.update()
-                yield result
-            return
-        # Spawned on every system: a fork after ITK has started its threads can hang.
-        context = multiprocessing.get_context("spawn")
-        workers = min(processes, len(items))
-        with ProcessPoolExecutor(workers, context, _end_with_parent, (os.getpid(),)) as pool:
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                for _ in as_completed(futures):
-                    bar.update()
-                yield from (future.result() for future in futures)
-            except BrokenProcessPool as error:
-                raise InputError(
-                    f"{title}: a process was killed, most likely for want of memory. Run the same command again with "
-                    f"fewer processes than {workers}."
-                ) from error
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def _end_with_parent(parent: int) -> None:
-    """Ends a worker whose parent was killed; otherwise it would wait for work, and hold memory, for ever."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def link_or_copy(source: Path, target: Path) -> Literal["linked", "copied"]:

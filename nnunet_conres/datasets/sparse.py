@@ -21,21 +21,20 @@ from nnunet_conres.datasets.raw import (
     find_dataset,
     find_training_cases,
     folder_name,
-    id_faults,
+    id_errors,
     link_or_copy,
     lock_of_dataset,
     look_at_case,
-    map_cases,
     read_dataset_json,
-    short_message,
-    some,
-    target_faults,
+    target_errors,
 )
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import check_complete, list_files, new_folder
 from nnunet_conres.images.volumes import read_labels, reader_for, write_labels
 from nnunet_conres.nnunet import folder_from_environment
+from nnunet_conres.parallel import map_cases
+from nnunet_conres.text import first_few, short_message
 
 Axis = Literal["slice", 0, 1, 2]
 
@@ -70,7 +69,7 @@ class SlabRule:
     slab: int = DEFAULT_SLAB
     seed: int = 0
 
-    def faults(self) -> Iterator[str]:
+    def errors(self) -> Iterator[str]:
         """What is wrong with the rule itself, whatever the cases."""
         given = [name for name in ("every", "slices", "fraction") if getattr(self, name) is not None]
         if len(given) != 1:
@@ -105,9 +104,9 @@ class SlabRule:
         Raises:
             ValueError: The rule is not valid.
         """
-        faults = list(self.faults())
-        if faults:
-            raise ValueError(" ".join(faults))
+        errors = list(self.errors())
+        if errors:
+            raise ValueError(" ".join(errors))
         if depth <= self.slab:
             return tuple(range(depth))
         if self.every is not None:
@@ -207,33 +206,33 @@ def sparsify(
     raw = source_folder.parent
     if target_name is None:
         target_name = source_folder.name.split("_", 1)[-1] + "Sparse"
-    faults = [*id_faults(target_id, target_name), *rule.faults()]
-    faults += target_faults(raw, target_id, target_name, option="-o", may_have_been_used=False)
+    errors = [*id_errors(target_id, target_name), *rule.errors()]
+    errors += target_errors(raw, target_id, target_name, option="-o", may_have_been_used=False)
     if axis not in ("slice", 0, 1, 2):
-        faults.append(f"The axis is {axis!r}; expected slice, 0, 1 or 2.")
+        errors.append(f"The axis is {axis!r}; expected slice, 0, 1 or 2.")
     if processes < 1:
-        faults.append(f"The number of processes is {processes}; expected 1 or more.")
+        errors.append(f"The number of processes is {processes}; expected 1 or more.")
 
     dataset_json, found = read_dataset_json(source_folder)
-    faults += found
+    errors += found
     if dataset_json is None:
-        raise InputError(faults)
+        raise InputError(errors)
     allowed, found = _labels_of(source_folder, dataset_json)
-    faults += found
+    errors += found
     cases, found = find_training_cases(source_folder, dataset_json)
-    faults += found
+    errors += found
     # Faulty arguments do not keep the files from being looked at: whoever has to repair both learns of both at once.
     reader: type | None = None
     if cases:
         try:
             reader = reader_for(dataset_json, [case.images[0] for case in cases])
         except InputError as error:
-            faults += error.faults
+            errors += error.errors
     jobs = [(case, reader, allowed) for case in cases if reader is not None and allowed]
     looks = list(map_cases(look_at_case, jobs, max(1, processes), "Checking", progress))
-    faults += [fault for look in looks for fault in look.faults]
-    if faults or reader is None:
-        raise InputError(faults)
+    errors += [message for look in looks for message in look.errors]
+    if errors or reader is None:
+        raise InputError(errors)
 
     spacings = [look.spacing for look in looks]
     chosen = slice_axis(spacings) if axis == "slice" else int(axis)
@@ -248,9 +247,9 @@ def sparsify(
     transfers: dict[str, int] = {"linked": 0, "copied": 0}
     with new_folder(target, lock=lock_of_dataset(raw, target_id)) as partial:
         # Once more, since another may have been made while the files were checked.
-        faults = list(target_faults(raw, target_id, target_name, option="-o", may_have_been_used=False, if_busy=False))
-        if faults:
-            raise InputError(faults)
+        errors = list(target_errors(raw, target_id, target_name, option="-o", may_have_been_used=False, if_busy=False))
+        if errors:
+            raise InputError(errors)
         with file_errors(partial):
             for folder in ("imagesTr", "labelsTr"):
                 (partial / folder).mkdir()
@@ -302,7 +301,7 @@ def slice_axis(spacings: Sequence[Sequence[float]]) -> int:
 
 
 def _labels_of(dataset_folder: Path, dataset_json: Mapping[str, Any]) -> tuple[tuple[int, ...], list[str]]:
-    """The label values of a data set without ignore label, and a message for every fault."""
+    """The label values of a data set without ignore label, and a message for every error."""
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
     path = dataset_folder / "dataset.json"
@@ -412,11 +411,11 @@ def _warnings(
             "this data set. It is fine for the other networks; for ConResNet use --slab 2 or more."
         )
     if dense:
-        yield f"{len(dense)} of {cases} cases keep all their labels, having too few slices: {some(dense)}."
+        yield f"{len(dense)} of {cases} cases keep all their labels, having too few slices: {first_few(dense)}."
     if without_foreground:
         yield (
             f"{len(without_foreground)} of {cases} cases have foreground, but none on their annotated slices: "
-            f"{some(without_foreground)}."
+            f"{first_few(without_foreground)}."
         )
 
 

@@ -20,16 +20,15 @@ from nnunet_conres.datasets.raw import (
     find_dataset,
     find_training_cases,
     inexact_labels,
-    map_cases,
     read_dataset_json,
-    some,
 )
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, visible, writing
 from nnunet_conres.images.volumes import read_labels, reader_for
 from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
-from nnunet_conres.text import aligned
+from nnunet_conres.parallel import map_cases
+from nnunet_conres.text import aligned, first_few
 
 Balance = Literal["both", "grade", "volume", "none"]
 
@@ -151,40 +150,40 @@ def split(
         InputError: Something is wrong with the data set, the files or the arguments. Lists all that was found.
     """
     folder = find_dataset(dataset)
-    faults = list(_argument_faults(folds, balance, seed, processes))
+    errors = list(_argument_errors(folds, balance, seed, processes))
     preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
     if preprocessed is None:
-        faults.append("The environment variable nnUNet_preprocessed is not set; nnU-Net reads the splits from there.")
+        errors.append("The environment variable nnUNet_preprocessed is not set; nnU-Net reads the splits from there.")
     dataset_json, found = read_dataset_json(folder)
-    faults += found
+    errors += found
     if dataset_json is None:
-        raise InputError(faults)
+        raise InputError(errors)
     cases, found = find_training_cases(folder, dataset_json)
-    faults += found
+    errors += found
     ids = [case.case_id for case in cases]
 
     pattern, found = compile_group(group)
-    faults += found
+    errors += found
     known, found = _read_cases_file(folder / CASES_FILE)
-    faults += found
+    errors += found
     patients = {case_id: facts["patient"] for case_id, facts in known.items() if "patient" in facts}
     groups, found = group_cases(ids, pattern, patients)
-    faults += found
+    errors += found
     grades, found = _grades(known, grades_file, ids)
-    faults += found
+    errors += found
     reader: type | None = None
     if cases:
         try:
             reader = reader_for(dataset_json, [case.images[0] for case in cases])
         except InputError as error:
-            faults += error.faults
+            errors += error.errors
     volumes: dict[str, float] = {}
     inexact: dict[str, float] = {}
     if reader is not None:
         jobs = [_Measure(case, reader, dataset_json["labels"].get("ignore")) for case in cases]
         for case, result in zip(cases, map_cases(_measure, jobs, max(1, processes), "Volumes", progress), strict=True):
             if isinstance(result, str):
-                faults.append(result)
+                errors.append(result)
                 continue
             volumes[case.case_id], off = result
             if off is not None:
@@ -196,11 +195,11 @@ def split(
     held_out: set[str] = set()
     if validation_file is not None:
         held_out, found = _read_validation(Path(validation_file), facts)
-        faults += found
+        errors += found
     elif groups:
-        faults += _too_few_faults(facts, folds, balance)
-    if faults or preprocessed is None:
-        raise InputError(faults)
+        errors += _too_few_errors(facts, folds, balance)
+    if errors or preprocessed is None:
+        raise InputError(errors)
 
     if validation_file is not None:
         entries = [_fold(ids, held_out)]
@@ -224,7 +223,9 @@ def split(
     notes = list(_notes(folder, facts, entries, balance if validation_file is None else "none", pattern, content))
     if inexact and reader is not None:
         off = next(iter(inexact.values()))
-        notes.append(f"{len(inexact)} cases, {some(list(inexact))}, have labels that {inexact_labels(reader, off)}")
+        notes.append(
+            f"{len(inexact)} cases, {first_few(list(inexact))}, have labels that {inexact_labels(reader, off)}"
+        )
     return Split(path, tuple(entries), facts, tuple(trainings), tuple(notes), unchanged=before == content)
 
 
@@ -277,7 +278,7 @@ def group_cases(
     if not missing:
         return groups, []
     return groups, [
-        f"--group {pattern.pattern!r} names no group for {len(missing)} of {len(ids)} cases: {some(missing, 20)}; "
+        f"--group {pattern.pattern!r} names no group for {len(missing)} of {len(ids)} cases: {first_few(missing, 20)}; "
         f"expected an expression that fits every id."
     ]
 
@@ -410,7 +411,7 @@ def _fold(ids: Sequence[str], held_out: set[str]) -> Fold:
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _argument_faults(folds: int, balance: str, seed: int, processes: int) -> Iterator[str]:
+def _argument_errors(folds: int, balance: str, seed: int, processes: int) -> Iterator[str]:
     if folds < 2:
         yield f"The number of folds is {folds}; expected 2 or more. For a single one give --validation FILE."
     if balance not in BALANCES:
@@ -421,11 +422,12 @@ def _argument_faults(folds: int, balance: str, seed: int, processes: int) -> Ite
         yield f"The number of processes is {processes}; expected 1 or more."
 
 
-def _too_few_faults(cases: Mapping[str, CaseFacts], folds: int, balance: str) -> Iterator[str]:
+def _too_few_errors(cases: Mapping[str, CaseFacts], folds: int, balance: str) -> Iterator[str]:
     groups = {case.group for case in cases.values()}
     if len(groups) < folds:
         yield (
-            f"{len(cases)} cases make {len(groups)} groups ({some(sorted(groups))}), which are too few for {folds} "
+            f"{len(cases)} cases make {len(groups)} groups ({first_few(sorted(groups))}), which are too few for "
+            f"{folds} "
             f"folds; ask for fewer --folds, or group differently."
         )
     if balance == "grade" and all(case.grade == UNKNOWN for case in cases.values()):
@@ -441,29 +443,30 @@ def _read_validation(path: Path, cases: Mapping[str, CaseFacts]) -> tuple[set[st
     except (OSError, ValueError) as error:
         return set(), [f"{path} cannot be read: {error}"]
     listed = [line for line in lines if line and not line.startswith("#")]
-    faults = []
+    errors = []
     unknown = [case_id for case_id in dict.fromkeys(listed) if case_id not in cases]
     if unknown:
-        faults.append(
-            f"{path} names {len(unknown)} cases that the data set has not: {some(unknown, 20)}; expected ids such as "
+        errors.append(
+            f"{path} names {len(unknown)} cases that the data set has not: {first_few(unknown, 20)}; expected "
+            f"ids such as "
             f"{', '.join(list(cases)[:2])}, without channel and file ending."
         )
     twice = [case_id for case_id, times in Counter(listed).items() if times > 1]
     if twice:
-        faults.append(f"{path} names {len(twice)} cases more than once: {some(twice, 20)}; expected each once.")
+        errors.append(f"{path} names {len(twice)} cases more than once: {first_few(twice, 20)}; expected each once.")
     held_out = set(listed)
     if not listed:
-        faults.append(f"{path} names no case; expected one id a line.")
+        errors.append(f"{path} names no case; expected one id a line.")
     elif held_out >= set(cases):
-        faults.append(f"{path} names all {len(cases)} cases, which leaves none to train on.")
+        errors.append(f"{path} names all {len(cases)} cases, which leaves none to train on.")
     groups = {cases[case_id].group for case_id in held_out if case_id in cases}
     apart = [case.case_id for case in cases.values() if case.group in groups and case.case_id not in held_out]
     if apart and held_out < set(cases):
-        faults.append(
+        errors.append(
             f"{len(apart)} cases would be trained on that are of the same patient or group as held-out ones: "
-            f"{some(apart, 20)}; add them to {path}, or take their relatives out."
+            f"{first_few(apart, 20)}; add them to {path}, or take their relatives out."
         )
-    return held_out, faults
+    return held_out, errors
 
 
 # --- what is known of the cases -------------------------------------------------------------------------------------
@@ -495,10 +498,10 @@ def _grades(
 ) -> tuple[dict[str, str], list[str]]:
     """Grade of every case, UNKNOWN where it is not known."""
     if grades_file is not None:
-        grades, faults = _read_grades(Path(grades_file), ids)
+        grades, errors = _read_grades(Path(grades_file), ids)
     else:
-        grades, faults = {case_id: facts["grade"] for case_id, facts in known.items() if "grade" in facts}, []
-    return {case_id: grades.get(case_id, UNKNOWN) for case_id in ids}, faults
+        grades, errors = {case_id: facts["grade"] for case_id, facts in known.items() if "grade" in facts}, []
+    return {case_id: grades.get(case_id, UNKNOWN) for case_id in ids}, errors
 
 
 def _read_cases_file(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -548,7 +551,7 @@ def _read_grades(path: Path, ids: Sequence[str]) -> tuple[dict[str, str], list[s
             grades[(row[id_column] or "").strip()].add(grade)
     contradicting = sorted(case_id for case_id, found in grades.items() if len(found) > 1 and case_id in wanted)
     if contradicting:
-        return {}, [f"{path} gives {len(contradicting)} cases more than one grade: {some(contradicting, 20)}."]
+        return {}, [f"{path} gives {len(contradicting)} cases more than one grade: {first_few(contradicting, 20)}."]
     return {case_id: found.pop() for case_id, found in grades.items()}, []
 
 
@@ -638,12 +641,12 @@ def _notes(
         if torn:
             yield (
                 f"--group {pattern.pattern!r} puts time points of {len(torn)} patients into different groups, so that "
-                f"a patient may be both in training and validation: {some(torn)}."
+                f"a patient may be both in training and validation: {first_few(torn)}."
             )
     if balance in ("both", "grade"):
         unknown = [case.case_id for case in cases.values() if case.grade == UNKNOWN]
         if unknown and len(unknown) < len(cases):
-            yield f"The grade of {len(unknown)} of {len(cases)} cases is not known: {some(unknown)}."
+            yield f"The grade of {len(unknown)} of {len(cases)} cases is not known: {first_few(unknown)}."
     sizes = [len(fold.validation) for fold in folds]
     if max(sizes) - min(sizes) > max(1, 0.2 * sum(sizes) / len(sizes)):
         yield f"The folds are of unequal size, {', '.join(map(str, sizes))}: large groups leave no better choice."

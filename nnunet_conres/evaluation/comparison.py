@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_conres import __version__
-from nnunet_conres.datasets.raw import some
 from nnunet_conres.evaluation.costs import Costs, costs_of
 from nnunet_conres.evaluation.drawing import draw_cases
 from nnunet_conres.evaluation.ensembles import add_ensembles
@@ -23,7 +22,7 @@ from nnunet_conres.evaluation.testing import Findings, compare_scores, overall_o
 from nnunet_conres.evaluation.writing import write_comparison
 from nnunet_conres.files import without_nan
 from nnunet_conres.folders import writing
-from nnunet_conres.text import aligned
+from nnunet_conres.text import aligned, first_few
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def _displaced(scores: Scores) -> list[str]:
     if not scores.displaced:
         return []
     return [
-        f"By their headers, {some([str(path) for path in scores.displaced])} do not lie where the reference does "
+        f"By their headers, {first_few([str(path) for path in scores.displaced])} do not lie where the reference does "
         f"(origin or directions). Voxels were compared one by one all the same: are these predictions of the same "
         f"images, and not turned?"
     ]

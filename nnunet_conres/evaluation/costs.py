@@ -15,12 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from nnunet_conres.datasets.raw import short_message
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.cache import Cache, key_of, state_of
 from nnunet_conres.evaluation.predictions import Contender
 from nnunet_conres.files import read_json
-from nnunet_conres.nnunet import Model, architecture_faults
+from nnunet_conres.nnunet import Model, architecture_errors
+from nnunet_conres.text import short_message
 from nnunet_conres.unpickling import read_checkpoint
 
 # What the trainers of this package say besides: an attribute, which nnU-Net writes into debug.json, and a logged line.
@@ -238,8 +238,8 @@ def _count(folder: Path, plans_json: dict[str, Any], dataset_json: dict[str, Any
     Raises:
         InputError: The plans name as part of a network what is none, and would be called.
     """
-    if faults := architecture_faults(folder / "plans.json"):
-        raise InputError(faults[0])
+    if errors := architecture_errors(folder / "plans.json"):
+        raise InputError(errors[0])
     import torch
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nnunet_conres.datasets.raw import short_message, some
 from nnunet_conres.evaluation.cache import Cache, key_of, state_of
 from nnunet_conres.evaluation.finding import Found
 from nnunet_conres.nnunet import label_values
+from nnunet_conres.text import first_few, short_message
 
 
 def draw_cases(found: Found, shown: Sequence[str], cache_folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -32,7 +32,7 @@ def draw_cases(found: Found, shown: Sequence[str], cache_folder: Path) -> tuple[
             if found.kind == "cross-validation"
             else "name their folder with -i."
         )
-        warnings.append(f"No images to show of {some(without)}: {where}")
+        warnings.append(f"No images to show of {first_few(without)}: {where}")
     cache = Cache(cache_folder)
     pictures = []
     for case in (case for case in shown if case in found.images):
@@ -71,6 +71,6 @@ def _pack(found: Found, case: str) -> dict[str, Any]:
         label_values(content["labels"]),
         spacings[0],
     )
-    if faults := volumes.faults():
-        raise ValueError(" ".join(faults))
+    if errors := volumes.errors():
+        raise ValueError(" ".join(errors))
     return pack_case(volumes)

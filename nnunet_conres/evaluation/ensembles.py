@@ -10,7 +10,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from nnunet_conres.datasets.raw import map_cases, short_message
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.cache import state_of
 from nnunet_conres.evaluation.finding import CompareOptions, Found
@@ -18,6 +17,8 @@ from nnunet_conres.evaluation.predictions import Contender, Prediction
 from nnunet_conres.files import read_json, write_json
 from nnunet_conres.folders import clear_leftovers
 from nnunet_conres.images.volumes import write_labels
+from nnunet_conres.parallel import map_cases
+from nnunet_conres.text import short_message
 from nnunet_conres.unpickling import read_pickle
 
 _SOURCES = "sources.json"
@@ -89,15 +90,15 @@ def settings_differences(models: Sequence[Contender], settings: Mapping[str, Pat
         A message for every difference that changes what a number in a file of probabilities stands for.
     """
     read: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-    faults = []
+    errors = []
     for model in models:
         folder = settings[model.key]
         try:
             read[model.key] = (read_json(folder / "dataset.json"), read_json(folder / "plans.json"))
         except InputError as error:
-            faults.append(f"{model.name} can't be averaged with others: {error}")
-    if faults:
-        return faults
+            errors.append(f"{model.name} can't be averaged with others: {error}")
+    if errors:
+        return errors
     first = models[0]
     for model in models[1:]:
         for index, entry, file in (
@@ -108,10 +109,10 @@ def settings_differences(models: Sequence[Contender], settings: Mapping[str, Pat
         ):
             ours, theirs = read[first.key][index].get(entry), read[model.key][index].get(entry)
             if ours != theirs:
-                faults.append(
+                errors.append(
                     f"{first.name} and {model.name} can't be averaged: {entry} in {file} is {ours} and {theirs}."
                 )
-    return faults
+    return errors
 
 
 def build_ensemble(
@@ -163,9 +164,9 @@ def build_ensemble(
         ([str(path) for path in _files(members, case, file_ending)], str(output_folder / case), str(settings_folder))
         for case in todo
     ]
-    for case, fault in zip(todo, map_cases(_average_case, jobs, processes, f"Ensemble {name}", progress), strict=True):
-        if fault:
-            raise InputError(fault)
+    for case, error in zip(todo, map_cases(_average_case, jobs, processes, f"Ensemble {name}", progress), strict=True):
+        if error:
+            raise InputError(error)
         done[case] = [*sources[case], state_of(targets[case])]
         write_json(output_folder / _SOURCES, done)
     predictions = {case: Prediction(case, targets[case], members[0].predictions[case].fold) for case in cases}

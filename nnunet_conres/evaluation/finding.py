@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nnunet_conres.datasets.raw import some
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.metrics import MetricOptions
 from nnunet_conres.evaluation.predictions import (
@@ -27,6 +26,7 @@ from nnunet_conres.evaluation.predictions import (
 from nnunet_conres.files import read_json
 from nnunet_conres.folders import list_files
 from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
+from nnunet_conres.text import first_few
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def find_test_set(
 
     def search(device: str) -> Search:
         found = search_test_set(folders, trained, file_ending, device=device)
-        found.faults[:0] = missing
+        found.errors[:0] = missing
         return found
 
     found = _search_or_make(search, options, len(folders))
@@ -185,7 +185,7 @@ def _search_or_make(search: Callable[[str], Search], options: CompareOptions, nu
     """
     device = options.device or _available_device(certain=options.run)
     found = search(device)
-    if options.run and not found.faults:
+    if options.run and not found.errors:
         todo = list(iterate_missing(found, probabilities=options.ensembles and number > 1))
         unknown = [missing for missing in todo if not missing.is_known]
         if unknown:
@@ -208,11 +208,11 @@ def _search_or_make(search: Callable[[str], Search], options: CompareOptions, nu
                 raise InputError(f"The command failed with exit code {code}: {missing.remedy}")
         if todo:
             found = search(device)
-    faults = found.faults + [missing.as_text for missing in found.missing]
+    errors = found.errors + [missing.as_text for missing in found.missing]
     if not options.intersection:
-        faults += [f"{gap.as_text} Or compare on the common cases with --intersection." for gap in found.gaps]
-    if faults:
-        raise InputError(faults)
+        errors += [f"{gap.as_text} Or compare on the common cases with --intersection." for gap in found.gaps]
+    if errors:
+        raise InputError(errors)
     return found
 
 
@@ -228,30 +228,31 @@ def _settle(
 ) -> Found:
     file_ending = str(dataset_json["file_ending"])
     references = {path.name.removesuffix(file_ending): path for path in list_files(reference_folder, file_ending)}
-    cases, faults = same_cases(search.models, list(references), intersection=options.intersection)
-    faults += _other_labels(search.models, dataset_json, settings)
+    cases, errors = same_cases(search.models, list(references), intersection=options.intersection)
+    errors += _other_labels(search.models, dataset_json, settings)
     groups, ungrouped = _groups(cases, options.group_pattern)
-    faults += ungrouped
-    if faults:
-        raise InputError(faults)
+    errors += ungrouped
+    if errors:
+        raise InputError(errors)
     warnings = []
     predicted = {case for model in search.models for case in model.predictions}
     left_out = predicted - set(cases)
     if options.intersection:
         warnings += [f"{gap.what} Left out for all models." for gap in search.gaps]
         if left_out:
-            warnings.append(f"Compared on the {len(cases)} common cases only; left out: {some(sorted(left_out))}.")
+            warnings.append(f"Compared on the {len(cases)} common cases only; left out: {first_few(sorted(left_out))}.")
         others = other_splits(search.models)
         if others:
             warnings.append(
-                f"{some(others)}: trained on other splits than {search.models[0].name}. Each case was held out, but "
+                f"{first_few(others)}: trained on other splits than {search.models[0].name}. Each case was held "
+                f"out, but "
                 f"the models learned from different cases."
             )
     if kind == "test":
         unpredicted = sorted(set(references) - predicted)
         left_out |= set(unpredicted)
         if unpredicted:
-            warnings.append(f"No model predicted {some(unpredicted)}, for which there is a reference.")
+            warnings.append(f"No model predicted {first_few(unpredicted)}, for which there is a reference.")
     return Found(
         kind,
         dataset_name,
@@ -271,11 +272,11 @@ def _settle(
 def _groups(cases: Sequence[str], pattern: str | None) -> tuple[dict[str, str] | None, list[str]]:
     from nnunet_conres.datasets.splits import compile_group, group_cases
 
-    compiled, faults = compile_group(pattern)
-    if faults:
-        return None, faults
-    groups, faults = group_cases(cases, compiled)
-    return (groups if len(set(groups.values())) < len(groups) else None), faults
+    compiled, errors = compile_group(pattern)
+    if errors:
+        return None, errors
+    groups, errors = group_cases(cases, compiled)
+    return (groups if len(set(groups.values())) < len(groups) else None), errors
 
 
 def _other_labels(

@@ -190,19 +190,19 @@ class MetricOptions:
     lesion_volume: float = 50.0
 
     def __post_init__(self) -> None:
-        faults = []
+        errors = []
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            faults.append(f"tolerance is {self.tolerance}; expected 0 mm or more.")
+            errors.append(f"tolerance is {self.tolerance}; expected 0 mm or more.")
         if self.empty not in ("brats", "nan"):
-            faults.append(f"empty is {self.empty!r}; expected 'brats' or 'nan'.")
+            errors.append(f"empty is {self.empty!r}; expected 'brats' or 'nan'.")
         if self.penalty is not None and not (math.isfinite(self.penalty) and self.penalty >= 0):
-            faults.append(f"penalty is {self.penalty}; expected 0 mm or more, or None for the image's diagonal.")
+            errors.append(f"penalty is {self.penalty}; expected 0 mm or more, or None for the image's diagonal.")
         if self.lesion_dilation < 0:
-            faults.append(f"lesion_dilation is {self.lesion_dilation}; expected 0 voxels or more.")
+            errors.append(f"lesion_dilation is {self.lesion_dilation}; expected 0 voxels or more.")
         if not (math.isfinite(self.lesion_volume) and self.lesion_volume >= 0):
-            faults.append(f"lesion_volume is {self.lesion_volume}; expected 0 mm³ or more.")
-        if faults:
-            raise InputError(faults)
+            errors.append(f"lesion_volume is {self.lesion_volume}; expected 0 mm³ or more.")
+        if errors:
+            raise InputError(errors)
 
     def as_json(self) -> dict[str, Any]:
         """All attributes."""
@@ -280,20 +280,20 @@ def _check(
     spacing: Sequence[float],
     ignored: NDArray[np.bool_] | None,
 ) -> None:
-    faults = []
+    errors = []
     for name, mask in (("reference", reference), ("prediction", prediction), ("ignored mask", ignored)):
         if mask is None:
             continue
         if mask.dtype != np.bool_:
-            faults.append(f"The {name} has values of type {mask.dtype}; expected True and False.")
+            errors.append(f"The {name} has values of type {mask.dtype}; expected True and False.")
         if mask.shape != reference.shape:
-            faults.append(f"The {name} has shape {mask.shape}; expected {reference.shape} like the reference.")
+            errors.append(f"The {name} has shape {mask.shape}; expected {reference.shape} like the reference.")
     if reference.ndim not in (2, 3) or not reference.size:
-        faults.append(f"The reference has shape {reference.shape}; expected two or three axes with voxels in them.")
+        errors.append(f"The reference has shape {reference.shape}; expected two or three axes with voxels in them.")
     if len(spacing) != reference.ndim or not all(math.isfinite(step) and step > 0 for step in spacing):
-        faults.append(f"The spacing is {tuple(spacing)}; expected {reference.ndim} lengths above 0 mm.")
-    if faults:
-        raise ValueError("\n".join(faults))
+        errors.append(f"The spacing is {tuple(spacing)}; expected {reference.ndim} lengths above 0 mm.")
+    if errors:
+        raise ValueError("\n".join(errors))
 
 
 def _axes(shape: Sequence[int]) -> list[int]:

@@ -144,20 +144,20 @@ def write_overlays(
 
     ending = legend.file_ending
     jobs: list[tuple[str, list[Path], Path, Path | None]] = []
-    faults: list[str] = []
+    errors: list[str] = []
     predictions = list_files(Path(prediction_folder), ending)
-    faults += unsafe_ids((prediction.name[: -len(ending)] for prediction in predictions), prediction_folder)
+    errors += unsafe_ids((prediction.name[: -len(ending)] for prediction in predictions), prediction_folder)
     for prediction in predictions:
         case_id = prediction.name[: -len(ending)]
         images = [Path(image_folder) / f"{case_id}_{i:04d}{ending}" for i in range(len(legend.channels))]
         reference = None if reference_folder is None else Path(reference_folder) / prediction.name
         needed = images if reference is None else [*images, reference]
-        faults += [f"{path} does not exist; {prediction} needs it." for path in needed if not path.is_file()]
+        errors += [f"{path} does not exist; {prediction} needs it." for path in needed if not path.is_file()]
         jobs.append((case_id, images, prediction, reference))
     if not jobs:
-        faults.append(f"{prediction_folder} has no file ending in {ending}; expected predictions of nnU-Net.")
-    if faults:
-        raise InputError(faults)
+        errors.append(f"{prediction_folder} has no file ending in {ending}; expected predictions of nnU-Net.")
+    if errors:
+        raise InputError(errors)
 
     content = {"file_ending": ending, "overwrite_image_reader_writer": legend.reader}
     reader = reader_for(content, [images[0] for _, images, _, _ in jobs])
@@ -170,7 +170,7 @@ def write_overlays(
                 predicted = read_standing_labels(prediction, reader)
                 truth = None if reference is None else read_standing_labels(reference, reader)
             except InputError as error:
-                faults += error.faults
+                errors += error.errors
                 continue
             try:
                 figure = overlay_figure(
@@ -183,11 +183,11 @@ def write_overlays(
                     title=case_id,
                 )
             except ValueError as error:
-                faults.append(f"{prediction}, its images and its reference do not fit each other: {error}")
+                errors.append(f"{prediction}, its images and its reference do not fit each other: {error}")
                 continue
             written.append(save_figure(figure, output / f"{case_id}.png", dpi=150))
-        if faults:
-            shown = "\n".join(f"  - {fault}" for fault in faults)
+        if errors:
+            shown = "\n".join(f"  - {message}" for message in errors)
             raise InputError(
                 f"{len(written)} of {len(jobs)} cases were drawn, in {output}; the others can't be:\n{shown}"
             )

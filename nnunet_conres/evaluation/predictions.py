@@ -10,11 +10,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Final
 
 from nnunet_conres.case_ids import unsafe_ids
-from nnunet_conres.datasets.raw import some
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import read_json
 from nnunet_conres.folders import list_files
 from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, folder_from_environment
+from nnunet_conres.text import first_few
 
 PROBABILITIES_ENDING: Final = ".npz"
 # What nnU-Net writes into folders of predictions besides.
@@ -114,14 +114,14 @@ class Search:
 
     Attributes:
         models: The complete ones.
-        faults: What forbids a comparison.
+        errors: What forbids a comparison.
         missing: Predictions that a command makes; forbids a comparison too.
         gaps: Single predictions that a command makes; without them only the common cases can be compared.
         missing_probabilities: Probabilities that a command makes; forbids ensembles only.
     """
 
     models: list[Contender] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
     gaps: list[Missing] = field(default_factory=list)
     missing_probabilities: list[Missing] = field(default_factory=list)
@@ -141,9 +141,9 @@ def parse_model_names(
         configurations: Likewise.
 
     Returns:
-        The models in the order of the trainers, and a message for every fault.
+        The models in the order of the trainers, and a message for every error.
     """
-    faults = [
+    errors = [
         f"{option} has {len(given)} values for {len(trainers)} trainers; expected one for all or one for each."
         for option, given in (("-p", plans), ("-c", configurations))
         if len(given) not in (1, len(trainers))
@@ -153,7 +153,7 @@ def parse_model_names(
         label, equals, rest = text.rpartition("=")
         parts = rest.split(":")
         if len(parts) > 3 or not all(parts) or (equals and not label):
-            faults.append(f"-tr {text} is no model; expected [NAME=]TRAINER[:PLANS[:CONFIGURATION]].")
+            errors.append(f"-tr {text} is no model; expected [NAME=]TRAINER[:PLANS[:CONFIGURATION]].")
             continue
         given = [_one_for(values, number) for values in (plans, configurations)]
         trainer, *others = parts
@@ -164,8 +164,8 @@ def parse_model_names(
         # also where one is called as another's trainer
         shown = display_names(names)
         doubled = {name for name in shown if shown.count(name) > 1}
-    faults += [f"{name} is named twice; expected every model once." for name in sorted(doubled)]
-    return names, faults
+    errors += [f"{name} is named twice; expected every model once." for name in sorted(doubled)]
+    return names, errors
 
 
 def _one_for(values: Sequence[str], number: int) -> str:
@@ -200,12 +200,12 @@ def search_cross_validation(
         device: For the commands that are named where something is missing.
 
     Returns:
-        The models; a model with a fault is left out.
+        The models; a model with an error is left out.
     """
     found = Search()
     results = folder_from_environment(FOLDER_VARIABLES[2])
     if results is None:
-        found.faults.append(
+        found.errors.append(
             "The environment variable nnUNet_results is not set; set it to the folder with nnU-Net's results."
         )
         return found
@@ -214,9 +214,9 @@ def search_cross_validation(
         preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
         plans_file = None if preprocessed is None else preprocessed / dataset_name / f"{name.plans}.json"
         if not folder.is_dir() and plans_file is not None and not plans_file.is_file():
-            found.faults.append(f"{display_name}: there are no plans {name.plans}, {plans_file} does not exist.")
+            found.errors.append(f"{display_name}: there are no plans {name.plans}, {plans_file} does not exist.")
             continue
-        file_ending = _file_ending(folder, found.faults) if folder.is_dir() else None
+        file_ending = _file_ending(folder, found.errors) if folder.is_dir() else None
         predictions: dict[str, Prediction] = {}
         complete = file_ending is not None
         for number_of_fold in folds:
@@ -228,8 +228,9 @@ def search_cross_validation(
                 continue
             twice = sorted(set(of_fold) & set(predictions))
             if twice:
-                found.faults.append(
-                    f"{display_name} predicted {some(twice)} in more than one fold; each case has to be held out once."
+                found.errors.append(
+                    f"{display_name} predicted {first_few(twice)} in more than one fold; each case has to be "
+                    f"held out once."
                 )
                 complete = False
             predictions |= of_fold
@@ -299,7 +300,7 @@ def _held_out(fold: _Fold, file_ending: str | None, found: Search) -> dict[str, 
     """The predictions of a fold's validation, None where it can't be compared; adds what is missing to `found`."""
     validation = fold.folder / "validation"
     if not fold.checkpoint.is_file() and not validation.is_dir():
-        found.faults.append(
+        found.errors.append(
             f"{fold.name} is not trained to the end: {fold.folder} has no checkpoint_final.pth and no validation. "
             f"Train it: {shlex.join((*fold.train, '--npz'))}"
         )
@@ -377,19 +378,19 @@ def search_test_set(
         device: For the commands that are named where something is missing.
 
     Returns:
-        The models; a model with a fault is left out.
+        The models; a model with an error is left out.
     """
     found = Search()
     for name in model_folders:
         if name not in folders:
-            found.faults.append(f"--model {name}=... names no model of --predictions; expected {', '.join(folders)}.")
+            found.errors.append(f"--model {name}=... names no model of --predictions; expected {', '.join(folders)}.")
     for number, (name, folder) in enumerate(folders.items()):
         if not folder.is_dir():
-            found.faults.append(f"{folder} is not a folder; expected the predictions of {name}.")
+            found.errors.append(f"{folder} is not a folder; expected the predictions of {name}.")
             continue
         predictions = _predictions(folder, file_ending, None)
         if not predictions:
-            found.faults.append(f"{folder} has no file that ends in {file_ending}; expected predictions of {name}.")
+            found.errors.append(f"{folder} has no file that ends in {file_ending}; expected predictions of {name}.")
             continue
         trained = model_folders.get(name)
         model: NamedModel | None = None
@@ -397,7 +398,7 @@ def search_test_set(
         if trained is not None:
             model, folds = NamedModel.of_folder(trained), _trained_folds(trained)
             if model is None:
-                found.faults.append(
+                found.errors.append(
                     f"{trained} is no folder of a trained model; expected one named TRAINER__PLANS__CONFIGURATION, "
                     f"with plans.json in it."
                 )
@@ -447,38 +448,42 @@ def same_cases(
         intersection: Whether to compare on the common cases where models have different ones.
 
     Returns:
-        The case ids, sorted, and a message for every fault.
+        The case ids, sorted, and a message for every error.
     """
-    faults: list[str] = []
+    errors: list[str] = []
     everywhere = set.intersection(*(set(model.predictions) for model in models)) if models else set()
     for model in models:
-        faults += unsafe_ids(model.predictions, model.name)
+        errors += unsafe_ids(model.predictions, model.name)
         extra = sorted(set(model.predictions) - everywhere)
         if extra and not intersection:
             without = [other.name for other in models if any(case not in other.predictions for case in extra)]
-            faults.append(
-                f"{model.name} has predictions of {some(extra)}, {', '.join(without)} not. A comparison needs the same "
+            errors.append(
+                f"{model.name} has predictions of {first_few(extra)}, {', '.join(without)} not. A comparison "
+                f"needs the same "
                 f"cases; make the missing predictions, or compare on the common cases with --intersection."
             )
         folds = {model.predictions[case].fold for case in extra} - {None}
         if extra and folds and not intersection:
-            faults.append(
+            errors.append(
                 f"Folds {', '.join(map(str, sorted(f for f in folds if f is not None)))} of {model.name} held other "
                 f"cases out than those of the other models: they were trained on different splits."
             )
     for model in models[1:]:
         moved = sorted(_in_other_folds(models[0], model) & everywhere)
         if moved and not intersection:
-            faults.append(
-                f"{model.name} and {models[0].name} held {some(moved)} out in different folds: they were trained on "
+            errors.append(
+                f"{model.name} and {models[0].name} held {first_few(moved)} out in different folds: they were "
+                f"trained on "
                 f"different splits. Compare models of the same splits, or compare nevertheless with --intersection."
             )
     without_reference = sorted(everywhere - set(references))
     if without_reference:
-        faults.append(f"There is no reference segmentation for {some(without_reference)}; expected one for every case.")
+        errors.append(
+            f"There is no reference segmentation for {first_few(without_reference)}; expected one for every case."
+        )
     if models and not everywhere:
-        faults.append("The models have no case in common.")
-    return sorted(everywhere), faults
+        errors.append("The models have no case in common.")
+    return sorted(everywhere), errors
 
 
 def other_splits(models: Sequence[Contender]) -> list[str]:
@@ -500,13 +505,13 @@ def _sorted(predictions: Mapping[str, Prediction]) -> dict[str, Prediction]:
     return dict(sorted(predictions.items()))
 
 
-def _file_ending(folder: Path, faults: list[str]) -> str | None:
+def _file_ending(folder: Path, errors: list[str]) -> str | None:
     try:
         return str(read_json(folder / _DATASET_JSON)["file_ending"])
     except InputError as error:
-        faults.append(f"{error} Expected the data set's dataset.json there.")
+        errors.append(f"{error} Expected the data set's dataset.json there.")
     except KeyError:
-        faults.append(f"{folder / _DATASET_JSON} has no file_ending; expected the data set's dataset.json there.")
+        errors.append(f"{folder / _DATASET_JSON} has no file_ending; expected the data set's dataset.json there.")
     return None
 
 

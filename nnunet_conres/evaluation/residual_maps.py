@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.case_ids import unsafe_ids
-from nnunet_conres.datasets.raw import some
 from nnunet_conres.datasets.sparse import Axis, slice_axis
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import Legend, read_legend, save_figure
@@ -30,6 +29,7 @@ from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.nifti import whole_numbers
 from nnunet_conres.images.volumes import affine_of, read_labels, read_volume, reader_of_file, reversed_axes, write_map
+from nnunet_conres.text import first_few
 
 Kind = Literal["image", "labels"]
 
@@ -60,7 +60,7 @@ class FileLook:
         shape: Number of voxels along the axes of nnU-Net's arrays: z, y, x.
         spacing: Voxel size along them, mm.
         values: The values of a label file, ascending.
-        faults: A message for every fault; the rest then means nothing.
+        errors: A message for every error; the rest then means nothing.
     """
 
     path: Path
@@ -69,7 +69,7 @@ class FileLook:
     shape: tuple[int, ...] = (0, 0, 0)
     spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
     values: tuple[int, ...] = ()
-    faults: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,30 +151,30 @@ def write_residual_maps(
     """
     from tqdm import tqdm
 
-    paths, faults = find_files(Path(source))
-    faults += output_faults(Path(output_folder), paths)
+    paths, errors = find_files(Path(source))
+    errors += output_errors(Path(output_folder), paths)
     if axis not in ("slice", 0, 1, 2):
-        faults.append(f"The axis is {axis!r}; expected slice, 0, 1 or 2.")
+        errors.append(f"The axis is {axis!r}; expected slice, 0, 1 or 2.")
     if kind not in (None, "image", "labels"):
-        faults.append(f"The kind is {kind!r}; expected image or labels.")
+        errors.append(f"The kind is {kind!r}; expected image or labels.")
     if intensities not in ("zscore", "raw"):
-        faults.append(f"The intensities are {intensities!r}; expected zscore or raw.")
+        errors.append(f"The intensities are {intensities!r}; expected zscore or raw.")
     looks = [look_at_file(path, kind) for path in tqdm(paths, desc="Checking", unit="file", disable=not progress)]
-    faults += [fault for look in looks for fault in look.faults]
-    readable = [look for look in looks if not look.faults]
+    errors += [error for look in looks for error in look.errors]
+    readable = [look for look in looks if not look.errors]
     chosen = 0
     if readable and axis in ("slice", 0, 1, 2):
         chosen = slice_axis([look.spacing for look in readable]) if axis == "slice" else int(axis)
-        faults += [fault for look in readable for fault in slice_faults(look, chosen)]
+        errors += [error for look in readable for error in slice_errors(look, chosen)]
     legends: dict[Path, Legend | None] = {}
     warnings: list[str] = []
     for look in readable:
         if look.kind == "labels":
             legends[look.path], found, noted = _legend_of(look, dataset_json)
-            faults += found
+            errors += found
             warnings += noted
-    if faults:
-        raise InputError(faults)
+    if errors:
+        raise InputError(errors)
 
     output = Path(output_folder)
     with writing(output):
@@ -278,7 +278,7 @@ def normalise(voxels: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def find_files(source: Path) -> tuple[list[Path], list[str]]:
-    """The file itself, or the files of a folder with an ending in `ENDINGS`; and a message for every fault."""
+    """The file itself, or the files of a folder with an ending in `ENDINGS`; and a message for every error."""
     if source.is_file():
         return [source], unsafe_ids([stem(source)], source)
     if not source.is_dir():
@@ -287,8 +287,8 @@ def find_files(source: Path) -> tuple[list[Path], list[str]]:
     if not paths:
         return [], [f"{source} has no file that ends in {', '.join(ENDINGS)}; expected images or labels there."]
     twice = [name for name, times in Counter(stem(path).casefold() for path in paths).items() if times > 1]
-    faults = [f"{source} has several files called {name}, with different endings; keep one." for name in twice]
-    return paths, faults + unsafe_ids(map(stem, paths), source)
+    errors = [f"{source} has several files called {name}, with different endings; keep one." for name in twice]
+    return paths, errors + unsafe_ids(map(stem, paths), source)
 
 
 def stem(path: Path) -> str:
@@ -299,7 +299,7 @@ def stem(path: Path) -> str:
     return path.stem
 
 
-def output_faults(output: Path, paths: Sequence[Path]) -> Iterator[str]:
+def output_errors(output: Path, paths: Sequence[Path]) -> Iterator[str]:
     """What is wrong with an output folder."""
     if output.exists() and not output.is_dir():
         yield f"{output} is not a folder; expected one to write to."
@@ -322,29 +322,29 @@ def look_at_file(path: Path, kind: Kind | None = None, reader: type | None = Non
         reader = reader or reader_of_file(path, _dataset_json_of(path))
         volume = read_volume(path, reader)
     except InputError as error:
-        return FileLook(path, faults=error.faults)
+        return FileLook(path, errors=error.errors)
     voxels, properties = volume.voxels, volume.properties
     axes = len(properties["sitk_stuff"]["spacing"]) if "sitk_stuff" in properties else 3
     if voxels.shape[0] != 1 and axes == 3:
-        return FileLook(path, faults=(f"{path} has {voxels.shape[-1]} values per voxel (colours?); expected one.",))
+        return FileLook(path, errors=(f"{path} has {voxels.shape[-1]} values per voxel (colours?); expected one.",))
     if axes != 3 or voxels.shape[0] != 1:
         return FileLook(
             path,
-            faults=(
+            errors=(
                 f"{path} has {axes} axes; expected a volume with three. A residual is between slices, and each channel "
                 f"needs a file of its own.",
             ),
         )
     if affine_of(properties) is None:
-        return FileLook(path, faults=(f"{path} has no geometry; expected a format that has one, like .nii.gz.",))
+        return FileLook(path, errors=(f"{path} has no geometry; expected a format that has one, like .nii.gz.",))
     if volume.not_finite:
         return FileLook(
-            path, faults=(f"{path} has {volume.not_finite} voxels that are NaN or infinite; expected numbers.",)
+            path, errors=(f"{path} has {volume.not_finite} voxels that are NaN or infinite; expected numbers.",)
         )
     values = _label_values(whole_numbers(voxels, volume.intercept))
     found = kind or _kind(path, values)
     if found == "labels" and values is None:
-        return FileLook(path, faults=(f"{path} is no label file: its values are no integers from 0, or too many.",))
+        return FileLook(path, errors=(f"{path} is no label file: its values are no integers from 0, or too many.",))
     known = values if found == "labels" and values else ()
     return FileLook(path, reader, found, tuple(voxels.shape[1:]), volume.spacing, known)
 
@@ -377,7 +377,7 @@ def _kind(path: Path, values: tuple[int, ...] | None) -> Kind:
     return "image" if len(values) < 2 and re.search(r"_\d{4}$", stem(path)) else "labels"
 
 
-def slice_faults(look: FileLook, axis: int) -> Iterator[str]:
+def slice_errors(look: FileLook, axis: int) -> Iterator[str]:
     """What keeps a file from having a residual along an axis."""
     if look.shape[axis] < 2:
         yield (
@@ -398,7 +398,7 @@ def file_parts(names: Iterable[str]) -> dict[str, str]:
 
 
 def _legend_of(look: FileLook, dataset_json: str | Path | None) -> tuple[Legend | None, list[str], list[str]]:
-    """Names for a label file's values, faults and warnings."""
+    """Names for a label file's values, errors and warnings."""
     path = Path(dataset_json) if dataset_json is not None else dataset_json_near(look.path)
     if path is None:
         return None, [], []
@@ -410,7 +410,7 @@ def _legend_of(look: FileLook, dataset_json: str | Path | None) -> tuple[Legend 
     strange = [str(value) for value in look.values if value not in known | {legend.ignore_label}]
     if not strange:
         return legend, [], []
-    told = f"{look.path} has labels that {path} does not name: {some(strange)}"
+    told = f"{look.path} has labels that {path} does not name: {first_few(strange)}"
     if dataset_json is not None:
         return None, [f"{told}; give the dataset.json that it belongs to."], []
     return None, [], [f"{told}. Every label is taken by itself; for regions name the right file with -djfile."]

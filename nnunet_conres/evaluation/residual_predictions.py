@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from nnunet_conres.architectures.blocks import crop, resize
 from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.case_ids import unsafe_ids
-from nnunet_conres.datasets.raw import short_message, some
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import save_figure
 from nnunet_conres.evaluation.residual_figures import Slicing, predicted_residual_figure
@@ -30,14 +29,15 @@ from nnunet_conres.evaluation.residual_maps import (
     FileLook,
     file_parts,
     look_at_file,
-    output_faults,
+    output_errors,
     residual_of_labels,
-    slice_faults,
+    slice_errors,
 )
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.volumes import read_labels, read_volume, reversed_axes, write_map
-from nnunet_conres.nnunet import architecture_faults, label_values
+from nnunet_conres.nnunet import architecture_errors, label_values
+from nnunet_conres.text import first_few, short_message
 from nnunet_conres.unpickling import read_checkpoint
 
 DEFAULT_CHECKPOINT: Final = "checkpoint_final.pth"
@@ -185,11 +185,11 @@ class ResidualPredictor:
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
         folder = Path(model_folder)
-        faults = [*_model_faults(folder, folds, checkpoint), *_device_faults(device)]
+        errors = [*_model_errors(folder, folds, checkpoint), *_device_errors(device)]
         if not 0 < step_size <= 1:
-            faults.append(f"The step size is {step_size:g}; expected above 0 and at most 1.")
-        if faults:
-            raise InputError(faults)
+            errors.append(f"The step size is {step_size:g}; expected above 0 and at most 1.")
+        if errors:
+            raise InputError(errors)
         with contextlib.redirect_stdout(io.StringIO()):
             predictor: Any = nnUNetPredictor(
                 tile_step_size=step_size,
@@ -198,14 +198,14 @@ class ResidualPredictor:
                 device=torch.device(device),
                 allow_tqdm=progress,
             )
-        faults += architecture_faults(folder / "plans.json")
+        errors += architecture_errors(folder / "plans.json")
         for fold in folds:
             try:  # nnU-Net's own loading runs what is in a checkpoint
                 read_checkpoint(folder / f"fold_{fold}" / checkpoint)
             except InputError as error:
-                faults.append(str(error))
-        if faults:
-            raise InputError(faults)
+                errors.append(str(error))
+        if errors:
+            raise InputError(errors)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells where it looks for the trainer
                 predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
@@ -213,13 +213,13 @@ class ResidualPredictor:
             raise InputError([f"{folder} cannot be loaded: {short_message(error)}."]) from error
         network = getattr(predictor.network, "_orig_mod", predictor.network)
         plans = predictor.plans_manager
-        faults = list(_network_faults(folder, network, predictor, level))
+        errors = list(_network_errors(folder, network, predictor, level))
         self.reader: type = plans.image_reader_writer_class
         self.file_ending = str(predictor.dataset_json["file_ending"])
         if self.file_ending not in ENDINGS:
-            faults.append(f"{folder} reads {self.file_ending} files; expected a format with a geometry, like .nii.gz.")
-        if faults:
-            raise InputError(faults)
+            errors.append(f"{folder} reads {self.file_ending} files; expected a format with a geometry, like .nii.gz.")
+        if errors:
+            raise InputError(errors)
         self._predictor = predictor
         self._network = network
         self._wrapped = ResidualNetwork(network, level)
@@ -340,20 +340,20 @@ def write_predicted_residuals(
     """
     from tqdm import tqdm
 
-    cases, faults = find_cases(Path(source), predictor.file_ending, predictor.number_of_channels)
+    cases, errors = find_cases(Path(source), predictor.file_ending, predictor.number_of_channels)
     paths = [path for images in cases.values() for path in images]
     output = Path(output_folder)
-    faults += output_faults(output, paths)
+    errors += output_errors(output, paths)
     references, found = _references(reference, cases, predictor.file_ending)
-    faults += found
+    errors += found
     looks: dict[Path, FileLook] = {}
     for path in tqdm(paths, desc="Checking", unit="file", disable=not progress):
         looks[path] = look_at_file(path, "image", predictor.reader)
-        faults += looks[path].faults or slice_faults(looks[path], predictor.slice_axis)
+        errors += looks[path].errors or slice_errors(looks[path], predictor.slice_axis)
     for case_id, path in references.items():
-        faults += _reference_faults(path, looks[cases[case_id][0]], predictor)
-    if faults:
-        raise InputError(faults)
+        errors += _reference_errors(path, looks[cases[case_id][0]], predictor)
+    if errors:
+        raise InputError(errors)
 
     done = []
     with writing(output):
@@ -413,7 +413,7 @@ def _write_case(
 
 
 def find_cases(source: Path, ending: str, channels: int) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
-    """The images of every case by its id, complete ones only, and a message for every fault.
+    """The images of every case by its id, complete ones only, and a message for every error.
 
     Args:
         source: A folder of images named CASE_0000 and so on, or one such file.
@@ -438,16 +438,16 @@ def find_cases(source: Path, ending: str, channels: int) -> tuple[dict[str, tupl
         return {}, [f"{source} does not exist; expected a folder of {expected}, or one such file."]
     if not found:
         return {}, [f"{source} has no {expected}. BraTS's own names: nnunet-conres brats-convert."]
-    faults = unsafe_ids(found, source)
+    errors = unsafe_ids(found, source)
     cases = {}
     for case_id, images in found.items():
         folder = next(iter(images.values())).parent
         wanted = [folder / f"{case_id}_{channel:04d}{ending}" for channel in range(channels)]
         missing = [path for path in wanted if not path.is_file()]
-        faults += [f"{path} is missing; the model was trained with {channels} channels." for path in missing]
+        errors += [f"{path} is missing; the model was trained with {channels} channels." for path in missing]
         if not missing:
             cases[case_id] = tuple(wanted)
-    return cases, faults
+    return cases, errors
 
 
 def _references(
@@ -467,20 +467,20 @@ def _references(
     return existing, [f"{one} does not exist; expected the reference labels there." for one in missing]
 
 
-def _reference_faults(path: Path, image: FileLook, predictor: ResidualPredictor) -> Iterator[str]:
+def _reference_errors(path: Path, image: FileLook, predictor: ResidualPredictor) -> Iterator[str]:
     look = look_at_file(path, "labels", predictor.reader)
-    if look.faults or image.faults:
-        yield from look.faults
+    if look.errors or image.errors:
+        yield from look.errors
         return
     if look.shape != image.shape:
         yield f"{path} has shape {look.shape}; expected {image.shape} like {image.path}."
     known = {0, predictor.ignore_label, *(value for values in predictor.regions.values() for value in values)}
     strange = [str(value) for value in look.values if value not in known]
     if strange:
-        yield f"{path} has labels that the model does not know: {some(strange)}."
+        yield f"{path} has labels that the model does not know: {first_few(strange)}."
 
 
-def _model_faults(folder: Path, folds: Sequence[int | str], checkpoint: str) -> Iterator[str]:
+def _model_errors(folder: Path, folds: Sequence[int | str], checkpoint: str) -> Iterator[str]:
     missing = [name for name in ("plans.json", "dataset.json") if not (folder / name).is_file()]
     if missing:
         yield (
@@ -498,7 +498,7 @@ def _model_faults(folder: Path, folds: Sequence[int | str], checkpoint: str) -> 
             yield f"{path} does not exist, {have}."
 
 
-def _device_faults(device: str) -> Iterator[str]:
+def _device_errors(device: str) -> Iterator[str]:
     if device not in ("cuda", "cpu", "mps"):
         yield f"The device is {device!r}; expected cuda, cpu or mps."
     elif (device == "cuda" and not torch.cuda.is_available()) or (
@@ -507,7 +507,7 @@ def _device_faults(device: str) -> Iterator[str]:
         yield f"There is no {device.upper()} device here that torch can use. To predict on the CPU add: -device cpu"
 
 
-def _network_faults(folder: Path, network: nn.Module, predictor: Any, level: int) -> Iterator[str]:
+def _network_errors(folder: Path, network: nn.Module, predictor: Any, level: int) -> Iterator[str]:
     if not isinstance(network, ResidualMapsMixin):
         yield (
             f"{folder} was trained with {predictor.trainer_name}, whose {type(network).__name__} predicts no residual "

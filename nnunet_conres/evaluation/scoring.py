@@ -13,13 +13,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_conres.datasets.raw import map_cases
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.cache import Cache, content_of, key_of
 from nnunet_conres.evaluation.metrics import METRIC_VERSION, METRICS, MetricOptions, measure
 from nnunet_conres.files import without_nan
 from nnunet_conres.images.volumes import Labels, affine_of, read_labels, reader_for
 from nnunet_conres.nnunet import ignore_label, label_values
+from nnunet_conres.parallel import map_cases
 
 # The mean over the labels or regions of a case stands beside them under this name.
 MEAN: Final = "mean"
@@ -95,14 +95,14 @@ def score_cases(
             name; all errors are listed together, missing files before any is read.
     """
     options = options or MetricOptions()
-    faults = _job_faults(jobs)
+    errors = _job_errors(jobs)
     if processes < 1:
-        faults.append(f"processes is {processes}; expected 1 or more.")
+        errors.append(f"processes is {processes}; expected 1 or more.")
     scheme = _scheme(dataset_json)
     if MEAN in scheme.regions:
-        faults.append(f"A label is called {MEAN!r}, as the mean over all labels is; give it another name.")
-    if faults:
-        raise InputError(faults)
+        errors.append(f"A label is called {MEAN!r}, as the mean over all labels is; give it another name.")
+    if errors:
+        raise InputError(errors)
     kept = Cache(None if cache_folder is None else Path(cache_folder))
     references = [job.reference for job in jobs]
     name = reader or reader_for(dataset_json, references).__name__
@@ -124,15 +124,15 @@ def score_cases(
     displaced: list[Path] = []
     for key, job in zip(keys, jobs, strict=True):
         outcome = outcomes[key]
-        if outcome.faults and job is not todo[key]:
+        if outcome.errors and job is not todo[key]:
             outcome = _score(_Task(job, scheme, options, found, kept, key))  # the message names another file
-        faults += outcome.faults
+        errors += outcome.errors
         cached += outcome.cached
         displaced += [job.prediction] if outcome.displaced else []
         values.setdefault(job.model, {})[job.case_id] = outcome.scores
-    if faults:
-        # A reference that is at fault is so for every model.
-        raise InputError("\n".join(dict.fromkeys(faults)))
+    if errors:
+        # A reference that is at error is so for every model.
+        raise InputError("\n".join(dict.fromkeys(errors)))
     return Scores(values, options, cached, tuple(displaced))
 
 
@@ -172,19 +172,19 @@ class _Outcome:
 
     scores: CaseScores
     cached: bool = False
-    faults: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
     displaced: bool = False
 
 
-def _job_faults(jobs: Sequence[ScoringJob]) -> list[str]:
-    faults = [] if jobs else ["There is no prediction to score; expected one or more."]
+def _job_errors(jobs: Sequence[ScoringJob]) -> list[str]:
+    errors = [] if jobs else ["There is no prediction to score; expected one or more."]
     seen = set()
     for job in jobs:
         if (job.model, job.case_id) in seen:
-            faults.append(f"{job.prediction} is one prediction too many of case {job.case_id} by {job.model}.")
+            errors.append(f"{job.prediction} is one prediction too many of case {job.case_id} by {job.model}.")
         seen.add((job.model, job.case_id))
     missing = dict.fromkeys(path for job in jobs for path in (job.reference, job.prediction) if not path.is_file())
-    return faults + [f"{path} does not exist; expected a label file." for path in missing]
+    return errors + [f"{path} does not exist; expected a label file." for path in missing]
 
 
 def _scheme(dataset_json: Mapping[str, Any]) -> _Scheme:
@@ -208,7 +208,7 @@ def _scheme(dataset_json: Mapping[str, Any]) -> _Scheme:
 def _score(task: _Task) -> _Outcome:
     read = _read_pair(task)
     if isinstance(read, list):
-        return _Outcome({}, faults=tuple(read))
+        return _Outcome({}, errors=tuple(read))
     reference, prediction, spacing, displaced = read
     ignored = None if task.scheme.ignore is None else reference == task.scheme.ignore
     scores = {
@@ -223,15 +223,15 @@ def _score(task: _Task) -> _Outcome:
 def _read_pair(task: _Task) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ...], bool] | list[str]:
     """Label maps, voxel size, and whether one lies elsewhere by its header; or what is wrong with the files."""
     read: list[Labels] = []
-    faults: list[str] = []
+    errors: list[str] = []
     ignore = () if task.scheme.ignore is None else (task.scheme.ignore,)
     for path, more in ((task.job.reference, ignore), (task.job.prediction, ())):
         try:
             read.append(read_labels(path, task.reader, (*task.scheme.allowed, *more)))
         except InputError as error:
-            faults += error.faults
-    if faults:
-        return faults
+            errors += error.errors
+    if errors:
+        return errors
     reference, prediction = read
     if reference.voxels.shape != prediction.voxels.shape:
         return [

@@ -11,9 +11,9 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_conres.datasets.raw import some
 from nnunet_conres.evaluation.metrics import METRICS, Metric
 from nnunet_conres.evaluation.scoring import MEAN
+from nnunet_conres.text import first_few
 
 # Raised where a change gives other numbers: what was kept from run to run is then computed again.
 STATISTICS_VERSION: Final = 1
@@ -128,15 +128,15 @@ def compare_paired(
         American Statistical Association 1987 (BCa intervals); Kerby, Comprehensive Psychology 2014 (rank-biserial).
     """
     others = [name for name in values if name != baseline] if models is None else list(models)
-    faults = list(_name_faults(values, [baseline, *others], confidence, samples))
-    if faults:
-        raise ValueError("\n".join(faults))
+    errors = list(_name_errors(values, [baseline, *others], confidence, samples))
+    if errors:
+        raise ValueError("\n".join(errors))
     first = next(iter(values[baseline].values()))
     chosen_regions = list(first) if regions is None else list(regions)
     chosen_metrics = [m.key for m in METRICS.values() if m.better != "none"] if metrics is None else list(metrics)
-    faults = list(_case_faults(values, baseline, others, chosen_regions, chosen_metrics, groups))
-    if faults:
-        raise ValueError("\n".join(faults))
+    errors = list(_case_errors(values, baseline, others, chosen_regions, chosen_metrics, groups))
+    if errors:
+        raise ValueError("\n".join(errors))
 
     pairs = [
         _pair(values, model, baseline, region, METRICS[key], groups)
@@ -545,7 +545,7 @@ def _p_text(p: float) -> str:
 # --- what is compared -----------------------------------------------------------------------------------------------
 
 
-def _name_faults(values: Mapping[str, Any], models: Sequence[str], confidence: float, samples: int) -> Iterator[str]:
+def _name_errors(values: Mapping[str, Any], models: Sequence[str], confidence: float, samples: int) -> Iterator[str]:
     for name in dict.fromkeys(models):
         if name not in values:
             yield f"{name!r} is not among the models scored; expected one of {', '.join(values)}."
@@ -559,7 +559,7 @@ def _name_faults(values: Mapping[str, Any], models: Sequence[str], confidence: f
         yield f"samples is {samples}; expected 1 or more."
 
 
-def _case_faults(
+def _case_errors(
     values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]],
     baseline: str,
     models: Sequence[str],
@@ -581,14 +581,14 @@ def _case_faults(
             if which:
                 yield (
                     f"{len(which)} case{'' if len(which) == 1 else 's'} of {here} {'is' if len(which) == 1 else 'are'} "
-                    f"not among those of {there}: {some(sorted(which))}; expected the same cases of both."
+                    f"not among those of {there}: {first_few(sorted(which))}; expected the same cases of both."
                 )
     for model in (baseline, *models):
         for region in regions:
             without = [case for case, scores in values[model].items() if region not in scores]
             if without:
-                yield f"{model} has no score of {region!r} for {some(without)}; expected it for all cases."
+                yield f"{model} has no score of {region!r} for {first_few(without)}; expected it for all cases."
     if groups is not None:
         without = sorted(cases - set(groups))
         if without:
-            yield f"No group is named for {some(without)}; expected one for every case."
+            yield f"No group is named for {first_few(without)}; expected one for every case."

@@ -21,19 +21,17 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_conres.datasets.raw import (
     TrainingCase,
-    file_faults,
+    errors_in_files,
     find_dataset,
     find_training_cases,
-    map_cases,
     read_dataset_json,
-    short_message,
-    some,
 )
 from nnunet_conres.errors import InputError, writing_errors
 from nnunet_conres.families import PLANNED
 from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.images.volumes import reader_for
 from nnunet_conres.nnunet import folder_from_environment
+from nnunet_conres.parallel import map_cases
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.planning.preprocessing import (
     OF_FILES,
@@ -50,7 +48,7 @@ from nnunet_conres.planning.sources import (
     note_in_fingerprint,
     sizes_and_times,
 )
-from nnunet_conres.text import aligned
+from nnunet_conres.text import aligned, first_few, short_message
 
 DEFAULT_PREPROCESSOR: Final = "DefaultPreprocessor"
 DEFAULT_FINGERPRINT: Final = "DatasetFingerprintExtractor"
@@ -89,7 +87,7 @@ class PlanOptions:
         """Name of the plans."""
         return self.plans_name if self.plans_name is not None else PLANNED[self.architecture].plans_name
 
-    def faults(self) -> Iterator[str]:
+    def errors(self) -> Iterator[str]:
         """What is wrong with the options themselves, whatever the data set."""
         target = self.gpu_memory_target
         if not (math.isfinite(target) and target > 0):
@@ -165,7 +163,7 @@ class Planned:
             lines.append(f"Data of {data.configuration}: {len(data.written)} cases written, {there} were there")
             if data.outdated:
                 named = [f"{case_id} ({reason})" for case_id, reason in data.outdated.items()]
-                lines.append(f"  of these {len(named)} again, because their raw files changed: {some(named)}")
+                lines.append(f"  of these {len(named)} again, because their raw files changed: {first_few(named)}")
         lines += [f"Data of {name}: none, the images don't need this configuration" for name in self.skipped]
         lines += self.notes
         lines += [f"Next: {command}" for command in self.next_commands]
@@ -187,11 +185,11 @@ def plan(dataset_ids: Sequence[int], options: PlanOptions, *, progress: bool = T
         InputError: Something is wrong with the options or a data set; nothing was written. Lists all that was found.
             Also if a data set can't be planned for this network and memory.
     """
-    faults = list(options.faults())
+    errors = list(options.errors())
     for dataset_id in dataset_ids:
-        faults += _dataset_faults(dataset_id, options, needs_fingerprint=True)
-    if faults:
-        raise InputError(faults)
+        errors += _dataset_errors(dataset_id, options, needs_fingerprint=True)
+    if errors:
+        raise InputError(errors)
     return [_with_next_commands(_plan(dataset_id, options, progress)) for dataset_id in dataset_ids]
 
 
@@ -231,13 +229,13 @@ def plan_and_preprocess(
             Also if a data set can't be planned for this network and memory, or a case can't be preprocessed.
         RuntimeError: A process was killed.
     """
-    faults = list(options.faults())
+    errors = list(options.errors())
     for dataset_id in dataset_ids:
-        faults += _dataset_faults(dataset_id, options, needs_fingerprint=False)
-        faults += _unknown_configurations(dataset_id, options, configurations)
+        errors += _dataset_errors(dataset_id, options, needs_fingerprint=False)
+        errors += _unknown_configurations(dataset_id, options, configurations)
     extractor = _find_class("experiment_planning", fingerprint_extractor)
     if extractor is None:
-        faults.append(
+        errors.append(
             f"The fingerprint extractor is {fingerprint_extractor!r}; expected a class in nnunetv2.experiment_planning."
         )
     if processes is None:
@@ -245,16 +243,16 @@ def plan_and_preprocess(
     if len(processes) == 1:
         processes = list(processes) * len(configurations)
     if len(processes) != len(configurations):
-        faults.append(
+        errors.append(
             f"-np has {len(processes)} numbers; expected one, or one for each of {', '.join(configurations)}."
         )
     if any(number < 1 for number in (*processes, fingerprint_processes)):
-        faults.append("The number of processes is below 1; expected 1 or more for -np and -npfp.")
-    if not faults and preprocess and not clean:
+        errors.append("The number of processes is below 1; expected 1 or more for -np and -npfp.")
+    if not errors and preprocess and not clean:
         for dataset_id in dataset_ids:
-            faults += _faults_of_cases_that_are_gone(dataset_id, configurations)
-    if faults:
-        raise InputError(faults)
+            errors += _errors_of_cases_that_are_gone(dataset_id, configurations)
+    if errors:
+        raise InputError(errors)
 
     for dataset_id in dataset_ids:
         if preprocess and clean:
@@ -286,7 +284,7 @@ def _take_fingerprint(
         files = sizes_and_times(cases)
         different = fingerprint_differences(fingerprint, cases, is_copy_different=True) if fingerprint.is_file() else []
         if different:
-            print(f"{fingerprint} is not of the raw data as they are ({some(different)}); it is taken again.")
+            print(f"{fingerprint} is not of the raw data as they are ({first_few(different)}); it is taken again.")
         is_new = clean or bool(different) or not fingerprint.is_file()
         with _refusals_of_nnunet(find_dataset(dataset_id), fingerprint, OF_FILES):
             try:
@@ -312,9 +310,9 @@ def _check_files(dataset_id: int, cases: Sequence[TrainingCase], processes: int,
     dataset_json = read_dataset_json(find_dataset(dataset_id))[0] or {}
     reader = reader_for(dataset_json, [case.images[0] for case in cases])
     jobs = [(case, reader) for case in cases]
-    faults = [fault for found in map_cases(file_faults, jobs, processes, "Checking", progress) for fault in found]
-    if faults:
-        raise InputError(faults)
+    errors = [error for found in map_cases(errors_in_files, jobs, processes, "Checking", progress) for error in found]
+    if errors:
+        raise InputError(errors)
 
 
 def _folder_of(dataset_id: int) -> Path:
@@ -322,11 +320,12 @@ def _folder_of(dataset_id: int) -> Path:
     return Path(nnUNet_preprocessed, find_dataset(dataset_id).name)
 
 
-def _faults_of_cases_that_are_gone(dataset_id: int, configurations: Sequence[str]) -> Iterator[str]:
+def _errors_of_cases_that_are_gone(dataset_id: int, configurations: Sequence[str]) -> Iterator[str]:
     case_ids = [case.case_id for case in _cases_of(dataset_id)]
     for folder, gone in cases_that_are_gone(_folder_of(dataset_id), configurations, case_ids).items():
         yield (
-            f"{folder} has {len(gone)} cases that are not in {find_dataset(dataset_id)}: {some(gone, 20)}. Without "
+            f"{folder} has {len(gone)} cases that are not in {find_dataset(dataset_id)}: {first_few(gone, 20)}. "
+            f"Without "
             f"splits nnU-Net would train on them. Remove them with --clean, or put their raw files back."
         )
 
@@ -334,7 +333,10 @@ def _faults_of_cases_that_are_gone(dataset_id: int, configurations: Sequence[str
 def _remove_cases_that_are_gone(dataset_id: int, configurations: Sequence[str]) -> None:
     preprocessed, case_ids = _folder_of(dataset_id), [case.case_id for case in _cases_of(dataset_id)]
     for folder, gone in cases_that_are_gone(preprocessed, configurations, case_ids).items():
-        print(f"Removing {len(gone)} cases from {folder} that are not in {find_dataset(dataset_id)}: {some(gone, 20)}.")
+        print(
+            f"Removing {len(gone)} cases from {folder} that are not in {find_dataset(dataset_id)}: "
+            f"{first_few(gone, 20)}."
+        )
         remove_cases(folder, gone)
         for case_id in gone:
             for copy in (preprocessed / GT_SEGMENTATIONS).glob(f"{glob.escape(case_id)}.*"):
@@ -355,14 +357,15 @@ def _notes(dataset_id: int) -> tuple[str, ...]:
     if not gone:
         return ()
     return (
-        f"{splits} names {len(gone)} cases that are not in {find_dataset(dataset_id)}: {some(gone)}. Remove it, and "
+        f"{splits} names {len(gone)} cases that are not in {find_dataset(dataset_id)}: {first_few(gone)}. "
+        f"Remove it, and "
         f"nnU-Net makes new splits, or make some with nnunet-conres split.",
     )
 
 
 def _plan(dataset_id: int, options: PlanOptions, progress: bool) -> Planned:
     raw = find_dataset(dataset_id)
-    # what nnU-Net prints while it searches is of no use to anybody who isn't searching for a fault
+    # what nnU-Net prints while it searches is of no use to anybody who isn't searching for an error
     silence = contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO())
     with _refusals_of_nnunet(raw, _folder_of(dataset_id)), silence:
         planner = PLANNERS[options.architecture](
@@ -415,15 +418,15 @@ def _with_next_commands(planned: Planned) -> Planned:
     return replace(planned, notes=_notes(planned.dataset_id), next_commands=tuple(commands))
 
 
-def _dataset_faults(dataset_id: int, options: PlanOptions, needs_fingerprint: bool) -> Iterator[str]:
+def _dataset_errors(dataset_id: int, options: PlanOptions, needs_fingerprint: bool) -> Iterator[str]:
     """What keeps a data set from being planned, as far as that shows before planning."""
     try:
         raw = find_dataset(dataset_id)
     except InputError as error:
-        yield from error.faults
+        yield from error.errors
         return
-    dataset_json, faults = read_dataset_json(raw)
-    yield from faults
+    dataset_json, errors = read_dataset_json(raw)
+    yield from errors
     if dataset_json is not None:
         missing = [key for key in ("numTraining",) if key not in dataset_json]
         if "channel_names" not in dataset_json and "modality" not in dataset_json:
@@ -452,7 +455,7 @@ def _dataset_faults(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
             different = fingerprint_differences(fingerprint, cases, is_copy_different=False)
             if different:
                 yield (
-                    f"The raw data changed since {fingerprint} was taken: {some(different)}. {again}, or use "
+                    f"The raw data changed since {fingerprint} was taken: {first_few(different)}. {again}, or use "
                     f"nnunet-conres plan_and_preprocess."
                 )
     elif needs_fingerprint:
@@ -460,10 +463,10 @@ def _dataset_faults(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
             f"{fingerprint} is missing. Take it with nnUNetv2_extract_fingerprint -d {dataset_id}, or use "
             f"nnunet-conres plan_and_preprocess."
         )
-    yield from _plans_file_faults(preprocessed / f"{options.resolved_plans_name}.json", options)
+    yield from _plans_file_errors(preprocessed / f"{options.resolved_plans_name}.json", options)
 
 
-def _plans_file_faults(path: Path, options: PlanOptions) -> Iterator[str]:
+def _plans_file_errors(path: Path, options: PlanOptions) -> Iterator[str]:
     """What would be lost if the plans were written."""
     existing, ours = read_plans(path.parent).get(path.stem), PLANNED[options.architecture].planner_name
     if path.stem in _NO_PLANS or (existing is None and path.exists()):

@@ -15,7 +15,7 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.planning.tracker import Measurement, measure_batches
 from nnunet_conres.planning.training_step import TrainingStep
 from nnunet_conres.plans.entries import stride_products
-from nnunet_conres.text import times
+from nnunet_conres.text import format_shape
 
 # What no operation shows: kernels' own workspace, 0 to 12 % of the peak at 128 x 128 x 128 on an H200, as
 # docs/benchmarks.md has it; and on a GPU the CUDA context with its libraries, and gaps between PyTorch's blocks.
@@ -171,7 +171,8 @@ def _execute(step: TrainingStep, batch_sizes: Sequence[int]) -> list[Measurement
     except (ValueError, RuntimeError) as error:
         network = str(step.architecture["network_class_name"]).rpartition(".")[2]
         raise UntrainableError(
-            f"{step.trainer.__name__} can't train {network} with a patch of {times(step.patch_size)} voxels and a "
+            f"{step.trainer.__name__} can't train {network} with a patch of {format_shape(step.patch_size)} "
+            f"voxels and a "
             f"batch of {batch_sizes[0]}: {str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}"
         ) from error
 

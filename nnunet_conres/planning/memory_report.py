@@ -18,7 +18,7 @@ from nnunet_conres.planning.memory import MemoryEstimate, MemoryModel, estimate_
 from nnunet_conres.planning.preprocessing import read_plans
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.plans.entries import stride_products
-from nnunet_conres.text import times
+from nnunet_conres.text import format_shape
 
 GIB: Final = 2**30
 _LARGEST_EDGE = 1024
@@ -71,7 +71,7 @@ class MemoryReport:
         limit = _SMALL * sum(size for _, size in parts)
         small = [size for _, size in parts if size < limit]
         parts = [(name, size) for name, size in parts if size >= limit] + [(f"{len(small)} smaller parts", sum(small))]
-        lines = [self.title, f"patch {times(step.patch_size)}, batch {step.batch_size}, {precision}", ""]
+        lines = [self.title, f"patch {format_shape(step.patch_size)}, batch {step.batch_size}, {precision}", ""]
         lines.append("Kept for backward, and what is always there:")
         lines += [_line(name, nbytes) for name, nbytes in parts]
         lines += ["", "At the moment that takes most, with what backward makes on the way:"]
@@ -83,7 +83,7 @@ class MemoryReport:
         if self.largest:
             lines += ["", f"Largest patch of about these proportions at batch {step.batch_size}:"]
             for budget, patch in self.largest.items():
-                lines.append(f"  {budget:5g} GiB  " + ("none" if patch is None else times(patch)))
+                lines.append(f"  {budget:5g} GiB  " + ("none" if patch is None else format_shape(patch)))
         return "\n".join(lines)
 
 
@@ -209,16 +209,16 @@ def _plans_and_dataset(dataset: int | str, plans_name: str) -> tuple[dict[str, A
     try:
         raw = find_dataset(dataset)
     except InputError as error:  # whose text says that nothing was written, which is not to be expected here
-        raise InputError(" ".join(error.faults)) from error
+        raise InputError(" ".join(error.errors)) from error
     found = read_plans(preprocessed / raw.name)
     if plans_name not in found:
         raise InputError(
             f"There are no plans {plans_name} in {preprocessed / raw.name}, only {', '.join(found) or 'none'}. "
             f"Make them with nnunet-conres plan or nnUNetv2_plan_experiment."
         )
-    dataset_json, faults = read_dataset_json(raw)
+    dataset_json, errors = read_dataset_json(raw)
     if dataset_json is None:
-        raise InputError(" ".join(faults))
+        raise InputError(" ".join(errors))
     return found[plans_name], dataset_json
 
 

@@ -30,10 +30,10 @@ from nnunet_conres.families import PLANNED, Family
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.planning.memory import MemoryModel, UntrainableError
-from nnunet_conres.planning.preprocessing import read_plans, settings_faults, share_data
+from nnunet_conres.planning.preprocessing import read_plans, settings_errors, share_data
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.plans.entries import set_background_class
-from nnunet_conres.text import times
+from nnunet_conres.text import format_shape
 
 GIB: Final = 2**30
 DEFAULT_MEMORY_TARGET: Final = 8.0
@@ -207,7 +207,8 @@ class NetworkPlanner(ExperimentPlanner):
             raise _SmallestPatchReached
         if not self._search:
             raise InputError(
-                f"The images of {self.dataset_name} are too small for {self.family.title}: a patch of {times(patch)} "
+                f"The images of {self.dataset_name} are too small for {self.family.title}: a patch of "
+                f"{format_shape(patch)} "
                 f"voxels makes a network of {n_stages} stages; expected {_MIN_STAGES} stages or more, and {MIN_EDGE} "
                 f"voxels along each axis. A finer -overwrite_target_spacing makes them larger."
             )
@@ -216,7 +217,7 @@ class NetworkPlanner(ExperimentPlanner):
     def _too_little(self, patch: list[int], needed: int) -> TooLittleMemoryError:
         return TooLittleMemoryError(
             f"{self.family.title} can't be planned for {self.dataset_name} in {_gib(self.memory_target)}: the smallest "
-            f"patch, {times(patch)} voxels, takes {_gib(needed)} at batch {self.UNet_min_batch_size} with "
+            f"patch, {format_shape(patch)} voxels, takes {_gib(needed)} at batch {self.UNet_min_batch_size} with "
             f"checkpointing {self._checkpointing}"
             + (" in the cascade, where the stage before adds channels" if self._previous_stage_channels else "")
             + f". Set -gpu_memory_target to at least {math.ceil(needed / GIB * 100) / 100:g}."
@@ -290,7 +291,8 @@ class NetworkPlanner(ExperimentPlanner):
         except ZeroDivisionError:  # a patch of no voxels
             raise InputError(
                 f"The images of {self.dataset_name} are too small for {self.family.title} at a voxel size of "
-                f"{' x '.join(f'{extent:g}' for extent in spacing)} mm: {times([round(e) for e in median_shape])} "
+                f"{' x '.join(f'{extent:g}' for extent in spacing)} mm: "
+                f"{format_shape([round(e) for e in median_shape])} "
                 f"voxels. A finer -overwrite_target_spacing makes them larger."
             ) from None
         self._check_smallest_patch(arguments)
@@ -444,9 +446,9 @@ class NetworkPlanner(ExperimentPlanner):
         existing = read_plans(self.plans_file.parent)
         planners = [planner.__name__ for planner in PLANNERS.values()]
         share_data(plans, existing, planners, self.plans_file.parent)
-        faults = list(settings_faults(plans, existing, self.plans_file.parent))
-        if faults:
-            raise InputError(faults)
+        errors = list(settings_errors(plans, existing, self.plans_file.parent))
+        if errors:
+            raise InputError(errors)
         for name, configuration in existing.get(self.plans_identifier, {}).get("configurations", {}).items():
             if name not in CONFIGURATIONS:
                 plans["configurations"][name] = configuration

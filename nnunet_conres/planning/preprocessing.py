@@ -25,12 +25,14 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_conres.datasets.raw import TrainingCase, file_faults, find_training_cases, map_cases, short_message, some
+from nnunet_conres.datasets.raw import TrainingCase, errors_in_files, find_training_cases
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import failed_write, written_whole
 from nnunet_conres.folders import clear_leftovers, one_at_a_time, partial_folder
+from nnunet_conres.parallel import map_cases
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 from nnunet_conres.planning.sources import GT_SEGMENTATIONS, RECORD, cases_in, files_of, judge
+from nnunet_conres.text import first_few, short_message
 from nnunet_conres.unpickling import read_pickle
 
 STOCK_PLANS: Final = "nnUNetPlans"
@@ -131,7 +133,7 @@ def _holds_files(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def settings_faults(plans: Mapping[str, Any], existing: Mapping[str, Mapping[str, Any]], folder: Path) -> Iterator[str]:
+def settings_errors(plans: Mapping[str, Any], existing: Mapping[str, Mapping[str, Any]], folder: Path) -> Iterator[str]:
     """A message wherever new plans would be at odds with data of their own name.
 
     Args:
@@ -367,9 +369,9 @@ class _Checked:
         self.n_bytes = 0
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
-        faults = file_faults((self._case, self._reader))
-        if faults:
-            raise InputError(" ".join(faults))
+        errors = errors_in_files((self._case, self._reader))
+        if errors:
+            raise InputError(" ".join(errors))
         image, labels, *others = self._run_case(*arguments)
         broken = [str(number) for number, channel in enumerate(image) if not np.isfinite(channel).all()]
         if broken:
@@ -407,9 +409,9 @@ class PreprocessedDataset:
         self._folder = preprocessed
         self._plans = json.loads((preprocessed / f"{plans_name}.json").read_text(encoding="utf-8"))
         self._dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
-        cases, faults = find_training_cases(raw, self._dataset_json)
-        if faults:
-            raise InputError(faults)
+        cases, errors = find_training_cases(raw, self._dataset_json)
+        if errors:
+            raise InputError(errors)
         self._cases = {case.case_id: case for case in cases}
 
     def folder(self, configuration: str) -> Path:
@@ -467,7 +469,7 @@ class PreprocessedDataset:
             is_own = wanted.folder.name.startswith(f"{name}_")
             raise InputError(
                 f"{wanted.folder} holds data that were preprocessed for other plans than {name}, or for another "
-                f"version of them ({some(otherwise, 2)}). "
+                f"version of them ({first_few(otherwise, 2)}). "
                 + ("Plan under another name with -overwrite_plans_name, or remove" if is_own else "Remove")
                 + " that folder."
             )

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.datasets.fingerprint import SOURCES
-from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, read_dataset_json, some
+from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, read_dataset_json
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files
+from nnunet_conres.text import first_few
 from nnunet_conres.unpickling import read_pickle
 
 RECORD: Final = SOURCES
@@ -136,7 +137,7 @@ def _judge_without_record(case: TrainingCase, properties_file: Path, copy_of_lab
 # --- a training -------------------------------------------------------------------------------------------------------
 
 
-def training_data_faults(
+def training_data_errors(
     raw: Path, preprocessed: Path, data: Path, settings: Mapping[str, Any]
 ) -> tuple[list[str], list[str]]:
     """What in preprocessed data is not what the raw data would give today, at the start of a training.
@@ -180,8 +181,8 @@ def training_data_faults(
     ]
     warning = f"The raw files of {len(uncertain)} cases in {raw} may have changed after they were preprocessed: "
     return (
-        [f"{message}{some(names, 10)}." for names, message in certain if names],
-        [f"{warning}{some(uncertain, 10)}."] if uncertain else [],
+        [f"{message}{first_few(names, 10)}." for names, message in certain if names],
+        [f"{warning}{first_few(uncertain, 10)}."] if uncertain else [],
     )
 
 

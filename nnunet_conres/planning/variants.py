@@ -19,7 +19,7 @@ from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
 from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.plans.entries import fixed_stages, stride_products
-from nnunet_conres.text import aligned, times
+from nnunet_conres.text import aligned, format_shape
 
 # What nnU-Net's planners take: an axis is halved until it is shorter than twice this, and features are doubled up to
 # these. The numbers of blocks and convolutions per stage are those of its default and of its residual encoder planner.
@@ -92,7 +92,7 @@ class AddedVariants:
             rows.append(
                 (
                     variant.name,
-                    times(variant.patch_size),
+                    format_shape(variant.patch_size),
                     str(variant.batch_size),
                     str(len(variant.strides)),
                     " ".join("".join(map(str, stride)) for stride in variant.strides),
@@ -103,7 +103,7 @@ class AddedVariants:
         for variant in self.variants:
             if variant.patch_size != variant.wanted:
                 lines.append(
-                    f"{variant.name}: {times(variant.wanted)} was rounded up to what the network's strides need."
+                    f"{variant.name}: {format_shape(variant.wanted)} was rounded up to what the network's strides need."
                 )
             if variant.strides != self.base_strides:
                 lines.append(f"{variant.name}: another topology than that of {self.base}.")
@@ -156,41 +156,44 @@ def _add_variants(
     base: str,
     batch_sizes: Sequence[int] | None,
 ) -> AddedVariants:
-    plans_file, plans, faults = _read(dataset_name, plans_name, base)
+    plans_file, plans, errors = _read(dataset_name, plans_name, base)
     if plans is None:
-        raise InputError(faults)
+        raise InputError(errors)
     configuration = PlansManager(deepcopy(plans)).get_configuration(base)
     base_patch = [int(extent) for extent in configuration.patch_size]
     batches = [configuration.batch_size] if batch_sizes is None else list(batch_sizes)
     if len(batches) not in (1, len(patch_sizes)):
-        faults.append(
+        errors.append(
             f"{len(batches)} batch sizes for {len(patch_sizes)} patches; expected one for all or one for each."
         )
-    faults += [f"The batch size is {batch}; expected 1 or more." for batch in batches if batch < 1]
+    errors += [f"The batch size is {batch}; expected 1 or more." for batch in batches if batch < 1]
 
     variants: list[Variant] = []
     entries: dict[str, dict[str, Any]] = {}
     for number, wanted in enumerate(patch_sizes):
         if len(wanted) != len(base_patch) or any(extent < 1 for extent in wanted):
-            faults.append(f"The patch is {times(wanted)}; expected {len(base_patch)} numbers above 0, as {base} has.")
+            errors.append(
+                f"The patch is {format_shape(wanted)}; expected {len(base_patch)} numbers above 0, as {base} has."
+            )
             continue
         batch = batches[number] if number < len(batches) else batches[0]
         median = configuration.configuration.get("median_image_size_in_voxels", base_patch)
         largest = [_LONGEST * max(size, own) for size, own in zip(median, base_patch, strict=True)]
         if any(extent > limit for extent, limit in zip(wanted, largest, strict=True)):
-            sizes = times([round(size) for size in median])
-            faults.append(f"Patch {times(wanted)} is far beyond the images, whose median is {sizes} voxels.")
+            sizes = format_shape([round(size) for size in median])
+            errors.append(f"Patch {format_shape(wanted)} is far beyond the images, whose median is {sizes} voxels.")
             continue
         try:
             architecture, patch = derive_architecture(
                 configuration.configuration["architecture"], configuration.spacing, wanted
             )
         except InputError as error:
-            faults.append(f"Patch {times(wanted)}: {error}")
+            errors.append(f"Patch {format_shape(wanted)}: {error}")
             continue
         if min(patch) < MIN_EDGE:
-            faults.append(
-                f"Patch {times(patch)} is too small: expected {MIN_EDGE} voxels or more along each axis, below which "
+            errors.append(
+                f"Patch {format_shape(patch)} is too small: expected {MIN_EDGE} voxels or more along each axis, "
+                f"below which "
                 f"nnU-Net's augmentation fails."
             )
             continue
@@ -205,12 +208,12 @@ def _add_variants(
             entry["next_stage"] = None  # the cascade goes on from the base
         existing = plans["configurations"].get(name)
         if existing is not None and existing != entry:
-            faults.append(f"{plans_file} has another configuration {name} already; remove it there, or rename it.")
+            errors.append(f"{plans_file} has another configuration {name} already; remove it there, or rename it.")
         if name in entries:
-            faults.append(f"Patch {times(patch)} at batch {batch} is asked for twice.")
+            errors.append(f"Patch {format_shape(patch)} at batch {batch} is asked for twice.")
         entries[name] = entry
         if list(patch) == base_patch and batch == configuration.batch_size:
-            faults.append(f"Patch {times(patch)} at batch {batch} is {base} itself.")
+            errors.append(f"Patch {format_shape(patch)} at batch {batch} is {base} itself.")
         variants.append(
             Variant(
                 name,
@@ -223,8 +226,8 @@ def _add_variants(
                 existing is not None,
             )
         )
-    if faults:
-        raise InputError(faults)
+    if errors:
+        raise InputError(errors)
     plans["configurations"] |= entries
     write_json(plans_file, plans)
     strides = configuration.configuration["architecture"]["arch_kwargs"]["strides"]

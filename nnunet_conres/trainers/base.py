@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.planning.preprocessing import preprocessing_settings
-from nnunet_conres.planning.sources import training_data_faults
+from nnunet_conres.planning.sources import training_data_errors
 from nnunet_conres.plans.configurations import configuration_of, with_configuration
 from nnunet_conres.plans.entries import has_auxiliary_heads, set_background_class
 from nnunet_conres.trainers.checks import (
@@ -152,7 +152,7 @@ class PluginTrainer(RecipeTrainer, LossPartsTrainer, CpuPrecisionTrainer, Finite
         if not raw:
             return
         folder, plans = Path(raw, self.plans_manager.dataset_name), self.plans_manager.plans
-        faults, warnings = training_data_faults(
+        errors, warnings = training_data_errors(
             folder,
             Path(self.preprocessed_dataset_folder_base),
             Path(self.preprocessed_dataset_folder),
@@ -163,7 +163,7 @@ class PluginTrainer(RecipeTrainer, LossPartsTrainer, CpuPrecisionTrainer, Finite
             f"--clean, or nnUNetv2_preprocess -d {plans['dataset_name']} -plans_name {plans['plans_name']} -c "
             f"{self.configuration_name}, which makes every case again."
         )
-        if faults:
-            raise InputError(f"{' '.join(faults)} {advice} To train on them all the same, unset nnUNet_raw.")
+        if errors:
+            raise InputError(f"{' '.join(errors)} {advice} To train on them all the same, unset nnUNet_raw.")
         for warning in warnings:
             self.print_to_log_file(f"Warning: {warning} {advice}")

@@ -15,8 +15,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from nnunet_conres.datasets.raw import some
 from nnunet_conres.errors import InputError
+from nnunet_conres.text import first_few
 
 MOST_IN_A_ROW: Final = 5
 SKIPPED_STEPS: Final = "skipped_steps"
@@ -110,7 +110,8 @@ class FiniteStepsTrainer(nnUNetTrainer):
     def _stop(self) -> None:
         steps = self.skipped_in_a_row
         cases, broken = (
-            some(sorted({case for step in steps for case in getattr(step, which)}), 20) for which in ("cases", "broken")
+            first_few(sorted({case for step in steps for case in getattr(step, which)}), 20)
+            for which in ("cases", "broken")
         )
         what = (
             f"Loss or gradient was not finite in {len(steps)} training steps in a row, the last in epoch "
@@ -165,7 +166,7 @@ class FiniteStepsTrainer(nnUNetTrainer):
             if broken:
                 path = Path(filename)
                 raise RuntimeError(
-                    f"Weights are not finite in epoch {self.current_epoch} ({some(broken, 3)}); {path} was not "
+                    f"Weights are not finite in epoch {self.current_epoch} ({first_few(broken, 3)}); {path} was not "
                     f"written, and checkpoints in {path.parent} stay as they were. Go on from them with --c."
                 )
         super().save_checkpoint(filename)
@@ -196,4 +197,4 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def _with_counts(cases: Counter[str]) -> str:
-    return some([f"{case} x{number}" if number > 1 else case for case, number in cases.most_common()], 20)
+    return first_few([f"{case} x{number}" if number > 1 else case for case, number in cases.most_common()], 20)

@@ -76,17 +76,17 @@ def check(arguments: argparse.Namespace) -> None:
     """Refuses what can't be done before anything is done.
 
     Raises:
-        BenchmarkError: All faults, a line each.
+        BenchmarkError: All errors, a line each.
     """
-    faults = []
+    errors = []
     output: Path | None = arguments.output
     if output is not None and not output.resolve().parent.is_dir():
-        faults.append(f"The folder of {output} does not exist.")
+        errors.append(f"The folder of {output} does not exist.")
     if output is not None and output.is_dir():
-        faults.append(f"{output} is a folder; expected a file.")
+        errors.append(f"{output} is a folder; expected a file.")
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
-        faults.append("PyTorch finds no CUDA device. Use --device cpu.")
+        errors.append("PyTorch finds no CUDA device. Use --device cpu.")
     if getattr(arguments, "warmup", 0) < 0:
-        faults.append("--warmup must not be negative.")
-    if faults:
-        raise BenchmarkError("\n".join(faults))
+        errors.append("--warmup must not be negative.")
+    if errors:
+        raise BenchmarkError("\n".join(errors))

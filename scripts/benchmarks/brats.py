@@ -1,6 +1,6 @@
 """Conversion of a BraTS folder, checks included, against reading and writing everything, and nnU-Net's own script.
 
-All convert the same made-up cases, from files to a data set folder of their own that is removed after. Files are in the
+All convert the same synthetic cases, from files to a separate data set folder that is removed after. Files are in the
 page cache for all of them.
 """
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def write_cases(folder: Path, cases: int, shape: tuple[int, int, int]) -> None:
-    """Write made-up cases in BraTS 2018's layout, one after the other the same few."""
+    """Write synthetic cases in BraTS 2018's layout, one after the other the same few."""
     made = write_brats_phantoms(
         folder / "made", training_cases=min(cases, _DIFFERENT_CASES), held_out_cases=0, shape=shape
     )

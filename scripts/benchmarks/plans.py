@@ -21,8 +21,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.made_up import DATA_SETS, DATASET_NAME, DataSet, nnunet_folders
 from benchmarks.report import as_text, table
+from benchmarks.synthetic import DATA_SETS, DATASET_NAME, DataSet, nnunet_folders
 from benchmarks.timing import BenchmarkError
 from nnunet_conres.planning.memory import MemoryModel
 from nnunet_conres.planning.planners import GIB, PLANNERS, TooLittleMemoryError
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what a training step may take (default: {' '.join(map(str, TARGETS))})",
     )
     for flag, known, default, what in (
-        ("--data", DATA_SETS, tuple(DATA_SETS), "made-up data sets"),
+        ("--data", DATA_SETS, tuple(DATA_SETS), "synthetic data sets"),
         ("--networks", PLANNERS, NETWORKS, "networks"),
     ):
         parser.add_argument(

@@ -92,10 +92,10 @@ def convert(*folders: Path, **arguments: Any) -> Conversion:
     return convert_brats(folders, 501, progress=False, **arguments)
 
 
-def faults_of(*folders: Path, **arguments: Any) -> tuple[str, ...]:
+def errors_of(*folders: Path, **arguments: Any) -> tuple[str, ...]:
     with pytest.raises(ConversionError) as caught:
         convert(*folders, **arguments)
-    return caught.value.faults
+    return caught.value.errors
 
 
 @pytest.mark.usefixtures("raw")
@@ -191,16 +191,16 @@ class TestConvert:
     def test_mixture_only_when_asked_for(self, source: Path) -> None:
         write_case(source / "old", "a", "2018")
         write_case(source / "new", "BraTS-GLI-00001-000", "2023")
-        (fault,) = faults_of(source)
-        assert "mix" in fault
-        assert "--scheme 2018 2023" in fault
+        (error,) = errors_of(source)
+        assert "mix" in error
+        assert "--scheme 2018 2023" in error
         done = convert(source, schemes=("2018", "2023"))
         assert done.training_ids == ("BraTS-GLI-00001-000", "a")
         assert done.schemes == ("2018", "2023")
         for case in done.training_ids:
             assert set(load(done.dataset_folder / f"imagesTr/{case}_0002.nii.gz").ravel() // 100) == {3}
-        strange = faults_of(source, schemes=("2018",), dataset_name="Other")
-        assert any("BraTS-GLI-00001-000: is named as in" in fault and "does not allow" in fault for fault in strange)
+        strange = errors_of(source, schemes=("2018",), dataset_name="Other")
+        assert any("BraTS-GLI-00001-000: is named as in" in error and "does not allow" in error for error in strange)
 
     def test_a_mixture_has_one_set_of_labels(self, source: Path) -> None:
         write_case(source / "old", "a", "2018")
@@ -216,43 +216,43 @@ class TestConvert:
     def test_a_mixture_without_one_is_refused(self, source: Path) -> None:
         write_case(source / "gli", KNOWN["2023"][1], "2023")
         write_case(source / "ped", KNOWN["2024-PED"][1], "2024-PED")
-        (fault,) = faults_of(source, schemes=("2023", "2024-PED"))
-        assert "do not mean the same tissues" in fault
+        (error,) = errors_of(source, schemes=("2023", "2024-PED"))
+        assert "do not mean the same tissues" in error
 
     def test_2023_and_2024_are_told_apart_by_time_points(self, source: Path) -> None:
         write_case(source / "a", "BraTS-GLI-00001-001", "2023")
         write_case(source / "b", "BraTS-GLI-00002-101", "2024")
-        (fault,) = faults_of(source)
-        assert "--scheme 2023 2024" in fault
+        (error,) = errors_of(source)
+        assert "--scheme 2023 2024" in error
         done = convert(source, schemes=("2023", "2024"))
         known = json.loads((done.dataset_folder / "cases.json").read_text())
         assert [about["scheme"] for about in known.values()] == ["2023", "2024"]
 
     def test_labels_of_2024_under_names_of_2023(self, source: Path) -> None:
         write_case(source, "BraTS-GLI-00001-000", "2024")
-        (fault,) = faults_of(source)
-        assert "has labels 4 (" in fault
-        assert "--scheme 2024" in fault
+        (error,) = errors_of(source)
+        assert "has labels 4 (" in error
+        assert "--scheme 2024" in error
         assert convert(source, schemes=("2024",)).schemes == ("2024",)
 
     def test_paediatric_cases_need_their_year(self, source: Path) -> None:
         write_case(source, "BraTS-PED-00001-000", "2024-PED")
-        (fault,) = faults_of(source)
-        assert "could be of BraTS 2023, paediatric (--scheme 2023-PED) or BraTS 2024" in fault
-        (fault,) = faults_of(source, schemes=("2023-PED",))
-        assert "--scheme 2024-PED" in fault
+        (error,) = errors_of(source)
+        assert "could be of BraTS 2023, paediatric (--scheme 2023-PED) or BraTS 2024" in error
+        (error,) = errors_of(source, schemes=("2023-PED",))
+        assert "--scheme 2024-PED" in error
         convert(source, schemes=("2024-PED",))
 
     def test_names_that_are_no_challenges_need_a_scheme(self, source: Path) -> None:
         write_case(source, "patient7", "2023")
-        (fault,) = faults_of(source)
-        assert "patient7: could be of BraTS 2023, adult glioma (--scheme 2023)" in fault
+        (error,) = errors_of(source)
+        assert "patient7: could be of BraTS 2023, adult glioma (--scheme 2023)" in error
         assert convert(source, schemes=("2023",)).training_ids == ("patient7",)
 
     def test_other_challenges_are_not_taken_for_the_one_named(self, source: Path) -> None:
         write_case(source, "BraTS-MEN-00001-000", "2023-MEN")
-        (fault,) = faults_of(source, schemes=("2023",))
-        assert "is named as in BraTS 2023, meningioma (--scheme 2023-MEN)" in fault
+        (error,) = errors_of(source, schemes=("2023",))
+        assert "is named as in BraTS 2023, meningioma (--scheme 2023-MEN)" in error
 
     def test_decathlon_with_cases_without_labels(self, source: Path) -> None:
         write_case(source / "Task01_BrainTumour", "BRATS_001", "MSD")
@@ -274,16 +274,16 @@ class TestConvert:
         assert done.training_ids == ("sound",)
         names = {Path(where).name for where in done.skipped}
         assert names == {"a", "b", "c", "d", "notes.nii.gz"}
-        listed = " ".join(fault for faults in done.skipped.values() for fault in faults)
+        listed = " ".join(error for errors in done.skipped.values() for error in errors)
         for part in ("NaN or infinite", "is missing", "cannot be read", "occurs 2 times", "fits no naming scheme"):
             assert part in listed
         assert len(list((done.dataset_folder / "imagesTr").iterdir())) == 4
 
     def test_no_case_left(self, source: Path, raw: Path) -> None:
         _remove(write_case(source / "b", "b"))
-        faults = faults_of(source, skip_bad=True)
-        assert any("No case is left" in fault for fault in faults)
-        assert any("is missing" in fault for fault in faults)
+        errors = errors_of(source, skip_bad=True)
+        assert any("No case is left" in error for error in errors)
+        assert any("is missing" in error for error in errors)
         assert list(raw.iterdir()) == []
 
     def test_images_are_linked_and_labels_are_not(self, source: Path) -> None:
@@ -651,16 +651,16 @@ PLANTED: tuple[Callable[[dict[str, Path]], str], ...] = (
 )
 
 
-class TestFaults:
+class TestErrors:
     @pytest.mark.parametrize("plant", PLANTED)
     def test_is_reported_and_nothing_written(
         self, source: Path, raw: Path, plant: Callable[[dict[str, Path]], str]
     ) -> None:
         expected = plant(write_case(source / "a", "a"))
         write_case(source / "sound", "sound")
-        faults = faults_of(source)
-        assert any(expected in fault for fault in faults), faults
-        assert not any("sound" in fault for fault in faults)
+        errors = errors_of(source)
+        assert any(expected in error for error in errors), errors
+        assert not any("sound" in error for error in errors)
         assert list(raw.iterdir()) == []
 
     def test_all_are_reported_together(self, source: Path, raw: Path) -> None:
@@ -668,7 +668,7 @@ class TestFaults:
         for number, plant in enumerate((_remove, _truncate, _move)):
             plant(write_case(source / str(number), "a" if plant is _remove else f"b{number}"))
         (raw / "Dataset501_Other").mkdir()
-        text = "\n".join(faults_of(source, image_mode="symlink"))
+        text = "\n".join(errors_of(source, image_mode="symlink"))
         for part in (
             "image mode",
             "taken by",
@@ -691,7 +691,7 @@ class TestFaults:
         with pytest.raises(ConversionError) as caught:
             convert(source)
         lines = str(caught.value).splitlines()
-        assert len(caught.value.faults) == 30 + 8 + 8 + 1
+        assert len(caught.value.errors) == 30 + 8 + 8 + 1
         # Names that fit nothing, and missing files: five of each, and a line that counts.
         assert len(lines) == 1 + 2 * 6 + 1
         assert lines[6] == "  - ... and 3 more errors of this kind, 8 in all."
@@ -704,44 +704,44 @@ class TestFaults:
     @pytest.mark.parametrize("case_id", ["-rf", "Brats18..A", "Brats18_\n_1"])
     def test_ids_that_are_no_names(self, source: Path, raw: Path, case_id: str) -> None:
         write_case(source / "a", case_id)
-        (fault,) = faults_of(source, schemes=("2018",))
-        assert f"has the case id {case_id!a}, which" in fault
+        (error,) = errors_of(source, schemes=("2018",))
+        assert f"has the case id {case_id!a}, which" in error
         assert not list(raw.iterdir())
 
     def test_no_case(self, source: Path, raw: Path) -> None:
         source.mkdir()
-        (fault,) = faults_of(source)
-        assert str(source) in fault
-        assert "CASE_{flair,t1,t1ce,t2,seg}.nii.gz or CASE-{t2f,t1n,t1c,t2w,seg}.nii.gz" in fault
+        (error,) = errors_of(source)
+        assert str(source) in error
+        assert "CASE_{flair,t1,t1ce,t2,seg}.nii.gz or CASE-{t2f,t1n,t1c,t2w,seg}.nii.gz" in error
 
     def test_no_folder(self, source: Path, raw: Path) -> None:
-        (fault,) = faults_of(source)
-        assert f"{source} is not a folder" in fault
+        (error,) = errors_of(source)
+        assert f"{source} is not a folder" in error
 
     @pytest.mark.parametrize("place", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
     def test_id_taken_by_another_name(self, source: Path, raw: Path, place: str) -> None:
         write_case(source, "a")
         (raw.parent / place / "Dataset501_Heart").mkdir()
-        (fault,) = faults_of(source)
-        assert "Dataset501_Heart" in fault
+        (error,) = errors_of(source)
+        assert "Dataset501_Heart" in error
 
     def test_data_set_exists(self, source: Path, raw: Path) -> None:
         write_case(source, "a")
         (raw / "Dataset501_BraTS").mkdir()
-        (fault,) = faults_of(source)
-        assert "exists already" in fault
+        (error,) = errors_of(source)
+        assert "exists already" in error
         assert list((raw / "Dataset501_BraTS").iterdir()) == []
 
     def test_same_case_for_training_and_held_out(self, source: Path, raw: Path) -> None:
         write_case(source, "a")
-        faults = faults_of(source, held_out_folders=[source])
-        assert any("both the input and the held-out folders" in fault for fault in faults)
+        errors = errors_of(source, held_out_folders=[source])
+        assert any("both the input and the held-out folders" in error for error in errors)
 
     def test_raw_folder_not_set(self, source: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_case(source, "a")
         monkeypatch.delenv("nnUNet_raw")
-        (fault,) = faults_of(source)
-        assert "nnUNet_raw is not set" in fault
+        (error,) = errors_of(source)
+        assert "nnUNet_raw is not set" in error
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -756,7 +756,7 @@ class TestFaults:
     )
     def test_arguments(self, source: Path, raw: Path, arguments: dict[str, Any], message: str) -> None:
         write_case(source, "a")
-        assert any(message in fault for fault in faults_of(source, **arguments))
+        assert any(message in error for error in errors_of(source, **arguments))
 
     @pytest.mark.parametrize("number", [0, 1000])
     def test_data_set_id(self, source: Path, raw: Path, number: int) -> None:
@@ -813,7 +813,7 @@ class TestFaults:
         moved = AFFINE.copy()
         moved[2, 3] = 1
         save(files["seg"], load(files["seg"]), moved)
-        text = "\n".join(faults_of(source))
+        text = "\n".join(errors_of(source))
         assert "BRATS_001.nii.gz has size 7 x 6 x 5 x 3; expected 4 channels" in text
         assert "imagesTr/BRATS_002.nii.gz is missing" in text.replace("\\", "/")
         assert "labelsTr/BRATS_003.nii.gz and BRATS_003.nii.gz do not lie on the same" in text.replace("\\", "/")
@@ -832,7 +832,7 @@ class TestCommand:
         assert "linked" not in output
         assert (raw / "Dataset077_X/labelsTs/b.nii.gz").is_file()
 
-    def test_faults_without_a_traceback(self, source: Path, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_errors_without_a_traceback(self, source: Path, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
         _remove(write_case(source / "a", "a"))
         assert cli.main(["brats-convert", "-i", str(source), "-d", "77"]) == 2
         error = capsys.readouterr().err

@@ -165,11 +165,11 @@ def convert(source: Path, scheme: str, **arguments: Any) -> Conversion:
     return convert_brats([source], 501, schemes=schemes, raw_folder=raw, progress=False, **arguments)
 
 
-def faults_of(source: Path, scheme: str, **arguments: Any) -> tuple[str, ...]:
+def errors_of(source: Path, scheme: str, **arguments: Any) -> tuple[str, ...]:
     with pytest.raises(ConversionError) as caught:
         convert(source, scheme, **arguments)
     assert list((source.parent / "raw").iterdir()) == []
-    return caught.value.faults
+    return caught.value.errors
 
 
 @pytest.mark.usefixtures("raw")
@@ -232,8 +232,8 @@ class TestRoundTrip:
     def test_radiotherapy_and_others_have_different_channels(self, source: Path) -> None:
         write(source, "MEN-RT 2024")
         write(source, "MEN 2023")
-        (fault,) = faults_of(source, ("2023-MEN", "2024-MEN-RT"))
-        assert "which have different channels" in fault
+        (error,) = errors_of(source, ("2023-MEN", "2024-MEN-RT"))
+        assert "which have different channels" in error
 
 
 @pytest.mark.usefixtures("raw")
@@ -278,11 +278,11 @@ class TestMissing:
         return ids
 
     def test_is_refused_and_all_are_named(self, source: Path, absent: list[str]) -> None:
-        faults = faults_of(source, "2025-MET")
-        assert len(faults) == len(absent)
-        for case_id, fault in zip(absent, sorted(faults, key=lambda fault: "02000" in fault), strict=True):
-            assert f"{case_id}-t2w.nii.gz is missing" in fault
-            assert "--missing zero" in fault
+        errors = errors_of(source, "2025-MET")
+        assert len(errors) == len(absent)
+        for case_id, error in zip(absent, sorted(errors, key=lambda error: "02000" in error), strict=True):
+            assert f"{case_id}-t2w.nii.gz is missing" in error
+            assert "--missing zero" in error
 
     def test_many_are_all_named(self, source: Path) -> None:
         ids = [f"BraTS-MET-{number:05d}-000" for number in range(1, 13)]
@@ -322,9 +322,9 @@ class TestMissing:
         write(source, "PED 2024")
         for path in source.rglob("BraTS-PED-00255-000-t*"):
             path.unlink()
-        faults = faults_of(source, "2024-PED", missing="zero")
-        assert len(faults) == 4
-        assert all("is missing" in fault and "--missing" not in fault for fault in faults)
+        errors = errors_of(source, "2024-PED", missing="zero")
+        assert len(errors) == 4
+        assert all("is missing" in error and "--missing" not in error for error in errors)
 
     def test_nnunet_takes_the_zeros(self, source: Path, absent: list[str]) -> None:
         """Read as nnU-Net reads it, and normalised as it normalises MR images."""
@@ -368,21 +368,21 @@ class TestCorrected:
         }
 
     def test_are_not_taken_unasked(self, source: Path, corrected: np.ndarray) -> None:
-        (fault,) = faults_of(source, "2025-MET")
-        assert "BraTS-MET-01000-000-seg.nii.gz has no images beside it" in fault
-        assert "--corrected" in fault
+        (error,) = errors_of(source, "2025-MET")
+        assert "BraTS-MET-01000-000-seg.nii.gz has no images beside it" in error
+        assert "--corrected" in error
 
     def test_without_a_case_are_refused(self, source: Path, corrected: np.ndarray) -> None:
         save(source / self.LABELS / "BraTS-MET-07777-000-seg.nii.gz", corrected, NATIVE[1])
-        (fault,) = faults_of(source, "2025-MET", corrected_folders=[source / self.LABELS])
-        assert "no case BraTS-MET-07777-000 among the input" in fault
+        (error,) = errors_of(source, "2025-MET", corrected_folders=[source / self.LABELS])
+        assert "no case BraTS-MET-07777-000 among the input" in error
 
     def test_on_another_grid_are_refused(self, source: Path, corrected: np.ndarray) -> None:
         affine = NATIVE[1].copy()
         affine[2, 3] += 2e-3
         save(source / self.LABELS / "BraTS-MET-01000-000-seg.nii.gz", corrected, affine)
-        (fault,) = faults_of(source, "2025-MET", corrected_folders=[source / self.LABELS])
-        assert "do not lie on the same voxel grid: origin" in fault
+        (error,) = errors_of(source, "2025-MET", corrected_folders=[source / self.LABELS])
+        assert "do not lie on the same voxel grid: origin" in error
 
 
 OTHER_YEARS = (
@@ -398,12 +398,12 @@ OTHER_YEARS = (
 
 
 @pytest.mark.usefixtures("raw")
-class TestFaults:
+class TestErrors:
     @pytest.mark.parametrize(("name", "scheme", "message"), OTHER_YEARS)
     def test_an_archive_of_another_year(self, source: Path, name: str, scheme: str, message: str) -> None:
         write(source, name)
-        faults = faults_of(source, scheme)
-        assert any(message in fault and "--scheme" in fault for fault in faults), faults
+        errors = errors_of(source, scheme)
+        assert any(message in error and "--scheme" in error for error in errors), errors
 
     def test_children_of_goat_are_labelled_as_adults(self, source: Path) -> None:
         """Value 1 is enhancing tumour for PED since 2024, and necrosis in GoAT: ids of PED don't decide there."""
@@ -411,9 +411,9 @@ class TestFaults:
         folder = source / "MICCAI2024-BraTS-GoAT-TrainingData-With-GroundTruth/BraTS-PED-00001-000"
         write_case(folder, archive, SRI24, labelled=True)
         assert any(
-            "which is an archive of BraTS 2024 to 2026, general" in fault for fault in faults_of(source, "2024-PED")
+            "which is an archive of BraTS 2024 to 2026, general" in error for error in errors_of(source, "2024-PED")
         )
-        assert any("does not allow" in fault for fault in faults_of(source, "2024-GoAT"))
+        assert any("does not allow" in error for error in errors_of(source, "2024-GoAT"))
 
     def test_all_are_listed_together(self, source: Path) -> None:
         archive = write(source, "MET 2025")
@@ -428,7 +428,7 @@ class TestFaults:
         cut.write_bytes(cut.read_bytes()[:-300])
         (fourth,) = (source / folder for folder in archive.unlabelled)
         (fourth / f"{fourth.name}-t2w.nii.gz").unlink()
-        text = "\n".join(faults_of(source, "2025-MET"))
+        text = "\n".join(errors_of(source, "2025-MET"))
         for part in (
             f"{first.name} has 2 files for t1c",
             f"{second.name}-t2w.nii.gz and {second.name}-t2f.nii.gz do not lie on the same voxel grid: origin",
@@ -442,8 +442,8 @@ class TestFaults:
     def test_a_scheme_file_that_is_wrong(self, source: Path, tmp_path: Path) -> None:
         write(source, "PED 2024")
         (tmp_path / "ours.toml").write_text("like = '2024-PED'\nlabels = 3\n")
-        (fault,) = faults_of(source, str(tmp_path / "ours.toml"))
-        assert "ours.toml: labels is 3; expected a table" in fault
+        (error,) = errors_of(source, str(tmp_path / "ours.toml"))
+        assert "ours.toml: labels is 3; expected a table" in error
 
 
 @pytest.mark.usefixtures("raw")

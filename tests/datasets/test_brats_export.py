@@ -13,7 +13,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_conres import cli
 from nnunet_conres.datasets.brats import convert_brats
-from nnunet_conres.datasets.brats_export import Export, ExportError, _name_faults, export_brats
+from nnunet_conres.datasets.brats_export import Export, ExportError, _name_errors, export_brats
 from nnunet_conres.datasets.brats_scheme_files import LABELS
 from nnunet_conres.datasets.brats_schemes import ANY, SCHEMES
 
@@ -66,12 +66,12 @@ def export(folder: Path, scheme: str = "2018", **arguments: Any) -> Export:
     return export_brats(folder, folder.parent / "out", scheme, progress=False, **arguments)
 
 
-def faults_of(folder: Path, scheme: str = "2018", **arguments: Any) -> tuple[str, ...]:
+def errors_of(folder: Path, scheme: str = "2018", **arguments: Any) -> tuple[str, ...]:
     with pytest.raises(ExportError) as caught:
         export(folder, scheme, **arguments)
     assert not (folder.parent / "out").exists()
     assert not list(folder.parent.glob(".*"))
-    return caught.value.faults
+    return caught.value.errors
 
 
 class TestRoundTrip:
@@ -145,7 +145,7 @@ class TestIdsThatEndAsChannels:
 def test_the_time_for_names_grows_with_their_number(tmp_path: Path) -> None:
     names = [tmp_path / f"Brats18_A_{number}_1.nii.gz" for number in range(40_000)]
     begin = time.process_time()
-    assert not list(_name_faults(tmp_path, names, SCHEMES["2018"], ANY))
+    assert not list(_name_errors(tmp_path, names, SCHEMES["2018"], ANY))
     # A second where every name is looked at once, minutes where it is compared with all others.
     assert time.process_time() - begin < 20
 
@@ -221,45 +221,45 @@ class TestExport:
         assert (tmp_path / "new/out/Brats18_A_1.nii.gz").is_file()
 
 
-class TestFaults:
+class TestErrors:
     def test_labels_of_another_data_set(self, predictions: Path) -> None:
         (predictions / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1}}))
-        (fault,) = faults_of(predictions)
-        assert "not those of brats-convert" in fault
+        (error,) = errors_of(predictions)
+        assert "not those of brats-convert" in error
 
     def test_regions_written_in_another_order(self, predictions: Path) -> None:
         (predictions / "dataset.json").write_text(json.dumps({**GLIOMA, "regions_class_order": [1, 3, 2]}))
-        (fault,) = faults_of(predictions)
-        assert "in the order [1, 3, 2]" in fault
+        (error,) = errors_of(predictions)
+        assert "in the order [1, 3, 2]" in error
 
     def test_no_dataset_json(self, predictions: Path) -> None:
         (predictions / "dataset.json").unlink()
-        (fault,) = faults_of(predictions)
-        assert "-djfile" in fault
+        (error,) = errors_of(predictions)
+        assert "-djfile" in error
 
     def test_labels_that_are_the_challenges_already(self, predictions: Path) -> None:
         save(predictions / "Brats18_B_1.nii.gz", np.full(SHAPE, 4, np.uint8))
-        (fault,) = faults_of(predictions)
-        assert "Brats18_B_1.nii.gz has labels 4 (210 voxels)" in fault
-        assert "already?" in fault
+        (error,) = errors_of(predictions)
+        assert "Brats18_B_1.nii.gz has labels 4 (210 voxels)" in error
+        assert "already?" in error
 
     def test_names_of_another_year(self, predictions: Path) -> None:
-        (fault,) = faults_of(predictions, "2023")
-        assert "but as those of --scheme 2018" in fault
+        (error,) = errors_of(predictions, "2023")
+        assert "but as those of --scheme 2018" in error
 
     def test_images_among_predictions(self, predictions: Path) -> None:
         save(predictions / "Brats18_B_1_0000.nii.gz", np.full(SHAPE, 300, np.int16))
-        (fault,) = faults_of(predictions)
-        assert "Brats18_B_1_0000.nii.gz has labels 300" in fault
-        assert "is this an image" in fault
+        (error,) = errors_of(predictions)
+        assert "Brats18_B_1_0000.nii.gz has labels 300" in error
+        assert "is this an image" in error
         (predictions / "Brats18_B_1_0000.nii.gz").rename(predictions / "Brats18_B_1_flair.nii.gz")
-        assert any("Brats18_B_1_flair.nii.gz: named as BraTS names images" in fault for fault in faults_of(predictions))
+        assert any("Brats18_B_1_flair.nii.gz: named as BraTS names images" in error for error in errors_of(predictions))
 
     @pytest.mark.parametrize("case_id", ["-rf", "a..b", "new\nline"])
     def test_ids_that_are_no_names(self, predictions: Path, case_id: str) -> None:
         save(predictions / f"{case_id}.nii.gz", np.zeros(SHAPE, np.uint8))
-        (fault,) = faults_of(predictions)
-        assert f"has the case id {case_id!a}, which" in fault
+        (error,) = errors_of(predictions)
+        assert f"has the case id {case_id!a}, which" in error
 
     def test_a_full_disk_names_the_file(self, predictions: Path) -> None:
         save(predictions / "Brats18_B_1.nii.gz", np.random.default_rng(0).integers(0, 4, (96, 96, 96), np.uint8))
@@ -286,7 +286,7 @@ sys.exit(cli.main(sys.argv[1:]))
         save(tmp_path / "images/Brats18_C_1_flair.nii.gz", np.ones(SHAPE, np.int16))
         (predictions / "Brats18_B_1.nii.gz").write_bytes(b"cut")
         save(predictions / "Brats18_C_1.nii.gz", np.full(SHAPE, 9, np.uint8))
-        text = "\n".join(faults_of(predictions, reference_folder=tmp_path / "images", et_min_voxels=-1))
+        text = "\n".join(errors_of(predictions, reference_folder=tmp_path / "images", et_min_voxels=-1))
         for part in (
             "--et-min-voxels is -1",
             "Brats18_B_1: no image in",
@@ -298,12 +298,12 @@ sys.exit(cli.main(sys.argv[1:]))
 
     @pytest.mark.parametrize(("arguments", "message"), [({"processes": 0}, "processes is 0"), ({}, "scheme is 1999")])
     def test_arguments(self, predictions: Path, arguments: dict[str, Any], message: str) -> None:
-        assert any(message in fault for fault in faults_of(predictions, "2018" if arguments else "1999", **arguments))
+        assert any(message in error for error in errors_of(predictions, "2018" if arguments else "1999", **arguments))
 
     def test_nothing_to_export(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        assert any("has no NIfTI file" in fault for fault in faults_of(tmp_path / "empty"))
-        assert any("is not a folder" in fault for fault in faults_of(tmp_path / "nowhere"))
+        assert any("has no NIfTI file" in error for error in errors_of(tmp_path / "empty"))
+        assert any("is not a folder" in error for error in errors_of(tmp_path / "nowhere"))
 
     def test_output_taken(self, predictions: Path) -> None:
         (predictions.parent / "out").mkdir()

@@ -334,8 +334,8 @@ class TestFiles:
         path.write_text(OWN.replace(old, new))
         with pytest.raises(InputError) as caught:
             read_scheme(path)
-        assert any(message in error for error in caught.value.faults), caught.value.faults
-        assert all(str(path) in error for error in caught.value.faults)
+        assert any(message in error for error in caught.value.errors), caught.value.errors
+        assert all(str(path) in error for error in caught.value.errors)
 
     def test_list_all_that_is_wrong(self, tmp_path: Path) -> None:
         (tmp_path / "ours.toml").write_text(OWN.replace("'H\\d'", "'('").replace("9 =", "999 ="))

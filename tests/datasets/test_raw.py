@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_conres.datasets.raw import map_cases, target_faults
+from nnunet_conres.datasets.raw import target_errors
 from nnunet_conres.errors import InputError
+from nnunet_conres.parallel import map_cases
 
 WORK = """
 import sys, time
@@ -75,8 +76,8 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 class TestTarget:
     def test_a_raw_folder_that_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        (fault,) = target_faults(tmp_path / "file" / "raw", 501, "BraTS")
-        assert str(tmp_path / "file") in fault
+        (error,) = target_errors(tmp_path / "file" / "raw", 501, "BraTS")
+        assert str(tmp_path / "file") in error
 
     def test_a_raw_folder_that_is_not_there_yet(self, tmp_path: Path) -> None:
-        assert not list(target_faults(tmp_path / "new" / "raw", 501, "BraTS"))
+        assert not list(target_errors(tmp_path / "new" / "raw", 501, "BraTS"))

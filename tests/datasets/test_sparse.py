@@ -78,10 +78,10 @@ def run(rule: SlabRule | None = None, source: int | str = 7, target: int = 8, **
     return sparsify(source, target, rule or SlabRule(every=5), progress=False, **arguments)
 
 
-def faults_of(rule: SlabRule | None = None, **arguments: Any) -> str:
+def errors_of(rule: SlabRule | None = None, **arguments: Any) -> str:
     with pytest.raises(InputError) as caught:
         run(rule, **arguments)
-    return "\n".join(caught.value.faults)
+    return "\n".join(caught.value.errors)
 
 
 def listing(folder: Path) -> list[str]:
@@ -178,7 +178,7 @@ class TestSlabRule:
         ],
     )
     def test_what_is_wrong(self, rule: SlabRule, message: str) -> None:
-        assert message in "\n".join(rule.faults())
+        assert message in "\n".join(rule.errors())
         with pytest.raises(ValueError, match="expected"):
             rule.annotated_slices("a", 20)
 
@@ -343,7 +343,7 @@ class TestSparsify:
         assert run(SlabRule(fraction=0.3, seed=1), target=10).annotated != all_four.annotated
 
     @pytest.mark.parametrize("labels", [LABELS, REGIONS])
-    def test_nnunet_finds_no_fault(self, raw: Path, labels: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    def test_nnunet_finds_no_error(self, raw: Path, labels: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
         from nnunetv2.experiment_planning import verify_dataset_integrity as integrity
 
         write_source(raw, labels=labels, regions_class_order=[1, 2])
@@ -405,11 +405,11 @@ class TestBadInput:
         yield
         assert [path.name for path in raw.iterdir() if "008" in path.name] == []
 
-    def test_all_faults_at_once(self, source: Path) -> None:
+    def test_all_errors_at_once(self, source: Path) -> None:
         (source / "labelsTr/case_0.nii.gz").unlink()
         (source / "imagesTr/case_1_0001.nii.gz").unlink()
         write_volume(source / "labelsTr/case_2.nii.gz", np.full(SHAPE, 5, np.uint8))
-        faults = faults_of(SlabRule(fraction=2.0), axis=3, target_name="a b", processes=0)
+        errors = errors_of(SlabRule(fraction=2.0), axis=3, target_name="a b", processes=0)
         for part in (
             "The fraction is 2;",
             "The axis is 3; expected slice, 0, 1 or 2",
@@ -419,31 +419,31 @@ class TestBadInput:
             "imagesTr/case_1_0001.nii.gz is missing",
             "labelsTr/case_2.nii.gz has labels that dataset.json does not name: 5; expected 0, 1, 2",
         ):
-            assert part in faults
+            assert part in errors
 
     @pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
     @pytest.mark.parametrize("name", ["Dataset009_Taken", "Dataset009_ThingSparse"])
     def test_target_id_taken(self, variable: str, name: str) -> None:
         Path(os.environ[variable], name).mkdir()
-        assert str(Path(os.environ[variable], name)) in faults_of(target=9)
+        assert str(Path(os.environ[variable], name)) in errors_of(target=9)
         assert listing(Path(os.environ[variable], name)) == []
 
     def test_target_is_source(self) -> None:
-        assert "Data set id 7 is taken by" in faults_of(target=7)
+        assert "Data set id 7 is taken by" in errors_of(target=7)
 
     def test_has_an_ignore_label(self, raw: Path) -> None:
         write_source(raw, name="Dataset070_Sparse", labels=LABELS | {"ignore": 3})
-        assert "has the label 'ignore' already" in faults_of(source=70)
+        assert "has the label 'ignore' already" in errors_of(source=70)
 
     def test_no_such_source(self, raw: Path) -> None:
-        assert "Could not find a dataset with the ID 33" in faults_of(source=33)
-        assert "Dataset033_No does not exist" in faults_of(source="Dataset033_No")
+        assert "Could not find a dataset with the ID 33" in errors_of(source=33)
+        assert "Dataset033_No does not exist" in errors_of(source="Dataset033_No")
         (raw / "Dataset033_No").mkdir()
-        assert "dataset.json is missing" in faults_of(source=33)
+        assert "dataset.json is missing" in errors_of(source=33)
 
     def test_raw_folder_not_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("nnUNet_raw")
-        assert "nnUNet_raw is not set" in faults_of()
+        assert "nnUNet_raw is not set" in errors_of()
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -458,32 +458,32 @@ class TestBadInput:
     )
     def test_damaged_dataset_json(self, source: Path, content: str, message: str) -> None:
         (source / "dataset.json").write_text(content)
-        assert message in faults_of()
+        assert message in errors_of()
 
     def test_labels_are_no_integers(self, source: Path) -> None:
         write_volume(source / "labelsTr/case_1.nii.gz", np.full(SHAPE, 0.5, np.float32))
-        assert "case_1.nii.gz has values that are no integers: 0.5" in faults_of()
+        assert "case_1.nii.gz has values that are no integers: 0.5" in errors_of()
 
     def test_shapes_differ(self, source: Path) -> None:
         write_volume(source / "labelsTr/case_1.nii.gz", np.zeros((14, 12, 9), np.uint8))
-        assert "case_1.nii.gz has shape (14, 12, 9); expected (14, 12, 10)" in faults_of()
+        assert "case_1.nii.gz has shape (14, 12, 9); expected (14, 12, 10)" in errors_of()
 
     @pytest.mark.parametrize("file", ["imagesTr/case_0_0001", "labelsTr/case_1"])
     def test_truncated_file(self, source: Path, file: str) -> None:
         """ITK reads such files without a word, and makes zeros of what is missing: annotated background."""
         path = source / f"{file}.nii.gz"
         path.write_bytes(path.read_bytes()[:-20])
-        assert f"{file}.nii.gz cannot be read: it is cut short" in faults_of()
+        assert f"{file}.nii.gz cannot be read: it is cut short" in errors_of()
 
     @pytest.mark.parametrize("file", ["imagesTr/case_0_0000", "imagesTr/case_0_0001", "labelsTr/case_1"])
     def test_damaged_file(self, source: Path, file: str, capfd: pytest.CaptureFixture[str]) -> None:
         (source / f"{file}.nii.gz").write_bytes(b"no image")
-        assert f"{file}.nii.gz cannot be read" in faults_of()
+        assert f"{file}.nii.gz cannot be read" in errors_of()
         assert "Traceback" not in capfd.readouterr().err
 
     def test_strange_file_name(self, source: Path) -> None:
         write_volume(source / "imagesTr/odd.nii.gz", np.zeros(SHAPE, np.uint8))
-        assert "odd.nii.gz is not named as nnU-Net expects" in faults_of()
+        assert "odd.nii.gz is not named as nnU-Net expects" in errors_of()
 
     @pytest.mark.parametrize("case_id", ["../../../victim/thesis", "/victim/thesis", "..", "-rf", ".a", "a\0b", "a\\b"])
     def test_ids_in_dataset_json_that_lead_elsewhere(self, source: Path, tmp_path: Path, case_id: str) -> None:
@@ -494,7 +494,7 @@ class TestBadInput:
         case = {"images": [f"imagesTr/case_0_{channel:04d}.nii.gz" for channel in range(2)]}
         content["dataset"] = {case_id: case | {"label": "labelsTr/case_0.nii.gz"}}
         (source / "dataset.json").write_text(json.dumps(content))
-        assert f"dataset.json has the case id {case_id!a}, which" in faults_of()
+        assert f"dataset.json has the case id {case_id!a}, which" in errors_of()
         assert [path.read_text() for path in victim.parent.iterdir()] == ["ten years"]
 
     def test_ids_of_files_that_are_no_names(self, source: Path) -> None:
@@ -502,19 +502,19 @@ class TestBadInput:
             name = f"case_0_{channel:04d}.nii.gz"
             (source / "imagesTr" / name).rename(source / "imagesTr" / f"-{name}")
         (source / "labelsTr" / "case_0.nii.gz").rename(source / "labelsTr" / "-case_0.nii.gz")
-        assert "has the case id '-case_0', which begins with -" in faults_of()
+        assert "has the case id '-case_0', which begins with -" in errors_of()
 
     @pytest.mark.parametrize("ending", ["/../../../thesis.nii.gz", "nii.gz", "", 7, None, ".nii/.gz"])
     def test_a_file_ending_that_is_none(self, source: Path, ending: Any) -> None:
         content = json.loads((source / "dataset.json").read_text())
         (source / "dataset.json").write_text(json.dumps(content | {"file_ending": ending}))
-        assert f"has the file_ending {ending!r}; expected one such as .nii.gz" in faults_of()
+        assert f"has the file_ending {ending!r}; expected one such as .nii.gz" in errors_of()
 
     @pytest.mark.parametrize("listed", [{"case_0": {"images": []}}, ["case_0"], {"case_0": {"images": 3, "label": 4}}])
     def test_a_list_of_cases_that_is_none(self, source: Path, listed: Any) -> None:
         content = json.loads((source / "dataset.json").read_text())
         (source / "dataset.json").write_text(json.dumps(content | {"dataset": listed}))
-        assert "has a 'dataset' that does not list cases" in faults_of()
+        assert "has a 'dataset' that does not list cases" in errors_of()
 
     def test_hidden_files_are_passed_over(self, source: Path) -> None:
         for folder in ("imagesTr", "labelsTr"):
@@ -525,10 +525,10 @@ class TestBadInput:
         shutil.rmtree(made)
 
     def test_nothing_would_be_left_out(self, raw: Path) -> None:
-        assert "no case has more than 14 slices along axis 0" in faults_of(SlabRule(slices=14))
+        assert "no case has more than 14 slices along axis 0" in errors_of(SlabRule(slices=14))
         write_source(raw, name="Dataset071_Flat", shape=(1, 12, 10))
-        assert "the images are 2D" in faults_of(source=71)
-        assert "the images are 2D" in faults_of(source=71, axis=0)
+        assert "the images are 2D" in errors_of(source=71)
+        assert "the images are 2D" in errors_of(source=71, axis=0)
 
     @pytest.mark.parametrize("broken", ["_write_case", "_sidecar"])
     def test_a_failed_write_leaves_nothing(self, raw: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
@@ -597,7 +597,7 @@ class TestCommand:
         assert cli.main([*command, "--axis", axis]) == 0
         assert ("warning: Slabs of a single slice" in capsys.readouterr().err) == warned
 
-    def test_a_fault_is_told(self, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_error_is_told(self, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_source(raw)
         assert cli.main(["sparsify", "-d", "7", "-o", "8", "--every", "5", "--axis", "x", "-np", "1"]) == 2
         assert "The axis is 'x'; expected slice, 0, 1 or 2" in capsys.readouterr().err

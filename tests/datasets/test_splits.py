@@ -60,7 +60,7 @@ def dataset(nnunet: Path) -> Path:
     return make_dataset(nnunet, {f"case_{number:02d}": 5 * number for number in range(12)})
 
 
-def faults_of(*args: object, **kwargs: object) -> str:
+def errors_of(*args: object, **kwargs: object) -> str:
     with pytest.raises(InputError) as error:
         split(*args, progress=False, **kwargs)  # type: ignore[arg-type]
     return str(error.value)
@@ -78,7 +78,7 @@ def held_out(folder: Path, number: int, cases: list[str], summary: bool = False)
         (fold / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": entries}))
 
 
-def made_up(number: int, seed: int, *, most_times: int = 1) -> list[CaseFacts]:
+def synthetic_cases(number: int, seed: int, *, most_times: int = 1) -> list[CaseFacts]:
     """Cases of patients with up to so many time points; volumes as skewed as those of tumours."""
     rng = np.random.default_rng(seed)
     cases: list[CaseFacts] = []
@@ -113,16 +113,16 @@ class TestPatientOf:
 class TestGroupCases:
     def test_sites_of_2018(self) -> None:
         ids = ["Brats18_TCIA01_131_1", "Brats18_TCIA01_2_1", "Brats18_CBICA_AAB_1", "Brats18_2013_0_1"]
-        groups, faults = group_cases(ids, re.compile(SITES))
+        groups, errors = group_cases(ids, re.compile(SITES))
         assert list(groups.values()) == ["TCIA01", "TCIA01", "CBICA", "2013"]
-        assert faults == []
+        assert errors == []
 
     def test_whole_match_without_parentheses(self) -> None:
         assert group_cases(["a1_x", "a1_y"], re.compile(r"^a\d"))[0] == {"a1_x": "a1", "a1_y": "a1"}
 
     def test_ids_without_a_match_are_listed(self) -> None:
-        groups, (fault,) = group_cases(["Brats18_CBICA_AAB_1", "odd", "strange"], re.compile(SITES))
-        assert "2 of 3 cases: odd, strange" in fault
+        groups, (error,) = group_cases(["Brats18_CBICA_AAB_1", "odd", "strange"], re.compile(SITES))
+        assert "2 of 3 cases: odd, strange" in error
         assert "odd" not in groups
 
 
@@ -130,7 +130,7 @@ class TestBalancedParts:
     @pytest.mark.parametrize("seed", [0, 1, 2])
     @pytest.mark.parametrize("most_times", [1, 4])
     def test_as_even_as_the_best_of_many_random_ones(self, seed: int, most_times: int) -> None:
-        cases = made_up(120, seed, most_times=most_times)
+        cases = synthetic_cases(120, seed, most_times=most_times)
         parts = balanced_parts(cases, 5, "both", seed)
         facts = {case.case_id: case for case in cases}
         patients = sorted({case.group for case in cases})
@@ -163,11 +163,11 @@ class TestBalancedParts:
     @pytest.mark.parametrize("number", [5, 7, 23, 64])
     @pytest.mark.parametrize("balance", ["both", "grade", "volume", "none"])
     def test_sizes_differ_by_one_at_most(self, number: int, balance: str) -> None:
-        parts = balanced_parts(made_up(number, 0), 5, balance, 0)  # type: ignore[arg-type]
+        parts = balanced_parts(synthetic_cases(number, 0), 5, balance, 0)  # type: ignore[arg-type]
         assert set(map(len, parts)) <= {number // 5, -(-number // 5)}
 
     def test_each_balance_does_what_it_says(self) -> None:
-        cases = made_up(100, 3)
+        cases = synthetic_cases(100, 3)
         facts = {case.case_id: case for case in cases}
 
         def spread(balance: str) -> tuple[int, float]:
@@ -185,7 +185,7 @@ class TestBalancedParts:
         assert max(both_v, volume_v) < 0.05 * min(grade_v, none_v)
 
     def test_same_for_the_same_seed_in_any_order_and_other_for_another(self) -> None:
-        cases = made_up(40, 0)
+        cases = synthetic_cases(40, 0)
         first = balanced_parts(cases, 5, "both", 7)
         assert balanced_parts(cases[::-1], 5, "both", 7) == first
         assert balanced_parts(cases, 5, "both", 8) != first
@@ -205,7 +205,7 @@ class TestBalancedParts:
         """Why `StratifiedGroupKFold` does not do: it knows classes only, and volumes in classes are uneven."""
         from sklearn.model_selection import StratifiedGroupKFold
 
-        cases = made_up(number, 1, most_times=most_times)
+        cases = synthetic_cases(number, 1, most_times=most_times)
         volumes = np.array([case.volume for case in cases])
         # half of the cases have more volume than the other half; finer classes have too few cases in small data sets
         classes = [f"{case.grade} {case.volume > np.median(volumes)}" for case in cases]
@@ -282,26 +282,26 @@ class TestSplit:
     )
     def test_tables_that_do_not_fit(self, tmp_path: Path, text: str, message: str) -> None:
         (tmp_path / "grades.csv").write_text(text)
-        assert message in faults_of(501, grades_file=tmp_path / "grades.csv")
+        assert message in errors_of(501, grades_file=tmp_path / "grades.csv")
 
     def test_grade_alone_wants_grades(self) -> None:
-        assert "No grade is known" in faults_of(501, balance="grade")
+        assert "No grade is known" in errors_of(501, balance="grade")
 
     def test_unknown_ids_of_a_group_expression(self) -> None:
-        assert "names no group for 12 of 12 cases: case_00" in faults_of(501, group=SITES)
-        assert "is no regular expression" in faults_of(501, group="(")
+        assert "names no group for 12 of 12 cases: case_00" in errors_of(501, group=SITES)
+        assert "is no regular expression" in errors_of(501, group="(")
 
     def test_too_few_groups(self) -> None:
-        assert "make 2 groups (0, 1), which are too few for 5 folds" in faults_of(501, group=r"_(\d)")
+        assert "make 2 groups (0, 1), which are too few for 5 folds" in errors_of(501, group=r"_(\d)")
 
     def test_arguments_are_checked_together(self) -> None:
-        text = faults_of(501, folds=1, balance="age", seed=-1, processes=0)  # type: ignore[arg-type]
+        text = errors_of(501, folds=1, balance="age", seed=-1, processes=0)  # type: ignore[arg-type]
         assert "4 errors" in text
 
     def test_unreadable_labels_are_named(self, dataset: Path) -> None:
         (dataset / "labelsTr" / "case_03.nii.gz").write_bytes(b"no image")
         (dataset / "imagesTr" / "case_04_0000.nii.gz").unlink()
-        text = faults_of(501)
+        text = errors_of(501)
         assert "labelsTr/case_03.nii.gz cannot be read" in text
         assert "case_04_0000.nii.gz is missing" in text
 
@@ -327,7 +327,7 @@ class TestSplit:
         again = split(501, progress=False)
         assert again.unchanged
         assert not first.unchanged
-        assert "exists already and holds other splits; add --force" in faults_of(501, seed=1)
+        assert "exists already and holds other splits; add --force" in errors_of(501, seed=1)
         assert first.path.read_bytes() == before
         assert not split(501, seed=1, force=True, progress=False).unchanged
         assert first.path.read_bytes() != before
@@ -335,7 +335,7 @@ class TestSplit:
     def test_damaged_file_is_not_overwritten_either(self) -> None:
         done = split(501, progress=False)
         done.path.write_text("[")
-        assert "add --force" in faults_of(501)
+        assert "add --force" in errors_of(501)
 
     def test_splits_in_the_raw_folder_would_stop_planning(self, dataset: Path) -> None:
         (dataset / "splits_final.json").write_text("[]")
@@ -358,9 +358,9 @@ class TestValidationFile:
         assert fold.validation == ("case_02", "case_07")
         assert len(fold.training) == 10
 
-    def test_faults_are_listed_together(self, tmp_path: Path) -> None:
+    def test_errors_are_listed_together(self, tmp_path: Path) -> None:
         (tmp_path / "held.txt").write_text("case_07\ncase_07\ncase_99\ncase_01_0000.nii.gz\n")
-        text = faults_of(501, validation_file=tmp_path / "held.txt")
+        text = errors_of(501, validation_file=tmp_path / "held.txt")
         assert "names 2 cases that the data set has not: case_99, case_01_0000.nii.gz; expected ids such as" in text
         assert "more than once: case_07" in text
 
@@ -369,16 +369,16 @@ class TestValidationFile:
     )
     def test_none_and_all(self, tmp_path: Path, cases: list[str], message: str) -> None:
         (tmp_path / "held.txt").write_text("\n".join(cases))
-        assert message in faults_of(501, validation_file=tmp_path / "held.txt")
+        assert message in errors_of(501, validation_file=tmp_path / "held.txt")
 
     def test_patient_on_both_sides(self, tmp_path: Path) -> None:
         (tmp_path / "held.txt").write_text("case_07\n")
-        text = faults_of(501, validation_file=tmp_path / "held.txt", group=r"case_\d")
+        text = errors_of(501, validation_file=tmp_path / "held.txt", group=r"case_\d")
         assert "9 cases would be trained on" in text
         assert "case_00" in text
 
     def test_missing_file(self, tmp_path: Path) -> None:
-        assert "none.txt cannot be read" in faults_of(501, validation_file=tmp_path / "none.txt")
+        assert "none.txt cannot be read" in errors_of(501, validation_file=tmp_path / "none.txt")
 
 
 @pytest.mark.usefixtures("dataset")
@@ -409,7 +409,7 @@ class TestOtherTrainings:
         split(501, folds=3, progress=False)
         model = nnunet / "results" / "Dataset501_BraTS" / "nnUNetTrainer__nnUNetPlans__3d_fullres"
         held_out(model, 0, [])
-        assert "Already trained: nnUNetTrainer__nnUNetPlans__3d_fullres, fold 0" in faults_of(501, folds=3, seed=3)
+        assert "Already trained: nnUNetTrainer__nnUNetPlans__3d_fullres, fold 0" in errors_of(501, folds=3, seed=3)
         (told,) = split(501, folds=3, seed=3, force=True, progress=False).other_trainings
         assert "the splits file until now" in told
 
@@ -433,6 +433,6 @@ class TestCommand:
         with pytest.raises(SystemExit):
             cli.main(["split", "-d", "501", "--folds", "3", "--validation", "x"])
 
-    def test_fault(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_error(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["split", "-d", "501", "--folds", "50", "-np", "1"]) == 2
         assert "too few for 50 folds" in capsys.readouterr().err

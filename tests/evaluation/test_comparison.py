@@ -203,11 +203,11 @@ class TestCrossValidation:
         assert content["comparisons"] == []
         assert content["disagreements"] == []
 
-    def test_all_faults_and_nothing_written(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+    def test_all_errors_and_nothing_written(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         lab().add(STOCK)
         with pytest.raises(InputError) as error:
             compare_cross_validation(NAME, names(STOCK, OURS, "Another"), [0, 1], tmp_path / "out", QUIET)
-        assert len(error.value.faults) == 5
+        assert len(error.value.errors) == 5
         assert not (tmp_path / "out").exists()
 
     def test_other_splits_are_told(self, lab: Callable[..., Any], tmp_path: Path) -> None:
@@ -286,11 +286,11 @@ class TestCrossValidation:
         options = CompareOptions(intersection=intersection, device="cpu", progress=False)
         with pytest.raises(InputError) as error:
             compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", options)
-        assert len(error.value.faults) == 4
-        for (trainer, fold), fault in zip(itertools.product((STOCK, OURS), (0, 1)), error.value.faults, strict=True):
-            assert f"{trainer}, fold {fold}, has none of the 4 predictions" in fault
+        assert len(error.value.errors) == 4
+        for (trainer, fold), message in zip(itertools.product((STOCK, OURS), (0, 1)), error.value.errors, strict=True):
+            assert f"{trainer}, fold {fold}, has none of the 4 predictions" in message
             command = f"nnUNetv2_train {NAME} 3d_fullres {fold} -tr {trainer} -p nnUNetPlans -device cpu --val --npz"
-            assert fault.endswith(f"Run: {command}")
+            assert message.endswith(f"Run: {command}")
         assert not (tmp_path / "out").exists()
 
     def test_images_that_do_not_fit_cost_the_pictures_only(self, lab: Callable[..., Any], tmp_path: Path) -> None:

@@ -159,8 +159,8 @@ class TestRefused:
         path = made.added[1] / file
         path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
         models = search_cross_validation(NAME, names, [0], device="cpu").models
-        (fault,) = settings_differences(models, {model.key: model.folder for model in models})
-        assert entry in fault
+        (error,) = settings_differences(models, {model.key: model.folder for model in models})
+        assert entry in error
         path.unlink()
-        (fault,) = settings_differences(models, {model.key: model.folder for model in models})
-        assert file in fault
+        (error,) = settings_differences(models, {model.key: model.folder for model in models})
+        assert file in error

@@ -176,7 +176,7 @@ class TestMetrics:
 
 
 class TestMetricOptions:
-    def test_all_faults_at_once(self) -> None:
+    def test_all_errors_at_once(self) -> None:
         with pytest.raises(InputError, match=r"(?s)tolerance is -1.*empty is 'x'.*penalty.*dilation.*lesion_volume"):
             MetricOptions(tolerance=-1, empty="x", penalty=math.inf, lesion_dilation=-1, lesion_volume=math.nan)  # type: ignore[arg-type]
 
@@ -435,6 +435,6 @@ class TestMeasure:
         for array, copy in zip((reference, prediction, ignored), copies, strict=True):
             np.testing.assert_array_equal(array, copy)
 
-    def test_all_faults_at_once(self) -> None:
+    def test_all_errors_at_once(self) -> None:
         with pytest.raises(ValueError, match=r"(?s)prediction has values of type uint8.*shape \(3, 4, 4\).*spacing"):
             measure(np.zeros((4, 4, 4), bool), np.zeros((3, 4, 4), np.uint8), (1, 1))  # type: ignore[arg-type]

@@ -31,18 +31,18 @@ def find_held_out(names: Sequence[NamedModel], folds: Sequence[int], device: str
 
 class TestNames:
     def test_one_plans_for_all(self) -> None:
-        names, faults = parse_model_names(["A", "B"], ["P"], ["3d_fullres"])
-        assert not faults
+        names, errors = parse_model_names(["A", "B"], ["P"], ["3d_fullres"])
+        assert not errors
         assert names == [NamedModel("A", "P", "3d_fullres"), NamedModel("B", "P", "3d_fullres")]
 
     def test_one_for_each(self) -> None:
-        names, faults = parse_model_names(["A", "B"], ["P", "Q"], ["2d", "3d_lowres"])
-        assert not faults
+        names, errors = parse_model_names(["A", "B"], ["P", "Q"], ["2d", "3d_lowres"])
+        assert not errors
         assert names == [NamedModel("A", "P", "2d"), NamedModel("B", "Q", "3d_lowres")]
 
     def test_a_trainer_with_its_own(self) -> None:
-        names, faults = parse_model_names(["A", "B:Q", "C:R:2d"], ["P"], ["3d_fullres"])
-        assert not faults
+        names, errors = parse_model_names(["A", "B:Q", "C:R:2d"], ["P"], ["3d_fullres"])
+        assert not errors
         assert names == [
             NamedModel("A", "P", "3d_fullres"),
             NamedModel("B", "Q", "3d_fullres"),
@@ -50,22 +50,22 @@ class TestNames:
         ]
 
     def test_same_trainer_with_other_plans_is_another_model(self) -> None:
-        names, faults = parse_model_names(["A", "A:Q"], ["P"], ["3d_fullres"])
-        assert not faults
+        names, errors = parse_model_names(["A", "A:Q"], ["P"], ["3d_fullres"])
+        assert not errors
         assert display_names(names) == ["A P", "A Q"]
 
     def test_as_the_user_calls_them(self) -> None:
-        names, faults = parse_model_names(["ours=A:Q", "B"], ["P"], ["3d_fullres"])
-        assert not faults
+        names, errors = parse_model_names(["ours=A:Q", "B"], ["P"], ["3d_fullres"])
+        assert not errors
         assert names[0].folder_name == "A__Q__3d_fullres"
         assert display_names(names) == ["ours", "B P"]
         assert "B is named twice" in parse_model_names(["B=A", "B"], ["P"], ["3d_fullres"])[1][0]
         assert "x is named twice" in parse_model_names(["x=A", "x=B"], ["P"], ["3d_fullres"])[1][0]
 
-    def test_all_faults(self) -> None:
-        _, faults = parse_model_names(["A", "A", "B:", "C:D:E:F", "=G"], ["P", "Q"], ["3d_fullres"])
-        assert len(faults) == 4
-        assert "-p has 2 values for 5 trainers" in faults[0]
+    def test_all_errors(self) -> None:
+        _, errors = parse_model_names(["A", "A", "B:", "C:D:E:F", "=G"], ["P", "Q"], ["3d_fullres"])
+        assert len(errors) == 4
+        assert "-p has 2 values for 5 trainers" in errors[0]
         assert "A__P__3d_fullres" in parse_model_names(["A", "A"], ["P"], ["3d_fullres"])[1][0]
 
     def test_shown_by_trainer_where_that_tells_them_apart(self) -> None:
@@ -78,7 +78,7 @@ class TestCrossValidation:
         made.add(folds=(0, 1))
         found = find_held_out([STOCK], [0, 1])
         (model,) = found.models
-        assert found.faults + found.missing + found.missing_probabilities == []
+        assert found.errors + found.missing + found.missing_probabilities == []
         assert list(model.predictions) == sorted(made.cases)
         assert {model.predictions[case].fold for case in made.cases} == {0, 1}
         assert all(prediction.labels.is_file() for prediction in model.predictions.values())
@@ -87,22 +87,21 @@ class TestCrossValidation:
         lab().add(folds=(0,))
         found = find_held_out([STOCK, OURS], [0, 3], device="cpu")
         assert not found.models
-        assert len(found.faults) == 3
-        assert (
-            f"nnUNetv2_train {NAME} 3d_fullres 3 -tr nnUNetTrainer -p nnUNetPlans -device cpu --npz" in found.faults[0]
-        )
+        assert len(found.errors) == 3
+        command = f"nnUNetv2_train {NAME} 3d_fullres 3 -tr nnUNetTrainer -p nnUNetPlans -device cpu --npz"
+        assert command in found.errors[0]
 
     def test_plans_that_do_not_exist(self, lab: Callable[..., Any]) -> None:
         lab().add()
-        (fault,) = find_held_out([NamedModel("nnUNetTrainer", "nope", "3d_fullres")], [0, 1]).faults
-        assert "there are no plans nope" in fault
+        (error,) = find_held_out([NamedModel("nnUNetTrainer", "nope", "3d_fullres")], [0, 1]).errors
+        assert "there are no plans nope" in error
 
     def test_a_validation_that_was_interrupted(self, lab: Callable[..., Any]) -> None:
         folder = lab().add()
         (folder / "fold_0" / "validation" / "summary.json").unlink()
         found = find_held_out([STOCK], [0])
         assert not found.models
-        assert not found.faults
+        assert not found.errors
         (missing,) = iterate_missing(found, probabilities=False)
         assert missing.command[0] == "nnUNetv2_train"
         assert missing.command[-2:] == ("--val", "--npz")
@@ -134,7 +133,7 @@ class TestCrossValidation:
         files = [{"prediction_file": f"C:\\results\\validation\\{case}.nii.gz"} for case in made.cases]
         (folder / "summary.json").write_text(json.dumps({"metric_per_case": files}))
         found = find_held_out([STOCK], [0])
-        assert found.faults + found.missing + found.gaps == []
+        assert found.errors + found.missing + found.gaps == []
         assert list(found.models[0].predictions) == list(made.cases)
 
     def test_a_fold_without_any_prediction(self, lab: Callable[..., Any]) -> None:
@@ -201,11 +200,11 @@ class TestCrossValidation:
         folder = made.add(folds=(0, 1))
         shutil.copy(folder / "fold_0" / "validation" / "case_0.nii.gz", folder / "fold_1" / "validation")
         made.write_summary(folder / "fold_1" / "validation", ["case_0", *made.cases[1::2]])
-        assert "case_0 in more than one fold" in find_held_out([STOCK], [0, 1]).faults[0]
+        assert "case_0 in more than one fold" in find_held_out([STOCK], [0, 1]).errors[0]
 
     def test_results_not_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("nnUNet_results", raising=False)
-        assert "nnUNet_results is not set" in find_held_out([STOCK], [0]).faults[0]
+        assert "nnUNet_results is not set" in find_held_out([STOCK], [0]).errors[0]
 
 
 class TestTestSet:
@@ -218,7 +217,7 @@ class TestTestSet:
             json.dumps({"list_of_lists_or_source_folder": "/images of b"})
         )
         found = search_test_set({"A": tmp_path / "a", "B": tmp_path / "b"}, {"B": trained}, ".nii.gz", device="cuda")
-        assert not found.faults
+        assert not found.errors
         assert [model.key for model in found.models] == ["m0", "m1"]
         assert found.models[1].model == STOCK
         assert found.models[1].folds == (0, 2)
@@ -231,17 +230,17 @@ class TestTestSet:
         assert "cpu" in missing.command
         assert not missing.is_known
 
-    def test_faults(self, tmp_path: Path) -> None:
+    def test_errors(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         folders = {"A": tmp_path / "none", "B": tmp_path / "empty"}
-        faults = search_test_set(folders, {"C": tmp_path}, ".nii.gz", device="cpu").faults
-        assert len(faults) == 3
+        errors = search_test_set(folders, {"C": tmp_path}, ".nii.gz", device="cpu").errors
+        assert len(errors) == 3
 
     def test_not_a_model_folder(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()
         made.write_predictions(tmp_path / "a", made.cases, 0.3, 1)
         found = search_test_set({"A": tmp_path / "a"}, {"A": tmp_path}, ".nii.gz", device="cpu")
-        assert "no folder of a trained model" in found.faults[0]
+        assert "no folder of a trained model" in found.errors[0]
 
 
 class TestSameCases:
@@ -250,10 +249,10 @@ class TestSameCases:
         made.add(cases=made.cases[:5])
         made.add("nnUNetTrainerConResNet", cases=made.cases[2:])
         models = find_held_out([STOCK, OURS], [0]).models
-        cases, faults = same_cases(models, made.cases, intersection=False)
+        cases, errors = same_cases(models, made.cases, intersection=False)
         assert cases == list(made.cases[2:5])
-        assert any("trained on different splits" in fault for fault in faults)
-        assert any("case_0" in fault for fault in faults)
+        assert any("trained on different splits" in error for error in errors)
+        assert any("case_0" in error for error in errors)
         assert same_cases(models, made.cases, intersection=True) == (list(made.cases[2:5]), [])
 
     def test_same_cases_in_other_folds(self, lab: Callable[..., Any]) -> None:
@@ -261,9 +260,9 @@ class TestSameCases:
         made.add(folds=(0, 1))
         made.add("nnUNetTrainerConResNet", folds=(1, 0))
         models = find_held_out([STOCK, OURS], [0, 1]).models
-        _, (fault,) = same_cases(models, made.cases, intersection=False)
-        assert "nnUNetTrainerConResNet and nnUNetTrainer held case_0" in fault
-        assert "--intersection" in fault
+        _, (error,) = same_cases(models, made.cases, intersection=False)
+        assert "nnUNetTrainerConResNet and nnUNetTrainer held case_0" in error
+        assert "--intersection" in error
         assert same_cases(models, made.cases, intersection=True) == (list(made.cases), [])
         assert other_splits(models) == ["nnUNetTrainerConResNet"]
         assert other_splits([models[0], models[0]]) == []
@@ -279,5 +278,5 @@ class TestSameCases:
         made = lab()
         made.add()
         models = find_held_out([STOCK], [0]).models
-        _, (fault,) = same_cases(models, made.cases[1:], intersection=False)
-        assert "no reference segmentation for case_0" in fault
+        _, (error,) = same_cases(models, made.cases[1:], intersection=False)
+        assert "no reference segmentation for case_0" in error

@@ -66,7 +66,7 @@ def run(source: Path, output: Path, **arguments: object) -> ResidualMaps:
     return write_residual_maps(source, output, progress=False, **arguments)  # type: ignore[arg-type]
 
 
-def faults_of(source: Path, output: Path, **arguments: object) -> str:
+def errors_of(source: Path, output: Path, **arguments: object) -> str:
     with pytest.raises(InputError) as error:
         run(source, output, **arguments)
     assert not output.exists() or output == source
@@ -180,7 +180,7 @@ class TestWriteResidualMaps:
         result = run(labels, tmp_path / "out")
         assert "does not name: 4" in result.warnings[0]
         assert list(result.files[0].maps) == ["label_1", "label_2", "label_3", "label_4"]
-        text = faults_of(labels, tmp_path / "other", dataset_json=names)
+        text = errors_of(labels, tmp_path / "other", dataset_json=names)
         assert "does not name: 4; give the dataset.json that it belongs to" in text
 
     def test_ignore_label(self, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ class TestWriteResidualMaps:
         assert run(tmp_path / "in", tmp_path / "out").axis == 0
 
 
-class TestFaults:
+class TestErrors:
     def test_of_files_are_listed_together(self, tmp_path: Path) -> None:
         folder = tmp_path / "in"
         image = some_image()
@@ -239,7 +239,7 @@ class TestFaults:
         (folder / "broken.nii.gz").write_bytes(b"nothing")
         fine = save(folder / "fine.nii.gz", some_image())
         (folder / "cut.nii.gz").write_bytes(fine.read_bytes()[:-200])
-        text = faults_of(folder, tmp_path / "out")
+        text = errors_of(folder, tmp_path / "out")
         assert "7 errors" in text
         assert "nan.nii.gz has 1 voxels that are NaN or infinite" in text
         assert "one.nii.gz has a single slice along axis 0 (shape (1, 8, 10))" in text
@@ -250,29 +250,29 @@ class TestFaults:
         assert "cut.nii.gz cannot be read" in text
 
     def test_missing_and_empty(self, tmp_path: Path) -> None:
-        assert "nothing.nii.gz does not exist" in faults_of(tmp_path / "nothing.nii.gz", tmp_path / "out")
+        assert "nothing.nii.gz does not exist" in errors_of(tmp_path / "nothing.nii.gz", tmp_path / "out")
         (tmp_path / "empty").mkdir()
-        assert "has no file that ends in" in faults_of(tmp_path / "empty", tmp_path / "out")
+        assert "has no file that ends in" in errors_of(tmp_path / "empty", tmp_path / "out")
 
     def test_same_name_twice(self, tmp_path: Path) -> None:
         save(tmp_path / "in" / "a.nii.gz", some_image())
         save(tmp_path / "in" / "a.mha", some_image())
-        assert "several files called a" in faults_of(tmp_path / "in", tmp_path / "out")
+        assert "several files called a" in errors_of(tmp_path / "in", tmp_path / "out")
 
     def test_output_is_not_the_input(self, tmp_path: Path) -> None:
         save(tmp_path / "in" / "a.nii.gz", some_image())
-        assert "is the folder of the input" in faults_of(tmp_path / "in", tmp_path / "in")
+        assert "is the folder of the input" in errors_of(tmp_path / "in", tmp_path / "in")
 
     def test_arguments(self, tmp_path: Path) -> None:
         source = save(tmp_path / "in" / "a.nii.gz", some_image())
-        text = faults_of(source, tmp_path / "out", axis=3, kind="video", intensities="log")
+        text = errors_of(source, tmp_path / "out", axis=3, kind="video", intensities="log")
         assert "The axis is 3" in text
         assert "The kind is 'video'" in text
         assert "The intensities are 'log'" in text
 
     def test_image_taken_for_labels(self, tmp_path: Path) -> None:
         source = save(tmp_path / "in" / "a.nii.gz", some_image())
-        assert "is no label file" in faults_of(source, tmp_path / "out", kind="labels")
+        assert "is no label file" in errors_of(source, tmp_path / "out", kind="labels")
 
 
 class TestCommand:

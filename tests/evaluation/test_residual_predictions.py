@@ -150,7 +150,7 @@ def make_model(
     return folder
 
 
-def made_up(shape: tuple[int, ...] = PATCH, seed: int = 0) -> np.ndarray:
+def synthetic_images(shape: tuple[int, ...] = PATCH, seed: int = 0) -> np.ndarray:
     """Two channels, smooth, nowhere 0."""
     noise = np.random.default_rng(seed).normal(0, 1, (2, *shape))
     return (10 + ndimage.gaussian_filter(noise, (0, 1, 1, 1)) * 5).astype(np.float32)
@@ -205,7 +205,7 @@ class TestResidualPredictor:
             plans = json.loads((model / "plans.json").read_text())
             plans["configurations"]["3d_fullres"]["patch_size"] = list(shape)
             (model / "plans.json").write_text(json.dumps(plans))
-        images = made_up(shape)
+        images = synthetic_images(shape)
         found = load(model, level=level).predict(save_case(tmp_path / "in", images))
 
         network = nnunets(model).network
@@ -243,7 +243,7 @@ class TestResidualPredictor:
     @pytest.mark.parametrize("level", [0, 1])
     def test_a_network_without_attention(self, tmp_path: Path, level: int) -> None:
         model = make_model(tmp_path / "model", "residual_maps")
-        images = made_up()
+        images = synthetic_images()
         found = load(model, level=level).predict(save_case(tmp_path / "in", images))
         network = nnunets(model).network
         network.eval().residual_outputs = True
@@ -258,7 +258,7 @@ class TestResidualPredictor:
 
     def test_tiles_are_weighted_as_nnunets(self, tmp_path: Path) -> None:
         model = make_model(tmp_path / "model", labels=REGIONS)
-        images = made_up((13, 21, 17))
+        images = synthetic_images((13, 21, 17))
         found = load(model).predict(save_case(tmp_path / "in", images))
 
         network = nnunets(model).network
@@ -280,7 +280,7 @@ class TestResidualPredictor:
     @pytest.mark.parametrize("labels", [LABELS, REGIONS])
     def test_segmentation_is_nnunets_without_mirroring(self, tmp_path: Path, labels: dict[str, Any]) -> None:
         model = make_model(tmp_path / "model", labels=labels, spacing=(1.5, 1.0, 1.0))
-        paths = save_case(tmp_path / "in", np.pad(made_up((13, 21, 17)), ((0, 0), (2, 3), (1, 0), (0, 4))))
+        paths = save_case(tmp_path / "in", np.pad(synthetic_images((13, 21, 17)), ((0, 0), (2, 3), (1, 0), (0, 4))))
         found = load(model).predict(paths).segmentation
         expected = nnunets(model).predict_from_files_sequential([[str(path) for path in paths]], None)[0]
         # which adds up in half precision
@@ -289,14 +289,14 @@ class TestResidualPredictor:
 
     def test_folds_are_averaged(self, tmp_path: Path) -> None:
         model = make_model(tmp_path / "model", folds=2)
-        paths = save_case(tmp_path / "in", made_up())
+        paths = save_case(tmp_path / "in", synthetic_images())
         first, second, both = (load(model, folds).predict(paths) for folds in ((0,), (1,), (0, 1)))
         np.testing.assert_allclose(both.attention, (first.attention + second.attention) / 2, atol=1e-4)
         logit = [np.log(one.residuals["a"] / (1 - one.residuals["a"])) for one in (first, second, both)]
         np.testing.assert_allclose(logit[2], (logit[0] + logit[1]) / 2, atol=1e-2)
 
     def test_axes_are_exchanged_and_put_back(self, tmp_path: Path) -> None:
-        images = np.pad(made_up((9, 17, 14)), ((0, 0), (2, 1), (0, 3), (1, 0)))
+        images = np.pad(synthetic_images((9, 17, 14)), ((0, 0), (2, 1), (0, 3), (1, 0)))
         straight = load(make_model(tmp_path / "straight", masked=True))
         exchanged = load(make_model(tmp_path / "exchanged", transpose=(2, 0, 1), masked=True))
         assert (straight.slice_axis, exchanged.slice_axis) == (0, 2)
@@ -308,7 +308,7 @@ class TestResidualPredictor:
         np.testing.assert_allclose(second.attention, first.attention.transpose(1, 2, 0), atol=1e-5)
 
     def test_what_is_cropped_away_has_no_residual(self, tmp_path: Path) -> None:
-        images = made_up()
+        images = synthetic_images()
         predictor = load(make_model(tmp_path / "model"))
         whole = predictor.predict(save_case(tmp_path / "in", images))
         padded = predictor.predict(
@@ -324,11 +324,11 @@ class TestResidualPredictor:
 
     def test_behaviour_of_the_network_is_not_changed_for_others(self, tmp_path: Path) -> None:
         predictor = load(make_model(tmp_path / "model"))
-        predictor.predict(save_case(tmp_path / "in", made_up()))
+        predictor.predict(save_case(tmp_path / "in", synthetic_images()))
         assert not any(stage._forward_hooks for stage in predictor._network.decoder.stages)
 
 
-class TestFaults:
+class TestErrors:
     def test_a_checkpoint_that_runs_code(self, tmp_path: Path) -> None:
         class Touch:
             def __reduce__(self) -> Any:
@@ -383,7 +383,7 @@ class TestWrite:
     def test_files_and_their_geometry(self, tmp_path: Path) -> None:
         # thick slices along the array's last axis, which the network has first
         model = make_model(tmp_path / "model", labels=REGIONS, transpose=(2, 0, 1), spacing=(2.5, 1.0, 1.0))
-        images = np.pad(made_up((20, 15, 9)), ((0, 0), (3, 0), (0, 2), (0, 0)))
+        images = np.pad(synthetic_images((20, 15, 9)), ((0, 0), (3, 0), (0, 2), (0, 0)))
         geometry: dict[str, Any] = {"spacing": (3.0, 0.8, 1.2), "turned": True}
         source = save_case(tmp_path / "in", images, **geometry)[0]
         labels = np.zeros(images.shape[1:], np.uint8)
@@ -418,9 +418,9 @@ class TestWrite:
         assert record["axis"] == 2
         assert record["cases"][0]["predicted"]["core"] == "case_predicted_residual_core.nii.gz"
 
-    def test_faults_are_listed_together_and_nothing_is_written(self, tmp_path: Path) -> None:
+    def test_errors_are_listed_together_and_nothing_is_written(self, tmp_path: Path) -> None:
         predictor = load(make_model(tmp_path / "model"))
-        images = made_up()
+        images = synthetic_images()
         save_case(tmp_path / "in", images, "good")
         images[1, 2, 3, 4] = np.inf
         save_case(tmp_path / "in", images, "bad")
@@ -439,14 +439,14 @@ class TestWrite:
 
     def test_reference_of_another_shape(self, tmp_path: Path) -> None:
         predictor = load(make_model(tmp_path / "model"))
-        source = save_case(tmp_path / "in", made_up())[1]
+        source = save_case(tmp_path / "in", synthetic_images())[1]
         reference = save(tmp_path / "ref", "some", np.zeros((8, 16, 11), np.uint8))
         with pytest.raises(InputError, match=r"has shape \(8, 16, 11\); expected \(8, 16, 12\)"):
             write_predicted_residuals(source, tmp_path / "out", predictor, reference=reference, progress=False)
 
     def test_folder_of_brats(self, tmp_path: Path) -> None:
         predictor = load(make_model(tmp_path / "model"))
-        save(tmp_path / "in", "B_t1", made_up()[0])
+        save(tmp_path / "in", "B_t1", synthetic_images()[0])
         with pytest.raises(InputError, match="BraTS's own names: nnunet-conres brats-convert"):
             write_predicted_residuals(tmp_path / "in", tmp_path / "out", predictor, progress=False)
 
@@ -454,7 +454,7 @@ class TestWrite:
 class TestCommand:
     def test_one_case(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         model = make_model(tmp_path / "model")
-        source = save_case(tmp_path / "in", made_up())[0]
+        source = save_case(tmp_path / "in", synthetic_images())[0]
         command = ["residuals", "--model", str(model), "-i", str(source), "-o", str(tmp_path / "out")]
         assert cli.main([*command, "-device", "cpu", "--level", "1", "-f", "0"]) == 0
         lines = capsys.readouterr().out.splitlines()
@@ -471,7 +471,7 @@ class TestCommand:
         assert all(Path(line).is_file() for line in lines[1:])
 
     def test_a_network_without_attention(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        source = save_case(tmp_path / "in", made_up())[0]
+        source = save_case(tmp_path / "in", synthetic_images())[0]
         model = make_model(tmp_path / "model", "residual_maps")
         command = ["residuals", "--model", str(model), "-i", str(source), "-o", str(tmp_path / "out")]
         assert cli.main([*command, "-device", "cpu"]) == 0

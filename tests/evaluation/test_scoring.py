@@ -145,13 +145,13 @@ class TestScoreCases:
         assert list(one.values["A"]) == ["case_1", "case_0"]
 
 
-class TestFaults:
+class TestErrors:
     def test_missing_and_twice(self, tmp_path: Path) -> None:
         job = make_jobs(tmp_path, 1)[0]
         gone = [ScoringJob(m, "x", tmp_path / "no.nii.gz", tmp_path / f"no{m}.nii.gz") for m in "AB"]
         with pytest.raises(InputError, match="expected a label file") as caught:
             score([job, job, *gone], processes=0)
-        lines = caught.value.faults
+        lines = caught.value.errors
         assert len(lines) == 5  # once too many, a reference and two predictions that are missing, and the processes
         assert "one prediction too many of case case_0 by A" in lines[0]
 
@@ -184,7 +184,7 @@ class TestFaults:
         assert "nan.nii.gz has 1 voxels that are NaN or infinite; expected labels." in lines[3]
         assert "nrrd.nrrd has 1 voxels that are NaN or infinite; expected labels." in lines[4]
         assert all("cannot be read" in line for line in lines[5:])
-        # The one without fault need not be scored again.
+        # The one without error need not be scored again.
         assert len(list((tmp_path / "c").iterdir())) == 1
 
     def test_ignore_is_for_references(self, tmp_path: Path) -> None:

@@ -430,7 +430,7 @@ class TestComparePaired:
             ("base", {"samples": 0}, "samples is 0"),
         ],
     )
-    def test_faults(self, baseline: str, keywords: dict[str, Any], message: str) -> None:
+    def test_errors(self, baseline: str, keywords: dict[str, Any], message: str) -> None:
         values = scores({"base": [0.1, 0.2], "own": [0.1, 0.2]})
         with pytest.raises(ValueError, match=message):
             compare_paired(values, baseline, **{"metrics": ["dice"], **keywords})

@@ -664,7 +664,7 @@ class TestCommands:
             (["-fpe", "Nobodys"], "The fingerprint extractor is 'Nobodys'"),
         ],
     )
-    def test_faults_are_told_before_anything_is_written(
+    def test_errors_are_told_before_anything_is_written(
         self, options: list[str], message: str, make: Any, planned: Any, capsys: Any, tmp_path: Path
     ) -> None:
         make(ISOTROPIC)

@@ -21,7 +21,7 @@ from nnunet_conres.planning import variants
 from nnunet_conres.planning.commands import PlanOptions, plan
 from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.planning.variants import add_variants
-from nnunet_conres.text import times
+from nnunet_conres.text import format_shape
 from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet
 
 NAME = "Dataset701_Made"
@@ -141,11 +141,11 @@ class TestPlans:
 
 
 class TestRefused:
-    def test_all_faults_together_and_nothing_written(self, plans_file: Path) -> None:
+    def test_all_errors_together_and_nothing_written(self, plans_file: Path) -> None:
         content = plans_file.read_text()
         with pytest.raises(InputError) as error:
             add_variants(NAME, "nnUNetPlans", [(4, 5, 4), (80, 80), (8, 80, 80)], batch_sizes=[0])
-        assert len(error.value.faults) == 3
+        assert len(error.value.errors) == 3
         assert "too small" in str(error.value)
         assert "80 x 80; expected 3" in str(error.value)
         assert "batch size is 0" in str(error.value)
@@ -154,7 +154,7 @@ class TestRefused:
     @pytest.mark.parametrize("patch", [(2, 64, 64), (64, 64, 3), (3, 3, 64)])
     def test_edges_that_no_planner_gives(self, patch: tuple[int, ...], plans_file: Path) -> None:
         content = plans_file.read_text()
-        with pytest.raises(InputError, match=rf"Patch {times(patch)} is too small: expected {MIN_EDGE} voxels"):
+        with pytest.raises(InputError, match=rf"Patch {format_shape(patch)} is too small: expected {MIN_EDGE} voxels"):
             add_variants(NAME, "nnUNetPlans", [patch])
         assert plans_file.read_text() == content
 
@@ -162,7 +162,7 @@ class TestRefused:
         base = json.loads(plans_file.read_text())["configurations"]["3d_fullres"]["patch_size"]
         with pytest.raises(InputError) as error:
             add_variants(NAME, "nnUNetPlans", [(8, 8000, 80), base])
-        assert len(error.value.faults) == 2
+        assert len(error.value.errors) == 2
         assert "far beyond the images" in str(error.value)
         assert "3d_fullres itself" in str(error.value)
 

@@ -99,10 +99,10 @@ def run(dataset: str, output: Path, folds: tuple[Any, ...] = (0,), **arguments: 
     return densify(dataset, TrainedModel(NAME, "nnUNetPlans", configuration, folds), output, **defaults | arguments)
 
 
-def faults_of(*positional: Any, **arguments: Any) -> str:
+def errors_of(*positional: Any, **arguments: Any) -> str:
     with pytest.raises(InputError) as caught:
         run(*positional, **arguments)
-    return "\n".join(caught.value.faults)
+    return "\n".join(caught.value.errors)
 
 
 def predict(model: Path, dataset: str, output: Path, folds: tuple[Any, ...]) -> Path:
@@ -208,10 +208,10 @@ def test_interrupted_and_continued(
     times = [path.stat().st_mtime_ns for path in complete]
     (output / ".case_2.nii.partial-0123abcd.gz").mkdir()
     with writing(output):
-        assert f"{output} is being written by process" in faults_of(dataset, output, existing="continue")
+        assert f"{output} is being written by process" in errors_of(dataset, output, existing="continue")
     assert (output / ".case_2.nii.partial-0123abcd.gz").exists()
-    assert "is not empty" in faults_of(dataset, output)
-    assert "mirroring True there, False now" in faults_of(dataset, output, existing="continue", mirroring=False)
+    assert "is not empty" in errors_of(dataset, output)
+    assert "mirroring True there, False now" in errors_of(dataset, output, existing="continue", mirroring=False)
     done = run(dataset, output, existing="continue")
     assert done.written == ("case_2", "case_3", "case_4", "case_5")
     assert [path.stat().st_mtime_ns for path in complete] == times
@@ -229,7 +229,7 @@ def test_interrupted_and_continued(
     checkpoint = trained[1] / "fold_0" / "checkpoint_final.pth"
     written = checkpoint.stat().st_mtime
     os.utime(checkpoint, (written + 60, written + 60))
-    assert "trained {" in faults_of(dataset, output, existing="continue")
+    assert "trained {" in errors_of(dataset, output, existing="continue")
     os.utime(checkpoint, (written, written))
     assert len(run(dataset, output, existing="continue").written) == 4
 
@@ -267,8 +267,8 @@ def test_cross_validation_uses_the_fold_that_has_not_seen_the_case(
     dataset, model = trained
     splits = json.loads((preprocessed("ignore") / "splits_final.json").read_text())
     output = tmp_path / "dense"
-    faults = faults_of(dataset, output, cross_validation=True)
-    assert faults.count("is in the validation set of none of the folds 0") == 6 - len(splits[0]["val"])
+    errors = errors_of(dataset, output, cross_validation=True)
+    assert errors.count("is in the validation set of none of the folds 0") == 6 - len(splits[0]["val"])
     for fold in range(1, 5):
         shutil.copytree(model / "fold_0", model / f"fold_{fold}")
         checkpoint = torch.load(model / f"fold_{fold}/checkpoint_final.pth", weights_only=False)
@@ -293,8 +293,8 @@ def test_cascade(sparse: Callable[[str], str], train: Callable[..., Path], resul
     stage = predict(lowres, dataset, tmp_path / "stage", ("all",))
     train("ignore", configuration="3d_cascade_fullres")
     arguments = {"configuration": "3d_cascade_fullres"}
-    faults = faults_of(dataset, tmp_path / "dense", **arguments)
-    assert "3d_cascade_fullres is a cascade and needs predictions of 3d_lowres" in faults
+    errors = errors_of(dataset, tmp_path / "dense", **arguments)
+    assert "3d_cascade_fullres is a cascade and needs predictions of 3d_lowres" in errors
     done = run(dataset, tmp_path / "dense", previous_stage_folder=stage, **arguments)
     assert len(done.written) == 6
 
@@ -310,7 +310,7 @@ class TestBadInput:
         for path in hidden:
             path.rename(tmp_path / path.name)
         try:
-            faults = faults_of(
+            errors = errors_of(
                 *(dataset, tmp_path / "dense", (0, 1, 2)),
                 device="abacus",
                 step_size=2.0,
@@ -331,12 +331,12 @@ class TestBadInput:
             "3d_fullres is no cascade",
             "reference/case_0.nii.gz is missing; expected the reference",
         ):
-            assert part in faults
+            assert part in errors
         assert not (tmp_path / "dense").exists()
 
     def test_output_in_the_raw_folder(self, trained: tuple[str, Path]) -> None:
         other = Path(os.environ["nnUNet_raw"]) / "Dataset001_Other" / "labelsTr"
-        assert "holds files of a data set" in faults_of(trained[0], other, existing="overwrite")
+        assert "holds files of a data set" in errors_of(trained[0], other, existing="overwrite")
         assert not other.exists()
 
     def test_a_case_that_is_gone_altogether(self, trained: tuple[str, Path], tmp_path: Path) -> None:
@@ -345,15 +345,15 @@ class TestBadInput:
         for path in hidden:
             path.rename(tmp_path / path.name)
         try:
-            faults = faults_of(trained[0], tmp_path / "dense")
+            errors = errors_of(trained[0], tmp_path / "dense")
         finally:
             for path in hidden:
                 (tmp_path / path.name).rename(path)
-        assert "has 5 training cases, but its dataset.json says numTraining 6" in faults
+        assert "has 5 training cases, but its dataset.json says numTraining 6" in errors
 
     def test_no_cuda(self, trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert "no CUDA device" in faults_of(trained[0], tmp_path / "dense", device="cuda")
+        assert "no CUDA device" in errors_of(trained[0], tmp_path / "dense", device="cuda")
 
     def test_another_model(self, trained: tuple[str, Path], tmp_path: Path) -> None:
         dataset, model = trained
@@ -365,18 +365,18 @@ class TestBadInput:
             path = model / f"{file}.json"
             text = path.read_text()
             path.write_text(json.dumps(json.loads(text) | {key: value}))
-            assert message in faults_of(dataset, tmp_path / "dense")
+            assert message in errors_of(dataset, tmp_path / "dense")
             path.write_text(text)
 
     def test_damaged_checkpoint(self, trained: tuple[str, Path], tmp_path: Path) -> None:
         dataset, model = trained
         (model / "fold_0/checkpoint_final.pth").write_bytes(b"nothing")
-        assert "cannot be loaded with fold_0/checkpoint_final.pth" in faults_of(dataset, tmp_path / "dense")
+        assert "cannot be loaded with fold_0/checkpoint_final.pth" in errors_of(dataset, tmp_path / "dense")
         assert not (tmp_path / "dense").exists()
 
     def test_output_is_the_data_sets_own(self, trained: tuple[str, Path]) -> None:
-        faults = faults_of(trained[0], labels_of(trained[0]), existing="overwrite")
-        assert "holds files of a data set in" in faults
+        errors = errors_of(trained[0], labels_of(trained[0]), existing="overwrite")
+        assert "holds files of a data set in" in errors
 
     def test_no_ignore_label(self, trained: tuple[str, Path], tmp_path: Path) -> None:
         path = labels_of(trained[0]).parent / "dataset.json"
@@ -385,7 +385,7 @@ class TestBadInput:
         del content["labels"]["ignore"]
         path.write_text(json.dumps(content))
         try:
-            assert "nothing to densify" in faults_of(trained[0], tmp_path / "dense")
+            assert "nothing to densify" in errors_of(trained[0], tmp_path / "dense")
         finally:
             path.write_text(text)
 

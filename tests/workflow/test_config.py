@@ -11,7 +11,7 @@ from nnunet_conres.workflow.launch import EXAMPLES
 yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install 'nnunet-conres[workflow]'")
 
 
-def faults(content: dict[str, Any], base: Path) -> str:
+def errors(content: dict[str, Any], base: Path) -> str:
     with pytest.raises(InputError) as error:
         parse_config(content, base)
     return str(error.value)
@@ -74,12 +74,12 @@ class TestParse:
     def test_a_data_set_that_is_there_needs_its_number_only(self, content: dict[str, Any], tmp_path: Path) -> None:
         content["data"] = {"id": 4}
         del content["test"]
-        assert "found no data set" in faults(content, tmp_path)
+        assert "found no data set" in errors(content, tmp_path)
         (tmp_path / "nn" / "raw" / "Dataset004_Hippocampus").mkdir(parents=True)
         assert parse_config(content, tmp_path).dataset == "Dataset004_Hippocampus"
 
 
-class TestFaults:
+class TestErrors:
     def test_all_are_told_together(self, content: dict[str, Any], tmp_path: Path) -> None:
         content |= {
             "device": "tpu",
@@ -99,7 +99,7 @@ class TestFaults:
             "mine": {"plans": "myPlans"},
             "twin": {"trainer": "nnUNetTrainer"},
         }
-        told = faults(content, tmp_path)
+        told = errors(content, tmp_path)
         for words in (
             "device is 'tpu'",
             "folds is [0, 2]",
@@ -124,7 +124,7 @@ class TestFaults:
     def test_nothing_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for kind in ("raw", "preprocessed", "results"):
             monkeypatch.delenv(f"nnUNet_{kind}", raising=False)
-        told = faults({}, tmp_path)
+        told = errors({}, tmp_path)
         assert all(
             words in told for words in ("models is missing", "data, id is missing", "nnUNet_results is not known")
         )
@@ -167,7 +167,7 @@ class TestFaults:
         for key in above:
             where = where.setdefault(key, {})
         where[last] = value
-        assert told in faults(content, tmp_path)
+        assert told in errors(content, tmp_path)
 
     def test_classes_that_nobody_knows(
         self, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -179,7 +179,7 @@ class TestFaults:
             "plans": {"plans": "myPlans"},
         }
         content["plans"] = {"myPlans": {"planner": "nnUNetPlannerResEncS"}}
-        told = faults(content, tmp_path)
+        told = errors(content, tmp_path)
         assert "near: nnU-Net and this package have no trainer called nnUNetTrainerConRestNet" in told
         assert "did you mean nnUNetTrainerConResNet?" in told
         assert "no planner called nnUNetPlannerResEncS" in told
@@ -188,7 +188,7 @@ class TestFaults:
         (tmp_path / "trainers").mkdir()
         (tmp_path / "trainers" / "mine.py").write_text("class Mine: ...")
         content["environment"] = {"nnUNet_extTrainer": str(tmp_path / "trainers")}
-        assert "called Mine" not in faults(content, tmp_path)
+        assert "called Mine" not in errors(content, tmp_path)
 
     def test_one_name_for_two(self, tmp_path: Path) -> None:
         file = tmp_path / "experiment.yaml"

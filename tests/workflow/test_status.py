@@ -1,4 +1,4 @@
-"""Status and resources, from made-up folders."""
+"""Status and resources, from synthetic folders."""
 
 import dataclasses
 import json

@@ -54,7 +54,7 @@ class CaseVolumes:
     regions: Mapping[str, Sequence[int]]
     spacing: Sequence[float] = (1.0, 1.0, 1.0)
 
-    def faults(self) -> list[str]:
+    def errors(self) -> list[str]:
         """What keeps these volumes from being shown, in sentences; empty if nothing does."""
         if self.images.ndim != 4 or 0 in self.images.shape:
             return [f"The images of {self.case_id} have shape {self.images.shape}; expected (C, z, y, x), none 0."]
@@ -97,13 +97,13 @@ def pack_case(case: CaseVolumes, slices_per_case: int = 64) -> dict[str, Any]:
         eight regions each, by "reference" or the model's key. Pictures are data URLs.
 
     Raises:
-        ValueError: The volumes do not fit each other; all faults are named.
+        ValueError: The volumes do not fit each other; all errors are named.
     """
-    faults = case.faults()
+    errors = case.errors()
     if slices_per_case < 1:
-        faults.append(f"slices_per_case is {slices_per_case}; expected 1 or more.")
-    if faults:
-        raise ValueError("\n".join(faults))
+        errors.append(f"slices_per_case is {slices_per_case}; expected 1 or more.")
+    if errors:
+        raise ValueError("\n".join(errors))
     label_maps = dict(case.predictions)
     if case.reference is not None:
         label_maps = {"reference": case.reference, **label_maps}

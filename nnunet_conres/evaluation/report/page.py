@@ -34,14 +34,14 @@ def report_page(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, A
     Raises:
         ValueError: The comparison lacks something or contradicts itself, or pictures do not belong to it.
     """
-    if faults := list(_faults(comparison)):
-        raise ValueError("\n".join(["The comparison cannot be shown:", *faults]))
-    if faults := list(_picture_faults(comparison, pictures)):
-        raise ValueError("\n".join(["The cases cannot be shown:", *faults]))
+    if errors := list(_errors(comparison)):
+        raise ValueError("\n".join(["The comparison cannot be shown:", *errors]))
+    if errors := list(_picture_errors(comparison, pictures)):
+        raise ValueError("\n".join(["The cases cannot be shown:", *errors]))
     return _page(comparison, pictures)
 
 
-def _faults(comparison: Mapping[str, Any]) -> Iterator[str]:
+def _errors(comparison: Mapping[str, Any]) -> Iterator[str]:
     """Everything that keeps a comparison from being shown."""
     if comparison.get("format") != REPORT_FORMAT:
         yield f"'format' is {comparison.get('format')!r}; expected {REPORT_FORMAT}."
@@ -72,7 +72,7 @@ def _faults(comparison: Mapping[str, Any]) -> Iterator[str]:
         yield f"{baselines} models are the baseline; expected one at most."
 
 
-def _picture_faults(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _picture_errors(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Everything that keeps pictures from being shown."""
     cases = {case["id"] for case in comparison["cases"]}
     models = {model["key"] for model in comparison["models"]}

@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
             raise
         reason = f"{name} could not be loaded from {package.__path__[0]}: {type(error).__name__}: {error}"
         if _is_part_of(package):
-            # A fault of this package or of its environment. As an AttributeError it would pass for "not here".
+            # An error of this package or of its environment. As an AttributeError it would pass for "not here".
             raise ImportError(reason) from error
         # Another environment's installation, of another version perhaps, has its own folder to be searched, and
         # speaks for itself there.

@@ -1,4 +1,4 @@
-"""A made-up comparison, and volumes to go with it."""
+"""A synthetic comparison, and volumes to go with it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -68,7 +68,7 @@ def curves(rng: np.random.Generator, fold: int, residual: bool, epochs: int = 50
     return {"epochs": list(range(epochs)), "series": series}
 
 
-def made_up_comparison(
+def synthetic_comparison(
     names: tuple[str, ...] = ("nnUNetTrainer", "nnUNetTrainerConResNet"),
     number_of_cases: int = 12,
     *,
@@ -202,7 +202,7 @@ def made_up_comparison(
     }
 
 
-def made_up_volumes(
+def synthetic_volumes(
     case_id: str = "case_1",
     keys: tuple[str, ...] = ("m0", "m1"),
     shape: tuple[int, int, int] = (24, 48, 40),
@@ -235,15 +235,15 @@ def made_up_volumes(
 
 @pytest.fixture(scope="session")
 def make_comparison() -> Callable[..., dict[str, Any]]:
-    return made_up_comparison
+    return synthetic_comparison
 
 
 @pytest.fixture(scope="session")
 def make_small_comparison() -> Callable[..., dict[str, Any]]:
     """With few charts, which take most of the time: Dice only, and no curves."""
-    return partial(made_up_comparison, number_of_metrics=1, with_curves=False)
+    return partial(synthetic_comparison, number_of_metrics=1, with_curves=False)
 
 
 @pytest.fixture(scope="session")
 def make_volumes() -> Callable[..., CaseVolumes]:
-    return made_up_volumes
+    return synthetic_volumes

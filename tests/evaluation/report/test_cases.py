@@ -126,10 +126,10 @@ class TestPackCase:
         assert list(packed["labels"]) == ["m0"]
         assert packed["slices"] == list(range(7))
 
-    def test_names_all_faults(self) -> None:
+    def test_names_all_errors(self) -> None:
         labels = np.zeros((7, 6, 6), int)
         case = small_case(labels, {"m0": labels[1:], "m1": labels[:, 1:]}, {})
         with pytest.raises(ValueError, match="expected") as error:
             pack_case(replace(case, channels=("T1", "T2"), spacing=(1.0, 0.0, 1.0)))
-        for fault in ("2 names of channels", "prediction of m0", "prediction of m1", "no regions", "spacing of case"):
-            assert fault in str(error.value)
+        for message in ("2 names of channels", "prediction of m0", "prediction of m1", "no regions", "spacing of case"):
+            assert message in str(error.value)

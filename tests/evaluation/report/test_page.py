@@ -237,7 +237,7 @@ class TestContent:
         assert data["scores"]["dice"]["mean"]["m0"][:2] == [0.5, None]
 
 
-class TestFaults:
+class TestErrors:
     def test_all_are_named_and_nothing_is_written(self, tmp_path: Path, make_small_comparison: Make) -> None:
         comparison = make_small_comparison() | {"format": 2, "models": "m0", "summary": []}
         del comparison["cases"]
@@ -255,8 +255,8 @@ class TestFaults:
         comparison["regions"] = []
         with pytest.raises(ValueError, match="decimals") as error:
             write_report(comparison, [], tmp_path / "report.html")
-        for fault in ("'regions' is empty", "'m0' more than once", "2 models are the baseline"):
-            assert fault in str(error.value)
+        for message in ("'regions' is empty", "'m0' more than once", "2 models are the baseline"):
+            assert message in str(error.value)
 
     def test_volumes_must_belong(self, tmp_path: Path, make_small_comparison: Make, make_volumes: MakeVolumes) -> None:
         volumes = [make_volumes("nowhere"), make_volumes("case_1", ("m0", "other")), make_volumes("case_2")]

@@ -1,0 +1,61 @@
+"""Work over cases in several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from nnunet_conres.errors import InputError
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def map_cases(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], processes: int, title: str, progress: bool
+) -> Iterator[_Result]:
+    """Results of a function for all items, in the items' order, with a progress bar."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(items), desc=title, unit="case", disable=not progress or not items)
+    with bar:
+        if processes == 1 or len(items) < 2:
+            for item in items:
+                result = function(item)
+                bar.update()
+                yield result
+            return
+        # Spawned on every system: a fork after ITK has started its threads can hang.
+        context = multiprocessing.get_context("spawn")
+        workers = min(processes, len(items))
+        with ProcessPoolExecutor(workers, context, _end_with_parent, (os.getpid(),)) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            try:
+                for _ in as_completed(futures):
+                    bar.update()
+                yield from (future.result() for future in futures)
+            except BrokenProcessPool as error:
+                raise InputError(
+                    f"{title}: a process was killed, most likely for want of memory. Run the same command again with "
+                    f"fewer processes than {workers}."
+                ) from error
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends a worker whose parent was killed; otherwise it would wait for work, and hold memory, for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
