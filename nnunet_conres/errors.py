@@ -28,13 +28,15 @@ _ADVICE: Final = {
     errno.EROFS: "Choose another place.",
     errno.ENOSPC: _NO_SPACE,
     errno.EDQUOT: _NO_SPACE,
-    errno.EFBIG: _NO_SPACE,
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another place; then run the command again.",
     errno.EIO: "Check the disk.",
     errno.ESTALE: "Check the network file system; then run the command again.",
     errno.EBUSY: "End the program that uses it.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer processes.",
     errno.ENFILE: "Raise the limit of open files (ulimit -n), or use fewer processes.",
 }
+# What the system raises without a file's name, and only where something is written.
+_OF_WRITING: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
@@ -59,6 +61,16 @@ class InputError(ValueError):
         noun = "error" if len(faults) == 1 else "errors"
         lines = "\n".join(f"  - {line}" for line in grouped(faults))
         super().__init__(f"Nothing was written: {len(faults)} {noun} found.\n{lines}")
+
+    def naming(self, known: os.PathLike[str], *, instead_of: os.PathLike[str]) -> InputError:
+        """The same error with a path that the user knows in place of a temporary one.
+
+        Args:
+            known: What the user asked for.
+            instead_of: What is named so far.
+        """
+        faults = tuple(fault.replace(os.fspath(instead_of), os.fspath(known)) for fault in self.faults)
+        return type(self)(faults[0] if str(self) == self.faults[0] else faults)
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str | tuple[str, ...]]]:
         # worker processes send it back; BaseException would call the class with the finished message
@@ -114,3 +126,22 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         found = error.filename if error.filename2 is None or error.errno == errno.ENOENT else error.filename2
         named = os.fsdecode(found) if isinstance(found, (str, bytes)) else os.fspath(path)
         raise InputError(f"{named}: {os.strerror(error.errno)}. {_ADVICE[error.errno]}") from error
+
+
+@contextlib.contextmanager
+def writing_errors(target: str | os.PathLike[str]) -> Iterator[None]:
+    """As `file_errors`, for the code of others, which reads and writes: what it raises of its own passes.
+
+    Args:
+        target: What it writes, named where a write failed and the operating system names no file.
+
+    Raises:
+        InputError: The file system refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _OF_WRITING or (error.errno in _ADVICE and error.filename is not None):
+            with file_errors(target):
+                raise
+        raise

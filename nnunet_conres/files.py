@@ -6,12 +6,28 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nnunet_conres.errors import InputError, file_errors
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name for what is to get the name of a file or folder when it is complete: hidden, another one each time.
+
+    It has the path's ending, because some writers choose the format by it.
+    """
+    return path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}{path.suffix}")
+
+
+def is_temporary(path: Path, of: Path | None = None) -> bool:
+    """Whether a file or folder has a name of `temporary_beside`: of this path, or of any by default."""
+    stem, ending = (".+", r"(\.[^.]+)?") if of is None else (re.escape(of.stem), re.escape(of.suffix))
+    return re.fullmatch(rf"\.{stem}\.partial-[0-9a-f]{{8}}{ending}", path.name) is not None
 
 
 @contextlib.contextmanager
@@ -22,12 +38,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         path: The file; one that exists is replaced.
 
     Yields:
-        Where to write. It has the file's ending, because some writers choose the format by it.
+        Where to write, with the file's ending.
 
     Raises:
         InputError: The file system refused: the disk is full, or the folder can't be written to.
     """
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    partial = temporary_beside(path)
     try:
         with file_errors(path):
             try:
@@ -40,6 +56,35 @@ def written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def failed_write(path: Path, size: int) -> InputError:
+    """The error of a file that a library could not write: many say neither which file nor why.
+
+    To know why, a file of that size is written beside it.
+
+    Args:
+        path: The file.
+        size: Bytes that were to be written.
+    """
+    attempt = temporary_beside(path)
+    block = os.urandom(2**20)
+    try:
+        with file_errors(path):
+            try:
+                with attempt.open("wb") as stream:
+                    for _ in range(size // len(block) + 1):
+                        stream.write(block)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except OSError as error:
+                raise OSError(error.errno, error.strerror) from error
+    except InputError as error:
+        return error
+    finally:
+        attempt.unlink(missing_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    return InputError(f"{path} could not be written whole. The disk has {free / 2**20:.0f} MiB left. Check the disk.")
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:

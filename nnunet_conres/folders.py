@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Final
 
 from nnunet_conres.errors import InputError, file_errors
-from nnunet_conres.locks import LockedError, hold, holder
+from nnunet_conres.files import is_temporary, temporary_beside
+from nnunet_conres.locks import Holder, LockedError, hold, holder
+
+_LOCK: Final = ".lock"
 
 # --- what is in a folder ----------------------------------------------------------------------------------------------
 
@@ -71,30 +73,65 @@ def new_folder(target: Path, *, lock: Path | None = None) -> Iterator[Path]:
     """
     with file_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(os.path.abspath(target))  # "." has no name to write under
     with _only_writer(target, lock or lock_of(target)):
-        for leftover in _partial_folders(target):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-        with file_errors(partial):
-            partial.mkdir()
-        try:
+        clear_leftovers(target.parent, target)
+        with partial_folder(target) as partial:
             yield partial
             with file_errors(target):
                 with contextlib.suppress(FileNotFoundError):
                     target.rmdir()  # an empty one; not every system replaces it
                 partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
 
 
 @contextlib.contextmanager
-def writing(folder: Path, *, lock: str = ".lock") -> Iterator[None]:
+def partial_folder(target: Path) -> Iterator[Path]:
+    """A folder for what is not complete yet, beside the file or folder that it is to become.
+
+    Args:
+        target: The file or folder, which errors name instead.
+
+    Yields:
+        An empty folder, which is gone when the block ends.
+
+    Raises:
+        InputError: The file system refuses.
+    """
+    partial = temporary_beside(target)
+    try:
+        with file_errors(target):
+            partial.mkdir()
+        yield partial
+    except InputError as error:
+        raise error.naming(target, instead_of=partial) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path, of: Path | None = None) -> None:
+    """Remove what killed processes left under temporary names.
+
+    Args:
+        folder: Where; it may be missing. Nobody else writes now what is removed.
+        of: The file or folder that was to be written; any by default.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not is_temporary(path, of):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, *, lock: str = _LOCK) -> Iterator[None]:
     """Write files to a folder that may hold others, as the only process that does.
 
     Args:
-        folder: Made if need be, and removed again if nothing was written.
-        lock: Name of the file in it that excludes other writers; another name where only one of its files is written.
+        folder: Made if need be, and removed again if nothing was written. What killed processes left is removed.
+        lock: Name of the file in it that excludes other writers; another name where only one of its files is written,
+            and others may be written meanwhile.
 
     Raises:
         InputError: Another process writes there, or the file system refuses.
@@ -104,11 +141,35 @@ def writing(folder: Path, *, lock: str = ".lock") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with _only_writer(folder, folder / lock):
+            if lock == _LOCK:
+                clear_leftovers(folder)
             yield
     finally:
         with contextlib.suppress(OSError):  # it is not empty
             for empty in made:
                 empty.rmdir()
+
+
+@contextlib.contextmanager
+def one_at_a_time(target: Path) -> Iterator[None]:
+    """Wait until no other process writes a file or folder.
+
+    Args:
+        target: The file or folder; the one above it is made if need be.
+
+    Raises:
+        InputError: The file system refuses.
+    """
+    lock = lock_of(target)
+    with contextlib.ExitStack() as stack:
+        with file_errors(lock):
+            stack.enter_context(hold(lock, poll_seconds=1, target=str(target)))
+        try:
+            yield
+        finally:
+            # While it is held: nobody else can have taken it.
+            with contextlib.suppress(OSError):
+                lock.unlink()
 
 
 def lock_of(target: Path) -> Path:
@@ -129,9 +190,11 @@ def being_written(target: Path, lock: Path | None = None) -> Iterator[str]:
         yield _is_being_written(target, who)
 
 
-def _is_being_written(target: Path, who: object) -> str:
-    """The message for a second writer."""
-    return f"{target} is being written by {who}. Wait until it has ended, or choose another name."
+def _is_being_written(target: Path, who: Holder) -> str:
+    """The message for a second writer, also of something else that the same lock excludes."""
+    written = who.target or str(target)
+    other_name = ", or choose another name" if written == str(target) else ""
+    return f"{written} is being written by {who}. Wait until it has ended{other_name}."
 
 
 def check_complete(folder: Path, names: Iterable[str]) -> None:
@@ -157,17 +220,12 @@ def _only_writer(target: Path, lock: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             with file_errors(lock):
-                stack.enter_context(hold(lock, wait=False))
+                stack.enter_context(hold(lock, wait=False, target=str(target)))
         except LockedError as error:
-            raise InputError(_is_being_written(target, holder(lock) or "another process")) from error
+            raise InputError(_is_being_written(target, holder(lock) or Holder(host="unknown", pid=0))) from error
         try:
             yield
         finally:
             # While it is held: nobody else can have taken it.
             with contextlib.suppress(OSError):
                 lock.unlink()
-
-
-def _partial_folders(target: Path) -> list[Path]:
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-[0-9a-f]{{8}}")
-    return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]

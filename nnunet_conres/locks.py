@@ -50,12 +50,14 @@ class Holder:
         pid: Process on it.
         job: SLURM's job id; empty outside of SLURM.
         since: When it was taken, seconds since 1970.
+        target: What the holder writes, if the lock is for writing.
     """
 
     host: str
     pid: int
     job: str = ""
     since: float = 0.0
+    target: str = ""
 
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
@@ -82,7 +84,7 @@ def holder(path: Path) -> Holder | None:
 
 
 @contextlib.contextmanager
-def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0) -> Iterator[int]:
+def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0, target: str = "") -> Iterator[int]:
     """Holds a lock.
 
     Args:
@@ -90,6 +92,7 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0) -> Iterato
             holder removes it.
         wait: Whether to wait for a lock that is held.
         poll_seconds: How often to look.
+        target: What is written under the lock, for the message to others.
 
     Yields:
         The file descriptor, for processes that are to hold the lock as long as they live (``pass_fds``).
@@ -112,9 +115,9 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0) -> Iterato
                 told = True
             time.sleep(poll_seconds)
         _check_is_lock(file, path)
-        me = Holder(socket.gethostname(), os.getpid(), os.environ.get(JOB_VARIABLE, ""), time.time())
+        me = Holder(socket.gethostname(), os.getpid(), os.environ.get(JOB_VARIABLE, ""), time.time(), target)
         try:
-            with file_errors(path):
+            with file_errors(target or path):
                 _write(file, json.dumps(asdict(me)))
         except InputError:  # a full disk: an empty file would stay in the user's folder
             path.unlink(missing_ok=True)
@@ -278,10 +281,12 @@ def _holder_in(text: str) -> Holder | None:
 
 
 def _write(file: IO[str], text: str) -> None:
-    file.seek(0)
-    file.truncate()
-    file.write(text)
-    file.flush()
+    # Without a buffer: what a full disk did not take would be written again when the file is closed.
+    descriptor, left = file.fileno(), text.encode()
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def _touch(path: Path, done: threading.Event) -> None:

@@ -99,6 +99,10 @@ class Muon(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as PyTorch's optimisers do; also called for each group that the constructor gets."""
         values = self.defaults | param_group
+        for name in ("lr", "lr_factor", "momentum", "weight_decay", "betas", "eps"):
+            numbers = values[name] if name == "betas" else (values[name],)
+            if any(isinstance(number, bool) for number in numbers):  # Python counts with them
+                raise ValueError(f"Expected {name} to be a number, got {values[name]}.")
         for name in ("lr", "lr_factor", "weight_decay"):
             if not 0 <= values[name] < math.inf:  # NaN is in no range
                 raise ValueError(f"Expected a finite {name} of 0 or more, got {values[name]}.")

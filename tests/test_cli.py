@@ -12,8 +12,9 @@ import nnunet_conres
 from nnunet_conres import cli
 from nnunet_conres.cli.arguments import number_of_processes
 from nnunet_conres.errors import InputError
+from nnunet_conres.families import TRAINERS
 from nnunet_conres.locks import LockedError
-from nnunet_conres.registration import TRAINER_FOLDER, TRAINERS, VARIABLE
+from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from nnunet_conres.workflow.step import StepError
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_conres.errors import InputError, file_errors, grouped
+from nnunet_conres.errors import InputError, file_errors, grouped, writing_errors
+from nnunet_conres.locks import LockedError
 
 
 @pytest.mark.parametrize("faults", ["The id is 0.", ["The id is 0."], ["The id is 0.", "There is no folder."]])
@@ -59,6 +60,13 @@ class TestFileErrors:
 
         assert attempt(read, path) == f"{path}: Not a gzipped file (b'no')"
 
+    def test_of_a_temporary_path_as_the_user_knows_it(self) -> None:
+        for faults in ("/a/.b.partial-0/c: no", ["/a/.b.partial-0/c: no"]):
+            error = LockedError(faults).naming(Path("/a/b"), instead_of=Path("/a/.b.partial-0"))
+            assert type(error) is LockedError
+            assert error.faults == ("/a/b/c: no",)
+            assert str(error) == str(LockedError(faults)).replace(".b.partial-0", "b")
+
     @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EBADF, "x"), BrokenPipeError(errno.EPIPE, "x")])
     def test_everything_else_passes(self, error: Exception) -> None:
         with pytest.raises(type(error)) as caught, file_errors("file"):
@@ -91,3 +99,25 @@ class TestGrouped:
         words = [f"{chr(97 + first)}{chr(97 + second)}" for first in range(10) for second in range(10)]
         lines = grouped(words)
         assert lines == [*words[:20], "... and 80 more errors, of 80 other kinds."]
+
+
+class TestWritingErrors:
+    """Around the code of others, which reads and writes."""
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [
+            (OSError(errno.ENOSPC, "x"), "target: No space left on device. Free some space"),
+            (OSError(errno.EFBIG, "x"), r"target: File too large. Raise the limit of a file's size \(ulimit -f\)"),
+            (FileNotFoundError(errno.ENOENT, "x", "input"), "input: No such file"),
+        ],
+    )
+    def test_names_what_could_not_be_written(self, error: OSError, message: str) -> None:
+        with pytest.raises(InputError, match=message), writing_errors("target"):
+            raise error
+
+    @pytest.mark.parametrize("error", [OSError("what a file holds"), OSError(errno.EIO, "read"), ValueError("x")])
+    def test_everything_else_passes(self, error: Exception) -> None:
+        with pytest.raises(type(error)) as caught, writing_errors("target"):
+            raise error
+        assert caught.value is error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.folders import being_written, check_complete, list_files, new_folder, visible, writing
 
 # Writes a folder, and waits in it before it ends.
@@ -158,6 +158,34 @@ except InputError as error:
         assert len(list(target.iterdir())) == 200
         assert list(tmp_path.iterdir()) == [target]
 
+    def test_errors_name_what_the_user_asked_for(self, tmp_path: Path) -> None:
+        def fail() -> None:
+            with new_folder(tmp_path / "new") as partial:
+                (partial / "file").write_text("there")
+                with file_errors(partial):
+                    (partial / "file" / "below").touch()
+
+        with pytest.raises(InputError) as caught:
+            fail()
+        assert caught.value.faults[0].startswith(f"{tmp_path / 'new' / 'file' / 'below'}: Not a directory")
+
+    def test_the_message_names_what_is_written_under_the_same_lock(self, tmp_path: Path) -> None:
+        lock = tmp_path / ".lock"
+        with new_folder(tmp_path / "one", lock=lock):
+            (message,) = being_written(tmp_path / "two", lock)
+            assert message.startswith(f"{tmp_path / 'one'} is being written by process {os.getpid()} on ")
+            assert message.endswith("Wait until it has ended.")
+            with pytest.raises(InputError) as caught, new_folder(tmp_path / "two", lock=lock):
+                pass
+            assert str(caught.value) == message
+
+    def test_the_current_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        with new_folder(Path()) as partial:
+            (partial / "file").touch()
+        assert [path.name for path in (tmp_path / "here").iterdir()] == ["file"]
+
     @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
     def test_a_folder_that_may_not_be_written_to(self, tmp_path: Path) -> None:
         tmp_path.chmod(0o500)
@@ -180,6 +208,30 @@ class TestWriting:
         assert [path.name for path in target.iterdir()] == ["file"]
         with writing(target):
             pass
+
+    def test_clears_what_a_killed_process_left(self, tmp_path: Path) -> None:
+        code = """
+import sys
+from pathlib import Path
+from nnunet_conres.files import written_whole
+from nnunet_conres.folders import partial_folder, writing
+with writing(Path(sys.argv[1])), partial_folder(Path(sys.argv[1], "labels.nii.gz")) as folder:
+    with written_whole(Path(sys.argv[1], "a.json")) as file:
+        file.touch()
+        print("written", flush=True)
+        sys.stdin.readline()
+"""
+        with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stdin=-1) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.kill()
+        (tmp_path / ".kept.json").touch()
+        assert len(list(tmp_path.iterdir())) == 4
+        with writing(tmp_path, lock=".other"):
+            assert len(list(tmp_path.iterdir())) == 5
+        with writing(tmp_path):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == [".kept.json"]
 
     def test_removes_what_it_made_in_vain(self, tmp_path: Path) -> None:
         with writing(tmp_path / "one" / "two"):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ pytest.importorskip("fcntl", reason="needs an operating system with flock")
 HOLD = """
 import subprocess, sys, time
 from pathlib import Path
+from typing import Any
 from nnunet_conres.locks import hold
 with hold(Path(sys.argv[1])) as descriptor:
     child = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor]) if "child" in sys.argv else None
@@ -193,3 +195,11 @@ class TestHoldSome:
     def test_more_than_there_are(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="2 GPUs were asked for, but there are 1"), hold_some([tmp_path / "0"], 2):
             pass
+
+
+def test_one_that_cannot_be_written(tmp_path: Path, limited_files: Any) -> None:
+    target = tmp_path / "new"
+    refused = pytest.raises(InputError, match=f"^{target}: File too large")
+    with limited_files(16), refused, hold(tmp_path / ".lock", target=str(target)):
+        pass
+    assert not list(tmp_path.iterdir())

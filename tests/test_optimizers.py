@@ -418,7 +418,7 @@ class TestMuon:
         assert torch.equal(still.detach(), torch.ones(2, 3))
         assert not torch.equal(moving.detach(), torch.ones(2, 3))
 
-    @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), -0.1])
+    @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), -0.1, True, False])
     @pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum", "betas", "eps", "lr_factor"])
     def test_numbers_out_of_range(self, name: str, number: float) -> None:
         value = (0.9, number) if name == "betas" else number
@@ -550,7 +550,7 @@ class TestGradientsThatAreNotFinite:
 
     def test_device_is_not_waited_for(self) -> None:
         """Tensors without values raise an error where one is asked for."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
         with FakeTensorMode():
             parameters, optimizer = self.made()
@@ -558,6 +558,9 @@ class TestGradientsThatAreNotFinite:
                 parameter.grad = torch.ones_like(parameter)
             for _ in range(2):
                 optimizer.step()
+            assert len(optimizer.state) == len(parameters)
+            with pytest.raises(DataDependentOutputException):
+                bool(parameters[0].grad.isfinite().all())  # type: ignore[union-attr]
 
     def test_state_is_saved(self) -> None:
         (ours, one), (_, other) = self.made(), self.made()

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +26,7 @@ from nnunet_conres.architectures.network import (
     residual_classes,
     spatial_axis,
 )
-from nnunet_conres.architectures.residual_encoder import decoder_level, residual_encoder
+from nnunet_conres.architectures.residual_encoder import decoder_level, residual_encoder, transposed_convolution
 from nnunet_conres.residuals import inter_slice_residual
 
 
@@ -64,20 +63,16 @@ class ConResNetDecoder(ContextResidualDecoder):
         checkpointing: bool,
     ) -> None:
         conv_op, bias = encoder.conv_op, encoder.conv_bias
-        transposed_conv_op = get_matching_convtransp(conv_op=conv_op)
         stages, segmentation_up, segmentation_heads, residual_heads = [], [], [], []
         residual_up: list[nn.Module] = []
         for level, n_conv in enumerate(n_conv_per_stage):
-            below, features = encoder.output_channels[-(level + 1)], encoder.output_channels[-(level + 2)]
-            stride, kernel_size = encoder.strides[-(level + 1)], encoder.kernel_sizes[-(level + 2)]
+            features, kernel_size = encoder.output_channels[-(level + 2)], encoder.kernel_sizes[-(level + 2)]
             padding = [(k - 1) // 2 for k in kernel_size]
             starts_from_image = level == 0 and not shared_encoder
 
             up, segmentation = decoder_level(encoder, level, n_conv)
             segmentation_up.append(up)
-            residual_up.append(
-                nn.Identity() if starts_from_image else transposed_conv_op(below, features, stride, stride, bias=bias)
-            )
+            residual_up.append(nn.Identity() if starts_from_image else transposed_convolution(encoder, level))
             project = conv_op(input_channels, features, kernel_size, padding=padding, bias=bias)
             stages.append(
                 ContextResidualModule(
@@ -128,35 +123,17 @@ def _optional(op: type[nn.Module] | None, *args: Any, kwargs: dict[str, Any] | N
 class ConResNet(ResidualMapsMixin, PlansNetwork):
     """Encoder-decoder network with a second decoder that predicts the inter-slice residual of the segmentation.
 
-    The residual stream of that decoder acts on the segmentation's features as attention, at every level. Takes the
-    arguments that nnU-Net writes into plans for its ResidualEncoderUNet, so that a plans file alone can instantiate it.
+    The residual stream of that decoder acts on the segmentation's features as attention, at every level.
 
     Args:
-        input_channels: Number of image channels.
-        n_stages: Number of resolutions, at least 2.
-        features_per_stage: Channels of every stage, one number or one per stage.
-        conv_op: ``torch.nn.Conv3d``; the network needs a slice axis.
-        kernel_sizes: Odd kernel sizes, one number or (kx, ky, kz) per stage.
-        strides: Strides, one number or (sx, sy, sz) per stage; those of the first stage are 1.
+        ...: Those of nnU-Net's plans, see `PlansNetwork`.
         n_blocks_per_stage: Residual blocks (two convolutions each) per encoder stage, one number or one per stage.
-        num_classes: Number of output channels of the segmentation: labels with background, or regions.
         n_conv_per_stage_decoder: Convolutions of the segmentation stream per decoder level, one number or a list.
-        conv_bias: Whether convolutions have a bias.
-        norm_op: Norm class, or None, and its arguments ``norm_op_kwargs``.
-        norm_op_kwargs: See ``norm_op``.
-        dropout_op: Dropout class, or None, and its arguments ``dropout_op_kwargs``.
-        dropout_op_kwargs: See ``dropout_op``.
-        nonlin: Nonlinearity class, or None, and its arguments ``nonlin_kwargs``.
-        nonlin_kwargs: See ``nonlin``.
-        deep_supervision: Whether the segmentation is returned at all of the plans' scales; can be switched later at
-            ``decoder.deep_supervision``.
         residual_outputs: Whether residual maps are returned too; can be switched later at the attribute of this name.
         background_class: Whether the first class is the background, which has no residual map.
         shared_encoder: False: the residual stream starts from the image residual at the coarsest decoder level (the
             authors' form). True: image and image residual both pass through the encoder, with the same weights.
         slice_axis: Spatial axis along which slices follow each other, 0 (in nnU-Net), 1 or 2.
-        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
-            ``"decoder"``, or the ``"full"`` network. For memory; changes no result.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -193,19 +170,8 @@ class ConResNet(ResidualMapsMixin, PlansNetwork):
         super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides, checkpointing)
         self.shared_encoder = shared_encoder
         self.slice_axis = spatial_axis(slice_axis)
-        self.encoder = residual_encoder(
-            self,
-            input_channels,
-            conv_op,
-            n_blocks_per_stage,
-            conv_bias,
-            norm_op,
-            norm_op_kwargs,
-            dropout_op,
-            dropout_op_kwargs,
-            nonlin,
-            nonlin_kwargs,
-        )
+        layers = (conv_bias, norm_op, norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs)
+        self.encoder = residual_encoder(self, input_channels, conv_op, n_blocks_per_stage, layers)
         self.decoder = ConResNetDecoder(
             self.encoder,
             input_channels,

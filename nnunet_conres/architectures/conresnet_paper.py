@@ -16,10 +16,10 @@ from nnunet_conres.architectures.blocks import (
     PreActivationBlock,
     PreActivationConv,
     WeightStandardizedConv3d,
-    maybe_checkpoint,
     resize,
 )
 from nnunet_conres.architectures.context_residual import ContextResidualDecoder, ContextResidualModule
+from nnunet_conres.architectures.encoder_decoder import StagesAfterStem
 from nnunet_conres.architectures.memory_efficient import GroupNormReLU
 from nnunet_conres.architectures.network import PlansNetwork, ResidualMapsMixin, residual_classes, spatial_axis
 from nnunet_conres.residuals import inter_slice_residual
@@ -53,7 +53,7 @@ def _preactivation(
     )
 
 
-class PaperEncoder(nn.Module):
+class PaperEncoder(StagesAfterStem, nn.Module):
     """Strided convolutions and pre-activation residual blocks; the last two blocks are dilated by 2.
 
     Source: Zhang et al. 2021, section III-D, as the authors' code computes it.
@@ -84,14 +84,8 @@ class PaperEncoder(nn.Module):
         """Maps images (B, C, X, Y, Z) to features at full, half and quarter resolution (32, 64 and 128 channels), and
         the bottleneck at an eighth (128 channels).
         """
-        features = []
-        for stage in range(len(self.stages)):
-            x = maybe_checkpoint(self.checkpointing, self, self._stage, stage, x)
-            features.append(x)
-        return [*features[:-1], self.fusion(x)]
-
-    def _stage(self, stage: int, x: Tensor) -> Tensor:
-        return self.stages[stage](self.stem(x) if stage == 0 else x)
+        *skips, lowest = super().forward(x)
+        return [*skips, self.fusion(lowest)]
 
 
 class PaperDecoder(ContextResidualDecoder):
@@ -179,6 +173,8 @@ class ConResNetPaper(ResidualMapsMixin, PlansNetwork):
     Source: Zhang et al. 2021, section III-D, as the authors' code computes it.
     """
 
+    fixed_stages = (STRIDES, KERNEL_SIZES)
+    has_auxiliary_heads = False
     decoder: PaperDecoder
 
     def __init__(

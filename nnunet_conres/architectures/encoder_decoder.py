@@ -6,12 +6,36 @@ What the levels consist of is the network's own matter (see vnet.py, unet3d.py);
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_conres.architectures.blocks import crop, maybe_checkpoint
 from nnunet_conres.architectures.network import PlansNetwork
+
+
+class StagesAfterStem:
+    """Forward pass of an encoder that consists of a ``stem`` and ``stages``, each at a lower resolution.
+
+    Attributes:
+        checkpointing: Whether stages are computed again for backward instead of being kept.
+    """
+
+    checkpointing: bool
+    stem: nn.Module
+    stages: nn.ModuleList | nn.Sequential
+
+    def forward(self: Any, x: Tensor) -> list[Tensor]:
+        """Maps images (B, C, X, Y, Z) to the features of all stages, highest resolution first."""
+        features = []
+        for stage in range(len(self.stages)):
+            x = maybe_checkpoint(self.checkpointing, self, self._stage, stage, x)
+            features.append(x)
+        return features
+
+    def _stage(self, stage: int, x: Tensor) -> Tensor:
+        return self.stages[stage](self.stem(x) if stage == 0 else x)
 
 
 class Encoder(nn.Module):

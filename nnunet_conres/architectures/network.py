@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
@@ -16,6 +16,16 @@ CHECKPOINTINGS = ("none", "decoder", "full")
 
 class PlansNetwork(nn.Module):
     """A network that a plans file alone can instantiate.
+
+    Constructors take these arguments, which nnU-Net writes in plans for its U-Nets:
+
+    - ``input_channels``, ``num_classes``: image channels, and classes (labels with background, or regions);
+    - those below, and ``n_conv_per_stage_decoder``: convolutions per decoder level, lowest resolution first, one number
+      or one per level; the encoder's number is the network's own;
+    - ``conv_bias``: whether convolutions have a bias;
+    - ``norm_op``, ``dropout_op``, ``nonlin``: classes, or None, with ``norm_op_kwargs`` and so on for their arguments;
+    - ``deep_supervision``: whether logits are returned at all of the plans' scales; can be switched later at
+      ``decoder.deep_supervision``.
 
     Args:
         n_stages: Number of resolutions, at least 2.
@@ -30,10 +40,15 @@ class PlansNetwork(nn.Module):
         features: Channels, one number per stage.
         kernel_sizes: [kx, ky, kz] per stage.
         strides: [sx, sy, sz] per stage.
+        fixed_stages: Strides and kernel sizes of a network that plans can't give others; None for all others.
+        has_auxiliary_heads: Whether it puts out a segmentation at every scale unless plans say ``auxiliary_heads``.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
     """
+
+    fixed_stages: ClassVar[tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]] | None] = None
+    has_auxiliary_heads: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -9,19 +9,16 @@ from dynamic_network_architectures.building_blocks.helper import get_matching_co
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
-from torch import Tensor, nn
+from torch import nn
 
-from nnunet_conres.architectures.blocks import CeilAvgPool3d, maybe_checkpoint
+from nnunet_conres.architectures.blocks import CeilAvgPool3d
+from nnunet_conres.architectures.encoder_decoder import StagesAfterStem
 from nnunet_conres.architectures.memory_efficient import memory_efficient_norm
 from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage
 
 
-class AnySizeResidualEncoder(ResidualEncoder):
-    """nnU-Net's residual encoder, for odd sizes as well, and with checkpointing. Takes its arguments.
-
-    Attributes:
-        checkpointing: Whether stages are computed again for backward instead of being kept.
-    """
+class AnySizeResidualEncoder(StagesAfterStem, ResidualEncoder):
+    """nnU-Net's residual encoder, for odd sizes as well, and with checkpointing. Takes its arguments."""
 
     def __init__(self, *args: Any, checkpointing: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, return_skips=True)
@@ -32,37 +29,27 @@ class AnySizeResidualEncoder(ResidualEncoder):
                     if isinstance(shortcut, nn.AvgPool3d):
                         module.skip[index] = CeilAvgPool3d(shortcut.kernel_size, shortcut.stride)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps images (B, C, X, Y, Z) to the features of all stages, highest resolution first."""
-        features = []
-        for stage in range(len(self.stages)):
-            x = maybe_checkpoint(self.checkpointing, self, self._stage, stage, x)
-            features.append(x)
-        return features
-
-    def _stage(self, stage: int, x: Tensor) -> Tensor:
-        return self.stages[stage](self.stem(x) if stage == 0 else x)
-
 
 def residual_encoder(
     network: PlansNetwork,
     input_channels: int,
     conv_op: type[nn.Module],
     n_blocks_per_stage: int | Sequence[int],
-    conv_bias: bool,
-    norm_op: type[nn.Module] | None,
-    norm_op_kwargs: dict[str, Any] | None,
-    dropout_op: type[nn.Module] | None,
-    dropout_op_kwargs: dict[str, Any] | None,
-    nonlin: type[nn.Module] | None,
-    nonlin_kwargs: dict[str, Any] | None,
+    layers: Sequence[Any],
 ) -> AnySizeResidualEncoder:
     """The encoder of a network, with the stages, kernels, strides and checkpointing that the network has checked.
+
+    Args:
+        network: The network.
+        input_channels: Number of image channels.
+        conv_op: ``torch.nn.Conv3d``.
+        n_blocks_per_stage: Residual blocks per stage.
+        layers: Bias, norm, dropout and nonlinearity, in the order in which plans have them.
 
     Raises:
         ValueError: If ``n_blocks_per_stage`` doesn't fit the network's stages.
     """
-    n_stages = len(network.features)
+    n_stages, (conv_bias, norm_op, *others) = len(network.features), layers
     return AnySizeResidualEncoder(
         input_channels,
         n_stages,
@@ -73,11 +60,7 @@ def residual_encoder(
         counts_per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages),
         conv_bias,
         memory_efficient_norm(norm_op),
-        norm_op_kwargs,
-        dropout_op,
-        dropout_op_kwargs,
-        nonlin,
-        nonlin_kwargs,
+        *others,
         checkpointing=network.checkpointing == "full",
     )
 
@@ -94,9 +77,7 @@ def decoder_level(encoder: ResidualEncoder, level: int, n_conv: int) -> tuple[nn
         The transposed convolution that raises the resolution, and the convolutions that take its output concatenated
         with the skip.
     """
-    below, features = encoder.output_channels[-(level + 1)], encoder.output_channels[-(level + 2)]
-    stride = encoder.strides[-(level + 1)]
-    up = get_matching_convtransp(conv_op=encoder.conv_op)(below, features, stride, stride, bias=encoder.conv_bias)
+    up, features = transposed_convolution(encoder, level), encoder.output_channels[-(level + 2)]
     convolutions = StackedConvBlocks(
         n_conv,
         encoder.conv_op,
@@ -113,3 +94,10 @@ def decoder_level(encoder: ResidualEncoder, level: int, n_conv: int) -> tuple[nn
         encoder.nonlin_kwargs,
     )
     return up, convolutions
+
+
+def transposed_convolution(encoder: ResidualEncoder, level: int) -> nn.Module:
+    """What raises the resolution at a decoder level, 0 for the one above the bottleneck."""
+    below, features = encoder.output_channels[-(level + 1)], encoder.output_channels[-(level + 2)]
+    stride = encoder.strides[-(level + 1)]
+    return get_matching_convtransp(conv_op=encoder.conv_op)(below, features, stride, stride, bias=encoder.conv_bias)

@@ -52,7 +52,7 @@ class ResidualMapDecoder(UNetDecoder):
         """Computes logits from the features of all stages, highest resolution first.
 
         Returns:
-            As of ``ResidualMapUNet.forward``.
+            As of ``ConResNet.forward``.
         """
         segmentation_maps: list[Tensor] = []
         residual_maps: list[Tensor] = []
@@ -67,34 +67,13 @@ class ResidualMapDecoder(UNetDecoder):
 
 
 class ResidualMapUNet(ResidualMapsMixin, EncoderDecoder):
-    """nnU-Net's residual encoder U-Net, with residual maps predicted beside the segmentation.
-
-    Takes the arguments that nnU-Net writes into plans for its ResidualEncoderUNet, so that a plans file alone can
-    instantiate it.
+    """nnU-Net's residual encoder U-Net, with residual maps predicted beside the segmentation, in ConResNet's order.
 
     Args:
-        input_channels: Number of image channels.
-        n_stages: Number of resolutions, at least 2.
-        features_per_stage: Channels of every stage, one number or one per stage.
-        conv_op: ``torch.nn.Conv3d``; residuals need a slice axis.
-        kernel_sizes: Odd kernel sizes, one number or (kx, ky, kz) per stage.
-        strides: Strides, one number or (sx, sy, sz) per stage; those of the first stage are 1.
+        ...: Those of nnU-Net's plans, see `PlansNetwork`.
         n_blocks_per_stage: Residual blocks (two convolutions each) per encoder stage, one number or one per stage.
-        num_classes: Number of output channels of the segmentation: labels with background, or regions.
-        n_conv_per_stage_decoder: Convolutions per decoder level, one number or one per level.
-        conv_bias: Whether convolutions have a bias.
-        norm_op: Norm class, or None, and its arguments ``norm_op_kwargs``.
-        norm_op_kwargs: See ``norm_op``.
-        dropout_op: Dropout class, or None, and its arguments ``dropout_op_kwargs``.
-        dropout_op_kwargs: See ``dropout_op``.
-        nonlin: Nonlinearity class, or None, and its arguments ``nonlin_kwargs``.
-        nonlin_kwargs: See ``nonlin``.
-        deep_supervision: Whether the segmentation is returned at all of the plans' scales; can be switched later at
-            ``decoder.deep_supervision``.
         residual_outputs: Whether residual maps are returned too; can be switched later at the attribute of this name.
         background_class: Whether the first class is the background, which has no residual map.
-        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
-            ``"decoder"``, or the ``"full"`` network. For memory; changes no result.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -127,19 +106,8 @@ class ResidualMapUNet(ResidualMapsMixin, EncoderDecoder):
         checkpointing: str = "none",
     ) -> None:
         super().__init__(n_stages, features_per_stage, conv_op, kernel_sizes, strides, checkpointing)
-        self.encoder = residual_encoder(
-            self,
-            input_channels,
-            conv_op,
-            n_blocks_per_stage,
-            conv_bias,
-            norm_op,
-            norm_op_kwargs,
-            dropout_op,
-            dropout_op_kwargs,
-            nonlin,
-            nonlin_kwargs,
-        )
+        layers = (conv_bias, norm_op, norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs)
+        self.encoder = residual_encoder(self, input_channels, conv_op, n_blocks_per_stage, layers)
         counts = counts_per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1)
         levels = [decoder_level(self.encoder, level, n_conv) for level, n_conv in enumerate(counts)]
         widths = self.features[-2::-1]
@@ -155,21 +123,6 @@ class ResidualMapUNet(ResidualMapsMixin, EncoderDecoder):
             residual_outputs,
             checkpointing=checkpointing != "none",
         )
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Computes logits.
-
-        Args:
-            x: Images, shape (B, input_channels, X, Y, Z).
-
-        Returns:
-            - supervision off: segmentation logits, (B, num_classes, X, Y, Z);
-            - ``decoder.deep_supervision``: a list of them at the plans' scales, largest first;
-            - ``residual_outputs``: a list, the segmentation logits as above (only full size without deep supervision)
-              followed by the residual logits of every decoder level at its own resolution, finest first, with a channel
-              for every class but the background.
-        """
-        return super().forward(x)
 
     def summary(self) -> str:
         """The topology in a few words, for messages."""

@@ -27,7 +27,7 @@ PAPER_FEATURES = (64, 128, 256, 512)
 
 
 def paper_arguments() -> dict[str, Any]:
-    """The constructor arguments of the paper's network, but for channels and classes, as plans would hold them."""
+    """The constructor arguments of the paper's network that are no defaults, but for channels and classes."""
     n_stages = len(PAPER_FEATURES)
     return {
         "n_stages": n_stages,
@@ -40,13 +40,9 @@ def paper_arguments() -> dict[str, Any]:
         "conv_bias": True,
         "norm_op": nn.BatchNorm3d,
         "norm_op_kwargs": {},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
         "nonlin": nn.ReLU,
         "nonlin_kwargs": {"inplace": True},
-        "downsampling": "strided_conv",
         "auxiliary_heads": False,
-        "checkpointing": "none",
     }
 
 
@@ -57,31 +53,13 @@ class UNet3D(EncoderDecoder):
     representation is never squeezed in space and channels at once. (The first stage, which has images above it, makes
     half of its features first.) Transposed convolutions keep the channels, and have no bias.
 
-    Takes the arguments that nnU-Net writes in plans, so that a plans file alone can instantiate it.
-
     Args:
-        input_channels: Number of image channels.
-        n_stages: Number of resolutions, at least 2.
+        ...: Those of nnU-Net's plans, see `PlansNetwork`.
         features_per_stage: Channels that leave every stage, one number or one per stage.
-        conv_op: ``torch.nn.Conv3d``.
-        kernel_sizes: Odd kernel sizes, one number or (kx, ky, kz) per stage.
-        strides: Strides, one number or (sx, sy, sz) per stage; those of the first stage are 1.
-        num_classes: Number of output channels.
         n_conv_per_stage: Convolutions per encoder stage.
-        n_conv_per_stage_decoder: Convolutions per decoder level, lowest resolution first.
         conv_bias: Whether convolutions have a bias (transposed ones have none).
-        norm_op: Norm class, or None, and its arguments ``norm_op_kwargs``.
-        norm_op_kwargs: See ``norm_op``.
-        dropout_op: Dropout class, or None, and its arguments ``dropout_op_kwargs``.
-        dropout_op_kwargs: See ``dropout_op``.
-        nonlin: Nonlinearity class, or None, and its arguments ``nonlin_kwargs``.
-        nonlin_kwargs: See ``nonlin``.
-        deep_supervision: Whether logits are returned at all of the plans' scales; can be switched later at
-            ``decoder.deep_supervision``.
         downsampling: ``"strided_conv"``, a convolution as large as its stride, or ``"max_pool"``, as in the paper.
         auxiliary_heads: Whether decoder levels below full resolution have heads for deep supervision.
-        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
-            ``"decoder"``, or the ``"full"`` network. For memory; changes no result.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -119,23 +97,10 @@ class UNet3D(EncoderDecoder):
         self.downsampling = downsampling
         features, kernels = self.features, self.kernel_sizes
         norm_op = memory_efficient_norm(norm_op)
+        layers = (conv_bias, norm_op, norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs)
 
         def pair(in_channels: int, channels: list[int], kernel_size: list[int]) -> nn.Module:
-            return StackedConvBlocks(
-                len(channels),
-                conv_op,
-                in_channels,
-                channels,
-                kernel_size,
-                1,
-                conv_bias,
-                norm_op,
-                norm_op_kwargs,
-                dropout_op,
-                dropout_op_kwargs,
-                nonlin,
-                nonlin_kwargs,
-            )
+            return StackedConvBlocks(len(channels), conv_op, in_channels, channels, kernel_size, 1, *layers)
 
         stages: list[nn.Module] = []
         down: list[nn.Module] = []

@@ -34,7 +34,7 @@ def convolutions_per_stage(n_stages: int) -> list[int]:
 
 
 def paper_arguments() -> dict[str, Any]:
-    """The constructor arguments of the paper's network, but for channels and classes, as plans would hold them."""
+    """The constructor arguments of the paper's network that are no defaults, but for channels and classes."""
     n_stages = len(PAPER_FEATURES)
     return {
         "n_stages": n_stages,
@@ -44,15 +44,8 @@ def paper_arguments() -> dict[str, Any]:
         "strides": [[1, 1, 1]] + [[2, 2, 2]] * (n_stages - 1),
         "n_conv_per_stage": list(PAPER_CONVOLUTIONS),
         "n_conv_per_stage_decoder": list(PAPER_CONVOLUTIONS[-2::-1]),
-        "conv_bias": True,
-        "norm_op": None,
-        "norm_op_kwargs": None,
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": nn.PReLU,
         "nonlin_kwargs": {},
         "auxiliary_heads": False,
-        "checkpointing": "none",
     }
 
 
@@ -117,31 +110,13 @@ class VNet(EncoderDecoder):
     the channels of the skip, and the stage works on both: twice the encoder's channels at that resolution. PReLU has a
     slope for each channel.
 
-    Takes the arguments that nnU-Net writes in plans, so that a plans file alone can instantiate it.
-
     Args:
-        input_channels: Number of image channels.
-        n_stages: Number of resolutions, at least 2.
+        ...: Those of nnU-Net's plans, see `PlansNetwork`.
         features_per_stage: Channels of every encoder stage, one number or one per stage.
-        conv_op: ``torch.nn.Conv3d``.
-        kernel_sizes: Odd kernel sizes, one number or (kx, ky, kz) per stage.
-        strides: Strides, one number or (sx, sy, sz) per stage; those of the first stage are 1.
-        num_classes: Number of output channels.
         n_conv_per_stage: Convolutions per encoder stage. None: 1, 2, 3, 3, 3, ...
         n_conv_per_stage_decoder: Convolutions per decoder level, lowest resolution first. None: as many as the
             encoder has at that resolution.
-        conv_bias: Whether convolutions have a bias.
-        norm_op: Norm class, or None, and its arguments ``norm_op_kwargs``.
-        norm_op_kwargs: See ``norm_op``.
-        dropout_op: Dropout class, or None, and its arguments ``dropout_op_kwargs``.
-        dropout_op_kwargs: See ``dropout_op``.
-        nonlin: Nonlinearity class, or None, and its arguments ``nonlin_kwargs``.
-        nonlin_kwargs: See ``nonlin``.
-        deep_supervision: Whether logits are returned at all of the plans' scales; can be switched later at
-            ``decoder.deep_supervision``.
         auxiliary_heads: Whether decoder levels below full resolution have heads for deep supervision.
-        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
-            ``"decoder"``, or the ``"full"`` network. For memory; changes no result.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.

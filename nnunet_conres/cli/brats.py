@@ -175,7 +175,7 @@ def add_phantom(subparsers: "Subparsers") -> None:
         description="Writes made-up, labelled brain tumour cases in the layout of BraTS 2018: a folder training and a "
         "folder held_out. For trying things out, not for science.",
     )
-    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, not there yet or empty")
     parser.add_argument("-n", metavar="N", type=int, default=10, help="number of training cases (default: %(default)s)")
     parser.add_argument(
         "--held-out", metavar="N", type=int, default=3, help="number of held-out cases (default: %(default)s)"

@@ -6,18 +6,19 @@ import sys
 from typing import TYPE_CHECKING
 
 from nnunet_conres.cli.arguments import PROCESSES_VARIABLE, number_of_processes
+from nnunet_conres.families import PLANNED
 
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
     from nnunet_conres.planning.commands import PlanOptions
 
-_ARCHITECTURES = ("conresnet", "residual_maps", "vnet", "unet3d")
+_TITLES = [family.title for family in PLANNED.values()]
 
 
 def add_plan(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan",
-        help="plan ConResNet, ResidualMapUNet, V-Net or 3D U-Net for the memory there is",
+        help=f"plan {', '.join(_TITLES[:-1])} or {_TITLES[-1]} for the memory there is",
         description="Plans data sets for a network of this package, as nnUNetv2_plan_experiment does for nnU-Net's "
         "own: patch, batch and checkpointing are chosen by the memory that the network takes. Fingerprints have to be "
         "there.",
@@ -29,7 +30,7 @@ def add_plan(subparsers: "Subparsers") -> None:
 def _add_planning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", metavar="ID", type=int, nargs="+", required=True, help="data set ids, for example 501")
     parser.add_argument(
-        "-a", metavar="NETWORK", choices=_ARCHITECTURES, required=True, help=f"one of {', '.join(_ARCHITECTURES)}"
+        "-a", metavar="NETWORK", choices=list(PLANNED), required=True, help=f"one of {', '.join(PLANNED)}"
     )
     parser.add_argument(
         "-gpu_memory_target",
@@ -58,6 +59,7 @@ def _add_planning_options(parser: argparse.ArgumentParser) -> None:
         help="preprocessor in nnunetv2.preprocessing (default: %(default)s)",
     )
     parser.add_argument("--verbose", action="store_true", help="show what nnU-Net prints while it plans")
+    parser.add_argument("--no_pbar", action="store_true", help="show no progress bars")
 
 
 def _plan_options(arguments: argparse.Namespace) -> "PlanOptions":
@@ -76,7 +78,7 @@ def _plan_options(arguments: argparse.Namespace) -> "PlanOptions":
 def _plan(arguments: argparse.Namespace) -> int:
     from nnunet_conres.planning.commands import plan
 
-    for planned in plan(arguments.d, _plan_options(arguments)):
+    for planned in plan(arguments.d, _plan_options(arguments), progress=not arguments.no_pbar):
         print(planned.as_text())
     return 0
 
@@ -124,7 +126,6 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
         action="store_true",
         help="take fingerprints again, and remove preprocessed cases that the raw data set no longer has",
     )
-    parser.add_argument("--no_pbar", action="store_true", help="show no progress bars")
     parser.set_defaults(handler=_plan_and_preprocess)
 
 

@@ -199,8 +199,6 @@ def densify(
         if faults:
             raise InputError(faults)
         before = {path.name for path in output.iterdir()}
-        for leftover in output.glob(".*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
         try:
             with file_errors(output):
                 if existing == "overwrite":

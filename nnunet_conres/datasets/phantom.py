@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from nnunet_conres.errors import InputError, file_errors
-from nnunet_conres.folders import writing
+from nnunet_conres.folders import new_folder
 from nnunet_conres.images.nifti import header_of, write_nifti
 
 Grade = Literal["HGG", "LGG"]
@@ -122,7 +122,7 @@ def write_brats_phantoms(
 
     Args:
         output_folder: Gets `training/` and `held_out/`, each with `HGG/` and, where there are such cases, `LGG/`.
-            Existing files of the same names are overwritten.
+            It does not exist, or is empty.
         training_cases: Number of cases in `training/`, 0 to 999.
         held_out_cases: Number of cases in `held_out/`, 0 to 999.
         shape: Voxels along (x, y, z), as NIfTI has it, each at least 16.
@@ -147,14 +147,16 @@ def write_brats_phantoms(
     output = Path(output_folder)
     parts = (("training", "PHANTOM", training_cases), ("held_out", "PHANTOMHELDOUT", held_out_cases))
     ids: dict[str, list[str]] = {}
-    with writing(output):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} exists and is no empty folder; remove it, or choose another -o.")
+    with new_folder(output) as partial:
         for stream, (part, site, count) in enumerate(parts):
             ids[part] = []
             for number in range(1, count + 1):
                 grade: Grade = "LGG" if number % _LOW_GRADE_EVERY == 0 else "HGG"
                 case_id = f"Brats18_{site}_{number:03d}_1"
                 images, labels = make_phantom(size, (seed, stream, number), grade=grade)
-                folder = output / part / grade / case_id
+                folder = partial / part / grade / case_id
                 with file_errors(folder):
                     _write_case(folder, case_id, images, labels, spacing)
                 ids[part].append(case_id)

@@ -19,8 +19,9 @@ from typing import Any, Final, Literal, TypeVar
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.folders import being_written, list_files, visible
-from nnunet_conres.images.volumes import read_labels, read_volume
+from nnunet_conres.images.volumes import check_image, read_labels, read_volume
 from nnunet_conres.nnunet import FOLDER_VARIABLES, dataset_name_of, folder_from_environment
+from nnunet_conres.text import number_text
 
 RAW_NOT_SET: Final = (
     "The environment variable nnUNet_raw is not set; set it to the folder that holds nnU-Net's raw data sets."
@@ -275,6 +276,42 @@ def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
     if labels.voxels.shape != shape:
         faults.append(f"{case.labels} has shape {labels.voxels.shape}; expected {shape} like its image.")
     return CaseLook(case.case_id, shape, image.spacing, tuple(faults))
+
+
+def file_faults(job: tuple[TrainingCase, type]) -> tuple[str, ...]:
+    """A message for every file of a case that nnU-Net can't train on, or would read otherwise than it is meant.
+
+    Args:
+        job: The case, and nnU-Net's reader for it.
+    """
+    case, reader = job
+    faults: list[str] = []
+    for path in case.images:
+        try:
+            check_image(path, reader)
+        except InputError as error:
+            faults += error.faults
+    try:
+        inexact = read_labels(case.labels, reader).inexact
+    except InputError as error:
+        faults += error.faults
+    else:
+        if inexact is not None:
+            faults.append(f"{case.labels} has labels that {inexact_labels(reader, inexact)}")
+    return tuple(faults)
+
+
+def inexact_labels(reader: type, value: float) -> str:
+    """What nnU-Net does with labels that it reads a little off an integer, the end of a message.
+
+    Args:
+        reader: nnU-Net's reader.
+        value: One of them.
+    """
+    return (
+        f"nnU-Net's {reader.__name__} reads as {number_text(value)} and the like; its training cuts the fraction off. "
+        f"Write the labels as integers, without a scale factor."
+    )
 
 
 # --- work over cases ------------------------------------------------------------------------------------------------

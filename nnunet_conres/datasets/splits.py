@@ -19,6 +19,7 @@ from nnunet_conres.datasets.raw import (
     TrainingCase,
     find_dataset,
     find_training_cases,
+    inexact_labels,
     map_cases,
     read_dataset_json,
     some,
@@ -28,7 +29,7 @@ from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, visible, writing
 from nnunet_conres.images.volumes import read_labels, reader_for
 from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
-from nnunet_conres.text import aligned, number_text
+from nnunet_conres.text import aligned
 
 Balance = Literal["both", "grade", "volume", "none"]
 
@@ -178,13 +179,16 @@ def split(
         except InputError as error:
             faults += error.faults
     volumes: dict[str, float] = {}
+    inexact: dict[str, float] = {}
     if reader is not None:
         jobs = [_Measure(case, reader, dataset_json["labels"].get("ignore")) for case in cases]
         for case, result in zip(cases, map_cases(_measure, jobs, max(1, processes), "Volumes", progress), strict=True):
             if isinstance(result, str):
                 faults.append(result)
-            else:
-                volumes[case.case_id] = result
+                continue
+            volumes[case.case_id], off = result
+            if off is not None:
+                inexact[case.case_id] = off
     facts = {
         case_id: CaseFacts(case_id, groups.get(case_id, case_id), volumes.get(case_id, 0.0), grades[case_id])
         for case_id in ids
@@ -217,7 +221,10 @@ def split(
         if before != content:
             with file_errors(path):
                 write_json(path, content)
-    notes = _notes(folder, facts, entries, balance if validation_file is None else "none", pattern, content)
+    notes = list(_notes(folder, facts, entries, balance if validation_file is None else "none", pattern, content))
+    if inexact and reader is not None:
+        off = next(iter(inexact.values()))
+        notes.append(f"{len(inexact)} cases, {some(list(inexact))}, have labels that {inexact_labels(reader, off)}")
     return Split(path, tuple(entries), facts, tuple(trainings), tuple(notes), unchanged=before == content)
 
 
@@ -471,22 +478,16 @@ class _Measure:
     ignore_label: int | None
 
 
-def _measure(job: _Measure) -> float | str:
-    """Labelled volume in ml, or a message that tells why it cannot be known."""
+def _measure(job: _Measure) -> tuple[float, float | None] | str:
+    """Labelled volume in ml and a value that is a little off a label, or why they cannot be known."""
     try:
         labels = read_labels(job.case.labels, job.reader)
     except InputError as error:
         return str(error)
-    if labels.inexact is not None:
-        return (
-            f"{job.case.labels} has labels that nnU-Net's {job.reader.__name__} reads as "
-            f"{number_text(labels.inexact)} and the like, and its training cuts the fraction off. Write the labels as "
-            f"integers, without a scale factor."
-        )
     foreground = labels.voxels != 0
     if job.ignore_label is not None:
         foreground &= labels.voxels != job.ignore_label
-    return float(np.count_nonzero(foreground) * np.prod(labels.spacing) / 1000)
+    return float(np.count_nonzero(foreground) * np.prod(labels.spacing) / 1000), labels.inexact
 
 
 def _grades(

@@ -16,6 +16,7 @@ from nnunet_conres.evaluation.cache import state_of
 from nnunet_conres.evaluation.finding import CompareOptions, Found
 from nnunet_conres.evaluation.predictions import Contender, Prediction
 from nnunet_conres.files import read_json, write_json
+from nnunet_conres.folders import clear_leftovers
 from nnunet_conres.images.volumes import write_labels
 from nnunet_conres.unpickling import read_pickle
 
@@ -146,6 +147,7 @@ def build_ensemble(
     file_ending = str(read_json(settings_folder / "dataset.json")["file_ending"])
     with file_errors(output_folder):
         output_folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(output_folder)
     try:
         done = read_json(output_folder / _SOURCES)
     except InputError:

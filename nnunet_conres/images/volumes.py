@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.files import failed_write
+from nnunet_conres.folders import partial_folder
 from nnunet_conres.images.content import CHECKED, check_whole, unreadable
 from nnunet_conres.images.nifti import (
     check_version,
@@ -131,6 +131,20 @@ def reader_of_file(path: Path, dataset_json: Mapping[str, Any] | None = None) ->
             _call(NibabelIO, "read_images", path)
             return NibabelIO
     return SimpleITKIO
+
+
+def check_image(path: Path, reader: type) -> None:
+    """Check what nnU-Net's reader would pass over in an image file, or refuse without saying why.
+
+    Args:
+        path: The file.
+        reader: A subclass of nnU-Net's BaseReaderWriter.
+
+    Raises:
+        DamagedFileError: It is cut short, or does not match its checksum.
+        InputError: It can't be read.
+    """
+    _check(path, reader)
 
 
 def read_volume(path: Path, reader: type) -> Volume:
@@ -275,7 +289,7 @@ def _check_name_and_content(path: Path) -> None:
 
 def _misnamed(path: Path, compressed: bool) -> str:
     if compressed:
-        return f"it is compressed, and its name does not say so; rename it to {path.name}.gz"
+        return f"it is compressed, and its name does not say so; rename it to {path.name}.gz, or decompress it"
     return f"it is not compressed, although its name ends in .gz; rename it to {path.name[:-3]}, or compress it"
 
 
@@ -390,30 +404,19 @@ def write_labels(path: Path, labels: NDArray[Any], properties: Mapping[str, Any]
         InputError: The file could not be written whole.
     """
     instance: Any = writer()
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    except OSError as error:
-        with file_errors(path):
-            raise OSError(error.errno, error.strerror, str(path)) from error  # a name that the user knows
-    try:
+    with partial_folder(path) as folder:
         partial = folder / path.name
         try:
             instance.write_seg(labels, str(partial), dict(properties))
             same = np.array_equal(read_labels(partial, writer).voxels, labels)
         except Exception as error:  # each of nnU-Net's writers has its own
-            raise InputError(f"{path} {_not_whole(path)}") from error
+            raise failed_write(path, labels.nbytes) from error
         if not same:
-            raise InputError(f"{path} {_not_whole(path)}")
+            raise failed_write(path, labels.nbytes)
         # The label file last: where it is, the case is complete.
         for written in sorted(folder.iterdir(), key=lambda written: written.name == path.name):
-            written.replace(path.with_name(written.name))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _not_whole(path: Path) -> str:
-    free = shutil.disk_usage(path.parent).free
-    return f"could not be written whole: reading it back failed. The disk has {free / 2**20:.0f} MiB left."
+            with file_errors(path):
+                written.replace(path.with_name(written.name))
 
 
 def write_map(path: Path, voxels: NDArray[Any], properties: Mapping[str, Any]) -> Path:

@@ -21,13 +21,18 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_conres.datasets.raw import (
     TrainingCase,
+    file_faults,
     find_dataset,
     find_training_cases,
+    map_cases,
     read_dataset_json,
     short_message,
     some,
 )
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, writing_errors
+from nnunet_conres.families import PLANNED
+from nnunet_conres.folders import one_at_a_time
+from nnunet_conres.images.volumes import reader_for
 from nnunet_conres.nnunet import folder_from_environment
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.planning.preprocessing import (
@@ -63,7 +68,7 @@ class PlanOptions:
     """What can be asked of a planner.
 
     Attributes:
-        architecture: A key of PLANNERS.
+        architecture: A key of PLANNED.
         gpu_memory_target: What a training step may take, GiB.
         overwrite_target_spacing: Voxel size of 3d_fullres in mm, three of them in nnU-Net's order of axes; None for
             what nnU-Net finds.
@@ -82,7 +87,7 @@ class PlanOptions:
     @property
     def resolved_plans_name(self) -> str:
         """Name of the plans."""
-        return self.plans_name if self.plans_name is not None else PLANNERS[self.architecture].default_plans_name
+        return self.plans_name if self.plans_name is not None else PLANNED[self.architecture].plans_name
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the options themselves, whatever the data set."""
@@ -167,12 +172,13 @@ class Planned:
         return "\n".join(lines)
 
 
-def plan(dataset_ids: Sequence[int], options: PlanOptions) -> list[Planned]:
+def plan(dataset_ids: Sequence[int], options: PlanOptions, *, progress: bool = True) -> list[Planned]:
     """Plans data sets whose fingerprints are there, and writes the plans.
 
     Args:
         dataset_ids: Numbers of the data sets.
         options: What is asked of the planner.
+        progress: Whether to show progress bars on stderr.
 
     Returns:
         The plans, in the order of the data sets.
@@ -186,7 +192,7 @@ def plan(dataset_ids: Sequence[int], options: PlanOptions) -> list[Planned]:
         faults += _dataset_faults(dataset_id, options, needs_fingerprint=True)
     if faults:
         raise InputError(faults)
-    return [_with_next_commands(_plan(dataset_id, options)) for dataset_id in dataset_ids]
+    return [_with_next_commands(_plan(dataset_id, options, progress)) for dataset_id in dataset_ids]
 
 
 def plan_and_preprocess(
@@ -253,25 +259,16 @@ def plan_and_preprocess(
     for dataset_id in dataset_ids:
         if preprocess and clean:
             _remove_cases_that_are_gone(dataset_id, configurations)
-        cases, fingerprint = _cases_of(dataset_id), _folder_of(dataset_id) / "dataset_fingerprint.json"
-        files = sizes_and_times(cases)
-        different = fingerprint_differences(fingerprint, cases, is_copy_different=True) if fingerprint.is_file() else []
-        if different:
-            print(f"The raw data changed since {fingerprint} was taken ({some(different)}); it is taken again.")
-        is_new = clean or bool(different) or not fingerprint.is_file()
-        with _refusals_of_nnunet(find_dataset(dataset_id), OF_FILES):
-            extract_fingerprint_dataset(
-                dataset_id,
-                extractor,
-                fingerprint_processes,
-                verify_dataset_integrity,
-                is_new,
-                options.verbose,
-                progress,
-            )
-        if is_new:
-            note_in_fingerprint(fingerprint, files)
-    done = [_plan(dataset_id, options) for dataset_id in dataset_ids]
+        _take_fingerprint(
+            dataset_id,
+            extractor,
+            fingerprint_processes,
+            check=verify_dataset_integrity,
+            clean=clean,
+            verbose=options.verbose,
+            progress=progress,
+        )
+    done = [_plan(dataset_id, options, progress) for dataset_id in dataset_ids]
     if preprocess:
         done = [
             _preprocess(one, dict(zip(configurations, processes, strict=True)), options.verbose, progress)
@@ -280,9 +277,44 @@ def plan_and_preprocess(
     return [_with_next_commands(one) for one in done]
 
 
+def _take_fingerprint(
+    dataset_id: int, extractor: type | None, processes: int, *, check: bool, clean: bool, verbose: bool, progress: bool
+) -> None:
+    """Takes a fingerprint where it is missing or outdated, or in any case if `clean`; one process at a time does."""
+    cases, fingerprint = _cases_of(dataset_id), _folder_of(dataset_id) / "dataset_fingerprint.json"
+    with one_at_a_time(fingerprint):
+        files = sizes_and_times(cases)
+        different = fingerprint_differences(fingerprint, cases, is_copy_different=True) if fingerprint.is_file() else []
+        if different:
+            print(f"{fingerprint} is not of the raw data as they are ({some(different)}); it is taken again.")
+        is_new = clean or bool(different) or not fingerprint.is_file()
+        with _refusals_of_nnunet(find_dataset(dataset_id), fingerprint, OF_FILES):
+            try:
+                extract_fingerprint_dataset(dataset_id, extractor, processes, check, is_new, verbose, progress)
+            except Exception:  # each of nnU-Net's readers has its own
+                _check_files(dataset_id, cases, processes, progress)
+                raise
+        if is_new:
+            try:
+                note_in_fingerprint(fingerprint, files)
+            except InputError:  # a full disk
+                fingerprint.unlink(missing_ok=True)
+                raise
+
+
 def _cases_of(dataset_id: int) -> list[TrainingCase]:
     raw = find_dataset(dataset_id)
     return find_training_cases(raw, read_dataset_json(raw)[0] or {})[0]
+
+
+def _check_files(dataset_id: int, cases: Sequence[TrainingCase], processes: int, progress: bool) -> None:
+    """Raises what is wrong with the files of a data set: of many errors nnU-Net tells one, and not always where."""
+    dataset_json = read_dataset_json(find_dataset(dataset_id))[0] or {}
+    reader = reader_for(dataset_json, [case.images[0] for case in cases])
+    jobs = [(case, reader) for case in cases]
+    faults = [fault for found in map_cases(file_faults, jobs, processes, "Checking", progress) for fault in found]
+    if faults:
+        raise InputError(faults)
 
 
 def _folder_of(dataset_id: int) -> Path:
@@ -328,11 +360,11 @@ def _notes(dataset_id: int) -> tuple[str, ...]:
     )
 
 
-def _plan(dataset_id: int, options: PlanOptions) -> Planned:
+def _plan(dataset_id: int, options: PlanOptions, progress: bool) -> Planned:
     raw = find_dataset(dataset_id)
     # what nnU-Net prints while it searches is of no use to anybody who isn't searching for a fault
     silence = contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO())
-    with _refusals_of_nnunet(raw), silence:
+    with _refusals_of_nnunet(raw, _folder_of(dataset_id)), silence:
         planner = PLANNERS[options.architecture](
             dataset_id,
             gpu_memory_target_in_gb=options.gpu_memory_target,
@@ -344,14 +376,15 @@ def _plan(dataset_id: int, options: PlanOptions) -> Planned:
                 else [float(extent) for extent in options.overwrite_target_spacing]
             ),
         )
+        planner.progress = progress
         planner.plan_experiment()
     return Planned(
         dataset_name=raw.name,
         dataset_id=dataset_id,
         plans_name=planner.plans_identifier,
         plans_file=planner.plans_file,
-        network_name=planner.network_name,
-        trainer_name=planner.trainer_name,
+        network_name=planner.family.title,
+        trainer_name=planner.family.trainer_name,
         memory_target=planner.memory_target,
         configurations=tuple(planner.planned_configurations()),
     )
@@ -411,8 +444,9 @@ def _dataset_faults(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
         try:
             json.loads(fingerprint.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            yield f"{fingerprint} cannot be read: {error}. {again}"
-            return
+            if needs_fingerprint or isinstance(error, OSError):
+                yield f"{fingerprint} cannot be read: {error}. {again}"
+                return
         if needs_fingerprint and dataset_json is not None:
             cases = find_training_cases(raw, dataset_json)[0]
             different = fingerprint_differences(fingerprint, cases, is_copy_different=False)
@@ -431,7 +465,7 @@ def _dataset_faults(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
 
 def _plans_file_faults(path: Path, options: PlanOptions) -> Iterator[str]:
     """What would be lost if the plans were written."""
-    existing, ours = read_plans(path.parent).get(path.stem), PLANNERS[options.architecture].__name__
+    existing, ours = read_plans(path.parent).get(path.stem), PLANNED[options.architecture].planner_name
     if path.stem in _NO_PLANS or (existing is None and path.exists()):
         yield f"{path} is not for plans, or holds none that can be read. Choose another -overwrite_plans_name."
     elif existing is not None and existing.get("experiment_planner_used") != ours:
@@ -457,9 +491,14 @@ def _find_class(folder: str, name: str) -> type | None:
 
 
 @contextlib.contextmanager
-def _refusals_of_nnunet(raw: Path, kinds: tuple[type[Exception], ...] = (AssertionError,)) -> Iterator[None]:
-    """Makes errors of the user's of what nnU-Net raises about a data set."""
+def _refusals_of_nnunet(
+    raw: Path, target: Path, kinds: tuple[type[Exception], ...] = (AssertionError,)
+) -> Iterator[None]:
+    """Makes errors of the user's of what nnU-Net raises about a data set, or while it writes a target."""
     try:
-        yield
+        with writing_errors(target):
+            yield
+    except InputError:
+        raise
     except kinds as error:
         raise InputError(f"nnU-Net refuses {raw}: {short_message(error)}") from error

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_conres.architectures import conresnet_paper
 from nnunet_conres.errors import InputError
-from nnunet_conres.planning.architectures import CONRESNET_PAPER
 from nnunet_conres.planning.tracker import Measurement, measure_batches
 from nnunet_conres.planning.training_step import TrainingStep
+from nnunet_conres.plans.entries import stride_products
 from nnunet_conres.text import times
 
 # What no operation shows: kernels' own workspace, 0 to 12 % of the peak at 128 x 128 x 128 on an H200, as
@@ -199,16 +198,5 @@ def _topology_key(step: TrainingStep) -> str:
 
 
 def _is_divisible(step: TrainingStep) -> bool:
-    divisors = stride_products(step)
+    divisors = stride_products(step.architecture, len(step.patch_size))
     return divisors is not None and not any(e % d for e, d in zip(step.patch_size, divisors, strict=True))
-
-
-def stride_products(step: TrainingStep) -> list[int] | None:
-    """What the network's strides multiply to along each axis; None where the plans don't tell."""
-    strides: Any = step.arguments.get("strides")
-    if strides is None and step.architecture["network_class_name"] == CONRESNET_PAPER:
-        strides = conresnet_paper.STRIDES
-    if not isinstance(strides, Sequence):
-        return None
-    axes = range(len(step.patch_size))
-    return [math.prod(s[axis] if isinstance(s, Sequence) else int(s) for s in strides) for axis in axes]

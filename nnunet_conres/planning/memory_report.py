@@ -14,9 +14,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_conres.datasets.raw import find_dataset, read_dataset_json
 from nnunet_conres.errors import InputError
 from nnunet_conres.nnunet import folder_from_environment
-from nnunet_conres.planning.memory import MemoryEstimate, MemoryModel, estimate_memory, stride_products
+from nnunet_conres.planning.memory import MemoryEstimate, MemoryModel, estimate_memory
 from nnunet_conres.planning.preprocessing import read_plans
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
+from nnunet_conres.plans.entries import stride_products
 from nnunet_conres.text import times
 
 GIB: Final = 2**30
@@ -165,7 +166,7 @@ def largest_patch(step: TrainingStep, budget: int, model: MemoryModel) -> tuple[
         Patch in voxels, every axis a multiple of what the network's strides multiply to; None if not even the smallest
         fits.
     """
-    divisors = stride_products(step) or [1] * len(step.patch_size)
+    divisors = stride_products(step.architecture, len(step.patch_size)) or [1] * len(step.patch_size)
     # at least 4 voxels along an axis of the coarsest feature map, as nnU-Net has it, or as few as there are now
     least = [max(d, min(4 * d, extent // d * d)) for extent, d in zip(step.patch_size, divisors, strict=True)]
 

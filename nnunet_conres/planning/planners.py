@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -25,17 +26,13 @@ from nnunet_conres import __version__
 from nnunet_conres.architectures.network import CHECKPOINTINGS
 from nnunet_conres.datasets.fingerprint import FINGERPRINT, exclude_ignored_voxels
 from nnunet_conres.errors import InputError
+from nnunet_conres.families import PLANNED, Family
 from nnunet_conres.files import write_json
-from nnunet_conres.planning.architectures import (
-    conresnet_architecture,
-    residual_maps_architecture,
-    set_background_class,
-    unet3d_architecture,
-    vnet_architecture,
-)
-from nnunet_conres.planning.memory import MemoryModel
+from nnunet_conres.folders import one_at_a_time
+from nnunet_conres.planning.memory import MemoryModel, UntrainableError
 from nnunet_conres.planning.preprocessing import read_plans, settings_faults, share_data
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
+from nnunet_conres.plans.entries import set_background_class
 from nnunet_conres.text import times
 
 GIB: Final = 2**30
@@ -76,6 +73,10 @@ class TooLittleMemoryError(InputError):
     """Not even the smallest patch fits the target."""
 
 
+class _SmallestPatchReached(Exception):  # noqa: N818  (no error)
+    """nnU-Net's search for a patch has come to one that is too small."""
+
+
 class _PlanAgain(Exception):  # noqa: N818  (no error)
     """A planned configuration takes more than the memory model said, which knows better now."""
 
@@ -92,16 +93,12 @@ class NetworkPlanner(ExperimentPlanner):
     fake tensors. 2d is nnU-Net's own network, planned its own way.
 
     Attributes:
-        network_name: What messages call the network.
-        default_plans_name: Name of the plans where none is asked for.
-        trainer_name: The trainer to train the plans with.
+        family: What it plans.
         progress: Whether to show a progress bar on stderr.
         model: Memory of training steps; planners that plan alike may share one.
     """
 
-    network_name: ClassVar[str]
-    default_plans_name: ClassVar[str]
-    trainer_name: ClassVar[str]
+    family: ClassVar[Family]
     progress: bool = True
 
     dataset_name: str
@@ -123,7 +120,7 @@ class NetworkPlanner(ExperimentPlanner):
             dataset_name_or_id,
             gpu_memory_target_in_gb,
             preprocessor_name,
-            self.default_plans_name if plans_name is None else plans_name,
+            self.family.plans_name if plans_name is None else plans_name,
             overwrite_target_spacing,
             suppress_transpose,
         )
@@ -133,13 +130,11 @@ class NetworkPlanner(ExperimentPlanner):
         self._labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         self._previous_stage_channels = 0
         self._search: list[tuple[list[int], int]] = []
+        self._only_shrinks = False
+        self._smallest: tuple[list[int], dict[str, Any]] | None = None
+        self._checked_channels: set[int] = set()
         self._bar = tqdm(disable=True)
         self.model = MemoryModel(progress=lambda: self._bar.update())
-
-    @staticmethod
-    def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
-        """The ``architecture`` entry of plans for this network, of a configuration for nnU-Net's."""
-        raise NotImplementedError
 
     @property
     def memory_target(self) -> int:
@@ -152,7 +147,7 @@ class NetworkPlanner(ExperimentPlanner):
         """A training step with mixed precision."""
         channels = len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", ())))
         return TrainingStep(
-            trainer=find_trainer(self.trainer_name),
+            trainer=find_trainer(self.family.trainer_name),
             architecture=architecture,
             patch_size=tuple(int(extent) for extent in patch_size),
             batch_size=batch_size,
@@ -197,33 +192,65 @@ class NetworkPlanner(ExperimentPlanner):
             "arch_kwargs": arch_kwargs,
             "_kw_requires_import": arch_kwargs_req_import,
         }
-        needed = self._memory(self._derive(stock, self._checkpointing), patch, self.UNet_min_batch_size)
+        architecture = self._derive(stock, self._checkpointing)
+        if self._only_shrinks:
+            self._smallest = patch, architecture
+            return sys.maxsize
+        needed = self._memory(architecture, patch, self.UNet_min_batch_size)
         self._search.append((patch, needed))
         return needed
 
     def _check_patch(self, patch: list[int], n_stages: int) -> None:
         if n_stages >= _MIN_STAGES and min(patch) >= MIN_EDGE:
             return
+        if self._smallest is not None and self._only_shrinks:
+            raise _SmallestPatchReached
         if not self._search:
             raise InputError(
-                f"The images of {self.dataset_name} are too small for {self.network_name}: a patch of {times(patch)} "
+                f"The images of {self.dataset_name} are too small for {self.family.title}: a patch of {times(patch)} "
                 f"voxels makes a network of {n_stages} stages; expected {_MIN_STAGES} stages or more, and {MIN_EDGE} "
                 f"voxels along each axis. A finer -overwrite_target_spacing makes them larger."
             )
-        patch, needed = min(self._search, key=lambda tried: tried[1])
-        raise TooLittleMemoryError(
-            f"{self.network_name} can't be planned for {self.dataset_name} in {_gib(self.memory_target)}: the smallest "
+        raise self._too_little(*min(self._search, key=lambda tried: tried[1]))
+
+    def _too_little(self, patch: list[int], needed: int) -> TooLittleMemoryError:
+        return TooLittleMemoryError(
+            f"{self.family.title} can't be planned for {self.dataset_name} in {_gib(self.memory_target)}: the smallest "
             f"patch, {times(patch)} voxels, takes {_gib(needed)} at batch {self.UNet_min_batch_size} with "
             f"checkpointing {self._checkpointing}"
             + (" in the cascade, where the stage before adds channels" if self._previous_stage_channels else "")
             + f". Set -gpu_memory_target to at least {math.ceil(needed / GIB * 100) / 100:g}."
         )
 
+    def _check_smallest_patch(self, arguments: tuple[Any, ...]) -> None:
+        """Refuses a target that the smallest patch does not fit, before the search for the largest, which is long.
+
+        Raises:
+            TooLittleMemoryError: If it does not fit under full checkpointing.
+        """
+        if self._previous_stage_channels in self._checked_channels:
+            return
+        self._search, self._smallest = [], None
+        self._only_shrinks, self._checkpointing = True, CHECKPOINTINGS[-1]
+        try:
+            super().get_plans_for_configuration(*arguments, {})
+        except _SmallestPatchReached:
+            assert self._smallest is not None
+            patch, architecture = self._smallest
+            # A patch that is too small to be trained is none to be found.
+            with contextlib.suppress(UntrainableError):
+                needed = self.model.execute(self._step(architecture, patch, self.UNet_min_batch_size))
+                if needed > self.memory_target:
+                    raise self._too_little(patch, needed) from None
+        finally:
+            self._only_shrinks, self._checkpointing = False, None
+        self._checked_channels.add(self._previous_stage_channels)
+
     # --- a configuration --------------------------------------------------------------------------------------------
 
     def _derive(self, stock: Mapping[str, Any], checkpointing: str) -> dict[str, Any]:
         # as they will be read from the file, lists and not tuples: the trainer, too, derives from those
-        entry = self.architecture(ConfigurationManager({"architecture": json.loads(json.dumps(stock))}))
+        entry = self.family.plans.architecture(ConfigurationManager({"architecture": json.loads(json.dumps(stock))}))
         set_background_class(entry, self._labels.has_regions)
         entry["arch_kwargs"]["checkpointing"] = checkpointing
         return entry
@@ -262,10 +289,11 @@ class NetworkPlanner(ExperimentPlanner):
             plan = super().get_plans_for_configuration(*arguments, {})
         except ZeroDivisionError:  # a patch of no voxels
             raise InputError(
-                f"The images of {self.dataset_name} are too small for {self.network_name} at a voxel size of "
+                f"The images of {self.dataset_name} are too small for {self.family.title} at a voxel size of "
                 f"{' x '.join(f'{extent:g}' for extent in spacing)} mm: {times([round(e) for e in median_shape])} "
                 f"voxels. A finer -overwrite_target_spacing makes them larger."
             ) from None
+        self._check_smallest_patch(arguments)
         wanted = math.prod(int(extent) for extent in plan["patch_size"])
         for checkpointing in CHECKPOINTINGS:
             found = self._largest_patch_under(checkpointing, arguments)
@@ -398,7 +426,7 @@ class NetworkPlanner(ExperimentPlanner):
         configurations = plans["configurations"]
         if "3d_fullres" not in configurations:
             raise InputError(
-                f"The images of {self.dataset_name} are single slices, and {self.network_name} is a 3D network. Plan "
+                f"The images of {self.dataset_name} are single slices, and {self.family.title} is a 3D network. Plan "
                 f"them with nnUNetv2_plan_experiment for nnU-Net's own."
             )
         self._plan_cascade(configurations)
@@ -409,6 +437,10 @@ class NetworkPlanner(ExperimentPlanner):
         plans.update(completed)
         self._check_training_steps(plans)
 
+        with one_at_a_time(self.plans_file):  # or configurations that are added meanwhile would be lost
+            self._write_plans(plans)
+
+    def _write_plans(self, plans: dict[str, Any]) -> None:
         existing = read_plans(self.plans_file.parent)
         planners = [planner.__name__ for planner in PLANNERS.values()]
         share_data(plans, existing, planners, self.plans_file.parent)
@@ -444,48 +476,12 @@ class NetworkPlanner(ExperimentPlanner):
             )
 
 
-class ConResNetPlanner(NetworkPlanner):
-    """Plans for ConResNet."""
-
-    network_name = "ConResNet"
-    default_plans_name = "nnUNetConResNetPlans"
-    trainer_name = "nnUNetTrainerConResNet"
-    architecture = staticmethod(conresnet_architecture)
+def _planner(family: Family) -> type[NetworkPlanner]:
+    attributes = {"__module__": __name__, "__doc__": f"Plans for {family.title}.", "family": family}
+    return type(family.planner_name, (NetworkPlanner,), attributes)
 
 
-class ResidualMapsPlanner(NetworkPlanner):
-    """Plans for ResidualMapUNet."""
-
-    network_name = "ResidualMapUNet"
-    default_plans_name = "nnUNetResidualMapsPlans"
-    trainer_name = "nnUNetTrainerResidualMaps"
-    architecture = staticmethod(residual_maps_architecture)
-
-
-class VNetPlanner(NetworkPlanner):
-    """Plans for V-Net."""
-
-    network_name = "V-Net"
-    default_plans_name = "nnUNetVNetPlans"
-    trainer_name = "nnUNetTrainerVNet"
-    architecture = staticmethod(vnet_architecture)
-
-
-class UNet3DPlanner(NetworkPlanner):
-    """Plans for 3D U-Net."""
-
-    network_name = "3D U-Net"
-    default_plans_name = "nnUNetUNet3DPlans"
-    trainer_name = "nnUNetTrainerUNet3D"
-    architecture = staticmethod(unet3d_architecture)
-
-
-PLANNERS: Final[dict[str, type[NetworkPlanner]]] = {
-    "conresnet": ConResNetPlanner,
-    "residual_maps": ResidualMapsPlanner,
-    "vnet": VNetPlanner,
-    "unet3d": UNet3DPlanner,
-}
+PLANNERS: Final = {key: _planner(family) for key, family in PLANNED.items()}
 """The planner of each family, by the name that the command line has for it."""
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,10 +25,10 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_conres.datasets.raw import TrainingCase, find_training_cases, map_cases, short_message, some
+from nnunet_conres.datasets.raw import TrainingCase, file_faults, find_training_cases, map_cases, short_message, some
 from nnunet_conres.errors import InputError, file_errors
-from nnunet_conres.files import written_whole
-from nnunet_conres.locks import hold
+from nnunet_conres.files import failed_write, written_whole
+from nnunet_conres.folders import clear_leftovers, one_at_a_time, partial_folder
 from nnunet_conres.planning.settings import OF_CONFIGURATIONS
 from nnunet_conres.planning.sources import GT_SEGMENTATIONS, RECORD, cases_in, files_of, judge
 from nnunet_conres.unpickling import read_pickle
@@ -312,27 +311,35 @@ def _preprocess_case(job: _Job) -> str:
     case_id = job.case.case_id
     images, labels_file = [str(path) for path in job.case.images], str(job.case.labels)
     own = job.partial / case_id
-    own.mkdir()
     target = str(own / case_id)
     with file_errors(job.case.labels):
         files = files_of(job.case)
     record = {"files": files, "settings": dict(job.settings), "labels": dict(job.dataset_json["labels"])}
-    preprocessor.run_case = _checked(preprocessor.run_case)
+    reader = plans.image_reader_writer_class
+    preprocessor.run_case = run_case = _Checked(preprocessor.run_case, job.case, reader)
     arguments = (images, labels_file, plans, configuration, dict(job.dataset_json))
+    with file_errors(own):
+        own.mkdir()
     try:
         if job.as_npz:
-            data, labels, properties = preprocessor.run_case(*arguments)
+            data, labels, properties = run_case(*arguments)
             nnUNetDatasetNumpy.save_case(data.astype(np.float32), labels.astype(np.int16), properties, target)
         else:
             preprocessor.run_case_save(target, *arguments)
-    except Exception as error:  # readers and resampling have their own
-        kind = InputError if isinstance(error, OF_FILES) else RuntimeError
-        raise kind(
-            f"Case {case_id} can't be preprocessed for configuration {job.configuration}: {short_message(error)}. "
-            f"Its files: {', '.join((*images, labels_file))}."
+    except Exception as error:  # readers, resampling and writers have their own
+        is_of_files = isinstance(error, OF_FILES)
+        if run_case.n_bytes and is_of_files:  # all is computed: it could not be written
+            path = job.folder / f"{case_id}{'.npz' if job.as_npz else '.b2nd'}"
+            raise failed_write(path, run_case.n_bytes) from error
+        raise (InputError if is_of_files else RuntimeError)(
+            f"Case {case_id} can't be preprocessed for configuration {job.configuration}: {short_message(error)}. Its "
+            f"files: {', '.join((*images, labels_file))}."
         ) from error
-    with file_errors(job.folder):
+    try:
         _note(own / f"{case_id}.pkl", record)
+    except InputError as error:
+        raise error.naming(job.folder, instead_of=own) from error
+    with file_errors(job.folder):
         # What says that the case is complete goes first and comes last: never is it beside data of another making.
         (job.folder / f"{case_id}.pkl").unlink(missing_ok=True)
         for path in sorted(own.iterdir(), key=lambda path: (path.suffix == ".pkl", path.name)):
@@ -341,23 +348,37 @@ def _preprocess_case(job: _Job) -> str:
     return case_id
 
 
-def _checked(run_case: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """nnU-Net's preprocessing of one case, which refuses images with voxels that are not finite.
+class _Checked:
+    """nnU-Net's preprocessing of one case, after a check of its files, and refused where voxels are not finite then.
 
     One such voxel makes its whole channel NaN where nnU-Net normalises by mean and standard deviation.
+
+    Args:
+        run_case: nnU-Net's method.
+        case: The case.
+        reader: nnU-Net's reader for it.
+
+    Attributes:
+        n_bytes: Of the result; 0 before there is one.
     """
 
-    def run(*arguments: Any) -> tuple[Any, ...]:
-        image, *others = run_case(*arguments)
+    def __init__(self, run_case: Callable[..., tuple[Any, ...]], case: TrainingCase, reader: type) -> None:
+        self._run_case, self._case, self._reader = run_case, case, reader
+        self.n_bytes = 0
+
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        faults = file_faults((self._case, self._reader))
+        if faults:
+            raise InputError(" ".join(faults))
+        image, labels, *others = self._run_case(*arguments)
         broken = [str(number) for number, channel in enumerate(image) if not np.isfinite(channel).all()]
         if broken:
             raise InputError(
                 f"after preprocessing, channel {', '.join(broken)} has voxels that are NaN or infinite. Look for such "
                 f"voxels in the raw images, and correct them or remove the case"
             )
-        return (image, *others)
-
-    return run
+        self.n_bytes = image.nbytes + labels.nbytes
+        return (image, labels, *others)
 
 
 def _note(properties_file: Path, record: Mapping[str, Any]) -> None:
@@ -478,12 +499,9 @@ class PreprocessedDataset:
         folders = {self.folder(name): name for name in reversed(numbers)}  # fullres and cascade have the same
         with contextlib.ExitStack() as stack:
             for folder in sorted(folders):
-                lock = folder.with_name(f".{folder.name}.lock")
-                with file_errors(lock):
-                    stack.enter_context(hold(lock, poll_seconds=1))
-                stack.callback(lock.unlink, missing_ok=True)  # while it is held: nobody else has taken it
-                for leftover in folder.parent.glob(f".{folder.name}.????????"):
-                    shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
+                stack.enter_context(one_at_a_time(folder))
+                clear_leftovers(folder.parent, folder)
+                clear_leftovers(folder)
             states = {folder: self._look(name, numbers[name], progress) for folder, name in folders.items()}
             written = {
                 folder: self._preprocess(name, states[folder], numbers[name], verbose, progress)
@@ -518,13 +536,12 @@ class PreprocessedDataset:
             folder.mkdir(parents=True, exist_ok=True)
         as_npz = _holds_npz(folder)
         settings = preprocessing_settings(self._plans, configuration)
-        # on the same drive, for what isn't complete yet
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
+        with partial_folder(folder) as partial:
             jobs = [
                 _Job(
                     self._cases[case_id],
                     folder,
-                    Path(partial),
+                    partial,
                     self._plans,
                     configuration,
                     self._dataset_json,

@@ -218,7 +218,10 @@ def fingerprint_differences(
     Returns:
         Messages, one per case that differs; empty if nothing does.
     """
-    fingerprint = json.loads(fingerprint_file.read_text(encoding="utf-8"))
+    try:
+        fingerprint = json.loads(fingerprint_file.read_text(encoding="utf-8"))
+    except ValueError as error:  # cut short, when nnU-Net was killed while it wrote
+        return [f"it can't be read: {error}"]
     end = None if is_copy_different else -1
     now = {case_id: [file[:end] for file in files] for case_id, files in sizes_and_times(cases).items()}
     record = fingerprint.get(RECORD)

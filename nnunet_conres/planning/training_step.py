@@ -19,7 +19,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_conres.errors import InputError
-from nnunet_conres.planning.architectures import set_background_class
+from nnunet_conres.families import TRAINERS, load_trainer
+from nnunet_conres.plans.entries import set_background_class
 
 DEVICES = ("cuda", "cpu")
 
@@ -72,10 +73,8 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
     Raises:
         InputError: There is none.
     """
-    from nnunet_conres import trainers
-
-    if name in trainers.__all__:
-        return getattr(trainers, name)
+    if name in TRAINERS:
+        return load_trainer(name)
     try:
         return recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -12,11 +13,12 @@ from typing import Any, Final
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_conres.architectures.conresnet_paper import DIVISOR
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
+from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
-from nnunet_conres.planning.architectures import CONRESNET_PAPER
+from nnunet_conres.planning.planners import MIN_EDGE
+from nnunet_conres.plans.entries import fixed_stages, stride_products
 from nnunet_conres.text import aligned, times
 
 # What nnU-Net's planners take: an axis is halved until it is shorter than twice this, and features are doubled up to
@@ -139,6 +141,21 @@ def add_variants(
     Raises:
         InputError: The plans or an argument do not allow it; nothing was written. Lists all that was found.
     """
+    preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
+    with contextlib.ExitStack() as stack:
+        # From reading to writing: of two that add to the same plans, the second must not undo what the first has added.
+        if preprocessed is not None and (preprocessed / dataset_name).is_dir():
+            stack.enter_context(one_at_a_time(preprocessed / dataset_name / f"{plans_name}.json"))
+        return _add_variants(dataset_name, plans_name, patch_sizes, base, batch_sizes)
+
+
+def _add_variants(
+    dataset_name: str,
+    plans_name: str,
+    patch_sizes: Sequence[Sequence[int]],
+    base: str,
+    batch_sizes: Sequence[int] | None,
+) -> AddedVariants:
     plans_file, plans, faults = _read(dataset_name, plans_name, base)
     if plans is None:
         raise InputError(faults)
@@ -170,6 +187,12 @@ def add_variants(
             )
         except InputError as error:
             faults.append(f"Patch {times(wanted)}: {error}")
+            continue
+        if min(patch) < MIN_EDGE:
+            faults.append(
+                f"Patch {times(patch)} is too small: expected {MIN_EDGE} voxels or more along each axis, below which "
+                f"nnU-Net's augmentation fails."
+            )
             continue
         name = f"{base}_{'x'.join(map(str, patch))}" + (f"_b{batch}" if batch != configuration.batch_size else "")
         entry: dict[str, Any] = {
@@ -234,10 +257,11 @@ def derive_architecture(
     """
     derived = deepcopy(dict(architecture))
     arguments = derived["arch_kwargs"]
-    if derived["network_class_name"] == CONRESNET_PAPER:
-        uneven = [extent for extent in patch_size if extent % DIVISOR]
-        if uneven:
-            raise InputError(f"ConResNetPaper's topology is fixed; expected multiples of {DIVISOR}.")
+    if fixed_stages(derived["network_class_name"]) is not None:
+        divisors = stride_products(derived, len(patch_size)) or []
+        if any(extent % divisor for extent, divisor in zip(patch_size, divisors, strict=True)):
+            network = derived["network_class_name"].rpartition(".")[2]
+            raise InputError(f"{network}'s topology is fixed; expected multiples of {' x '.join(map(str, divisors))}.")
         return derived, tuple(int(extent) for extent in patch_size)
     missing = [key for key in ("features_per_stage", "strides", "kernel_sizes", "n_stages") if key not in arguments]
     if missing:

@@ -7,6 +7,7 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 
 from nnunet_conres import __version__, registration
+from nnunet_conres.families import LENGTHS, TRAINERS, TRAINING_LENGTHS
 from nnunet_conres.registration.nnunet_version import installed_version, version_problem
 
 PATH_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -60,7 +61,7 @@ class Info:
     nnunet_recent_enough: bool
     discovery: Discovery
     paths: dict[str, str | None]
-    trainers: dict[str, str] = field(default_factory=lambda: dict(registration.TRAINERS))
+    trainers: dict[str, str] = field(default_factory=lambda: dict(TRAINERS))
 
     def as_json(self) -> dict[str, object]:
         """As what `json.dumps` takes."""
@@ -91,17 +92,15 @@ class Info:
         return "\n".join(lines)
 
     def _lines_of_trainers(self, every_length: bool, width: int | None) -> list[str]:
-        endings = registration.TRAINING_LENGTHS
-        families = [name for name in self.trainers if name.rpartition("_")[2] not in endings]
-        with_lengths = [name for name in families if any(f"{name}_{ending}" in self.trainers for ending in endings)]
-        shown = list(self.trainers) if every_length else families
+        with_lengths = {trainer for trainer, _ in LENGTHS.values()}
+        shown = [name for name in self.trainers if every_length or name not in LENGTHS]
         longest = max(map(len, shown))
         lines = []
         for name in shown:
             mark = "*" if name in with_lengths and not every_length else " "
             lines += _wrapped(f"{mark} {name:<{longest}}  ", self.trainers[name], width)
-        if with_lengths and not every_length:
-            lengths = ", ".join(f"_{ending}" for ending in endings)
+        if not every_length:
+            lengths = ", ".join(f"_{ending}" for ending in TRAINING_LENGTHS)
             note = f"Also for another number of epochs: NAME{lengths}. --all lists every name."
             lines += ["", *_wrapped("* ", note, width)]
         return lines

@@ -4,7 +4,8 @@ import re
 import sys
 from importlib import metadata
 
-from nnunet_conres.registration import MINIMUM_NNUNET, TRAINERS
+from nnunet_conres.families import TRAINERS
+from nnunet_conres.registration import MINIMUM_NNUNET
 
 
 def installed_version(distribution: str) -> str | None:

@@ -12,23 +12,21 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from nnunet_conres.architectures.conresnet_paper import DIVISOR
+from nnunet_conres.architectures.conresnet_paper import DIVISOR, ConResNetPaper
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import PAPER_RESIDUAL_WEIGHT
-from nnunet_conres.planning.architectures import (
-    conresnet_architecture,
-    conresnet_paper_architecture,
-    names_conresnet_paper,
-)
+from nnunet_conres.plans import conresnet
+from nnunet_conres.plans.configurations import with_paper_patch
+from nnunet_conres.plans.entries import names_paper_form
 from nnunet_conres.trainers.augmentation import with_deformation, with_spatial, without_intensity_transforms
-from nnunet_conres.trainers.base import with_paper_patch
+from nnunet_conres.trainers.recipe import MuonMixin
 from nnunet_conres.trainers.residual_maps import ResidualMapTrainer
 
 PAPER_PATCH_SIZE = (80, 160, 160)
 PAPER_BATCH_SIZE = 2
 
 
-class nnUNetTrainerConResNet(ResidualMapTrainer):
+class nnUNetTrainerConResNet(MuonMixin, ResidualMapTrainer):
     """ConResNet, its topology derived from the plans, under nnU-Net's recipe with Muon as the optimiser.
 
     Two decoders: context residual modules with the paper's attention at every level, and residual maps from the
@@ -39,7 +37,7 @@ class nnUNetTrainerConResNet(ResidualMapTrainer):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return conresnet_architecture(configuration)
+        return conresnet.architecture(configuration)
 
 
 class nnUNetTrainerConResNetSharedEncoder(nnUNetTrainerConResNet):
@@ -47,7 +45,7 @@ class nnUNetTrainerConResNetSharedEncoder(nnUNetTrainerConResNet):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return conresnet_architecture(configuration, shared_encoder=True)
+        return conresnet.architecture(configuration, shared_encoder=True)
 
 
 class nnUNetTrainerConResNet_NoMirroring(nnUNetTrainerConResNet):
@@ -62,7 +60,7 @@ class nnUNetTrainerConResNet_NoMirroring(nnUNetTrainerConResNet):
 class nnUNetTrainerConResNet_SGD(nnUNetTrainerConResNet):
     """With nnU-Net's own optimiser and schedule."""
 
-    optimizer_kind = "sgd"
+    configure_optimizers = nnUNetTrainer.configure_optimizers
 
 
 def check_paper_patch(configuration: ConfigurationManager, name: str) -> None:
@@ -93,19 +91,18 @@ class nnUNetTrainerConResNetPaper(ResidualMapTrainer):
     training_epochs = 160  # of 250 iterations: 40,000
     training_lr = 1e-4
     training_weight_decay = 5e-4
-    optimizer_kind = "adam"
     lr_by_iteration = True
     residual_weight = PAPER_RESIDUAL_WEIGHT
     scaling = (0.9, 1.1)
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return conresnet_paper_architecture(configuration)
+        return conresnet.paper_architecture(configuration)
 
     @classmethod
     def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
         entries = super().resolve(configuration, name)
-        if names_conresnet_paper(configuration):
+        if names_paper_form(configuration, ConResNetPaper):
             check_paper_patch(configuration, name)
             return entries
         return with_paper_patch(entries, configuration, PAPER_PATCH_SIZE, PAPER_BATCH_SIZE, DIVISOR)

@@ -1,17 +1,23 @@
-"""nnU-Net's training log with the parts of the objective beside it, and a figure of them."""
+"""nnU-Net's training log with the parts of the objective and names of classes, and a figure of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.style
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import distributed
+
+from nnunet_conres.files import written_whole
 
 FIGURE_NAME = "progress_conres.png"
 
@@ -71,7 +77,8 @@ class LossPartsLogger(LocalLogger):
             # nnU-Net's figure changes matplotlib's settings for the whole process, to letters of four times the size
             with matplotlib.style.context("default"):
                 figure = loss_parts_figure(self.my_fantastic_logging, self.parts, self.region_names)
-                figure.savefig(f"{output_folder}/{FIGURE_NAME}", dpi=100)
+                with written_whole(Path(output_folder, FIGURE_NAME)) as partial:
+                    figure.savefig(partial, dpi=100)
 
 
 def loss_parts_figure(logging: dict[str, list[Any]], parts: Sequence[str], region_names: Sequence[str]) -> Figure:
@@ -107,3 +114,73 @@ def loss_parts_figure(logging: dict[str, list[Any]], parts: Sequence[str], regio
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
     return figure
+
+
+class LossPartsTrainer(nnUNetTrainer):
+    """nnU-Net's trainer, whose log has the parts of the objective, the Dice by name, and the peak of GPU memory.
+
+    Attributes:
+        loss_parts: Names of the parts of the objective that are logged apart.
+    """
+
+    loss_parts: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        verbose = self.logger.local_logger.verbose
+        self.logger.local_logger = LossPartsLogger(self.loss_parts, self.region_names, verbose=verbose)
+
+    @property
+    def region_names(self) -> list[str]:
+        """Names of the foreground classes or regions, in the order of nnU-Net's Dice."""
+        labels = self.label_manager
+        wanted = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+
+        def key(value: Any) -> tuple[int, ...]:
+            return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+
+        names = {key(value): name for name, value in self.dataset_json["labels"].items()}
+        return [names.get(key(value), str(value)) for value in wanted]
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return super().train_step(batch) | self._loss_part_values()
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return super().validation_step(batch) | self._loss_part_values()
+
+    def _loss_part_values(self) -> dict[str, np.ndarray]:
+        parts = getattr(self.loss, "parts", {})  # a trainer of the user's own may have another loss
+        undefined = torch.tensor(math.nan)
+        return {f"{name}_loss": parts.get(name, undefined).float().cpu().numpy() for name in self.loss_parts}
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        self._log_loss_parts("train", train_outputs)
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        self._log_loss_parts("val", val_outputs)
+
+    def _log_loss_parts(self, phase: str, outputs: Sequence[dict[str, Any]]) -> None:
+        for part in self.loss_parts:
+            values = [float(output[f"{part}_loss"]) for output in outputs]
+            if self.is_ddp:
+                gathered: list[list[float]] = [[] for _ in range(distributed.get_world_size())]
+                distributed.all_gather_object(gathered, values)
+                values = [value for one in gathered for value in one]
+            # NaN marks batches in which the part was not defined; those that are infinite were skipped
+            defined = [value for value in values if math.isfinite(value)]
+            mean = float(np.mean(defined)) if defined else math.nan
+            self.logger.log(loss_part_key(phase, part), mean, self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        for part in self.loss_parts:
+            train, val = (self.logger.get_value(loss_part_key(phase, part), step=-1) for phase in ("train", "val"))
+            self.print_to_log_file(f"{part} loss: train {train:.4f}, val {val:.4f}")
+        dice = self.logger.get_value("dice_per_class_or_region", step=-1)
+        named = ", ".join(f"{name} {value:.4f}" for name, value in zip(self.region_names, dice, strict=True))
+        self.print_to_log_file(f"Pseudo Dice by name: {named}")
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            self.print_to_log_file(f"Peak GPU memory: {peak:.2f} GiB")
+        super().on_epoch_end()

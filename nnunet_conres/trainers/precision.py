@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_conres.architectures.blocks import stage_sizes
+from nnunet_conres.plans.entries import stages_of
 
 # Set to 0, false or f to train in float32 on a CPU.
 CPU_BFLOAT16_VARIABLE = "nnUNet_conres_cpu_bf16"
@@ -70,3 +75,41 @@ def cpu_autocast(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cpu" and cpu_has_bfloat16() and wants_cpu_bfloat16():
         return torch.autocast("cpu", dtype=torch.bfloat16)
     return nullcontext()
+
+
+class CpuPrecisionTrainer(nnUNetTrainer):
+    """nnU-Net's trainer, with steps in bfloat16 on a CPU that has it.
+
+    Attributes:
+        training_precision: Arithmetic of the steps; nnU-Net writes it into debug.json, for comparisons.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.training_precision = self._precision()
+
+    def _precision(self) -> str:
+        precision = training_precision(self.device)
+        if self.device.type != "cpu" or precision == "float32":
+            return precision
+        strides, kernel_sizes = stages_of(self.configuration_manager)
+        depths = [size[0] for size in stage_sizes(self.configuration_manager.patch_size, strides)]
+        kernels = [kernel[0] for kernel in kernel_sizes]
+        if not bfloat16_gradients_are_wrong(depths, kernels):
+            return precision
+        self.print_to_log_file(
+            f"This processor's bfloat16 convolutions are not reliable where a kernel is deeper than its input, as in "
+            f"this network (depths {depths}, kernels {kernels}): training in float32."
+        )
+        return "float32"
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.training_precision == "float32" else cpu_autocast(self.device)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        with self._autocast():
+            return super().train_step(batch)
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        with self._autocast():
+            return super().validation_step(batch)

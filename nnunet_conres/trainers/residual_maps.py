@@ -5,25 +5,27 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import RESIDUAL_WEIGHT, ConResLoss, ResidualMapLoss
-from nnunet_conres.planning.architectures import residual_maps_architecture
+from nnunet_conres.plans import residual_maps
 from nnunet_conres.residuals import has_neighbours
-from nnunet_conres.trainers.base import PluginTrainer, check_slice_axis
+from nnunet_conres.trainers.base import PluginTrainer
+from nnunet_conres.trainers.checks import check_slice_axis
+from nnunet_conres.trainers.recipe import MuonMixin
 
 
 class ResidualMapTrainer(PluginTrainer):
-    """A network with residual maps, under nnU-Net's recipe with Muon as the optimiser.
+    """A network with residual maps.
 
     Attributes:
         residual_weight: Weight of the residual maps in the objective.
     """
 
-    optimizer_kind = "muon"
     loss_parts = ("segmentation", "residual")
     residual_weight: ClassVar[float] = RESIDUAL_WEIGHT
 
@@ -103,17 +105,17 @@ class ResidualMapTrainer(PluginTrainer):
         )
 
 
-class nnUNetTrainerResidualMaps(ResidualMapTrainer):
+class nnUNetTrainerResidualMaps(MuonMixin, ResidualMapTrainer):
     """nnU-Net's residual encoder U-Net with residual maps as auxiliary outputs, under nnU-Net's recipe with Muon."""
 
     network_name = "ResidualMapUNet"
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return residual_maps_architecture(configuration)
+        return residual_maps.architecture(configuration)
 
 
 class nnUNetTrainerResidualMaps_SGD(nnUNetTrainerResidualMaps):
     """With nnU-Net's own optimiser and schedule."""
 
-    optimizer_kind = "sgd"
+    configure_optimizers = nnUNetTrainer.configure_optimizers

@@ -8,16 +8,16 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.trainers.base import PluginTrainer
+from nnunet_conres.trainers.recipe import MuonMixin
 
 
-class nnUNetTrainerMuon(PluginTrainer):
+class nnUNetTrainerMuon(MuonMixin, PluginTrainer):
     """The 3D network of the plans, nnU-Net's own for example, under nnU-Net's recipe with Muon as the optimiser.
 
     Compare it with ConResNet to separate the effect of the network from that of the optimiser.
     """
 
     network_name = "nnUNetTrainerMuon"
-    optimizer_kind = "muon"
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from nnunet_conres.augmentation.mirror_outside import MirrorOutsideTransform
 from nnunet_conres.losses import VoxelWeightedCrossEntropyLoss
-from nnunet_conres.planning.architectures import unet3d_architecture, unet3d_paper_architecture
+from nnunet_conres.plans import unet3d
 from nnunet_conres.trainers.augmentation import with_deformation, with_spatial, without_intensity_transforms
 from nnunet_conres.trainers.base import PluginTrainer
 
@@ -30,7 +30,7 @@ class nnUNetTrainerUNet3D(PluginTrainer):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return unet3d_architecture(configuration)
+        return unet3d.architecture(configuration)
 
 
 class nnUNetTrainerUNet3DPaper(nnUNetTrainerUNet3D):
@@ -59,7 +59,7 @@ class nnUNetTrainerUNet3DPaper(nnUNetTrainerUNet3D):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return unet3d_paper_architecture(configuration)
+        return unet3d.paper_architecture(configuration)
 
     def _build_segmentation_loss(self) -> nn.Module:
         labels = self.label_manager

@@ -13,17 +13,14 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
-from nnunet_conres.architectures.vnet import PAPER_DIVISOR
+from nnunet_conres.architectures.vnet import PAPER_DIVISOR, VNet
 from nnunet_conres.augmentation.histogram import HistogramMatchingTransform
 from nnunet_conres.losses import SquaredDiceLoss
-from nnunet_conres.planning.architectures import (
-    VNET,
-    names_single_headed,
-    vnet_architecture,
-    vnet_paper_architecture,
-)
+from nnunet_conres.plans import vnet
+from nnunet_conres.plans.configurations import with_paper_patch
+from nnunet_conres.plans.entries import names_paper_form
 from nnunet_conres.trainers.augmentation import with_deformation, with_spatial, without_intensity_transforms
-from nnunet_conres.trainers.base import PluginTrainer, with_paper_patch
+from nnunet_conres.trainers.base import PluginTrainer
 from nnunet_conres.trainers.schedules import StepLRScheduler
 
 PAPER_PATCH_SIZE = (64, 128, 128)  # the slice axis comes first in nnU-Net
@@ -38,7 +35,7 @@ class nnUNetTrainerVNet(PluginTrainer):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return vnet_architecture(configuration)
+        return vnet.architecture(configuration)
 
 
 class nnUNetTrainerVNetPaper(nnUNetTrainerVNet):
@@ -61,12 +58,12 @@ class nnUNetTrainerVNetPaper(nnUNetTrainerVNet):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return vnet_paper_architecture(configuration)
+        return vnet.paper_architecture(configuration)
 
     @classmethod
     def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
         entries = super().resolve(configuration, name)
-        if names_single_headed(configuration, VNET):
+        if names_paper_form(configuration, VNet):
             return entries
         return with_paper_patch(entries, configuration, PAPER_PATCH_SIZE, PAPER_BATCH_SIZE, PAPER_DIVISOR)
 

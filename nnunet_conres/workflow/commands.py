@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from nnunet_conres.registration import TRAINERS, WITH_NETWORK_OF_THE_PLANS
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name
 
 OWN_COMMAND = "nnunet-conres"
@@ -63,14 +62,10 @@ def preprocess(experiment: Experiment, plans_name: str, configuration: str, proc
 
 
 def memory(experiment: Experiment, model: Model) -> list[str]:
-    """The memory model; nothing for stock plans under trainers that train their network, whose planner has a target."""
+    """The memory model."""
     command = [OWN_COMMAND, "memory", "-d", experiment.dataset, "-p", model.plans, "-c", model.configuration]
-    command += ["-device", "cuda" if experiment.device == "cuda" else "cpu", "--json", "--budget"]
-    if model.trainer in TRAINERS and model.trainer not in WITH_NETWORK_OF_THE_PLANS:
-        return [*command, "-tr", model.trainer]
-    if experiment.plans[model.plans].is_own:
-        return command
-    return []
+    command += ["-tr", model.trainer, "-device", "cuda" if experiment.device == "cuda" else "cpu"]
+    return [*command, "--json", "--budget"]
 
 
 def train(experiment: Experiment, model: Model, fold: int) -> list[str]:

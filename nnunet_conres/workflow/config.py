@@ -16,8 +16,9 @@ from typing import Any, Final
 from nnunet_conres import nnunet
 from nnunet_conres.datasets.raw import folder_name
 from nnunet_conres.errors import InputError
+from nnunet_conres.families import PLANNED, TRAINERS
 from nnunet_conres.nnunet import FOLDER_VARIABLES
-from nnunet_conres.registration import TRAINERS, VARIABLE
+from nnunet_conres.registration import VARIABLE
 from nnunet_conres.workflow import schema
 from nnunet_conres.workflow.schema import Splits
 
@@ -28,12 +29,7 @@ STOCK_PLANNERS: Final = {
     "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
     "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
 }
-OWN_PLANNERS: Final = {
-    "nnUNetConResNetPlans": "conresnet",
-    "nnUNetResidualMapsPlans": "residual_maps",
-    "nnUNetVNetPlans": "vnet",
-    "nnUNetUNet3DPlans": "unet3d",
-}
+OWN_PLANNERS: Final = {family.plans_name: key for key, family in PLANNED.items()}
 STOCK_LENGTHS: Final = (1, 5, 10, 20, 50, 100, 250, 500, 2000, 4000, 8000)
 _STANDARD_EPOCHS: Final = 1000
 
@@ -59,8 +55,8 @@ class Plans:
 
     Attributes:
         name: Name of the plans.
-        planner: A planner class of nnU-Net's, or ``conresnet``, ``residual_maps``, ``vnet``, ``unet3d``, or ``none``
-            for plans that are there already, made by hand.
+        planner: A planner class of nnU-Net's, or what ``nnunet-conres plan -a`` calls a network, or ``none`` for plans
+            that are there already, made by hand.
         gpu_memory_target: GiB; None for the planner's own.
     """
 

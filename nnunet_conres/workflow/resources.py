@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.errors import InputError
-from nnunet_conres.registration import TRAINERS
+from nnunet_conres.families import TRAINERS
 from nnunet_conres.workflow.config import STOCK_LENGTHS, Experiment, Model
 from nnunet_conres.workflow.records import read_json
 from nnunet_conres.workflow.schema import SLURM_TEXTS

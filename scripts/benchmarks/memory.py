@@ -22,8 +22,8 @@ from nnunet_conres.architectures.network import CHECKPOINTINGS
 from nnunet_conres.planning.memory import MemoryModel
 from nnunet_conres.planning.tracker import measure_training_step
 from nnunet_conres.planning.training_step import RunningStep, TrainingStep
+from nnunet_conres.plans.configurations import configuration_of
 from nnunet_conres.trainers.base import PluginTrainer
-from nnunet_conres.trainers.plans import configuration_of
 
 DEFAULT = ("plainconvunet", "residual_maps", "conresnet", "conresnet_paper", "vnet", "unet3d")
 POLICIES = {"cpu_float32": ("cpu", False), "cpu_bfloat16": ("cpu", True), "cuda_float16": ("cuda", True)}

@@ -21,14 +21,15 @@ from torch.nn import functional as F
 
 from benchmarks.timing import BenchmarkError
 from nnunet_conres.architectures.conresnet_paper import DIVISOR
-from nnunet_conres.planning.architectures import set_background_class
+from nnunet_conres.plans.configurations import configuration_of, with_configuration
+from nnunet_conres.plans.entries import set_background_class
 from nnunet_conres.trainers.base import PluginTrainer
 from nnunet_conres.trainers.conresnet import (
     nnUNetTrainerConResNet,
     nnUNetTrainerConResNetPaper,
     nnUNetTrainerConResNetSharedEncoder,
 )
-from nnunet_conres.trainers.plans import configuration_of, with_configuration
+from nnunet_conres.trainers.recipe import MuonMixin
 from nnunet_conres.trainers.residual_maps import nnUNetTrainerResidualMaps
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNet
@@ -199,7 +200,7 @@ def build(name: str, task: Task, device: torch.device, deep_supervision: bool = 
     heads = manager.get_label_manager(task.dataset_json).num_segmentation_heads
     network = trainer.build_network_architecture(manager, configuration, task.channels, heads, deep_supervision)
     loss, scales = _loss_of(trainer, manager, configuration, task)
-    optimizer = trainer.optimizer_kind if issubclass(trainer, PluginTrainer) else "sgd"
+    optimizer = "muon" if issubclass(trainer, MuonMixin) else "sgd"
     return Model(network.to(device), loss.to(device), scales, manager, configuration, task, optimizer)
 
 

@@ -108,15 +108,15 @@ def plan(data: DataSet, target: float, networks: Sequence[str], model: MemoryMod
             needs = re.search(r"at least ([\d.]*\d)", str(error))
             yield {
                 "target": target,
-                "network": planner.network_name,
+                "network": planner.family.title,
                 "refused": str(error),
                 "needs": None if needs is None else float(needs[1]),
             }
             continue
         memory = {planned.name: planned.memory for planned in planner.planned_configurations()}
-        at_stock_plan = _training_steps(stock, data, planner.trainer_name, planner.architecture)
+        at_stock_plan = _training_steps(stock, data, planner.family.trainer_name, planner.family.plans.architecture)
         for name, step in _training_steps(plans, data).items():
-            entry = _entry(target, planner.network_name, name, step)
+            entry = _entry(target, planner.family.title, name, step)
             entry |= {"checkpointing": step.arguments["checkpointing"], "memory": memory[name]}
             if name in at_stock_plan:
                 entry["at_stock_plan"] = model.total(at_stock_plan[name])

@@ -17,7 +17,7 @@ from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoM
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 import nnunet_conres.trainers
-from nnunet_conres.trainers.precision import cpu_autocast, training_precision
+from nnunet_conres.trainers.precision import CpuPrecisionTrainer
 
 
 class SeededTransform(BasicTransform):
@@ -96,22 +96,6 @@ class EqualTerms(nnUNetTrainerNoMirroring):
         return SeededTransform(pipeline, self.study["seed"], self.current_epoch * iterations * self.batch_size)
 
 
-class StockPrecision(nnUNetTrainer):
-    """nnU-Net's trainer, with bfloat16 steps on the CPUs where this package's trainers have them."""
-
-    def initialize(self) -> None:
-        super().initialize()
-        self.training_precision = training_precision(self.device)
-
-    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        with cpu_autocast(self.device):
-            return super().train_step(batch)
-
-    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        with cpu_autocast(self.device):
-            return super().validation_step(batch)
-
-
 def trainer(base: str, study: Mapping[str, Any]) -> type:
     """Base class of a run's trainer.
 
@@ -119,5 +103,5 @@ def trainer(base: str, study: Mapping[str, Any]) -> type:
         base: nnUNetTrainer, or a trainer of this package.
         study: Entries of the run, as in the list of runs.
     """
-    own = StockPrecision if base == nnUNetTrainer.__name__ else getattr(nnunet_conres.trainers, base)
+    own = CpuPrecisionTrainer if base == nnUNetTrainer.__name__ else getattr(nnunet_conres.trainers, base)
     return type(f"EqualTerms_{base}", (EqualTerms, own), {"study": study})

@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from nnunet_conres.errors import InputError
-from nnunet_conres.registration import TRAINERS
+from nnunet_conres.families import TRAINERS
 from nnunet_conres.text import markdown_table
 
 HERE = Path(__file__).resolve().parent

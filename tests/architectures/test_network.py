@@ -1,5 +1,6 @@
-"""What nnU-Net, and this package, expect of every network. A new one is listed in NETWORKS and gets all of it."""
+"""What nnU-Net, and this package, expect of every network; those of all families are tested."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +16,10 @@ from torch import Tensor, nn
 
 from nnunet_conres.architectures.blocks import pad_to_multiple
 from nnunet_conres.architectures.conresnet import ConResNet
-from nnunet_conres.architectures.conresnet_paper import ConResNetPaper
 from nnunet_conres.architectures.network import PlansNetwork, ResidualMapsMixin
-from nnunet_conres.architectures.residual_map_unet import ResidualMapUNet
 from nnunet_conres.architectures.unet3d import UNet3D
 from nnunet_conres.architectures.vnet import VNet
+from nnunet_conres.families import FAMILIES, load
 
 DYNAMIC = {
     "n_stages": 3,
@@ -58,7 +58,7 @@ class Kind:
 
     @property
     def is_fixed(self) -> bool:
-        return self.network is ConResNetPaper
+        return self.network.fixed_stages is not None
 
     def supervised(self, **changes: Any) -> Any:
         """As it is trained."""
@@ -67,13 +67,15 @@ class Kind:
         )
 
 
-NETWORKS = {
-    "ConResNet": Kind(ConResNet, RESIDUAL),
+def kind_of(network: type[PlansNetwork]) -> Kind:
+    """With those of the arguments above that it takes."""
+    arguments = RESIDUAL if network.fixed_stages is None else {"background_class": True}
+    takes = inspect.signature(network).parameters
+    return Kind(network, {name: value for name, value in arguments.items() if name in takes})
+
+
+NETWORKS = {path.rpartition(".")[2]: kind_of(load(path)) for family in FAMILIES for path in family.networks} | {
     "ConResNet, shared encoder": Kind(ConResNet, RESIDUAL | {"shared_encoder": True}),
-    "ConResNetPaper": Kind(ConResNetPaper, {"background_class": True}),
-    "ResidualMapUNet": Kind(ResidualMapUNet, RESIDUAL),
-    "VNet": Kind(VNet, DYNAMIC),
-    "UNet3D": Kind(UNet3D, DYNAMIC),
     "UNet3D, max pooling": Kind(UNet3D, DYNAMIC | {"downsampling": "max_pool"}),
 }
 VARIANTS = {

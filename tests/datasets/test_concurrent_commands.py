@@ -246,6 +246,6 @@ class TestFoldersThatMayHoldFiles:
     def test_phantom(self, tmp_path: Path, writer: Callable[..., int]) -> None:
         from nnunet_conres.datasets.phantom import write_brats_phantoms
 
-        pid = writer(tmp_path / "out")
+        pid = writer(tmp_path, ".out.lock")
         with pytest.raises(InputError, match=f"being written by process {pid}"):
             write_brats_phantoms(tmp_path / "out", training_cases=1, held_out_cases=0)

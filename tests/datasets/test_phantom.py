@@ -1,3 +1,5 @@
+import errno
+import os
 import time
 from pathlib import Path
 
@@ -6,7 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from nnunet_conres.datasets import phantom
 from nnunet_conres.datasets.phantom import MODALITIES, make_phantom, write_brats_phantoms
+from nnunet_conres.errors import InputError
 
 SHAPE = (36, 48, 48)
 FLAIR, T1, T1CE, T2 = range(4)
@@ -204,6 +208,28 @@ class TestWriteBratsPhantoms:
         write_brats_phantoms(tmp_path, training_cases=1, held_out_cases=1, shape=(20, 24, 16))
         first, second = (np.asarray(nibabel.load(path).dataobj) for path in sorted(tmp_path.rglob("*_seg.nii.gz")))
         assert (first != second).any()
+
+    def test_a_full_disk_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        files = []
+
+        def write(path: Path, *_: object) -> None:
+            if files:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            files.append(path)
+            path.touch()
+
+        monkeypatch.setattr(phantom, "write_nifti", write)
+        with pytest.raises(InputError, match=f"^{tmp_path / 'above' / 'out'}/training/HGG/.*: No space left"):
+            write_brats_phantoms(tmp_path / "above" / "out", training_cases=1, shape=(16, 16, 16))
+        assert not list(tmp_path.rglob("*.nii.gz"))
+        assert not list((tmp_path / "above").iterdir())
+
+    @pytest.mark.parametrize("name", ["file", ".hidden"])
+    def test_what_is_there_is_kept(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).touch()
+        with pytest.raises(InputError, match="is no empty folder; remove it, or choose another -o"):
+            write_brats_phantoms(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

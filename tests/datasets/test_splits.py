@@ -1,8 +1,10 @@
+import gzip
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK
@@ -302,6 +304,22 @@ class TestSplit:
         text = faults_of(501)
         assert "labelsTr/case_03.nii.gz cannot be read" in text
         assert "case_04_0000.nii.gz is missing" in text
+
+    def test_labels_with_a_scale_factor(self, dataset: Path) -> None:
+        """1 is stored as 32000 and read as 0.99999285: a label, but one that nnU-Net's training would cut off."""
+        path = dataset / "labelsTr" / "case_03.nii.gz"
+        before = split(501, folds=2, progress=False)
+        stored = nibabel.load(path)
+        labels = np.asarray(stored.dataobj)
+        scaled = nibabel.Nifti1Image(np.rint((labels + 319.0) / 0.01).astype(np.int16), stored.affine)
+        scaled.header.set_slope_inter(0.01, -319.0)
+        path.write_bytes(gzip.compress(scaled.to_bytes()))
+        assert np.asarray(nibabel.load(path).dataobj).max() != labels.max()
+        done = split(501, folds=2, progress=False)
+        assert done.cases == before.cases
+        (warning,) = set(done.warnings) - set(before.warnings)
+        assert "1 cases, case_03, have labels that nnU-Net's SimpleITKIO reads as" in warning
+        assert "cuts the fraction off" in warning
 
     def test_nothing_is_overwritten_unless_asked_for(self) -> None:
         first = split(501, progress=False)

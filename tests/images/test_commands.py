@@ -211,6 +211,7 @@ def test_on_a_full_disk_nothing_cut_stays(root: Path, command: str) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert str(root) in done.stderr.splitlines()[-1], done.stderr
+    assert ".partial" not in done.stderr, "a temporary name says nothing to the user"
     assert any(part in done.stderr for part in ("File too large", "could not be written whole")), done.stderr
     after = {path for path in root.rglob("*") if path.is_file()} - before
     assert not [path for path in after if ".partial" in str(path)]

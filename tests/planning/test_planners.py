@@ -20,23 +20,15 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres import cli
 from nnunet_conres.errors import InputError
+from nnunet_conres.families import PLANNED, load, load_trainer
 from nnunet_conres.planning import planners
 from nnunet_conres.planning.commands import PlanOptions, plan, plan_and_preprocess
 from nnunet_conres.planning.memory import UntrainableError
 from nnunet_conres.planning.planners import GIB, PLANNERS
 from nnunet_conres.planning.preprocessing import PreprocessedDataset
 from nnunet_conres.planning.training_step import TrainingStep
-from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet
-from nnunet_conres.trainers.residual_maps import nnUNetTrainerResidualMaps
-from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
-from nnunet_conres.trainers.vnet import nnUNetTrainerVNet
 
-TRAINERS = {
-    "conresnet": nnUNetTrainerConResNet,
-    "residual_maps": nnUNetTrainerResidualMaps,
-    "vnet": nnUNetTrainerVNet,
-    "unet3d": nnUNetTrainerUNet3D,
-}
+TRAINERS = {key: load_trainer(family.trainer_name) for key, family in PLANNED.items()}
 FAMILIES = list(PLANNERS)
 NAME = "Dataset701_Made"
 ISOTROPIC = {"shape": (150, 160, 140), "spacing": (1.0, 1.0, 1.0)}
@@ -104,11 +96,8 @@ class TestPlans:
     def test_name_our_network_and_all_of_its_arguments(self, family: str, make: Any, planned: Any) -> None:
         make(ISOTROPIC)
         architecture = planned(family)["configurations"]["3d_fullres"]["architecture"]
-        module, _, class_name = architecture["network_class_name"].rpartition(".")
-        file = {"residual_maps": "residual_map_unet"}.get(family, family)
-        assert module == f"nnunet_conres.architectures.{file}"
-        network = getattr(__import__(module, fromlist=[class_name]), class_name)
-        arguments = set(inspect.signature(network.__init__).parameters)
+        assert architecture["network_class_name"] == PLANNED[family].networks[0]
+        arguments = set(inspect.signature(load(PLANNED[family].networks[0]).__init__).parameters)
         arguments -= {"self", "input_channels", "num_classes", "deep_supervision", "residual_outputs"}
         assert arguments - {"n_conv_per_stage"} <= set(architecture["arch_kwargs"]) <= arguments
 
@@ -250,6 +239,25 @@ class TestMemory:
                 planned(gib=gib)
             gib = float(str(refusal.value).split("-gpu_memory_target to at least ")[1].rstrip("."))
         assert planned(gib=gib)["configurations"]["3d_cascade_fullres"]["batch_size"] == 2
+
+    def test_a_target_that_nothing_fits_is_refused_after_one_execution(
+        self, make: Any, planned: Any, monkeypatch: Any
+    ) -> None:
+        executed = []
+
+        def execute(step: TrainingStep) -> int:
+            executed.append(step)
+            return fake_memory(step)
+
+        def search(step: TrainingStep) -> int:
+            raise AssertionError("the search for the largest patch is long")
+
+        make(LARGE)
+        monkeypatch.setattr(planners, "MemoryModel", FakeModel(search, execute))
+        with pytest.raises(InputError, match=r"takes 0\.\d+ GiB at batch 2 with checkpointing full\. Set"):
+            planned(gib=1e-5)
+        assert len(executed) == 1
+        assert executed[0].batch_size == 2
 
     def test_spacing_that_is_too_coarse(self, make: Any, planned: Any) -> None:
         make(ISOTROPIC)
@@ -631,7 +639,9 @@ class TestCommands:
         make(TINY, cases=3)
         command = ["plan_and_preprocess", "-d", "701", "-a", "vnet", "-np", "1", "-npfp", "1", "--no_pbar"]
         assert cli.main(command) == 0
-        lines = capsys.readouterr().out.splitlines()
+        captured = capsys.readouterr()
+        assert "%|" not in captured.err
+        lines = captured.out.splitlines()
         assert "Data of 3d_fullres: 3 cases written, 0 were there" in lines
         assert "Data of 3d_lowres: none, the images don't need this configuration" in lines
         assert lines[-1] == "Next: nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerVNet -p nnUNetVNetPlans"

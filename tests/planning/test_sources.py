@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import json
 import multiprocessing.dummy
 import os
@@ -15,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
@@ -23,7 +26,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_conres import cli
 from nnunet_conres.datasets.fingerprint import carry_fingerprint
-from nnunet_conres.errors import InputError
+from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.planning import planners
 from nnunet_conres.planning.commands import PlanOptions, plan, plan_and_preprocess
 from nnunet_conres.planning.preprocessing import PreprocessedDataset
@@ -280,6 +283,10 @@ class TestFingerprint:
         assert "it was taken of 3 cases, and there are 4); it is taken again" in capsys.readouterr().out
         content = json.loads(fingerprint.read_text())
         assert len(content["spacings"]) == 4
+        fingerprint.write_text(fingerprint.read_text()[:100])  # nnU-Net was killed while it wrote
+        complete(preprocess=False)
+        assert "it can't be read" in capsys.readouterr().out
+        assert json.loads(fingerprint.read_text()) == content
         before = fingerprint.read_bytes()
         complete(preprocess=False)
         assert fingerprint.read_bytes() == before
@@ -405,7 +412,7 @@ class TestKilledAndConcurrentRuns:
         process = self.begin(raw, folder, tmp_path / "mark", 600)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert list(folder.glob(f".{DATA}.????????"))
+        assert list(folder.glob(f".{DATA}.partial-????????"))
         assert complete().preprocessed[0].written == ("case_1", "case_2")
         assert not list(folder.glob(".*"))
 
@@ -417,6 +424,72 @@ class TestKilledAndConcurrentRuns:
         assert process.communicate()[0].strip() == "('case_0', 'case_1', 'case_2')"
         assert process.returncode == 0
         assert not list(folder.glob(".*"))
+
+
+class TestFilesThatCannotBeWritten:
+    @pytest.mark.parametrize("as_npz", [False, True])
+    def test_data(
+        self, raw: Path, folder: Path, as_npz: bool, limited_files: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Blosc2 says neither which file it could not write nor why."""
+        complete(preprocess=False)
+        if as_npz:
+            monkeypatch.setattr("nnunet_conres.planning.preprocessing._holds_npz", lambda _: True)
+        before = sorted(folder.rglob("*"))
+        with limited_files(2048), pytest.raises(InputError) as caught:
+            PreprocessedDataset(raw, folder, "nnUNetVNetPlans").complete({"3d_fullres": 1}, progress=False)
+        path = folder / DATA / ("case_0.npz" if as_npz else "case_0.b2nd")
+        assert str(caught.value).startswith(f"{path}: File too large. Raise the limit")
+        assert [path for path in sorted(folder.rglob("*")) if path not in before] == [folder / DATA]
+
+    def test_properties(self, raw: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        complete(preprocess=False)
+
+        def full(path: Path, _: Any) -> None:
+            with file_errors(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("nnunet_conres.planning.preprocessing._note", full)
+        with pytest.raises(InputError, match=f"^{folder / DATA / 'case_0.pkl'}: No space left"):
+            PreprocessedDataset(raw, folder, "nnUNetVNetPlans").complete({"3d_fullres": 1}, progress=False)
+
+    @pytest.mark.parametrize("size", [16, 512])
+    def test_fingerprint(self, raw: Path, folder: Path, size: int, limited_files: Any) -> None:
+        """Neither the lock, which is written first, nor the fingerprint fits; nothing of it stays."""
+        fingerprint = folder / "dataset_fingerprint.json"
+        with limited_files(size), pytest.raises(InputError, match=f"^{fingerprint}: File too large"):
+            complete(preprocess=False, clean=True)
+        assert fingerprint.exists() == (size == 16)
+        assert not list(folder.glob(".*"))
+
+
+class TestFilesThatNnunetDoesNotReadAsTheyAre:
+    @pytest.mark.parametrize("part", ["imagesTr/case_1_0000", "labelsTr/case_1"])
+    def test_compressed_without_gz(self, raw: Path, part: str) -> None:
+        make_uncompressed(raw)
+        path = raw / f"{part}.nii"
+        path.write_bytes(gzip.compress(path.read_bytes()))
+        with pytest.raises(InputError) as caught:
+            complete(clean=True)
+        assert f"{path} cannot be read: it is compressed, and its name does not say so" in str(caught.value)
+
+    def test_labels_with_a_scale_factor(self, raw: Path) -> None:
+        """Training would cut 0.99999285 off to 0."""
+        path = raw / "labelsTr" / "case_1.nii.gz"
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(path))
+        image = nibabel.Nifti1Image(np.rint((labels.T + 319.0) / 0.01).astype(np.int16), np.diag([-1, -1, 1, 1]))
+        image.header.set_slope_inter(0.01, -319.0)
+        path.write_bytes(gzip.compress(image.to_bytes()))
+        with pytest.raises(InputError, match=f"Case case_1 can't be preprocessed.*{path} has labels that nnU-Net's"):
+            complete(clean=True)
+
+    def test_labels_that_are_not_finite(self, raw: Path) -> None:
+        path = raw / "labelsTr" / "case_1.nii.gz"
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(path)).astype(np.float32)
+        labels[0, 0, 0] = np.nan
+        sitk.WriteImage(sitk.GetImageFromArray(labels), path)
+        with pytest.raises(InputError, match=f"Case case_1 can't be preprocessed.*{path} has 1 voxels that are NaN"):
+            complete(clean=True)
 
 
 def test_a_fingerprint_that_was_carried_over_is_kept(raw: Path, folder: Path) -> None:

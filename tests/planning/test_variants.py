@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres import cli
 from nnunet_conres.errors import InputError
+from nnunet_conres.planning import variants
 from nnunet_conres.planning.commands import PlanOptions, plan
+from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.planning.variants import add_variants
+from nnunet_conres.text import times
 from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet
 
 NAME = "Dataset701_Made"
@@ -107,6 +112,25 @@ class TestPlans:
         assert add_variants(NAME, "nnUNetPlans", [(8, 80, 80)]).variants[0].was_there
         assert plans_file.read_text() == content
 
+    def test_two_commands_at_once_add_both(self, plans_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The second one comes when the first has read the plans and not written them yet."""
+        write, second = variants.write_json, []
+
+        def late(path: Path, content: Any) -> None:
+            if not second:
+                second.append(threading.Thread(target=add_variants, args=(NAME, "nnUNetPlans", [(16, 160, 160)])))
+                second[0].start()
+                time.sleep(0.3)
+            write(path, content)
+
+        monkeypatch.setattr(variants, "write_json", late)
+        add_variants(NAME, "nnUNetPlans", [(8, 80, 80)])
+        second[0].join()
+        assert {"3d_fullres_8x80x80", "3d_fullres_16x160x160"} <= set(
+            PlansManager(str(plans_file)).plans["configurations"]
+        )
+        assert not list(plans_file.parent.glob(".*"))
+
     def test_a_lowres_variant_does_not_feed_the_cascade(self, plans_file: Path) -> None:
         plans = json.loads(plans_file.read_text())
         plans["configurations"]["3d_lowres"] = {"inherits_from": "3d_fullres", "next_stage": "3d_cascade_fullres"}
@@ -125,6 +149,13 @@ class TestRefused:
         assert "too small" in str(error.value)
         assert "80 x 80; expected 3" in str(error.value)
         assert "batch size is 0" in str(error.value)
+        assert plans_file.read_text() == content
+
+    @pytest.mark.parametrize("patch", [(2, 64, 64), (64, 64, 3), (3, 3, 64)])
+    def test_edges_that_no_planner_gives(self, patch: tuple[int, ...], plans_file: Path) -> None:
+        content = plans_file.read_text()
+        with pytest.raises(InputError, match=rf"Patch {times(patch)} is too small: expected {MIN_EDGE} voxels"):
+            add_variants(NAME, "nnUNetPlans", [patch])
         assert plans_file.read_text() == content
 
     def test_slips(self, plans_file: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_conres.registration import TRAINER_FOLDER, TRAINERS, VARIABLE
+from nnunet_conres.families import TRAINERS
+from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 
 PACKAGE = Path(TRAINER_FOLDER).parent.parent
 
@@ -42,7 +43,8 @@ def add_package(folder: Path, trainers: str) -> Path:
     """Copies this package into a folder, with other trainers."""
     package = folder / "nnunet_conres"
     package.mkdir(parents=True)
-    shutil.copy(PACKAGE / "__init__.py", package)
+    for file in ("__init__.py", "families.py"):
+        shutil.copy(PACKAGE / file, package)
     shutil.copytree(PACKAGE / "registration", package / "registration")
     (package / "trainers").mkdir()
     (package / "trainers" / "__init__.py").write_text(trainers)
@@ -106,7 +108,7 @@ class TestInAnotherEnvironment:
 
     def test_a_version_that_lacks_the_trainer_defines_nothing(self, tmp_path: Path) -> None:
         package = add_package(tmp_path, "")
-        (package / "registration" / "__init__.py").write_text("TRAINERS = {}")
+        (package / "families.py").write_text("FAMILIES, TRAINERS, load = (), {}, None\n")
         run = look_up("nnUNetTrainerConResNet", tmp_path)
         assert (run.returncode, run.stdout, run.stderr) == (0, "False\n", "")
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 import nnunet_conres
-from nnunet_conres.registration import TRAINER_FOLDER, TRAINERS, TRAINING_LENGTHS, VARIABLE, info
+from nnunet_conres.families import TRAINERS, TRAINING_LENGTHS
+from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE, info
 from nnunet_conres.registration.info import collect
 
 PATHS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")

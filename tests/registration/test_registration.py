@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_conres import registration
+from nnunet_conres import families, registration
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE, folders, is_active
 
 OTHER = os.path.join(os.path.abspath(os.sep), "somebody", "trainers")
@@ -45,8 +45,8 @@ print(sorted({"torch", "numpy", "SimpleITK", "matplotlib", "nnunetv2", "batchgen
 def test_trainers_are_those_that_the_package_exports() -> None:
     from nnunet_conres import trainers
 
-    assert sorted(registration.TRAINERS) == sorted(trainers.__all__)
-    for name in registration.TRAINERS:
+    assert sorted(families.TRAINERS) == sorted(trainers.__all__)
+    for name in families.TRAINERS:
         # the name becomes the folder of the results and goes into checkpoints, by which a prediction finds the class
         assert getattr(trainers, name).__name__ == name
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from nnunet_conres.trainers import nnUNetTrainerVNet
-from nnunet_conres.trainers.base import CHECKPOINT_VARIABLE
+from nnunet_conres.trainers.resume import CHECKPOINT_VARIABLE
 from nnunet_conres.workflow import step
 
 

@@ -512,7 +512,7 @@ class TestContinuing:
     ) -> None:
         """Also while every epoch is shorter than the interval and writes a new best checkpoint."""
         clock = 0.0
-        monkeypatch.setattr("nnunet_conres.trainers.base.time.monotonic", lambda: clock)
+        monkeypatch.setattr("nnunet_conres.trainers.resume.time.monotonic", lambda: clock)
         trainer = make_trainer(nnUNetTrainerConResNet)
         trainer.num_epochs = 6
         latest = Path(trainer.output_folder) / "checkpoint_latest.pth"

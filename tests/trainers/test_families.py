@@ -1,5 +1,6 @@
-"""V-Net and 3D U-Net through nnU-Net's own code; what all trainers share is tested with ConResNet."""
+"""Families without residual maps through nnU-Net's own code; what all trainers share is tested with ConResNet."""
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_conres.architectures.unet3d import UNet3D
-from nnunet_conres.architectures.vnet import VNet
+from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
 from nnunet_conres.augmentation.histogram import HistogramMatchingTransform
 from nnunet_conres.augmentation.mirror_outside import MirrorOutsideTransform
+from nnunet_conres.families import PLANNED, load, load_trainer
 from nnunet_conres.losses import SquaredDiceLoss, VoxelWeightedCrossEntropyLoss
 from nnunet_conres.trainers import (
     nnUNetTrainerConResNet,
@@ -29,7 +30,11 @@ from nnunet_conres.trainers import (
     nnUNetTrainerVNetPaper,
 )
 
-FAMILIES = {nnUNetTrainerVNet: VNet, nnUNetTrainerUNet3D: UNet3D}
+FAMILIES = {
+    load_trainer(family.trainer_name): load(family.networks[0])
+    for family in PLANNED.values()
+    if not issubclass(load(family.networks[0]), ResidualMapsMixin)
+}
 DYNAMIC = pytest.mark.parametrize("trainer_class", list(FAMILIES))
 PAPER = pytest.mark.parametrize("trainer_class", [nnUNetTrainerVNetPaper, nnUNetTrainerUNet3DPaper])
 
@@ -84,7 +89,8 @@ class TestDynamic:
         plans = json.loads((Path(trainer.output_folder_base) / "plans.json").read_text())
         architecture = plans["configurations"]["3d_fullres"]["architecture"]
         assert architecture["network_class_name"].rpartition(".")[2] == FAMILIES[trainer_class].__name__
-        assert {"n_conv_per_stage", "n_conv_per_stage_decoder", "auxiliary_heads"} <= set(architecture["arch_kwargs"])
+        takes = set(inspect.signature(FAMILIES[trainer_class]).parameters)
+        assert set(architecture["arch_kwargs"]) == takes - {"input_channels", "num_classes", "deep_supervision"}
 
     def test_stock_trainer_trains_plans_that_name_it(
         self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any], trainer_class: type

@@ -5,10 +5,10 @@ import pickle
 import pytest
 
 import nnunet_conres.trainers
-from nnunet_conres.registration import TRAINERS, TRAINING_LENGTHS
+from nnunet_conres.families import LENGTHS, TRAINERS, TRAINING_LENGTHS
 
 
-@pytest.mark.parametrize("family", ["nnUNetTrainerConResNet", "nnUNetTrainerVNet", "nnUNetTrainerUNet3D"])
+@pytest.mark.parametrize("family", sorted({trainer for trainer, _ in LENGTHS.values()}))
 def test_every_family_has_every_length(family: str) -> None:
     for ending, epochs in TRAINING_LENGTHS.items():
         trainer = getattr(nnunet_conres.trainers, f"{family}_{ending}")

@@ -16,7 +16,7 @@ from torch import nn
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.trainers import nnUNetTrainerMuon, nnUNetTrainerUNet3DPaper, nnUNetTrainerVNet
-from nnunet_conres.trainers.base import LATEST_CHECKPOINT, PluginTrainer
+from nnunet_conres.trainers.base import PluginTrainer
 from nnunet_conres.trainers.nonfinite import (
     MOST_IN_A_ROW,
     MOST_WHILE_SCALING,
@@ -24,15 +24,14 @@ from nnunet_conres.trainers.nonfinite import (
     FiniteStepsTrainer,
     _all_finite,
 )
+from nnunet_conres.trainers.resume import LATEST_CHECKPOINT
 
 
 class PlansNetwork(nnUNetTrainerMuon):
-    optimizer_kind = "sgd"
+    configure_optimizers = nnUNetTrainer.configure_optimizers
 
 
 class PlansNetworkAdam(PlansNetwork):
-    optimizer_kind = "adam"
-
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.network.parameters(), 1e-3, weight_decay=0.1)
         return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)

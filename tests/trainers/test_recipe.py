@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_conres.optimizers import Muon
 from nnunet_conres.trainers import (
@@ -21,6 +22,7 @@ from nnunet_conres.trainers import (
     nnUNetTrainerResidualMaps_SGD,
     nnUNetTrainerUNet3D,
 )
+from nnunet_conres.trainers.recipe import MuonMixin
 
 
 def rates(trainer: Any) -> list[float]:
@@ -87,17 +89,19 @@ def test_network_of_the_plans(make_trainer: Callable[..., Any], kind: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("trainer_class", "kind", "expected"),
+    ("trainer_class", "optimiser_of", "expected"),
     [
-        (nnUNetTrainerConResNet, "sgd", (torch.optim.SGD, 0.01, 3e-5, 0.01)),
-        (nnUNetTrainerUNet3D, "muon", (Muon, 0.03, 1e-3, 0.03 * (5 / 6) ** 0.9)),
+        (nnUNetTrainerConResNet, nnUNetTrainer, (torch.optim.SGD, 0.01, 3e-5, 0.01)),
+        (nnUNetTrainerUNet3D, MuonMixin, (Muon, 0.03, 1e-3, 0.03 * (5 / 6) ** 0.9)),
     ],
 )
-def test_the_kind_alone_decides(
-    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, trainer_class: type, kind: str, expected: Any
+def test_the_optimiser_alone_decides(
+    make_trainer: Callable[..., Any], trainer_class: type, optimiser_of: type, expected: Any
 ) -> None:
-    monkeypatch.setattr(trainer_class, "optimizer_kind", kind)
-    trainer = make_trainer(trainer_class)
+    class nnUNetTrainerOwn(trainer_class):
+        configure_optimizers = optimiser_of.configure_optimizers
+
+    trainer = make_trainer(nnUNetTrainerOwn)
     second = rates(trainer)[1]
     assert (type(trainer.optimizer), trainer.initial_lr, trainer.weight_decay) == expected[:3]
     assert second == pytest.approx(expected[3])
@@ -118,7 +122,6 @@ def test_an_optimiser_of_the_users_own(make_trainer: Callable[..., Any]) -> None
     trainer.save_checkpoint(file)
     again = make_trainer(nnUNetTrainerOwn)
     again.load_checkpoint(file)
-    assert again.optimizer_kind == "muon"  # untouched
     assert again.optimizer.param_groups[0]["momentum"] == 0.9
 
 

@@ -163,6 +163,8 @@ class TestWithStandIns:
             "nnunet-conres split",
         ]
         assert len([call for call in made if call.startswith("nnUNetv2_preprocess")]) == 1  # shared by both plans
+        asked = [call.split() for call in made if call.startswith("nnunet-conres memory")]
+        assert sorted(call[call.index("-tr") + 1] for call in asked) == ["nnUNetTrainer", "nnUNetTrainerConResNet"]
         order = [call.split()[0] for call in made]
         split = next(number for number, call in enumerate(made) if call.startswith("nnunet-conres split"))
         assert split < order.index("nnUNetv2_train")

@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
             raise
         raise missing from error
     try:
-        if name not in import_module("nnunet_conres.registration").TRAINERS:
+        if name not in import_module("nnunet_conres.families").TRAINERS:
             raise missing
         problem = import_module("nnunet_conres.registration.nnunet_version").version_problem()
         if problem is not None:

@@ -7,25 +7,19 @@ from typing import Any
 import pytest
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from nnunet_conres.planning.architectures import (
-    CONRESNET,
-    CONRESNET_PAPER,
-    RESIDUAL_MAP_UNET,
-    UNET3D,
-    VNET,
-    conresnet_architecture,
-    conresnet_paper_architecture,
-    has_auxiliary_heads,
-    residual_maps_architecture,
-    set_background_class,
-    stages_of,
-    unet3d_architecture,
-    unet3d_paper_architecture,
-    vnet_architecture,
-    vnet_paper_architecture,
-)
-from nnunet_conres.trainers.plans import configuration_of, with_configuration
+from nnunet_conres.architectures.conresnet import ConResNet
+from nnunet_conres.architectures.conresnet_paper import ConResNetPaper
+from nnunet_conres.architectures.residual_map_unet import ResidualMapUNet
+from nnunet_conres.architectures.unet3d import UNet3D
+from nnunet_conres.architectures.vnet import VNet
+from nnunet_conres.families import PLANNED
+from nnunet_conres.plans import conresnet, residual_maps, unet3d, vnet
+from nnunet_conres.plans.configurations import configuration_of, with_configuration
+from nnunet_conres.plans.entries import class_path, has_auxiliary_heads, set_background_class, stages_of
 
+CONRESNET, CONRESNET_PAPER, RESIDUAL_MAP_UNET, VNET, UNET3D = map(
+    class_path, (ConResNet, ConResNetPaper, ResidualMapUNet, VNet, UNet3D)
+)
 STOCK = {
     "n_stages": 3,
     "features_per_stage": [32, 64, 128],
@@ -63,8 +57,8 @@ def fullres(some_plans: dict) -> Any:
 @pytest.mark.parametrize(
     ("derive", "class_name", "own"),
     [
-        (conresnet_architecture, CONRESNET, {"slice_axis": 0, "shared_encoder": False}),
-        (residual_maps_architecture, RESIDUAL_MAP_UNET, {}),
+        (conresnet.architecture, CONRESNET, {"slice_axis": 0, "shared_encoder": False}),
+        (residual_maps.architecture, RESIDUAL_MAP_UNET, {}),
     ],
 )
 class TestNetworksWithResidualMaps:
@@ -106,34 +100,22 @@ class TestNetworksWithResidualMaps:
         assert arguments["checkpointing"] == "full"
         assert arguments["future"] == 7  # the constructor refuses what it doesn't know; nothing is dropped silently
 
-    def test_resolving_twice_changes_nothing(
-        self, derive: Callable[..., Any], class_name: str, own: dict[str, Any]
-    ) -> None:
-        once = with_configuration(plans(), "3d_fullres", architecture=derive(fullres(plans())))
-        assert derive(fullres(once)) == once["configurations"]["3d_fullres"]["architecture"]
-
-    def test_refuse_networks_without_stages(
-        self, derive: Callable[..., Any], class_name: str, own: dict[str, Any]
-    ) -> None:
-        with pytest.raises(ValueError, match=r"Primus has no n_stages, strides"):
-            derive(fullres(plans("architectures.primus.Primus", n_stages="left out", strides="left out")))
-
 
 class TestConResNetArchitecture:
     def test_shared_encoder(self) -> None:
-        assert conresnet_architecture(fullres(plans()), shared_encoder=True)["arch_kwargs"]["shared_encoder"] is True
+        assert conresnet.architecture(fullres(plans()), shared_encoder=True)["arch_kwargs"]["shared_encoder"] is True
         named = plans(CONRESNET, n_conv_per_stage="left out", n_blocks_per_stage=[1, 2, 2], shared_encoder=True)
         for wanted in (True, False):  # the trainer's name says which of the two it trains
-            assert conresnet_architecture(fullres(named), wanted)["arch_kwargs"]["shared_encoder"] is wanted
+            assert conresnet.architecture(fullres(named), wanted)["arch_kwargs"]["shared_encoder"] is wanted
 
     def test_plans_of_one_network_with_residual_maps_become_the_other(self) -> None:
-        ours = with_configuration(plans(), "3d_fullres", architecture=residual_maps_architecture(fullres(plans())))
-        assert conresnet_architecture(fullres(ours)) == conresnet_architecture(fullres(plans()))
+        ours = with_configuration(plans(), "3d_fullres", architecture=residual_maps.architecture(fullres(plans())))
+        assert conresnet.architecture(fullres(ours)) == conresnet.architecture(fullres(plans()))
 
 
 class TestPaperArchitecture:
     def test_has_the_arguments_of_its_network(self) -> None:
-        entry = conresnet_paper_architecture(fullres(plans()))
+        entry = conresnet.paper_architecture(fullres(plans()))
         assert entry == {
             "network_class_name": CONRESNET_PAPER,
             "arch_kwargs": {
@@ -152,14 +134,14 @@ class TestPaperArchitecture:
             "arch_kwargs": {"slice_axis": 2},
             "_kw_requires_import": [],
         }
-        arguments = conresnet_paper_architecture(fullres(ours))["arch_kwargs"]
+        arguments = conresnet.paper_architecture(fullres(ours))["arch_kwargs"]
         assert arguments["slice_axis"] == 2
         assert not has_auxiliary_heads(fullres(ours))
 
 
 @pytest.mark.parametrize("has_regions", [True, False])
 def test_the_background_has_no_residual_map(has_regions: bool) -> None:
-    entry = conresnet_architecture(fullres(plans()))
+    entry = conresnet.architecture(fullres(plans()))
     set_background_class(entry, has_regions)
     assert entry["arch_kwargs"]["background_class"] is not has_regions
     stock = plans()["configurations"]["3d_fullres"]["architecture"]
@@ -171,7 +153,7 @@ def test_strides_and_kernels_of_every_stage() -> None:
     strides, kernels = stages_of(fullres(plans(strides=[1, [1, 2, 2], 2])))
     assert strides == [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
     assert kernels == STOCK["kernel_sizes"]
-    paper = with_configuration(plans(), "3d_fullres", architecture=conresnet_paper_architecture(fullres(plans())))
+    paper = with_configuration(plans(), "3d_fullres", architecture=conresnet.paper_architecture(fullres(plans())))
     assert stages_of(fullres(paper)) == ([[1, 1, 1]] + [[2, 2, 2]] * 3, [[3, 3, 3]] * 4)
     assert stages_of(fullres(plans("architectures.primus.Primus", n_stages="left out"))) == ([], [])
 
@@ -186,7 +168,7 @@ RESIDUAL_ENCODER = {
 
 class TestVNetArchitecture:
     def test_kernels_of_five_and_half_of_the_features(self) -> None:
-        arguments = vnet_architecture(fullres(plans()))["arch_kwargs"]
+        arguments = vnet.architecture(fullres(plans()))["arch_kwargs"]
         assert arguments["kernel_sizes"] == [[1, 5, 5], [5, 5, 5], [5, 5, 5]]
         assert arguments["features_per_stage"] == [16, 32, 64]
         assert arguments["n_conv_per_stage"] == [1, 2, 3]
@@ -196,12 +178,12 @@ class TestVNetArchitecture:
             assert arguments[carried] == STOCK[carried]
 
     def test_one_number_for_all_stages(self) -> None:
-        arguments = vnet_architecture(fullres(plans(features_per_stage=8, kernel_sizes=3)))["arch_kwargs"]
+        arguments = vnet.architecture(fullres(plans(features_per_stage=8, kernel_sizes=3)))["arch_kwargs"]
         assert arguments["features_per_stage"] == [4, 4, 4]
         assert arguments["kernel_sizes"] == [[5, 5, 5]] * 3
 
     def test_paper(self) -> None:
-        arguments = vnet_paper_architecture(fullres(plans()))["arch_kwargs"]
+        arguments = vnet.paper_architecture(fullres(plans()))["arch_kwargs"]
         assert arguments["features_per_stage"] == [16, 32, 64, 128, 256]
         assert arguments["n_conv_per_stage"] == [1, 2, 3, 3, 3]
         assert arguments["n_conv_per_stage_decoder"] == [3, 3, 2, 1]
@@ -210,24 +192,25 @@ class TestVNetArchitecture:
 
 class TestUNet3DArchitecture:
     def test_pairs_of_convolutions(self) -> None:
-        arguments = unet3d_architecture(fullres(plans()))["arch_kwargs"]
+        arguments = unet3d.architecture(fullres(plans()))["arch_kwargs"]
         assert {k: arguments[k] for k in STOCK} == STOCK
         assert arguments["downsampling"] == "strided_conv"
 
     def test_pairs_for_residual_encoder_plans_too(self) -> None:
-        arguments = unet3d_architecture(fullres(plans(**RESIDUAL_ENCODER)))["arch_kwargs"]
+        arguments = unet3d.architecture(fullres(plans(**RESIDUAL_ENCODER)))["arch_kwargs"]
         assert arguments["n_conv_per_stage"] == [2, 2, 2]
         assert arguments["n_conv_per_stage_decoder"] == [2, 2]
 
     def test_paper_keeps_the_downsampling_of_plans_that_name_it(self) -> None:
-        assert unet3d_paper_architecture(fullres(plans()))["arch_kwargs"]["downsampling"] == "strided_conv"
+        assert unet3d.paper_architecture(fullres(plans()))["arch_kwargs"]["downsampling"] == "strided_conv"
         pooling = plans(UNET3D, downsampling="max_pool")
-        assert unet3d_paper_architecture(fullres(pooling))["arch_kwargs"]["downsampling"] == "max_pool"
+        assert unet3d.paper_architecture(fullres(pooling))["arch_kwargs"]["downsampling"] == "max_pool"
 
 
 @pytest.mark.parametrize(
     ("derive", "class_name"),
-    [(vnet_architecture, VNET), (unet3d_architecture, UNET3D), (conresnet_architecture, CONRESNET)],
+    [(family.plans.architecture, family.networks[0]) for family in PLANNED.values()],
+    ids=PLANNED,
 )
 class TestAllFamilies:
     @pytest.mark.parametrize("stock", [{}, RESIDUAL_ENCODER])
@@ -253,10 +236,10 @@ def test_papers_have_a_single_head() -> None:
 
     configuration = fullres(plans())
     assert has_auxiliary_heads(configuration)
-    for paper in (vnet_paper_architecture, unet3d_paper_architecture, conresnet_paper_architecture):
-        assert not heads(paper(configuration))
-    for dynamic in (vnet_architecture, unet3d_architecture, conresnet_architecture, residual_maps_architecture):
-        assert heads(dynamic(configuration))
+    for family in PLANNED.values():
+        assert heads(family.plans.architecture(configuration))
+        if hasattr(family.plans, "paper_architecture"):
+            assert not heads(family.plans.paper_architecture(configuration))
 
 
 def naming(entry: dict[str, Any], **patch: Any) -> Any:
@@ -265,10 +248,11 @@ def naming(entry: dict[str, Any], **patch: Any) -> Any:
 
 
 PAPERS = {
-    VNET: vnet_paper_architecture,
-    UNET3D: unet3d_paper_architecture,
-    CONRESNET_PAPER: conresnet_paper_architecture,
+    family.networks[-1]: family.plans.paper_architecture
+    for family in PLANNED.values()
+    if hasattr(family.plans, "paper_architecture")
 }
+DYNAMIC = {family.networks[0]: family.plans.architecture for family in PLANNED.values()}
 
 
 class TestPlansOfOtherFamilies:
@@ -278,31 +262,19 @@ class TestPlansOfOtherFamilies:
         stock = PAPERS[ours](fullres(plans()))
         assert PAPERS[ours](naming(PAPERS[theirs](fullres(plans())))) == stock
 
-    @pytest.mark.parametrize(
-        ("derive", "theirs"),
-        [
-            (vnet_architecture, UNET3D),
-            (vnet_architecture, CONRESNET_PAPER),
-            (unet3d_architecture, VNET),
-            (unet3d_architecture, CONRESNET_PAPER),
-            (conresnet_architecture, VNET),
-            (conresnet_architecture, UNET3D),
-            (conresnet_architecture, CONRESNET_PAPER),
-            (residual_maps_architecture, CONRESNET_PAPER),
-        ],
-    )
-    def test_nothing_is_derived_from_another_networks_paper_form(self, derive: Any, theirs: str) -> None:
+    @pytest.mark.parametrize(("ours", "theirs"), [(one, other) for one in DYNAMIC for other in PAPERS if one != other])
+    def test_nothing_is_derived_from_another_networks_paper_form(self, ours: str, theirs: str) -> None:
         with pytest.raises(ValueError, match=r"Cannot derive .*a paper's own"):
-            derive(naming(PAPERS[theirs](fullres(plans()))))
+            DYNAMIC[ours](naming(PAPERS[theirs](fullres(plans()))))
 
     def test_single_headed_plans_of_the_own_network_keep_their_arguments(self) -> None:
-        for derive, paper in ((vnet_architecture, PAPERS[VNET]), (unet3d_architecture, PAPERS[UNET3D])):
+        for derive, paper in ((vnet.architecture, PAPERS[VNET]), (unet3d.architecture, PAPERS[UNET3D])):
             entry = derive(fullres(plans()))
             entry["arch_kwargs"]["auxiliary_heads"] = False
             assert paper(naming(entry)) == entry
 
 
-@pytest.mark.parametrize(("derive", "class_name"), [(vnet_architecture, VNET), (unet3d_architecture, UNET3D)])
+@pytest.mark.parametrize(("derive", "class_name"), [(vnet.architecture, VNET), (unet3d.architecture, UNET3D)])
 def test_what_plans_leave_out_is_spelled_out_as_the_constructor_has_it(derive: Any, class_name: str) -> None:
     partial = {
         "n_stages": 2,
@@ -325,16 +297,8 @@ def test_what_plans_leave_out_is_spelled_out_as_the_constructor_has_it(derive: A
 
 @pytest.mark.parametrize(
     ("derive", "class_name"),
-    [
-        (conresnet_architecture, CONRESNET),
-        (conresnet_paper_architecture, CONRESNET),
-        (conresnet_paper_architecture, CONRESNET_PAPER),
-        (residual_maps_architecture, RESIDUAL_MAP_UNET),
-        (vnet_architecture, VNET),
-        (vnet_paper_architecture, VNET),
-        (unet3d_architecture, UNET3D),
-        (unet3d_paper_architecture, UNET3D),
-    ],
+    [*((derive, name) for name, derive in (DYNAMIC | PAPERS).items()), (conresnet.paper_architecture, CONRESNET)]
+    + [(DYNAMIC[name], name) for name in PAPERS if name in DYNAMIC],
 )
 def test_checkpointing_stays_with_its_network(derive: Callable[..., dict[str, Any]], class_name: str) -> None:
     own = configuration_of(plans(class_name, checkpointing="full"), "3d_fullres")

@@ -46,19 +46,25 @@ def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> lis
     ]
 
 
-def paper_patch_size(paper: tuple[int, int, int], median_shape: list[float], divisor: int) -> list[int]:
-    """The paper's patch, on every axis no larger than the images need.
+def with_paper_patch(
+    entries: dict[str, Any],
+    configuration: ConfigurationManager,
+    patch_size: tuple[int, int, int],
+    batch_size: int,
+    divisor: int,
+) -> dict[str, Any]:
+    """Entries for the plans with the paper's patch, on every axis no larger than the images need, and its batch.
 
     Args:
-        paper: Patch of the paper in voxels.
-        median_shape: Median image shape in voxels, axes in the same order.
-        divisor: What the network's strides multiply to; sizes are rounded up to it.
-
-    Returns:
-        Patch size in voxels, every entry a multiple of ``divisor``.
+        entries: What the trainer writes into the plans besides.
+        configuration: Configuration of stock plans.
+        patch_size: The paper's patch in voxels.
+        batch_size: The paper's batch.
+        divisor: What the network's strides multiply to; sides of the patch are rounded up to it.
     """
+    median_shape = configuration.configuration.get("median_image_size_in_voxels", configuration.patch_size)
     needed = [-(-round(extent) // divisor) * divisor for extent in median_shape]
-    return [min(p, n) for p, n in zip(paper, needed, strict=True)]
+    return entries | {"patch_size": list(map(min, patch_size, needed)), "batch_size": batch_size}
 
 
 def with_configuration(plans: dict[str, Any], configuration: str, **entries: Any) -> dict[str, Any]:

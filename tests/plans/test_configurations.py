@@ -4,14 +4,14 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_conres import __version__
-from nnunet_conres.trainers.plans import (
+from nnunet_conres.plans.configurations import (
     configuration_of,
     differences_in_topology,
-    paper_patch_size,
     with_configuration,
+    with_paper_patch,
 )
 
 
@@ -31,7 +31,10 @@ def plans() -> dict[str, Any]:
     ],
 )
 def test_patch_is_the_papers_but_no_larger_than_the_images(median_shape: list[float], expected: list[int]) -> None:
-    assert paper_patch_size((80, 160, 160), median_shape, 8) == expected
+    entries = {"architecture": {}, "patch_size": [8, 8, 8], "median_image_size_in_voxels": median_shape}
+    configuration = ConfigurationManager(entries)
+    found = with_paper_patch({"architecture": {}}, configuration, (80, 160, 160), 2, 8)
+    assert found == {"architecture": {}, "patch_size": expected, "batch_size": 2}
 
 
 class TestWithConfiguration:

@@ -1,0 +1,168 @@
+"""The families of networks: everything that goes by a network's name, in one place. Imports nothing heavy.
+
+Planners, the choices of ``-a``, the trainers that nnU-Net finds and their training lengths, the names that a workflow
+knows and the networks that the shared tests run are derived from `FAMILIES`. Another family is an entry here and three
+modules that its key names: ``architectures``, ``plans`` and ``trainers`` (docs/how-to/family.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Final
+
+TRAINING_LENGTHS: Final[Mapping[str, int]] = {
+    f"{epochs}epoch{'s' if epochs > 1 else ''}": epochs for epochs in (1, 5, 10, 20, 50, 100, 250, 500, 2000)
+}
+"""Endings of the names of trainers with another number of epochs."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network and what belongs to it.
+
+    Attributes:
+        key: What ``plan -a`` calls it. Its trainers are in ``nnunet_conres.trainers.KEY``. Its entry of plans is made
+            by ``architecture`` in ``nnunet_conres.plans.KEY``, the paper's form by ``paper_architecture`` there.
+        title: What messages call the network.
+        trainers: Names of its trainers, with a line on each. The first one is for the plans of its planner.
+        networks: Where its classes are, that of the planner's plans first; none for the network that plans name.
+        name: Part of the names of its plans and its planner; "" if it has no planner.
+    """
+
+    key: str
+    title: str
+    trainers: Mapping[str, str]
+    networks: tuple[str, ...]
+    name: str
+
+    @property
+    def plans_name(self) -> str:
+        """Name of its plans where none is asked for."""
+        return f"nnUNet{self.name}Plans"
+
+    @property
+    def planner_name(self) -> str:
+        """What plans note as their planner."""
+        return f"{self.name}Planner"
+
+    @property
+    def trainer_name(self) -> str:
+        """The trainer to train its plans with."""
+        return next(iter(self.trainers))
+
+    @property
+    def with_lengths(self) -> list[str]:
+        """Those of its trainers that come with every training length: the first, and the one under nnU-Net's recipe."""
+        return [name for name in self.trainers if name in (self.trainer_name, f"{self.trainer_name}_SGD")]
+
+    @property
+    def plans(self) -> Any:
+        """The module that makes its entry of plans."""
+        return import_module(f"nnunet_conres.plans.{self.key}")
+
+
+FAMILIES: Final = (
+    Family(
+        key="conresnet",
+        title="ConResNet",
+        networks=(
+            "nnunet_conres.architectures.conresnet.ConResNet",
+            "nnunet_conres.architectures.conresnet_paper.ConResNetPaper",
+        ),
+        trainers={
+            "nnUNetTrainerConResNet": "ConResNet under nnU-Net's recipe, with Muon as the optimiser",
+            "nnUNetTrainerConResNet_SGD": "ConResNet under nnU-Net's own recipe",
+            "nnUNetTrainerConResNetPaper": (
+                "ConResNet in the paper's topology, loss, optimiser, schedule and augmentation"
+            ),
+            "nnUNetTrainerConResNetSharedEncoder": "ConResNet with one encoder over the image and the image residual",
+            "nnUNetTrainerConResNetBSpline": "ConResNet with B-spline deformations in the augmentation",
+            "nnUNetTrainerConResNet_NoMirroring": "ConResNet without mirroring, in training and in prediction",
+        },
+        name="ConResNet",
+    ),
+    Family(
+        key="residual_maps",
+        title="ResidualMapUNet",
+        networks=("nnunet_conres.architectures.residual_map_unet.ResidualMapUNet",),
+        trainers={
+            "nnUNetTrainerResidualMaps": (
+                "ResidualMapUNet: nnU-Net's ResEnc U-Net that also predicts residual maps, with Muon"
+            ),
+            "nnUNetTrainerResidualMaps_SGD": "ResidualMapUNet under nnU-Net's own recipe",
+        },
+        name="ResidualMaps",
+    ),
+    Family(
+        key="stock",
+        title="the network that the plans name",
+        networks=(),
+        trainers={
+            "nnUNetTrainerMuon": "the 3D network of the plans, nnU-Net's own, under nnU-Net's recipe with Muon",
+        },
+        name="",
+    ),
+    Family(
+        key="vnet",
+        title="V-Net",
+        networks=("nnunet_conres.architectures.vnet.VNet",),
+        trainers={
+            "nnUNetTrainerVNet": "V-Net under nnU-Net's own recipe",
+            "nnUNetTrainerVNetPaper": "V-Net in the paper's topology, loss, optimiser, schedule and augmentation",
+        },
+        name="VNet",
+    ),
+    Family(
+        key="unet3d",
+        title="3D U-Net",
+        networks=("nnunet_conres.architectures.unet3d.UNet3D",),
+        trainers={
+            "nnUNetTrainerUNet3D": "3D U-Net under nnU-Net's own recipe",
+            "nnUNetTrainerUNet3DPaper": "3D U-Net in the paper's topology, loss, batch norm and augmentation",
+        },
+        name="UNet3D",
+    ),
+)
+
+PLANNED: Final = {family.key: family for family in FAMILIES if family.name}
+"""Families that have a planner, by what ``-a`` calls them."""
+
+LENGTHS: Final = {
+    f"{trainer}_{ending}": (trainer, epochs)
+    for family in FAMILIES
+    for trainer in family.with_lengths
+    for ending, epochs in TRAINING_LENGTHS.items()
+}
+"""Trainers that differ from another in their number of epochs only: the other's name, and the number."""
+
+TRAINERS: Final[Mapping[str, str]] = {
+    trainer: description for family in FAMILIES for trainer, description in family.trainers.items()
+} | {
+    name: f"{trainer} for {epochs} epoch" + ("s" if epochs > 1 else ", to try the pipeline")
+    for name, (trainer, epochs) in LENGTHS.items()
+}
+"""What ``-tr`` can be, with a line on each."""
+
+
+def load(path: str) -> Any:
+    """A class or function of this package.
+
+    Args:
+        path: Where it is, such as "nnunet_conres.architectures.vnet.VNet".
+    """
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def load_trainer(name: str) -> Any:
+    """The class of a trainer.
+
+    Args:
+        name: One of `TRAINERS`.
+    """
+    if name in LENGTHS:
+        return load(f"nnunet_conres.trainers.lengths.{name}")
+    key = next(family.key for family in FAMILIES if name in family.trainers)
+    return load(f"nnunet_conres.trainers.{key}.{name}")

@@ -1,0 +1,74 @@
+"""Optimiser, learning rate and number of epochs: nnU-Net's own, Muon's, or a trainer's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, Muon, muon_of
+from nnunet_conres.trainers.resume import ResumableTrainer
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def starts_with(lr: float, weight_decay: float) -> Callable[[_Function], _Function]:
+    """Says of a ``configure_optimizers`` which learning rate and weight decay its optimiser wants.
+
+    They go with the method: a subclass that makes another optimiser finds nnU-Net's own numbers.
+    """
+
+    def note(configure_optimizers: _Function) -> _Function:
+        configure_optimizers.starts_with = (lr, weight_decay)  # type: ignore[attr-defined]
+        return configure_optimizers
+
+    return note
+
+
+class RecipeTrainer(ResumableTrainer):
+    """nnU-Net's trainer, whose numbers of the optimiser can be set where the class is defined.
+
+    Attributes:
+        training_epochs: Number of epochs; nnU-Net's own 1000.
+        training_lr: Learning rate at the start; None for that of the optimiser, with Muon 0.03, else nnU-Net's own.
+        training_weight_decay: Weight decay; None for that of the optimiser, with Muon 1e-3, else nnU-Net's own.
+        lr_by_iteration: Whether the learning rate falls with every iteration rather than with every epoch; None for yes
+            with Muon and no otherwise.
+    """
+
+    training_epochs: int = 1000
+    training_lr: float | None = None
+    training_weight_decay: float | None = None
+    lr_by_iteration: bool | None = None
+
+    # set by nnU-Net's constructor, which carries no types
+    initial_lr: float
+    weight_decay: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_epochs = self.training_epochs
+        nnunets = (self.initial_lr, self.weight_decay)
+        self.initial_lr, self.weight_decay = getattr(self.configure_optimizers, "starts_with", nnunets)
+        if self.training_lr is not None:
+            self.initial_lr = self.training_lr
+        if self.training_weight_decay is not None:
+            self.weight_decay = self.training_weight_decay
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        by_iteration = isinstance(self.optimizer, Muon) if self.lr_by_iteration is None else self.lr_by_iteration
+        if by_iteration:
+            self.lr_scheduler.step(self.current_epoch + self.epoch_progress)
+        return super().train_step(batch)
+
+
+class MuonMixin(nnUNetTrainer):
+    """Muon as the optimiser, under nnU-Net's schedule; comes first among a trainer's bases."""
+
+    @starts_with(MUON_LR, MUON_WEIGHT_DECAY)
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = muon_of(self.network, self.initial_lr, self.weight_decay)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
