@@ -13,6 +13,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.nnunet import Model
 from nnunet_conres.plans.configurations import configuration_of, differences_in_topology
 
 
@@ -116,10 +117,9 @@ def as_in_other_folds(
     Raises:
         InputError: If other folds were trained with another network.
     """
-    results = os.environ.get("nnUNet_results")
-    if results is None:
+    model = Model(trainer, plans["plans_name"], configuration).folder(plans["dataset_name"])
+    if model is None:
         return entries  # nnU-Net says so itself
-    model = Path(results) / plans["dataset_name"] / f"{trainer}__{plans['plans_name']}__{configuration}"
     trained = sorted({path.parent.name for path in model.glob("fold_*/checkpoint_*.pth")} - {f"fold_{fold}"})
     if not trained or not (model / "plans.json").is_file():
         return entries
