@@ -206,8 +206,8 @@ def test_interrupted_and_continued(
     complete = sorted(output.glob("case_*"))
     assert [path.name for path in complete] == ["case_0.nii.gz", "case_1.nii.gz"]
     times = [path.stat().st_mtime_ns for path in complete]
-    (output / ".case_2.nii.partial-0123abcd.gz").mkdir()
     with writing(output):
+        (output / ".case_2.nii.partial-0123abcd.gz").mkdir()
         assert f"{output} is being written by process" in errors_of(dataset, output, existing="continue")
     assert (output / ".case_2.nii.partial-0123abcd.gz").exists()
     assert "is not empty" in errors_of(dataset, output)
