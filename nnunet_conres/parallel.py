@@ -42,8 +42,8 @@ def map_cases(
                 yield from (future.result() for future in futures)
             except BrokenProcessPool as error:
                 raise InputError(
-                    f"{title}: a process was killed, most likely for want of memory. Run the same command again with "
-                    f"fewer processes than {workers}."
+                    f"{title}: a process was killed, most likely because memory ran out. Run the same command again "
+                    f"with fewer processes than {workers}."
                 ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)

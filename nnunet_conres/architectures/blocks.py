@@ -237,12 +237,12 @@ def per_stage(name: str, value: Any, n_stages: int) -> list[Any]:
 
 
 def strided_size(size: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """Spatial size behind a strided convolution with "same" padding."""
+    """Spatial size after a strided convolution with "same" padding."""
     return [-(-extent // step) for extent, step in zip(size, stride, strict=True)]
 
 
 def stage_sizes(size: Sequence[int], strides: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Spatial size at every stage, each behind its stride, for a spatial input size (x, y, z)."""
+    """Spatial size at every stage, each after its stride, for a spatial input size (x, y, z)."""
     sizes, current = [], list(size)
     for stride in strides:
         current = strided_size(current, stride)

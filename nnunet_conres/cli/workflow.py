@@ -1,6 +1,7 @@
 """Arguments of `nnunet-conres workflow`."""
 
 import argparse
+import importlib.util
 from typing import TYPE_CHECKING
 
 from nnunet_conres.errors import InputError
@@ -16,7 +17,7 @@ def add_workflow(subparsers: "Subparsers") -> None:
         description="Runs an experiment from raw data to reports: conversion, integrity check, fingerprint, plans, "
         "preprocessing, every fold of every model, test cases, ensembles, comparison. Run it again after an "
         "interruption or a change: what is done stays, trainings go on from their checkpoints.",
-        epilog="All other options, behind CONFIG.yaml, are Snakemake's own, for example: --jobs 20 --until train",
+        epilog="All other options, after CONFIG.yaml, are Snakemake's own, for example: --jobs 20 --until train",
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="the experiment; see --example")
@@ -50,12 +51,14 @@ def _workflow(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.config is None:
         raise InputError("Expected the configuration of an experiment. To get one: --example brats > brats.yaml")
+    if importlib.util.find_spec("pydantic") is None or importlib.util.find_spec("yaml") is None:
+        raise InputError("The packages of the workflow are not installed. Run: pip install 'nnunet-conres[workflow]'")
     from nnunet_conres.workflow.config import read_config
 
     config = Path(arguments.config)
     if not config.is_file():
         # such as the 2 of --cores 2 CONFIG.yaml
-        raise InputError(f"{arguments.config} is no file; expected the configuration first, and all options behind it.")
+        raise InputError(f"{arguments.config} is no file; expected the configuration first, then all options.")
     experiment = read_config(config)
     if arguments.status:
         from nnunet_conres.workflow.status import status

@@ -1,4 +1,4 @@
-"""nnU-Net's folder of raw data sets: which ids are taken, which files a case has, and work over many cases."""
+"""nnU-Net's folder of raw data sets: which ids are taken, and which files a case has."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def score_cases(
         displaced += [job.prediction] if outcome.displaced else []
         values.setdefault(job.model, {})[job.case_id] = outcome.scores
     if errors:
-        # A reference that is at error is so for every model.
+        # An error of a reference is found once for every model.
         raise InputError("\n".join(dict.fromkeys(errors)))
     return Scores(values, options, cached, tuple(displaced))
 

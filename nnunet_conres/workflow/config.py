@@ -243,13 +243,16 @@ class _Reader:
 
     def experiment(self) -> Experiment:
         file = self.file
+        work = file.work or (self.base / "experiment").absolute()
+        if re.search("[{}<>]", str(work)):
+            self.errors.append(f"work is {work}; expected a folder without {{, }}, < and > in its path, for Snakemake")
         environment = self._environment()
         models = self._models()
         plans = self._plans(models)
         dataset = self._dataset(environment)
         images, labels, parts = self._test(environment, dataset)
         return Experiment(
-            work=file.work or (self.base / "experiment").absolute(),
+            work=work,
             dataset=dataset,
             brats=file.data.brats,
             held_out=file.data.held_out,
@@ -276,10 +279,11 @@ class _Reader:
         environment = dict(self.file.environment)
         if environment.get("nnUNet_n_proc_DA") == "0":
             self.errors.append("environment, nnUNet_n_proc_DA is 0, with which nnU-Net cannot plan; expected 1 or more")
-        folders = {str(variable): folder for variable, folder in self.file.folders.items()}
         for variable in FOLDER_VARIABLES:
             given = environment.get(variable) or os.environ.get(variable)
-            folder = folders.get(variable) or (given and self.base / Path(os.path.expandvars(given)).expanduser())
+            folder = getattr(self.file.folders, variable) or (
+                given and self.base / Path(os.path.expandvars(given)).expanduser()
+            )
             if folder:
                 environment[variable] = str(folder.absolute())
             elif "folders" not in self.wrong:
@@ -318,9 +322,11 @@ class _Reader:
         test = test or schema.Test()
         if test.images is not None:
             return test.images, test.labels, test.parts
+        if "test" in self.wrong:
+            return None, None, 1
         if test.labels is not None:
             self.errors.append("test, labels goes with images, which is missing; data, held_out brings its own labels")
-        elif not held_out and not self.wrong & {"test", "data"}:
+        elif not held_out and "data" not in self.wrong:
             self.errors.append("test, images is missing; expected the folder with test images")
         raw = Path(environment.get("nnUNet_raw", "")) / dataset
         return raw / "imagesTs", raw / "labelsTs", test.parts
@@ -342,9 +348,10 @@ class _Reader:
             self._check_class(where, "trainer", given.trainer)
             model = Model(trainer, given.plans, given.configuration, name, given.gpus, given.epoch_seconds)
             identity = (model.trainer, model.plans, model.configuration)
-            if identity in identities:
-                self.errors.append(f"models, {name} and {identities[identity]} are the same: {' '.join(identity)}")
-            identities[identity] = name
+            if f"models, {name}" not in self.wrong:  # else it may be another than it seems
+                if identity in identities:
+                    self.errors.append(f"models, {name} and {identities[identity]} are the same: {' '.join(identity)}")
+                identities[identity] = name
             models.append(model)
         return models
 
@@ -418,7 +425,6 @@ class _Reader:
             return (tuple(models),)
         if wanted == "pairs":
             return tuple(combinations(models, 2))
-        assert isinstance(wanted, list)
         for members in wanted:
             unknown = [name for name in members if name not in models]
             if unknown:

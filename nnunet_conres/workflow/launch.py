@@ -12,13 +12,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.folders import writing
 from nnunet_conres.locks import LockedError, hold
-from nnunet_conres.workflow.config import Experiment
-from nnunet_conres.workflow.step import gpus_here
+
+if TYPE_CHECKING:
+    from nnunet_conres.workflow.config import Experiment
 
 FOLDER: Final = Path(__file__).resolve().parent
 SNAKEFILE: Final = FOLDER / "Snakefile"
@@ -88,6 +89,8 @@ def _check_gpus(experiment: Experiment) -> None:
 
 def _gpus_of(experiment: Experiment) -> list[str]:
     """GPUs that the steps of an experiment will see, whose variables come before those of this process."""
+    from nnunet_conres.workflow.step import gpus_here
+
     return gpus_here({**os.environ, **experiment.environment})
 
 

@@ -304,7 +304,7 @@ def options(experiment: Experiment) -> dict[str, dict[str, Any]]:
             "brats": [str(folder) for folder in experiment.brats],
             "held_out": [str(folder) for folder in experiment.held_out],
             "corrected": [str(folder) for folder in experiment.corrected],
-            "scheme": list(experiment.scheme),
+            "scheme": [file_digest(Path(one)) if one.lower().endswith(".toml") else one for one in experiment.scheme],
             "missing": experiment.missing,
         },
         "splits": splits,

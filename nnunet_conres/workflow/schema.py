@@ -17,7 +17,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StringConstraints,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -50,16 +49,35 @@ _NOT_EXTRA: Final = {
 # --- kinds of values --------------------------------------------------------------------------------------------------
 
 
-def _text(value: Any) -> str:
+def _passable(value: str) -> str:
     """A text that can be part of a path, an argument or an environment variable."""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("expected a text")
     try:
         if b"\0" not in value.encode():
             return value
     except UnicodeEncodeError:
         pass
     raise ValueError("expected a text without NUL and without lone surrogates")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("expected a text")
+    return _passable(value)
+
+
+def _name(value: Any) -> str:
+    """A name of a model, or of nnU-Net's: part of file names and commands. YAML reads some as numbers."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text):
+        raise ValueError("expected letters, digits and . _ -")
+    return text
+
+
+def _dataset_name(value: Any) -> str:
+    text = _text(value)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", text):
+        raise ValueError("expected letters, digits, - and _ only")
+    return text
 
 
 def _path(value: Any, info: ValidationInfo) -> Path:
@@ -80,16 +98,10 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _snakemakes_path(path: Path) -> Path:
-    if re.search("[{}<>]", str(path)):
-        raise ValueError("expected a folder without {, }, < and >, which Snakemake takes for wildcards")
-    return path
-
-
 def _scheme(value: Any, info: ValidationInfo) -> str:
     """A scheme's name, such as 2021 (a number in YAML), or the path of a file that describes one."""
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
-    return str(_file(_path(text, info))) if text.endswith(".toml") else text
+    return str(_file(_path(text, info))) if text.lower().endswith(".toml") else text
 
 
 def _as_tuple(value: Any) -> Any:
@@ -115,15 +127,39 @@ def _variable(value: Any) -> str:
     """A value of an environment variable."""
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value) if isinstance(value, (int, float)) else _text(value)
+    if isinstance(value, (int, float)):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError("expected a text or a number")
+    return _passable(value)
+
+
+def _variable_name(value: Any) -> str:
+    text = _text(value)
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", text):
+        raise ValueError("expected letters, digits and _")
+    return text
+
+
+def _not_empty(folders: tuple[Path, ...]) -> tuple[Path, ...]:
+    if not folders:
+        raise ValueError("expected at least one folder, or no such line")
+    return folders
+
+
+def _ensembles(value: Any) -> Any:
+    if isinstance(value, bool) or value in ("all", "pairs", "none"):
+        return value
+    if isinstance(value, list) and value and all(isinstance(members, list) for members in value):
+        return [[_name(member) for member in members] for members in value]
+    raise ValueError("expected all, pairs, none, or a list of lists of models")
 
 
 Text = Annotated[str, BeforeValidator(_text)]
-Name = Annotated[Text, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-ModelName = Annotated[Text, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, BeforeValidator(_name)]
 AnyPath = Annotated[Path, BeforeValidator(_path)]
 Folder = Annotated[AnyPath, AfterValidator(_folder)]
-Folders = Annotated[tuple[Folder, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Folders = Annotated[tuple[Folder, ...], BeforeValidator(_as_tuple)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -146,12 +182,20 @@ class Section(BaseModel):
         return value
 
 
+class NnUNetFolders(Section):
+    """nnU-Net's three folders, instead of its environment variables."""
+
+    nnUNet_raw: AnyPath | None = None  # noqa: N815
+    nnUNet_preprocessed: AnyPath | None = None  # noqa: N815
+    nnUNet_results: AnyPath | None = None  # noqa: N815
+
+
 class Data(Section):
     """The data set: one in nnUNet_raw, or BraTS folders to convert."""
 
     id: Annotated[int, Field(ge=1, le=999)] | None = None
-    name: Annotated[Text, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
-    brats: Folders = ()
+    name: Annotated[str, BeforeValidator(_dataset_name)] | None = None
+    brats: Annotated[Folders, AfterValidator(_not_empty)] = ()
     held_out: Folders = ()
     corrected: Folders = ()
     scheme: Annotated[tuple[Annotated[str, BeforeValidator(_scheme)], ...], BeforeValidator(_as_tuple)] = ("auto",)
@@ -221,11 +265,11 @@ Rule = Literal[
 class ExperimentFile(Section):
     """The whole file."""
 
-    work: Annotated[AnyPath, AfterValidator(_snakemakes_path)] | None = None
-    folders: dict[Literal["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"], AnyPath] = {}
+    work: AnyPath | None = None
+    folders: NnUNetFolders = NnUNetFolders()
     data: Data = Data()
     test: Test | None = None
-    models: dict[ModelName, ModelEntries] = {}
+    models: dict[Name, ModelEntries] = {}
     plans: dict[Name, PlansEntries] = {}
     folds: list[int] | None = None
     splits: Splits = Splits()
@@ -234,9 +278,9 @@ class ExperimentFile(Section):
     checkpoint_minutes: Positive = 5.0
     retries: Annotated[int, Field(ge=0)] = 5
     time_limit_hours: Positive = 24.0
-    ensembles: Literal["all", "pairs", "none"] | bool | list[list[ModelName]] | None = None
+    ensembles: Annotated[Any, BeforeValidator(_ensembles)] = None
     environment: dict[
-        Annotated[Text, StringConstraints(pattern="^[A-Za-z_][A-Za-z0-9_]*$")],
+        Annotated[str, BeforeValidator(_variable_name)],
         Annotated[str, BeforeValidator(_variable)],
     ] = {}
     resources: dict[Rule, RuleResources] = {}
@@ -253,11 +297,12 @@ def read(content: Mapping[str, Any], base: Path) -> tuple[ExperimentFile, list[s
         base: Folder that relative paths are relative to.
 
     Returns:
-        The entries that are right, a message for each that is not, and the first names of the latter.
+        The entries that are right, a message for each that is not, and where the latter are: the first
+        name, such as models, and the first two, such as models, stock.
     """
     errors: list[str] = []
     wrong: set[str] = set()
-    remaining: Any = dict(content)
+    remaining: Any = _with_text_keys(content)
     while True:
         try:
             return ExperimentFile.model_validate(remaining, context=base), errors, wrong
@@ -266,10 +311,20 @@ def read(content: Mapping[str, Any], base: Path) -> tuple[ExperimentFile, list[s
             for entry in error.errors(include_url=False):
                 place = _place(entry["loc"], remaining)
                 places.setdefault(place, _message(entry, place))
+            before = remaining
             for place, message in places.items():
                 errors.append(message)
-                wrong.add(place[0] if place else "")
+                wrong |= {", ".join(place[:1]), ", ".join(place[:2])}
                 remaining = _without(remaining, place)
+            if remaining == before:  # nothing to leave out, and so nothing that would end this
+                raise
+
+
+def _with_text_keys(content: Any) -> Any:
+    """Entries whose names are texts: YAML reads ``1:`` as a number and ``on:`` as true."""
+    if not isinstance(content, Mapping):
+        return content
+    return {str(key): _with_text_keys(value) for key, value in content.items()}
 
 
 def _place(location: tuple[int | str, ...], content: Any) -> tuple[str, ...]:
@@ -284,19 +339,36 @@ def _place(location: tuple[int | str, ...], content: Any) -> tuple[str, ...]:
 
 
 def _message(error: Any, place: tuple[str, ...]) -> str:
-    where = ", ".join(place).encode("unicode_escape").decode()
-    if error["type"] == "extra_forbidden":
+    where = ", ".join(place).encode(errors="backslashreplace").decode()
+    kind, limits = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
         return f"{where} is not known{_instead(place)}"
-    if error["type"] == "value_error":
-        expected = str(error["ctx"]["error"])
-    else:  # as in "Input should be less than or equal to 999"
-        expected = re.sub("^[A-Z][a-z]+ should ", "expected to ", error["msg"]).replace("to be ", "")
+    if kind == "value_error":
+        expected = str(limits["error"])
+    elif kind in _EXPECTED:
+        expected = f"expected {_EXPECTED[kind].format(**limits)}"
+    else:  # as in "Input should be 'cuda', 'cpu' or 'mps'"
+        expected = error["msg"].replace("Input should be", "expected")
     if error["loc"][-1:] == ("[key]",):
         return f"{where}: not a valid name; {expected}"
     return f"{where} is {error['input']!r}; {expected}"
 
 
+_EXPECTED: Final = {
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "{le} or less",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "model_type": "entries",
+    "dict_type": "entries",
+    "list_type": "a list",
+}
+
 _SECTIONS: Final[dict[str, type[Section]]] = {
+    "folders": NnUNetFolders,
     "data": Data,
     "test": Test,
     "models": ModelEntries,
@@ -315,7 +387,9 @@ def _without(content: Any, place: tuple[str, ...]) -> Any:
     """Entries without one of them."""
     if not place:
         return {}
-    key = next(key for key in content if str(key) == place[0])
+    key = place[0]
+    if key not in content:  # it went with what held it
+        return content
     rest = {name: value for name, value in content.items() if name != key}
     if len(place) > 1 and isinstance(content[key], Mapping):
         rest[key] = _without(content[key], place[1:])

@@ -77,14 +77,14 @@ class TestInThisEnvironment:
             "class nnUNetTrainerConResNetOfYesterday: pass",
         ],
     )
-    def test_a_error_of_our_own_is_not_swallowed(self, tmp_path: Path, trainers: str) -> None:
+    def test_an_error_of_our_own_is_not_swallowed(self, tmp_path: Path, trainers: str) -> None:
         package = add_package(tmp_path, trainers)
         add_nnunet(tmp_path, "2.8.1")
         run = look_up("nnUNetTrainerConResNet", tmp_path, folder=package / "registration" / "external_trainers")
         assert run.returncode == 1
         assert "ImportError: nnUNetTrainerConResNet could not be loaded from" in run.stderr
 
-    def test_a_error_of_our_own_disturbs_nobody_else(self, tmp_path: Path) -> None:
+    def test_an_error_of_our_own_disturbs_nobody_else(self, tmp_path: Path) -> None:
         package = add_package(tmp_path, "1 / 0")
         add_nnunet(tmp_path, "2.8.1")
         run = look_up("nnUNetTrainerOfSomebody", tmp_path, folder=package / "registration" / "external_trainers")

@@ -112,7 +112,7 @@ class TestErrors:
             "train, cpus is 0",
             "train, gpu is not known",
             f"{tmp_path / 'nowhere'} is no folder",
-            "bad name: not a valid name; expected to match pattern",
+            "bad name: not a valid name; expected letters, digits and . _ -",
             "train cascades by hand",
             "no variant of 50 epochs",
             "planner is missing",
@@ -132,9 +132,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("entry", "value", "told"),
         [
-            (("data", "id"), 1000, "expected less than or equal to 999"),
-            (("data", "id"), -1, "expected greater than or equal to 1"),
-            (("data", "brats"), [], "brats is []"),
+            (("data", "id"), 1000, "expected 999 or less"),
+            (("data", "id"), -1, "expected 1 or more"),
+            (("data", "brats"), [], "brats is []; expected at least one folder"),
             (("data", "brats"), [None], "data, brats is None; expected a text"),
             (("data", "scheme"), {"2021": 1}, "data, scheme is"),
             (("data", "scheme"), "new.toml", "new.toml is no file"),
@@ -146,7 +146,7 @@ class TestErrors:
             (("models", "stock"), {"epoch_seconds": 0}, "epoch_seconds is 0"),
             (("models", "stock"), {"gpus": 2}, "stock: 2 GPUs, but device is cpu"),
             (("models", "stock"), {"configuration": "../.."}, "configuration is '../..'"),
-            (("work",), "a{}b", "a{}b'; expected a folder without {, }, < and >"),
+            (("work",), "a{}b", "a{}b; expected a folder without {, }, < and >"),
             (("work",), "a<work>/b", "expected a folder without"),
             (("splits", "group"), "(BraTS", "group is '(BraTS'; expected a regular expression, but: missing )"),
             (("environment",), {"A=B": "c"}, "environment, A=B: not a valid name; expected"),
@@ -155,8 +155,8 @@ class TestErrors:
             (("environment",), {"A\0": "b"}, "expected a text without NUL"),
             (("work",), "a\ud800", "work is 'a\\ud800'; expected a text without NUL and without lone surrogates"),
             (("data", "brats"), ["brats\0"], "data, brats is 'brats\\x00'; expected a text without NUL"),
-            (("resources", "train"), {"cpus": 1.5}, "cpus is 1.5; expected a valid integer"),
-            (("resources", "train"), {"gpu_types": {"a100": True}}, "gpu_types, a100 is True; expected a valid number"),
+            (("resources", "train"), {"cpus": 1.5}, "cpus is 1.5; expected a whole number"),
+            (("resources", "train"), {"gpu_types": {"a100": True}}, "gpu_types, a100 is True; expected a number"),
             (("resources", "train"), {"slurm_extra": "'--constraint=a100'"}, "expected constraint instead"),
             (("resources", "default"), {"slurm_extra": "--mail-type=NONE -A me"}, "expected account instead"),
         ],
@@ -168,6 +168,39 @@ class TestErrors:
             where = where.setdefault(key, {})
         where[last] = value
         assert told in errors(content, tmp_path)
+
+    def test_entries_with_wrong_names_and_wrong_values(self, content: dict[str, Any], tmp_path: Path) -> None:
+        content["models"]["bad name!"] = {"gpus": 0}
+        content["plans"] = {"a b": {"gpu_memory_target": -1}}
+        content["resources"] = {"nope": {"cpus": "x"}}
+        content[True] = 1
+        found = errors(content, tmp_path)
+        for words in ("bad name!: not a valid name", "gpus is 0; expected 1 or more", "a b: not a valid name",
+                      "gpu_memory_target is -1; expected more than 0", "nope: not a valid name", "cpus is 'x'",
+                      "True is not known; expected work"):  # fmt: skip
+            assert words in found
+
+    def test_no_second_message_about_what_is_wrong_already(self, content: dict[str, Any], tmp_path: Path) -> None:
+        content["models"]["other"] = {"trainer": "a b"}
+        content["test"] = {"images": "nowhere", "labels": "there"}
+        assert errors(content, tmp_path).count("\n  - ") == 3
+
+    def test_values_that_are_right(self, content: dict[str, Any], tmp_path: Path) -> None:
+        content["environment"] = {"CUDA_VISIBLE_DEVICES": "", "FLAG": True}
+        content["data"]["held_out"] = []
+        content["models"] = {1: {}, 2: {"trainer": "nnUNetTrainerConResNet"}}
+        content["ensembles"] = [[1, 2]]
+        del content["test"]
+        experiment = parse_config(content, tmp_path)
+        assert experiment.environment["CUDA_VISIBLE_DEVICES"] == ""
+        assert experiment.environment["FLAG"] == "true"
+        assert experiment.ensembles == (("1", "2"),)
+
+    def test_default_folder_that_snakemake_does_not_take(self, content: dict[str, Any], tmp_path: Path) -> None:
+        del content["work"]
+        base = tmp_path / "a{b}"
+        base.mkdir()
+        assert "expected a folder without {, }, < and >" in errors(content, base)
 
     def test_classes_that_nobody_knows(
         self, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
