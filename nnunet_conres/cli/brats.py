@@ -173,8 +173,7 @@ def add_phantom(subparsers: "Subparsers") -> None:
         "phantom",
         help="write synthetic brain tumour cases in BraTS's layout",
         description="Writes synthetic, labelled brain tumour cases in the layout of BraTS 2018: a folder "
-        "training and a "
-        "folder held_out. For trying things out, not for science.",
+        "training and a folder held_out. For trying things out, not for science.",
     )
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, not there yet or empty")
     parser.add_argument("-n", metavar="N", type=int, default=10, help="number of training cases (default: %(default)s)")

@@ -21,7 +21,7 @@ def add_sparsify(subparsers: "Subparsers") -> None:
     parser.add_argument("-d", metavar="SOURCE", required=True, help="data set name or id to start from")
     parser.add_argument("-o", metavar="ID", type=int, required=True, help="id of the new data set, for example 601")
     parser.add_argument(
-        "-name", metavar="NAME", help="its name after the id (default: the source's with Sparse behind)"
+        "-name", metavar="NAME", help="its name after the id (default: the source's with Sparse appended)"
     )
     rule = parser.add_mutually_exclusive_group(required=True)
     rule.add_argument("--every", metavar="N", type=int, help="annotate one slab in each N slices")

@@ -28,9 +28,9 @@ def add_workflow(subparsers: "Subparsers") -> None:
         help="print an example of a configuration: %(choices)s",
     )
     parser.add_argument("--snakefile", action="store_true", help="print where the Snakefile is, for plain snakemake")
-    parser.add_argument("--status", action="store_true", help="tell where the experiment stands, and run nothing")
+    parser.add_argument("--status", action="store_true", help="show where the experiment stands, and run nothing")
     parser.add_argument("--json", action="store_true", help="with --status: print JSON, for programs")
-    parser.add_argument("--dry-run", "-n", action="store_true", help="tell what would be done")
+    parser.add_argument("--dry-run", "-n", action="store_true", help="show what would be done")
     parser.add_argument(
         "--profile", metavar="NAME", default="local", help="local, slurm, or a Snakemake profile's folder"
     )

@@ -250,8 +250,7 @@ def _doubts(cases: Sequence[Case], findings: Mapping[str, Findings]) -> Iterator
     if both:
         yield (
             f"{first_few(both)}: held out, and the same patients are trained on at other time points. Hold out "
-            f"all cases of "
-            f"a patient, or none."
+            f"all cases of a patient, or none."
         )
     if not any(case.trains for case in cases):
         yield "No case has labels: the data set can be predicted, but not trained on."

@@ -176,8 +176,7 @@ def find_cases(
     for (name, owner, scheme), ids in others.items():
         found.errors.append(
             f"{first_few(ids)}: in a folder {name}, which is an archive of {owner}, and not of {scheme.called}. "
-            f"Say which "
-            f"it is with --scheme, or rename the folder if its name is wrong."
+            f"Say which it is with --scheme, or rename the folder if its name is wrong."
         )
     found.cases.sort(key=lambda case: case.case_id)
 
@@ -233,8 +232,7 @@ def _collect(
         if shared:
             found.errors.append(
                 f"{first_few(shared)}: among both the input and the held-out folders; leave {root} or what "
-                f"holds it out "
-                f"of one."
+                f"holds it out of one."
             )
     return cases
 

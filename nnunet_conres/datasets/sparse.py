@@ -189,7 +189,7 @@ def sparsify(
         source: Number or name of a data set in nnUNet_raw that is labelled throughout.
         target_id: nnU-Net's number for the new data set, 1 to 999.
         rule: Which slices keep their labels.
-        target_name: The part of the new data set's name after the number; the source's with Sparse behind by default.
+        target_name: The part of the new data set's name after the number; the source's with Sparse appended by default.
         axis: Axis of the slices in arrays as nnU-Net's reader gives them, for SimpleITK's and nibabel's z, y, x.
             "slice" is the axis that nnU-Net's planner brings to the front: the one of the largest median spacing, the
             first of several.

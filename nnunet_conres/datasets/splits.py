@@ -427,8 +427,7 @@ def _too_few_errors(cases: Mapping[str, CaseFacts], folds: int, balance: str) ->
     if len(groups) < folds:
         yield (
             f"{len(cases)} cases make {len(groups)} groups ({first_few(sorted(groups))}), which are too few for "
-            f"{folds} "
-            f"folds; ask for fewer --folds, or group differently."
+            f"{folds} folds; ask for fewer --folds, or group differently."
         )
     if balance == "grade" and all(case.grade == UNKNOWN for case in cases.values()):
         yield (
@@ -448,8 +447,7 @@ def _read_validation(path: Path, cases: Mapping[str, CaseFacts]) -> tuple[set[st
     if unknown:
         errors.append(
             f"{path} names {len(unknown)} cases that the data set has not: {first_few(unknown, 20)}; expected "
-            f"ids such as "
-            f"{', '.join(list(cases)[:2])}, without channel and file ending."
+            f"ids such as {', '.join(list(cases)[:2])}, without channel and file ending."
         )
     twice = [case_id for case_id, times in Counter(listed).items() if times > 1]
     if twice:

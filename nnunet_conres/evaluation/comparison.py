@@ -175,8 +175,8 @@ def _one_fold(found: Found) -> list[str]:
     if len(found.cases) < 2 or len(found.folds) != 1:
         return []
     return [
-        f"Only fold {found.folds[0]} is compared: what differs may differ by chance of the split or the training; "
-        f"other folds and seeds tell."
+        f"Only fold {found.folds[0]} is compared: a difference may be due to the split or to chance; compare more "
+        f"folds or seeds."
     ]
 
 

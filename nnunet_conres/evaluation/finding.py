@@ -245,8 +245,7 @@ def _settle(
         if others:
             warnings.append(
                 f"{first_few(others)}: trained on other splits than {search.models[0].name}. Each case was held "
-                f"out, but "
-                f"the models learned from different cases."
+                f"out, but the models learned from different cases."
             )
     if kind == "test":
         unpredicted = sorted(set(references) - predicted)

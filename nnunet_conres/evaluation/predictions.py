@@ -458,7 +458,7 @@ def same_cases(
         if extra and not intersection:
             without = [other.name for other in models if any(case not in other.predictions for case in extra)]
             errors.append(
-                f"{model.name} has predictions of {first_few(extra)}, {', '.join(without)} not. A comparison "
+                f"{model.name} has predictions of {first_few(extra)}, but {', '.join(without)} has not. A comparison "
                 f"needs the same "
                 f"cases; make the missing predictions, or compare on the common cases with --intersection."
             )

@@ -163,7 +163,7 @@ def _names(dataset_json: Path) -> dict[frozenset[int], str]:
 
 
 def _key(text: str) -> Key:
-    """The label or region behind a key of summary.json: "3" or "(1, 2, 3)"."""
+    """The label or region of a key of summary.json: "3" or "(1, 2, 3)"."""
     if text.startswith("("):
         return tuple(int(part) for part in text.strip("()").split(",") if part.strip())
     return int(text)

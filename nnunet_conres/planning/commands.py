@@ -325,8 +325,7 @@ def _errors_of_cases_that_are_gone(dataset_id: int, configurations: Sequence[str
     for folder, gone in cases_that_are_gone(_folder_of(dataset_id), configurations, case_ids).items():
         yield (
             f"{folder} has {len(gone)} cases that are not in {find_dataset(dataset_id)}: {first_few(gone, 20)}. "
-            f"Without "
-            f"splits nnU-Net would train on them. Remove them with --clean, or put their raw files back."
+            f"Without splits nnU-Net would train on them. Remove them with --clean, or put their raw files back."
         )
 
 
@@ -358,8 +357,7 @@ def _notes(dataset_id: int) -> tuple[str, ...]:
         return ()
     return (
         f"{splits} names {len(gone)} cases that are not in {find_dataset(dataset_id)}: {first_few(gone)}. "
-        f"Remove it, and "
-        f"nnU-Net makes new splits, or make some with nnunet-conres split.",
+        f"Remove it, and nnU-Net makes new splits, or make some with nnunet-conres split.",
     )
 
 

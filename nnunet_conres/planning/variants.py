@@ -193,8 +193,7 @@ def _add_variants(
         if min(patch) < MIN_EDGE:
             errors.append(
                 f"Patch {format_shape(patch)} is too small: expected {MIN_EDGE} voxels or more along each axis, "
-                f"below which "
-                f"nnU-Net's augmentation fails."
+                f"below which nnU-Net's augmentation fails."
             )
             continue
         name = f"{base}_{'x'.join(map(str, patch))}" + (f"_b{batch}" if batch != configuration.batch_size else "")

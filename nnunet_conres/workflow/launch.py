@@ -41,7 +41,7 @@ def snakemake_command(
         config: Its configuration.
         profile: ``local``, ``slurm``, or the folder of a profile of the user's own.
         options: Snakemake's own options; they win over the profile's.
-        dry_run: Only tell what would be done.
+        dry_run: Only show what would be done.
 
     Raises:
         InputError: There is no such profile.

@@ -50,7 +50,7 @@ class TrainingLog:
     Attributes:
         epochs: Epochs that were ended.
         seconds: Of the ended epochs, in order.
-        dice: Mean pseudo Dice behind the last one; None before.
+        dice: Mean pseudo Dice after the last one; None before.
         last: Time of the last line.
     """
 
@@ -72,7 +72,7 @@ def read_training_log(fold_folder: Path) -> TrainingLog:
             last, text = datetime.fromisoformat(match[1]), match[2].strip()
             if found := re.fullmatch(r"Epoch (\d+)", text):
                 epoch = int(found[1])
-                ended = epoch  # behind a checkpoint, training goes back to it
+                ended = epoch  # after a checkpoint, to which training goes back
             elif found := re.match(r"Epoch time: ([\d.]+) s", text):
                 seconds[epoch] = float(found[1])
                 ended = epoch + 1

@@ -43,7 +43,7 @@ class FoldStatus:
             nothing runs; waiting: anything else, also between two attempts.
         epoch: Epochs that are done.
         epochs: Epochs in all.
-        dice: Of the validation when done, else mean pseudo Dice behind the last epoch; None where there is none.
+        dice: Of the validation when done, else mean pseudo Dice after the last epoch; None where there is none.
         seconds_left: Estimate for a running one, validation not included; None where nothing is known.
         attempts: How often the training was started.
         where: Who runs it, the job that is to, or the error of the last attempt.

@@ -473,7 +473,7 @@ class Step:
                     self.say(f"{', '.join(changed)} of {old} changed since it was trained; it is kept as {aside}.")
                 stamp.unlink()
 
-    # --- steps behind training --------------------------------------------------------------------------------------
+    # --- steps after training ---------------------------------------------------------------------------------------
 
     def predict(self, model: Model, part: int, number_of_gpus: int) -> None:
         """Predictions of one part of the test cases; they appear when all of the part are done."""
