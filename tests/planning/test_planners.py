@@ -704,7 +704,10 @@ class TestCommands:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", [ISOTROPIC, ANISOTROPIC], ids=["isotropic", "anisotropic"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(ISOTROPIC, id="isotropic", marks=pytest.mark.slow), pytest.param(ANISOTROPIC, id="anisotropic")],
+)
 def test_plans_fit_by_the_memory_model_itself(family: str, kind: dict[str, Any], make: Any) -> None:
     make(kind, channels=4)
     for gib in (4, 24):

@@ -264,7 +264,7 @@ class TestWithStandIns:
             assert "is being run already" in run(config, check=False)
         assert calls() == []
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
     def test_what_ends_it_ends_its_jobs(
         self,
         config: Path,
