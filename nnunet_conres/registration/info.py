@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field
 
 from nnunet_conres import __version__, registration
 from nnunet_conres.families import LENGTHS, TRAINERS, TRAINING_LENGTHS
+from nnunet_conres.nnunet import FOLDER_VARIABLES
 from nnunet_conres.registration.nnunet_version import installed_version, version_problem
-
-PATH_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 @dataclass
@@ -141,7 +140,7 @@ def collect() -> Info:
                 if not registration.is_own_folder(folder)
             ],
         ),
-        paths={name: os.environ.get(name) for name in PATH_VARIABLES},
+        paths={name: os.environ.get(name) for name in FOLDER_VARIABLES},
     )
 
 
