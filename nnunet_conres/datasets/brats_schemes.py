@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nnunet_conres.datasets.brats_scheme_files import LabelSet, Layout, Scheme, builtin_schemes, read_scheme
 from nnunet_conres.errors import InputError
-from nnunet_conres.text import number_text
+from nnunet_conres.text import first_few, number_text
 
 AUTO: Final = "auto"
 """What `--scheme` calls the choice by file names."""
@@ -201,8 +201,7 @@ def labels_outside(labels: NDArray[Any], known: Iterable[int]) -> dict[float, in
 
 def label_message(where: object, strange: Mapping[float, int], scheme: Scheme) -> str:
     """What is wrong with labels that have values outside their scheme, and which scheme has them."""
-    found = ", ".join(f"{number_text(value)} ({count} voxels)" for value, count in list(strange.items())[:5])
-    more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+    found = first_few([f"{number_text(value)} ({count} voxels)" for value, count in strange.items()])
     others = [
         other.name
         for other in SCHEMES.values()
@@ -210,6 +209,6 @@ def label_message(where: object, strange: Mapping[float, int], scheme: Scheme) -
     ]
     what = f"If they are of another year, say --scheme {' or '.join(others)}" if others else "Correct the labels"
     return (
-        f"{where} has labels {found}{more}; {scheme.called} has 0 background, "
+        f"{where} has labels {found}; {scheme.called} has 0 background, "
         f"{scheme.known_labels}. {what}, or leave the case out."
     )

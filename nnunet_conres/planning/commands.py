@@ -48,7 +48,7 @@ from nnunet_conres.planning.sources import (
     note_in_fingerprint,
     sizes_and_times,
 )
-from nnunet_conres.text import aligned, first_few, short_message
+from nnunet_conres.text import aligned, first_few, format_shape, short_message
 
 DEFAULT_PREPROCESSOR: Final = "DefaultPreprocessor"
 DEFAULT_FINGERPRINT: Final = "DatasetFingerprintExtractor"
@@ -148,7 +148,7 @@ class Planned:
             rows.append(
                 (
                     planned.name,
-                    " x ".join(str(extent) for extent in planned.patch_size),
+                    format_shape(planned.patch_size),
                     str(planned.batch_size),
                     planned.checkpointing or "-",
                     "nnU-Net's own" if planned.memory is None else f"{planned.memory / GIB:.2f} GiB",
