@@ -9,7 +9,7 @@ Usage: scripts/quickstart.sh [--workdir FOLDER] [--device cpu|cuda|mps] [--pytho
 
 Makes its own environment, writes a few synthetic brain tumour cases in BraTS's layout, converts them to an nnU-Net data
 set, trains ConResNet and nnU-Net's own U-Net on them for one epoch each with nnUNetv2_train, predicts held-out cases
-with nnUNetv2_predict, and compares the two and their ensemble in a report. Takes 15 to 25 minutes on two cores; a GPU is
+with nnUNetv2_predict, and compares the two and their ensemble in a report. Takes 15 to 30 minutes on two cores; a GPU is
 used if there is one. The cases are synthetic and the trainings are short: the scores say that all works, not how good a
 method is.
 
