@@ -130,7 +130,7 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing_errors(target: str | os.PathLike[str]) -> Iterator[None]:
-    """As `file_errors`, for the code of others, which reads and writes: what it raises of its own passes.
+    """As `file_errors`, for library code that reads and writes: its other errors pass.
 
     Args:
         target: What it writes, named where a write failed and the operating system names no file.

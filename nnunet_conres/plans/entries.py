@@ -1,7 +1,7 @@
 """The ``architecture`` entry of plans: what all networks share of it.
 
 What plans say of a topology (stages, features, kernels, strides, norm) is carried over. Plans that name one of our
-networks already keep its arguments. Each network has a module of its own beside this one, whose ``architecture`` makes
+networks already keep its arguments. Each network has its own module beside this one, whose ``architecture`` makes
 the entry of a configuration, and ``paper_architecture`` that of the paper's form.
 """
 

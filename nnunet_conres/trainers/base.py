@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import SegmentationLoss
+from nnunet_conres.nnunet import folder_from_environment
 from nnunet_conres.planning.preprocessing import preprocessing_settings
 from nnunet_conres.planning.sources import training_data_errors
 from nnunet_conres.plans.configurations import configuration_of, with_configuration
@@ -148,10 +148,10 @@ class PluginTrainer(RecipeTrainer, LossPartsTrainer, CpuPrecisionTrainer, Finite
         Raises:
             InputError: Raw data and preprocessed data differ. Nothing is known where there are no raw data.
         """
-        raw = os.environ.get("nnUNet_raw")
-        if not raw:
+        raw = folder_from_environment("nnUNet_raw")
+        if raw is None:
             return
-        folder, plans = Path(raw, self.plans_manager.dataset_name), self.plans_manager.plans
+        folder, plans = raw / self.plans_manager.dataset_name, self.plans_manager.plans
         errors, warnings = training_data_errors(
             folder,
             Path(self.preprocessed_dataset_folder_base),

@@ -1,6 +1,6 @@
 """Comparison of models whose scores are cached: time, memory and size of the report.
 
-The command runs twice in processes of its own on the same synthetic cross-validation. The first run fills the cache;
+The command runs twice, in separate processes, on the same synthetic cross-validation. The first run fills the cache;
 the second one, the start of the interpreter included, is what counts.
 """
 

@@ -449,7 +449,7 @@ class TestErrors:
 @pytest.mark.usefixtures("raw")
 class TestSchemeFile:
     def test_converts_and_exports(self, source: Path, tmp_path: Path) -> None:
-        """A challenge that this release does not know: two channels, a label of its own, names of its own."""
+        """A challenge that this release does not know: two channels, with its own label and names."""
         (tmp_path / "2027-ABC.toml").write_text(
             "title = 'BraTS 2027, ABC'\n"
             "prefix = 'ABC'\n"
