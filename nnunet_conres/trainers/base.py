@@ -28,13 +28,14 @@ from nnunet_conres.trainers.checks import (
     check_network,
     check_preprocessed,
 )
+from nnunet_conres.trainers.device_augmentation import DeviceAugmentationMixin
 from nnunet_conres.trainers.logger import LossPartsTrainer
 from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.precision import CpuPrecisionTrainer
 from nnunet_conres.trainers.recipe import RecipeTrainer
 
 
-class PluginTrainer(RecipeTrainer, LossPartsTrainer, CpuPrecisionTrainer, FiniteStepsTrainer):
+class PluginTrainer(DeviceAugmentationMixin, RecipeTrainer, LossPartsTrainer, CpuPrecisionTrainer, FiniteStepsTrainer):
     """nnU-Net's trainer for a network that is derived from the plans, and written into them.
 
     Subclasses say which network they train in ``architecture``, and what else they write into the plans in ``resolve``.
