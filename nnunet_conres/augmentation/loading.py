@@ -77,14 +77,14 @@ class DrawFirstLoader(nnUNetDataLoader):
             image, segmentation = case.read(patch)
             draws = pipeline.draw(image.float(), segmentation.short())
             return _sample(image, segmentation, draws.parameters, shape, _whole(shape), draws.is_crop)
-        draws = pipeline.draw(_stand_in(len(images), shape))
+        draws = pipeline.draw(_stand_in(images.shape[0], shape))
         region = draws.region or _whole(shape)
         box = [(max(low, 0), min(high, extent)) for (low, high), extent in zip(region, shape, strict=True)]
         spatial = pipeline.spatial
         if spatial is not None and pads_like_the_loader(spatial):
-            # what is not in the case is left to the device
-            at_hand = case.inside(box, patch)
-            box = box if at_hand is None else at_hand
+            # along the transform's axes, what is not in the case is left to it
+            at_hand, dim = case.inside(box, patch), len(spatial.patch_size)
+            box = box if at_hand is None else box[:-dim] + at_hand[-dim:]
         if any(low >= high for low, high in box):
             box = [(0, 1)] * len(shape)  # nothing is read
         slices, axes = patch[: self.patch_size_was_2d], patch[self.patch_size_was_2d :]
