@@ -71,7 +71,8 @@ def copied(data: dict[str, Any]) -> dict[str, Any]:
 def reference(transform: BasicTransform, data: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
     """batchgeneratorsv2's own ``apply`` with these parameters."""
     parameters = dict(parameters)
-    seed(parameters.pop("seed", 0))
+    if "seed" in parameters:
+        seed(parameters.pop("seed"))
     parameters.pop("channels", None)
     if isinstance(transform, (Convert3DTo2DTransform, Convert2DTo3DTransform)):
         parameters = transform.get_parameters(**data)
