@@ -42,6 +42,7 @@ from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, 
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
+from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from skimage.morphology import ball, disk
 from torch import Tensor
 from torch.nn.functional import pad
@@ -49,11 +50,20 @@ from torch.nn.functional import pad
 from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
 from nnunet_conres.augmentation.histogram import OUTSIDE, HistogramMatchingTransform
 from nnunet_conres.augmentation.mirror_outside import MirrorOutsideTransform
-from nnunet_conres.augmentation.spatial_on_device import Interval, SpatialDraws, apply_spatial, is_crop, reach
+from nnunet_conres.augmentation.spatial_on_device import (
+    INDICATOR_VOXELS,
+    Interval,
+    SpatialDraws,
+    apply_spatial,
+    is_crop,
+    reach,
+)
 
 Data = dict[str, Any]
 Parameters = dict[str, Any]
 
+# Scalings by which nnU-Net chooses the initial patch.
+_SCALES = (0.85, 1.25)
 # Under this name parameters carry what random numbers of ``apply`` start from.
 SEED = "seed"
 
@@ -384,6 +394,30 @@ class DevicePipeline:
             else:
                 data = _APPLY[type(inner)](inner, data, drawn)
         return data
+
+
+def device_memory(patch: Sequence[int], batch_size: int, channels: int, target_bytes: int) -> int:
+    """Bytes that augmentation takes on the device at most, beside the batch that the training step has.
+
+    Two batches, of training and validation, wait or are being made, and one sample is worked on, which is largest with
+    the largest rotation and scaling: then it is the whole initial patch. Its images are resampled first, its labels
+    after them.
+
+    Args:
+        patch: Voxels along each axis.
+        batch_size: Samples.
+        channels: Of the image.
+        target_bytes: Of the target at full size, per voxel.
+    """
+    angle = np.pi / (6 if len(patch) == 3 else 2)
+    initial = int(np.prod(get_patch_size(list(patch), angle, angle, angle, _SCALES).astype(np.int64)))
+    voxels, dim = int(np.prod(np.array(patch, dtype=np.int64))), len(patch)
+    image, label, number = 4 * channels, 2, 4
+    images = (image + label + 1) * initial + (number * dim + image) * voxels
+    indicators = max(number * initial, min(number * INDICATOR_VOXELS, 4 * number * initial))
+    labels = (label + 1) * initial + 2 * indicators + (number * dim + image + 6 * number) * voxels
+    with_scales = target_bytes * 8 / 7  # each scale of deep supervision has an eighth of the one before
+    return max(images, labels) + round(2 * batch_size * (image + with_scales) * voxels)
 
 
 def _stand_in(channels: int, size: Sequence[int]) -> Tensor:

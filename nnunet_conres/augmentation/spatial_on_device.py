@@ -28,8 +28,8 @@ Interval = tuple[int, int]
 PADDED_IMAGE, PADDED_LABEL = 0, -1
 # How far rounding in float32 may move a position, in voxels.
 _ROUNDING = 0.01
-# Labels whose indicators are resampled at a time.
-_LABELS_AT_A_TIME = 4
+# Voxels of labels' indicators that are resampled at a time, if there are as many: 64 MiB.
+INDICATOR_VOXELS = 2**24
 # batchgeneratorsv2 compares the scores of labels in float16, between 0 and this.
 _FULL_SCORE = 1000
 
@@ -156,13 +156,13 @@ def apply_spatial(
     Returns:
         ``data``, changed.
     """
-    image, segmentation = data["image"], data["segmentation"]
     if is_crop(parameters):
         centre = [math.floor(c) - low for c, (low, _) in zip(parameters["center_location_in_pixels"], box, strict=True)]
         return transform.apply(data, grid=None, center_location_in_pixels=centre)
-    grid = local_grid(transform, parameters, shape, box, image.device)
-    data["image"] = transform._apply_to_image(image, grid=grid)
-    data["segmentation"] = resample_labels(transform, segmentation, grid, labels, sticks_out)
+    grid = local_grid(transform, parameters, shape, box, data["image"].device)
+    # what is resampled is free from here on: the largest tensors of all
+    data["image"] = transform._apply_to_image(data["image"], grid=grid)
+    data["segmentation"] = resample_labels(transform, data["segmentation"], grid, labels, sticks_out)
     return data
 
 
@@ -233,7 +233,7 @@ def resample_labels(
 
     def nearest() -> Tensor:
         shift = float(pad_label) if pads else 0.0
-        return (sample(segmentation.float() - shift, "nearest") + shift).to(segmentation.dtype)
+        return sample(segmentation.float().sub_(shift), "nearest").add_(shift).to(segmentation.dtype)
 
     if transform.mode_seg == "nearest":
         return nearest()
@@ -272,8 +272,9 @@ def resample_labels(
     result = segmentation.new_zeros(best.shape)
     closest = nearest() if tiebreak == "nearest" else None
     score_of_closest = torch.full_like(best, -math.inf)
-    for first in range(0, len(labels), _LABELS_AT_A_TIME):
-        some = labels[first : first + _LABELS_AT_A_TIME]
+    at_a_time = max(1, INDICATOR_VOXELS // segmentation.numel())
+    for first in range(0, len(labels), at_a_time):
+        some = labels[first : first + at_a_time]
         for label, score in zip(some, scores(some), strict=True):
             if closest is not None:
                 torch.where(closest == label, score, score_of_closest, out=score_of_closest)

@@ -68,7 +68,12 @@ class DeviceAugmentationMixin(nnUNetTrainer):
 
     Pipeline, sampling and their parameters are what the trainer has. The worker processes draw the parameters and load
     the voxels that these need.
+
+    Attributes:
+        augments_on_device: For the memory model, which knows trainers by their class.
     """
+
+    augments_on_device = True
 
     # set by nnU-Net's constructor, which carries no types
     device: torch.device

@@ -15,6 +15,7 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -22,7 +23,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
 from nnunet_conres.augmentation.loading import DeviceBatches, DrawFirstLoader, finish
-from nnunet_conres.augmentation.on_device import DevicePipeline, unpacked
+from nnunet_conres.augmentation.on_device import DevicePipeline, device_memory, unpacked
+from nnunet_conres.planning.tracker import LiveStorages
 from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNetBSpline
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3DPaper
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNetPaper
@@ -32,6 +34,7 @@ CPU = torch.device("cpu")
 N_CASES = 3
 # larger than the patches, smaller than the initial patches along some axes, smaller than the patches
 SHAPES = {"large": (30, 40, 36), "medium": (17, 30, 21), "small": (9, 12, 30)}
+HUGE = (100, 100, 100)
 PATCH, INITIAL = (12, 16, 14), (20, 27, 24)
 LABELS = {"background": 0, "one": 1, "two": 2, "three": 3}
 
@@ -48,7 +51,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
             previous.mkdir()
             for number in range(N_CASES):
                 seed(number)
-                write(folder, previous, f"case_{number}", SHAPES[size], ignore, stored)
+                write(folder, previous, f"case_{number}", SHAPES.get(size, HUGE), ignore, stored)
         dataset = nnUNetDatasetBlosc2 if stored == "b2nd" else nnUNetDatasetNumpy
         return dataset(str(folder), folder_with_segs_from_previous_stage=str(previous) if cascade else None)
 
@@ -246,6 +249,35 @@ def test_a_users_transform_sees_what_it_always_saw(cases: Callable[..., Any]) ->
         # nothing is drawn on the device, so that the draws are the same
         assert torch.equal(mine["data"], theirs["data"])
         assert all(torch.equal(a, b) for a, b in zip(mine["target"], theirs["target"], strict=True))
+
+
+@pytest.mark.parametrize("regions", [None, [[1, 2, 3], [2, 3], 3]], ids=["labels", "regions"])
+def test_memory_on_the_device_is_foreseen(
+    cases: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, regions: list[Any] | None
+) -> None:
+    """Counted on the CPU, where the largest scaling and rotation are always drawn."""
+    # a patch is small against the indicators of all labels, which a patch of 128 cubed is not
+    for module in ("spatial_on_device", "on_device"):
+        monkeypatch.setattr(f"nnunet_conres.augmentation.{module}.INDICATOR_VOXELS", 0)
+    patch, rotation = (24, 24, 24), np.pi / 6
+    initial = tuple(map(int, get_patch_size(patch, rotation, rotation, rotation, (0.85, 1.25))))
+    pipeline = nnunets(patch, regions=regions, rotation_for_DA=(rotation, rotation))
+    for transform in pipeline.transforms:
+        if isinstance(transform, SpatialTransform):
+            transform.p_rotation, transform.p_scaling, transform.scaling = 1, 1, 1.4
+    dataset = cases("huge")
+    source = DrawFirstLoader.of(stock_loader(dataset, None, patch, initial), DevicePipeline(pipeline))
+    batch, apply = next(source), source.pipeline.apply
+
+    def with_copy(data: dict[str, Any], *drawn: Any, **where: Any) -> dict[str, Any]:
+        data["image"] = data["image"].clone()  # as on another device
+        return apply(data, *drawn, **where)
+
+    monkeypatch.setattr(source.pipeline, "apply", with_copy)
+    with LiveStorages() as storages:
+        finish(batch, source.pipeline, CPU)
+    foreseen = device_memory(patch, 2, 2, 2 if regions is None else len(regions))
+    assert 0.5 * foreseen < max(storages.live) <= foreseen
 
 
 class TestBatches:

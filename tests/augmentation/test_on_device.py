@@ -27,6 +27,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
 from nnunet_conres.augmentation.histogram import HistogramMatchingTransform
@@ -301,6 +302,37 @@ class Twice(ImageOnlyTransform):
 
     def _apply_to_image(self, img: torch.Tensor, **params: Any) -> torch.Tensor:
         return img * 2
+
+
+WITHOUT_A_GPU = (
+    *("blur", "blur alike", "mirroring", "mask", "removal of a label", "previous stage", "regions"),
+    *("deep supervision", "histogram", "mirrored outside", "binary operators", *SPATIAL, *BSPLINES),
+)
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_GPU)
+def test_nothing_mixes_devices(name: str) -> None:
+    """On fake CUDA tensors: they have a device, which every operation checks, but no data.
+
+    The other transforms ask for numbers that only data have.
+    """
+    size = (20, 22, 24)
+    if name in TRANSFORMS:
+        transform = TRANSFORMS[name]
+    elif name == "binary operators":
+        transform = ApplyRandomBinaryOperatorTransform([-1, -2], strel_size=(1, 3))
+    else:
+        transform = make_spatial(name, (12, 14, 16))
+    pipeline = DevicePipeline(ComposeTransforms([transform]))
+    data = sample(size)
+    pipeline.draw(data["image"], data["segmentation"])  # histogram matching needs an earlier patch
+    parameters = pipeline.draw(data["image"], data["segmentation"]).parameters
+    where: dict[str, Any] = {"shape": size, "box": [(0, n) for n in size], "labels": [0, 1, 2], "sticks_out": True}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = {key: torch.empty(value.shape, dtype=value.dtype, device="cuda") for key, value in data.items()}
+        done = pipeline.apply(fake, parameters, **where)
+    tensors = [t for value in done.values() for t in (value if isinstance(value, list) else [value])]
+    assert {tensor.device.type for tensor in tensors} == {"cuda"}
 
 
 def nnunets_pipeline(**changes: Any) -> ComposeTransforms:
