@@ -310,6 +310,7 @@ WITHOUT_A_GPU = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("name", WITHOUT_A_GPU)
 def test_nothing_mixes_devices(name: str) -> None:
     """On fake CUDA tensors: they have a device, which every operation checks, but no data.
