@@ -16,7 +16,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from nnunet_conres.augmentation.on_device import DevicePipeline, _stand_in, packed, padded, unpacked
+from nnunet_conres.augmentation.on_device import DevicePipeline, packed, padded, stand_in, unpacked
 from nnunet_conres.augmentation.spatial_on_device import (
     PADDED_IMAGE,
     PADDED_LABEL,
@@ -69,7 +69,7 @@ class DrawFirstLoader(nnUNetDataLoader):
             image, segmentation = case.read(patch)
             done = ComposeTransforms(pipeline.on_cpu)(image=image.float(), segmentation=segmentation.short())
             image, segmentation = done["image"], done["segmentation"]
-            draws = pipeline.draw(_stand_in(len(image), image.shape[1:]))
+            draws = pipeline.draw(stand_in(len(image), image.shape[1:]))
             shape = tuple(image.shape[1:])
             return _sample(image, segmentation, draws.parameters, shape, _whole(shape), draws.is_crop)
         shape = tuple(high - low for low, high in patch)[self.patch_size_was_2d :]
@@ -77,7 +77,7 @@ class DrawFirstLoader(nnUNetDataLoader):
             image, segmentation = case.read(patch)
             draws = pipeline.draw(image.float(), segmentation.short())
             return _sample(image, segmentation, draws.parameters, shape, _whole(shape), draws.is_crop)
-        draws = pipeline.draw(_stand_in(images.shape[0], shape))
+        draws = pipeline.draw(stand_in(images.shape[0], shape))
         region = draws.region or _whole(shape)
         box = [(max(low, 0), min(high, extent)) for (low, high), extent in zip(region, shape, strict=True)]
         spatial = pipeline.spatial

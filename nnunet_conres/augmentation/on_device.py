@@ -346,16 +346,16 @@ class DevicePipeline:
                 # with dummy-2D augmentation the first axis is among the channels
                 intervals = [(0, n) for n in initial[: len(initial) - len(shape)]] + intervals
                 region = None if self.looks_at_the_image else intervals
-                image = _stand_in(len(image), transform.patch_size)
+                image = stand_in(len(image), transform.patch_size)
             else:
                 parameters = _draw(transform, image, segmentation)
                 if isinstance(transform, Convert3DTo2DTransform):
                     channels = len(image)
-                    image = _stand_in(channels * image.shape[1], image.shape[2:])
+                    image = stand_in(channels * image.shape[1], image.shape[2:])
                 elif isinstance(transform, Convert2DTo3DTransform):
-                    image = _stand_in(channels, (len(image) // channels, *image.shape[1:]))
+                    image = stand_in(channels, (len(image) // channels, *image.shape[1:]))
                 elif isinstance(transform, MoveSegAsOneHotToDataTransform):
-                    image = _stand_in(len(image) + len(transform.all_labels), image.shape[1:])
+                    image = stand_in(len(image) + len(transform.all_labels), image.shape[1:])
             drawn.append(parameters)
         return Draws(drawn, region, only_crops)
 
@@ -420,7 +420,7 @@ def device_memory(patch: Sequence[int], batch_size: int, channels: int, target_b
     return max(images, labels) + round(2 * batch_size * (image + with_scales) * voxels)
 
 
-def _stand_in(channels: int, size: Sequence[int]) -> Tensor:
+def stand_in(channels: int, size: Sequence[int]) -> Tensor:
     """An image of that shape whose memory is one number."""
     return torch.zeros(()).expand(channels, *size)
 
