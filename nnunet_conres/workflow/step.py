@@ -31,7 +31,7 @@ from nnunet_conres.workflow.records import digest, read_json, write_if_changed
 
 MARK: Final = "[workflow]"
 # Of this package's trainers, which are not imported here: that would take torch.
-CHECKPOINT_VARIABLE: Final = "NNUNET_CONRES_CHECKPOINT_MINUTES"
+CHECKPOINT_VARIABLE: Final = "nnUNet_conres_checkpoint_minutes"
 # In nnU-Net's order: what --c goes on from.
 CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 # Of the log of a step that failed, among what Snakemake prints.
