@@ -216,7 +216,7 @@ wait_for() {
 }
 
 make_experiment() {
-    heading "Made-up cases, and a configuration"
+    heading "Synthetic cases and a configuration"
     mkdir -p "$WORK/trainers"
     nnunet-conres phantom -o "$WORK/phantoms" -n 6 --held-out 2 --shape 24 24 20 --spacing 7 7 7
     # Long enough an epoch to be killed in the middle of it.

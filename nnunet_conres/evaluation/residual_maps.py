@@ -332,7 +332,7 @@ def look_at_file(path: Path, kind: Kind | None = None, reader: type | None = Non
             path,
             errors=(
                 f"{path} has {axes} axes; expected a volume with three. A residual is between slices, and each channel "
-                f"needs a file of its own.",
+                f"needs a separate file.",
             ),
         )
     if affine_of(properties) is None:

@@ -329,8 +329,8 @@ class Step:
             if who is not None:
                 raise StepError(
                     f"{what} has to be made anew, but {lock.parent.parent.name}, {lock.stem}, is trained by {who}. "
-                    f"Wait for it; or, where another workflow wants something else of the same data set, give this one "
-                    f"an nnUNet_preprocessed and nnUNet_results of its own."
+                    f"Wait for it; or, if another workflow needs something else of the same data set, give this one "
+                    f"a separate nnUNet_preprocessed and nnUNet_results."
                 )
 
     def _may_be_removed(self, folder: Path, identifier: str, wanted: dict[str, Any]) -> None:
