@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -64,7 +64,8 @@ def compare_scores(
         cache_folder: Keeps the findings from run to run.
     """
     versions = [STATISTICS_VERSION, version("numpy"), version("scipy")]
-    key = key_of(versions, scores.values, names, singles, groups)
+    form = [field.name for field in fields(Findings)]
+    key = key_of(form, versions, scores.values, names, singles, groups)
     return Findings(**Cache(cache_folder).kept(key, lambda: _compare(scores, names, singles, groups)))
 
 

@@ -7,7 +7,6 @@ import glob
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -479,9 +478,11 @@ def _plans_file_errors(path: Path, options: PlanOptions) -> Iterator[str]:
 def _unknown_configurations(dataset_id: int, options: PlanOptions, configurations: Sequence[str]) -> Iterator[str]:
     """Names that no planner plans, and that nobody has added to existing plans."""
     known = set(CONFIGURATIONS)
-    with contextlib.suppress(InputError):  # told already
-        folder = Path(os.environ.get("nnUNet_preprocessed", ""), find_dataset(dataset_id).name)
-        known |= set(read_plans(folder).get(options.resolved_plans_name, {}).get("configurations", ()))
+    preprocessed = folder_from_environment("nnUNet_preprocessed")
+    with contextlib.suppress(InputError):  # reported elsewhere
+        if preprocessed is not None:
+            plans = read_plans(preprocessed / find_dataset(dataset_id).name).get(options.resolved_plans_name, {})
+            known |= set(plans.get("configurations", ()))
     for name in configurations:
         if name not in known:
             yield f"{name!r} is no configuration; expected some of {', '.join(sorted(known))} for -c."
