@@ -32,7 +32,7 @@ from nnunet_conres.images.volumes import reader_for
 from nnunet_conres.nnunet import folder_from_environment
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
-from nnunet_conres.planning.preprocessing import (
+from nnunet_conres.preprocessing.dataset import (
     OF_FILES,
     STOCK_PLANS,
     Preprocessed,
@@ -41,7 +41,7 @@ from nnunet_conres.planning.preprocessing import (
     read_plans,
     remove_cases,
 )
-from nnunet_conres.planning.sources import (
+from nnunet_conres.preprocessing.sources import (
     GT_SEGMENTATIONS,
     fingerprint_differences,
     note_in_fingerprint,

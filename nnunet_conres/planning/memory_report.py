@@ -15,9 +15,9 @@ from nnunet_conres.datasets.raw import find_dataset, read_dataset_json
 from nnunet_conres.errors import InputError
 from nnunet_conres.nnunet import folder_from_environment
 from nnunet_conres.planning.memory import MemoryEstimate, MemoryModel, estimate_memory
-from nnunet_conres.planning.preprocessing import read_plans
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.plans.entries import stride_products
+from nnunet_conres.preprocessing.dataset import read_plans
 from nnunet_conres.text import format_shape
 
 GIB: Final = 2**30

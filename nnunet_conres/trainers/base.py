@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.nnunet import folder_from_environment
-from nnunet_conres.planning.preprocessing import preprocessing_settings
-from nnunet_conres.planning.sources import training_data_errors
 from nnunet_conres.plans.configurations import configuration_of, with_configuration
 from nnunet_conres.plans.entries import has_auxiliary_heads, set_background_class
+from nnunet_conres.preprocessing.dataset import preprocessing_settings
+from nnunet_conres.preprocessing.sources import training_data_errors
 from nnunet_conres.trainers.checks import (
     as_in_other_folds,
     check_device,

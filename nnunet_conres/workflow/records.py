@@ -18,7 +18,7 @@ from typing import Any, Final
 from nnunet_conres.errors import file_errors
 from nnunet_conres.files import is_temporary, try_read_json, write_if_changed
 from nnunet_conres.folders import list_files
-from nnunet_conres.planning.settings import OF_CONFIGURATIONS
+from nnunet_conres.preprocessing.settings import OF_CONFIGURATIONS
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from nnunet_conres.workflow.config import Experiment, Model, iterate_trainings
 

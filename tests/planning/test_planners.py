@@ -25,8 +25,8 @@ from nnunet_conres.planning import planners
 from nnunet_conres.planning.commands import PlanOptions, plan, plan_and_preprocess
 from nnunet_conres.planning.memory import UntrainableError
 from nnunet_conres.planning.planners import GIB, PLANNERS
-from nnunet_conres.planning.preprocessing import PreprocessedDataset
 from nnunet_conres.planning.training_step import TrainingStep
+from nnunet_conres.preprocessing.dataset import PreprocessedDataset
 
 TRAINERS = {key: load_trainer(family.trainer_name) for key, family in PLANNED.items()}
 FAMILIES = list(PLANNERS)

@@ -30,8 +30,8 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import failed_write, written_whole
 from nnunet_conres.folders import clear_leftovers, one_at_a_time, partial_folder
 from nnunet_conres.parallel import map_cases
-from nnunet_conres.planning.settings import OF_CONFIGURATIONS
-from nnunet_conres.planning.sources import GT_SEGMENTATIONS, RECORD, cases_in, files_of, judge
+from nnunet_conres.preprocessing.settings import OF_CONFIGURATIONS
+from nnunet_conres.preprocessing.sources import GT_SEGMENTATIONS, RECORD, cases_in, files_of, judge
 from nnunet_conres.text import first_few, short_message
 from nnunet_conres.unpickling import read_pickle
 
