@@ -125,6 +125,7 @@ class TestCrossValidation:
         assert "NaN" not in done.json.read_text()
         assert OURS in done.as_text()
 
+    @pytest.mark.parametrize("two", ["labels"], indirect=True)
     def test_a_second_time_nothing_heavy_is_imported(self, two: Any, tmp_path: Path) -> None:
         script = (
             "import sys\nfrom nnunet_conres import cli\n"

@@ -224,7 +224,10 @@ class TestTracker:
     @pytest.mark.parametrize(
         "plans",
         [
-            step(trainer, TWO_STAGES, checkpointing, (16, 16, 16), labels, mixed_precision=mixed)
+            pytest.param(
+                step(trainer, TWO_STAGES, checkpointing, (16, 16, 16), labels, mixed_precision=mixed),
+                marks=[pytest.mark.slow] * (trainer == "nnUNetTrainerConResNetPaper"),  # of a fixed width
+            )
             for trainer, checkpointing, labels, mixed in (
                 ("nnUNetTrainerConResNet", "none", "labels", True),
                 ("nnUNetTrainerConResNet", "full", "regions", True),

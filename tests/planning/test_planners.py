@@ -703,10 +703,14 @@ class TestCommands:
         assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "kind",
-    [pytest.param(ISOTROPIC, id="isotropic", marks=pytest.mark.slow), pytest.param(ANISOTROPIC, id="anisotropic")],
+    ("kind", "family"),
+    [
+        # ConResNet's network takes a minute, and those of isotropic plans are deeper
+        pytest.param(kind, family, id=f"{name}-{family}", marks=[pytest.mark.slow] * (is_deep or "conres" in family))
+        for name, kind, is_deep in (("isotropic", ISOTROPIC, True), ("anisotropic", ANISOTROPIC, False))
+        for family in FAMILIES
+    ],
 )
 def test_plans_fit_by_the_memory_model_itself(family: str, kind: dict[str, Any], make: Any) -> None:
     make(kind, channels=4)

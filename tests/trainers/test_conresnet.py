@@ -583,7 +583,7 @@ class TestContinuing:
             "    checkpoint_interval_minutes = 0.0\n"
             "    def initialize(self):\n"
             "        super().initialize()\n"
-            "        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 20, 1\n"
+            "        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 8, 1\n"
             "    def train_step(self, batch):\n"
             "        if 'slow' in sys.argv and self.current_epoch == 1:\n"
             "            time.sleep(0.5)\n"
@@ -608,7 +608,7 @@ class TestContinuing:
             process.send_signal(signal.SIGKILL)
             process.wait()
         done = self._unfinished(latest)
-        assert 3 <= done < 20
+        assert 3 <= done < 8
         before = torch.load(latest, weights_only=False)["logging"]
         subprocess.run([*command, "resume"], check=True, stdout=subprocess.DEVNULL, timeout=300, env=dict(os.environ))
         after = torch.load(folder / "checkpoint_final.pth", weights_only=False)["logging"]
@@ -616,7 +616,7 @@ class TestContinuing:
             assert len(values) == 2, key
             assert values[:1] == before[key][:1], key
         newest = max(folder.glob("training_log*"), key=lambda file: file.stat().st_mtime)
-        assert f"Continuing this epoch after iteration {done} of 20" in newest.read_text()
+        assert f"Continuing this epoch after iteration {done} of 8" in newest.read_text()
         assert (folder / "validation" / "summary.json").is_file()
 
     @staticmethod

@@ -130,7 +130,7 @@ class TestMerge:
             merge(np.full((1, 2, 3), 3), np.full((1, 2, 3), 3), 3)
 
 
-@pytest.mark.parametrize("kind", ["ignore", "ignored_regions"])
+@pytest.mark.parametrize("kind", ["ignore", pytest.param("ignored_regions", marks=pytest.mark.slow)])
 def test_annotation_is_kept_and_the_rest_is_nnunets_prediction(
     kind: str,
     sparse: Callable[[str], str],

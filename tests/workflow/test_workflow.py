@@ -191,6 +191,7 @@ class TestWithStandIns:
         ]
         assert all("nnUNetTrainerConResNet" in call for call in again if call.startswith("nnUNetv2_predict"))
 
+    @pytest.mark.slow
     def test_a_second_workflow_finds_all_done(
         self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
     ) -> None:
@@ -214,6 +215,7 @@ class TestWithStandIns:
         assert len(set(made)) == len(made)
         assert len([call for call in made if call.startswith("nnUNetv2_train")]) == 4
 
+    @pytest.mark.slow
     def test_a_changed_trainer_and_a_changed_data_set(
         self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
     ) -> None:
@@ -239,6 +241,7 @@ class TestWithStandIns:
         assert {"nnUNetv2_extract_fingerprint", "nnunet-conres split", "nnUNetv2_preprocess"} <= set(kinds(again))
         assert len([call for call in again if call.startswith("nnUNetv2_train")]) == 4
 
+    @pytest.mark.slow
     def test_a_training_that_fails_is_taken_up_again(
         self, config: Path, content: dict[str, Any], calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -264,7 +267,8 @@ class TestWithStandIns:
             assert "is being run already" in run(config, check=False)
         assert calls() == []
 
-    @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_what_ends_it_ends_its_jobs(
         self,
         config: Path,
