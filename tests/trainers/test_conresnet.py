@@ -581,12 +581,14 @@ class TestContinuing:
             "class Small(t.nnUNetTrainerConResNet):\n"
             "    training_epochs = 2\n"
             "    checkpoint_interval_minutes = 0.0\n"
+            "    steps = 0\n"
             "    def initialize(self):\n"
             "        super().initialize()\n"
             "        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 8, 1\n"
             "    def train_step(self, batch):\n"
-            "        if 'slow' in sys.argv and self.current_epoch == 1:\n"
-            "            time.sleep(0.5)\n"
+            "        self.steps += self.current_epoch\n"
+            "        if 'wait' in sys.argv and self.steps > 4:\n"
+            "            time.sleep(600)\n"
             "        return super().train_step(batch)\n"
             "r.recursive_find_trainer_class_by_name = lambda name: Small\n"
             "import torch\n"
@@ -596,9 +598,9 @@ class TestContinuing:
         command = [sys.executable, "-c", script]
         folder = results / "Dataset900_labels" / "Small__nnUNetPlans__3d_fullres" / "fold_0"
         latest = folder / "checkpoint_latest.pth"
-        process = subprocess.Popen([*command, "slow"], stdout=subprocess.DEVNULL, env=dict(os.environ))
+        process = subprocess.Popen([*command, "wait"], stdout=subprocess.DEVNULL, env=dict(os.environ))
         try:
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + 300
             while time.monotonic() < deadline and process.poll() is None:
                 if latest.is_file() and self._unfinished(latest) >= 3:
                     break
