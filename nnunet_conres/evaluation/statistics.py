@@ -488,11 +488,11 @@ def _sentence(comparison: PairedComparison) -> str:
 
     difference, low, high = comparison.mean_difference, comparison.mean_interval.low, comparison.mean_interval.high
     decimals = _decimals(metric, (difference, low, high))
-    told = (
+    sentence = (
         f"{on}, {what} is {'higher' if difference > 0 else 'lower'} {than} by {_amount(metric, difference, decimals)}"
     )
     if difference == 0:
-        told = f"{on}, {what} is on average the same as {comparison.baseline}'s"
+        sentence = f"{on}, {what} is on average the same as {comparison.baseline}'s"
     if difference < 0:
         # "Lower by 2 mm (1 to 3)": a minus is for what goes the other way.
         low, high = -high, -low
@@ -501,19 +501,19 @@ def _sentence(comparison: PairedComparison) -> str:
     if not math.isnan(comparison.p_corrected):
         notes.append(f"p {_p_text(comparison.p_corrected)} after Holm")
     if notes:
-        told += f" ({'; '.join(notes)})"
+        sentence += f" ({'; '.join(notes)})"
     if comparison.conclusion == "untested":
         need = f"a test needs {_number_of(FEWEST_FOR_TEST, unit)}"
-        return f"{told}: too few to conclude anything, {need}.{left_out}"
+        return f"{sentence}: too few to conclude anything, {need}.{left_out}"
     if comparison.conclusion == "mixed":
         most = "better" if comparison.effect > 0 else "worse"
         return (
-            f"{told}: {most} in the typical {unit} by the test, but not on average; look at the {unit}s with the "
+            f"{sentence}: {most} in the typical {unit} by the test, but not on average; look at the {unit}s with the "
             f"largest differences.{left_out}"
         )
     if comparison.conclusion == "none":
-        return f"{told}: no difference can be concluded.{left_out}"
-    return f"{told}: {comparison.conclusion}.{left_out}"
+        return f"{sentence}: no difference can be concluded.{left_out}"
+    return f"{sentence}: {comparison.conclusion}.{left_out}"
 
 
 def _number_of(count: int, unit: str) -> str:

@@ -22,7 +22,7 @@ from nnunet_conres.text import format_shape
 
 GIB: Final = 2**30
 _LARGEST_EDGE = 1024
-_SMALL = 0.01  # parts of less than this share are told together
+_SMALL = 0.01  # parts of less than this share are one row
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Runs the command of a rule: under a lock, unless its work is done already; records what was made.
 
-The workflow's rules call ``python -m nnunet_conres.workflow.step EXPERIMENT STEP ... -- COMMAND``. What is half made is
-told from what is whole by its content, never by a file's mere being there, so that a step can be killed at any time,
-started again, or started twice by two workflows.
+The workflow's rules call ``python -m nnunet_conres.workflow.step EXPERIMENT STEP ... -- COMMAND``. The content of
+a file decides whether it is complete, never its mere existence. So a step can be killed at any time, started again, or
+started twice by two workflows.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ class Step:
                 raise StepError(
                     f"{what} has to be made anew, but {lock.parent.parent.name}, {lock.stem}, is trained by {who}. "
                     f"Wait for it; or, where another workflow wants something else of the same data set, give this one "
-                    f"an nnUNet_preprocessed and nnUNet_results of its own."
+                    f"a separate nnUNet_preprocessed and nnUNet_results."
                 )
 
     def _may_be_removed(self, folder: Path, identifier: str, wanted: dict[str, Any]) -> None:
@@ -429,7 +429,7 @@ class Step:
     def _look_for_others(self, folder: Path, stamp: Path) -> None:
         """Refuses a fold that somebody seems to train by hand, which holds no lock.
 
-        Every training begins a log of its own, so one more than this workflow's last attempt can have begun is
+        Every training begins a new log, so one more than this workflow's last attempt can have begun is
         somebody else's.
         """
         if not folder.is_dir():

@@ -390,7 +390,7 @@ class TestCommand:
             (["-p", "ours", "--budget", "-1"], "A budget is -1 GiB"),
         ],
     )
-    def test_errors_are_told(
+    def test_errors_are_reported(
         self, arguments: list[str], message: str, dataset: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert cli.main(["memory", "-d", "701", *arguments]) == 2

@@ -208,8 +208,8 @@ class TestWithStandIns:
         other = tmp_path / "other.yaml"
         other.write_text(as_yaml(content | {"work": "other_work"}))
         processes = [start(one, "--cores", "2", "--until", "train") for one in (config, other)]
-        told = [process.communicate(timeout=300)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], told
+        reported = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], reported
         # but for the memory, which each asks for itself
         made = [call for call in calls() if not call.startswith("nnunet-conres memory")]
         assert len(set(made)) == len(made)
@@ -258,8 +258,8 @@ class TestWithStandIns:
         ]
 
     def test_a_dry_run_tells_and_does_nothing(self, config: Path, calls: Callable[[], list[str]]) -> None:
-        told = run(config, "--dry-run")
-        assert "train                4" in told
+        reported = run(config, "--dry-run")
+        assert "train                4" in reported
         assert calls() == []
 
     def test_is_not_run_twice_at_once(self, config: Path, tmp_path: Path, calls: Callable[[], list[str]]) -> None:
@@ -282,10 +282,10 @@ class TestWithStandIns:
         process = start(config, "--cores", "1")
         wait_for(lambda: any("nnUNetv2_train" in call for call in calls()))
         process.send_signal(number)
-        told = process.communicate(timeout=60)[0]
+        reported = process.communicate(timeout=60)[0]
         assert process.returncode != 0
-        assert told.count("Interrupted. Snakemake ends its jobs") == 1
-        assert "Traceback" not in told
+        assert reported.count("Interrupted. Snakemake ends its jobs") == 1
+        assert "Traceback" not in reported
         found = json.loads(run(config, "--status", "--json"))
         assert {one["state"] for one in found["folds"]} == {"waiting"}
         assert [one["where"] for one in found["folds"] if one["attempts"]] == ["killed by signal 2"]
@@ -401,7 +401,7 @@ class TestCommandLine:
 
 @pytest.mark.slow
 def test_with_the_real_commands(tmp_path: Path, content: dict[str, Any]) -> None:
-    """Made-up cases, two models, two folds, epochs of two iterations: from conversion to both reports."""
+    """Synthetic cases, two models, two folds, epochs of two iterations: from conversion to both reports."""
     phantoms = ["phantom", "-o", str(tmp_path / "phantoms"), "-n", "4", "--held-out", "1"]
     assert cli.main([*phantoms, "--shape", "24", "24", "20", "--spacing", "7", "7", "7"]) == 0
     (tmp_path / "trainers").mkdir()
