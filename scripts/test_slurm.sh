@@ -216,7 +216,7 @@ wait_for() {
 }
 
 make_experiment() {
-    heading "Synthetic cases, and a configuration"
+    heading "Synthetic cases and a configuration"
     mkdir -p "$WORK/trainers"
     nnunet-conres phantom -o "$WORK/phantoms" -n 6 --held-out 2 --shape 24 24 20 --spacing 7 7 7
     # Long enough an epoch to be killed in the middle of it.
@@ -341,7 +341,7 @@ run_sequentially() {
         printf '%s/%s %s s: %s\n' "$number" "$all" "$((SECONDS - began))" "$(cut -d ' ' -f 1-4 <<<"$command")"
         nnUNet_raw="$sequential/nn/raw" nnUNet_preprocessed="$sequential/nn/preprocessed" \
             nnUNet_results="$sequential/nn/results" nnUNet_extTrainer="$WORK/trainers" nnUNet_n_proc_DA=1 \
-            nnUNet_def_n_proc=1 OMP_NUM_THREADS=1 NNUNET_CONRES_CHECKPOINT_MINUTES=0.05 \
+            nnUNet_def_n_proc=1 OMP_NUM_THREADS=1 nnUNet_conres_checkpoint_minutes=0.05 \
             bash -c "$command" >>"$sequential/output.log" 2>&1 </dev/null ||
             fail "failed in sequence: $command" "See $sequential/output.log"
     done <"$sequential/commands.sh"

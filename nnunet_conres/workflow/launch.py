@@ -82,7 +82,7 @@ def _check_gpus(experiment: Experiment) -> None:
     if here < needed:
         raise InputError(
             f"device is cuda, and a training needs {needed} GPU{'s' if needed > 1 else ''}, but nvidia-smi and "
-            f"CUDA_VISIBLE_DEVICES tell of {here} here. Set that variable if they are there, or device: cpu, or "
+            f"CUDA_VISIBLE_DEVICES list {here}. Set that variable if there are more, or device: cpu, or "
             f"use --profile slurm."
         )
 

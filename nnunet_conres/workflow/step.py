@@ -32,7 +32,7 @@ from nnunet_conres.workflow.records import digest
 
 MARK: Final = "[workflow]"
 # Of this package's trainers, which are not imported here: that would take torch.
-CHECKPOINT_VARIABLE: Final = "NNUNET_CONRES_CHECKPOINT_MINUTES"
+CHECKPOINT_VARIABLE: Final = "nnUNet_conres_checkpoint_minutes"
 # In nnU-Net's order: what --c goes on from.
 CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 # Of the log of a step that failed, among what Snakemake prints.
@@ -330,7 +330,7 @@ class Step:
             if who is not None:
                 raise StepError(
                     f"{what} has to be made anew, but {lock.parent.parent.name}, {lock.stem}, is trained by {who}. "
-                    f"Wait for it; or, where another workflow wants something else of the same data set, give this one "
+                    f"Wait for it; or, if another workflow needs something else of the same data set, give this one "
                     f"a separate nnUNet_preprocessed and nnUNet_results."
                 )
 

@@ -350,12 +350,12 @@ class TestWithStandIns:
         assert all("gpu=1" in resources_of(job) for job in jobs["predict"])
         # where there are too few, nothing is begun
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-        assert "a training needs 2 GPUs, but nvidia-smi and CUDA_VISIBLE_DEVICES tell of 1" in run(config, check=False)
+        assert "a training needs 2 GPUs, but nvidia-smi and CUDA_VISIBLE_DEVICES list 1" in run(config, check=False)
         # what the configuration tells the steps comes before what this shell has
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
         content.setdefault("environment", {})["CUDA_VISIBLE_DEVICES"] = "2"
         config.write_text(as_yaml(content))
-        assert "CUDA_VISIBLE_DEVICES tell of 1" in run(config, check=False)
+        assert "CUDA_VISIBLE_DEVICES list 1" in run(config, check=False)
         assert calls() == []
 
     def test_plain_snakemake(self, config: Path, tmp_path: Path, calls: Callable[[], list[str]]) -> None:
