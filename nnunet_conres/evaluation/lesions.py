@@ -17,7 +17,7 @@ Mask = NDArray[np.bool_]
 Numbered = NDArray[np.int32]
 """Number of the lesion that each voxel belongs to, 0 for none."""
 
-# A sum of Dice decides which lesions are compared; a pair more is worth this much, so that none is left out for nothing.
+# A sum of Dice decides which lesions are compared; a further pair adds this much, so that none is left out for nothing.
 _PAIR: Final = 1e-6
 
 
@@ -56,7 +56,9 @@ def challenge_scores(
         penalty = math.hypot(*shape) if rules.penalty is None else rules.penalty
         lesions, parts = number_lesions(true, rules), number_predicted(predicted, rules, spacing)
         return {
-            region: _by_dilation(region, true[region], lesions[region], parts[region], spacing, rules, penalty, tolerance)
+            region: _by_dilation(
+                region, true[region], lesions[region], parts[region], spacing, rules, penalty, tolerance
+            )
             for region in scored
         }
     one_to_one = _like_brats_evaluation if like_brats_evaluation else _one_to_one
@@ -107,7 +109,9 @@ class Lesions:
 
 def number_lesions(masks: Mapping[str, Mask], rules: Rules) -> dict[str, Lesions]:
     """The lesions of each region: what grows together by the dilation, and what the rules join besides."""
-    found = {region: _grown_together(mask, rules.dilation.get(region, _dilation(rules))) for region, mask in masks.items()}
+    found = {
+        region: _grown_together(mask, rules.dilation.get(region, _dilation(rules))) for region, mask in masks.items()
+    }
     return _joined(found, rules)
 
 
@@ -239,7 +243,9 @@ def _by_dilation(
     ]
     missed = len(met.counted) - len(rows)
     rows += [(0.0, 0.0, penalty)] * (missed + (met.false if rules.count_false else 0))
-    dice, share, hd95 = (math.fsum(column) / len(rows) for column in zip(*rows, strict=True)) if rows else (1.0, 1.0, 0.0)
+    dice, share, hd95 = (
+        (math.fsum(column) / len(rows) for column in zip(*rows, strict=True)) if rows else (1.0, 1.0, 0.0)
+    )
     remaining = parts > 0  # without the smallest, where these are removed
     if not reference.any() and not remaining.any():
         whole = (1.0, 1.0, 0.0)
@@ -322,7 +328,12 @@ def _match(
         )
         distances = border_distances(lesions[where] == row + 1, parts[where] == column + 1, distance_spacing)
         matched.append(
-            (float(voxels[row]) * cubic, float(dice[row, column]), border_share(distances, tolerance), pooled_hd95(distances))
+            (
+                float(voxels[row]) * cubic,
+                float(dice[row, column]),
+                border_share(distances, tolerance),
+                pooled_hd95(distances),
+            )
         )
     missed = [float(voxels[row]) * cubic for row in sorted(set(range(count)) - {row for row, _ in pairs})]
     false = set(range(predicted_count)) - {column for _, column in pairs}

@@ -37,7 +37,7 @@ TISSUES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "GTV": ("gross_tumor_volume",),
     }
 )
-"""Tissues of each region that a challenge scores, as far as the challenge has them. NETC is all that does not enhance."""
+"""Tissues of each region that a challenge scores, as far as the challenge has them."""
 
 # What data sets call these regions, in lower case with underscores.
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -104,7 +104,7 @@ class Rules:
 @cache
 def known_rules() -> Mapping[str, Path]:
     """The file of each challenge that there are rules of, by all names, sorted."""
-    found = {}
+    found: dict[str, Path] = {}
     for path in _FOLDER.glob("*.toml"):
         if path != _UNKNOWN:
             found |= dict.fromkeys((path.stem, *_parsed(path).get("other_names", ())), path)
@@ -154,6 +154,19 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 def _by_region(value: Any, regions: Sequence[str]) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else dict.fromkeys(regions, value)
+
+
+def rules_text(options: Mapping[str, Any]) -> str:
+    """Which rules scores were taken by, a sentence.
+
+    Args:
+        options: The entry ``options`` of report.json, with rules.
+    """
+    rules = options["rules"]
+    text = f"Scores by the rules of {rules['title']} ({rules['name']})"
+    if options["like_brats_evaluation"]:
+        return f"{text}, as brats-evaluation 0.0.10 prints them where it differs from the rules."
+    return f"{text}; surface Dice within {options['tolerance']:g} mm."
 
 
 # --- regions of a data set ------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 Distances = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-def border_distances(reference: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing: Sequence[float]) -> Distances:
+def border_distances(
+    reference: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing: Sequence[float]
+) -> Distances:
     """Distances between the border voxels of two masks.
 
     A voxel is on the border if one of its six neighbours is not in the mask, or if it lies at the border of the image.
