@@ -1,6 +1,7 @@
 """Arguments of `nnunet-conres compare`."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_conres.cli.arguments import number_of_processes
@@ -78,6 +79,11 @@ def add_compare(subparsers: "Subparsers") -> None:
         "points of a patient do (default: the patients of BraTS's ids since 2023; none for other ids)",
     )
     parser.add_argument(
+        "--postprocessing",
+        metavar="FILE",
+        help="what postprocess fit wrote: compare each model with itself post-processed, too",
+    )
+    parser.add_argument(
         "--rules",
         metavar="NAME",
         help="score as a challenge does, by lesions of its regions: 2023-GLI, 2024-MET, 2026-PED ..., see "
@@ -128,6 +134,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         run=arguments.run,
         device=arguments.device,
         metrics=_metric_options(arguments),
+        postprocessing=None if arguments.postprocessing is None else Path(arguments.postprocessing),
         group_pattern=arguments.group,
         processes=number_of_processes(arguments.np),
     )

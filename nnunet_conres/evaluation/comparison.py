@@ -16,6 +16,7 @@ from nnunet_conres.evaluation.drawing import draw_cases
 from nnunet_conres.evaluation.ensembles import add_ensembles
 from nnunet_conres.evaluation.finding import CompareOptions, Found
 from nnunet_conres.evaluation.metrics import METRICS
+from nnunet_conres.evaluation.postprocessing_files import add_postprocessed
 from nnunet_conres.evaluation.report import REPORT_FORMAT, report_page
 from nnunet_conres.evaluation.rules import rules_text
 from nnunet_conres.evaluation.scoring import Scores, ScoringJob, reader_name, score_cases
@@ -84,7 +85,7 @@ def compare(found: Found, output_folder: str | Path, options: CompareOptions | N
     options, output = options or CompareOptions(), Path(output_folder)
     cache = output / "cache"
     with writing(output):
-        found = add_ensembles(found, output, options)
+        found = add_postprocessed(add_ensembles(found, output, options), output, options)
         jobs = [
             ScoringJob(model.key, case, found.references[case], model.predictions[case].labels)
             for model in found.models

@@ -215,10 +215,12 @@ def _scheme(dataset_json: Mapping[str, Any], options: MetricOptions) -> _Scheme:
 
 
 def _score(task: _Task) -> _Outcome:
-    read = _read_pair(task)
-    if isinstance(read, list):
-        return _Outcome({}, errors=tuple(read))
-    reference, prediction, spacing, displaced = read
+    try:
+        reference, prediction, spacing, displaced = read_pair(
+            task.job.reference, task.job.prediction, task.reader, task.scheme.allowed, task.scheme.ignore
+        )
+    except InputError as error:
+        return _Outcome({}, errors=tuple(error.errors))
     scores = _scores(task, reference, prediction, spacing)
     content = {"case": task.job.case_id, "prediction": task.job.prediction.name, "displaced": displaced}
     task.cache.put(task.key, content | {"scores": without_nan(scores)})
@@ -253,30 +255,45 @@ def _scores(
     }
 
 
-def _read_pair(task: _Task) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ...], bool] | list[str]:
-    """Label maps, voxel size, and whether one lies elsewhere by its header; or what is wrong with the files."""
+def read_pair(
+    reference_file: Path, prediction_file: Path, reader: type, allowed: Sequence[int], ignore: int | None
+) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ...], bool]:
+    """A reference and a prediction of the same image.
+
+    Args:
+        reference_file: The true labels.
+        prediction_file: The predicted labels.
+        reader: nnU-Net's, for both.
+        allowed: Label values that may be in both.
+        ignore: A label value that the reference may have besides.
+
+    Returns:
+        Both label maps, voxel size, and whether one lies elsewhere by its header.
+
+    Raises:
+        InputError: A file can't be read, or the two do not fit each other.
+    """
     read: list[Labels] = []
     errors: list[str] = []
-    ignore = () if task.scheme.ignore is None else (task.scheme.ignore,)
-    for path, more in ((task.job.reference, ignore), (task.job.prediction, ())):
+    for path, more in ((reference_file, () if ignore is None else (ignore,)), (prediction_file, ())):
         try:
-            read.append(read_labels(path, task.reader, (*task.scheme.allowed, *more)))
+            read.append(read_labels(path, reader, (*allowed, *more)))
         except InputError as error:
             errors += error.errors
     if errors:
-        return errors
+        raise InputError(errors)
     reference, prediction = read
     if reference.voxels.shape != prediction.voxels.shape:
-        return [
-            f"{task.job.prediction} has shape {prediction.voxels.shape}; expected {reference.voxels.shape} like "
-            f"{task.job.reference}."
-        ]
+        raise InputError(
+            f"{prediction_file} has shape {prediction.voxels.shape}; expected {reference.voxels.shape} like "
+            f"{reference_file}."
+        )
     # As far apart as nnU-Net allows an image and its labels to be.
     if not np.allclose(reference.spacing, prediction.spacing):
-        return [
-            f"{task.job.prediction} has voxels of {_lengths(prediction.spacing)} mm; expected "
-            f"{_lengths(reference.spacing)} mm like {task.job.reference}."
-        ]
+        raise InputError(
+            f"{prediction_file} has voxels of {_lengths(prediction.spacing)} mm; expected "
+            f"{_lengths(reference.spacing)} mm like {reference_file}."
+        )
     return reference.voxels, prediction.voxels, reference.spacing, _displaced(reference, prediction)
 
 
