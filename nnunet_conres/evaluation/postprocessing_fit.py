@@ -226,7 +226,12 @@ def fit_postprocessing(
         applied = [replace(job, postprocessing=postprocessing.of_fold(folds[job.case])) for job in jobs]
         after = _all(_apply, applied, processes, "Together", progress)
     together = [
-        _together(region, *({case: of[region] for case, of in scores.items()} for scores in (before, after)), groups)
+        _together(
+            region,
+            {case: scores[region] for case, scores in before.items()},
+            {case: scores[region] for case, scores in after.items()},
+            groups,
+        )
         for region in scheme.regions
     ]
     metric = "Dice" if rules is None else f"lesion-wise Dice ({rules.name})"
