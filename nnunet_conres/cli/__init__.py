@@ -19,6 +19,7 @@ from nnunet_conres.cli import (
     datasets,
     evaluation,
     planning,
+    postprocessing,
     registration,
     residuals,
     splits,
@@ -67,6 +68,7 @@ _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     evaluation.add_overlay,
     residuals.add_residuals,
     comparison.add_compare,
+    postprocessing.add_postprocess,
     workflow.add_workflow,
     brats.add_phantom,
 )

@@ -110,7 +110,7 @@ def compare_paired(
         baseline: The model that the others are compared with.
         models: Which ones; all others by default.
         regions: Labels or regions; all of the baseline by default, "mean" among them.
-        metrics: Keys; by default all of `METRICS` of which some values are better than others.
+        metrics: Keys; by default all that were measured and of which some values are better than others.
         groups: Group of every case, if cases are not independent, such as the patient that it is a time point of.
             Differences are averaged within a group first, and count as one.
         confidence: Of the intervals, and 1 less the level of the test.
@@ -133,7 +133,9 @@ def compare_paired(
         raise ValueError("\n".join(errors))
     first = next(iter(values[baseline].values()))
     chosen_regions = list(first) if regions is None else list(regions)
-    chosen_metrics = [m.key for m in METRICS.values() if m.better != "none"] if metrics is None else list(metrics)
+    measured = next(iter(first.values()))
+    compared = [m.key for m in METRICS.values() if m.better != "none" and m.key in measured]
+    chosen_metrics = compared if metrics is None else list(metrics)
     errors = list(_case_errors(values, baseline, others, chosen_regions, chosen_metrics, groups))
     if errors:
         raise ValueError("\n".join(errors))

@@ -26,6 +26,8 @@ MOST_DISAGREEMENTS: Final = 10
 
 _MAIN_METRIC: Final = "dice"
 _CONCLUDED_METRICS: Final = ("dice", "hd95")
+# By the rules of a challenge.
+_RANKED_METRICS: Final = ("lesion_dice", "lesion_surface_dice")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def _compare(
     conclusions = [
         comparison.sentence
         for comparison in compared
-        if comparison.region == overall and comparison.metric in _CONCLUDED_METRICS
+        if comparison.region == overall
+        and comparison.metric in (_CONCLUDED_METRICS if scores.options.rules is None else _RANKED_METRICS)
     ]
     conclusions += _does_the_ensemble_help(scores, names, singles, overall, groups)
     keys = {name: key for key, name in names.items()}
