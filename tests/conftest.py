@@ -17,6 +17,10 @@ from filelock import FileLock
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--container-base", metavar="IMAGE", help="base image for the tests that build a container")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """The same random numbers for every test, whichever others ran before it."""

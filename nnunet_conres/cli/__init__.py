@@ -57,6 +57,8 @@ _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     registration.add_info,
     brats.add_brats_convert,
     brats.add_brats_export,
+    brats.add_predict_brats,
+    brats.add_package,
     splits.add_split,
     planning.add_plan,
     planning.add_plan_and_preprocess,

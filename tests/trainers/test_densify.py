@@ -371,7 +371,7 @@ class TestBadInput:
     def test_damaged_checkpoint(self, trained: tuple[str, Path], tmp_path: Path) -> None:
         dataset, model = trained
         (model / "fold_0/checkpoint_final.pth").write_bytes(b"nothing")
-        assert "cannot be loaded with fold_0/checkpoint_final.pth" in errors_of(dataset, tmp_path / "dense")
+        assert "fold_0/checkpoint_final.pth cannot be read as a checkpoint" in errors_of(dataset, tmp_path / "dense")
         assert not (tmp_path / "dense").exists()
 
     def test_output_is_the_data_sets_own(self, trained: tuple[str, Path]) -> None:
