@@ -36,6 +36,7 @@ class CompareOptions:
     Attributes:
         intersection: Whether to compare on the common cases where models have different ones.
         ensembles: Whether to average probabilities and compare that as further models.
+        calibration: Whether to measure the calibration of models that have probabilities.
         run: Whether to run the commands that make what is missing.
         device: Device of those commands; None for cuda where there is a GPU, else cpu.
         metrics: Conventions of the metrics.
@@ -47,6 +48,7 @@ class CompareOptions:
 
     intersection: bool = False
     ensembles: bool = True
+    calibration: bool = True
     run: bool = False
     device: str | None = None
     metrics: MetricOptions = field(default_factory=MetricOptions)
