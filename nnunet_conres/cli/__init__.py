@@ -22,6 +22,7 @@ from nnunet_conres.cli import (
     registration,
     residuals,
     splits,
+    uncertainty,
     workflow,
 )
 from nnunet_conres.errors import InputError, file_errors
@@ -47,6 +48,7 @@ _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     evaluation.add_overlay,
     residuals.add_residuals,
     comparison.add_compare,
+    uncertainty.add_uncertainty,
     workflow.add_workflow,
     brats.add_phantom,
 )
