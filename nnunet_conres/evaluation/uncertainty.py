@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -226,7 +227,8 @@ def _settings_errors(settings: Sequence[Path]) -> list[str]:
     for other in others:
         for entry in ("labels", "regions_class_order"):
             ours, theirs = (read[path].get(entry) for path in (first, other))
-            if ours != theirs or (isinstance(ours, dict) and list(ours) != list(theirs)):
+            # as text: the order of the labels is that of the channels
+            if json.dumps(ours) != json.dumps(theirs):
                 errors.append(
                     f"{entry} is {theirs} in {other}, and {ours} in {first}; expected the same. Name only predictions "
                     f"of models that were trained with the same labels."
@@ -296,9 +298,9 @@ def uncertainty_maps(members: Sequence[Iterable[NDArray[np.float32]]], meaning: 
         if not meaning.exclusive:
             means[names[place]] = mean
     highest = math.log(meaning.count) if meaning.exclusive else meaning.count * math.log(2)
-    entropy = np.clip(total / np.float32(highest), 0, 1)
+    entropy: NDArray[np.float32] = np.clip(total / np.float32(highest), 0, 1)
     # Rounding may leave it below zero.
-    mutual = np.clip((total - of_members / np.float32(len(painters))) / np.float32(highest), 0, 1)
+    mutual: NDArray[np.float32] = np.clip((total - of_members / np.float32(len(painters))) / np.float32(highest), 0, 1)
     if len(painters) == 1:
         mutual = np.zeros_like(entropy)
     disagreement = np.zeros_like(entropy)
@@ -318,7 +320,10 @@ def uncertainty_maps(members: Sequence[Iterable[NDArray[np.float32]]], meaning: 
         entropy,
         mutual,
         disagreement,
-        {name: _information(mean, exclusive=False) / np.float32(math.log(2)) for name, mean in means.items()},
+        {
+            name: np.asarray(_information(mean, exclusive=False) / np.float32(math.log(2)), np.float32)
+            for name, mean in means.items()
+        },
         object_entropy,
     )
 

@@ -97,7 +97,9 @@ def uncertainty_figure(
             mask = np.isin(segmentation[z], values)
             if image is None:
                 tint(panel, mask, colours[name], 0.85)
-            draw_outline(panel, mask, colours[name], 1.3, dashed=False)
+            # Inner regions often share a border with outer ones: thinner, they leave an edge of both to be seen.
+            within = sum(set(other) < set(values) for other in regions.values())
+            draw_outline(panel, mask, colours[name], 1.0 + 0.9 * min(within, 3), dashed=False)
         write_note(panel, f"{channel}, slice {z}" if channel else f"slice {z}")
         for row, (name, volume) in enumerate(maps.items(), 1):
             panel = axes[row, column]
