@@ -23,6 +23,7 @@ from nnunet_conres.cli import (
     registration,
     residuals,
     splits,
+    uncertainty,
     workflow,
 )
 from nnunet_conres.errors import InputError, file_errors
@@ -71,6 +72,7 @@ _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     residuals.add_residuals,
     comparison.add_compare,
     postprocessing.add_postprocess,
+    uncertainty.add_uncertainty,
     workflow.add_workflow,
     brats.add_phantom,
 )
