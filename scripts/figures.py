@@ -18,6 +18,9 @@ from matplotlib.figure import Figure
 
 from nnunet_conres.augmentation.bspline import BSplineGrid
 from nnunet_conres.datasets.phantom import make_phantom
+from nnunet_conres.evaluation.probabilities import Channels
+from nnunet_conres.evaluation.uncertainty import region_numbers, uncertainty_maps
+from nnunet_conres.evaluation.uncertainty_figures import uncertainty_figure
 from nnunet_conres.residuals import inter_slice_residual, label_residual
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
@@ -216,6 +219,38 @@ def result_figure(work: Path, device: str) -> Figure:
     return figure
 
 
+def fold_figure(seed: int = 8, folds: int = 5) -> Figure:
+    """A case as five folds might predict it: each with a smooth error of a millimetre or two at every border."""
+    from scipy.ndimage import distance_transform_edt, gaussian_filter
+
+    images, labels = make_phantom((96, 128, 128), seed)
+    rng = np.random.default_rng(seed)
+    regions = {name: list(members) if isinstance(members, tuple) else [members] for name, members, _ in REGIONS}
+    meaning = Channels.of_dataset({"labels": {"background": 0, **regions}, "regions_class_order": [2, 1, 4]})
+    drawn: list[list[np.ndarray]] = [[] for _ in range(folds)]
+    for members in regions.values():
+        mask = np.isin(labels, members)
+        depth = distance_transform_edt(mask) - distance_transform_edt(~mask)
+        for fold in drawn:
+            noise = gaussian_filter(rng.normal(size=mask.shape), 4)
+            error = 1.5 * noise / noise.std()
+            fold.append((1 / (1 + np.exp(-1.2 * (depth + error)))).astype(np.float32))
+    maps = uncertainty_maps(drawn, meaning)
+    numbers = region_numbers(maps, meaning, (1.0, 1.0, 1.0))
+    figure = uncertainty_figure(
+        maps.segmentation,
+        maps.entropy,
+        maps.disagreement,
+        regions=meaning.regions,
+        image=images[T1CE],
+        channel="T1ce",
+        title="Synthetic case, five folds",
+        subtitle="Dice between members: " + ", ".join(f"{name} {of['dice_mean']:.3f}" for name, of in numbers.items()),
+    )
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", metavar="FOLDER", type=Path, help="work folder of a finished quickstart")
@@ -227,7 +262,12 @@ def main() -> None:
         result_figure(arguments.quickstart.resolve(), arguments.device).savefig(path, dpi=100)
         print(path)
         return
-    figures = {"residual": residual_figure, "network": network_figure, "deformation": deformation_figure}
+    figures = {
+        "residual": residual_figure,
+        "network": network_figure,
+        "deformation": deformation_figure,
+        "uncertainty": fold_figure,
+    }
     for name, draw in figures.items():
         path = IMAGES / f"{name}.png"
         draw().savefig(path, dpi=110)

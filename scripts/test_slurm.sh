@@ -7,8 +7,8 @@ usage() {
     cat <<'TEXT'
 Usage: scripts/test_slurm.sh [--workdir FOLDER] [--environment FOLDER] [--iterations N] [--sequential]
 
-Installs Debian's slurm-wlm and munge where they are missing, starts a cluster of this one machine with a configuration
-of its own, and runs a small experiment on synthetic cases through it with `nnunet-conres workflow --profile slurm`: two
+Installs Debian's slurm-wlm and munge where they are missing, starts a cluster of this one machine with a separate
+configuration, and runs a small experiment on synthetic cases through it with `nnunet-conres workflow --profile slurm`: two
 models in two folds, one short epoch each. One training is killed by scancel in the middle of its epoch. Then checks
 that it was completed from its checkpoint, that all is done and reported, and that a second run has nothing to do.
 Ends all that it has started. Needs root and Debian or Ubuntu; about 10 minutes on two cores.
@@ -130,7 +130,7 @@ install_slurm() {
     } >"$WORK/apt.log" 2>&1 || fail "the installation failed; see $WORK/apt.log"
 }
 
-# Sockets have short names at most: those of the daemons lie in a folder of their own.
+# Sockets have short names at most: those of the daemons lie in a separate folder.
 start_cluster() {
     heading "A cluster of this machine"
     local host cluster="$WORK/cluster" cores memory
@@ -267,7 +267,7 @@ workflow() {
         --slurm-init-seconds-before-status-checks 5 --seconds-between-status-checks 5 --latency-wait 30 --jobs 20 "$@"
 }
 
-# Ends the first training of ConResNet that is in the middle of its epoch, with a checkpoint behind it.
+# Ends the first training of ConResNet that is in the middle of its epoch, after a checkpoint.
 kill_a_training() {
     local until=$((SECONDS + 1500)) lock fold job
     while [ "$SECONDS" -lt "$until" ]; do
@@ -306,7 +306,7 @@ check_recovery() {
     cat "$WORK/killed.txt" "$WORK/status_after_kill.txt"
     log="$WORK/experiment/logs/train/ConResNet/$fold.log"
     [ "$(squeue --noheader --states=all --jobs="$job" --format=%T)" = CANCELLED ] || fail "job $job was not cancelled."
-    grep --no-filename -h 'Continuing this epoch behind iteration' "$log" ||
+    grep --no-filename -h 'Continuing this epoch after iteration' "$log" ||
         fail "$fold was not gone on with from its checkpoint; see $log"
     grep '^\[workflow\].* nnUNetv2_train .*--c$' "$log" || fail "$fold was not taken up with --c; see $log"
     [ "$(grep -c '^Epoch 0\|: Epoch 0 *$' "$log")" -eq 2 ] || fail "epoch 0 should have been entered twice; see $log"

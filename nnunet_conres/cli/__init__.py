@@ -19,9 +19,11 @@ from nnunet_conres.cli import (
     datasets,
     evaluation,
     planning,
+    postprocessing,
     registration,
     residuals,
     splits,
+    uncertainty,
     workflow,
 )
 from nnunet_conres.errors import InputError, file_errors
@@ -56,6 +58,8 @@ _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     registration.add_info,
     brats.add_brats_convert,
     brats.add_brats_export,
+    brats.add_predict_brats,
+    brats.add_package,
     splits.add_split,
     planning.add_plan,
     planning.add_plan_and_preprocess,
@@ -67,6 +71,8 @@ _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     evaluation.add_overlay,
     residuals.add_residuals,
     comparison.add_compare,
+    postprocessing.add_postprocess,
+    uncertainty.add_uncertainty,
     workflow.add_workflow,
     brats.add_phantom,
 )

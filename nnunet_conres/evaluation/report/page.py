@@ -9,6 +9,7 @@ from string import Template
 from typing import Any, Final
 
 from nnunet_conres.evaluation.report import sections
+from nnunet_conres.evaluation.report.calibration import calibration
 from nnunet_conres.evaluation.report.sections import asset
 from nnunet_conres.evaluation.report.text import escape, script_data
 
@@ -92,6 +93,7 @@ def _page(comparison: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -
         ("costs", "Costs", "Costs", sections.costs(comparison)),
         ("scores", "Scores", "Scores by region", sections.distributions(comparison)),
         ("differences", "Differences", "Paired differences", sections.differences(comparison)),
+        ("calibration", "Calibration", "Calibration of probabilities", calibration(comparison)),
         ("training", "Training", "Training", sections.training(comparison)),
         ("disagreements", "Disagreements", "Largest disagreements", sections.viewer(comparison, volumes)),
         ("cases", "Cases", "All cases", sections.cases(comparison)),
