@@ -24,7 +24,10 @@ def notebook(markdown: str) -> str:
             cells.append(_cell("code", _commands(block[2].strip())))
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"
-    metadata = {"accelerator": "GPU", "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    metadata = {
+        "accelerator": "GPU",
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    }
     document = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 

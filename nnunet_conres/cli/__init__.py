@@ -51,6 +51,12 @@ _EXAMPLES = {
     "compare": "nnunet-conres compare -d 501 -tr nnUNetTrainer nnUNetTrainerConResNet -o REPORT",
     "workflow": "nnunet-conres workflow experiment.yaml --dry-run",
     "phantom": "nnunet-conres phantom -o CASES -n 10",
+    "predict-brats": "nnunet-conres predict-brats -i CASES -o PREDICTIONS -m MODEL_FOLDER",
+    "package": "nnunet-conres package -d 501 -tr nnUNetTrainerConResNet -o CONTAINER",
+    "postprocess": "nnunet-conres postprocess fit --help",
+    "postprocess fit": "nnunet-conres postprocess fit -d 501 -tr nnUNetTrainerConResNet -o postprocessing.json",
+    "postprocess apply": "nnunet-conres postprocess apply -i PREDICTIONS -o OUT --rules-file postprocessing.json",
+    "uncertainty": "nnunet-conres uncertainty -i PREDICTED/fold_* --images IMAGES -o OUT",
 }
 """The command that the help of each subcommand begins with."""
 
@@ -82,7 +88,7 @@ class _Subparser(argparse.ArgumentParser):
     """Parser of a subcommand, whose help begins with an example."""
 
     def format_help(self) -> str:
-        example = _EXAMPLES.get(self.prog.rpartition(" ")[2])
+        example = _EXAMPLES.get(self.prog.partition(" ")[2])
         return f"example: {example}\n\n{super().format_help()}" if example else super().format_help()
 
 
