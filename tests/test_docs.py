@@ -98,6 +98,12 @@ def test_every_option_has_a_help(name: str) -> None:
     assert [action.dest for action in actions if not action.help] == []
 
 
+@pytest.mark.parametrize("option", ["--patch_size", "--patch-size"])
+def test_options_are_understood_in_both_spellings(option: str) -> None:
+    arguments = build_parser().parse_args(["variants", "-d", "501", option, "80", "160", "160"])
+    assert arguments.patch_size == [[80, 160, 160]]
+
+
 def test_named_trainers_exist() -> None:
     import nnunetv2
 

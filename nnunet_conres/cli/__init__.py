@@ -110,7 +110,17 @@ def build_parser() -> argparse.ArgumentParser:
         add(subparsers)
     for subparser in subparsers.choices.values():
         subparser.set_defaults(subparser=subparser)
+        _accept_both_spellings(subparser)
     return parser
+
+
+def _accept_both_spellings(parser: argparse.ArgumentParser) -> None:
+    """Takes --two_words, as nnU-Net spells its options, for --two-words, and the other way round."""
+    known = parser._option_string_actions
+    for name, action in [*known.items()]:
+        for other in (name.replace("_", "-"), "--" + name[2:].replace("-", "_")):
+            if name.startswith("--"):
+                known.setdefault(other, action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

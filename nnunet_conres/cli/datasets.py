@@ -103,7 +103,7 @@ def add_densify(subparsers: "Subparsers") -> None:
         help="folds whose predictions are averaged (default: 0 1 2 3 4)",
     )
     parser.add_argument(
-        "--cross-validation",
+        "--cross_validation",
         action="store_true",
         help="predict each case only with the fold that held it out: to measure quality; the average over all folds is "
         "better for use",
