@@ -34,7 +34,7 @@ def notebook(markdown: str) -> str:
 
 def _commands(block: str) -> str:
     if block.startswith("pip install"):
-        return "%pip install nnunet-conres"
+        return "# From PyPI, once released; until then upload a wheel and install that.\n%pip install nnunet-conres"
     if block.startswith("export"):
         # A shell's variables end with its cell.
         lines = ["import os", ""]
