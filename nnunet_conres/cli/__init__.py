@@ -38,6 +38,8 @@ _EXAMPLES = {
     "info": "nnunet-conres info",
     "brats-convert": "nnunet-conres brats-convert -i /data/BraTS2021_Training -d 501",
     "brats-export": "nnunet-conres brats-export -i PREDICTIONS -o SUBMISSION --scheme 2021",
+    "predict-brats": "nnunet-conres predict-brats -i CASES -o PREDICTIONS -m SUBMISSION/model",
+    "package": "nnunet-conres package -d 501 -tr nnUNetTrainerConResNet -o SUBMISSION --scheme 2026-MET",
     "split": "nnunet-conres split -d 501",
     "plan": "nnunet-conres plan -d 501 -a conresnet -gpu_memory_target 24",
     "plan_and_preprocess": "nnunet-conres plan_and_preprocess -d 501 -a conresnet -gpu_memory_target 24",
