@@ -55,6 +55,7 @@ def add_compare(subparsers: "Subparsers") -> None:
     )
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
     parser.add_argument("--no_ensembles", action="store_true", help="do not average probabilities")
+    parser.add_argument("--no_calibration", action="store_true", help="do not measure how reliable probabilities are")
     parser.add_argument(
         "--intersection",
         action="store_true",
@@ -131,6 +132,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     options = CompareOptions(
         intersection=arguments.intersection,
         ensembles=not arguments.no_ensembles,
+        calibration=not arguments.no_calibration,
         run=arguments.run,
         device=arguments.device,
         metrics=_metric_options(arguments),

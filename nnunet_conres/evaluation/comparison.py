@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_conres import __version__
+from nnunet_conres.evaluation.calibration import measure_calibration
 from nnunet_conres.evaluation.costs import Costs, costs_of
 from nnunet_conres.evaluation.drawing import draw_cases
 from nnunet_conres.evaluation.ensembles import add_ensembles
@@ -91,21 +92,25 @@ def compare(found: Found, output_folder: str | Path, options: CompareOptions | N
             for model in found.models
             for case in found.cases
         ]
+        reader = reader_name(found.dataset_json, [job.reference for job in jobs], cache / "readers")
         scores = score_cases(
             jobs,
             found.dataset_json,
             options=options.metrics,
             cache_folder=cache / "scores",
-            reader=reader_name(found.dataset_json, [job.reference for job in jobs], cache / "readers"),
+            reader=reader,
             processes=options.processes,
             progress=options.progress,
+        )
+        calibration = (
+            measure_calibration(found, cache / "calibration", reader, options) if options.calibration else None
         )
         names = {model.key: model.name for model in found.models}
         singles = [model.key for model in found.models if not model.members]
         findings = compare_scores(scores, names, singles, found.groups, cache / "statistics")
         costs = costs_of(found.models, cache / "networks")
         pictures, warnings = draw_cases(found, [case["id"] for case in findings.disagreements], cache / "pictures")
-        content = _content(found, scores, findings, costs, warnings)
+        content = _content(found, scores, findings, costs, warnings) | {"calibration": calibration}
         report, json, cases = write_comparison(output, content, report_page(content, pictures))
         if options.metrics.rules is not None and options.metrics.like_brats_evaluation:
             names_of_files = {case: found.references[case].name for case in found.cases}

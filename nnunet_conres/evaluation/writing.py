@@ -59,7 +59,7 @@ _COLUMNS: Final[Mapping[str, Mapping[str, str]]] = {
 
 
 def write_comparison(folder: Path, content: Mapping[str, Any], page: str) -> tuple[Path, Path, Path]:
-    """Write report.html, report.json and cases.csv.
+    """Write report.html, report.json, cases.csv, and calibration.csv and reliability.csv of models with probabilities.
 
     Args:
         folder: Where they go.
@@ -67,10 +67,11 @@ def write_comparison(folder: Path, content: Mapping[str, Any], page: str) -> tup
         page: What report.html holds.
 
     Returns:
-        The three files.
+        The first three files.
     """
     report, json, cases = folder / "report.html", folder / "report.json", folder / "cases.csv"
     _write_csv(cases, content)
+    _write_calibration(folder, content)
     with written_whole(report) as partial:
         partial.write_text(page, encoding="utf-8", newline="\n")
     write_json(json, content, indent=None)
@@ -139,3 +140,36 @@ def _summary(column: tuple[float, ...]) -> tuple[float, float, float]:
     with np.errstate(invalid="ignore"):
         deviation = float(values.std(ddof=1)) if values.size > 1 else float("nan")
     return float(values.mean()), deviation, float(np.median(values))
+
+
+def _write_calibration(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write calibration.csv and reliability.csv, or remove those of before where no model has probabilities."""
+    errors, curves = folder / "calibration.csv", folder / "reliability.csv"
+    calibration = content.get("calibration") or {}
+    if not calibration.get("pooled"):
+        for path in (errors, curves):
+            path.unlink(missing_ok=True)
+        return
+    metrics = [metric["key"] for metric in calibration["metrics"]]
+    names = {model["key"]: model["name"] for model in content["models"]}
+    folds = {case["id"]: "" if case["fold"] is None else case["fold"] for case in content["cases"]}
+    with written_whole(errors) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "fold", "model", "region", *metrics])
+        for key, cases in calibration["cases"].items():
+            for case, regions in cases.items():
+                for region, values in regions.items():
+                    cells = ["" if values[metric] is None else values[metric] for metric in metrics]
+                    writer.writerow([case, folds[case], names[key], region, *cells])
+    with written_whole(curves) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "region", "metric", "bin_low", "bin_high", "voxels", "probability", "frequency"])
+        bins = calibration["bins"]
+        for key, regions in calibration["pooled"].items():
+            for region, of_metric in regions.items():
+                for metric, curve in of_metric.items():
+                    for place in range(bins):
+                        cells = [curve[name][place] for name in ("voxels", "probability", "frequency")]
+                        ends = [round(end / bins, 6) for end in (place, place + 1)]
+                        row = ["" if cell is None else cell for cell in cells]
+                        writer.writerow([names[key], region, metric, *ends, *row])

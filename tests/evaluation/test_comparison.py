@@ -125,6 +125,7 @@ class TestCrossValidation:
         assert "NaN" not in done.json.read_text()
         assert OURS in done.as_text()
 
+    @pytest.mark.parametrize("two", ["labels"], indirect=True)
     def test_a_second_time_nothing_heavy_is_imported(self, two: Any, tmp_path: Path) -> None:
         script = (
             "import sys\nfrom nnunet_conres import cli\n"
@@ -210,7 +211,7 @@ class TestCrossValidation:
         assert len(error.value.errors) == 5
         assert not (tmp_path / "out").exists()
 
-    def test_other_splits_are_told(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+    def test_other_splits_are_reported(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()
         made.add(STOCK, folds=(0, 1))
         made.add(OURS, folds=(1, 0))
@@ -231,11 +232,11 @@ class TestCrossValidation:
         arguments = ["compare", "-d", "801", "-tr", STOCK, OURS, "-f", "0", "1", "-np", "1", "-device", "cpu"]
         arguments += ["-o", str(tmp_path / "out")]
         assert cli.main(arguments) == 2
-        told = capsys.readouterr().err
+        reported = capsys.readouterr().err
         for trainer, fold, case in ((STOCK, 0, "case_2"), (OURS, 1, "case_3")):
             command = f"nnUNetv2_train {NAME} 3d_fullres {fold} -tr {trainer} -p nnUNetPlans -device cpu --val --npz"
-            assert f"{trainer}, fold {fold}, has no prediction of {case}, which" in told
-            assert f"Run: {command}" in told
+            assert f"{trainer}, fold {fold}, has no prediction of {case}, which" in reported
+            assert f"Run: {command}" in reported
         assert not (tmp_path / "out").exists()
 
         assert cli.main([*arguments, "--intersection"]) == 0

@@ -128,7 +128,7 @@ class TestScoreCases:
         assert scores["mean"]["dice"] == 1
 
     @pytest.mark.parametrize("change", ["origin", "direction"])
-    def test_predictions_that_lie_elsewhere_are_told(self, tmp_path: Path, change: str) -> None:
+    def test_predictions_that_lie_elsewhere_are_reported(self, tmp_path: Path, change: str) -> None:
         jobs = make_jobs(tmp_path, 2)
         image = SimpleITK.ReadImage(str(jobs[1].prediction))
         if change == "origin":

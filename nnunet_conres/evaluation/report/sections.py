@@ -207,7 +207,7 @@ def distributions(comparison: Mapping[str, Any]) -> str:
         parts[metric["key"]] = (
             _charts(f"{metric_title(metric)}, {direction(metric)}", charts)
             + f'<p class="note">{said} A point is a case. Boxes, from five cases on: quartiles and median; whiskers: '
-            "the farthest cases within 1.5 times the box. Each region has a scale of its own.</p>"
+            "the farthest cases within 1.5 times the box. Each region has a separate scale.</p>"
         )
     return _by_metric(comparison, parts)
 
