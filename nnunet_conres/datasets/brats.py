@@ -128,7 +128,7 @@ def convert_brats(
         selection=selection,
         missing=missing,
     )
-    errors += found.errors
+    errors += [*found.foreign_errors, *found.errors]
 
     # Other faulty arguments do not keep the files from being looked at: whoever has to repair both learns of both at
     # once.

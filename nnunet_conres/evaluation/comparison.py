@@ -17,10 +17,12 @@ from nnunet_conres.evaluation.drawing import draw_cases
 from nnunet_conres.evaluation.ensembles import add_ensembles
 from nnunet_conres.evaluation.finding import CompareOptions, Found
 from nnunet_conres.evaluation.metrics import METRICS
+from nnunet_conres.evaluation.postprocessing_files import add_postprocessed
 from nnunet_conres.evaluation.report import REPORT_FORMAT, report_page
+from nnunet_conres.evaluation.rules import rules_text
 from nnunet_conres.evaluation.scoring import Scores, ScoringJob, reader_name, score_cases
 from nnunet_conres.evaluation.testing import Findings, compare_scores, overall_of
-from nnunet_conres.evaluation.writing import write_comparison
+from nnunet_conres.evaluation.writing import write_brats_tables, write_comparison
 from nnunet_conres.files import without_nan
 from nnunet_conres.folders import writing
 from nnunet_conres.text import aligned, first_few
@@ -61,6 +63,8 @@ class Comparison:
             )
         lines = aligned(rows)
         lines.insert(1, "-" * max(map(len, lines)))
+        if content["options"].get("rules"):
+            lines += ["", rules_text(content["options"])]
         lines += ["", *content["conclusions"], *(f"warning: {warning}" for warning in content["warnings"])]
         return "\n".join([*lines, "", f"Report: {self.report}", f"        {self.json}", f"        {self.csv}"])
 
@@ -82,7 +86,7 @@ def compare(found: Found, output_folder: str | Path, options: CompareOptions | N
     options, output = options or CompareOptions(), Path(output_folder)
     cache = output / "cache"
     with writing(output):
-        found = add_ensembles(found, output, options)
+        found = add_postprocessed(add_ensembles(found, output, options), output, options)
         jobs = [
             ScoringJob(model.key, case, found.references[case], model.predictions[case].labels)
             for model in found.models
@@ -108,6 +112,9 @@ def compare(found: Found, output_folder: str | Path, options: CompareOptions | N
         pictures, warnings = draw_cases(found, [case["id"] for case in findings.disagreements], cache / "pictures")
         content = _content(found, scores, findings, costs, warnings) | {"calibration": calibration}
         report, json, cases = write_comparison(output, content, report_page(content, pictures))
+        if options.metrics.rules is not None and options.metrics.like_brats_evaluation:
+            names_of_files = {case: found.references[case].name for case in found.cases}
+            write_brats_tables(output / "brats_evaluation", content, options.metrics.rules.table, names_of_files)
     return Comparison(content, report, json, cases)
 
 
@@ -130,8 +137,8 @@ def _content(found: Found, scores: Scores, findings: Findings, costs: Costs, war
             "options": scores.options.as_json(),
             "regions": findings.regions,
             "metrics": [
-                metric.as_json() | {"better": None if metric.better == "none" else metric.better}
-                for metric in METRICS.values()
+                METRICS[key].as_json() | {"better": None if METRICS[key].better == "none" else METRICS[key].better}
+                for key in scores.options.measured
             ],
             "models": [
                 {
@@ -151,7 +158,14 @@ def _content(found: Found, scores: Scores, findings: Findings, costs: Costs, war
             "summary": findings.summary,
             "comparisons": findings.comparisons,
             "conclusions": findings.conclusions,
-            "warnings": [*found.warnings, *_displaced(scores), *costs.warnings, *_one_fold(found), *warnings],
+            "warnings": [
+                *found.warnings,
+                *_displaced(scores),
+                *_missing(scores),
+                *costs.warnings,
+                *_one_fold(found),
+                *warnings,
+            ],
             "cases": [
                 {
                     "id": case,
@@ -173,6 +187,16 @@ def _displaced(scores: Scores) -> list[str]:
         f"By their headers, {first_few([str(path) for path in scores.displaced])} do not lie where the reference does "
         f"(origin or directions). Voxels were compared one by one all the same: are these predictions of the same "
         f"images, and not turned?"
+    ]
+
+
+def _missing(scores: Scores) -> list[str]:
+    if not scores.missing_regions:
+        return []
+    assert scores.options.rules is not None, "only rules ask for regions"
+    return [
+        f"{', '.join(scores.missing_regions)}: scored by the rules {scores.options.rules.name}, but not told apart by "
+        f"the labels of this data set; not scored here."
     ]
 
 

@@ -42,6 +42,7 @@ class CompareOptions:
         metrics: Conventions of the metrics.
         group_pattern: Regular expression that finds in a case's id what it is grouped by, where cases are not
             independent; None for the patients of BraTS's ids since 2023.
+        postprocessing: What `nnunet-conres postprocess fit` wrote, to compare each model with itself post-processed.
         processes: Cases scored at once.
         progress: Whether to show progress bars on stderr.
     """
@@ -53,6 +54,7 @@ class CompareOptions:
     device: str | None = None
     metrics: MetricOptions = field(default_factory=MetricOptions)
     group_pattern: str | None = None
+    postprocessing: Path | None = None
     processes: int = 1
     progress: bool = True
 

@@ -111,7 +111,7 @@ def compare_paired(
         baseline: The model that the others are compared with.
         models: Which ones; all others by default.
         regions: Labels or regions; all of the baseline by default, "mean" among them.
-        metrics: Keys; by default all of `definitions` of which some values are better than others.
+        metrics: Keys; by default all measured ones of `definitions` of which some values are better than others.
         groups: Group of every case, if cases are not independent, such as the patient that it is a time point of.
             Differences are averaged within a group first, and count as one.
         definitions: The metrics that the values are of, by their keys.
@@ -135,7 +135,9 @@ def compare_paired(
         raise ValueError("\n".join(errors))
     first = next(iter(values[baseline].values()))
     chosen_regions = list(first) if regions is None else list(regions)
-    chosen_metrics = [m.key for m in definitions.values() if m.better != "none"] if metrics is None else list(metrics)
+    measured = next(iter(first.values()))
+    compared = [m.key for m in definitions.values() if m.better != "none" and m.key in measured]
+    chosen_metrics = compared if metrics is None else list(metrics)
     errors = list(_case_errors(values, baseline, others, chosen_regions, chosen_metrics, groups, definitions))
     if errors:
         raise ValueError("\n".join(errors))
@@ -490,11 +492,11 @@ def _sentence(comparison: PairedComparison, metric: Metric) -> str:
 
     difference, low, high = comparison.mean_difference, comparison.mean_interval.low, comparison.mean_interval.high
     decimals = _decimals(metric, (difference, low, high))
-    told = (
+    sentence = (
         f"{on}, {what} is {'higher' if difference > 0 else 'lower'} {than} by {_amount(metric, difference, decimals)}"
     )
     if difference == 0:
-        told = f"{on}, {what} is on average the same as {comparison.baseline}'s"
+        sentence = f"{on}, {what} is on average the same as {comparison.baseline}'s"
     if difference < 0:
         # "Lower by 2 mm (1 to 3)": a minus is for what goes the other way.
         low, high = -high, -low
@@ -503,19 +505,19 @@ def _sentence(comparison: PairedComparison, metric: Metric) -> str:
     if not math.isnan(comparison.p_corrected):
         notes.append(f"p {_p_text(comparison.p_corrected)} after Holm")
     if notes:
-        told += f" ({'; '.join(notes)})"
+        sentence += f" ({'; '.join(notes)})"
     if comparison.conclusion == "untested":
         need = f"a test needs {_number_of(FEWEST_FOR_TEST, unit)}"
-        return f"{told}: too few to conclude anything, {need}.{left_out}"
+        return f"{sentence}: too few to conclude anything, {need}.{left_out}"
     if comparison.conclusion == "mixed":
         most = "better" if comparison.effect > 0 else "worse"
         return (
-            f"{told}: {most} in the typical {unit} by the test, but not on average; look at the {unit}s with the "
+            f"{sentence}: {most} in the typical {unit} by the test, but not on average; look at the {unit}s with the "
             f"largest differences.{left_out}"
         )
     if comparison.conclusion == "none":
-        return f"{told}: no difference can be concluded.{left_out}"
-    return f"{told}: {comparison.conclusion}.{left_out}"
+        return f"{sentence}: no difference can be concluded.{left_out}"
+    return f"{sentence}: {comparison.conclusion}.{left_out}"
 
 
 def _number_of(count: int, unit: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +26,8 @@ MOST_DISAGREEMENTS: Final = 10
 
 _MAIN_METRIC: Final = "dice"
 _CONCLUDED_METRICS: Final = ("dice", "hd95")
+# By the rules of a challenge.
+_RANKED_METRICS: Final = ("lesion_dice", "lesion_surface_dice")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def compare_scores(
         cache_folder: Keeps the findings from run to run.
     """
     versions = [STATISTICS_VERSION, version("numpy"), version("scipy")]
-    key = key_of(versions, scores.values, names, singles, groups)
+    form = [field.name for field in fields(Findings)]
+    key = key_of(form, versions, scores.values, names, singles, groups)
     return Findings(**Cache(cache_folder).kept(key, lambda: _compare(scores, names, singles, groups)))
 
 
@@ -79,7 +82,8 @@ def _compare(
     conclusions = [
         comparison.sentence
         for comparison in compared
-        if comparison.region == overall and comparison.metric in _CONCLUDED_METRICS
+        if comparison.region == overall
+        and comparison.metric in (_CONCLUDED_METRICS if scores.options.rules is None else _RANKED_METRICS)
     ]
     conclusions += _does_the_ensemble_help(scores, names, singles, overall, groups)
     keys = {name: key for key, name in names.items()}

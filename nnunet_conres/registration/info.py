@@ -152,7 +152,7 @@ def _inactive_hint() -> str:
         command = f'export {registration.VARIABLE}="{value}"'
     return (
         "nnU-Net does not find the trainers: Python did not read a start-up file of this package. It does so for a "
-        "package installed into an environment (pip install), not for one in a folder of its own (pip install "
+        "package installed into an environment (pip install), not for one in a separate folder (pip install "
         f"--target, PYTHONPATH, python -S). Install it into the environment, or set the variable by hand:\n  {command}"
     )
 

@@ -67,7 +67,7 @@ def _errors(comparison: Mapping[str, Any]) -> Iterator[str]:
     for name, key in (("metrics", "key"), ("models", "key"), ("cases", "id")):
         keys = [entry.get(key) for entry in comparison[name]]
         for twice in sorted({str(found) for found in keys if keys.count(found) > 1}):
-            yield f"{name!r} has {twice!r} more than once; expected names of their own."
+            yield f"{name!r} has {twice!r} more than once; expected unique names."
     baselines = sum(bool(model.get("baseline")) for model in comparison["models"])
     if baselines > 1:
         yield f"{baselines} models are the baseline; expected one at most."
