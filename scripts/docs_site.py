@@ -31,6 +31,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
             "planning",
             "train-faster",
             "postprocess",
+            "uncertainty",
             "submit-to-brats",
             "sparse_annotation",
             "residuals",

@@ -49,6 +49,7 @@ _EXAMPLES = {
     "overlay": "nnunet-conres overlay -i IMAGES -p PREDICTIONS -djfile PREDICTIONS/dataset.json -o PICTURES",
     "residuals": "nnunet-conres residuals -i IMAGES -o RESIDUALS",
     "compare": "nnunet-conres compare -d 501 -tr nnUNetTrainer nnUNetTrainerConResNet -o REPORT",
+    "uncertainty": "nnunet-conres uncertainty -i PREDICTED/fold_* --images IMAGES -o OUT",
     "workflow": "nnunet-conres workflow experiment.yaml --dry-run",
     "phantom": "nnunet-conres phantom -o CASES -n 10",
 }

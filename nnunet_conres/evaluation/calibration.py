@@ -210,6 +210,8 @@ def _sources(found: Found) -> tuple[dict[str, dict[str, tuple[Path, ...]]], list
     sources: dict[str, dict[str, tuple[Path, ...]]] = {}
     without = []
     for model in found.models:
+        if len(model.members) == 1:
+            continue  # post-processed: other labels, of the same probabilities
         of = {case: tuple(_files(model, by_key, case, file_ending)) for case in found.cases}
         missing = [case for case, files in of.items() if not all(path.is_file() for path in files)]
         if missing:
