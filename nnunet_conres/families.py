@@ -80,6 +80,7 @@ FAMILIES: Final = (
             "nnUNetTrainerConResNetSharedEncoder": "ConResNet with one encoder over the image and the image residual",
             "nnUNetTrainerConResNetBSpline": "ConResNet with B-spline deformations in the augmentation",
             "nnUNetTrainerConResNet_NoMirroring": "ConResNet without mirroring, in training and in prediction",
+            "nnUNetTrainerConResNet_ChannelDropout": "ConResNet for cases that lack modalities",
         },
         name="ConResNet",
     ),
@@ -101,6 +102,7 @@ FAMILIES: Final = (
         networks=(),
         trainers={
             "nnUNetTrainerMuon": "the 3D network of the plans, nnU-Net's own, under nnU-Net's recipe with Muon",
+            "nnUNetTrainerMuon_ChannelDropout": "nnUNetTrainerMuon for cases that lack modalities",
         },
         name="",
     ),

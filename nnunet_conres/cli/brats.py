@@ -211,6 +211,7 @@ def _add_challenge(parser: argparse.ArgumentParser) -> None:
         "--scheme", metavar="SCHEME", help=f"the challenge: {_SCHEMES} (default: that of the model's data set)"
     )
     parser.add_argument("--missing", choices=("refuse", "zero"), help=_MISSING)
+    parser.add_argument("--postprocessing", metavar="JSON", help="what nnunet-conres postprocess fit wrote")
     parser.add_argument(
         "-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint of a fold (default: %(default)s)"
     )
@@ -227,6 +228,7 @@ def _predict_brats(arguments: argparse.Namespace) -> int:
         folds=arguments.f,
         checkpoint=arguments.chk,
         missing=arguments.missing,
+        postprocessing=arguments.postprocessing,
         device=arguments.device,
         mirroring=not arguments.disable_tta,
         step_size=arguments.step_size,
@@ -276,6 +278,7 @@ def _package(arguments: argparse.Namespace) -> int:
         arguments.o,
         scheme=arguments.scheme,
         missing=arguments.missing,
+        postprocessing=arguments.postprocessing,
         checkpoint=arguments.chk,
     )
     for warning in done.warnings:

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.evaluation.rules import Rules
-from nnunet_conres.evaluation.surfaces import border_distances, border_share, pooled_hd95, surface_hd95
+from nnunet_conres.evaluation.surfaces import (
+    around,
+    border_distances,
+    border_share,
+    exact_border_distances,
+    pooled_hd95,
+    surface_hd95,
+)
 
 Mask = NDArray[np.bool_]
 Numbered = NDArray[np.int32]
@@ -234,13 +241,17 @@ def _by_dilation(
     penalty: float,
     tolerance: float,
 ) -> dict[str, float]:
+    from scipy.ndimage import find_objects
+
     parts = predicted.numbers
     smallest = rules.smallest_volume[region] / math.prod(spacing)
     met = meetings_within_reach(lesions, parts, smallest)
-    rows = [
-        _surface_scores(lesions.numbers == number, np.isin(parts, met.matched[number]), spacing, tolerance)
-        for number in met.matched
-    ]
+    boxes, part_boxes = find_objects(lesions.numbers), find_objects(parts)
+    rows = []
+    for number, matched in met.matched.items():
+        where = around([boxes[number - 1], *(part_boxes[part - 1] for part in matched)])
+        pair = lesions.numbers[where] == number, np.isin(parts[where], matched)
+        rows.append(_surface_scores(*pair, spacing, tolerance))
     missed = len(met.counted) - len(rows)
     rows += [(0.0, 0.0, penalty)] * (missed + (met.false if rules.count_false else 0))
     dice, share, hd95 = (
@@ -271,8 +282,6 @@ def _surface_scores(
     reference: Mask, prediction: Mask, spacing: Sequence[float], tolerance: float
 ) -> tuple[float, float, float]:
     """Dice, surface Dice and HD95."""
-    where = _around(reference | prediction, 1)
-    reference, prediction = reference[where], prediction[where]
     share = border_share(border_distances(reference, prediction, spacing), _including(tolerance))
     return _dice(reference, prediction), share, surface_hd95(reference, prediction, spacing)
 
@@ -322,11 +331,9 @@ def _match(
     cubic = math.prod(spacing)
     matched = []
     for row, column in pairs:
-        where = tuple(
-            slice(min(one.start, other.start), max(one.stop, other.stop))
-            for one, other in zip(boxes[row], predicted_boxes[column], strict=True)
-        )
-        distances = border_distances(lesions[where] == row + 1, parts[where] == column + 1, distance_spacing)
+        where = around([boxes[row], predicted_boxes[column]])
+        # Where tolerance and voxel size are the same number, distances have to be that number, too.
+        distances = exact_border_distances(lesions[where] == row + 1, parts[where] == column + 1, distance_spacing)
         matched.append(
             (
                 float(voxels[row]) * cubic,

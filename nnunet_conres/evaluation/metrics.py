@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.rules import Rules
+from nnunet_conres.evaluation.surfaces import around
 
 # Raised whenever a metric changes its value, so that scores of before are not taken from a cache.
 METRIC_VERSION: Final = 1
@@ -536,7 +537,7 @@ def _lesions(pair: _Pair, options: MetricOptions, penalty: float) -> dict[str, f
     for lesion in found:
         matched = meetings[1, meetings[0] == lesion]
         dice.append(2 * float(common[lesion]) / float(volume[lesion] + predicted_volume[matched].sum()))
-        box = _around([near_boxes[lesion - 1], *(part_boxes[part - 1] for part in matched)])
+        box = around([near_boxes[lesion - 1], *(part_boxes[part - 1] for part in matched)])
         of_lesion = _Pair(
             pair.reference[box] & (near[box] == lesion),
             np.isin(parts[box], matched),
@@ -562,11 +563,3 @@ def _lesions(pair: _Pair, options: MetricOptions, penalty: float) -> dict[str, f
         "lesion_dice": math.fsum(dice) / len(dice),
         "lesion_hd95": math.fsum(distances) / len(distances) if distances else math.nan,
     }
-
-
-def _around(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
-    """The box that holds all boxes, and their neighbours."""
-    return tuple(
-        slice(max(0, min(side.start for side in sides) - 1), max(side.stop for side in sides) + 1)
-        for sides in zip(*boxes, strict=True)
-    )

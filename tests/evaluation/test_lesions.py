@@ -18,7 +18,13 @@ from scipy.ndimage import (
 
 from nnunet_conres.evaluation.lesions import challenge_scores
 from nnunet_conres.evaluation.rules import Rules, read_rules
-from nnunet_conres.evaluation.surfaces import border_distances, border_share, pooled_hd95, surface_hd95
+from nnunet_conres.evaluation.surfaces import (
+    border_distances,
+    border_share,
+    exact_border_distances,
+    pooled_hd95,
+    surface_hd95,
+)
 
 BALL = generate_binary_structure(3, 2)
 A = {"ET": (3,), "TC": (1, 3), "WT": (1, 2, 3), "NETC": (1,)}
@@ -193,6 +199,8 @@ class TestSurfaces:
         borders = [np.argwhere(mask & ~binary_erosion(mask)) * np.array(spacing) for mask in masks]
         every = np.linalg.norm(borders[0][:, None] - borders[1][None], axis=-1)
         distances = border_distances(*masks, spacing)
+        for exact, fast in zip(exact_border_distances(*masks, spacing), distances, strict=True):
+            np.testing.assert_allclose(exact, fast, atol=1e-12)
         np.testing.assert_allclose(np.sort(distances[0]), np.sort(every.min(1)))
         np.testing.assert_allclose(np.sort(distances[1]), np.sort(every.min(0)))
         assert pooled_hd95(distances) == pytest.approx(np.percentile([*every.min(1), *every.min(0)], 95))
