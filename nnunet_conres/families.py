@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
+from nnunet_conres.nnunet import stock_trainers
+from nnunet_conres.text import did_you_mean
+
 TRAINING_LENGTHS: Final[Mapping[str, int]] = {
     f"{epochs}epoch{'s' if epochs > 1 else ''}": epochs for epochs in (1, 5, 10, 20, 50, 100, 250, 500, 2000)
 }
@@ -144,6 +147,12 @@ TRAINERS: Final[Mapping[str, str]] = {
     for name, (trainer, epochs) in LENGTHS.items()
 }
 """What ``-tr`` can be, with a line on each."""
+
+
+def no_trainer(name: str) -> str:
+    """The message for a trainer that neither nnU-Net nor this package has."""
+    near = did_you_mean(name, [*TRAINERS, *stock_trainers()])
+    return f"There is no trainer {name}{near} nnunet-conres info lists the trainers of this package."
 
 
 def load(path: str) -> Any:

@@ -31,7 +31,7 @@ from nnunet_conres.folders import check_complete, visible, writing
 from nnunet_conres.images.volumes import read_labels, write_labels
 from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, folder_from_environment
 from nnunet_conres.parallel import map_cases
-from nnunet_conres.text import short_message
+from nnunet_conres.text import no_device, short_message
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -273,7 +273,7 @@ def _argument_errors(
     elif (device == "cuda" and not torch.cuda.is_available()) or (
         device == "mps" and not torch.backends.mps.is_available()
     ):
-        yield f"There is no {device.upper()} device here that torch can use. To predict on the CPU add: -device cpu"
+        yield no_device(device, "predict")
     if not model.folds:
         yield "No fold given; expected one or more, or all."
     if len(set(model.folds)) < len(model.folds):

@@ -37,7 +37,7 @@ from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.volumes import read_labels, read_volume, reversed_axes, write_map
 from nnunet_conres.nnunet import architecture_errors, label_values
-from nnunet_conres.text import first_few, short_message
+from nnunet_conres.text import first_few, no_device, short_message
 from nnunet_conres.unpickling import read_checkpoint
 
 DEFAULT_CHECKPOINT: Final = "checkpoint_final.pth"
@@ -504,7 +504,7 @@ def _device_errors(device: str) -> Iterator[str]:
     elif (device == "cuda" and not torch.cuda.is_available()) or (
         device == "mps" and not torch.backends.mps.is_available()
     ):
-        yield f"There is no {device.upper()} device here that torch can use. To predict on the CPU add: -device cpu"
+        yield no_device(device, "predict")
 
 
 def _network_errors(folder: Path, network: nn.Module, predictor: Any, level: int) -> Iterator[str]:

@@ -31,10 +31,21 @@ from nnunet_conres.trainers.checks import (
 from nnunet_conres.trainers.logger import LossPartsTrainer
 from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.precision import CpuPrecisionTrainer
+from nnunet_conres.trainers.progress import ProgressTrainer
 from nnunet_conres.trainers.recipe import RecipeTrainer
+from nnunet_conres.trainers.stop import StoppableTrainer
+from nnunet_conres.trainers.tracking import TrackedTrainer
 
 
-class PluginTrainer(RecipeTrainer, LossPartsTrainer, CpuPrecisionTrainer, FiniteStepsTrainer):
+class PluginTrainer(
+    StoppableTrainer,
+    TrackedTrainer,
+    ProgressTrainer,
+    RecipeTrainer,
+    LossPartsTrainer,
+    CpuPrecisionTrainer,
+    FiniteStepsTrainer,
+):
     """nnU-Net's trainer for a network that is derived from the plans, and written into them.
 
     Subclasses say which network they train in ``architecture``, and what else they write into the plans in ``resolve``.

@@ -693,7 +693,7 @@ class TestCommands:
         assert cli.main(["plan", "-d", "701", "702", "-a", "vnet"]) == 2
         error = capsys.readouterr().err
         assert "has no numTraining" in error
-        assert "702 is no data set" in error
+        assert "There is no data set 702" in error
 
     def test_refusal_is_told_without_a_traceback(self, make: Any, capsys: Any) -> None:
         make(ISOTROPIC)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from nnunet_conres.evaluation.costs import times_compare
 from nnunet_conres.evaluation.report.charts import colour_of
 from nnunet_conres.evaluation.report.text import (
     NONE,
@@ -215,6 +216,7 @@ def cost_table(comparison: Mapping[str, Any]) -> str:
         HTML.
     """
     rows = []
+    timed = times_compare([model.get("cost") or {} for model in comparison["models"]])
     for index, model in enumerate(comparison["models"]):
         cost = model.get("cost") or {}
         parameters = cost.get("parameters")
@@ -228,10 +230,9 @@ def cost_table(comparison: Mapping[str, Any]) -> str:
             millions,
             significant_digits(cost.get("conv_gflops_per_patch")),
             size + batch,
-            duration(cost.get("epoch_seconds")),
-            duration(cost.get("training_seconds")) + note,
+            *((duration(cost.get("epoch_seconds")), duration(cost.get("training_seconds")) + note) if timed else ()),
             _with_unit(cost.get("peak_memory_gib"), "GiB"),
-            duration(cost.get("prediction_seconds_per_case")),
+            *((duration(cost.get("prediction_seconds_per_case")),) if timed else ()),
         )
         named = "".join(f'<td class="figure">{cell}</td>' for cell in cells)
         conditions = ("device", "precision", "optimizer")
@@ -239,12 +240,20 @@ def cost_table(comparison: Mapping[str, Any]) -> str:
         rows.append(f'<tr><th scope="row">{model_name(index, model)}</th>{named}{where}</tr>')
     headings = _headings(
         ("Model",),
-        ("Parameters", "GFLOP per patch", "Patch (voxels)", "Epoch", "Training", "Peak memory",
-         "Prediction per case"),
+        (
+            "Parameters", "GFLOP per patch", "Patch (voxels)",
+            *(("Epoch", "Training") if timed else ()),
+            "Peak memory",
+            *(("Prediction per case",) if timed else ()),
+        ),
         ("Device", "Precision", "Optimiser"),
     )  # fmt: skip
     table = f"<table><thead><tr>{headings}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return scroll_box(table, "Costs")
+    note = (
+        "<p class='note'>Times are left out: the models were trained on different devices, in different precision, or "
+        "while the machine was busy with other work.</p>"
+    )
+    return scroll_box(table, "Costs") + ("" if timed else note)
 
 
 def model_table(comparison: Mapping[str, Any]) -> str:
