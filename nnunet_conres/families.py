@@ -29,7 +29,8 @@ class Family:
         key: What ``plan -a`` calls it. Its trainers are in ``nnunet_conres.trainers.KEY``. Its entry of plans is made
             by ``architecture`` in ``nnunet_conres.plans.KEY``, the paper's form by ``paper_architecture`` there.
         title: What messages call the network.
-        trainers: Names of its trainers, with a line on each. The first one is for the plans of its planner.
+        trainers: Names of its trainers, with a few words on each: both fit on a line of 80 characters. The first one is
+            for the plans of its planner.
         networks: Where its classes are, that of the planner's plans first; none for the network that plans name.
         name: Part of the names of its plans and its planner; "" if it has no planner.
     """
@@ -75,14 +76,12 @@ FAMILIES: Final = (
             "nnunet_conres.architectures.conresnet_paper.ConResNetPaper",
         ),
         trainers={
-            "nnUNetTrainerConResNet": "ConResNet under nnU-Net's recipe, with Muon as the optimiser",
-            "nnUNetTrainerConResNet_SGD": "ConResNet under nnU-Net's own recipe",
-            "nnUNetTrainerConResNetPaper": (
-                "ConResNet in the paper's topology, loss, optimiser, schedule and augmentation"
-            ),
-            "nnUNetTrainerConResNetSharedEncoder": "ConResNet with one encoder over the image and the image residual",
-            "nnUNetTrainerConResNetBSpline": "ConResNet with B-spline deformations in the augmentation",
-            "nnUNetTrainerConResNet_NoMirroring": "ConResNet without mirroring, in training and in prediction",
+            "nnUNetTrainerConResNet": "ConResNet, nnU-Net's recipe with Muon",
+            "nnUNetTrainerConResNet_SGD": "ConResNet, nnU-Net's own recipe",
+            "nnUNetTrainerConResNetPaper": "ConResNet and its training as in the paper",
+            "nnUNetTrainerConResNetSharedEncoder": "one encoder for image and residual",
+            "nnUNetTrainerConResNetBSpline": "ConResNet, B-spline augmentation",
+            "nnUNetTrainerConResNet_NoMirroring": "ConResNet without mirroring",
         },
         name="ConResNet",
     ),
@@ -91,10 +90,8 @@ FAMILIES: Final = (
         title="ResidualMapUNet",
         networks=("nnunet_conres.architectures.residual_map_unet.ResidualMapUNet",),
         trainers={
-            "nnUNetTrainerResidualMaps": (
-                "ResidualMapUNet: nnU-Net's ResEnc U-Net that also predicts residual maps, with Muon"
-            ),
-            "nnUNetTrainerResidualMaps_SGD": "ResidualMapUNet under nnU-Net's own recipe",
+            "nnUNetTrainerResidualMaps": "ResEnc U-Net with residual maps, Muon",
+            "nnUNetTrainerResidualMaps_SGD": "the same, nnU-Net's own recipe",
         },
         name="ResidualMaps",
     ),
@@ -103,7 +100,7 @@ FAMILIES: Final = (
         title="the network that the plans name",
         networks=(),
         trainers={
-            "nnUNetTrainerMuon": "the 3D network of the plans, nnU-Net's own, under nnU-Net's recipe with Muon",
+            "nnUNetTrainerMuon": "nnU-Net's 3D network with Muon",
         },
         name="",
     ),
@@ -112,8 +109,8 @@ FAMILIES: Final = (
         title="V-Net",
         networks=("nnunet_conres.architectures.vnet.VNet",),
         trainers={
-            "nnUNetTrainerVNet": "V-Net under nnU-Net's own recipe",
-            "nnUNetTrainerVNetPaper": "V-Net in the paper's topology, loss, optimiser, schedule and augmentation",
+            "nnUNetTrainerVNet": "V-Net, nnU-Net's own recipe",
+            "nnUNetTrainerVNetPaper": "V-Net and its training as in the paper",
         },
         name="VNet",
     ),
@@ -122,8 +119,8 @@ FAMILIES: Final = (
         title="3D U-Net",
         networks=("nnunet_conres.architectures.unet3d.UNet3D",),
         trainers={
-            "nnUNetTrainerUNet3D": "3D U-Net under nnU-Net's own recipe",
-            "nnUNetTrainerUNet3DPaper": "3D U-Net in the paper's topology, loss, batch norm and augmentation",
+            "nnUNetTrainerUNet3D": "3D U-Net, nnU-Net's own recipe",
+            "nnUNetTrainerUNet3DPaper": "3D U-Net and its training as in the paper",
         },
         name="UNet3D",
     ),

@@ -40,7 +40,7 @@ choose_size() {
     SIZE="${SIZE:-$([ "$DEVICE" = cuda ] && echo gpu || echo small)}"
     case "$SIZE" in
         small)
-            CASES=(-n 10 --held-out 3 --shape 32 32 24 --spacing 6 6 6 --seed 0)
+            CASES=(-n 10 --held-out 3 --shape 28 28 21 --spacing 6.8 6.8 6.8 --seed 0)
             ITERATIONS=20
             ;;
         gpu)

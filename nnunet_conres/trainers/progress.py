@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -97,7 +98,8 @@ class ProgressTrainer(ResumableTrainer):
         losses = []
         for key in last[-1] if last else ():
             if key.endswith("loss"):
-                losses.append(f"{key.replace('_', ' ')} {statistics.mean(float(step[key]) for step in last):.3f}")
+                values = [value for step in last if math.isfinite(value := float(step[key]))]
+                losses.append(f"{key.replace('_', ' ')} {statistics.mean(values) if values else math.nan:.3f}")
         where = f"iteration {done} of {total}"
         if self._validation_steps and done == total:
             where = f"validation {self._validation_steps} of {self.num_val_iterations_per_epoch}"

@@ -11,8 +11,8 @@ from nnunet_conres.text import duration
 from nnunet_conres.trainers import nnUNetTrainerConResNet
 
 LINE = re.compile(
-    r"Epoch (\d) of 2, (iteration|validation) (\d) of (\d), loss (-?[\d.]+), segmentation loss (-?[\d.]+), "
-    r"residual loss (-?[\d.]+), .+ left"
+    r"Epoch (\d) of 2, (iteration|validation) (\d) of (\d), loss (\S+), segmentation loss (\S+), "
+    r"residual loss (\S+), .+ left"
 )
 
 

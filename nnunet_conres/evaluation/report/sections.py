@@ -36,6 +36,7 @@ from nnunet_conres.evaluation.report.text import (
     plain_number,
     readable,
     shortened,
+    without_folders,
 )
 
 # Of curves, by what follows "train_" or "val_".
@@ -79,7 +80,9 @@ def what(comparison: Mapping[str, Any]) -> str:
     else:
         what = f"Test set: {cases}"
     reference = (
-        f", against the reference in <code>{escape(dataset['reference'])}</code>" if dataset.get("reference") else ""
+        f", against the reference in <code>{escape(without_folders(dataset['reference']))}</code>"
+        if dataset.get("reference")
+        else ""
     )
     return f'<p class="lead">{what}{reference}.</p>{model_table(comparison)}'
 
@@ -88,7 +91,7 @@ def warnings(comparison: Mapping[str, Any]) -> str:
     """What the reader has to mind; empty if there is nothing."""
     if not comparison["warnings"]:
         return ""
-    items = "".join(f"<li>{escape(warning)}</li>" for warning in comparison["warnings"])
+    items = "".join(f"<li>{escape(without_folders(warning))}</li>" for warning in comparison["warnings"])
     return (
         '<section class="warnings" aria-labelledby="warnings-title"><h2 id="warnings-title">Warnings</h2>'
         f"<ul>{items}</ul></section>"
@@ -150,6 +153,7 @@ def summary(comparison: Mapping[str, Any]) -> str:
         [(metric_title(metric), overall, metric) for metric in comparison["metrics"]],
         f"{_capital(region_name(overall))}: mean over the cases, with its 95 % interval",
         "All metrics at a glance",
+        turned=True,
     )
     conclusions = "".join(f"<li>{escape(sentence)}</li>" for sentence in comparison["conclusions"])
     concluded = f'<h3>What may be concluded</h3><ul class="conclusions">{conclusions}</ul>' if conclusions else ""
