@@ -112,6 +112,21 @@ class Model:
         return ("nnUNetv2_train", *named, *options)
 
 
+def default_device() -> str:
+    """The device to train and predict on here: cuda, mps or cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_option() -> str:
+    """What a suggested command of nnU-Net needs on this machine: nothing where there is its default, a CUDA device."""
+    device = default_device()
+    return "" if device == "cuda" else f" -device {device}"
+
+
 # --- dataset.json and plans.json -------------------------------------------------------------------------------------
 
 

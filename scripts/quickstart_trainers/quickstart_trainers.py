@@ -6,7 +6,6 @@ nnU-Net finds them through its environment variable nnUNet_extTrainer.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -20,10 +19,10 @@ class ShortTraining(nnUNetTrainer):
     checkpoint_interval_minutes = 0.5
     progress_seconds = 5.0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def initialize(self) -> None:
         self.num_iterations_per_epoch = int(os.environ["QUICKSTART_ITERATIONS"])
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)
+        super().initialize()
 
 
 class nnUNetTrainerQuickstart(ShortTraining, nnUNetTrainerMuon):
