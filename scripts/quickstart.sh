@@ -320,7 +320,7 @@ show_progress() {
     while sleep 1 && kill -0 $$ 2>/dev/null; do
         tick=$((tick + 1))
         [ $((tick % every)) -eq 0 ] || continue
-        line="$(tail -n 20 "$2" 2>/dev/null | tr '\r' '\n' | grep -a '^Epoch .* left$' | tail -n 1 || true)"
+        line="$(tail -n 1 "$2" 2>/dev/null | tr '\r' '\n' | grep -a '^Epoch .* left$' | tail -n 1 || true)"
         line="    $(duration $((SECONDS - $1)))${line:+  $line}"
         if [ -t 1 ]; then
             width="$(tput cols 2>/dev/null || echo 80)"

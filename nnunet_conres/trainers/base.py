@@ -21,6 +21,7 @@ from nnunet_conres.planning.preprocessing import preprocessing_settings
 from nnunet_conres.planning.sources import training_data_errors
 from nnunet_conres.plans.configurations import configuration_of, with_configuration
 from nnunet_conres.plans.entries import has_auxiliary_heads, set_background_class
+from nnunet_conres.refusals import show_in_one_line
 from nnunet_conres.trainers.checks import (
     as_in_other_folds,
     check_device,
@@ -35,6 +36,8 @@ from nnunet_conres.trainers.progress import ProgressTrainer
 from nnunet_conres.trainers.recipe import RecipeTrainer
 from nnunet_conres.trainers.stop import StoppableTrainer
 from nnunet_conres.trainers.tracking import TrackedTrainer
+
+show_in_one_line()  # also for trainers that users derive from ours, which nnU-Net finds without our help
 
 
 class PluginTrainer(

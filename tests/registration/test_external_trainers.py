@@ -43,7 +43,7 @@ def add_package(folder: Path, trainers: str) -> Path:
     """Copies this package into a folder, with other trainers."""
     package = folder / "nnunet_conres"
     package.mkdir(parents=True)
-    for file in ("__init__.py", "errors.py", "families.py", "files.py", "nnunet.py", "text.py"):
+    for file in ("__init__.py", "errors.py", "families.py", "files.py", "nnunet.py", "refusals.py", "text.py"):
         shutil.copy(PACKAGE / file, package)
     shutil.copytree(PACKAGE / "registration", package / "registration")
     (package / "trainers").mkdir()

@@ -62,7 +62,7 @@ class TestLock:
 
 def test_the_progress_of_a_training_is_shown_without_a_terminal(repository_root: Path, tmp_path: Path) -> None:
     log = tmp_path / "train.log"
-    log.write_text("Epoch 1\nEpoch 1 of 4, iteration 3 of 20, loss 0.5, 2 min 5 s left\nother line\n")
+    log.write_text("Epoch 1\nEpoch 1 of 4, iteration 3 of 20, loss 0.5, 2 min 5 s left\n")
     code = 'sleep() { :; }; SECONDS=65; (show_progress 0 "$1") | head -n 1'
     done = run(repository_root, str(log), code=code)
     assert done.stdout == "    1 min 05 s  Epoch 1 of 4, iteration 3 of 20, loss 0.5, 2 min 5 s left\n"

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from traceback import format_exc
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.nnunet import stock_trainers
-from nnunet_conres.registration.refusals import message_of
+from nnunet_conres.refusals import message_of
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +89,13 @@ class TestMessages:
             torch.zeros(1).to("cuda")
         assert message(error) == ("There is no CUDA device here that torch can use. To run on the CPU add: -device cpu")
 
+    def test_a_refusal_in_a_process_of_several(self) -> None:
+        try:
+            raise InputError("what and why")
+        except InputError:
+            shown = f"\n\n-- Process 0 terminated with the following error:\n{format_exc()}"
+        assert message_of(ProcessRaisedException(shown, 0, 1)) == "what and why"
+
     @pytest.mark.parametrize("error", [FileNotFoundError(2, "no", "x.json"), RuntimeError("x"), KeyError("x")])
     def test_an_error_of_a_program_has_none(self, error: Exception) -> None:
         assert message_of(error) is None
@@ -100,16 +109,19 @@ def test_stock_trainers_are_those_that_nnunet_finds() -> None:
 
 def test_the_hook_shows_a_line_and_leaves_other_errors_alone(tmp_path: Path) -> None:
     code = (
-        "import sys; from nnunet_conres.registration.refusals import show_in_one_line as set_hook;"
+        "import sys; sys.argv[0] = 'bin/' + sys.argv[2];"
+        "from nnunet_conres.refusals import show_in_one_line as set_hook;"
         "from nnunet_conres.errors import InputError; set_hook(); set_hook();"
         "raise eval(sys.argv[1])"
     )
 
-    def run(error: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", code, error], capture_output=True, text=True, check=False)
+    def run(error: str, program: str = "nnUNetv2_train") -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, error, program], capture_output=True, text=True, check=False)
 
     refused, failed = run("InputError('what and why')"), run("ValueError('ours')")
+    elsewhere = run("InputError('what and why')", "python")
     assert (refused.returncode, refused.stderr) == (1, "nnunet-conres: error: what and why\n")
+    assert elsewhere.stderr.startswith("Traceback")  # somebody's own program
     assert failed.returncode == 1
     assert failed.stderr.startswith("Traceback")
     assert message_of(InputError("what and why")) == "what and why"

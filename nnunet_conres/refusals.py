@@ -1,12 +1,13 @@
 """Errors in nnU-Net's commands that the user can correct: one line on stderr and exit code 1, without a traceback.
 
-nnU-Net's commands catch nothing. So the module that nnU-Net imports to find our trainers sets Python's hook for
-uncaught errors. It shows our own refusals, and those of nnU-Net's errors that a mistyped name or a forgotten option
-causes.
+nnU-Net's commands catch nothing. So looking up a trainer of this package, or one that nnU-Net does not know, sets
+Python's hook for uncaught errors. It shows our own refusals, and those of nnU-Net's errors that a mistyped name or a
+forgotten option causes.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import sys
@@ -30,13 +31,15 @@ _DATASET: Final = re.compile(r"Could not find a dataset with the ID (\d+)\.")
 _CONFIGURATION: Final = re.compile(
     r"(?:The|Requested) configuration (\S+) (?:does not exist in the plans|not found in plans).*\[(.*)\]"
 )
+# The end of what torch shows of an error in one of the processes of a training on several GPUs.
+_OF_A_PROCESS: Final = re.compile(rf"^{InputError.__module__}\.{InputError.__name__}: (.+)\Z", re.MULTILINE | re.DOTALL)
 _OTHER_NETWORK: Final = "The checkpoint belongs to another network"
 
 
 def show_in_one_line() -> None:
-    """Sets the hook for the rest of this process. Errors of programs keep their traceback."""
+    """Sets the hook in a command of nnU-Net, and in no other program. Errors of programs keep their traceback."""
     before = sys.excepthook
-    if getattr(before, "shows_refusals", False):
+    if getattr(before, "shows_refusals", False) or not Path(sys.argv[0]).name.startswith("nnUNetv2_"):
         return
 
     def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -44,6 +47,9 @@ def show_in_one_line() -> None:
         if message is None:
             before(kind, error, traceback)
         else:
+            for worker in multiprocessing.active_children():
+                if worker.daemon:  # it would end with an error when nobody takes its results any more
+                    worker.kill()
             print(f"nnunet-conres: error: {message}", file=sys.stderr)
 
     show.shows_refusals = True  # type: ignore[attr-defined]
@@ -55,6 +61,8 @@ def message_of(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, InputError) or (isinstance(error, RuntimeError) and text.startswith(_OTHER_NETWORK)):
         return text
+    if type(error).__name__ == "ProcessRaisedException" and (found := _OF_A_PROCESS.search(text)):
+        return found[1].strip()
     if isinstance(error, FileNotFoundError):
         return _missing_plans(Path(os.fsdecode(error.filename))) if error.filename else None
     if found := _NO_DEVICE.search(text):
