@@ -78,10 +78,11 @@ FAMILIES: Final = (
         trainers={
             "nnUNetTrainerConResNet": "ConResNet, nnU-Net's recipe with Muon",
             "nnUNetTrainerConResNet_SGD": "ConResNet, nnU-Net's own recipe",
-            "nnUNetTrainerConResNetPaper": "ConResNet and its training as in the paper",
+            "nnUNetTrainerConResNetPaper": "ConResNet, trained as in the paper",
             "nnUNetTrainerConResNetSharedEncoder": "one encoder for image and residual",
             "nnUNetTrainerConResNetBSpline": "ConResNet, B-spline augmentation",
             "nnUNetTrainerConResNet_NoMirroring": "ConResNet without mirroring",
+            "nnUNetTrainerConResNet_ChannelDropout": "for cases that lack modalities",
         },
         name="ConResNet",
     ),
@@ -101,6 +102,7 @@ FAMILIES: Final = (
         networks=(),
         trainers={
             "nnUNetTrainerMuon": "nnU-Net's 3D network with Muon",
+            "nnUNetTrainerMuon_ChannelDropout": "for cases that lack modalities",
         },
         name="",
     ),
@@ -110,7 +112,7 @@ FAMILIES: Final = (
         networks=("nnunet_conres.architectures.vnet.VNet",),
         trainers={
             "nnUNetTrainerVNet": "V-Net, nnU-Net's own recipe",
-            "nnUNetTrainerVNetPaper": "V-Net and its training as in the paper",
+            "nnUNetTrainerVNetPaper": "V-Net, trained as in the paper",
         },
         name="VNet",
     ),
@@ -120,7 +122,7 @@ FAMILIES: Final = (
         networks=("nnunet_conres.architectures.unet3d.UNet3D",),
         trainers={
             "nnUNetTrainerUNet3D": "3D U-Net, nnU-Net's own recipe",
-            "nnUNetTrainerUNet3DPaper": "3D U-Net and its training as in the paper",
+            "nnUNetTrainerUNet3DPaper": "3D U-Net, trained as in the paper",
         },
         name="UNet3D",
     ),

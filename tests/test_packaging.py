@@ -92,7 +92,8 @@ def test_source_distribution_has_what_belongs_to_the_project(repository_root: Pa
     tops = {name.split("/")[0] for name in names}
     needed = {"nnunet_conres", "tests", "LICENSE", "README.md", "pyproject.toml"}
     # hatchling adds .gitignore and PKG-INFO by itself
-    assert needed <= tops <= needed | {"scripts", "docs", "CHANGELOG.md", ".gitignore", "PKG-INFO"}
+    pages = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"}
+    assert needed | pages <= tops <= needed | pages | {"scripts", "docs", "mkdocs.yml", ".gitignore", "PKG-INFO"}
     assert not [name for name in names if name.endswith((".pyc", ".nii.gz", ".npz", ".zip"))]
 
 

@@ -129,7 +129,7 @@ def convert_brats(
         selection=selection,
         missing=missing,
     )
-    errors += found.errors
+    errors += [*found.foreign_errors, *found.errors]
     findings = list(map_cases(check_case, found.cases, max(1, processes), "Checking", progress))
     bad = {where: tuple(messages) for where, messages in found.bad.items()}
     kept: list[tuple[Case, Findings]] = []

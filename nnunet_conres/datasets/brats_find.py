@@ -89,6 +89,7 @@ class Found:
         cases: The complete cases, sorted by id, those with ids met more than once among them.
         errors: What forbids converting any of them.
         bad: What is wrong with single cases, or with files that belong to none, by what would be left out.
+        foreign: Cases that follow none of the schemes, by the end of a sentence that says why.
         doubled: Ids met more than once, in lower case.
         incomplete: Ids of the cases that lack some of their images, by the absent parts, such as t2w.
     """
@@ -96,8 +97,14 @@ class Found:
     cases: list[Case] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     bad: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    foreign: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     doubled: set[str] = field(default_factory=set)
     incomplete: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def foreign_errors(self) -> list[str]:
+        """A message for every reason why cases follow none of the schemes."""
+        return [f"{first_few(named)}: {reason}." for reason, named in self.foreign.items()]
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,6 @@ def find_cases(
     corrected = _correct(places, corrections, found)
     alone = set(_labels_alone(places, found))
 
-    reasons: dict[str, list[str]] = defaultdict(list)
     others: dict[tuple[str, str, Scheme], list[str]] = defaultdict(list)
     for place, files in places.items():
         folder, case_id, layout = place.folder, place.case_id, place.layout
@@ -160,7 +166,7 @@ def find_cases(
         above = _folder_names(folder, roots)
         scheme, reason = choose_scheme(layout, case_id, selection, above)
         if scheme is None:
-            reasons[reason].append(str(folder / case_id))
+            found.foreign[reason].append(str(folder / case_id))
             continue
         other = archive_of_another(scheme, above, selection.known)
         if other is not None:
@@ -176,9 +182,6 @@ def find_cases(
         labels = files.get(LABELS)
         parts = tuple(layout.part(content) for content in corrected.get(place, ()))
         found.cases.append(Case(case_id, scheme, images, labels[0] if labels else None, place.held_out, parts))
-    for reason, named in reasons.items():
-        more = f" and {len(named) - 5} more cases" if len(named) > 5 else ""
-        found.errors.append(f"{', '.join(named[:5])}{more}: {reason}.")
     for (name, owner, scheme), ids in others.items():
         found.errors.append(
             f"{first_few(ids)}: in a folder {name}, which is an archive of {owner}, and not of {scheme.called}. "

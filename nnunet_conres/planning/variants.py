@@ -256,7 +256,7 @@ def derive_architecture(
         The entry, and the patch, rounded up to what the strides need.
 
     Raises:
-        InputError: The network has a topology of its own which the patch does not fit, or the patch is too small.
+        InputError: The patch does not fit the network's own topology, or the patch is too small.
     """
     derived = deepcopy(dict(architecture))
     arguments = derived["arch_kwargs"]

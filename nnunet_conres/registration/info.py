@@ -93,7 +93,6 @@ class Info:
             missing = " (does not exist)" if path and not os.path.isdir(path) else ""
             lines += [f"{name:<19} {path or 'not set'}{missing}"]
         lines += [
-            "",
             "Trainers (nnUNetv2_train ... -tr NAME; --all: for every number of epochs)",
             *self._lines_of_trainers(every_length, width),
         ]
@@ -110,8 +109,9 @@ class Info:
             mark = "*" if name in with_lengths and not every_length else " "
             lines += _wrapped(f"{mark} {name:<{longest}}  ", self.trainers[name], width)
         if not every_length:
-            lengths = ", ".join(f"_{ending}" for ending in TRAINING_LENGTHS)
-            note = f"also NAME{lengths}"
+            one, *more = TRAINING_LENGTHS
+            numbers = ", ".join(str(TRAINING_LENGTHS[ending]) for ending in more)
+            note = f"also NAME_{one} and NAME_Nepochs for N of {numbers}"
             lines += _wrapped("* ", note, width)
         return lines
 
@@ -190,7 +190,7 @@ def _inactive_hint() -> str:
         command = f'export {registration.VARIABLE}="{value}"'
     return (
         "nnU-Net does not find the trainers: Python did not read a start-up file of this package. It does so for a "
-        "package installed into an environment (pip install), not for one in a folder of its own (pip install "
+        "package installed into an environment (pip install), not for one in a separate folder (pip install "
         f"--target, PYTHONPATH, python -S). Install it into the environment, or set the variable by hand:\n  {command}"
     )
 

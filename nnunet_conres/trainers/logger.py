@@ -110,7 +110,7 @@ def loss_parts_figure(logging: dict[str, list[Any]], parts: Sequence[str], regio
         edge = [withStroke(linewidth=3, foreground="#555555")]
         axes[-1].plot(dice[:, index], color=colour, marker="o", markersize=4, label=name, path_effects=edge)
     axes[-1].set(ylabel="pseudo Dice", xlabel="epoch", ylim=(0, 1))
-    axes[-1].set_xlim(-0.5, max(len(dice), 1) - 0.5)  # a single epoch has no extent of its own
+    axes[-1].set_xlim(-0.5, max(len(dice), 1) - 0.5)  # a single epoch has no extent
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axis in axes:
         axis.grid(alpha=0.3)

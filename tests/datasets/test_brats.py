@@ -51,7 +51,7 @@ def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
 def write_case(
     folder: Path, case_id: str, scheme: str = "2018", *, labelled: bool = True, ending: str = ".nii.gz", seed: int = 0
 ) -> dict[str, Path]:
-    """A case whose channels can be told apart by their intensities: hundreds 1 to 4 for FLAIR, T1, T1ce, T2."""
+    """A case whose channels can be distinguished by their intensities: hundreds 1 to 4 for FLAIR, T1, T1ce, T2."""
     rng = np.random.default_rng(seed)
     parts, _, table = KNOWN[scheme]
     channels = [(100 * number + rng.integers(0, 50, SHAPE)).astype(np.int16) for number in (1, 2, 3, 4)]

@@ -28,8 +28,8 @@ from nnunet_conres.planning import planners
 from nnunet_conres.planning.commands import PlanOptions, plan, plan_and_preprocess
 from nnunet_conres.planning.memory import UntrainableError
 from nnunet_conres.planning.planners import GIB, PLANNERS
-from nnunet_conres.planning.preprocessing import PreprocessedDataset
 from nnunet_conres.planning.training_step import TrainingStep
+from nnunet_conres.preprocessing.dataset import PreprocessedDataset
 
 TRAINERS = {key: load_trainer(family.trainer_name) for key, family in PLANNED.items()}
 FAMILIES = list(PLANNERS)
@@ -727,10 +727,14 @@ class TestCommands:
         assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "kind",
-    [pytest.param(ISOTROPIC, id="isotropic", marks=pytest.mark.slow), pytest.param(ANISOTROPIC, id="anisotropic")],
+    ("kind", "family"),
+    [
+        # ConResNet's network takes a minute, and those of isotropic plans are deeper
+        pytest.param(kind, family, id=f"{name}-{family}", marks=[pytest.mark.slow] * (is_deep or "conres" in family))
+        for name, kind, is_deep in (("isotropic", ISOTROPIC, True), ("anisotropic", ANISOTROPIC, False))
+        for family in FAMILIES
+    ],
 )
 def test_plans_fit_by_the_memory_model_itself(family: str, kind: dict[str, Any], make: Any) -> None:
     make(kind, channels=4)

@@ -91,7 +91,7 @@ class TestInThisEnvironment:
         assert (run.stdout, run.stderr) == ("False\n", "")
 
     @pytest.mark.parametrize("version", ["2.7.9", "2.6", "1.7.1"])
-    def test_an_nnunet_too_old_is_told(self, tmp_path: Path, version: str) -> None:
+    def test_an_nnunet_too_old_is_reported(self, tmp_path: Path, version: str) -> None:
         package = add_package(tmp_path, "class nnUNetTrainerConResNet: pass")
         add_nnunet(tmp_path, version)
         run = look_up("nnUNetTrainerConResNet", tmp_path, folder=package / "registration" / "external_trainers")

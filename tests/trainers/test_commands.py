@@ -101,7 +101,7 @@ def test_train_predict_find_best_and_move_elsewhere(
     run(
         "nnUNetv2_predict_from_modelfolder",
         *("-i", str(one_case), "-o", str(there), "-m", str(moved / dataset / model.name), "-f", "0"),
-        *few_processes,
+        *("-npp", "0", "-nps", "0", "-device", "cpu"),  # in one process
         "--save_probabilities",
         nnUNet_results=str(moved),
     )

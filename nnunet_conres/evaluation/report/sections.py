@@ -38,6 +38,7 @@ from nnunet_conres.evaluation.report.text import (
     shortened,
     without_folders,
 )
+from nnunet_conres.evaluation.rules import rules_text
 
 # Of curves, by what follows "train_" or "val_".
 _CURVE_TITLES: Final = {
@@ -84,7 +85,9 @@ def what(comparison: Mapping[str, Any]) -> str:
         if dataset.get("reference")
         else ""
     )
-    return f'<p class="lead">{what}{reference}.</p>{model_table(comparison)}'
+    options = comparison.get("options") or {}
+    rules = f"<p>{escape(rules_text(options))}</p>" if options.get("rules") else ""
+    return f'<p class="lead">{what}{reference}.</p>{rules}{model_table(comparison)}'
 
 
 def warnings(comparison: Mapping[str, Any]) -> str:
@@ -208,7 +211,7 @@ def distributions(comparison: Mapping[str, Any]) -> str:
         parts[metric["key"]] = (
             _charts(f"{metric_title(metric)}, {direction(metric)}", charts)
             + f'<p class="note">{said} A point is a case. Boxes, from five cases on: quartiles and median; whiskers: '
-            "the farthest cases within 1.5 times the box. Each region has a scale of its own.</p>"
+            "the farthest cases within 1.5 times the box. Each region has a separate scale.</p>"
         )
     return _by_metric(comparison, parts)
 
