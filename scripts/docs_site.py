@@ -32,6 +32,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
             "planning",
             "train-faster",
             "postprocess",
+            "uncertainty",
             "submit-to-brats",
             "sparse_annotation",
             "residuals",

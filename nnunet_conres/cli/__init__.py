@@ -51,14 +51,12 @@ _EXAMPLES = {
     "overlay": "nnunet-conres overlay -i IMAGES -p PREDICTIONS -djfile PREDICTIONS/dataset.json -o PICTURES",
     "residuals": "nnunet-conres residuals -i IMAGES -o RESIDUALS",
     "compare": "nnunet-conres compare -d 501 -tr nnUNetTrainer nnUNetTrainerConResNet -o REPORT",
+    "uncertainty": "nnunet-conres uncertainty -i PREDICTED/fold_* --images IMAGES -o OUT",
     "workflow": "nnunet-conres workflow experiment.yaml --dry-run",
     "phantom": "nnunet-conres phantom -o CASES -n 10",
-    "predict-brats": "nnunet-conres predict-brats -i CASES -o PREDICTIONS -m MODEL_FOLDER",
-    "package": "nnunet-conres package -d 501 -tr nnUNetTrainerConResNet -o CONTAINER",
     "postprocess": "nnunet-conres postprocess fit --help",
     "postprocess fit": "nnunet-conres postprocess fit -d 501 -tr nnUNetTrainerConResNet -o postprocessing.json",
     "postprocess apply": "nnunet-conres postprocess apply -i PREDICTIONS -o OUT --rules-file postprocessing.json",
-    "uncertainty": "nnunet-conres uncertainty -i PREDICTED/fold_* --images IMAGES -o OUT",
 }
 """The command that the help of each subcommand begins with."""
 
