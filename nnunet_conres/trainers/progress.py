@@ -53,7 +53,7 @@ class ProgressTrainer(ResumableTrainer):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self._step_ended = time.monotonic()
+        self._validation_steps, self._step_ended = 0, time.monotonic()
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
