@@ -48,6 +48,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
+from nnunet_conres.augmentation.channel_dropout import ChannelDropoutTransform
 from nnunet_conres.augmentation.histogram import OUTSIDE, HistogramMatchingTransform
 from nnunet_conres.augmentation.mirror_outside import MirrorOutsideTransform
 from nnunet_conres.augmentation.spatial_on_device import (
@@ -224,6 +225,7 @@ _APPLY: dict[type[BasicTransform], Callable[..., Data]] = {
     GammaTransform: _with_numbers,
     SimulateLowResolutionTransform: _as_it_is,
     MirrorTransform: _as_it_is,
+    ChannelDropoutTransform: _as_it_is,
     MirrorOutsideTransform: _as_it_is,
     Convert3DTo2DTransform: _drawn_where_applied,
     Convert2DTo3DTransform: _drawn_where_applied,

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=CONTENDERS,
         default=DEFAULT,
         metavar="NAME",
-        help=f"networks, the first being the baseline, among {', '.join(NETWORKS)}; with {ALONE} behind the name its "
+        help=f"networks, the first being the baseline, among {', '.join(NETWORKS)}; with {ALONE} after the name its "
         f"convolutions alone (default: {' '.join(DEFAULT)})",
     )
     parser.add_argument(

@@ -30,6 +30,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
+from nnunet_conres.augmentation.channel_dropout import ChannelDropoutTransform
 from nnunet_conres.augmentation.histogram import HistogramMatchingTransform
 from nnunet_conres.augmentation.mirror_outside import MirrorOutsideTransform
 from nnunet_conres.augmentation.on_device import DevicePipeline, packed, unpacked
@@ -105,6 +106,7 @@ TRANSFORMS: dict[str, BasicTransform] = {
     "low resolution": SimulateLowResolutionTransform((0.3, 1), False, False, (0,), None, 0.7),
     "gamma": GammaTransform(CONTRAST, 0.5, False, 0.7, 0.5),
     "mirroring": MirrorTransform((0, 1)),
+    "channel dropout": ChannelDropoutTransform(0.5),
     "mask": MaskImageTransform([0, 2], 0, 0),
     "removal of a label": RemoveLabelTransform(-1, 0),
     "previous stage": MoveSegAsOneHotToDataTransform(1, [1, 2, 3]),
@@ -305,7 +307,7 @@ class Twice(ImageOnlyTransform):
 
 
 WITHOUT_A_GPU = (
-    *("blur", "blur alike", "mirroring", "mask", "removal of a label", "previous stage", "regions"),
+    *("blur", "blur alike", "mirroring", "channel dropout", "mask", "removal of a label", "previous stage", "regions"),
     *("deep supervision", "histogram", "mirrored outside", "binary operators", *SPATIAL, *BSPLINES),
 )
 
