@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 N_CASES = 3
 # larger than the patches, smaller than the initial patches along some axes, smaller than the patches
 SHAPES = {"large": (30, 40, 36), "medium": (17, 30, 21), "small": (9, 12, 30)}
-HUGE = (100, 100, 100)
+HUGE = (72, 72, 72)
 PATCH, INITIAL = (12, 16, 14), (20, 27, 24)
 LABELS = {"background": 0, "one": 1, "two": 2, "three": 3}
 
