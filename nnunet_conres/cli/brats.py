@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
 
 _SCHEMES = (
-    "2018 (for 2017 to 2020), 2021, 2023, 2023-MEN, 2023-MET (also 2024-MET), 2023-PED, 2023-SSA, 2024 (after "
+    "2018 (also 2017, 2019, 2020), 2021, 2023, 2023-MEN, 2023-MET (also 2024-MET), 2023-PED, 2023-SSA, 2024 (after "
     "treatment), 2024-GoAT, 2024-MEN-RT, 2024-PED (also 2025-, 2026-PED), 2025-GLI (before and after treatment), "
     "2025-MET (also 2026-MET), MSD (Decathlon), or a TOML file that describes another"
 )
