@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from nnunet_conres.errors import InputError
 from nnunet_conres.nnunet import architecture_errors
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE, folders, is_active
-from nnunet_conres.text import short_message
+from nnunet_conres.text import no_device, short_message
 from nnunet_conres.unpickling import read_checkpoint
 
 if TYPE_CHECKING:
@@ -117,4 +117,4 @@ def device_errors(device: str) -> Iterator[str]:
     elif (device == "cuda" and not torch.cuda.is_available()) or (
         device == "mps" and not torch.backends.mps.is_available()
     ):
-        yield f"There is no {device.upper()} device here that torch can use. To predict on the CPU add: -device cpu"
+        yield no_device(device, "predict")

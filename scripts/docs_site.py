@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,11 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
             "planning",
             "train-faster",
             "postprocess",
+            "uncertainty",
             "submit-to-brats",
             "sparse_annotation",
             "residuals",
+            "uncertainty",
             "cluster",
             "authors_weights",
             "family",
@@ -103,10 +106,18 @@ def command_line_reference() -> str:
         "`-tr`.",
         _help(parser),
     ]
-    (subparsers,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    for name, subparser in subparsers.choices.items():
-        parts += [f"## {name}", _help(subparser)]
+    for subparser in command_parsers(parser):
+        parts += [f"## {subparser.prog.partition(' ')[2]}", _help(subparser)]
     return "\n\n".join(parts) + "\n"
+
+
+def command_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Parsers of all subcommands, theirs included."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                yield subparser
+                yield from command_parsers(subparser)
 
 
 def _help(parser: argparse.ArgumentParser) -> str:

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nnunet_conres.augmentation.bspline import BSplineGrid
+from nnunet_conres.colours import COLOURS
 from nnunet_conres.datasets.phantom import make_phantom
 from nnunet_conres.evaluation.probabilities import Channels
 from nnunet_conres.evaluation.uncertainty import region_numbers, uncertainty_maps
@@ -26,7 +27,7 @@ from nnunet_conres.residuals import inter_slice_residual, label_residual
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 T1CE = 2
 # Okabe-Ito, safe for colour-blind readers: whole tumour, tumour core, enhancing tumour
-REGIONS = (("whole tumour", (1, 2, 4), "#0072B2"), ("core", (1, 4), "#E69F00"), ("enhancing", 4, "#CC79A7"))
+REGIONS = (("whole tumour", (1, 2, 4), COLOURS[0]), ("core", (1, 4), COLOURS[1]), ("enhancing", 4, COLOURS[2]))
 
 
 def residual_figure(seed: int = 8) -> Figure:
@@ -172,7 +173,8 @@ def result_figure(work: Path, device: str) -> Figure:
     dataset = work / "nnUNet_raw" / "Dataset501_BraTS"
     reference = sorted((dataset / "labelsTs").glob("*.nii.gz"))[0]
     case = reference.name.removesuffix(".nii.gz")
-    (model,) = (work / "nnUNet_results" / dataset.name).glob("nnUNetTrainerConResNet_*__nnUNetPlans__3d_fullres")
+    baseline, conresnet = "nnUNetTrainerMuonQuickstart", "nnUNetTrainerConResNetQuickstart"
+    model = work / "nnUNet_results" / dataset.name / f"{conresnet}__nnUNetPlans__3d_fullres"
 
     def read(path: Path) -> np.ndarray:
         return np.asarray(nibabel.load(path).dataobj).T  # slices first
@@ -190,8 +192,8 @@ def result_figure(work: Path, device: str) -> Figure:
     truth = read(reference)
     panels = {
         "ground truth": truth,
-        "nnU-Net": read(work / "predictions_nnunet" / reference.name),
-        "ConResNet": read(work / "predictions" / reference.name),
+        "nnU-Net with Muon": read(work / "predictions" / baseline / reference.name),
+        "ConResNet": read(work / "predictions" / conresnet / reference.name),
     }
     k = int(np.isin(truth, (2, 3)).sum((1, 2)).argmax())
 

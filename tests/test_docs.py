@@ -3,10 +3,13 @@
 `scripts/docs.sh` checks the links between the pages of docs; here are those of the files in the repository's root.
 """
 
+import argparse
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,11 +18,23 @@ from nnunet_conres.cli import build_parser
 from nnunet_conres.families import TRAINERS
 
 ROOT = Path(__file__).parent.parent
+
+
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+docs_site, notebook = _script("docs_site"), _script("notebook")
+command_parsers = docs_site.command_parsers
 ROOT_PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 PAGES = [*ROOT_PAGES, *sorted((ROOT / "docs").rglob("*.md"))]
-COMMANDS = next(action.choices for action in build_parser()._actions if action.dest != "help" and action.choices)
-# of scripts/docs_site.py
-GENERATED = {"docs/reference/command_line.md", "docs/changelog.md", "docs/contributing.md"}
+COMMANDS = {parser.prog.partition(" ")[2]: parser for parser in command_parsers(build_parser())}
+GENERATED = {f"docs/{page}" for page in (docs_site.COMMAND_LINE, *docs_site.FROM_ROOT)}
 
 
 def shell_lines(text: str) -> Iterator[str]:
@@ -34,7 +49,7 @@ def shell_lines(text: str) -> Iterator[str]:
 def commands(text: str) -> Iterator[list[str]]:
     """Arguments of every `nnunet-conres`; variables of the shell become 1, which is a number and a name."""
     for line in shell_lines(text):
-        words = shlex.split(re.sub(r"\$\{?\w+\}?", "1", line), comments=True)
+        words = shlex.split(re.sub(r"\$\{?\w+\}?", "1", line.replace("$DEVICE", "cpu")), comments=True)
         if words[:1] == ["nnunet-conres"]:
             end = next((place for place, word in enumerate(words) if word in ("|", ">", "&&", ";")), len(words))
             yield [word for word in words[1:end] if word not in ("[FOLDER", "...]", "...")]
@@ -61,7 +76,7 @@ def test_documented_commands_are_understood(arguments: list[str]) -> None:
 
 def test_the_commands_are_found() -> None:
     named = {found.values[0][0] for found in DOCUMENTED}
-    assert named >= {*COMMANDS} - {"phantom"}
+    assert named >= {"brats-convert", "plan_and_preprocess", "densify", "compare", "workflow"}
     code = "```bash\nnnunet-conres memory -d 4 \\\n    -tr X | less  # note\nnnunet-conres -x\n```\n"
     text = code + "```json\nnnunet-conres\n```"
     assert list(commands(text)) == [["memory", "-d", "4", "-tr", "X"], ["-x"]]
@@ -69,18 +84,24 @@ def test_the_commands_are_found() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_begins_with_an_example_that_is_understood(name: str) -> None:
-    """A new subcommand needs a line in `nnunet_conres.cli._EXAMPLES`."""
     first = COMMANDS[name].format_help().splitlines()[0]
     found = re.fullmatch(r"example: nnunet-conres (.*)", first)
-    assert found is not None, first
-    arguments = shlex.split(found[1])
-    assert arguments[0] == name
-    parse(arguments)
+    assert found is not None, f"add an example of {name} to nnunet_conres.cli._EXAMPLES"
+    assert found[1].startswith(name)
+    if not found[1].endswith("--help"):
+        parse(shlex.split(found[1]))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_options_without_a_short_help_are_none(name: str) -> None:
-    assert [action.dest for action in COMMANDS[name]._actions if not action.help] == []
+def test_every_option_has_a_help(name: str) -> None:
+    actions = [action for action in COMMANDS[name]._actions if not isinstance(action, argparse._SubParsersAction)]
+    assert [action.dest for action in actions if not action.help] == []
+
+
+@pytest.mark.parametrize("option", ["--patch_size", "--patch-size"])
+def test_options_are_understood_in_both_spellings(option: str) -> None:
+    arguments = build_parser().parse_args(["variants", "-d", "501", option, "80", "160", "160"])
+    assert arguments.patch_size == [[80, 160, 160]]
 
 
 def test_named_trainers_exist() -> None:
@@ -130,6 +151,20 @@ def test_links_from_the_root(page: Path) -> None:
         there = ROOT / target if target else page
         assert there.exists() or target in GENERATED, target
         assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
+
+
+def test_the_command_line_reference_has_every_command() -> None:
+    page = docs_site.command_line_reference()
+    assert re.findall(r"^## (.*)$", page, re.MULTILINE) == list(COMMANDS)
+    assert "usage: nnunet-conres compare" in page
+
+
+def test_the_notebook_is_that_of_the_tutorial() -> None:
+    """Otherwise: python scripts/notebook.py"""
+    nbformat = pytest.importorskip("nbformat")
+    text = (ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8")
+    assert text == notebook.notebook((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+    nbformat.validate(nbformat.reads(text, as_version=4))
 
 
 class TestRelease:

@@ -182,8 +182,8 @@ class TestInstallation:
         # nnU-Net is not in this environment, but the command is, and discovery is active
         assert run.returncode == 1
         assert "nnU-Net is not installed" in run.stdout
-        assert "Discovery by nnU-Net: active" in run.stdout
-        assert f"nnunet_conres.{'pth' if sys.version_info < (3, 15) else 'start'}\n" in run.stdout
+        startup_file = f"nnunet_conres.{'pth' if sys.version_info < (3, 15) else 'start'}"
+        assert f"discovery           active ({startup_file})\n" in run.stdout
 
 
 def test_an_environment_that_inherits_the_folder_is_not_harmed(wheel: Path, tmp_path: Path) -> None:

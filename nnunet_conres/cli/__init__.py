@@ -38,6 +38,8 @@ _EXAMPLES = {
     "info": "nnunet-conres info",
     "brats-convert": "nnunet-conres brats-convert -i /data/BraTS2021_Training -d 501",
     "brats-export": "nnunet-conres brats-export -i PREDICTIONS -o SUBMISSION --scheme 2021",
+    "predict-brats": "nnunet-conres predict-brats -i CASES -o PREDICTIONS -m SUBMISSION/model",
+    "package": "nnunet-conres package -d 501 -tr nnUNetTrainerConResNet -o SUBMISSION --scheme 2026-MET",
     "split": "nnunet-conres split -d 501",
     "plan": "nnunet-conres plan -d 501 -a conresnet -gpu_memory_target 24",
     "plan_and_preprocess": "nnunet-conres plan_and_preprocess -d 501 -a conresnet -gpu_memory_target 24",
@@ -49,8 +51,12 @@ _EXAMPLES = {
     "overlay": "nnunet-conres overlay -i IMAGES -p PREDICTIONS -djfile PREDICTIONS/dataset.json -o PICTURES",
     "residuals": "nnunet-conres residuals -i IMAGES -o RESIDUALS",
     "compare": "nnunet-conres compare -d 501 -tr nnUNetTrainer nnUNetTrainerConResNet -o REPORT",
+    "uncertainty": "nnunet-conres uncertainty -i PREDICTED/fold_* --images IMAGES -o OUT",
     "workflow": "nnunet-conres workflow experiment.yaml --dry-run",
     "phantom": "nnunet-conres phantom -o CASES -n 10",
+    "postprocess": "nnunet-conres postprocess fit --help",
+    "postprocess fit": "nnunet-conres postprocess fit -d 501 -tr nnUNetTrainerConResNet -o postprocessing.json",
+    "postprocess apply": "nnunet-conres postprocess apply -i PREDICTIONS -o OUT --rules-file postprocessing.json",
 }
 """The command that the help of each subcommand begins with."""
 
@@ -82,7 +88,7 @@ class _Subparser(argparse.ArgumentParser):
     """Parser of a subcommand, whose help begins with an example."""
 
     def format_help(self) -> str:
-        example = _EXAMPLES.get(self.prog.rpartition(" ")[2])
+        example = _EXAMPLES.get(self.prog.partition(" ")[2])
         return f"example: {example}\n\n{super().format_help()}" if example else super().format_help()
 
 
@@ -104,7 +110,17 @@ def build_parser() -> argparse.ArgumentParser:
         add(subparsers)
     for subparser in subparsers.choices.values():
         subparser.set_defaults(subparser=subparser)
+        _accept_both_spellings(subparser)
     return parser
+
+
+def _accept_both_spellings(parser: argparse.ArgumentParser) -> None:
+    """Takes --two_words, as nnU-Net spells its options, for --two-words, and the other way round."""
+    known = parser._option_string_actions
+    for name, action in [*known.items()]:
+        for other in (name.replace("_", "-"), "--" + name[2:].replace("-", "_")):
+            if name.startswith("--"):
+                known.setdefault(other, action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

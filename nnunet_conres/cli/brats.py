@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
 
 _SCHEMES = (
-    "2018 (for 2017 to 2020), 2021, 2023, 2023-MEN, 2023-MET (also 2024-MET), 2023-PED, 2023-SSA, 2024 (after "
+    "2018 (also 2017, 2019, 2020), 2021, 2023, 2023-MEN, 2023-MET (also 2024-MET), 2023-PED, 2023-SSA, 2024 (after "
     "treatment), 2024-GoAT, 2024-MEN-RT, 2024-PED (also 2025-, 2026-PED), 2025-GLI (before and after treatment), "
     "2025-MET (also 2026-MET), MSD (Decathlon), or a TOML file that describes another"
 )
@@ -211,6 +211,7 @@ def _add_challenge(parser: argparse.ArgumentParser) -> None:
         "--scheme", metavar="SCHEME", help=f"the challenge: {_SCHEMES} (default: that of the model's data set)"
     )
     parser.add_argument("--missing", choices=("refuse", "zero"), help=_MISSING)
+    parser.add_argument("--postprocessing", metavar="JSON", help="what nnunet-conres postprocess fit wrote")
     parser.add_argument(
         "-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint of a fold (default: %(default)s)"
     )
@@ -227,6 +228,7 @@ def _predict_brats(arguments: argparse.Namespace) -> int:
         folds=arguments.f,
         checkpoint=arguments.chk,
         missing=arguments.missing,
+        postprocessing=arguments.postprocessing,
         device=arguments.device,
         mirroring=not arguments.disable_tta,
         step_size=arguments.step_size,
@@ -276,6 +278,7 @@ def _package(arguments: argparse.Namespace) -> int:
         arguments.o,
         scheme=arguments.scheme,
         missing=arguments.missing,
+        postprocessing=arguments.postprocessing,
         checkpoint=arguments.chk,
     )
     for warning in done.warnings:

@@ -87,8 +87,7 @@ def add_densify(subparsers: "Subparsers") -> None:
         help="complete sparsely annotated training cases by prediction",
         description="Writes dense labels for the training cases of a sparsely annotated data set: annotated voxels are "
         "kept, the others predicted by a model trained on it. Geometry and format are those of the annotation. For new "
-        "cases use nnUNetv2_predict. As there, nnU-Net runs code that a checkpoint "
-        "holds: only with models that you trust.",
+        "cases use nnUNetv2_predict.",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id, with an ignore label")
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
@@ -104,7 +103,7 @@ def add_densify(subparsers: "Subparsers") -> None:
         help="folds whose predictions are averaged (default: 0 1 2 3 4)",
     )
     parser.add_argument(
-        "--cross-validation",
+        "--cross_validation",
         action="store_true",
         help="predict each case only with the fold that held it out: to measure quality; the average over all folds is "
         "better for use",

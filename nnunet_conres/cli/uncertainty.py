@@ -16,8 +16,7 @@ def add_uncertainty(subparsers: "Subparsers") -> None:
         help="map how sure predictions are, and how far folds or models agree",
         description="Writes entropy and disagreement maps of predicted cases as NIfTI, a picture of each, and a table "
         "with the entropy within the segmentation and the Dice between members. Members are prediction folders (-i), "
-        "such as one per fold, or trained models (-d, -tr), by the cases that their folds held out. For example: "
-        "nnunet-conres uncertainty -i PREDICTED/fold_* --images IMAGES -o OUT",
+        "such as one per fold, or trained models (-d, -tr), by the cases that their folds held out.",
     )
     folders = parser.add_argument_group("of prediction folders")
     folders.add_argument(

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.brats_scheme_files import LABELS, Content, Layout, Scheme
@@ -25,6 +25,12 @@ from nnunet_conres.text import first_few
 
 Missing = Literal["refuse", "zero"]
 """What happens to cases without one of their modalities: they are refused, or a zero image takes its place."""
+
+
+# What folders are called whose cases are not to be trained on.
+_HELD_OUT: Final = re.compile(
+    r"h[eo]ld.?out|validation|(?:^|[^a-z])(?:val|test(?:ing)?)(?:[^a-z]|data|set|cases|$)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,7 @@ def find_cases(
         )
     found.cases.sort(key=lambda case: case.case_id)
 
+    found.errors += _held_out_errors(found.cases, roots)
     for twins in _duplicates(place for place in places if place not in alone):
         listed = ", ".join(str(folder / case_id) for case_id, folder in twins)
         error = f"Case id {twins[0][0]} occurs {len(twins)} times: {listed}; ids must differ, rename or remove."
@@ -381,6 +388,27 @@ def _duplicates(places: Iterable[_Place]) -> Iterator[list[tuple[str, Path]]]:
     for place in places:
         folders[place.case_id.casefold()].append((place.case_id, place.folder))
     yield from (found for found in folders.values() if len(found) > 1)
+
+
+def _held_out_errors(cases: Iterable[Case], roots: Sequence[Path]) -> Iterator[str]:
+    """Labelled cases that would be trained on, from a folder within the input whose name says that they are not to be.
+
+    As where the input folder is one level too high. Whoever names such a folder itself means it.
+    """
+    inside: dict[Path, list[str]] = defaultdict(list)
+    for case in cases:
+        folder = collection(case).resolve()
+        depth = max((len(root.parts) for root in roots if folder.is_relative_to(root)), default=len(folder.parts))
+        within = [above for above in (folder, *folder.parents) if len(above.parts) > depth]
+        named = next((above for above in reversed(within) if _HELD_OUT.search(above.name)), None)
+        if case.trains and named is not None:
+            inside[named].append(case.case_id)
+    for folder, ids in inside.items():
+        yield (
+            f"{len(ids)} labelled cases lie in {folder}, whose name says that they are not for training: "
+            f"{first_few(ids)}. Name the folder with --held-out, and those to train on with -i. To train on these as "
+            f"well, name the folder itself with -i."
+        )
 
 
 def _mixture_errors(met: Sequence[Scheme], selection: Selection) -> Iterator[str]:

@@ -334,7 +334,7 @@ def _by_validation_fold(
         groups[tuple(fold for fold in model.folds if case.case_id in held_out[fold])].append(case)
     errors = [
         f"Case {case.case_id} is in the validation set of none of the folds {' '.join(map(str, model.folds))}; give "
-        f"all folds of the cross-validation, or leave --cross-validation out."
+        f"all folds of the cross-validation, or leave --cross_validation out."
         for case in groups.pop((), [])
     ]
     return dict(groups), errors

@@ -12,7 +12,7 @@ from typing import Any
 
 from nnunet_conres import __version__
 from nnunet_conres.evaluation.calibration import measure_calibration
-from nnunet_conres.evaluation.costs import Costs, costs_of
+from nnunet_conres.evaluation.costs import Costs, costs_of, times_compare
 from nnunet_conres.evaluation.drawing import draw_cases
 from nnunet_conres.evaluation.ensembles import add_ensembles
 from nnunet_conres.evaluation.finding import CompareOptions, Found
@@ -48,19 +48,20 @@ class Comparison:
         """The main figures for a person at a terminal."""
         content = self.content
         region = overall_of(content["regions"])
-        rows = [("", f"Dice ({region})", "95 % interval", f"HD95 ({region})", "s per epoch", "cases")]
+        timed = times_compare([model["cost"] for model in content["models"]])
+        heads = ["", f"Dice ({region})", "95 % interval", f"HD95 ({region})", "cases"]
+        rows = [[*heads, "s per epoch"] if timed else heads]
         for model in content["models"]:
             dice, hd95 = (content["summary"][model["key"]][region][key] for key in ("dice", "hd95"))
-            rows.append(
-                (
-                    model["name"],
-                    METRICS["dice"].text(_number(dice["mean"])),
-                    " to ".join(METRICS["dice"].text(_number(dice[end])) for end in ("low", "high")),
-                    METRICS["hd95"].text(_number(hd95["mean"])),
-                    "-" if model["cost"]["epoch_seconds"] is None else f"{model['cost']['epoch_seconds']:.1f}",
-                    str(dice["n"]),
-                )
-            )
+            seconds = model["cost"]["epoch_seconds"]
+            row = [
+                model["name"],
+                METRICS["dice"].text(_number(dice["mean"])),
+                " to ".join(METRICS["dice"].text(_number(dice[end])) for end in ("low", "high")),
+                METRICS["hd95"].text(_number(hd95["mean"])),
+                str(dice["n"]),
+            ]
+            rows.append([*row, "-" if seconds is None else f"{seconds:.1f}"] if timed else row)
         lines = aligned(rows)
         lines.insert(1, "-" * max(map(len, lines)))
         if content["options"].get("rules"):

@@ -11,7 +11,8 @@ from typing import Any
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.cache import state_of
 from nnunet_conres.evaluation.finding import CompareOptions, Found
-from nnunet_conres.evaluation.predictions import Contender, Prediction, read_probabilities
+from nnunet_conres.evaluation.predictions import Contender, Prediction
+from nnunet_conres.evaluation.probabilities import read_probabilities
 from nnunet_conres.files import read_json, write_json
 from nnunet_conres.folders import clear_leftovers
 from nnunet_conres.images.volumes import write_labels

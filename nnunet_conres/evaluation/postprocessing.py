@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.probabilities import Channels
 from nnunet_conres.files import read_json
-from nnunet_conres.nnunet import label_values
 
 FORMAT: Final = 1
 """Of the JSON file."""
@@ -84,19 +84,9 @@ class Scheme:
         Raises:
             InputError: It has no labels.
         """
-        try:
-            regions = label_values(dataset_json["labels"])
-            order = dataset_json.get("regions_class_order")
-            has_regions = order is not None and any(len(values) > 1 for values in regions.values())
-            painted = (
-                dict(zip(regions, map(int, order or ()), strict=True))
-                if has_regions
-                else {name: values[0] for name, values in regions.items()}
-            )
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(
-                f"The dataset.json has no usable labels ({error!r}); expected that of an nnU-Net data set."
-            ) from error
+        channels = Channels.of_dataset(dataset_json)
+        regions = channels.regions
+        painted = {name: channels.painted[place] for name, place in channels.place.items()}
         around = {}
         for name, values in regions.items():
             holding = [other for other, of_other in regions.items() if set(values) < set(of_other)]
@@ -104,7 +94,7 @@ class Scheme:
             around[name] = 0 if smallest is None else painted[smallest]
         for name, other in (less or {}).items():
             around[name] = painted[other]
-        return cls(regions, painted, around, has_regions)
+        return cls(regions, painted, around, not channels.exclusive)
 
     def labels_of(self, probabilities: NDArray[np.floating], thresholds: Mapping[str, float]) -> NDArray[np.integer]:
         """The label map of probabilities, as nnU-Net makes it, with other thresholds.

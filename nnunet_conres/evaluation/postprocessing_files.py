@@ -14,7 +14,8 @@ from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.finding import CompareOptions, Found
 from nnunet_conres.evaluation.postprocessing import Postprocessing, check_labels, load_rules
-from nnunet_conres.evaluation.predictions import Contender, Prediction, read_probabilities
+from nnunet_conres.evaluation.predictions import Contender, Prediction
+from nnunet_conres.evaluation.probabilities import read_probabilities
 from nnunet_conres.files import read_json
 from nnunet_conres.folders import being_written, check_complete, clear_leftovers, list_files, new_folder
 from nnunet_conres.images.volumes import read_labels, reader_for, write_labels

@@ -22,7 +22,8 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.finding import Found
 from nnunet_conres.evaluation.lesions import challenge_scores
 from nnunet_conres.evaluation.postprocessing import NEUTRAL, Postprocessing, RegionSteps, Scheme
-from nnunet_conres.evaluation.predictions import Contender, read_probabilities
+from nnunet_conres.evaluation.predictions import Contender
+from nnunet_conres.evaluation.probabilities import read_probabilities
 from nnunet_conres.evaluation.rules import Rules, labels_of_regions
 from nnunet_conres.evaluation.scoring import read_pair
 from nnunet_conres.evaluation.statistics import Interval, mean_intervals

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
-import zipfile
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import read_json
 from nnunet_conres.folders import list_files
 from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, folder_from_environment
-from nnunet_conres.text import first_few, short_message
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from nnunet_conres.text import first_few
 
 PROBABILITIES_ENDING: Final = ".npz"
 # What nnU-Net writes into folders of predictions besides.
@@ -57,32 +51,6 @@ class Prediction:
     def probabilities(self, file_ending: str) -> Path:
         """Where nnU-Net puts the probabilities, if it was asked to keep them."""
         return self.labels.with_name(self.labels.name.removesuffix(file_ending) + PROBABILITIES_ENDING)
-
-
-def read_probabilities(path: Path) -> NDArray[np.float32]:
-    """A model's probabilities of a case, as nnU-Net saves them.
-
-    Args:
-        path: The .npz file.
-
-    Returns:
-        (C, z, y, x): of regions, or of the background and all labels.
-
-    Raises:
-        InputError: It can't be read, or has values that are no probabilities.
-    """
-    import numpy as np
-
-    try:
-        with np.load(path) as content:
-            probabilities: NDArray[np.float32] = content["probabilities"].astype(np.float32)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(
-            f"{path} can't be read as nnU-Net's probabilities: {short_message(error)}. Predict the case again."
-        ) from error
-    if not np.isfinite(probabilities).all():
-        raise InputError(f"{path} has probabilities that are NaN or infinite; predict the case again.")
-    return probabilities
 
 
 @dataclass(frozen=True)

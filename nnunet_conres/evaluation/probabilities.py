@@ -131,6 +131,11 @@ def iterate_channels(path: Path) -> Iterator[NDArray[np.float32]]:
         raise _unreadable(path, error) from error
 
 
+def read_probabilities(path: Path) -> NDArray[np.float32]:
+    """All channels (C, z, y, x) of a file of probabilities; raises what `iterate_channels` does."""
+    return np.stack(list(iterate_channels(path)))
+
+
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

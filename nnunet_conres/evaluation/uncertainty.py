@@ -332,8 +332,12 @@ def _information(probability: NDArray[Any], exclusive: bool) -> NDArray[Any]:
     """A channel's part of the entropy, nats: of one of several labels, or of a region and what is not of it."""
     from scipy.special import entr
 
-    part: NDArray[Any] = entr(probability)
-    return part if exclusive else part + entr(1 - probability)
+    part = np.zeros_like(probability)
+    # Most voxels of an image are cropped away before prediction, and have exactly 0 or 1.
+    unsure = (probability > 0) & (probability < 1)
+    values = probability[unsure]
+    part[unsure] = entr(values) if exclusive else entr(values) + entr(1 - values)
+    return part
 
 
 def region_numbers(maps: Maps, meaning: Channels, spacing: Sequence[float]) -> dict[str, dict[str, float]]:

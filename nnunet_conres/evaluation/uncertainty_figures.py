@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.colours import colours_of
 from nnunet_conres.evaluation.figures import (
     LEGEND_COLUMNS,
-    colours_of,
     content_range,
     draw_outline,
     grey_window,

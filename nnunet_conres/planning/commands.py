@@ -29,7 +29,7 @@ from nnunet_conres.errors import InputError, writing_errors
 from nnunet_conres.families import PLANNED
 from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.images.volumes import reader_for
-from nnunet_conres.nnunet import folder_from_environment
+from nnunet_conres.nnunet import device_option, folder_from_environment
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.preprocessing.dataset import (
@@ -411,6 +411,7 @@ def _with_next_commands(planned: Planned) -> Planned:
         )
     commands.append(
         f"nnUNetv2_train {planned.dataset_id} 3d_fullres 0 -tr {planned.trainer_name} -p {planned.plans_name}"
+        f"{device_option()}"
     )
     return replace(planned, notes=_notes(planned.dataset_id), next_commands=tuple(commands))
 

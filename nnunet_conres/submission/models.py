@@ -14,6 +14,7 @@ from nnunet_conres.datasets.brats_scheme_files import Scheme
 from nnunet_conres.datasets.brats_schemes import SCHEMES, Selection
 from nnunet_conres.datasets.brats_write import MISSING_ENTRY, SCHEMES_ENTRY
 from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.postprocessing import Postprocessing, check_labels, load_rules
 from nnunet_conres.files import read_json, written_whole
 from nnunet_conres.unpickling import read_checkpoint
 
@@ -100,6 +101,21 @@ def _channel_errors(path: Path, content: Mapping[str, Any], scheme: Scheme) -> l
         f"{', '.join(scheme.layout.channels)}. For this model {advice}; for these cases, take a model "
         f"trained on a data set of nnunet-conres brats-convert {scheme.option}."
     ]
+
+
+def rules_for(path: str | Path, folder: Path) -> Postprocessing:
+    """The post-processing of a model's label maps.
+
+    Args:
+        path: What ``nnunet-conres postprocess fit`` wrote.
+        folder: nnU-Net's folder of the model.
+
+    Raises:
+        InputError: The file can't be read, or was fitted to other labels.
+    """
+    rules = load_rules(path)
+    check_labels(rules, read_json(folder / "dataset.json"), folder / "dataset.json")
+    return rules
 
 
 def drops_channels(trainer_name: str) -> bool:

@@ -17,7 +17,7 @@ from nnunet_conres.files import read_json, write_json
 from nnunet_conres.folders import being_written, check_complete, new_folder
 from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, dataset_name_of, folder_from_environment
 from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, model_errors
-from nnunet_conres.submission.models import challenge_of, trainer_class, write_weights
+from nnunet_conres.submission.models import challenge_of, rules_for, trainer_class, write_weights
 from nnunet_conres.submission.wheel import distribution_errors, pinned_requirements, write_wheel
 from nnunet_conres.unpickling import read_checkpoint
 
@@ -27,6 +27,7 @@ _REQUIREMENTS: Final = "requirements.txt"
 _DOCKERFILE: Final = "Dockerfile"
 _APPTAINER: Final = "apptainer.def"
 _README: Final = "README.md"
+_POSTPROCESSING: Final = "postprocessing.json"
 # Where it lies in the container.
 _HOME: Final = "/opt/nnunet-conres"
 _FOLDERS: Final = ("-i", "/input", "-o", "/output")
@@ -59,6 +60,7 @@ def package_model(
     *,
     scheme: str | None = None,
     missing: Missing | None = None,
+    postprocessing: str | Path | None = None,
     checkpoint: str = DEFAULT_CHECKPOINT,
 ) -> Package:
     """Write a folder from which Docker, Podman or Apptainer builds a container that runs `predict_brats`.
@@ -73,6 +75,7 @@ def package_model(
         output_folder: Must not exist, or be empty; gets its files only when all are whole.
         scheme: The challenge, as for `predict_brats`.
         missing: As for `predict_brats`.
+        postprocessing: As for `predict_brats`.
         checkpoint: Name of the file in a fold's folder.
 
     Raises:
@@ -102,6 +105,11 @@ def package_model(
             challenge = challenge_of(source, scheme)
         except InputError as error:
             errors += error.errors
+        if postprocessing is not None:
+            try:
+                rules_for(postprocessing, source)
+            except InputError as error:
+                errors += error.errors
     if not errors:
         errors += _trainer_errors(source, model, folds, checkpoint)
     if errors:
@@ -111,6 +119,7 @@ def package_model(
     command = ["nnunet-conres", "predict-brats", "-m", f"{_HOME}/{MODEL}"]
     command += ["--scheme", challenge.scheme.name if own_scheme is None else f"{_HOME}/{own_scheme.name}"]
     command += [] if missing is None else ["--missing", missing]
+    command += [] if postprocessing is None else ["--postprocessing", f"{_HOME}/{_POSTPROCESSING}"]
     requirements, warnings = pinned_requirements()
     with new_folder(output) as partial, file_errors(output):
         weights = [
@@ -121,12 +130,14 @@ def package_model(
             exported.parent.mkdir(parents=True)
             write_weights(trained, exported)
         copied = [(source / name, partial / MODEL / name) for name in ("dataset.json", "plans.json")]
-        copied += [] if own_scheme is None else [(own_scheme, partial / own_scheme.name)]
+        extra = [] if own_scheme is None else [(own_scheme, partial / own_scheme.name)]
+        extra += [] if postprocessing is None else [(Path(postprocessing), partial / _POSTPROCESSING)]
+        copied += extra
         for original, copy in copied:
             shutil.copyfile(original, copy)
         wheel = write_wheel(partial)
         (partial / _REQUIREMENTS).write_text("\n".join([*requirements, ""]), encoding="utf-8")
-        others = [] if own_scheme is None else [own_scheme.name]
+        others = [copy.name for _, copy in extra]
         (partial / _DOCKERFILE).write_text(_dockerfile(wheel.name, others, command), encoding="utf-8")
         (partial / _APPTAINER).write_text(_apptainer(wheel.name, others, command), encoding="utf-8")
         (partial / _README).write_text(_readme(output.name, challenge.scheme.title), encoding="utf-8")

@@ -20,10 +20,11 @@ from nnunet_conres.datasets.brats_export import Prediction, export_case
 from nnunet_conres.datasets.brats_find import Case, Found, Missing, find_cases, nifti_files
 from nnunet_conres.datasets.brats_write import Job, case_files, write_case
 from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.evaluation.postprocessing import Postprocessing
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import visible
 from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, trained_folds
-from nnunet_conres.submission.models import FILE_ENDING, Challenge, challenge_of, drops_channels
+from nnunet_conres.submission.models import FILE_ENDING, Challenge, challenge_of, drops_channels, rules_for
 from nnunet_conres.text import short_message
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def predict_brats(
     folds: Sequence[int | str] | None = None,
     checkpoint: str = DEFAULT_CHECKPOINT,
     missing: Missing | None = None,
+    postprocessing: str | Path | None = None,
     device: str | None = None,
     mirroring: bool = True,
     step_size: float = 0.5,
@@ -99,6 +101,7 @@ def predict_brats(
         checkpoint: Name of the file in a fold's folder.
         missing: "zero" predicts cases that lack modalities with zero images in their place, "refuse" fails them; by
             default those are predicted that lack what training cases lacked too, and all if the trainer drops channels.
+        postprocessing: What is done to the label maps: the file of ``nnunet-conres postprocess fit``.
         device: cuda, cpu or mps; by default cuda where there is one, else cpu.
         mirroring: Whether predictions of mirrored images are averaged, where the model was trained for it.
         step_size: Of the sliding window, in patches.
@@ -127,6 +130,12 @@ def predict_brats(
     if (model / "dataset.json").is_file():
         try:
             challenge = challenge_of(model, scheme)
+        except InputError as error:
+            errors += error.errors
+    rules: Postprocessing | None = None
+    if postprocessing is not None:
+        try:
+            rules = rules_for(postprocessing, model)
         except InputError as error:
             errors += error.errors
     if challenge is None or not source.is_dir():
@@ -171,6 +180,7 @@ def predict_brats(
                 "data_set": predictor.plans_manager.dataset_name,
                 "folds": len(predictor.list_of_parameters),
             },
+            postprocessing=None if rules is None or rules.source is None else rules.source.name,
             device=predictor.device.type,
         )
         write_json(output / RECORD, content)
@@ -181,7 +191,7 @@ def predict_brats(
             if not why_unsafe(name):
                 (output / f"{name}{FILE_ENDING}").unlink(missing_ok=True)
     record()
-    for case, result in _predict(cases, names, output, predictor, challenge, progress):
+    for case, result in _predict(cases, names, output, predictor, challenge, rules, progress):
         name = names[case]
         if isinstance(result, float):
             done.written[name], done.seconds[name] = f"{name}{FILE_ENDING}", result
@@ -275,6 +285,7 @@ def _predict(
     output: Path,
     predictor: nnUNetPredictor,
     challenge: Challenge,
+    rules: Postprocessing | None,
     progress: bool,
 ) -> Iterator[tuple[Case, float | tuple[str, ...]]]:
     """Predict cases, the next one being read meanwhile: the seconds that each took, or what failed it."""
@@ -293,7 +304,7 @@ def _predict(
                 begin = time.monotonic()
                 data, properties = current.result()
                 pending = submit(number + 1)
-                _write(case, data, properties, target, predictor, challenge)
+                _write(case, data, properties, target, predictor, challenge, rules)
                 yield case, time.monotonic() - begin
             except Exception as error:  # whatever it is, the other cases are predicted
                 if pending is current:
@@ -335,18 +346,24 @@ def _write(
     target: Path,
     predictor: nnUNetPredictor,
     challenge: Challenge,
+    rules: Postprocessing | None,
 ) -> None:
     """Predict a case, and write it as the challenge wants it."""
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
     plans = predictor.plans_manager
-    labels = convert_predicted_logits_to_segmentation_with_correct_shape(
+    with_probabilities = rules is not None and rules.needs_probabilities
+    converted = convert_predicted_logits_to_segmentation_with_correct_shape(
         predictor.predict_logits_from_preprocessed_data(data).cpu().numpy(),
         plans,
         predictor.configuration_manager,
         predictor.label_manager,
         properties,
+        return_probabilities=with_probabilities,
     )
+    labels, probabilities = converted if with_probabilities else (converted, None)
+    if rules is not None:
+        labels = rules.apply(labels, probabilities, properties["spacing"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{case.case_id}{FILE_ENDING}")
         plans.image_reader_writer_class().write_seg(labels, str(path), properties)

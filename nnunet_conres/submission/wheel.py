@@ -91,6 +91,7 @@ def pinned_requirements() -> tuple[list[str], list[str]]:
     from packaging.version import Version
 
     pinned: dict[str, str] = {}
+    unfit: set[str] = set()  # of an environment that pip would not make again
     warnings: list[str] = []
 
     def add(name: str, extras: frozenset[str]) -> None:
@@ -100,7 +101,7 @@ def pinned_requirements() -> tuple[list[str], list[str]]:
             wanted = canonicalize_name(requirement.name)
             marker = requirement.marker
             needed = marker is None or any(marker.evaluate({"extra": extra}) for extra in extras or {""})
-            if not needed or wanted in pinned or _OF_TORCH.fullmatch(wanted):
+            if not needed or _OF_TORCH.fullmatch(wanted):
                 continue
             try:
                 found = importlib.metadata.distribution(requirement.name)
@@ -108,6 +109,11 @@ def pinned_requirements() -> tuple[list[str], list[str]]:
                 warnings.append(f"{distribution.name} needs {requirement}, which is not installed here: not pinned.")
                 continue
             version = Version(found.version)
+            if not requirement.specifier.contains(version, prereleases=True):
+                warnings.append(f"{distribution.name} needs {requirement}; {version} is installed here, so not pinned.")
+                unfit.add(wanted)
+            if wanted in pinned:
+                continue
             pinned[wanted] = version.public
             origin = _origin(found)
             if origin:
@@ -118,7 +124,7 @@ def pinned_requirements() -> tuple[list[str], list[str]]:
             add(requirement.name, frozenset(requirement.extras))
 
     add(DISTRIBUTION, frozenset())
-    return [f"{name}=={version}" for name, version in sorted(pinned.items())], warnings
+    return [f"{name}=={version}" for name, version in sorted(pinned.items()) if name not in unfit], warnings
 
 
 def _origin(distribution: importlib.metadata.Distribution) -> str:

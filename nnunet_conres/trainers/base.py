@@ -21,6 +21,7 @@ from nnunet_conres.plans.configurations import configuration_of, with_configurat
 from nnunet_conres.plans.entries import has_auxiliary_heads, set_background_class
 from nnunet_conres.preprocessing.dataset import preprocessing_settings
 from nnunet_conres.preprocessing.sources import training_data_errors
+from nnunet_conres.refusals import show_in_one_line
 from nnunet_conres.trainers.checks import (
     as_in_other_folds,
     check_device,
@@ -31,10 +32,23 @@ from nnunet_conres.trainers.checks import (
 from nnunet_conres.trainers.logger import LossPartsTrainer
 from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.precision import CpuPrecisionTrainer
+from nnunet_conres.trainers.progress import ProgressTrainer
 from nnunet_conres.trainers.recipe import RecipeTrainer
+from nnunet_conres.trainers.stop import StoppableTrainer
+from nnunet_conres.trainers.tracking import TrackedTrainer
+
+show_in_one_line()  # also for trainers that users derive from ours, which nnU-Net finds without our help
 
 
-class PluginTrainer(RecipeTrainer, LossPartsTrainer, CpuPrecisionTrainer, FiniteStepsTrainer):
+class PluginTrainer(
+    StoppableTrainer,
+    TrackedTrainer,
+    ProgressTrainer,
+    RecipeTrainer,
+    LossPartsTrainer,
+    CpuPrecisionTrainer,
+    FiniteStepsTrainer,
+):
     """nnU-Net's trainer for a network that is derived from the plans, and written into them.
 
     Subclasses say which network they train in ``architecture``, and what else they write into the plans in ``resolve``.

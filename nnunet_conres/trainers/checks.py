@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_conres.errors import InputError
 from nnunet_conres.nnunet import Model, folder_from_environment
 from nnunet_conres.plans.configurations import configuration_of, differences_in_topology
+from nnunet_conres.text import no_device
 
 
 def check_device(device: torch.device) -> None:
@@ -23,9 +24,7 @@ def check_device(device: torch.device) -> None:
     """
     for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
         if device.type == kind and not backend.is_available():
-            raise InputError(
-                f"There is no {kind.upper()} device here that torch can use. To train on the CPU add: -device cpu"
-            )
+            raise InputError(no_device(kind, "train"))
 
 
 def check_is_3d(configuration: ConfigurationManager, name: str, network: str) -> None:

@@ -19,6 +19,7 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.plans.configurations import configuration_of, differences_in_topology, with_configuration
 
 LATEST_CHECKPOINT: Final = "checkpoint_latest.pth"
+FINAL_CHECKPOINT: Final = "checkpoint_final.pth"
 CHECKPOINT_VARIABLE: Final = "nnUNet_conres_checkpoint_minutes"
 """Environment variable with another `checkpoint_interval_minutes` for all trainers."""
 

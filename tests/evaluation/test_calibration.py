@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from sklearn.calibration import calibration_curve
 
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.calibration import BINS, boundary, reliability
+from nnunet_conres.evaluation.calibration import BINS, boundary, measure_calibration, reliability
 from nnunet_conres.evaluation.comparison import Comparison, compare
 from nnunet_conres.evaluation.finding import CompareOptions, find_cross_validation
-from nnunet_conres.evaluation.predictions import NamedModel
+from nnunet_conres.evaluation.predictions import Contender, NamedModel
 from nnunet_conres.evaluation.probabilities import Channels, Painter, iterate_channels
 
 NAME = "Dataset801_Models"
@@ -205,6 +206,22 @@ class TestComparison:
         assert done.content["calibration"]["pooled"] == {}
         assert f"No probabilities of {STOCK} (1 case), {OURS} (8 cases)" in done.report.read_text()
         assert not (tmp_path / "out" / "calibration.csv").exists()
+
+    def test_a_post_processed_model_is_left_out(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+        """Its label maps are others; its probabilities are those of the model."""
+        lab("labels").add(STOCK, folds=(0, 1))
+        names = [NamedModel(STOCK, "nnUNetPlans", "3d_fullres")]
+        found = find_cross_validation(NAME, names, [0, 1], CompareOptions(progress=False))
+        (model,) = found.models
+        moved = {
+            case: replace(one, labels=tmp_path / "postprocessed" / one.labels.name)
+            for case, one in model.predictions.items()
+        }
+        made = Contender("p0", f"{model.name}, post-processed", moved, members=("m0",))
+        found = replace(found, models=[model, made])
+        measured = measure_calibration(found, tmp_path / "cache", "SimpleITKIO", CompareOptions(progress=False))
+        assert list(measured["pooled"]) == ["m0"]
+        assert measured["without"] == []
 
     def test_ignored_voxels_do_not_count(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()

@@ -484,7 +484,7 @@ class TestTestSet:
         (["--predictions", "A", "--reference", "r", "-djfile", "f"], "is not NAME=FOLDER"),
         (["-d", "801", "-tr", "A:"], "is no model"),
         (["-d", "801", "-tr", "A", "-i", "images", "--model", "A=a"], "-i, --model: for --predictions only"),
-        (["-d", "899", "-tr", "A"], "899 is no data set"),
+        (["-d", "899", "-tr", "A"], "There is no data set 899"),
         (
             ["--predictions", "A=a", "--reference", "r", "-djfile", "nothing.json"],
             "nothing.json cannot be read: No such file",

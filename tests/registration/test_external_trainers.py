@@ -43,7 +43,7 @@ def add_package(folder: Path, trainers: str) -> Path:
     """Copies this package into a folder, with other trainers."""
     package = folder / "nnunet_conres"
     package.mkdir(parents=True)
-    for file in ("__init__.py", "families.py"):
+    for file in ("__init__.py", "errors.py", "families.py", "files.py", "nnunet.py", "refusals.py", "text.py"):
         shutil.copy(PACKAGE / file, package)
     shutil.copytree(PACKAGE / "registration", package / "registration")
     (package / "trainers").mkdir()
@@ -108,7 +108,7 @@ class TestInAnotherEnvironment:
 
     def test_a_version_that_lacks_the_trainer_defines_nothing(self, tmp_path: Path) -> None:
         package = add_package(tmp_path, "")
-        (package / "families.py").write_text("FAMILIES, TRAINERS, load = (), {}, None\n")
+        (package / "families.py").write_text("FAMILIES, TRAINERS, load, no_trainer = (), {}, None, None\n")
         run = look_up("nnUNetTrainerConResNet", tmp_path)
         assert (run.returncode, run.stdout, run.stderr) == (0, "False\n", "")
 

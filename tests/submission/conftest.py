@@ -159,3 +159,13 @@ def shared_model(shared_folder: Callable[..., Path], make_model: Callable[..., P
     return shared_folder("submission", lambda folder: make_model(folder / "Dataset900_Tiny" / FOLDER)) / (
         f"Dataset900_Tiny/{FOLDER}"
     )
+
+
+@pytest.fixture
+def rules_file(tmp_path: Path, shared_model: Path) -> Path:
+    """Post-processing that needs probabilities: a threshold, and the smallest volume of a region, mm³."""
+    file = tmp_path / "rules.json"
+    steps = {"tumor_core": {"threshold": 0.6}, "enhancing_tumor": {"smallest_total": 1e6}}
+    dataset = json.loads((shared_model / "dataset.json").read_text())
+    file.write_text(json.dumps({"format": 1, "dataset_json": dataset, "steps": steps}))
+    return file

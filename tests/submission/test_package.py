@@ -92,6 +92,15 @@ class TestPackage:
         assert json.loads((folder / "package.json").read_text())["command"] == expected
         assert " ".join(expected) in (folder / "apptainer.def").read_text()
 
+        # What is copied into the container is there, and every line of the Dockerfile begins with an instruction.
+        dockerfile = re.sub(r"\\\n", " ", (folder / "Dockerfile").read_text())
+        instructions = [line.split() for line in dockerfile.splitlines() if line and not line.startswith("#")]
+        assert {words[0] for words in instructions} == {"ARG", "FROM", "ENV", "COPY", "RUN", "ENTRYPOINT", "CMD"}
+        copied = {source for words in instructions if words[0] == "COPY" for source in words[1:-1]}
+        assert copied == {"requirements.txt", WHEEL, "model"}
+        section = (folder / "apptainer.def").read_text().partition("%files\n")[2].partition("\n\n")[0]
+        assert {line.split()[0] for line in section.splitlines()} == copied
+
         # What the entry point does is what the model does.
         write_case(tmp_path / "input" / CASE, parts=("t2f", "t1n", "t1c"))
         arguments = [str(folder / "model") if word == f"{home}/model" else word for word in entry[1:]]
@@ -109,6 +118,17 @@ class TestPackage:
         assert done.command[-2:] == ("--scheme", "/opt/nnunet-conres/2027-MET.toml")
         assert "COPY 2027-MET.toml /opt/nnunet-conres/" in (done.folder / "Dockerfile").read_text()
         assert done.model_bytes < done.checkpoint_bytes * 0.55
+
+    def test_postprocessing(
+        self, results: Path, tmp_path: Path, rules_file: Path, write_case: Callable[..., Path]
+    ) -> None:
+        done = package_model(900, MODEL, [0], tmp_path / "package", postprocessing=rules_file)
+        assert done.command[-2:] == ("--postprocessing", "/opt/nnunet-conres/postprocessing.json")
+        assert (done.folder / "postprocessing.json").read_bytes() == rules_file.read_bytes()
+        assert "COPY postprocessing.json /opt/nnunet-conres/" in (done.folder / "Dockerfile").read_text()
+        rules_file.write_text("{}")
+        with pytest.raises(InputError, match="is no post-processing of format 1"):
+            package_model(900, MODEL, [0], tmp_path / "other", postprocessing=rules_file)
 
     def test_versions_are_those_installed(self, results: Path, tmp_path: Path) -> None:
         done = package_model(900, MODEL, [0], tmp_path / "package")

@@ -207,6 +207,12 @@ class TestRefusals:
         source.rename(archive)
         assert "which is an archive of BraTS 2023" in self.errors(archive, shared_model)
 
+    def test_postprocessing_of_other_labels(
+        self, source: Path, make_model: Callable[..., Path], rules_file: Path, tmp_path: Path
+    ) -> None:
+        model = make_model(tmp_path / "model", scheme="2023-MET", folds=1)
+        assert "was fitted to the labels" in self.errors(source, model, postprocessing=rules_file)
+
     def test_folders(self, source: Path, shared_model: Path, tmp_path: Path) -> None:
         assert "lies in the input folder" in self.errors(source, shared_model, output=source / "predictions")
         assert "is not a folder" in self.errors(tmp_path / "none", tmp_path / "neither")
@@ -222,6 +228,28 @@ class TestRefusals:
         command = ["predict-brats", "-i", str(source), "-o", str(tmp_path / "output"), "-m", str(tmp_path / "none")]
         assert cli.main([*command, "-device", "cpu"]) == 2
         assert "is no trained model" in capsys.readouterr().err
+
+
+def test_postprocessing(source: Path, shared_model: Path, rules_file: Path, tmp_path: Path) -> None:
+    """nnU-Net's own probabilities, regions written one over the other by hand."""
+    done = predict(source, shared_model, postprocessing=rules_file)
+    assert done.failed == {}
+    assert json.loads((tmp_path / "output" / RECORD).read_text())["postprocessing"] == "rules.json"
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(shared_model), None)
+    for case in (ATLAS, NATIVE):
+        files = [str(source / case / f"{case}-{part}.nii.gz") for part in PARTS]
+        _, probabilities = predictor.predict_single_npy_array(
+            *SimpleITKIO().read_images(files), save_or_return_probabilities=True
+        )
+        whole, core, enhancing, cavity = (np.asarray(one).transpose(2, 1, 0) for one in probabilities)
+        expected = np.zeros(whole.shape, np.uint8)
+        expected[whole > 0.5] = 2  # oedema
+        expected[core > 0.6] = 1
+        assert (enhancing > 0.5).any()  # too little: it stays what lies around it, tumour core
+        expected[enhancing > 0.5] = 1
+        expected[cavity > 0.5] = 4
+        np.testing.assert_array_equal(labels_of(tmp_path / "output" / f"{case}.nii.gz"), expected)
 
 
 def test_a_failing_prediction_does_not_stop_the_others(

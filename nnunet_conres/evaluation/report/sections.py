@@ -36,6 +36,7 @@ from nnunet_conres.evaluation.report.text import (
     plain_number,
     readable,
     shortened,
+    without_folders,
 )
 from nnunet_conres.evaluation.rules import rules_text
 
@@ -80,7 +81,9 @@ def what(comparison: Mapping[str, Any]) -> str:
     else:
         what = f"Test set: {cases}"
     reference = (
-        f", against the reference in <code>{escape(dataset['reference'])}</code>" if dataset.get("reference") else ""
+        f", against the reference in <code>{escape(without_folders(dataset['reference']))}</code>"
+        if dataset.get("reference")
+        else ""
     )
     options = comparison.get("options") or {}
     rules = f"<p>{escape(rules_text(options))}</p>" if options.get("rules") else ""
@@ -91,7 +94,7 @@ def warnings(comparison: Mapping[str, Any]) -> str:
     """What the reader has to mind; empty if there is nothing."""
     if not comparison["warnings"]:
         return ""
-    items = "".join(f"<li>{escape(warning)}</li>" for warning in comparison["warnings"])
+    items = "".join(f"<li>{escape(without_folders(warning))}</li>" for warning in comparison["warnings"])
     return (
         '<section class="warnings" aria-labelledby="warnings-title"><h2 id="warnings-title">Warnings</h2>'
         f"<ul>{items}</ul></section>"
@@ -153,6 +156,7 @@ def summary(comparison: Mapping[str, Any]) -> str:
         [(metric_title(metric), overall, metric) for metric in comparison["metrics"]],
         f"{_capital(region_name(overall))}: mean over the cases, with its 95 % interval",
         "All metrics at a glance",
+        turned=True,
     )
     conclusions = "".join(f"<li>{escape(sentence)}</li>" for sentence in comparison["conclusions"])
     concluded = f'<h3>What may be concluded</h3><ul class="conclusions">{conclusions}</ul>' if conclusions else ""
