@@ -185,8 +185,11 @@ def _one(job: _Job) -> int | list[str]:
         probabilities: Any = None
         if job.postprocessing.needs_probabilities:
             probabilities = read_probabilities(job.probabilities)
-        result = job.postprocessing.apply(labels.voxels, probabilities, labels.spacing)
+        try:
+            result = job.postprocessing.apply(labels.voxels, probabilities, labels.spacing)
+        except InputError as error:
+            return [f"{job.prediction.labels}: {text}" for text in error.errors]
         write_labels(job.output, result.astype(np.uint8), labels.properties, job.reader)
     except InputError as error:
-        return [f"{job.prediction.labels}: {text}" if "/" not in text else text for text in error.errors]
+        return list(error.errors)
     return int((result != labels.voxels).sum())

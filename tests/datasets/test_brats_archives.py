@@ -308,6 +308,7 @@ class TestMissing:
         assert {case: facts["missing"] for case, facts in known.items() if "missing" in facts} == {
             case_id: ["T2"] for case_id in absent
         }
+        assert json.loads((done.dataset_folder / "dataset.json").read_text())["missing_channels"] == ["T2"]
         assert not done.warnings
 
     def test_the_first_modality_too(self, source: Path) -> None:

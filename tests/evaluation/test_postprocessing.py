@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from scipy.ndimage import gaussian_filter
 
 from nnunet_conres import cli
 from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.metrics import MetricOptions
 from nnunet_conres.evaluation.postprocessing import Postprocessing, RegionSteps, Scheme, load_rules
 from nnunet_conres.evaluation.postprocessing_fit import _evidence, best_value
+from nnunet_conres.evaluation.rules import read_rules
+from nnunet_conres.evaluation.scoring import ScoringJob, score_cases
 
 REGIONS = {
     "labels": {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [2, 3], "enhancing_tumor": 3, "cavity": 4},
@@ -285,6 +289,7 @@ class TestCommands:
         made.add(folds=(0, 1), blur=0.255)
         assert self.fit(tmp_path) == 0
         rules = load_rules(tmp_path / "fit" / "p.json")
+        shutil.rmtree(made.root / "raw" / "Dataset801_Models" / "imagesTr")  # without pictures
         arguments = [
             "compare",
             "-d",
@@ -334,12 +339,16 @@ class TestCommands:
         assert self.fit(tmp_path, "--rules", "2023-MET") == 0
         content = json.loads((tmp_path / "fit" / "p.json").read_text())
         assert (content["rules"], content["metric"]) == ("2023-MET", "lesion-wise Dice (2023-MET)")
-        compared = ["compare", "-d", "801", "-tr", "nnUNetTrainer", "-f", "0", "1", "-np", "1", "--rules", "2023-MET"]
-        assert cli.main([*compared, "-o", str(tmp_path / "r")]) == 0
-        summary = json.loads((tmp_path / "r" / "report.json").read_text())["summary"]["m0"]
+        references = made.root / "raw" / "Dataset801_Models" / "labelsTr"
+        jobs = [
+            ScoringJob("m", path.name, references / path.name, path)
+            for path in made.added[0].glob("fold_*/validation/*.nii.gz")
+        ]
+        options = MetricOptions(rules=read_rules("2023-MET"))
+        scores = score_cases(jobs, made.dataset_json, options=options, progress=False).values["m"].values()
         before = {row["region"]: row["before"] for row in content["together"]}
-        assert before["whole_tumor"] == pytest.approx(summary["WT"]["lesion_dice"]["mean"])
-        assert before["tumor_core"] == pytest.approx(summary["TC"]["lesion_dice"]["mean"])
+        for name, region in (("whole_tumor", "WT"), ("tumor_core", "TC")):
+            assert before[name] == pytest.approx(np.mean([case[region]["lesion_dice"] for case in scores]))
 
     def test_one_fold_is_not_enough(
         self, lab: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -92,6 +92,15 @@ class TestPackage:
         assert json.loads((folder / "package.json").read_text())["command"] == expected
         assert " ".join(expected) in (folder / "apptainer.def").read_text()
 
+        # What is copied into the container is there, and every line of the Dockerfile begins with an instruction.
+        dockerfile = re.sub(r"\\\n", " ", (folder / "Dockerfile").read_text())
+        instructions = [line.split() for line in dockerfile.splitlines() if line and not line.startswith("#")]
+        assert {words[0] for words in instructions} == {"ARG", "FROM", "ENV", "COPY", "RUN", "ENTRYPOINT", "CMD"}
+        copied = {source for words in instructions if words[0] == "COPY" for source in words[1:-1]}
+        assert copied == {"requirements.txt", WHEEL, "model"}
+        section = (folder / "apptainer.def").read_text().partition("%files\n")[2].partition("\n\n")[0]
+        assert {line.split()[0] for line in section.splitlines()} == copied
+
         # What the entry point does is what the model does.
         write_case(tmp_path / "input" / CASE, parts=("t2f", "t1n", "t1c"))
         arguments = [str(folder / "model") if word == f"{home}/model" else word for word in entry[1:]]
