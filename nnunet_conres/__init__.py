@@ -8,7 +8,7 @@ from typing import Any
 
 from nnunet_conres.families import FAMILIES, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {path.rpartition(".")[2]: path for family in FAMILIES for path in family.networks} | {
     "from_authors_state_dict": "nnunet_conres.architectures.authors_weights.from_authors_state_dict",

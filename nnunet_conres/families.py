@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
+from nnunet_conres.nnunet import stock_trainers
+from nnunet_conres.text import did_you_mean
+
 TRAINING_LENGTHS: Final[Mapping[str, int]] = {
     f"{epochs}epoch{'s' if epochs > 1 else ''}": epochs for epochs in (1, 5, 10, 20, 50, 100, 250, 500, 2000)
 }
@@ -26,7 +29,8 @@ class Family:
         key: What ``plan -a`` calls it. Its trainers are in ``nnunet_conres.trainers.KEY``. Its entry of plans is made
             by ``architecture`` in ``nnunet_conres.plans.KEY``, the paper's form by ``paper_architecture`` there.
         title: What messages call the network.
-        trainers: Names of its trainers, with a line on each. The first one is for the plans of its planner.
+        trainers: Names of its trainers, with a few words on each: both fit on a line of 80 characters. The first one is
+            for the plans of its planner.
         networks: Where its classes are, that of the planner's plans first; none for the network that plans name.
         name: Part of the names of its plans and its planner; "" if it has no planner.
     """
@@ -72,14 +76,13 @@ FAMILIES: Final = (
             "nnunet_conres.architectures.conresnet_paper.ConResNetPaper",
         ),
         trainers={
-            "nnUNetTrainerConResNet": "ConResNet under nnU-Net's recipe, with Muon as the optimiser",
-            "nnUNetTrainerConResNet_SGD": "ConResNet under nnU-Net's own recipe",
-            "nnUNetTrainerConResNetPaper": (
-                "ConResNet in the paper's topology, loss, optimiser, schedule and augmentation"
-            ),
-            "nnUNetTrainerConResNetSharedEncoder": "ConResNet with one encoder over the image and the image residual",
-            "nnUNetTrainerConResNetBSpline": "ConResNet with B-spline deformations in the augmentation",
-            "nnUNetTrainerConResNet_NoMirroring": "ConResNet without mirroring, in training and in prediction",
+            "nnUNetTrainerConResNet": "ConResNet, nnU-Net's recipe with Muon",
+            "nnUNetTrainerConResNet_SGD": "ConResNet, nnU-Net's own recipe",
+            "nnUNetTrainerConResNetPaper": "ConResNet, trained as in the paper",
+            "nnUNetTrainerConResNetSharedEncoder": "one encoder for image and residual",
+            "nnUNetTrainerConResNetBSpline": "ConResNet, B-spline augmentation",
+            "nnUNetTrainerConResNet_NoMirroring": "ConResNet without mirroring",
+            "nnUNetTrainerConResNet_ChannelDropout": "for cases that lack modalities",
         },
         name="ConResNet",
     ),
@@ -88,10 +91,8 @@ FAMILIES: Final = (
         title="ResidualMapUNet",
         networks=("nnunet_conres.architectures.residual_map_unet.ResidualMapUNet",),
         trainers={
-            "nnUNetTrainerResidualMaps": (
-                "ResidualMapUNet: nnU-Net's ResEnc U-Net that also predicts residual maps, with Muon"
-            ),
-            "nnUNetTrainerResidualMaps_SGD": "ResidualMapUNet under nnU-Net's own recipe",
+            "nnUNetTrainerResidualMaps": "ResEnc U-Net with residual maps, Muon",
+            "nnUNetTrainerResidualMaps_SGD": "the same, nnU-Net's own recipe",
         },
         name="ResidualMaps",
     ),
@@ -100,7 +101,8 @@ FAMILIES: Final = (
         title="the network that the plans name",
         networks=(),
         trainers={
-            "nnUNetTrainerMuon": "the 3D network of the plans, nnU-Net's own, under nnU-Net's recipe with Muon",
+            "nnUNetTrainerMuon": "nnU-Net's 3D network with Muon",
+            "nnUNetTrainerMuon_ChannelDropout": "for cases that lack modalities",
         },
         name="",
     ),
@@ -109,8 +111,8 @@ FAMILIES: Final = (
         title="V-Net",
         networks=("nnunet_conres.architectures.vnet.VNet",),
         trainers={
-            "nnUNetTrainerVNet": "V-Net under nnU-Net's own recipe",
-            "nnUNetTrainerVNetPaper": "V-Net in the paper's topology, loss, optimiser, schedule and augmentation",
+            "nnUNetTrainerVNet": "V-Net, nnU-Net's own recipe",
+            "nnUNetTrainerVNetPaper": "V-Net, trained as in the paper",
         },
         name="VNet",
     ),
@@ -119,8 +121,8 @@ FAMILIES: Final = (
         title="3D U-Net",
         networks=("nnunet_conres.architectures.unet3d.UNet3D",),
         trainers={
-            "nnUNetTrainerUNet3D": "3D U-Net under nnU-Net's own recipe",
-            "nnUNetTrainerUNet3DPaper": "3D U-Net in the paper's topology, loss, batch norm and augmentation",
+            "nnUNetTrainerUNet3D": "3D U-Net, nnU-Net's own recipe",
+            "nnUNetTrainerUNet3DPaper": "3D U-Net, trained as in the paper",
         },
         name="UNet3D",
     ),
@@ -144,6 +146,12 @@ TRAINERS: Final[Mapping[str, str]] = {
     for name, (trainer, epochs) in LENGTHS.items()
 }
 """What ``-tr`` can be, with a line on each."""
+
+
+def no_trainer(name: str) -> str:
+    """The message for a trainer that neither nnU-Net nor this package has."""
+    near = did_you_mean(name, [*TRAINERS, *stock_trainers()])
+    return f"There is no trainer {name}{near} nnunet-conres info lists the trainers of this package."
 
 
 def load(path: str) -> Any:

@@ -99,6 +99,40 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
         partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
+def write_if_changed(path: Path, content: Any, *, sort: bool = True) -> bool:
+    """Write a JSON file, and its folder, unless it holds the same content already.
+
+    Args:
+        path: The file.
+        content: What it holds.
+        sort: Whether to sort the keys of objects.
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        InputError: The file system refuses.
+    """
+    text = json.dumps(content, indent=1, sort_keys=sort) + "\n"
+    with file_errors(path):
+        try:
+            if path.read_text(encoding="utf-8") == text:
+                return False
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return True
+
+
+def try_read_json(path: Path) -> Any:
+    """A JSON file's content, None if it is missing or truncated."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's content.
 

@@ -103,16 +103,16 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0, target: st
     """
     with file_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    told = False
+    is_reported = False
     with contextlib.ExitStack() as stack:
         while not _take(file := stack.enter_context(_open(path)), path):
             stack.close()  # its holder may remove the file
             message = f"{path} is held by {holder(path) or 'another process'}"
             if not wait:
                 raise LockedError(f"{message}.")
-            if not told:
+            if not is_reported:
                 print(f"Waiting: {message}.", flush=True)
-                told = True
+                is_reported = True
             time.sleep(poll_seconds)
         _check_is_lock(file, path)
         me = Holder(socket.gethostname(), os.getpid(), os.environ.get(JOB_VARIABLE, ""), time.time(), target)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import read_json
+from nnunet_conres.text import did_you_mean, first_few
 
 _Model = TypeVar("_Model", bound="Model")
 
@@ -21,6 +24,41 @@ def folder_from_environment(variable: str) -> Path | None:
     """The folder that one of nnU-Net's environment variables names, None where it is not set."""
     value = os.environ.get(variable)
     return Path(value) if value else None
+
+
+def dataset_names() -> list[str]:
+    """Names of all data sets in nnU-Net's folders, raw, preprocessed or among the results."""
+    folders = filter(None, map(folder_from_environment, FOLDER_VARIABLES))
+    found = (path for folder in folders if folder.is_dir() for path in folder.glob("Dataset[0-9][0-9][0-9]_*"))
+    return sorted({path.name for path in found if path.is_dir()})
+
+
+def plans_names(folder: Path) -> list[str]:
+    """Names of the plans in the preprocessed folder of a data set."""
+    others = ("dataset", "dataset_fingerprint", "splits_final")
+    return sorted(
+        path.stem
+        for path in folder.glob("*.json")
+        if path.stem not in others and '"plans_name"' in path.read_text(errors="replace")
+    )
+
+
+def no_dataset(dataset: int | str) -> str:
+    """The message for a data set that is not there."""
+    known = dataset_names()
+    wanted = f"Dataset{int(dataset):03d}" if str(dataset).isdigit() else str(dataset)
+    listed = f"There are {first_few(known, 10)}." if known else "There is none in nnU-Net's folders."
+    return f"There is no data set {dataset}{did_you_mean(wanted, known)} {listed}"
+
+
+def stock_trainers() -> list[str]:
+    """Names of nnU-Net's own trainers, from its source: importing them all takes seconds."""
+    package = find_spec("nnunetv2")
+    names: list[str] = []
+    for root in (package and package.submodule_search_locations) or ():
+        for path in sorted(Path(root, "training", "nnUNetTrainer").rglob("*.py")):
+            names += re.findall(r"^class (nnUNetTrainer\w*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return names
 
 
 def dataset_name_of(dataset: int | str) -> str:
@@ -35,7 +73,7 @@ def dataset_name_of(dataset: int | str) -> str:
         return str(maybe_convert_to_dataset_name(dataset))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).split(". ")[0]  # after it nnU-Net lists its folders
-        raise InputError([f"{dataset} is no data set: {reason}."]) from error
+        raise InputError([reason + "." if reason.startswith("More than one") else no_dataset(dataset)]) from error
 
 
 @dataclass(frozen=True)
@@ -72,6 +110,21 @@ class Model:
         """The command that trains a fold."""
         named = (dataset_name, self.configuration, str(fold), "-tr", self.trainer, "-p", self.plans)
         return ("nnUNetv2_train", *named, *options)
+
+
+def default_device() -> str:
+    """The device to train and predict on here: cuda, mps or cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_option() -> str:
+    """What a suggested command of nnU-Net needs on this machine: nothing where there is its default, a CUDA device."""
+    device = default_device()
+    return "" if device == "cuda" else f" -device {device}"
 
 
 # --- dataset.json and plans.json -------------------------------------------------------------------------------------

@@ -422,7 +422,7 @@ def muon_of(network: nn.Module, lr: float, weight_decay: float, capture: bool = 
         capture: See `Muon`.
 
     Raises:
-        InputError: If it can't be told what a parameter is, or which layers make the output.
+        InputError: If it is unclear what a parameter is, or which layers make the output.
     """
     matrices, transposed, others = _sorted_parameters(network)
     groups = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 
 
@@ -44,6 +45,33 @@ def format_shape(extents: Sequence[int]) -> str:
 def first_few(names: Sequence[str], most: int = 5) -> str:
     """The first names of a list, and how many there are beyond."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units a person would use: 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known one as a question, or a full stop."""
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, 1)
+    return f"; did you mean {by_lower[near[0]]}?" if near else "."
+
+
+def no_device(kind: str, verb: str = "run") -> str:
+    """The message for a device that is not there.
+
+    Args:
+        kind: cuda or mps.
+        verb: What was to be done on it.
+    """
+    return f"There is no {kind.upper()} device here that torch can use. To {verb} on the CPU add: -device cpu"
 
 
 def short_message(error: BaseException) -> str:

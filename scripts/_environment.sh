@@ -2,11 +2,12 @@
 # Creates, or brings up to date, the virtual environment that a script of this project runs in. To be sourced.
 #
 #   . "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
-#   setup_environment VENV_DIR [EXTRAS]
+#   setup_environment VENV_DIR [EXTRAS] [extras-only]
 #
 # VENV_DIR  folder of the environment; a relative one is meant relative to the repository's root, so that every script
 #           works from any folder
 # EXTRAS    extras of pyproject.toml to install beside the package, comma separated ("dev"); none by default
+# extras-only  installs the package and one extra, without what the package itself needs (PyTorch, nnU-Net)
 #
 # Afterwards VENV_PYTHON is the environment's interpreter, its commands (nnUNetv2_train, nnunet-conres, ...) come first
 # in PATH, and REPOSITORY_ROOT is the root of the checkout. The package is installed in editable form: the scripts run
@@ -82,7 +83,7 @@ PYTHON_CODE
 }
 
 setup_environment() {
-    local venv="$1" extras="${2:-}" base_python requirement stamp place incomplete stamp_file
+    local venv="$1" extras="${2:-}" only="${3:-}" base_python requirement stamp place incomplete stamp_file
     case "$venv" in
         /* | ?:[/\\]*) ;;
         *) venv="$REPOSITORY_ROOT/$venv" ;;
@@ -120,12 +121,38 @@ setup_environment() {
     : >"$incomplete" || return 1
     requirement="$REPOSITORY_ROOT"
     [ -z "$extras" ] || requirement="$REPOSITORY_ROOT[$extras]"
-    printf 'Installing nnunet-conres and what it needs (PyTorch is large: this can take some minutes) ...\n' >&2
-    if ! "$VENV_PYTHON" -m pip --disable-pip-version-check install --quiet --no-input --editable "$requirement"; then
+    if [ "$only" = extras-only ]; then
+        printf 'Installing the tools ...\n' >&2
+    else
+        printf 'Installing nnunet-conres and what it needs (PyTorch is large: this can take some minutes) ...\n' >&2
+    fi
+    if ! _install "$requirement" "$extras" "$only"; then
         _environment_error "the installation into $venv failed (see above)."
         return 1
     fi
     printf '%s\n' "$stamp" >"$stamp_file" && rm -f "$incomplete"
+}
+
+_install() {
+    local pip=("$VENV_PYTHON" -m pip --disable-pip-version-check install --quiet --no-input) needed
+    if [ "$3" != extras-only ]; then
+        "${pip[@]}" --editable "$1"
+        return
+    fi
+    "${pip[@]}" --no-deps --editable "$REPOSITORY_ROOT" || return 1
+    needed="$("$VENV_PYTHON" - "$2" <<'PYTHON_CODE'
+import re
+import sys
+from importlib.metadata import requires
+
+for requirement in requires("nnunet-conres"):
+    needed, _, marker = requirement.partition(";")
+    if re.search(rf"extra == ['\"]{sys.argv[1]}['\"]", marker):
+        print(needed.strip())
+PYTHON_CODE
+)" || return 1
+    # shellcheck disable=SC2086
+    "${pip[@]}" $needed
 }
 
 # Sets the variables that make a process use the environment. Fails if there is no working interpreter in it.

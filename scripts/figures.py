@@ -1,22 +1,33 @@
-"""Draws the pictures in docs/images from synthetic cases: python scripts/figures.py"""
+"""Draws the pictures in docs/images from synthetic cases.
+
+python scripts/figures.py                                  residual.png, network.png, deformation.png
+python scripts/figures.py --quickstart FOLDER -device cpu  result.png, from the work folder of a finished quickstart
+"""
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nnunet_conres.augmentation.bspline import BSplineGrid
+from nnunet_conres.colours import COLOURS
 from nnunet_conres.datasets.phantom import make_phantom
+from nnunet_conres.evaluation.probabilities import Channels
+from nnunet_conres.evaluation.uncertainty import region_numbers, uncertainty_maps
+from nnunet_conres.evaluation.uncertainty_figures import uncertainty_figure
 from nnunet_conres.residuals import inter_slice_residual, label_residual
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 T1CE = 2
 # Okabe-Ito, safe for colour-blind readers: whole tumour, tumour core, enhancing tumour
-REGIONS = (("whole tumour", (1, 2, 4), "#0072B2"), ("core", (1, 4), "#E69F00"), ("enhancing", 4, "#CC79A7"))
+REGIONS = (("whole tumour", (1, 2, 4), COLOURS[0]), ("core", (1, 4), COLOURS[1]), ("enhancing", 4, COLOURS[2]))
 
 
 def residual_figure(seed: int = 8) -> Figure:
@@ -155,9 +166,110 @@ def deformation_figure(seed: int = 3) -> Figure:
     return figure
 
 
+def result_figure(work: Path, device: str) -> Figure:
+    """One slice of the quickstart's first held-out case: what goes in, what comes out, and the ground truth."""
+    from nnunet_conres.evaluation.residual_predictions import ResidualPredictor, write_predicted_residuals
+
+    dataset = work / "nnUNet_raw" / "Dataset501_BraTS"
+    reference = sorted((dataset / "labelsTs").glob("*.nii.gz"))[0]
+    case = reference.name.removesuffix(".nii.gz")
+    baseline, conresnet = "nnUNetTrainerMuonQuickstart", "nnUNetTrainerConResNetQuickstart"
+    model = work / "nnUNet_results" / dataset.name / f"{conresnet}__nnUNetPlans__3d_fullres"
+
+    def read(path: Path) -> np.ndarray:
+        return np.asarray(nibabel.load(path).dataobj).T  # slices first
+
+    with tempfile.TemporaryDirectory() as temporary:
+        images = Path(temporary, "images")
+        images.mkdir()
+        for path in (dataset / "imagesTs").glob(f"{case}_*.nii.gz"):
+            (images / path.name).symlink_to(path)
+        maps = Path(temporary, "maps")
+        write_predicted_residuals(images, maps, ResidualPredictor(model, [0], device=device))
+        predicted = sorted(maps.glob("*_predicted_residual_*.nii.gz"))
+        residual = np.max([read(path) for path in predicted], axis=0)
+    image = read(dataset / "imagesTs" / f"{case}_0000.nii.gz")
+    truth = read(reference)
+    panels = {
+        "ground truth": truth,
+        "nnU-Net with Muon": read(work / "predictions" / baseline / reference.name),
+        "ConResNet": read(work / "predictions" / conresnet / reference.name),
+    }
+    k = int(np.isin(truth, (2, 3)).sum((1, 2)).argmax())
+
+    figure = Figure(figsize=(12, 2.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 5)
+    # nnU-Net's labels of brats-convert
+    regions = zip(("whole tumour", "core", "enhancing"), ((1, 2, 3), (2, 3), (3,)), REGIONS, strict=True)
+    shown = [(name, members, colour) for name, members, (_, _, colour) in regions]
+    for axis in axes[:4]:
+        axis.imshow(image[k], cmap="gray")
+    axes[0].set_title("image (FLAIR)")
+    for axis, (title, labels) in zip(axes[1:4], panels.items(), strict=True):
+        axis.set_title(title)
+        # outer regions wider, so that they stay visible where outlines coincide
+        for (_, members, colour), width in zip(shown, (1.4, 2.8, 1.0), strict=True):
+            axis.contour(np.isin(labels[k], members), levels=[0.5], colors=[colour], linewidths=width)
+    for name, _, colour in shown:
+        axes[0].plot([], [], color=colour, label=name)
+    axes[0].legend(loc="lower left", fontsize="x-small", framealpha=0.9)
+    axes[4].imshow(residual[k], cmap="magma", vmin=0, vmax=1)
+    axes[4].set_title("predicted residual")
+    for axis in axes:
+        axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def fold_figure(seed: int = 8, folds: int = 5) -> Figure:
+    """A case as five folds might predict it: each with a smooth error of a millimetre or two at every border."""
+    from scipy.ndimage import distance_transform_edt, gaussian_filter
+
+    images, labels = make_phantom((96, 128, 128), seed)
+    rng = np.random.default_rng(seed)
+    regions = {name: list(members) if isinstance(members, tuple) else [members] for name, members, _ in REGIONS}
+    meaning = Channels.of_dataset({"labels": {"background": 0, **regions}, "regions_class_order": [2, 1, 4]})
+    drawn: list[list[np.ndarray]] = [[] for _ in range(folds)]
+    for members in regions.values():
+        mask = np.isin(labels, members)
+        depth = distance_transform_edt(mask) - distance_transform_edt(~mask)
+        for fold in drawn:
+            noise = gaussian_filter(rng.normal(size=mask.shape), 4)
+            error = 1.5 * noise / noise.std()
+            fold.append((1 / (1 + np.exp(-1.2 * (depth + error)))).astype(np.float32))
+    maps = uncertainty_maps(drawn, meaning)
+    numbers = region_numbers(maps, meaning, (1.0, 1.0, 1.0))
+    figure = uncertainty_figure(
+        maps.segmentation,
+        maps.entropy,
+        maps.disagreement,
+        regions=meaning.regions,
+        image=images[T1CE],
+        channel="T1ce",
+        title="Synthetic case, five folds",
+        subtitle="Dice between members: " + ", ".join(f"{name} {of['dice_mean']:.3f}" for name, of in numbers.items()),
+    )
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quickstart", metavar="FOLDER", type=Path, help="work folder of a finished quickstart")
+    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: %(default)s")
+    arguments = parser.parse_args()
     IMAGES.mkdir(parents=True, exist_ok=True)
-    figures = {"residual": residual_figure, "network": network_figure, "deformation": deformation_figure}
+    if arguments.quickstart is not None:
+        path = IMAGES / "result.png"
+        result_figure(arguments.quickstart.resolve(), arguments.device).savefig(path, dpi=100)
+        print(path)
+        return
+    figures = {
+        "residual": residual_figure,
+        "network": network_figure,
+        "deformation": deformation_figure,
+        "uncertainty": fold_figure,
+    }
     for name, draw in figures.items():
         path = IMAGES / f"{name}.png"
         draw().savefig(path, dpi=110)

@@ -1,39 +1,55 @@
 #!/usr/bin/env bash
-# Everything once, from nothing to figures, on synthetic brain tumours: see usage below.
+# Everything once, from nothing to a report, on synthetic brain tumors: see usage below.
 
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-Usage: scripts/quickstart.sh [--workdir FOLDER] [--device cpu|cuda|mps] [--python PYTHON] [--fresh]
+Usage: scripts/quickstart.sh [--workdir FOLDER] [--device cpu|cuda|mps] [--size small|gpu] [--python PYTHON] [--fresh]
 
-Makes its own environment, writes a few synthetic brain tumour cases in BraTS's layout, converts them to an nnU-Net data
-set, trains ConResNet and nnU-Net's own U-Net on them for one epoch each with nnUNetv2_train, predicts held-out cases
-with nnUNetv2_predict, and compares the two and their ensemble in a report. Takes 15 to 30 minutes on two cores; a GPU is
-used if there is one. The cases are synthetic and the trainings are short: the scores say that all works, not how good a
-method is.
+Makes its own environment, writes a few synthetic brain tumor cases in BraTS's layout, converts them to an nnU-Net data
+set, trains three models on them with nnUNetv2_train for four short epochs each (nnU-Net, nnU-Net with the optimiser
+Muon, ConResNet with Muon), predicts held-out cases with nnUNetv2_predict, and compares the three in a report.
 
-Run it again after an interruption and it goes on where it was, within the training too.
+On two CPU cores it takes about 8 minutes after the installation. The cases are synthetic and the trainings are short:
+the scores show that everything works, not how good a method is.
 
-  --workdir FOLDER  folder for data, model and figures (default: quickstart, in the project's folder); also as the only
+Run it again after an interruption and it continues, also within a training: checkpoints are written every 30 seconds.
+
+  --workdir FOLDER  folder for data, models and report (default: quickstart, in the project's folder); also as the only
                     argument without a flag
   --device DEVICE   where to train and predict (default: cuda or mps if there is one, else cpu)
+  --size SIZE       small: for a CPU. gpu: more and larger cases, longer epochs (default: gpu with cuda, else small)
   --python PYTHON   interpreter to make the environment with, 3.10 or newer (default: python3)
-  --fresh           begin anew: remove what an earlier run left in the work folder (the environment is kept)
+  --fresh           start over: remove what an earlier run left in the work folder (the environment is kept)
   -h, --help        print this
 TEXT
 }
 
-# Small enough that the epoch of 250 iterations takes minutes on two cores, and as large as a head: 4.2 mm voxels.
-CASES=(-n 10 --held-out 3 --shape 44 44 34 --spacing 4.2 4.2 4.2 --seed 0)
 DATASET_ID=501
 DATASET=Dataset501_BraTS
 CONFIGURATION=3d_fullres
 FOLD=0
-TRAINER=nnUNetTrainerConResNet_1epoch
-# nnU-Net's own, for comparison. On a CPU it trains in float32, which the report says.
-BASELINE=nnUNetTrainer_1epoch
-STEPS=11
+# In scripts/quickstart_trainers; all train in the same precision. Names are those of the report.
+TRAINERS=(nnUNetTrainerQuickstart nnUNetTrainerMuonQuickstart nnUNetTrainerConResNetQuickstart)
+NAMES=("nnU-Net" "nnU-Net with Muon" "ConResNet")
+STEPS=9
+
+# Both sizes are as large as a head, 192 x 192 x 144 mm; the patch is the whole image in the small one.
+choose_size() {
+    SIZE="${SIZE:-$([ "$DEVICE" = cuda ] && echo gpu || echo small)}"
+    case "$SIZE" in
+        small)
+            CASES=(-n 10 --held-out 3 --shape 28 28 21 --spacing 6.8 6.8 6.8 --seed 0)
+            ITERATIONS=20
+            ;;
+        gpu)
+            CASES=(-n 20 --held-out 5 --shape 128 128 96 --spacing 1.5 1.5 1.5 --seed 0)
+            ITERATIONS=100
+            ;;
+    esac
+    export QUICKSTART_ITERATIONS="$ITERATIONS"
+}
 
 fail() {
     printf '\nerror: %s\n' "$1" >&2
@@ -44,22 +60,20 @@ fail() {
 
 main() {
     read_arguments "$@"
-    local began=$SECONDS
-    trap 'printf "\nInterrupted; run the script again to go on from here.\n" >&2; exit 130' INT
+    local began=$SECONDS number
+    trap 'printf "\nInterrupted; run the script again to continue.\n" >&2; exit 130' INT
     enter_work_folder
 
     heading 1 "Environment"
     set_up_environment
-    step 02 phantoms "Made-up BraTS cases" make_phantoms
+    step 02 phantoms "Synthetic BraTS cases" make_phantoms
     step 03 convert "Conversion to $DATASET" convert_phantoms
     step 04 preprocess "nnUNetv2_plan_and_preprocess" plan_and_preprocess
-    step 05 train "nnUNetv2_train, $TRAINER on $DEVICE (the longest step: minutes)" train "$TRAINER"
-    step 06 predict "nnUNetv2_predict, held-out cases" predict "$TRAINER" "$PREDICTIONS"
-    step 07 evaluate "nnUNetv2_evaluate_folder" evaluate
-    step 08 figures "Figures" draw
-    step 09 train-baseline "nnUNetv2_train, $BASELINE on $DEVICE (minutes)" train "$BASELINE"
-    step 10 predict-baseline "nnUNetv2_predict, held-out cases" predict "$BASELINE" "$BASELINE_PREDICTIONS"
-    step 11 compare "nnunet-conres compare" compare
+    for number in 0 1 2; do
+        step "0$((5 + number))" "train-${TRAINERS[number]}" "nnUNetv2_train: ${NAMES[number]}" train "${TRAINERS[number]}"
+    done
+    step 08 predict "nnUNetv2_predict, held-out cases" predict
+    step 09 compare "nnunet-conres compare" compare
 
     report
     printf '\nTotal time: %s\n' "$(duration $((SECONDS - began)))"
@@ -68,6 +82,7 @@ main() {
 read_arguments() {
     WORK=""
     DEVICE=""
+    SIZE=""
     FRESH=""
     while [ "$#" -gt 0 ]; do
         case "$1" in
@@ -76,11 +91,12 @@ read_arguments() {
                 exit 0
                 ;;
             --fresh) FRESH=yes ;;
-            --workdir | --device | --python)
+            --workdir | --device | --size | --python)
                 [ "$#" -ge 2 ] || fail "$1 needs a value; see --help."
                 case "$1" in
                     --workdir) WORK="$2" ;;
                     --device) DEVICE="$2" ;;
+                    --size) SIZE="$2" ;;
                     # Where _environment.sh looks for it.
                     --python) export PYTHON="$2" ;;
                 esac
@@ -98,6 +114,10 @@ read_arguments() {
         "" | cpu | cuda | mps) ;;
         *) fail "--device is $DEVICE; expected cpu, cuda or mps." ;;
     esac
+    case "$SIZE" in
+        "" | small | gpu) ;;
+        *) fail "--size is $SIZE; expected small or gpu." ;;
+    esac
     PROJECT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     WORK="${WORK:-$PROJECT/quickstart}"
 }
@@ -111,28 +131,40 @@ enter_work_folder() {
         fail "$WORK is not empty and was not made by this script." "Choose another --workdir."
     fi
     : >"$WORK/$marker"
+    lock_work_folder
 
     BRATS="$WORK/brats"
-    PREDICTIONS="$WORK/predictions"
-    BASELINE_PREDICTIONS="$WORK/predictions_nnunet"
     REPORT="$WORK/report"
-    FIGURES="$WORK/figures"
     LOGS="$WORK/logs"
     STAMPS="$WORK/steps_done"
     # Only for this script and what it starts; the caller's own folders stay what they are.
     export nnUNet_raw="$WORK/nnUNet_raw"
     export nnUNet_preprocessed="$WORK/nnUNet_preprocessed"
     export nnUNet_results="$WORK/nnUNet_results"
-    MODEL="$(model_folder "$TRAINER")"
-    # Evaluation writes the name of every file into it, so it stands beside them.
-    SUMMARY="$PREDICTIONS/summary.json"
+    export nnUNet_extTrainer="$PROJECT/scripts/quickstart_trainers"
 
     if [ -n "$FRESH" ]; then
-        rm -rf "$BRATS" "$PREDICTIONS" "$BASELINE_PREDICTIONS" "$FIGURES" "$REPORT" "$LOGS" "$STAMPS" \
+        rm -rf "$BRATS" "$WORK/predictions" "$REPORT" "$LOGS" "$STAMPS" \
             "$nnUNet_raw" "$nnUNet_preprocessed" "$nnUNet_results"
     fi
     mkdir -p "$LOGS" "$STAMPS" "$nnUNet_raw" "$nnUNet_preprocessed" "$nnUNet_results"
     printf 'Work folder: %s\n' "$WORK"
+}
+
+# A second quickstart would delete what the first one works with. The file holds the process; that of a process that has
+# ended does not count.
+lock_work_folder() {
+    local lock="$WORK/.lock" owner
+    while ! (set -o noclobber && echo "$$" >"$lock") 2>/dev/null; do
+        owner="$(cat "$lock" 2>/dev/null || true)"
+        if [ -z "$owner" ] || kill -0 "$owner" 2>/dev/null; then
+            fail "another quickstart${owner:+, process $owner,} works in $WORK." \
+                "Wait until it has ended, or choose another --workdir." "If there is none, remove $lock."
+        fi
+        rm -f "$lock"
+    done
+    # shellcheck disable=SC2064
+    trap "rm -f '$lock'" EXIT
 }
 
 set_up_environment() {
@@ -141,6 +173,7 @@ set_up_environment() {
     . "$PROJECT/scripts/_environment.sh" || fail "cannot set up an environment (see above)."
     setup_environment .venv-quickstart || fail "cannot set up the environment (see above)."
     choose_device
+    choose_size
     printf '    %s, device %s: %s\n' "$VIRTUAL_ENV" "$DEVICE" "$(duration $((SECONDS - began)))"
 }
 
@@ -164,7 +197,7 @@ print("cuda" * cuda, "mps" * mps, "cpu", os.cpu_count() or 1)')" || fail "PyTorc
     if [ "$DEVICE" != cpu ] && [ "$cores" -gt 2 ]; then
         nnUNet_n_proc_DA=$((cores > 6 ? 6 : cores - 1))
     fi
-    # Compiling the network would take longer than it saves in one epoch.
+    # Compiling the network would take longer than it saves in a few epochs.
     export nnUNet_compile=false
     # Operations that PyTorch lacks on Apple's GPUs run on the CPU instead of ending the training.
     export PYTORCH_ENABLE_MPS_FALLBACK=1
@@ -208,31 +241,30 @@ train() {
     nnUNetv2_train "$DATASET_ID" "$CONFIGURATION" "$FOLD" -tr "$trainer" -device "$DEVICE"
 }
 
-# predict TRAINER FOLDER: with probabilities, which the ensemble needs.
+# predictions TRAINER: where those of a model go.
+predictions() {
+    printf '%s\n' "$WORK/predictions/$1"
+}
+
 predict() {
-    rm -rf "$2"
-    nnUNetv2_predict -i "$nnUNet_raw/$DATASET/imagesTs" -o "$2" -d "$DATASET_ID" -c "$CONFIGURATION" \
-        -f "$FOLD" -tr "$1" -device "$DEVICE" -npp 1 -nps 1 --save_probabilities
-}
-
-evaluate() {
-    nnUNetv2_evaluate_folder "$nnUNet_raw/$DATASET/labelsTs" "$PREDICTIONS" -o "$SUMMARY" -np 2 \
-        -djfile "$MODEL/dataset.json" -pfile "$MODEL/plans.json"
-    nnunet-conres summary "$SUMMARY" -djfile "$MODEL/dataset.json"
-}
-
-draw() {
-    rm -rf "$FIGURES"
-    nnunet-conres overlay -i "$nnUNet_raw/$DATASET/imagesTs" -p "$PREDICTIONS" -ref "$nnUNet_raw/$DATASET/labelsTs" \
-        -djfile "$MODEL/dataset.json" -o "$FIGURES"
+    rm -rf "$WORK/predictions"
+    local trainer
+    for trainer in "${TRAINERS[@]}"; do
+        nnUNetv2_predict -i "$nnUNet_raw/$DATASET/imagesTs" -o "$(predictions "$trainer")" -d "$DATASET_ID" \
+            -c "$CONFIGURATION" -f "$FOLD" -tr "$trainer" -device "$DEVICE" -npp 1 -nps 1
+    done
 }
 
 compare() {
     rm -rf "$REPORT"
-    nnunet-conres compare -o "$REPORT" -np 2 \
-        --predictions "nnU-Net=$BASELINE_PREDICTIONS" "ConResNet=$PREDICTIONS" \
-        --model "nnU-Net=$(model_folder "$BASELINE")" "ConResNet=$MODEL" \
-        --reference "$nnUNet_raw/$DATASET/labelsTs" -i "$nnUNet_raw/$DATASET/imagesTs" -djfile "$MODEL/dataset.json"
+    local folders=() models=() number
+    for number in "${!TRAINERS[@]}"; do
+        folders+=("${NAMES[number]}=$(predictions "${TRAINERS[number]}")")
+        models+=("${NAMES[number]}=$(model_folder "${TRAINERS[number]}")")
+    done
+    nnunet-conres compare -o "$REPORT" -np 2 --predictions "${folders[@]}" --model "${models[@]}" \
+        --reference "$nnUNet_raw/$DATASET/labelsTs" -i "$nnUNet_raw/$DATASET/imagesTs" \
+        -djfile "$(model_folder "${TRAINERS[0]}")/dataset.json"
 }
 
 heading() {
@@ -246,7 +278,7 @@ step() {
     local log="$LOGS/$number-$name.log" stamp="$STAMPS/$number-$name" ticker=""
     heading "${number#0}" "$title"
     # The stamp holds what the results depend on: with other cases or another trainer all is done anew.
-    local recipe="${CASES[*]} $DATASET $CONFIGURATION $FOLD $TRAINER $BASELINE"
+    local recipe="${CASES[*]} $ITERATIONS $DATASET $CONFIGURATION $FOLD ${TRAINERS[*]}"
     if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$recipe" ]; then
         printf '    done before\n'
         return
@@ -257,10 +289,8 @@ step() {
         [ "$(basename "$later")" \< "$number" ] || rm -f "$later"
     done
 
-    if [ -t 1 ]; then
-        show_elapsed "$began" &
-        ticker=$!
-    fi
+    show_progress "$began" "$log" &
+    ticker=$!
     # Not as a condition, where the shell would ignore failures inside the function.
     set +e
     (
@@ -269,26 +299,35 @@ step() {
     ) >"$log" 2>&1
     status=$?
     set -e
-    if [ -n "$ticker" ]; then
-        kill "$ticker" 2>/dev/null || true
-        wait "$ticker" 2>/dev/null || true
-        printf '\r'
-    fi
+    kill "$ticker" 2>/dev/null || true
+    wait "$ticker" 2>/dev/null || true
+    [ ! -t 1 ] || printf '\r\033[K'
     if [ "$status" -ne 0 ]; then
         printf '    the last lines of its output:\n' >&2
         tail -n 15 "$log" | sed 's/^/    | /' >&2
         fail "step $number, $name, failed with exit code $status." "Its whole output: $log" \
-            "Run the script again to go on from here."
+            "Run the script again to continue."
     fi
     printf '%s\n' "$recipe" >"$stamp"
     printf '    %s (log: %s)\n' "$(duration $((SECONDS - began)))" "$log"
 }
 
-# Counts the seconds on the terminal for as long as the script lives.
-show_elapsed() {
-    while kill -0 $$ 2>/dev/null; do
-        printf '\r    %s ' "$(duration $((SECONDS - $1)))"
-        sleep 1
+# show_progress BEGAN LOG: the time and, of a training, the progress line in its log; for as long as the script lives.
+# On a terminal every second in the same line, elsewhere a line every 30 seconds.
+show_progress() {
+    local line width tick=0 every=30
+    [ ! -t 1 ] || every=1
+    while sleep 1 && kill -0 $$ 2>/dev/null; do
+        tick=$((tick + 1))
+        [ $((tick % every)) -eq 0 ] || continue
+        line="$(tail -n 1 "$2" 2>/dev/null | tr '\r' '\n' | grep -a '^Epoch .* left$' | tail -n 1 || true)"
+        line="    $(duration $((SECONDS - $1)))${line:+  $line}"
+        if [ -t 1 ]; then
+            width="$(tput cols 2>/dev/null || echo 80)"
+            printf '\r\033[K%s' "${line:0:width-1}"
+        else
+            printf '%s\n' "$line"
+        fi
     done
 }
 
@@ -301,17 +340,20 @@ duration() {
 }
 
 report() {
-    local file
-    printf '\nHeld-out cases, scores of ConResNet per region:\n\n'
-    nnunet-conres summary "$SUMMARY" -djfile "$MODEL/dataset.json" | sed 's/^/    /'
-    printf '\nComparison with nnU-Net, made with these models:\n\n'
-    # what nnU-Net prints on the way is in the log as well
-    sed -n '/HD95/,$p' "$LOGS/11-compare.log" | sed 's/^/    /'
-    printf '\nFigures:\n'
-    for file in "$FIGURES"/*.png "$MODEL/fold_$FOLD"/progress_conres.png; do
-        [ ! -e "$file" ] || printf '    %s\n' "$file"
-    done
-    printf '\nModel:       %s\nPredictions: %s\nScores:      %s\n' "$MODEL" "$PREDICTIONS" "$SUMMARY"
+    printf '\nHeld-out cases:\n\n'
+    # the table of the comparison: heading, rule, one line per model
+    grep -A 4 'HD95' "$LOGS/09-compare.log" | sed 's/^/    /'
+    printf '\nReport: %s\n' "$REPORT/report.html"
+    cat <<TEXT
+
+Now your own data, in this shell:
+
+    . "$VIRTUAL_ENV/bin/activate"
+    export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...   # existing folders
+    nnunet-conres brats-convert -i /path/to/BraTS/training -d 502
+    nnUNetv2_plan_and_preprocess -d 502 -c $CONFIGURATION --verify_dataset_integrity
+    nnUNetv2_train 502 $CONFIGURATION 0 -tr nnUNetTrainerConResNet -device $DEVICE
+TEXT
 }
 
 main "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the whole project in an environment of its own: formatting and lint (ruff), types (mypy), tests (pytest).
+# Checks the whole project in a separate environment: formatting and lint (ruff), types (mypy), tests (pytest).
 #
 #   scripts/test.sh [--all] [pytest arguments]
 #

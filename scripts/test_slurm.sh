@@ -7,8 +7,8 @@ usage() {
     cat <<'TEXT'
 Usage: scripts/test_slurm.sh [--workdir FOLDER] [--environment FOLDER] [--iterations N] [--sequential]
 
-Installs Debian's slurm-wlm and munge where they are missing, starts a cluster of this one machine with a configuration
-of its own, and runs a small experiment on synthetic cases through it with `nnunet-conres workflow --profile slurm`: two
+Installs Debian's slurm-wlm and munge where they are missing, starts a cluster of this one machine with a separate
+configuration, and runs a small experiment on synthetic cases through it with `nnunet-conres workflow --profile slurm`: two
 models in two folds, one short epoch each. One training is killed by scancel in the middle of its epoch. Then checks
 that it was completed from its checkpoint, that all is done and reported, and that a second run has nothing to do.
 Ends all that it has started. Needs root and Debian or Ubuntu; about 10 minutes on two cores.
@@ -130,7 +130,7 @@ install_slurm() {
     } >"$WORK/apt.log" 2>&1 || fail "the installation failed; see $WORK/apt.log"
 }
 
-# Sockets have short names at most: those of the daemons lie in a folder of their own.
+# Sockets have short names at most: those of the daemons lie in a separate folder.
 start_cluster() {
     heading "A cluster of this machine"
     local host cluster="$WORK/cluster" cores memory
@@ -216,7 +216,7 @@ wait_for() {
 }
 
 make_experiment() {
-    heading "Made-up cases, and a configuration"
+    heading "Synthetic cases and a configuration"
     mkdir -p "$WORK/trainers"
     nnunet-conres phantom -o "$WORK/phantoms" -n 6 --held-out 2 --shape 24 24 20 --spacing 7 7 7
     # Long enough an epoch to be killed in the middle of it.
@@ -267,7 +267,7 @@ workflow() {
         --slurm-init-seconds-before-status-checks 5 --seconds-between-status-checks 5 --latency-wait 30 --jobs 20 "$@"
 }
 
-# Ends the first training of ConResNet that is in the middle of its epoch, with a checkpoint behind it.
+# Ends the first training of ConResNet that is in the middle of its epoch, after a checkpoint.
 kill_a_training() {
     local until=$((SECONDS + 1500)) lock fold job
     while [ "$SECONDS" -lt "$until" ]; do
@@ -306,7 +306,7 @@ check_recovery() {
     cat "$WORK/killed.txt" "$WORK/status_after_kill.txt"
     log="$WORK/experiment/logs/train/ConResNet/$fold.log"
     [ "$(squeue --noheader --states=all --jobs="$job" --format=%T)" = CANCELLED ] || fail "job $job was not cancelled."
-    grep --no-filename -h 'Continuing this epoch behind iteration' "$log" ||
+    grep --no-filename -h 'Continuing this epoch after iteration' "$log" ||
         fail "$fold was not gone on with from its checkpoint; see $log"
     grep '^\[workflow\].* nnUNetv2_train .*--c$' "$log" || fail "$fold was not taken up with --c; see $log"
     [ "$(grep -c '^Epoch 0\|: Epoch 0 *$' "$log")" -eq 2 ] || fail "epoch 0 should have been entered twice; see $log"
@@ -341,7 +341,7 @@ run_sequentially() {
         printf '%s/%s %s s: %s\n' "$number" "$all" "$((SECONDS - began))" "$(cut -d ' ' -f 1-4 <<<"$command")"
         nnUNet_raw="$sequential/nn/raw" nnUNet_preprocessed="$sequential/nn/preprocessed" \
             nnUNet_results="$sequential/nn/results" nnUNet_extTrainer="$WORK/trainers" nnUNet_n_proc_DA=1 \
-            nnUNet_def_n_proc=1 OMP_NUM_THREADS=1 NNUNET_CONRES_CHECKPOINT_MINUTES=0.05 \
+            nnUNet_def_n_proc=1 OMP_NUM_THREADS=1 nnUNet_conres_checkpoint_minutes=0.05 \
             bash -c "$command" >>"$sequential/output.log" 2>&1 </dev/null ||
             fail "failed in sequence: $command" "See $sequential/output.log"
     done <"$sequential/commands.sh"

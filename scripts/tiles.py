@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: told apart by people with any colour vision.
+# Okabe and Ito's colours: distinct for people with any colour vision.
 _COLOURS: Final = ("#D55E00", "#E69F00", "#0072B2", "#000000", "#009E73", "#CC79A7")
 _MARKERS: Final = "osD^vP"
 
@@ -91,7 +91,7 @@ def internal_border_distance(
 ) -> NDArray[np.float64]:
     """How many voxels of context lie between each voxel and the nearest face at which its tile ends within the image.
 
-    Faces of a tile at the border of the image do not count: nothing that the network could see lies behind them. Where
+    Faces of a tile at the border of the image do not count: nothing that the network could see lies beyond them. Where
     tiles overlap, the one in which the voxel lies deepest counts.
 
     Args:

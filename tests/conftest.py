@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import multiprocessing
 import os
 import random
@@ -14,6 +15,10 @@ import pytest
 from filelock import FileLock
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--container-base", metavar="IMAGE", help="base image for the tests that build a container")
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +90,31 @@ _get_context = multiprocessing.get_context
 
 
 @pytest.fixture(scope="session")
-def use_threads_for_pools() -> Callable[[pytest.MonkeyPatch], None]:
-    """Function that turns nnU-Net's pools of processes, each of which imports torch first, into threads."""
-    return lambda patch: patch.setattr(multiprocessing, "get_context", _ThreadPools)
+def keep_nnunet_small() -> Callable[[pytest.MonkeyPatch], None]:
+    """Function that makes nnU-Net's work fit tiny data: threads for processes, few intensities for a fingerprint.
+
+    Each process would import torch first, and nnU-Net draws 100,000,000 intensities from however few voxels there are.
+    """
+
+    def keep(patch: pytest.MonkeyPatch) -> None:
+        from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
+
+        def of_few_voxels(self: Any, *args: Any, **kwargs: Any) -> None:
+            initialise(self, *args, **kwargs)
+            self.num_foreground_voxels_for_intensitystats = 10e3
+
+        patch.setattr(multiprocessing, "get_context", _ThreadPools)
+        initialise = _initialise_extractor()
+        patch.setattr(fingerprint_extractor.DatasetFingerprintExtractor, "__init__", of_few_voxels)
+
+    return keep
+
+
+@functools.cache
+def _initialise_extractor() -> Callable[..., None]:
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    return DatasetFingerprintExtractor.__init__
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

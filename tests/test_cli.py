@@ -76,10 +76,10 @@ class TestErrors:
         needed = {"info": [], "compare": ["-o", "x"], "brats-convert": ["-i", "x", "-d", "501"]}[name]
         with pytest.raises(SystemExit) as stop:
             cli.main([name, *needed, "--cores", "2"])
-        told = capsys.readouterr().err
+        reported = capsys.readouterr().err
         assert stop.value.code == 2
-        assert told.startswith(f"usage: nnunet-conres {name} ")
-        assert told.endswith(f"nnunet-conres {name}: error: unrecognized arguments: --cores 2\n")
+        assert reported.startswith(f"usage: nnunet-conres {name} ")
+        assert reported.endswith(f"nnunet-conres {name}: error: unrecognized arguments: --cores 2\n")
 
     @pytest.fixture
     def _failing(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ class TestOutput:
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
     @pytest.mark.parametrize("arguments", ["info", "workflow --example brats"])
-    def test_a_full_disk_is_told(self, arguments: str, repository_root: Path) -> None:
+    def test_a_full_disk_is_reported(self, arguments: str, repository_root: Path) -> None:
         run = self.run(arguments, "> /dev/full", repository_root)
         assert run.stderr.startswith("nnunet-conres: error: standard output: No space left on device.")
         assert (len(run.stderr.splitlines()), run.returncode) == (1, 2)

@@ -92,7 +92,8 @@ def test_source_distribution_has_what_belongs_to_the_project(repository_root: Pa
     tops = {name.split("/")[0] for name in names}
     needed = {"nnunet_conres", "tests", "LICENSE", "README.md", "pyproject.toml"}
     # hatchling adds .gitignore and PKG-INFO by itself
-    assert needed <= tops <= needed | {"scripts", "docs", "CHANGELOG.md", ".gitignore", "PKG-INFO"}
+    pages = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"}
+    assert needed | pages <= tops <= needed | pages | {"scripts", "docs", "mkdocs.yml", ".gitignore", "PKG-INFO"}
     assert not [name for name in names if name.endswith((".pyc", ".nii.gz", ".npz", ".zip"))]
 
 
@@ -181,8 +182,8 @@ class TestInstallation:
         # nnU-Net is not in this environment, but the command is, and discovery is active
         assert run.returncode == 1
         assert "nnU-Net is not installed" in run.stdout
-        assert "Discovery by nnU-Net: active" in run.stdout
-        assert f"nnunet_conres.{'pth' if sys.version_info < (3, 15) else 'start'}\n" in run.stdout
+        startup_file = f"nnunet_conres.{'pth' if sys.version_info < (3, 15) else 'start'}"
+        assert f"discovery           active ({startup_file})\n" in run.stdout
 
 
 def test_an_environment_that_inherits_the_folder_is_not_harmed(wheel: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ class InstanceNorm3d(nn.InstanceNorm3d):
 
     PyTorch computes it as a batch norm of a reshaped tensor, so that its output is a view. In backward, an operation
     that changed a view in place, as nnU-Net's nonlinearities and residual blocks do, copies the gradient twice. Nothing
-    else refers to the tensor behind the view, so autograd need not know of it.
+    else refers to the tensor under the view, so autograd need not know of it.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class BSplineGrid:
     """The lattice of control points of a cubic B-spline over a patch.
 
     A mesh of cells covers the patch from the outer border of its first voxel to that of its last, about its centre; the
-    spline needs one more control point before and two behind the corners of the mesh, so that there are cells + 3 per
+    spline needs one more control point before and two after the corners of the mesh, so that there are cells + 3 per
     axis. With ``grid_size`` the mesh ends where the patch does, as SimpleITK's with that TransformDomainMeshSize does;
     with ``grid_spacing`` it is as many cells as cover the patch, and sticks out evenly on both sides.
 

@@ -19,9 +19,11 @@ from nnunet_conres.cli import (
     datasets,
     evaluation,
     planning,
+    postprocessing,
     registration,
     residuals,
     splits,
+    uncertainty,
     workflow,
 )
 from nnunet_conres.errors import InputError, file_errors
@@ -32,10 +34,38 @@ if TYPE_CHECKING:
 _READER_GONE = 141
 """The exit code of programs that a closed pipe has ended."""
 
+_EXAMPLES = {
+    "info": "nnunet-conres info",
+    "brats-convert": "nnunet-conres brats-convert -i /data/BraTS2021_Training -d 501",
+    "brats-export": "nnunet-conres brats-export -i PREDICTIONS -o SUBMISSION --scheme 2021",
+    "predict-brats": "nnunet-conres predict-brats -i CASES -o PREDICTIONS -m SUBMISSION/model",
+    "package": "nnunet-conres package -d 501 -tr nnUNetTrainerConResNet -o SUBMISSION --scheme 2026-MET",
+    "split": "nnunet-conres split -d 501",
+    "plan": "nnunet-conres plan -d 501 -a conresnet -gpu_memory_target 24",
+    "plan_and_preprocess": "nnunet-conres plan_and_preprocess -d 501 -a conresnet -gpu_memory_target 24",
+    "memory": "nnunet-conres memory -d 501 -tr nnUNetTrainerConResNet",
+    "variants": "nnunet-conres variants -d 501 --patch_size 80 160 160 --batch_size 2",
+    "sparsify": "nnunet-conres sparsify -d 501 -o 601 --every 10",
+    "densify": "nnunet-conres densify -d 601 -tr nnUNetTrainerConResNet -c 3d_fullres -o DENSE",
+    "summary": "nnunet-conres summary PREDICTIONS/summary.json",
+    "overlay": "nnunet-conres overlay -i IMAGES -p PREDICTIONS -djfile PREDICTIONS/dataset.json -o PICTURES",
+    "residuals": "nnunet-conres residuals -i IMAGES -o RESIDUALS",
+    "compare": "nnunet-conres compare -d 501 -tr nnUNetTrainer nnUNetTrainerConResNet -o REPORT",
+    "uncertainty": "nnunet-conres uncertainty -i PREDICTED/fold_* --images IMAGES -o OUT",
+    "workflow": "nnunet-conres workflow experiment.yaml --dry-run",
+    "phantom": "nnunet-conres phantom -o CASES -n 10",
+    "postprocess": "nnunet-conres postprocess fit --help",
+    "postprocess fit": "nnunet-conres postprocess fit -d 501 -tr nnUNetTrainerConResNet -o postprocessing.json",
+    "postprocess apply": "nnunet-conres postprocess apply -i PREDICTIONS -o OUT --rules-file postprocessing.json",
+}
+"""The command that the help of each subcommand begins with."""
+
 _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     registration.add_info,
     brats.add_brats_convert,
     brats.add_brats_export,
+    brats.add_predict_brats,
+    brats.add_package,
     splits.add_split,
     planning.add_plan,
     planning.add_plan_and_preprocess,
@@ -47,9 +77,19 @@ _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     evaluation.add_overlay,
     residuals.add_residuals,
     comparison.add_compare,
+    postprocessing.add_postprocess,
+    uncertainty.add_uncertainty,
     workflow.add_workflow,
     brats.add_phantom,
 )
+
+
+class _Subparser(argparse.ArgumentParser):
+    """Parser of a subcommand, whose help begins with an example."""
+
+    def format_help(self) -> str:
+        example = _EXAMPLES.get(self.prog.partition(" ")[2])
+        return f"example: {example}\n\n{super().format_help()}" if example else super().format_help()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,16 +99,28 @@ def build_parser() -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="nnunet-conres",
-        description="Tools around the ConResNet, V-Net and 3D U-Net trainers for nnU-Net. Training and prediction are "
-        "nnU-Net's own commands, for example: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerConResNet",
+        description="Tools for the ConResNet, V-Net and 3D U-Net trainers for nnU-Net. Train and predict with its "
+        "commands, for example: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerConResNet",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers: Subparsers = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_Subparser
+    )
     for add in _SUBCOMMANDS:
         add(subparsers)
     for subparser in subparsers.choices.values():
         subparser.set_defaults(subparser=subparser)
+        _accept_both_spellings(subparser)
     return parser
+
+
+def _accept_both_spellings(parser: argparse.ArgumentParser) -> None:
+    """Takes --two_words, as nnU-Net spells its options, for --two-words, and the other way round."""
+    known = parser._option_string_actions
+    for name, action in [*known.items()]:
+        for other in (name.replace("_", "-"), "--" + name[2:].replace("-", "_")):
+            if name.startswith("--"):
+                known.setdefault(other, action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

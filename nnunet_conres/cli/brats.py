@@ -4,13 +4,13 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from nnunet_conres.cli.arguments import number_of_processes
+from nnunet_conres.cli.arguments import fold, number_of_processes
 
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
 
 _SCHEMES = (
-    "2018 (for 2017 to 2020), 2021, 2023, 2023-MEN, 2023-MET (also 2024-MET), 2023-PED, 2023-SSA, 2024 (after "
+    "2018 (also 2017, 2019, 2020), 2021, 2023, 2023-MEN, 2023-MET (also 2024-MET), 2023-PED, 2023-SSA, 2024 (after "
     "treatment), 2024-GoAT, 2024-MEN-RT, 2024-PED (also 2025-, 2026-PED), 2025-GLI (before and after treatment), "
     "2025-MET (also 2026-MET), MSD (Decathlon), or a TOML file that describes another"
 )
@@ -165,6 +165,128 @@ def _brats_export(arguments: argparse.Namespace) -> int:
     print(f"{done.folder}: {len(done.case_ids)} cases")
     for case_id, voxels in done.cleaned.items():
         print(f"  {case_id}: {voxels} voxels of enhancing tumour replaced")
+    return 0
+
+
+_MISSING = (
+    "cases without one of their modalities: refuse them, or predict them with a zero image in its place (default: "
+    "those that lack what training cases lacked too, and all with a ..._ChannelDropout)"
+)
+
+
+def add_predict_brats(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "predict-brats",
+        help="predict the cases of a BraTS challenge, as its container does",
+        description="Reads cases in a BraTS challenge's layout, predicts them and writes OUTPUT/CASE.nii.gz with the "
+        "challenge's labels and in the case's geometry. A case that fails does not stop the others: "
+        "OUTPUT/predict-brats.json says what became of each. Exit code 0: all cases were written; 1: some failed; 2: "
+        "nothing was predicted.",
+    )
+    parser.add_argument("-i", metavar="FOLDER", required=True, help="folder with a folder for each case")
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
+    parser.add_argument(
+        "-m",
+        metavar="MODEL",
+        required=True,
+        help="nnU-Net's folder of a trained model, TRAINER__PLANS__CONFIGURATION, or model/ of nnunet-conres package",
+    )
+    _add_challenge(parser)
+    parser.add_argument(
+        "-f", metavar="FOLD", type=fold, nargs="+", help="folds to average (default: all that the model has)"
+    )
+    parser.add_argument(
+        "-device", choices=("cuda", "cpu", "mps"), help="where to predict (default: cuda where there is one, else cpu)"
+    )
+    parser.add_argument(
+        "-step_size", metavar="S", type=float, default=0.5, help="step of the sliding window (default: %(default)s)"
+    )
+    parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, often less accurate")
+    parser.set_defaults(handler=_predict_brats)
+
+
+def _add_challenge(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `package` hands on to `predict-brats`."""
+    parser.add_argument(
+        "--scheme", metavar="SCHEME", help=f"the challenge: {_SCHEMES} (default: that of the model's data set)"
+    )
+    parser.add_argument("--missing", choices=("refuse", "zero"), help=_MISSING)
+    parser.add_argument("--postprocessing", metavar="JSON", help="what nnunet-conres postprocess fit wrote")
+    parser.add_argument(
+        "-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint of a fold (default: %(default)s)"
+    )
+
+
+def _predict_brats(arguments: argparse.Namespace) -> int:
+    from nnunet_conres.submission.predict import predict_brats
+
+    done = predict_brats(
+        arguments.i,
+        arguments.o,
+        arguments.m,
+        scheme=arguments.scheme,
+        folds=arguments.f,
+        checkpoint=arguments.chk,
+        missing=arguments.missing,
+        postprocessing=arguments.postprocessing,
+        device=arguments.device,
+        mirroring=not arguments.disable_tta,
+        step_size=arguments.step_size,
+    )
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for name, messages in done.failed.items():
+        for message in messages:
+            print(f"{name} failed: {message}", file=sys.stderr)
+    print(f"{arguments.o}: {len(done.written)} cases, {len(done.failed)} failed")
+    return 1 if done.failed else 0
+
+
+def add_package(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "package",
+        help="write what a BraTS challenge's container is built from",
+        description="Writes a folder with a Dockerfile and an Apptainer definition, pinned versions, this package, and "
+        "the model's weights without the state of its optimiser. The container reads /input/CASE/..., runs "
+        "nnunet-conres predict-brats and writes /output/CASE.nii.gz; it needs no network.",
+    )
+    parser.add_argument("-d", metavar="ID", required=True, help="data set that the model was trained on: id or name")
+    parser.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainerConResNet", help="default: %(default)s")
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="default: %(default)s")
+    parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres", help="default: %(default)s")
+    parser.add_argument(
+        "-f",
+        metavar="FOLD",
+        type=fold,
+        nargs="+",
+        default=[0, 1, 2, 3, 4],
+        help="folds to average (default: 0 1 2 3 4)",
+    )
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, not there yet or empty")
+    _add_challenge(parser)
+    parser.set_defaults(handler=_package)
+
+
+def _package(arguments: argparse.Namespace) -> int:
+    from nnunet_conres.nnunet import Model
+    from nnunet_conres.submission.package import package_model
+
+    done = package_model(
+        arguments.d,
+        Model(arguments.tr, arguments.p, arguments.c),
+        arguments.f,
+        arguments.o,
+        scheme=arguments.scheme,
+        missing=arguments.missing,
+        postprocessing=arguments.postprocessing,
+        checkpoint=arguments.chk,
+    )
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{done.folder}")
+    print(f"  weights: {done.model_bytes / 2**20:.1f} MiB of checkpoints with {done.checkpoint_bytes / 2**20:.1f} MiB")
+    print(f"  runs:    {' '.join(done.command)} -i /input -o /output")
+    print(f"Next: docker build -t submission {done.folder}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Arguments of `nnunet-conres compare`."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_conres.cli.arguments import number_of_processes
@@ -8,6 +9,7 @@ from nnunet_conres.errors import InputError
 
 if TYPE_CHECKING:
     from nnunet_conres.cli import Subparsers
+    from nnunet_conres.evaluation.metrics import MetricOptions
 
 
 def add_compare(subparsers: "Subparsers") -> None:
@@ -53,6 +55,7 @@ def add_compare(subparsers: "Subparsers") -> None:
     )
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
     parser.add_argument("--no_ensembles", action="store_true", help="do not average probabilities")
+    parser.add_argument("--no_calibration", action="store_true", help="do not measure how reliable probabilities are")
     parser.add_argument(
         "--intersection",
         action="store_true",
@@ -77,14 +80,27 @@ def add_compare(subparsers: "Subparsers") -> None:
         "points of a patient do (default: the patients of BraTS's ids since 2023; none for other ids)",
     )
     parser.add_argument(
-        "--tolerance", metavar="MM", type=float, default=1.0, help="of the surface Dice, mm (default: %(default)s)"
+        "--postprocessing",
+        metavar="FILE",
+        help="what postprocess fit wrote: compare each model with itself post-processed, too",
     )
+    parser.add_argument(
+        "--rules",
+        metavar="NAME",
+        help="score as a challenge does, by lesions of its regions: 2023-GLI, 2024-MET, 2026-PED ..., see "
+        "docs/reference/challenge-rules.md",
+    )
+    parser.add_argument(
+        "--like-brats-evaluation",
+        action="store_true",
+        help="with --rules of 2026: the organisers' numbers where their tool differs from the rules, and its tables",
+    )
+    parser.add_argument("--tolerance", metavar="MM", type=float, help="of the surface Dice, mm (default: 1)")
     parser.add_argument(
         "--empty",
         choices=("brats", "nan"),
-        default="brats",
         help="what a region counts that reference, prediction or both lack: as in BraTS, or nothing, as in nnU-Net "
-        "(default: %(default)s)",
+        "(default: brats)",
     )
     parser.add_argument(
         "--penalty",
@@ -97,15 +113,13 @@ def add_compare(subparsers: "Subparsers") -> None:
         "--lesion_dilation",
         metavar="VOXELS",
         type=int,
-        default=3,
-        help="how far apart parts of one lesion may be, see docs/reference/metrics.md (default: %(default)s)",
+        help="how far apart parts of one lesion may be, see docs/reference/metrics.md (default: 3)",
     )
     parser.add_argument(
         "--lesion_volume",
         metavar="MM3",
         type=float,
-        default=50.0,
-        help="true lesions up to this volume are ignored, mm³ (default: %(default)s)",
+        help="true lesions up to this volume are ignored, mm³ (default: 50)",
     )
     parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
     parser.set_defaults(handler=_compare)
@@ -114,20 +128,15 @@ def add_compare(subparsers: "Subparsers") -> None:
 def _compare(arguments: argparse.Namespace) -> int:
     from nnunet_conres.evaluation.comparison import compare
     from nnunet_conres.evaluation.finding import CompareOptions, find_cross_validation, find_test_set
-    from nnunet_conres.evaluation.metrics import MetricOptions
 
     options = CompareOptions(
         intersection=arguments.intersection,
         ensembles=not arguments.no_ensembles,
+        calibration=not arguments.no_calibration,
         run=arguments.run,
         device=arguments.device,
-        metrics=MetricOptions(
-            tolerance=arguments.tolerance,
-            empty=arguments.empty,
-            penalty=arguments.penalty,
-            lesion_dilation=arguments.lesion_dilation,
-            lesion_volume=arguments.lesion_volume,
-        ),
+        metrics=_metric_options(arguments),
+        postprocessing=None if arguments.postprocessing is None else Path(arguments.postprocessing),
         group_pattern=arguments.group,
         processes=number_of_processes(arguments.np),
     )
@@ -160,6 +169,23 @@ def _compare(arguments: argparse.Namespace) -> int:
         raise InputError("Expected either -d with -tr, or --predictions with --reference and -djfile.")
     print(compare(found, arguments.o, options).as_text())
     return 0
+
+
+def _metric_options(arguments: argparse.Namespace) -> "MetricOptions":
+    from nnunet_conres.evaluation.metrics import MetricOptions
+    from nnunet_conres.evaluation.rules import read_rules
+
+    names = ("tolerance", "empty", "penalty", "lesion_dilation", "lesion_volume")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    like = arguments.like_brats_evaluation
+    if arguments.rules is None:
+        if like:
+            raise InputError("--like-brats-evaluation needs --rules of a challenge of 2026, such as --rules 2026-MET.")
+        return MetricOptions(**given)
+    unused = [f"--{name}" for name in given if name != "tolerance" or like]
+    if unused:
+        raise InputError(f"{', '.join(unused)}: given by --rules {arguments.rules}{' as the tool has it' * like}.")
+    return MetricOptions(**given, rules=read_rules(arguments.rules), like_brats_evaluation=like)
 
 
 def _named_folders(option: str, given: list[str]) -> dict[str, str]:

@@ -13,20 +13,18 @@ if TYPE_CHECKING:
 def add_sparsify(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "sparsify",
-        help="make a data set in which only some slices are annotated",
-        description="Makes, from a data set in $nnUNet_raw that is labelled throughout, a new one in which only some "
-        "slices keep their labels; all other voxels get nnU-Net's ignore label. Images are linked, not copied. All "
-        "files are checked before anything is written.",
+        help="make a data set with few annotated slices",
+        description="Makes a copy of a densely labelled data set in $nnUNet_raw in which only some slices keep their "
+        "labels; all other voxels get nnU-Net's ignore label. Images are hard links. All files are checked before "
+        "anything is written.",
     )
-    parser.add_argument("-d", metavar="SOURCE", required=True, help="data set name or id to start from")
+    parser.add_argument("-d", metavar="SOURCE", required=True, help="name or id of the dense data set")
     parser.add_argument("-o", metavar="ID", type=int, required=True, help="id of the new data set, for example 601")
-    parser.add_argument(
-        "-name", metavar="NAME", help="its name after the id (default: the source's with Sparse appended)"
-    )
+    parser.add_argument("-name", metavar="NAME", help="name after the id (default: the source's with Sparse appended)")
     rule = parser.add_mutually_exclusive_group(required=True)
     rule.add_argument("--every", metavar="N", type=int, help="annotate one slab in each N slices")
     rule.add_argument(
-        "--slices", metavar="K", type=int, help="annotate exactly K slices per case, in slabs spread over the case"
+        "--slices", metavar="K", type=int, help="annotate exactly K slices per case, in slabs spread over it"
     )
     rule.add_argument(
         "--fraction", metavar="F", type=float, help="annotate about this share of the slices, above 0 and below 1"
@@ -43,11 +41,11 @@ def add_sparsify(subparsers: "Subparsers") -> None:
         type=lambda text: int(text) if text.isdigit() else text,
         default="slice",
         metavar="AXIS",
-        help="axis of the slices, 0, 1 or 2, in arrays as nnU-Net reads them (z, y, x for most formats); or slice, the "
-        "one of the largest median spacing, which nnU-Net brings to the front (default: %(default)s)",
+        help="axis of the slices: 0, 1 or 2 in arrays as nnU-Net reads them (z, y, x for most formats), or slice for "
+        "the one with the largest median spacing (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", metavar="S", type=int, default=0, help="another seed annotates other slices (default: %(default)s)"
+        "--seed", metavar="S", type=int, default=0, help="seed of the slices' positions (default: %(default)s)"
     )
     parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
     parser.set_defaults(handler=_sparsify)
@@ -86,11 +84,10 @@ def _sparsify(arguments: argparse.Namespace) -> int:
 def add_densify(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "densify",
-        help="complete sparsely annotated training cases with a model's predictions",
-        description="Writes dense labels for the training cases of a sparsely annotated data set: annotated voxels as "
-        "they are, all others as predicted by a model that was trained on that data set. Geometry and format are "
-        "those of the annotation. For new cases use nnUNetv2_predict. As there, nnU-Net runs code that a checkpoint "
-        "holds: only with models that you trust.",
+        help="complete sparsely annotated training cases by prediction",
+        description="Writes dense labels for the training cases of a sparsely annotated data set: annotated voxels are "
+        "kept, the others predicted by a model trained on it. Geometry and format are those of the annotation. For new "
+        "cases use nnUNetv2_predict.",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id, with an ignore label")
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
@@ -106,31 +103,33 @@ def add_densify(subparsers: "Subparsers") -> None:
         help="folds whose predictions are averaged (default: 0 1 2 3 4)",
     )
     parser.add_argument(
-        "--cross-validation",
+        "--cross_validation",
         action="store_true",
-        help="predict each case with the fold that had it in its validation set only; for measuring, where the "
-        "average over all folds is better for use",
+        help="predict each case only with the fold that held it out: to measure quality; the average over all folds is "
+        "better for use",
     )
     parser.add_argument(
-        "-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint's name (default: %(default)s)"
+        "-chk", metavar="FILE", default="checkpoint_final.pth", help="name of the checkpoint (default: %(default)s)"
     )
-    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: %(default)s")
+    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="device (default: %(default)s)")
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
     parser.add_argument(
-        "-step_size", metavar="S", type=float, default=0.5, help="sliding window's step in patches (default: 0.5)"
+        "-step_size",
+        metavar="S",
+        type=float,
+        default=0.5,
+        help="sliding-window step in patches (default: %(default)s)",
     )
     parser.add_argument(
-        "-prev_stage_predictions", metavar="FOLDER", help="for a cascade, predictions of the stage before"
+        "-prev_stage_predictions", metavar="FOLDER", help="for a cascade: predictions of the previous stage"
     )
     whether = parser.add_mutually_exclusive_group()
-    whether.add_argument("--overwrite", action="store_true", help="write to an output folder that is not empty")
-    whether.add_argument(
-        "--continue", dest="go_on", action="store_true", help="go on where the same command was interrupted"
-    )
+    whether.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    whether.add_argument("--continue", dest="go_on", action="store_true", help="resume the interrupted command")
     parser.add_argument(
-        "--figures", metavar="N", type=count, default=0, help="draw the first N cases, to figures in the output folder"
+        "--figures", metavar="N", type=count, default=0, help="draw the first N cases into figures in the output folder"
     )
-    parser.add_argument("-ref", "--ref", metavar="FOLDER", help="dense labels to draw beside, if there are any")
+    parser.add_argument("-ref", "--ref", metavar="FOLDER", help="dense labels to draw beside (default: none)")
     parser.add_argument(
         "-npp", metavar="N", type=int, default=3, help="processes for preprocessing, 0 for none (default: %(default)s)"
     )

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 def add_summary(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "summary",
-        help="print the scores in nnU-Net's summary.json, per region",
-        description="Prints the scores that nnUNetv2_evaluate_folder or a validation wrote, with the names of labels "
-        "and regions. A dash means that neither reference nor prediction has such a voxel.",
+        help="print the scores in nnU-Net's summary.json by region",
+        description="Prints the scores of nnUNetv2_evaluate_folder or of a validation with the names of labels and "
+        "regions. A dash means that neither reference nor prediction contains the region.",
     )
     parser.add_argument("summary", metavar="SUMMARY_JSON", help="nnU-Net's summary.json")
     parser.add_argument(
@@ -38,13 +38,13 @@ def _summary(arguments: argparse.Namespace) -> int:
 def add_overlay(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "overlay",
-        help="draw predictions, and references, on the images",
-        description="Writes a picture per predicted case: the slices that show most, with the outlines of prediction "
-        "and reference.",
+        help="draw predictions and references on the images",
+        description="Writes one picture per case: the most informative slices with the outlines of prediction and "
+        "reference.",
     )
     parser.add_argument("-i", metavar="FOLDER", required=True, help="images, named as for nnU-Net")
     parser.add_argument("-p", metavar="FOLDER", required=True, help="predictions")
-    parser.add_argument("-ref", metavar="FOLDER", help="reference segmentations, if there are any")
+    parser.add_argument("-ref", metavar="FOLDER", help="reference segmentations (default: none)")
     parser.add_argument("-djfile", metavar="FILE", required=True, help="dataset.json of the data set")
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder for the pictures")
     parser.set_defaults(handler=_overlay)

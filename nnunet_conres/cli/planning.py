@@ -18,10 +18,9 @@ _TITLES = [family.title for family in PLANNED.values()]
 def add_plan(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan",
-        help=f"plan {', '.join(_TITLES[:-1])} or {_TITLES[-1]} for the memory there is",
-        description="Plans data sets for a network of this package, as nnUNetv2_plan_experiment does for nnU-Net's "
-        "own: patch, batch and checkpointing are chosen by the memory that the network takes. Fingerprints have to be "
-        "there.",
+        help=f"plan {', '.join(_TITLES[:-1])} or {_TITLES[-1]} for the memory of your GPU",
+        description="Plans data sets for a network of this package, as nnUNetv2_plan_experiment does for nnU-Net's. "
+        "Patch, batch and checkpointing are chosen by the memory that the network takes. Needs fingerprints.",
     )
     _add_planning_options(parser)
     parser.set_defaults(handler=_plan)
@@ -37,20 +36,20 @@ def _add_planning_options(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         type=float,
         default=8.0,
-        help="memory that a training step may take, in GiB, units of 2^30 bytes (default: 8)",
+        help="memory of a training step in GiB (2^30 bytes) (default: 8)",
     )
     parser.add_argument(
         "-overwrite_target_spacing",
         metavar=("A", "B", "C"),
         type=float,
         nargs=3,
-        help="voxel size of 3d_fullres and 3d_cascade_fullres in mm, in the order in which nnU-Net reads the axes: z, "
-        "y, x for most formats (default: found by nnU-Net)",
+        help="voxel size of 3d_fullres and 3d_cascade_fullres in mm, in nnU-Net's order of axes: z, y, x for most "
+        "formats (default: nnU-Net's choice)",
     )
     parser.add_argument(
         "-overwrite_plans_name",
         metavar="NAME",
-        help="name of the plans (default: that of the network, such as nnUNetConResNetPlans)",
+        help="name of the plans (default: by network, such as nnUNetConResNetPlans)",
     )
     parser.add_argument(
         "-preprocessor_name",
@@ -58,7 +57,7 @@ def _add_planning_options(parser: argparse.ArgumentParser) -> None:
         default="DefaultPreprocessor",
         help="preprocessor in nnunetv2.preprocessing (default: %(default)s)",
     )
-    parser.add_argument("--verbose", action="store_true", help="show what nnU-Net prints while it plans")
+    parser.add_argument("--verbose", action="store_true", help="show nnU-Net's output")
     parser.add_argument("--no_pbar", action="store_true", help="show no progress bars")
 
 
@@ -86,10 +85,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan_and_preprocess",
-        help="take fingerprints, plan, and preprocess what is missing",
-        description="Takes fingerprints where they are missing or outdated, plans as plan does, and preprocesses. "
-        "Preprocessed data are shared with nnU-Net's own plans where they would be the same. Cases that are complete "
-        "are made again only if their raw files changed.",
+        help="compute fingerprints, plan, and preprocess what is missing",
+        description="Computes missing or outdated fingerprints, plans like plan, and preprocesses. Shares data with "
+        "nnU-Net's plans where they would be the same. Complete cases are preprocessed again only if their raw files "
+        "changed.",
     )
     _add_planning_options(parser)
     parser.add_argument(
@@ -97,8 +96,7 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
         metavar="CONFIGURATION",
         nargs="+",
         default=["3d_fullres", "3d_lowres"],
-        help="configurations to preprocess; those that a data set does not have are skipped (default: 3d_fullres "
-        "3d_lowres)",
+        help="configurations to preprocess; a data set's missing ones are skipped (default: 3d_fullres 3d_lowres)",
     )
     parser.add_argument(
         "-np",
@@ -118,13 +116,15 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
         help="fingerprint extractor in nnunetv2.experiment_planning (default: %(default)s)",
     )
     parser.add_argument(
-        "--verify_dataset_integrity", action="store_true", help="let nnU-Net check the raw data; recommended once"
+        "--verify_dataset_integrity",
+        action="store_true",
+        help="let nnU-Net check the raw data; do it once",
     )
     parser.add_argument("--no_pp", action="store_true", help="do not preprocess")
     parser.add_argument(
         "--clean",
         action="store_true",
-        help="take fingerprints again, and remove preprocessed cases that the raw data set no longer has",
+        help="recompute fingerprints, and remove preprocessed cases whose raw data are gone",
     )
     parser.set_defaults(handler=_plan_and_preprocess)
 
@@ -156,19 +156,25 @@ def _plan_and_preprocess(arguments: argparse.Namespace) -> int:
 def add_memory(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "memory",
-        help="tell how much memory a training takes, and which patches fit",
+        help="estimate the memory of a training and the patches that fit",
         description="Estimates the peak memory of a training step, part by part, by executing it on tensors without "
-        "data, and the largest patches that fit given budgets. Knows any trainer that nnU-Net finds, on any plans.",
+        "data, and finds the largest patches for given budgets. Works for any trainer and plans that nnU-Net finds.",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id")
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans (default: %(default)s)")
-    parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres", help="default: %(default)s")
+    parser.add_argument(
+        "-c", metavar="CONFIGURATION", default="3d_fullres", help="configuration (default: %(default)s)"
+    )
     parser.add_argument(
         "-tr", metavar="TRAINER", default="nnUNetTrainer", help="trainer, as for nnUNetv2_train (default: %(default)s)"
     )
-    parser.add_argument("--batch_size", metavar="B", type=int, help="another batch than the plans'")
+    parser.add_argument("--batch_size", metavar="B", type=int, help="batch size (default: the plans')")
     parser.add_argument(
-        "--patch_size", metavar="N", type=int, nargs="+", help="another patch than the plans', in voxels, as x y z"
+        "--patch_size",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="patch in voxels, axes as in the plans (default: the plans')",
     )
     parser.add_argument(
         "--budget",
@@ -176,10 +182,10 @@ def add_memory(subparsers: "Subparsers") -> None:
         type=float,
         nargs="*",
         default=[8, 12, 16, 24, 40, 80],
-        help="find the largest patches for these budgets, in GiB (default: 8 12 16 24 40 80)",
+        help="find the largest patch for each budget in GiB (default: 8 12 16 24 40 80)",
     )
-    parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
-    parser.add_argument("--float32", action="store_true", help="without mixed precision")
+    parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="device (default: %(default)s)")
+    parser.add_argument("--float32", action="store_true", help="no mixed precision")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(handler=_memory)
 
@@ -213,14 +219,13 @@ def add_variants(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "variants",
         help="add configurations with other patches to plans",
-        description="Adds configurations with other patches to plans, which the stock commands train. They share the "
-        "preprocessed data of the configuration that they inherit from; the network's topology is derived anew for "
-        "each patch.",
+        description="Adds configurations with other patches to plans, for nnU-Net's commands. They share the "
+        "preprocessed data of the configuration that they inherit from; the topology follows from each patch.",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id")
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans (default: %(default)s)")
     parser.add_argument(
-        "-c", metavar="CONFIGURATION", default="3d_fullres", help="to inherit from (default: %(default)s)"
+        "-c", metavar="CONFIGURATION", default="3d_fullres", help="configuration to inherit from (default: %(default)s)"
     )
     parser.add_argument(
         "--patch_size",
@@ -229,10 +234,14 @@ def add_variants(subparsers: "Subparsers") -> None:
         nargs="+",
         action="append",
         required=True,
-        help="a patch in voxels, in the order in which nnU-Net has the axes; may be given several times",
+        help="patch in voxels, in the order of the plans; repeat the option for several patches",
     )
     parser.add_argument(
-        "--batch_size", metavar="B", type=int, nargs="+", help="one for all or one for each patch (default: the base's)"
+        "--batch_size",
+        metavar="B",
+        type=int,
+        nargs="+",
+        help="batch, one for all or one per patch (default: the base's)",
     )
     parser.set_defaults(handler=_variants)
 

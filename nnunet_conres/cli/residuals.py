@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 def add_residuals(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "residuals",
-        help="what changes from slice to slice, in images, labels, predictions, and as a model predicts it",
-        description="Writes inter-slice residuals as NIfTI in the geometry of their source, and pictures of them. "
-        "With --model, those that a trained network predicts, and ConResNet's attention.",
+        help="write inter-slice residuals of images, labels and predictions, or as a model predicts them",
+        description="Writes inter-slice residuals as NIfTI in the geometry of their source, with pictures. With "
+        "--model, those that a trained network predicts, and ConResNet's attention.",
     )
     parser.add_argument(
         "-i",
         metavar="CASE_OR_FOLDER",
         required=True,
-        help="image or label file, or a folder of such; with --model images named as for nnU-Net, CASE_0000",
+        help="image or label file, or a folder of them; with --model, images named as for nnU-Net (CASE_0000)",
     )
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
     files = parser.add_argument_group("of files")
@@ -30,38 +30,42 @@ def add_residuals(subparsers: "Subparsers") -> None:
         "--axis",
         type=lambda text: int(text) if text.isdigit() else text,
         metavar="AXIS",
-        help="axis of the slices, 0, 1 or 2, in arrays as nnU-Net reads them (z, y, x); or slice, the one of the "
-        "largest spacing (default: slice)",
+        help="axis of the slices: 0, 1 or 2 in arrays as nnU-Net reads them (z, y, x), or slice for the one with "
+        "the largest spacing (default: slice)",
     )
     files.add_argument(
-        "--kind", choices=("image", "labels"), help="what the files are (default: as their folder or values tell)"
+        "--kind", choices=("image", "labels"), help="type of the files (default: from folder names or values)"
     )
     files.add_argument(
         "--intensities",
         choices=("zscore", "raw"),
-        help="of images: normalised, as networks see them, or as they are (default: zscore)",
+        help="images: normalised as for the network, or unchanged (default: zscore)",
     )
     files.add_argument(
-        "-djfile", metavar="FILE", help="dataset.json for labels and regions (default: the one beside or above a file)"
+        "-djfile", metavar="FILE", help="dataset.json with labels and regions (default: beside or above a file)"
     )
     model = parser.add_argument_group("of a trained network")
     model.add_argument(
         "--model",
         metavar="FOLDER",
-        help="trained model, nnU-Net's TRAINER__PLANS__CONFIGURATION; its checkpoints are refused where they hold more "
-        "than weights and plain values, so that nothing in them is run",
+        help="trained model: nnU-Net's folder TRAINER__PLANS__CONFIGURATION. Checkpoints with more than weights and "
+        "plain values are refused, so that no code in them runs",
     )
     model.add_argument("-f", metavar="FOLD", nargs="+", type=fold, default=[0], help="folds to average (default: 0)")
     model.add_argument(
-        "-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint's name (default: %(default)s)"
+        "-chk", metavar="FILE", default="checkpoint_final.pth", help="name of the checkpoint (default: %(default)s)"
     )
     model.add_argument(
         "--level", metavar="L", type=int, default=0, help="decoder level, 0 for full resolution (default: %(default)s)"
     )
-    model.add_argument("-ref", metavar="FILE_OR_FOLDER", help="reference labels, for the true residual")
-    model.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: %(default)s")
+    model.add_argument("-ref", metavar="FILE_OR_FOLDER", help="reference labels, to write their residual too")
+    model.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="device (default: %(default)s)")
     model.add_argument(
-        "-step_size", metavar="S", type=float, default=0.5, help="sliding window's step in patches (default: 0.5)"
+        "-step_size",
+        metavar="S",
+        type=float,
+        default=0.5,
+        help="sliding-window step in patches (default: %(default)s)",
     )
     parser.set_defaults(handler=_residuals)
 
@@ -70,7 +74,7 @@ def _residuals(arguments: argparse.Namespace) -> int:
     if arguments.model is not None:
         return _of_model(arguments)
     if arguments.ref is not None:
-        raise InputError("-ref is for --model; the residual of reference labels alone: give them with -i.")
+        raise InputError("-ref needs --model. For the residual of reference labels alone, pass them with -i.")
     from nnunet_conres.evaluation.residual_maps import write_residual_maps
 
     done = write_residual_maps(
@@ -94,7 +98,7 @@ def _of_model(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("axis", "kind", "intensities", "djfile")}
     unused = [f"{'-' if name == 'djfile' else '--'}{name}" for name, value in given.items() if value is not None]
     if unused:
-        raise InputError(f"With --model the model tells what {', '.join(unused)} would; leave it out.")
+        raise InputError(f"{', '.join(unused)}: not with --model, which determines these; leave the option out.")
     from nnunet_conres.evaluation.residual_predictions import ResidualPredictor, write_predicted_residuals
 
     predictor = ResidualPredictor(
@@ -106,7 +110,7 @@ def _of_model(arguments: argparse.Namespace) -> int:
         step_size=arguments.step_size,
     )
     done = write_predicted_residuals(arguments.i, arguments.o, predictor, reference=arguments.ref)
-    print(f"axis {predictor.slice_axis}, the model's own")
+    print(f"axis {predictor.slice_axis}, from the model")
     for case in done:
         for maps in (case.predicted, case.of_prediction, case.of_reference):
             for path in maps.values():

@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 def add_split(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "split",
-        help="choose the folds: patients kept whole, tumour volume and grade balanced",
-        description="Writes splits_final.json to where nnU-Net reads it, in the data set's preprocessed folder, before "
-        "or after planning. Time points of a patient (BraTS 2023 and later) are never separated; tumour volume, and "
-        "the grade where it is known, are spread evenly over the folds.",
+        help="split by patient into folds, balanced by tumour volume and grade",
+        description="Writes splits_final.json into the data set's preprocessed folder, before or after planning. Time "
+        "points of a patient (BraTS 2023 and later) stay in one fold; tumour volume, and the grade if known, are "
+        "balanced over the folds.",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id, in $nnUNet_raw")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--folds", metavar="K", type=int, default=5, help="number of folds (default: %(default)s)")
     how.add_argument(
-        "--validation", metavar="FILE", help="a single fold that holds out these cases: a text file, one id a line"
+        "--validation", metavar="FILE", help="one fold that holds out these cases: a text file with one id per line"
     )
     parser.add_argument(
         "--stratify",
         choices=("both", "grade", "volume", "none"),
         default="both",
-        help="what to spread evenly over the folds; both takes the grade as far as it is known (default: %(default)s)",
+        help="what to balance over the folds; both uses the grade where it is known (default: %(default)s)",
     )
     parser.add_argument(
         "--grades",
@@ -39,13 +39,13 @@ def add_split(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--group",
         metavar="REGEX",
-        help="keep cases together whose ids have the same match, of the first group in parentheses if there is one; "
-        r"for example 'Brats18_(TCIA\d+|CBICA|2013)_' for the sites of BraTS 2018 (default: the patient)",
+        help="keep cases together whose ids have the same match (of the first group in parentheses, if any), for "
+        r"example 'Brats18_(TCIA\d+|CBICA|2013)_' for the sites of BraTS 2018 (default: the patient)",
     )
     parser.add_argument(
         "--seed", metavar="S", type=int, default=12345, help="another seed gives other folds (default: %(default)s)"
     )
-    parser.add_argument("--force", action="store_true", help="replace splits that are there already")
+    parser.add_argument("--force", action="store_true", help="replace existing splits")
     parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
     parser.set_defaults(handler=_split)
 

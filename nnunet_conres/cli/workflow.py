@@ -13,26 +13,31 @@ if TYPE_CHECKING:
 def add_workflow(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "workflow",
-        help="run a whole experiment, on this machine or on a cluster",
+        help="run a whole experiment on this machine or on a cluster",
         description="Runs an experiment from raw data to reports: conversion, integrity check, fingerprint, plans, "
-        "preprocessing, every fold of every model, test cases, ensembles, comparison. Run it again after an "
-        "interruption or a change: what is done stays, trainings go on from their checkpoints.",
-        epilog="All other options, after CONFIG.yaml, are Snakemake's own, for example: --jobs 20 --until train",
+        "preprocessing, every fold of every model, test cases, ensembles, comparison. After an interruption or a "
+        "change, run it again: finished results are kept, trainings resume from their checkpoints.",
+        epilog="Other options, after CONFIG.yaml, are passed to Snakemake, for example: --jobs 20 --until train",
         allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="the experiment; see --example")
+    parser.add_argument(
+        "config", metavar="CONFIG.yaml", nargs="?", help="the experiment's configuration, see --example"
+    )
     parser.add_argument(
         "--example",
         metavar="NAME",
         choices=("brats", "laptop"),
-        help="print an example of a configuration: %(choices)s",
+        help="print an example configuration: %(choices)s",
     )
-    parser.add_argument("--snakefile", action="store_true", help="print where the Snakefile is, for plain snakemake")
-    parser.add_argument("--status", action="store_true", help="show where the experiment stands, and run nothing")
+    parser.add_argument("--snakefile", action="store_true", help="print the path of the Snakefile, for plain snakemake")
+    parser.add_argument("--status", action="store_true", help="show the progress and run nothing")
     parser.add_argument("--json", action="store_true", help="with --status: print JSON, for programs")
-    parser.add_argument("--dry-run", "-n", action="store_true", help="show what would be done")
+    parser.add_argument("--dry-run", "-n", action="store_true", help="show what would run")
     parser.add_argument(
-        "--profile", metavar="NAME", default="local", help="local, slurm, or a Snakemake profile's folder"
+        "--profile",
+        metavar="NAME",
+        default="local",
+        help="local, slurm, or a Snakemake profile's folder (default: local)",
     )
     # What is not known here is passed on to Snakemake (see `main`).
     parser.set_defaults(handler=_workflow, options=[])
@@ -50,15 +55,17 @@ def _workflow(arguments: argparse.Namespace) -> int:
         print(SNAKEFILE)
         return 0
     if arguments.config is None:
-        raise InputError("Expected the configuration of an experiment. To get one: --example brats > brats.yaml")
+        raise InputError(
+            "Expected an experiment's configuration. To get one: nnunet-conres workflow --example brats > brats.yaml"
+        )
     if importlib.util.find_spec("pydantic") is None or importlib.util.find_spec("yaml") is None:
-        raise InputError("The packages of the workflow are not installed. Run: pip install 'nnunet-conres[workflow]'")
+        raise InputError("The packages of the workflow are missing. Run: pip install 'nnunet-conres[workflow]'")
     from nnunet_conres.workflow.config import read_config
 
     config = Path(arguments.config)
     if not config.is_file():
         # such as the 2 of --cores 2 CONFIG.yaml
-        raise InputError(f"{arguments.config} is no file; expected the configuration first, then all options.")
+        raise InputError(f"{arguments.config} is not a file; expected the configuration first, then the options.")
     experiment = read_config(config)
     if arguments.status:
         from nnunet_conres.workflow.status import status

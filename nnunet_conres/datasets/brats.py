@@ -108,7 +108,8 @@ def convert_brats(
         What was written.
 
     Raises:
-        ConversionError: Something is wrong with the input or the target. Lists all that was found.
+        ConversionError: Something is wrong with the arguments or the target, which is checked before any file, or with
+            the input. Lists all that was found.
     """
     selection, scheme_errors = select_schemes(schemes)
     errors = list(_argument_errors(dataset_id, dataset_name, mode, image_mode, missing, processes))
@@ -118,8 +119,8 @@ def convert_brats(
         errors.append(RAW_NOT_SET)
     else:
         errors += target_errors(raw, dataset_id, dataset_name)
-    if scheme_errors:
-        # Without the schemes it is not known what the files should be.
+    if errors or raw is None:
+        # Known at once, while reading a thousand cases takes minutes.
         raise ConversionError(errors)
     found = find_cases(
         input_folders,
@@ -128,10 +129,7 @@ def convert_brats(
         selection=selection,
         missing=missing,
     )
-    errors += found.errors
-
-    # Other faulty arguments do not keep the files from being looked at: whoever has to repair both learns of both at
-    # once.
+    errors += [*found.foreign_errors, *found.errors]
     findings = list(map_cases(check_case, found.cases, max(1, processes), "Checking", progress))
     bad = {where: tuple(messages) for where, messages in found.bad.items()}
     kept: list[tuple[Case, Findings]] = []
@@ -152,7 +150,7 @@ def convert_brats(
             )
     elif bad and not cases:
         errors += [*(error for messages in bad.values() for error in messages), "No case is left to convert."]
-    if errors or raw is None:
+    if errors:
         raise ConversionError(errors)
     warnings = [warning for _, finding in kept for warning in finding.warnings]
     warnings += _doubts(cases, {case.case_id: finding for case, finding in kept})

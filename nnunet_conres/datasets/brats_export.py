@@ -116,7 +116,7 @@ def export_brats(
     """
     # Resolved: a link to an empty folder is not replaced, but what it leads to.
     folder, output = Path(predictions_folder), Path(output_folder).resolve()
-    challenge, selection, errors = _one_scheme(scheme)
+    challenge, selection, errors = one_scheme(scheme)
     errors += _argument_errors(challenge, et_min_voxels, processes)
     errors += being_written(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -127,7 +127,7 @@ def export_brats(
     elif not paths:
         errors.append(f"{folder} has no NIfTI file; expected predictions named CASE.nii.gz.")
     errors += _name_errors(folder, paths, challenge, selection)
-    tissues, found = _tissues(folder / "dataset.json" if dataset_json is None else Path(dataset_json), challenge)
+    tissues, found = read_tissues(folder / "dataset.json" if dataset_json is None else Path(dataset_json), challenge)
     errors += found
     references, found, warnings = _references(reference_folder, [stem(path) for path in paths], selection.layouts)
     errors += found
@@ -225,7 +225,7 @@ def _label_error(job: Prediction, strange: Mapping[float, int]) -> str:
     )
 
 
-def _one_scheme(name: str) -> tuple[Scheme | None, Selection, list[str]]:
+def one_scheme(name: str) -> tuple[Scheme | None, Selection, list[str]]:
     """The challenge's scheme, None where there is none of this name; all that are known; and what is wrong."""
     selection, errors = select_schemes([name])
     if selection.auto:
@@ -273,7 +273,7 @@ def _owners(case_id: str) -> list[str]:
     return [name for name, scheme in SCHEMES.items() if scheme.may_be(case_id)]
 
 
-def _tissues(path: Path, scheme: Scheme | None) -> tuple[dict[int, str], list[str]]:
+def read_tissues(path: Path, scheme: Scheme | None) -> tuple[dict[int, str], list[str]]:
     """Tissue of each label of a data set, and a message for every error.
 
     Args:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.datasets.brats_scheme_files import LABELS, Content, Layout, Scheme
@@ -25,6 +25,12 @@ from nnunet_conres.text import first_few
 
 Missing = Literal["refuse", "zero"]
 """What happens to cases without one of their modalities: they are refused, or a zero image takes its place."""
+
+
+# What folders are called whose cases are not to be trained on.
+_HELD_OUT: Final = re.compile(
+    r"h[eo]ld.?out|validation|(?:^|[^a-z])(?:val|test(?:ing)?)(?:[^a-z]|data|set|cases|$)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Found:
         cases: The complete cases, sorted by id, those with ids met more than once among them.
         errors: What forbids converting any of them.
         bad: What is wrong with single cases, or with files that belong to none, by what would be left out.
+        foreign: Cases that follow none of the schemes, by the end of a sentence that says why.
         doubled: Ids met more than once, in lower case.
         incomplete: Ids of the cases that lack some of their images, by the absent parts, such as t2w.
     """
@@ -90,8 +97,14 @@ class Found:
     cases: list[Case] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     bad: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    foreign: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     doubled: set[str] = field(default_factory=set)
     incomplete: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def foreign_errors(self) -> list[str]:
+        """A message for every reason why cases follow none of the schemes."""
+        return [f"{first_few(named)}: {reason}." for reason, named in self.foreign.items()]
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,6 @@ def find_cases(
     corrected = _correct(places, corrections, found)
     alone = set(_labels_alone(places, found))
 
-    reasons: dict[str, list[str]] = defaultdict(list)
     others: dict[tuple[str, str, Scheme], list[str]] = defaultdict(list)
     for place, files in places.items():
         folder, case_id, layout = place.folder, place.case_id, place.layout
@@ -154,7 +166,7 @@ def find_cases(
         above = _folder_names(folder, roots)
         scheme, reason = choose_scheme(layout, case_id, selection, above)
         if scheme is None:
-            reasons[reason].append(str(folder / case_id))
+            found.foreign[reason].append(str(folder / case_id))
             continue
         other = archive_of_another(scheme, above, selection.known)
         if other is not None:
@@ -170,9 +182,6 @@ def find_cases(
         labels = files.get(LABELS)
         parts = tuple(layout.part(content) for content in corrected.get(place, ()))
         found.cases.append(Case(case_id, scheme, images, labels[0] if labels else None, place.held_out, parts))
-    for reason, named in reasons.items():
-        more = f" and {len(named) - 5} more cases" if len(named) > 5 else ""
-        found.errors.append(f"{', '.join(named[:5])}{more}: {reason}.")
     for (name, owner, scheme), ids in others.items():
         found.errors.append(
             f"{first_few(ids)}: in a folder {name}, which is an archive of {owner}, and not of {scheme.called}. "
@@ -180,6 +189,7 @@ def find_cases(
         )
     found.cases.sort(key=lambda case: case.case_id)
 
+    found.errors += _held_out_errors(found.cases, roots)
     for twins in _duplicates(place for place in places if place not in alone):
         listed = ", ".join(str(folder / case_id) for case_id, folder in twins)
         error = f"Case id {twins[0][0]} occurs {len(twins)} times: {listed}; ids must differ, rename or remove."
@@ -378,6 +388,27 @@ def _duplicates(places: Iterable[_Place]) -> Iterator[list[tuple[str, Path]]]:
     for place in places:
         folders[place.case_id.casefold()].append((place.case_id, place.folder))
     yield from (found for found in folders.values() if len(found) > 1)
+
+
+def _held_out_errors(cases: Iterable[Case], roots: Sequence[Path]) -> Iterator[str]:
+    """Labelled cases that would be trained on, from a folder within the input whose name says that they are not to be.
+
+    As where the input folder is one level too high. Whoever names such a folder itself means it.
+    """
+    inside: dict[Path, list[str]] = defaultdict(list)
+    for case in cases:
+        folder = collection(case).resolve()
+        depth = max((len(root.parts) for root in roots if folder.is_relative_to(root)), default=len(folder.parts))
+        within = [above for above in (folder, *folder.parents) if len(above.parts) > depth]
+        named = next((above for above in reversed(within) if _HELD_OUT.search(above.name)), None)
+        if case.trains and named is not None:
+            inside[named].append(case.case_id)
+    for folder, ids in inside.items():
+        yield (
+            f"{len(ids)} labelled cases lie in {folder}, whose name says that they are not for training: "
+            f"{first_few(ids)}. Name the folder with --held-out, and those to train on with -i. To train on these as "
+            f"well, name the folder itself with -i."
+        )
 
 
 def _mixture_errors(met: Sequence[Scheme], selection: Selection) -> Iterator[str]:

@@ -147,7 +147,7 @@ class Scheme:
         title: For messages.
         layout: How its files are named.
         ids: Case ids (a regular expression, case ignored) that are taken for this challenge where `--scheme` does not
-            say otherwise. Ids that several schemes claim cannot be told apart, and `--scheme` has to. Empty for none.
+            say otherwise. Where several schemes claim an id, only `--scheme` decides. Empty for none.
         prefix: What the challenge's own ids begin with (a regular expression, case ignored), also those that `ids`
             leaves to another year.
         labels: Tissue of each label value other than 0, the background.

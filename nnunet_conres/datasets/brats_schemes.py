@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nnunet_conres.datasets.brats_scheme_files import LabelSet, Layout, Scheme, builtin_schemes, read_scheme
 from nnunet_conres.errors import InputError
-from nnunet_conres.text import first_few, number_text
+from nnunet_conres.text import did_you_mean, first_few, number_text
 
 AUTO: Final = "auto"
 """What `--scheme` calls the choice by file names."""
@@ -76,8 +76,8 @@ def select_schemes(names: Sequence[str]) -> tuple[Selection, list[str]]:
                 errors.append(f"{name}: a scheme {scheme.name} exists already; give the file another name.")
         if scheme is None:
             errors.append(
-                f"The scheme is {name}; expected {AUTO} or any of {', '.join(SCHEMES)}, or a TOML file that describes "
-                f"another."
+                f"The scheme is {name}{did_you_mean(name, SCHEMES)} Expected {AUTO} or any of {', '.join(SCHEMES)}, or "
+                f"a TOML file that describes another."
             )
         else:
             allowed[scheme.name] = scheme

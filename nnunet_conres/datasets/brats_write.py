@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,12 @@ from nnunet_conres.images.nifti import Nifti, compress, is_compressed, read_head
 ImageMode = Literal["link", "copy"]
 Transfer = Literal["linked", "copied", "compressed", "split"]
 TRANSFERS: tuple[Transfer, ...] = ("linked", "copied", "compressed", "split")
+
+SCHEMES_ENTRY: Final = "brats_schemes"
+"""In dataset.json: names of the schemes of the cases."""
+
+MISSING_ENTRY: Final = "missing_channels"
+"""In dataset.json: the channels that are zero images in some of the training cases; not there if none is."""
 
 CASES_FILE = "cases.json"
 """Beside dataset.json: what is known of each case that nnU-Net has no place for."""
@@ -95,17 +101,21 @@ def write_descriptions(dataset: Path, name: str, cases: Sequence[Case], label_se
     from nnunet_conres import __version__
 
     schemes = list(dict.fromkeys(case.scheme for case in cases))
+    channels = cases[0].scheme.layout.channels
+    absent = {channel for case in cases if case.trains for channel in case.missing}
     content: dict[str, Any] = {
         "name": name,
         "description": "; ".join(scheme.title for scheme in schemes)
         + (". Regions that lie within each other" if mode == "regions" else ""),
-        "channel_names": {str(index): name for index, name in enumerate(cases[0].scheme.layout.channels)},
+        "channel_names": {str(index): name for index, name in enumerate(channels)},
         **label_set.dataset_json(mode),
         "numTraining": sum(case.trains for case in cases),
         "file_ending": ".nii.gz",
         "converted_by": f"nnunet-conres {__version__}",
-        "brats_schemes": [scheme.name for scheme in schemes],
+        SCHEMES_ENTRY: [scheme.name for scheme in schemes],
     }
+    if absent:
+        content[MISSING_ENTRY] = [channel for channel in channels if channel in absent]
     write_json(dataset / "dataset.json", content)
     known = {}
     for case in cases:

@@ -7,9 +7,7 @@ volumes labels all other slices of these very volumes.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import pickle
 import shlex
 import shutil
 from collections import defaultdict
@@ -31,7 +29,7 @@ from nnunet_conres.folders import check_complete, visible, writing
 from nnunet_conres.images.volumes import read_labels, write_labels
 from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, folder_from_environment
 from nnunet_conres.parallel import map_cases
-from nnunet_conres.text import short_message
+from nnunet_conres.predictor import DEFAULT_CHECKPOINT, device_errors, load_predictor
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -41,8 +39,6 @@ Existing = Literal["refuse", "overwrite", "continue"]
 
 RECORD: Final = "densify.json"
 """File in the output folder that tells which model made it."""
-
-DEFAULT_CHECKPOINT: Final = "checkpoint_final.pth"
 
 
 @dataclass(frozen=True)
@@ -266,14 +262,7 @@ def merge(labels: NDArray[Any], prediction: NDArray[Any], ignore_label: int) -> 
 def _argument_errors(
     model: TrainedModel, device: str, step_size: float, preprocessing_processes: int, export_processes: int
 ) -> Iterator[str]:
-    import torch
-
-    if device not in ("cuda", "cpu", "mps"):
-        yield f"The device is {device!r}; expected cuda, cpu or mps."
-    elif (device == "cuda" and not torch.cuda.is_available()) or (
-        device == "mps" and not torch.backends.mps.is_available()
-    ):
-        yield f"There is no {device.upper()} device here that torch can use. To predict on the CPU add: -device cpu"
+    yield from device_errors(device)
     if not model.folds:
         yield "No fold given; expected one or more, or all."
     if len(set(model.folds)) < len(model.folds):
@@ -345,7 +334,7 @@ def _by_validation_fold(
         groups[tuple(fold for fold in model.folds if case.case_id in held_out[fold])].append(case)
     errors = [
         f"Case {case.case_id} is in the validation set of none of the folds {' '.join(map(str, model.folds))}; give "
-        f"all folds of the cross-validation, or leave --cross-validation out."
+        f"all folds of the cross-validation, or leave --cross_validation out."
         for case in groups.pop((), [])
     ]
     return dict(groups), errors
@@ -423,21 +412,9 @@ def _companion_errors(
 def _predictor(
     model: TrainedModel, folder: Path, folds: Sequence[Fold], device: str, mirroring: bool, step_size: float
 ) -> nnUNetPredictor:
-    import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    # On other devices than CUDA it prints that it turns off an option that nobody turned on.
-    with contextlib.redirect_stdout(io.StringIO()):
-        predictor = nnUNetPredictor(
-            tile_step_size=step_size, use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False
-        )
-    try:
-        predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), model.checkpoint)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        checkpoints = ", ".join(f"fold_{fold}/{model.checkpoint}" for fold in folds)
-        raise InputError(
-            [f"{folder} cannot be loaded with {checkpoints}: {type(error).__name__}: {short_message(error)}."]
-        ) from error
+    predictor = load_predictor(
+        folder, folds, model.checkpoint, device=device, mirroring=mirroring, step_size=step_size, progress=False
+    )
     if predictor.trainer_name != model.trainer:
         raise InputError([f"{folder} was trained by {predictor.trainer_name}; expected {model.trainer}."])
     return predictor

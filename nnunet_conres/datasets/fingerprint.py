@@ -148,7 +148,7 @@ def carry_fingerprint(source: Path, target: Path) -> bool:
     """Gives a sparsely annotated data set the fingerprint of the dense one that it was made from.
 
     Spacings and shapes are those of the images, which are the same. The label files are not: what is noted of the raw
-    files stays behind.
+    files remains.
 
     Args:
         source: Folder of the dense data set in nnUNet_preprocessed.

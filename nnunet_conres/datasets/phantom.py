@@ -1,4 +1,4 @@
-"""Made-up brain tumour cases in BraTS's own file layout, for trying the whole pipeline without patient data."""
+"""Synthetic brain tumour cases in BraTS's file layout, for trying the whole pipeline without patient data."""
 
 from __future__ import annotations
 

@@ -75,9 +75,10 @@ def target_errors(
         if_busy: Whether it is one that another process makes it now.
     """
     target = folder_name(dataset_id, dataset_name)
-    there = next(folder for folder in (raw.absolute(), *raw.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        yield f"{there} is no folder that can be written to; expected {raw} to be one, for the new data set."
+    if not raw.exists():
+        yield f"nnUNet_raw is {raw}, which does not exist. Correct the variable, or make the folder: mkdir -p {raw}"
+    elif not raw.is_dir() or not os.access(raw, os.W_OK):
+        yield f"nnUNet_raw is {raw}; expected a folder that can be written to."
     elif if_busy:
         yield from being_written(raw / target, lock_of_dataset(raw, dataset_id))
     if (raw / target).exists():

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from nnunet_conres import __version__
 from nnunet_conres.errors import file_errors
-from nnunet_conres.files import write_json
+from nnunet_conres.files import try_read_json, write_json
 
 _Result = TypeVar("_Result")
 
@@ -53,10 +53,7 @@ class Cache:
         """A result, None where there is none that can be read."""
         if self.folder is None:
             return None
-        try:
-            return json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        return try_read_json(self.folder / f"{key}.json")
 
     def put(self, key: str, content: Any) -> None:
         """Keep a result. Several processes may write the same one at once."""

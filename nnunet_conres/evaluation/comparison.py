@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_conres import __version__
-from nnunet_conres.evaluation.costs import Costs, costs_of
+from nnunet_conres.evaluation.calibration import measure_calibration
+from nnunet_conres.evaluation.costs import Costs, costs_of, times_compare
 from nnunet_conres.evaluation.drawing import draw_cases
 from nnunet_conres.evaluation.ensembles import add_ensembles
 from nnunet_conres.evaluation.finding import CompareOptions, Found
 from nnunet_conres.evaluation.metrics import METRICS
+from nnunet_conres.evaluation.postprocessing_files import add_postprocessed
 from nnunet_conres.evaluation.report import REPORT_FORMAT, report_page
+from nnunet_conres.evaluation.rules import rules_text
 from nnunet_conres.evaluation.scoring import Scores, ScoringJob, reader_name, score_cases
 from nnunet_conres.evaluation.testing import Findings, compare_scores, overall_of
-from nnunet_conres.evaluation.writing import write_comparison
+from nnunet_conres.evaluation.writing import write_brats_tables, write_comparison
 from nnunet_conres.files import without_nan
 from nnunet_conres.folders import writing
 from nnunet_conres.text import aligned, first_few
@@ -45,21 +48,24 @@ class Comparison:
         """The main figures for a person at a terminal."""
         content = self.content
         region = overall_of(content["regions"])
-        rows = [("", f"Dice ({region})", "95 % interval", f"HD95 ({region})", "s per epoch", "cases")]
+        timed = times_compare([model["cost"] for model in content["models"]])
+        heads = ["", f"Dice ({region})", "95 % interval", f"HD95 ({region})", "cases"]
+        rows = [[*heads, "s per epoch"] if timed else heads]
         for model in content["models"]:
             dice, hd95 = (content["summary"][model["key"]][region][key] for key in ("dice", "hd95"))
-            rows.append(
-                (
-                    model["name"],
-                    METRICS["dice"].text(_number(dice["mean"])),
-                    " to ".join(METRICS["dice"].text(_number(dice[end])) for end in ("low", "high")),
-                    METRICS["hd95"].text(_number(hd95["mean"])),
-                    "-" if model["cost"]["epoch_seconds"] is None else f"{model['cost']['epoch_seconds']:.1f}",
-                    str(dice["n"]),
-                )
-            )
+            seconds = model["cost"]["epoch_seconds"]
+            row = [
+                model["name"],
+                METRICS["dice"].text(_number(dice["mean"])),
+                " to ".join(METRICS["dice"].text(_number(dice[end])) for end in ("low", "high")),
+                METRICS["hd95"].text(_number(hd95["mean"])),
+                str(dice["n"]),
+            ]
+            rows.append([*row, "-" if seconds is None else f"{seconds:.1f}"] if timed else row)
         lines = aligned(rows)
         lines.insert(1, "-" * max(map(len, lines)))
+        if content["options"].get("rules"):
+            lines += ["", rules_text(content["options"])]
         lines += ["", *content["conclusions"], *(f"warning: {warning}" for warning in content["warnings"])]
         return "\n".join([*lines, "", f"Report: {self.report}", f"        {self.json}", f"        {self.csv}"])
 
@@ -81,28 +87,35 @@ def compare(found: Found, output_folder: str | Path, options: CompareOptions | N
     options, output = options or CompareOptions(), Path(output_folder)
     cache = output / "cache"
     with writing(output):
-        found = add_ensembles(found, output, options)
+        found = add_postprocessed(add_ensembles(found, output, options), output, options)
         jobs = [
             ScoringJob(model.key, case, found.references[case], model.predictions[case].labels)
             for model in found.models
             for case in found.cases
         ]
+        reader = reader_name(found.dataset_json, [job.reference for job in jobs], cache / "readers")
         scores = score_cases(
             jobs,
             found.dataset_json,
             options=options.metrics,
             cache_folder=cache / "scores",
-            reader=reader_name(found.dataset_json, [job.reference for job in jobs], cache / "readers"),
+            reader=reader,
             processes=options.processes,
             progress=options.progress,
+        )
+        calibration = (
+            measure_calibration(found, cache / "calibration", reader, options) if options.calibration else None
         )
         names = {model.key: model.name for model in found.models}
         singles = [model.key for model in found.models if not model.members]
         findings = compare_scores(scores, names, singles, found.groups, cache / "statistics")
         costs = costs_of(found.models, cache / "networks")
         pictures, warnings = draw_cases(found, [case["id"] for case in findings.disagreements], cache / "pictures")
-        content = _content(found, scores, findings, costs, warnings)
+        content = _content(found, scores, findings, costs, warnings) | {"calibration": calibration}
         report, json, cases = write_comparison(output, content, report_page(content, pictures))
+        if options.metrics.rules is not None and options.metrics.like_brats_evaluation:
+            names_of_files = {case: found.references[case].name for case in found.cases}
+            write_brats_tables(output / "brats_evaluation", content, options.metrics.rules.table, names_of_files)
     return Comparison(content, report, json, cases)
 
 
@@ -125,8 +138,8 @@ def _content(found: Found, scores: Scores, findings: Findings, costs: Costs, war
             "options": scores.options.as_json(),
             "regions": findings.regions,
             "metrics": [
-                metric.as_json() | {"better": None if metric.better == "none" else metric.better}
-                for metric in METRICS.values()
+                METRICS[key].as_json() | {"better": None if METRICS[key].better == "none" else METRICS[key].better}
+                for key in scores.options.measured
             ],
             "models": [
                 {
@@ -146,7 +159,14 @@ def _content(found: Found, scores: Scores, findings: Findings, costs: Costs, war
             "summary": findings.summary,
             "comparisons": findings.comparisons,
             "conclusions": findings.conclusions,
-            "warnings": [*found.warnings, *_displaced(scores), *costs.warnings, *_one_fold(found), *warnings],
+            "warnings": [
+                *found.warnings,
+                *_displaced(scores),
+                *_missing(scores),
+                *costs.warnings,
+                *_one_fold(found),
+                *warnings,
+            ],
             "cases": [
                 {
                     "id": case,
@@ -168,6 +188,16 @@ def _displaced(scores: Scores) -> list[str]:
         f"By their headers, {first_few([str(path) for path in scores.displaced])} do not lie where the reference does "
         f"(origin or directions). Voxels were compared one by one all the same: are these predictions of the same "
         f"images, and not turned?"
+    ]
+
+
+def _missing(scores: Scores) -> list[str]:
+    if not scores.missing_regions:
+        return []
+    assert scores.options.rules is not None, "only rules ask for regions"
+    return [
+        f"{', '.join(scores.missing_regions)}: scored by the rules {scores.options.rules.name}, but not told apart by "
+        f"the labels of this data set; not scored here."
     ]
 
 

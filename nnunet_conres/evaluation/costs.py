@@ -27,6 +27,9 @@ from nnunet_conres.unpickling import read_checkpoint
 _PRECISION_ATTRIBUTE: Final = "training_precision"
 # What the folds of a model should have in common: attributes of Cost, and what many of them are called.
 _CONDITIONS: Final = {"device": "devices", "precision": "precisions", "optimizer": "optimisers"}
+_CPU_SHARE_LINE: Final = re.compile(r"Share of the CPU cores used: ([\d.]+)")
+# Trainings whose shares of the cores differ by more than this had different company on the machine.
+_MOST_SHARE_DIFFERENCE: Final = 0.1
 _PEAK_MEMORY_LINE: Final = re.compile(r"Peak GPU memory: ([\d.]+) GiB")
 
 _CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
@@ -53,6 +56,7 @@ class Cost:
         device: Where it was trained.
         precision: Of training steps.
         optimizer: Its name and the learning rate that it started with.
+        cpu_share: Of a training on a CPU: how much of its cores' time it got, 0 to 1; median over epochs and folds.
     """
 
     parameters: int | None = None
@@ -67,6 +71,7 @@ class Cost:
     device: str | None = None
     precision: str | None = None
     optimizer: str | None = None
+    cpu_share: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -130,6 +135,7 @@ def model_cost(model: Contender, cache_folder: Path | None = None) -> tuple[Cost
     durations: dict[int | str, list[float]] = {}
     predicting: list[float] = []
     peaks: list[float] = []
+    shares: list[float] = []
     conditions: dict[str, set[str]] = {name: set() for name in _CONDITIONS}
     for fold in model.folds:
         folder = model.folder / f"fold_{fold}"
@@ -145,6 +151,7 @@ def model_cost(model: Contender, cache_folder: Path | None = None) -> tuple[Cost
         lines = _log_lines(folder)
         predicting += _prediction_seconds(lines)
         peaks += [float(found[1]) for _, line in lines if (found := _PEAK_MEMORY_LINE.match(line))]
+        shares += [float(found[1]) for _, line in lines if (found := _CPU_SHARE_LINE.match(line))]
         for name, value in _training_conditions(folder).items():
             conditions[name].add(value)
     for name, what in _CONDITIONS.items():
@@ -160,6 +167,7 @@ def model_cost(model: Contender, cache_folder: Path | None = None) -> tuple[Cost
             training_seconds=statistics.mean(map(sum, durations.values())) if every_epoch else None,
             peak_memory_gib=max(peaks, default=None),
             prediction_seconds_per_case=statistics.median(predicting) if predicting else None,
+            cpu_share=statistics.median(shares) if shares else None,
         ),
         curves,
         notes,
@@ -199,7 +207,30 @@ def unlike_conditions(costs: Mapping[str, Cost]) -> list[str]:
         if len(set(known.values())) > 1:
             listed = "; ".join(f"{name}: {_readable(value)}" for name, value in known.items())
             warned.append(f"The models differ in their {what}, which may matter as much as the network does: {listed}.")
+    if not _loads_are_alike([cost.cpu_share for cost in costs.values()]):
+        listed = "; ".join(
+            f"{name}: {cost.cpu_share:.2f}" for name, cost in costs.items() if cost.cpu_share is not None
+        )
+        warned.append(
+            f"The machine was busy with other work during some trainings, so their times do not compare. Share of the "
+            f"CPU cores used: {listed}."
+        )
     return warned
+
+
+def times_compare(costs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the times of trainings say something about the models: same device, precision and load of the machine.
+
+    Args:
+        costs: Of the models, as JSON holds them; what is not known counts as equal.
+    """
+    known = [{cost.get(key) for cost in costs} - {None} for key in ("device", "precision")]
+    return all(len(values) < 2 for values in known) and _loads_are_alike([cost.get("cpu_share") for cost in costs])
+
+
+def _loads_are_alike(shares: Sequence[float | None]) -> bool:
+    known = [share for share in shares if share is not None]
+    return not known or max(known) - min(known) <= _MOST_SHARE_DIFFERENCE
 
 
 def _readable(value: Any) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -14,11 +12,11 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.cache import state_of
 from nnunet_conres.evaluation.finding import CompareOptions, Found
 from nnunet_conres.evaluation.predictions import Contender, Prediction
+from nnunet_conres.evaluation.probabilities import read_probabilities
 from nnunet_conres.files import read_json, write_json
 from nnunet_conres.folders import clear_leftovers
 from nnunet_conres.images.volumes import write_labels
 from nnunet_conres.parallel import map_cases
-from nnunet_conres.text import short_message
 from nnunet_conres.unpickling import read_pickle
 
 _SOURCES = "sources.json"
@@ -179,7 +177,6 @@ def _files(members: Sequence[Contender], case: str, file_ending: str) -> Iterato
 
 def _average_case(job: tuple[list[str], str, str]) -> str | None:
     """Writes a case's label map with nnU-Net's own means; returns what is wrong, if anything is."""
-    import numpy as np
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     files, target, settings_folder = job
@@ -189,12 +186,9 @@ def _average_case(job: tuple[list[str], str, str]) -> str | None:
     total: Any = None
     for file in files:
         try:
-            with np.load(file) as content:
-                probabilities = content["probabilities"].astype(np.float32)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            return f"{file} can't be read as nnU-Net's probabilities: {short_message(error)}. Predict the case again."
-        if not np.isfinite(probabilities).all():
-            return f"{file} has probabilities that are NaN or infinite; predict the case again."
+            probabilities = read_probabilities(Path(file))
+        except InputError as error:
+            return str(error)
         if total is not None and total.shape != probabilities.shape:
             return (
                 f"{file} has probabilities of shape {probabilities.shape}, {files[0]} of shape {total.shape}: they are "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,9 +18,6 @@ from nnunet_conres.nnunet import ignore_label, label_values
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, the ones that stand out from grey first: people with any colour vision can distinguish them.
-COLOURS: Final = ("#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#009E73", "#E69F00", "#0072B2")
 
 # Where several channels could be shown: those that raters outline tumours on. In lower case, with the names of 2023.
 _PREFERRED_CHANNELS: Final = (("flair", "t2f", "t2-flair"), ("t1ce", "t1c", "t1gd", "t1-ce"))
@@ -179,11 +176,6 @@ def write_note(panel: Axes, text: str) -> None:
     """Write into the upper left corner."""
     note = panel.text(0.03, 0.97, text, transform=panel.transAxes, va="top", color="white", fontsize=8)
     note.set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.5})
-
-
-def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """A colour for every label or region."""
-    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
 
 
 def write_legend(figure: Figure, colours: Mapping[str, str], *more: Mapping[str, Any]) -> None:

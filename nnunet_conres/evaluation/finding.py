@@ -36,21 +36,25 @@ class CompareOptions:
     Attributes:
         intersection: Whether to compare on the common cases where models have different ones.
         ensembles: Whether to average probabilities and compare that as further models.
+        calibration: Whether to measure the calibration of models that have probabilities.
         run: Whether to run the commands that make what is missing.
         device: Device of those commands; None for cuda where there is a GPU, else cpu.
         metrics: Conventions of the metrics.
         group_pattern: Regular expression that finds in a case's id what it is grouped by, where cases are not
             independent; None for the patients of BraTS's ids since 2023.
+        postprocessing: What `nnunet-conres postprocess fit` wrote, to compare each model with itself post-processed.
         processes: Cases scored at once.
         progress: Whether to show progress bars on stderr.
     """
 
     intersection: bool = False
     ensembles: bool = True
+    calibration: bool = True
     run: bool = False
     device: str | None = None
     metrics: MetricOptions = field(default_factory=MetricOptions)
     group_pattern: str | None = None
+    postprocessing: Path | None = None
     processes: int = 1
     progress: bool = True
 
@@ -118,7 +122,7 @@ def find_cross_validation(
         raise InputError([f"{dataset_name} has neither labelsTr in nnUNet_raw nor gt_segmentations in preprocessed."])
     settings = {model.key: model.folder for model in found.models if model.folder is not None}
     dataset_json = read_json(settings[found.models[0].key] / "dataset.json")
-    images = _raw_images(dataset_name)
+    images = raw_images(dataset_name)
     return _settle("cross-validation", dataset_name, dataset_json, found, references, images, settings, options)
 
 
@@ -163,12 +167,12 @@ def find_test_set(
 
     found = _search_or_make(search, options, len(folders))
     settings = {model.key: folders[model.name] for model in found.models}
-    shown = {} if images is None else _images_by_case(Path(images), file_ending)
+    shown = {} if images is None else images_by_case(Path(images), file_ending)
     name = str(content.get("name", Path(dataset_json).resolve().parent.name))
     return _settle("test", name, content, found, Path(references), shown, settings, options)
 
 
-def _available_device(*, certain: bool) -> str:
+def available_device(*, certain: bool) -> str:
     """cuda or cpu; PyTorch knows for certain, but takes seconds to import."""
     if certain:
         import torch
@@ -183,7 +187,7 @@ def _search_or_make(search: Callable[[str], Search], options: CompareOptions, nu
     Raises:
         InputError: They are not complete, or a command failed.
     """
-    device = options.device or _available_device(certain=options.run)
+    device = options.device or available_device(certain=options.run)
     found = search(device)
     if options.run and not found.errors:
         todo = list(iterate_missing(found, probabilities=options.ensembles and number > 1))
@@ -298,7 +302,8 @@ def _reference_folder(dataset_name: str) -> Path | None:
     return None
 
 
-def _raw_images(dataset_name: str) -> dict[str, list[Path]]:
+def raw_images(dataset_name: str) -> dict[str, list[Path]]:
+    """Files of the training images of a data set in nnUNet_raw by case, one per channel; none where it is not there."""
     raw = folder_from_environment(FOLDER_VARIABLES[0])
     if raw is None or not (raw / dataset_name / "imagesTr").is_dir():
         return {}
@@ -306,10 +311,11 @@ def _raw_images(dataset_name: str) -> dict[str, list[Path]]:
         file_ending = str(read_json(raw / dataset_name / "dataset.json")["file_ending"])
     except (InputError, KeyError):
         return {}
-    return _images_by_case(raw / dataset_name / "imagesTr", file_ending)
+    return images_by_case(raw / dataset_name / "imagesTr", file_ending)
 
 
-def _images_by_case(folder: Path, file_ending: str) -> dict[str, list[Path]]:
+def images_by_case(folder: Path, file_ending: str) -> dict[str, list[Path]]:
+    """Image files of a folder by case, one per channel, which are named as for nnU-Net."""
     cases: dict[str, list[Path]] = {}
     for path in list_files(folder, file_ending):
         stem = path.name.removesuffix(file_ending)

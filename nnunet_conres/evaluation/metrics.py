@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.rules import Rules
+from nnunet_conres.evaluation.surfaces import around
 
 # Raised whenever a metric changes its value, so that scores of before are not taken from a cache.
 METRIC_VERSION: Final = 1
@@ -75,6 +77,49 @@ class Metric:
         return asdict(self)
 
 
+def _of_sizes() -> Iterator[Metric]:
+    """Metrics of challenges that match lesions one to one: of all lesions, of large and of small ones."""
+    for size in ("", "large ", "small "):
+        prefix, name = size.replace(" ", "_"), f"{size}lesions".capitalize()
+        if size:
+            yield Metric(
+                f"{prefix}lesions_found", f"{name} found", f"number of {size}lesions found", "", "higher", 0, ""
+            )
+            yield Metric(
+                f"{prefix}lesions_missed", f"{name} missed", f"number of {size}lesions missed", "", "lower", 0, ""
+            )
+            yield Metric(
+                f"{prefix}lesions_false", f"False {size}lesions", f"number of false {size}lesions", "", "lower", 0, ""
+            )
+        for key, what, description in (
+            ("precision", "precision", "Share of the predicted lesions that are true."),
+            ("recall", "recall", "Share of the true lesions that are found."),
+            ("f1", "F1", "Harmonic mean of precision and recall."),
+        ):
+            yield Metric(
+                f"{prefix}lesion_{key}", f"{name}: {what}", f"{what} of {size}lesions", "", "higher", 3, description
+            )
+        measures: tuple[tuple[str, str, str, Better, int], ...] = (
+            ("dice", "Dice", "", "higher", 3),
+            ("surface_dice", "surface Dice", "", "higher", 3),
+            ("hd95", "HD95", "mm", "lower", 2),
+        )
+        for key, what, unit, better, decimals in measures:
+            if size:
+                yield Metric(
+                    f"{prefix}lesion_{key}", f"{name}: {what}", f"{what} of {size}lesions", unit, better, decimals, ""
+                )
+            yield Metric(
+                f"{prefix}lesion_{key}_sd",
+                f"{name}: standard deviation of {what}",
+                f"standard deviation of {what} of {size}lesions",
+                unit,
+                "none",
+                decimals,
+                "Over the lesions of the case.",
+            )
+
+
 METRICS: Final[Mapping[str, Metric]] = MappingProxyType(
     {
         metric.key: metric
@@ -132,6 +177,15 @@ METRICS: Final[Mapping[str, Metric]] = MappingProxyType(
                 "Mean HD95 of the lesions, where missed and falsely found ones count as the penalty.",
             ),
             Metric(
+                "lesion_surface_dice",
+                "Lesion-wise surface Dice",
+                "lesion-wise surface Dice",
+                "",
+                "higher",
+                3,
+                "Mean surface Dice of the lesions, where missed and falsely found ones count as 0.",
+            ),
+            Metric(
                 "lesions_found",
                 "Lesions found",
                 "number of lesions found",
@@ -158,6 +212,7 @@ METRICS: Final[Mapping[str, Metric]] = MappingProxyType(
                 0,
                 "Predicted lesions that meet no true one.",
             ),
+            *_of_sizes(),
             Metric("reference_volume", "True volume", "true volume", "ml", "none", 2, "Volume of the reference."),
             Metric(
                 "predicted_volume", "Predicted volume", "predicted volume", "ml", "none", 2, "Volume of the prediction."
@@ -181,6 +236,8 @@ class MetricOptions:
         lesion_dilation: True lesions with up to twice this many voxels between them count as one; a predicted one up
             to this many voxels away meets a true one. BraTS 2023 takes 3 for gliomas and 1 for metastases.
         lesion_volume: True lesions up to this many mm³ are ignored. BraTS 2023 takes 50 for gliomas, 2 for metastases.
+        rules: Those of a challenge, which then say all of the above but the tolerance.
+        like_brats_evaluation: Whether to compute what the organisers' tool prints, where it differs from the rules.
     """
 
     tolerance: float = 1.0
@@ -188,6 +245,8 @@ class MetricOptions:
     penalty: float | None = None
     lesion_dilation: int = 3
     lesion_volume: float = 50.0
+    rules: Rules | None = None
+    like_brats_evaluation: bool = False
 
     def __post_init__(self) -> None:
         errors = []
@@ -201,12 +260,50 @@ class MetricOptions:
             errors.append(f"lesion_dilation is {self.lesion_dilation}; expected 0 voxels or more.")
         if not (math.isfinite(self.lesion_volume) and self.lesion_volume >= 0):
             errors.append(f"lesion_volume is {self.lesion_volume}; expected 0 mm³ or more.")
+        if self.like_brats_evaluation and (self.rules is None or not self.rules.table):
+            errors.append(
+                "brats-evaluation scores the challenges of 2026 only; expected their rules, such as 2026-MET, with "
+                "like_brats_evaluation."
+            )
         if errors:
             raise InputError(errors)
 
     def as_json(self) -> dict[str, Any]:
         """All attributes."""
         return asdict(self)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Keys of the metrics that are measured, in the order of the table."""
+        if self.rules is None:
+            return _MEASURED
+        if self.rules.matching == "dilation":
+            return (*(key for key in _MEASURED if key not in _OWN), "lesion_surface_dice")
+        sizes = ("", "large_", "small_") if self.rules.large_volume is not None else ("",)
+        others = [key for key in METRICS if key.startswith(("large_", "small_"))]
+        return tuple(
+            key for key in METRICS if key not in _OWN and (key not in others or key.split("_")[0] + "_" in sizes)
+        )
+
+
+_OWN: Final = ("iou", "volume_error", "relative_volume_error")
+"""What no challenge scores."""
+
+_MEASURED: Final = (
+    "dice",
+    "iou",
+    "hd95",
+    "surface_dice",
+    "volume_error",
+    "relative_volume_error",
+    "lesion_dice",
+    "lesion_hd95",
+    "lesions_found",
+    "lesions_missed",
+    "lesions_false",
+    "reference_volume",
+    "predicted_volume",
+)
 
 
 def measure(
@@ -229,7 +326,7 @@ def measure(
             does not count.
 
     Returns:
-        A value for every key of `METRICS`, in their order; NaN where there is none.
+        A value for every metric that is measured without a challenge's rules; NaN where there is none.
 
     Raises:
         ValueError: Shapes or spacing do not fit each other.
@@ -249,7 +346,7 @@ def measure(
     penalty = diagonal if options.penalty is None else options.penalty
     # In the order of the table, whatever the order of computing.
     found = {**_overlap(pair, options), **_surfaces(pair, options, penalty), **_lesions(pair, options, penalty)}
-    return {key: float(found[key]) for key in METRICS}
+    return {key: float(found[key]) for key in _MEASURED}
 
 
 # --- the two masks --------------------------------------------------------------------------------------------------
@@ -440,7 +537,7 @@ def _lesions(pair: _Pair, options: MetricOptions, penalty: float) -> dict[str, f
     for lesion in found:
         matched = meetings[1, meetings[0] == lesion]
         dice.append(2 * float(common[lesion]) / float(volume[lesion] + predicted_volume[matched].sum()))
-        box = _around([near_boxes[lesion - 1], *(part_boxes[part - 1] for part in matched)])
+        box = around([near_boxes[lesion - 1], *(part_boxes[part - 1] for part in matched)])
         of_lesion = _Pair(
             pair.reference[box] & (near[box] == lesion),
             np.isin(parts[box], matched),
@@ -466,11 +563,3 @@ def _lesions(pair: _Pair, options: MetricOptions, penalty: float) -> dict[str, f
         "lesion_dice": math.fsum(dice) / len(dice),
         "lesion_hd95": math.fsum(distances) / len(distances) if distances else math.nan,
     }
-
-
-def _around(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
-    """The box that holds all boxes, and their neighbours."""
-    return tuple(
-        slice(max(0, min(side.start for side in sides) - 1), max(side.stop for side in sides) + 1)
-        for sides in zip(*boxes, strict=True)
-    )

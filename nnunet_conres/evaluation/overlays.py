@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.case_ids import unsafe_ids
+from nnunet_conres.colours import colours_of
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import (
     LEGEND_COLUMNS,
     Legend,
     channels_to_show,
-    colours_of,
     content_range,
     dice_text,
     draw_outline,

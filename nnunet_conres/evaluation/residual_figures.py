@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.colours import COLOURS, colours_of
 from nnunet_conres.evaluation.figures import (
-    COLOURS,
     View,
     channels_to_show,
-    colours_of,
     content_box,
     draw_outline,
     show_plane,

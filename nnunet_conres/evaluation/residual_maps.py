@@ -332,7 +332,7 @@ def look_at_file(path: Path, kind: Kind | None = None, reader: type | None = Non
             path,
             errors=(
                 f"{path} has {axes} axes; expected a volume with three. A residual is between slices, and each channel "
-                f"needs a file of its own.",
+                f"needs a separate file.",
             ),
         )
     if affine_of(properties) is None:
@@ -410,10 +410,10 @@ def _legend_of(look: FileLook, dataset_json: str | Path | None) -> tuple[Legend 
     strange = [str(value) for value in look.values if value not in known | {legend.ignore_label}]
     if not strange:
         return legend, [], []
-    told = f"{look.path} has labels that {path} does not name: {first_few(strange)}"
+    problem = f"{look.path} has labels that {path} does not name: {first_few(strange)}"
     if dataset_json is not None:
-        return None, [f"{told}; give the dataset.json that it belongs to."], []
-    return None, [], [f"{told}. Every label is taken by itself; for regions name the right file with -djfile."]
+        return None, [f"{problem}; give the dataset.json that it belongs to."], []
+    return None, [], [f"{problem}. Every label is taken by itself; for regions name the right file with -djfile."]
 
 
 def regions_of(values: Sequence[int], legend: Legend | None) -> tuple[dict[str, tuple[int, ...]], int | None]:

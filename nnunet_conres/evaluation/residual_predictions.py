@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,11 +35,9 @@ from nnunet_conres.evaluation.residual_maps import (
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.volumes import read_labels, read_volume, reversed_axes, write_map
-from nnunet_conres.nnunet import architecture_errors, label_values
-from nnunet_conres.text import first_few, short_message
-from nnunet_conres.unpickling import read_checkpoint
-
-DEFAULT_CHECKPOINT: Final = "checkpoint_final.pth"
+from nnunet_conres.nnunet import label_values
+from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor
+from nnunet_conres.text import first_few
 
 # Outside of the part of the image that the network sees nothing is attended to more than anything else.
 _NO_ATTENTION: Final = 1.0
@@ -182,35 +179,10 @@ class ResidualPredictor:
         step_size: float = 0.5,
         progress: bool = True,
     ) -> None:
-        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
         folder = Path(model_folder)
-        errors = [*_model_errors(folder, folds, checkpoint), *_device_errors(device)]
-        if not 0 < step_size <= 1:
-            errors.append(f"The step size is {step_size:g}; expected above 0 and at most 1.")
-        if errors:
-            raise InputError(errors)
-        with contextlib.redirect_stdout(io.StringIO()):
-            predictor: Any = nnUNetPredictor(
-                tile_step_size=step_size,
-                use_mirroring=False,
-                perform_everything_on_device=device == "cuda",
-                device=torch.device(device),
-                allow_tqdm=progress,
-            )
-        errors += architecture_errors(folder / "plans.json")
-        for fold in folds:
-            try:  # nnU-Net's own loading runs what is in a checkpoint
-                read_checkpoint(folder / f"fold_{fold}" / checkpoint)
-            except InputError as error:
-                errors.append(str(error))
-        if errors:
-            raise InputError(errors)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells where it looks for the trainer
-                predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise InputError([f"{folder} cannot be loaded: {short_message(error)}."]) from error
+        predictor: Any = load_predictor(
+            folder, folds, checkpoint, device=device, mirroring=False, step_size=step_size, progress=progress
+        )
         network = getattr(predictor.network, "_orig_mod", predictor.network)
         plans = predictor.plans_manager
         errors = list(_network_errors(folder, network, predictor, level))
@@ -478,33 +450,6 @@ def _reference_errors(path: Path, image: FileLook, predictor: ResidualPredictor)
     strange = [str(value) for value in look.values if value not in known]
     if strange:
         yield f"{path} has labels that the model does not know: {first_few(strange)}."
-
-
-def _model_errors(folder: Path, folds: Sequence[int | str], checkpoint: str) -> Iterator[str]:
-    missing = [name for name in ("plans.json", "dataset.json") if not (folder / name).is_file()]
-    if missing:
-        yield (
-            f"{folder} is no trained model: it has no {' and no '.join(missing)}. Expected nnU-Net's folder "
-            f"TRAINER__PLANS__CONFIGURATION."
-        )
-        return
-    if not folds:
-        yield "No fold given; expected one or more, or all."
-    for fold in folds:
-        path = folder / f"fold_{fold}" / checkpoint
-        if not path.is_file():
-            others = sorted(other.name for other in path.parent.glob("checkpoint_*.pth"))
-            have = f"only {', '.join(others)}; choose with -chk" if others else "nor any other checkpoint"
-            yield f"{path} does not exist, {have}."
-
-
-def _device_errors(device: str) -> Iterator[str]:
-    if device not in ("cuda", "cpu", "mps"):
-        yield f"The device is {device!r}; expected cuda, cpu or mps."
-    elif (device == "cuda" and not torch.cuda.is_available()) or (
-        device == "mps" and not torch.backends.mps.is_available()
-    ):
-        yield f"There is no {device.upper()} device here that torch can use. To predict on the CPU add: -device cpu"
 
 
 def _network_errors(folder: Path, network: nn.Module, predictor: Any, level: int) -> Iterator[str]:

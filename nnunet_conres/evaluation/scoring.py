@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.cache import Cache, content_of, key_of
+from nnunet_conres.evaluation.lesions import challenge_scores
 from nnunet_conres.evaluation.metrics import METRIC_VERSION, METRICS, MetricOptions, measure
+from nnunet_conres.evaluation.rules import labels_of_regions
 from nnunet_conres.files import without_nan
 from nnunet_conres.images.volumes import Labels, affine_of, read_labels, reader_for
 from nnunet_conres.nnunet import ignore_label, label_values
@@ -56,12 +58,14 @@ class Scores:
         cached: How many predictions were scored before.
         displaced: Predictions that by their header do not lie where their reference does. Voxels are compared one by
             one all the same, as nnU-Net does.
+        missing_regions: Regions that a challenge's rules score, and the data set does not tell apart.
     """
 
     values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
     options: MetricOptions
     cached: int = 0
     displaced: tuple[Path, ...] = ()
+    missing_regions: tuple[str, ...] = ()
 
 
 def score_cases(
@@ -74,7 +78,7 @@ def score_cases(
     processes: int = 1,
     progress: bool = True,
 ) -> Scores:
-    """Score predictions, each label or region of dataset.json by all metrics.
+    """Score predictions, each label or region of dataset.json by all metrics, or a challenge's regions by its rules.
 
     Args:
         jobs: The predictions; no two of the same model and case.
@@ -98,7 +102,7 @@ def score_cases(
     errors = _job_errors(jobs)
     if processes < 1:
         errors.append(f"processes is {processes}; expected 1 or more.")
-    scheme = _scheme(dataset_json)
+    scheme = _scheme(dataset_json, options)
     if MEAN in scheme.regions:
         errors.append(f"A label is called {MEAN!r}, as the mean over all labels is; give it another name.")
     if errors:
@@ -111,7 +115,7 @@ def score_cases(
         str(number) if kept.folder is None else _key(job, scheme, options, name, hashed)
         for number, job in enumerate(jobs)
     ]
-    outcomes = {key: outcome for key in keys if (outcome := _of_entry(kept.get(key), scheme)) is not None}
+    outcomes = {key: outcome for key in keys if (outcome := _of_entry(kept.get(key), scheme, options)) is not None}
     # Two models may have made the very same prediction.
     todo = {key: job for key, job in zip(reversed(keys), reversed(jobs), strict=True) if key not in outcomes}
     if todo:
@@ -133,7 +137,7 @@ def score_cases(
     if errors:
         # An error of a reference is found once for every model.
         raise InputError("\n".join(dict.fromkeys(errors)))
-    return Scores(values, options, cached, tuple(displaced))
+    return Scores(values, options, cached, tuple(displaced), scheme.missing)
 
 
 # --- what is scored -------------------------------------------------------------------------------------------------
@@ -147,11 +151,13 @@ class _Scheme:
         regions: Label values of every label or region, by name.
         allowed: All label values that dataset.json names, but the ignore label.
         ignore: The ignore label, if there is one.
+        missing: Regions that a challenge's rules score, and that cannot be.
     """
 
     regions: Mapping[str, tuple[int, ...]]
     allowed: tuple[int, ...]
     ignore: int | None
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,7 @@ def _job_errors(jobs: Sequence[ScoringJob]) -> list[str]:
     return errors + [f"{path} does not exist; expected a label file." for path in missing]
 
 
-def _scheme(dataset_json: Mapping[str, Any]) -> _Scheme:
+def _scheme(dataset_json: Mapping[str, Any], options: MetricOptions) -> _Scheme:
     try:
         regions, ignore = label_values(dataset_json["labels"]), ignore_label(dataset_json["labels"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -199,51 +205,95 @@ def _scheme(dataset_json: Mapping[str, Any]) -> _Scheme:
     allowed = {0, *(value for values in regions.values() for value in values)}
     if not regions:
         raise InputError("The dataset.json names no label beside background and ignore; expected one or more.")
-    return _Scheme(regions, tuple(sorted(allowed)), ignore)
+    if options.rules is None:
+        return _Scheme(regions, tuple(sorted(allowed)), ignore)
+    found = labels_of_regions(options.rules, dataset_json["labels"])
+    return _Scheme(found.labels, tuple(sorted(allowed)), ignore, found.missing)
 
 
 # --- one prediction -------------------------------------------------------------------------------------------------
 
 
 def _score(task: _Task) -> _Outcome:
-    read = _read_pair(task)
-    if isinstance(read, list):
-        return _Outcome({}, errors=tuple(read))
-    reference, prediction, spacing, displaced = read
-    ignored = None if task.scheme.ignore is None else reference == task.scheme.ignore
-    scores = {
-        name: measure(np.isin(reference, values), np.isin(prediction, values), spacing, task.options, ignored=ignored)
-        for name, values in task.scheme.regions.items()
-    }
+    try:
+        reference, prediction, spacing, displaced = read_pair(
+            task.job.reference, task.job.prediction, task.reader, task.scheme.allowed, task.scheme.ignore
+        )
+    except InputError as error:
+        return _Outcome({}, errors=tuple(error.errors))
+    scores = _scores(task, reference, prediction, spacing)
     content = {"case": task.job.case_id, "prediction": task.job.prediction.name, "displaced": displaced}
     task.cache.put(task.key, content | {"scores": without_nan(scores)})
     return _Outcome(_with_mean(scores), displaced=displaced)
 
 
-def _read_pair(task: _Task) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ...], bool] | list[str]:
-    """Label maps, voxel size, and whether one lies elsewhere by its header; or what is wrong with the files."""
+def _scores(
+    task: _Task, reference: NDArray[Any], prediction: NDArray[Any], spacing: tuple[float, ...]
+) -> dict[str, dict[str, float]]:
+    regions, options = task.scheme.regions, task.options
+    ignored = None if task.scheme.ignore is None else reference == task.scheme.ignore
+    if options.rules is None:
+        return {
+            name: measure(np.isin(reference, values), np.isin(prediction, values), spacing, options, ignored=ignored)
+            for name, values in regions.items()
+        }
+    if ignored is not None:
+        reference, prediction = np.where(ignored, 0, reference), np.where(ignored, 0, prediction)
+    found = challenge_scores(
+        reference,
+        prediction,
+        spacing,
+        options.rules,
+        regions,
+        tolerance=options.tolerance,
+        like_brats_evaluation=options.like_brats_evaluation,
+    )
+    # An infinite distance is none to compute with, and JSON has no way to write it.
+    return {
+        region: {key: values[key] if math.isfinite(values[key]) else math.nan for key in options.measured}
+        for region, values in found.items()
+    }
+
+
+def read_pair(
+    reference_file: Path, prediction_file: Path, reader: type, allowed: Sequence[int], ignore: int | None
+) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ...], bool]:
+    """A reference and a prediction of the same image.
+
+    Args:
+        reference_file: The true labels.
+        prediction_file: The predicted labels.
+        reader: nnU-Net's, for both.
+        allowed: Label values that may be in both.
+        ignore: A label value that the reference may have besides.
+
+    Returns:
+        Both label maps, voxel size, and whether one lies elsewhere by its header.
+
+    Raises:
+        InputError: A file can't be read, or the two do not fit each other.
+    """
     read: list[Labels] = []
     errors: list[str] = []
-    ignore = () if task.scheme.ignore is None else (task.scheme.ignore,)
-    for path, more in ((task.job.reference, ignore), (task.job.prediction, ())):
+    for path, more in ((reference_file, () if ignore is None else (ignore,)), (prediction_file, ())):
         try:
-            read.append(read_labels(path, task.reader, (*task.scheme.allowed, *more)))
+            read.append(read_labels(path, reader, (*allowed, *more)))
         except InputError as error:
             errors += error.errors
     if errors:
-        return errors
+        raise InputError(errors)
     reference, prediction = read
     if reference.voxels.shape != prediction.voxels.shape:
-        return [
-            f"{task.job.prediction} has shape {prediction.voxels.shape}; expected {reference.voxels.shape} like "
-            f"{task.job.reference}."
-        ]
+        raise InputError(
+            f"{prediction_file} has shape {prediction.voxels.shape}; expected {reference.voxels.shape} like "
+            f"{reference_file}."
+        )
     # As far apart as nnU-Net allows an image and its labels to be.
     if not np.allclose(reference.spacing, prediction.spacing):
-        return [
-            f"{task.job.prediction} has voxels of {_lengths(prediction.spacing)} mm; expected "
-            f"{_lengths(reference.spacing)} mm like {task.job.reference}."
-        ]
+        raise InputError(
+            f"{prediction_file} has voxels of {_lengths(prediction.spacing)} mm; expected "
+            f"{_lengths(reference.spacing)} mm like {reference_file}."
+        )
     return reference.voxels, prediction.voxels, reference.spacing, _displaced(reference, prediction)
 
 
@@ -269,7 +319,7 @@ def _with_mean(scores: CaseScores) -> CaseScores:
     if len(scores) < 2:
         return scores
     mean = {}
-    for key in METRICS:
+    for key in next(iter(scores.values())):
         # A volume too large here does not make up for one too small there.
         known = [METRICS[key].compared(region[key]) for region in scores.values() if not math.isnan(region[key])]
         mean[key] = math.fsum(known) / len(known) if known else math.nan
@@ -308,14 +358,15 @@ def _key(job: ScoringJob, scheme: _Scheme, options: MetricOptions, reader: str, 
     return key_of(conventions, hashed(job.reference), hashed(job.prediction))
 
 
-def _of_entry(content: Any, scheme: _Scheme) -> _Outcome | None:
+def _of_entry(content: Any, scheme: _Scheme, options: MetricOptions) -> _Outcome | None:
     """What an entry of the cache holds; None if there is none that makes sense."""
     try:
         regions = content["scores"]
-        if list(regions) != list(scheme.regions):
+        wanted = scheme.regions if options.rules is None else options.rules.regions
+        if list(regions) != [region for region in scheme.regions if region in wanted]:
             return None
         scores = {
-            name: {key: math.nan if values[key] is None else float(values[key]) for key in METRICS}
+            name: {key: math.nan if values[key] is None else float(values[key]) for key in options.measured}
             for name, values in regions.items()
         }
         return _Outcome(_with_mean(scores), cached=True, displaced=bool(content["displaced"]))

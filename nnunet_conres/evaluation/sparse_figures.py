@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.colours import colours_of
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import (
     LEGEND_COLUMNS,
     View,
     channels_to_show,
-    colours_of,
     content_box,
     dice_text,
     draw_outline,

@@ -99,6 +99,7 @@ def compare_paired(
     regions: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
     groups: Mapping[str, str] | None = None,
+    definitions: Mapping[str, Metric] = METRICS,
     confidence: float = 0.95,
     samples: int = 10000,
     seed: int = 0,
@@ -110,9 +111,10 @@ def compare_paired(
         baseline: The model that the others are compared with.
         models: Which ones; all others by default.
         regions: Labels or regions; all of the baseline by default, "mean" among them.
-        metrics: Keys; by default all of `METRICS` of which some values are better than others.
+        metrics: Keys; by default all measured ones of `definitions` of which some values are better than others.
         groups: Group of every case, if cases are not independent, such as the patient that it is a time point of.
             Differences are averaged within a group first, and count as one.
+        definitions: The metrics that the values are of, by their keys.
         confidence: Of the intervals, and 1 less the level of the test.
         samples: Drawings of the bootstrap.
         seed: Of the drawings; the same for the same result, whatever else is compared.
@@ -133,13 +135,15 @@ def compare_paired(
         raise ValueError("\n".join(errors))
     first = next(iter(values[baseline].values()))
     chosen_regions = list(first) if regions is None else list(regions)
-    chosen_metrics = [m.key for m in METRICS.values() if m.better != "none"] if metrics is None else list(metrics)
-    errors = list(_case_errors(values, baseline, others, chosen_regions, chosen_metrics, groups))
+    measured = next(iter(first.values()))
+    compared = [m.key for m in definitions.values() if m.better != "none" and m.key in measured]
+    chosen_metrics = compared if metrics is None else list(metrics)
+    errors = list(_case_errors(values, baseline, others, chosen_regions, chosen_metrics, groups, definitions))
     if errors:
         raise ValueError("\n".join(errors))
 
     pairs = [
-        _pair(values, model, baseline, region, METRICS[key], groups)
+        _pair(values, model, baseline, region, definitions[key], groups)
         for key in chosen_metrics
         for region in chosen_regions
         for model in others
@@ -156,7 +160,8 @@ def compare_paired(
         family = [comparison for comparison in found if comparison.metric == key]
         corrected = holm([comparison.p_value for comparison in family])
         comparisons += [
-            _conclude(replace(comparison, p_corrected=p)) for comparison, p in zip(family, corrected, strict=True)
+            _conclude(replace(comparison, p_corrected=p), definitions[key])
+            for comparison, p in zip(family, corrected, strict=True)
         ]
     return comparisons
 
@@ -451,19 +456,19 @@ def _compare(pair: _Pair, mean: Interval, median: Interval, *, confidence: float
     )
 
 
-def _conclude(comparison: PairedComparison) -> PairedComparison:
-    conclusion = _conclusion(comparison)
-    return replace(comparison, conclusion=conclusion, sentence=_sentence(replace(comparison, conclusion=conclusion)))
+def _conclude(comparison: PairedComparison, metric: Metric) -> PairedComparison:
+    concluded = replace(comparison, conclusion=_conclusion(comparison, metric))
+    return replace(concluded, sentence=_sentence(concluded, metric))
 
 
-def _conclusion(comparison: PairedComparison) -> Conclusion:
+def _conclusion(comparison: PairedComparison, metric: Metric) -> Conclusion:
     if comparison.count and not comparison.wins and not comparison.losses:
         return "equal"
     if math.isnan(comparison.p_corrected):
         return "untested"
     if comparison.p_corrected >= 1 - comparison.confidence:
         return "none"
-    higher_is_better = METRICS[comparison.metric].higher_is_better
+    higher_is_better = metric.higher_is_better
     interval = comparison.mean_interval
     # The test weighs ranks, the mean the differences themselves: one large failure can outweigh many small gains.
     if interval.low > 0 and (comparison.effect > 0) == higher_is_better:
@@ -473,8 +478,7 @@ def _conclusion(comparison: PairedComparison) -> Conclusion:
     return "mixed"
 
 
-def _sentence(comparison: PairedComparison) -> str:
-    metric = METRICS[comparison.metric]
+def _sentence(comparison: PairedComparison, metric: Metric) -> str:
     unit = "group" if comparison.grouped else "case"
     on = f"On {_number_of(comparison.count, unit)}"
     region = "averaged over the regions" if comparison.region == MEAN else f"of {comparison.region}"
@@ -488,11 +492,11 @@ def _sentence(comparison: PairedComparison) -> str:
 
     difference, low, high = comparison.mean_difference, comparison.mean_interval.low, comparison.mean_interval.high
     decimals = _decimals(metric, (difference, low, high))
-    told = (
+    sentence = (
         f"{on}, {what} is {'higher' if difference > 0 else 'lower'} {than} by {_amount(metric, difference, decimals)}"
     )
     if difference == 0:
-        told = f"{on}, {what} is on average the same as {comparison.baseline}'s"
+        sentence = f"{on}, {what} is on average the same as {comparison.baseline}'s"
     if difference < 0:
         # "Lower by 2 mm (1 to 3)": a minus is for what goes the other way.
         low, high = -high, -low
@@ -501,19 +505,19 @@ def _sentence(comparison: PairedComparison) -> str:
     if not math.isnan(comparison.p_corrected):
         notes.append(f"p {_p_text(comparison.p_corrected)} after Holm")
     if notes:
-        told += f" ({'; '.join(notes)})"
+        sentence += f" ({'; '.join(notes)})"
     if comparison.conclusion == "untested":
         need = f"a test needs {_number_of(FEWEST_FOR_TEST, unit)}"
-        return f"{told}: too few to conclude anything, {need}.{left_out}"
+        return f"{sentence}: too few to conclude anything, {need}.{left_out}"
     if comparison.conclusion == "mixed":
         most = "better" if comparison.effect > 0 else "worse"
         return (
-            f"{told}: {most} in the typical {unit} by the test, but not on average; look at the {unit}s with the "
+            f"{sentence}: {most} in the typical {unit} by the test, but not on average; look at the {unit}s with the "
             f"largest differences.{left_out}"
         )
     if comparison.conclusion == "none":
-        return f"{told}: no difference can be concluded.{left_out}"
-    return f"{told}: {comparison.conclusion}.{left_out}"
+        return f"{sentence}: no difference can be concluded.{left_out}"
+    return f"{sentence}: {comparison.conclusion}.{left_out}"
 
 
 def _number_of(count: int, unit: str) -> str:
@@ -566,11 +570,12 @@ def _case_errors(
     regions: Sequence[str],
     metrics: Sequence[str],
     groups: Mapping[str, str] | None,
+    definitions: Mapping[str, Metric],
 ) -> Iterator[str]:
     for key in metrics:
-        if key not in METRICS:
-            yield f"{key!r} is no metric; expected some of {', '.join(METRICS)}."
-        elif METRICS[key].better == "none":
+        if key not in definitions:
+            yield f"{key!r} is no metric; expected some of {', '.join(definitions)}."
+        elif definitions[key].better == "none":
             yield f"{key!r} cannot be compared: no value of it is better than another."
     cases = set(values[baseline])
     for model in models:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from nnunet_conres.evaluation.cache import Cache, key_of
-from nnunet_conres.evaluation.metrics import METRICS
+from nnunet_conres.evaluation.metrics import METRICS, Metric
 from nnunet_conres.evaluation.scoring import MEAN, Scores
 from nnunet_conres.evaluation.statistics import (
     STATISTICS_VERSION,
@@ -26,6 +26,8 @@ MOST_DISAGREEMENTS: Final = 10
 
 _MAIN_METRIC: Final = "dice"
 _CONCLUDED_METRICS: Final = ("dice", "hd95")
+# By the rules of a challenge.
+_RANKED_METRICS: Final = ("lesion_dice", "lesion_surface_dice")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def compare_scores(
         cache_folder: Keeps the findings from run to run.
     """
     versions = [STATISTICS_VERSION, version("numpy"), version("scipy")]
-    key = key_of(versions, scores.values, names, singles, groups)
+    form = [field.name for field in fields(Findings)]
+    key = key_of(form, versions, scores.values, names, singles, groups)
     return Findings(**Cache(cache_folder).kept(key, lambda: _compare(scores, names, singles, groups)))
 
 
@@ -79,14 +82,15 @@ def _compare(
     conclusions = [
         comparison.sentence
         for comparison in compared
-        if comparison.region == overall and comparison.metric in _CONCLUDED_METRICS
+        if comparison.region == overall
+        and comparison.metric in (_CONCLUDED_METRICS if scores.options.rules is None else _RANKED_METRICS)
     ]
     conclusions += _does_the_ensemble_help(scores, names, singles, overall, groups)
     keys = {name: key for key, name in names.items()}
     findings = Findings(
         regions,
-        _summary(scores, groups),
-        [_row(comparison, keys) for comparison in compared],
+        summarise(scores.values, groups),
+        [comparison_row(comparison, keys) for comparison in compared],
         conclusions,
         _disagreements(scores, names, singles, overall),
     )
@@ -119,31 +123,42 @@ def _does_the_ensemble_help(
     return [found.sentence for found in compared]
 
 
-def _summary(scores: Scores, groups: Mapping[str, str] | None) -> dict[str, Any]:
-    """Statistics by model, region and metric, of the cases that have a value."""
+def summarise(
+    values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]],
+    groups: Mapping[str, str] | None,
+    definitions: Mapping[str, Metric] = METRICS,
+) -> dict[str, Any]:
+    """Statistics by model, region and metric, of the cases that have a value.
+
+    Args:
+        values: By model, case, region and metric; NaN where there is none.
+        groups: Group of every case, if cases are not independent.
+        definitions: The metrics that the values are of, by their keys.
+    """
     known: dict[tuple[str, str, str], dict[str, float]] = {}
-    for key, cases in scores.values.items():
+    for key, cases in values.items():
         for region, metrics in next(iter(cases.values())).items():
             for metric in metrics:
                 # without the sign of a volume error: too much here does not make up for too little there
-                every = {case: METRICS[metric].compared(of[region][metric]) for case, of in cases.items()}
+                every = {case: definitions[metric].compared(of[region][metric]) for case, of in cases.items()}
                 known[key, region, metric] = {case: value for case, value in every.items() if not math.isnan(value)}
     series = [np.array(list(of.values()), np.float64) for of in known.values()]
     grouped = [None if groups is None else [groups[case] for case in of] for of in known.values()]
     summary: dict[str, Any] = {}
-    for (key, region, metric), values, interval in zip(known, series, mean_intervals(series, grouped), strict=True):
+    for (key, region, metric), of_cases, interval in zip(known, series, mean_intervals(series, grouped), strict=True):
         summary.setdefault(key, {}).setdefault(region, {})[metric] = {
-            "n": values.size,
-            "mean": float(values.mean()) if values.size else None,
-            "median": float(np.median(values)) if values.size else None,
-            "std": float(values.std(ddof=1)) if values.size > 1 else None,
+            "n": of_cases.size,
+            "mean": float(of_cases.mean()) if of_cases.size else None,
+            "median": float(np.median(of_cases)) if of_cases.size else None,
+            "std": float(of_cases.std(ddof=1)) if of_cases.size > 1 else None,
             "low": interval.low,
             "high": interval.high,
         }
     return summary
 
 
-def _row(comparison: PairedComparison, keys: Mapping[str, str]) -> dict[str, Any]:
+def comparison_row(comparison: PairedComparison, keys: Mapping[str, str]) -> dict[str, Any]:
+    """A comparison as report.json holds it, models by their keys."""
     return {
         "baseline": keys[comparison.baseline],
         "model": keys[comparison.model],

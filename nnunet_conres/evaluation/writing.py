@@ -5,13 +5,61 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
+
+from nnunet_conres.errors import file_errors
 from nnunet_conres.files import write_json, written_whole
+
+# Columns of brats-evaluation's tables, in their order, and the metric in each.
+_ALL: Final = {
+    "all_instance_tp": "lesions_found",
+    "all_instance_fp": "lesions_false",
+    "all_instance_fn": "lesions_missed",
+    "all_instance_prec": "lesion_precision",
+    "all_instance_rec": "lesion_recall",
+    "all_instance_f1": "lesion_f1",
+}
+_GLOBAL: Final = {"global_dsc": "dice", "global_nsd": "surface_dice", "global_hd95": "hd95"}
+_COLUMNS: Final[Mapping[str, Mapping[str, str]]] = {
+    "seg": {
+        **_ALL,
+        **_GLOBAL,
+        "lesionwise_dsc_mean": "lesion_dice",
+        "lesionwise_dsc_std": "lesion_dice_sd",
+        "lesionwise_nsd_mean": "lesion_surface_dice",
+        "lesionwise_nsd_std": "lesion_surface_dice_sd",
+        "lesionwise_hd95_mean": "lesion_hd95",
+        "lesionwise_hd95_std": "lesion_hd95_sd",
+    },
+    "mets": {
+        **_ALL,
+        "large_instance_tp": "large_lesions_found",
+        "large_instance_fp": "large_lesions_false",
+        "large_instance_fn": "large_lesions_missed",
+        "large_instance_prec": "large_lesion_precision",
+        "large_instance_rec": "large_lesion_recall",
+        "large_instance_f1": "large_lesion_f1",
+        "lesionwise_dsc_mean": "large_lesion_dice",
+        "lesionwise_dsc_std": "large_lesion_dice_sd",
+        "lesionwise_hd95_mean": "large_lesion_hd95",
+        "lesionwise_hd95_std": "large_lesion_hd95_sd",
+        "lesionwise_nsd_mean": "large_lesion_surface_dice",
+        "lesionwise_nsd_std": "large_lesion_surface_dice_sd",
+        "small_instance_tp": "small_lesions_found",
+        "small_instance_fn": "small_lesions_missed",
+        "small_instance_fp": "small_lesions_false",
+        "small_instance_prec": "small_lesion_precision",
+        "small_instance_rec": "small_lesion_recall",
+        "small_instance_f1": "small_lesion_f1",
+        **_GLOBAL,
+    },
+}
 
 
 def write_comparison(folder: Path, content: Mapping[str, Any], page: str) -> tuple[Path, Path, Path]:
-    """Write report.html, report.json and cases.csv.
+    """Write report.html, report.json, cases.csv, and calibration.csv and reliability.csv of models with probabilities.
 
     Args:
         folder: Where they go.
@@ -19,10 +67,11 @@ def write_comparison(folder: Path, content: Mapping[str, Any], page: str) -> tup
         page: What report.html holds.
 
     Returns:
-        The three files.
+        The first three files.
     """
     report, json, cases = folder / "report.html", folder / "report.json", folder / "cases.csv"
     _write_csv(cases, content)
+    _write_calibration(folder, content)
     with written_whole(report) as partial:
         partial.write_text(page, encoding="utf-8", newline="\n")
     write_json(json, content, indent=None)
@@ -42,3 +91,85 @@ def _write_csv(path: Path, content: Mapping[str, Any]) -> None:
                     cells = ["" if values[metric] is None else values[metric] for metric in metrics]
                     fold = "" if case["fold"] is None else case["fold"]
                     writer.writerow([case["id"], fold, names[key], region, *cells])
+
+
+def write_brats_tables(folder: Path, content: Mapping[str, Any], table: str, names: Mapping[str, str]) -> None:
+    """Write each model's scores as the table that brats-evaluation's brats-parse-metrics writes.
+
+    Args:
+        folder: Gets a file MODEL.csv for each model, by its key; made if need be.
+        content: What report.json holds, of scores like brats-evaluation's.
+        table: "seg" or "mets".
+        names: Name of the reference's file, by case.
+    """
+    with file_errors(folder):
+        folder.mkdir(exist_ok=True)
+    columns = _COLUMNS[table]
+    for model in content["models"]:
+        rows = {
+            names[case["id"]]: [
+                _like_the_tool(case["scores"][model["key"]][region], metric)
+                for region in content["regions"]
+                for metric in columns.values()
+            ]
+            for case in content["cases"]
+        }
+        with written_whole(folder / f"{model['key']}.csv") as partial, partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(
+                ["subject_id", *(f"{column}_{region.lower()}" for region in content["regions"] for column in columns)]
+            )
+            summaries = zip(*(_summary(values) for values in zip(*rows.values(), strict=True)), strict=True)
+            rows |= dict(zip(("mean", "std", "median"), map(list, summaries), strict=True))
+            for name, values in rows.items():
+                writer.writerow([name, *("" if np.isnan(value) else float(value) for value in values)])
+
+
+def _like_the_tool(values: Mapping[str, Any], metric: str) -> float:
+    """A score as the tool prints it: infinite, where no lesion is matched, and there are some."""
+    if metric == "lesion_hd95" and not values["lesions_found"] and values["lesions_missed"] + values["lesions_false"]:
+        return float("inf")
+    return float("nan") if values[metric] is None else values[metric]
+
+
+def _summary(column: tuple[float, ...]) -> tuple[float, float, float]:
+    """Mean, standard deviation and median of the values that there are."""
+    values = np.array([value for value in column if not np.isnan(value)], np.float64)
+    if not values.size:
+        return (float("nan"),) * 3
+    with np.errstate(invalid="ignore"):
+        deviation = float(values.std(ddof=1)) if values.size > 1 else float("nan")
+    return float(values.mean()), deviation, float(np.median(values))
+
+
+def _write_calibration(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write calibration.csv and reliability.csv, or remove those of before where no model has probabilities."""
+    errors, curves = folder / "calibration.csv", folder / "reliability.csv"
+    calibration = content.get("calibration") or {}
+    if not calibration.get("pooled"):
+        for path in (errors, curves):
+            path.unlink(missing_ok=True)
+        return
+    metrics = [metric["key"] for metric in calibration["metrics"]]
+    names = {model["key"]: model["name"] for model in content["models"]}
+    folds = {case["id"]: "" if case["fold"] is None else case["fold"] for case in content["cases"]}
+    with written_whole(errors) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "fold", "model", "region", *metrics])
+        for key, cases in calibration["cases"].items():
+            for case, regions in cases.items():
+                for region, values in regions.items():
+                    cells = ["" if values[metric] is None else values[metric] for metric in metrics]
+                    writer.writerow([case, folds[case], names[key], region, *cells])
+    with written_whole(curves) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "region", "metric", "bin_low", "bin_high", "voxels", "probability", "frequency"])
+        bins = calibration["bins"]
+        for key, regions in calibration["pooled"].items():
+            for region, of_metric in regions.items():
+                for metric, curve in of_metric.items():
+                    for place in range(bins):
+                        cells = [curve[name][place] for name in ("voxels", "probability", "frequency")]
+                        ends = [round(end / bins, 6) for end in (place, place + 1)]
+                        row = ["" if cell is None else cell for cell in cells]
+                        writer.writerow([names[key], region, metric, *ends, *row])

@@ -1,1 +1,1 @@
-"""What the networks are made from: from nnU-Net's plans to the arguments of ours."""
+"""Planners, variants of plans, and the memory that a training takes."""

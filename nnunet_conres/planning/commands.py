@@ -7,7 +7,6 @@ import glob
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,10 +29,10 @@ from nnunet_conres.errors import InputError, writing_errors
 from nnunet_conres.families import PLANNED
 from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.images.volumes import reader_for
-from nnunet_conres.nnunet import folder_from_environment
+from nnunet_conres.nnunet import device_option, folder_from_environment
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
-from nnunet_conres.planning.preprocessing import (
+from nnunet_conres.preprocessing.dataset import (
     OF_FILES,
     STOCK_PLANS,
     Preprocessed,
@@ -42,7 +41,7 @@ from nnunet_conres.planning.preprocessing import (
     read_plans,
     remove_cases,
 )
-from nnunet_conres.planning.sources import (
+from nnunet_conres.preprocessing.sources import (
     GT_SEGMENTATIONS,
     fingerprint_differences,
     note_in_fingerprint,
@@ -412,6 +411,7 @@ def _with_next_commands(planned: Planned) -> Planned:
         )
     commands.append(
         f"nnUNetv2_train {planned.dataset_id} 3d_fullres 0 -tr {planned.trainer_name} -p {planned.plans_name}"
+        f"{device_option()}"
     )
     return replace(planned, notes=_notes(planned.dataset_id), next_commands=tuple(commands))
 
@@ -479,9 +479,11 @@ def _plans_file_errors(path: Path, options: PlanOptions) -> Iterator[str]:
 def _unknown_configurations(dataset_id: int, options: PlanOptions, configurations: Sequence[str]) -> Iterator[str]:
     """Names that no planner plans, and that nobody has added to existing plans."""
     known = set(CONFIGURATIONS)
-    with contextlib.suppress(InputError):  # told already
-        folder = Path(os.environ.get("nnUNet_preprocessed", ""), find_dataset(dataset_id).name)
-        known |= set(read_plans(folder).get(options.resolved_plans_name, {}).get("configurations", ()))
+    preprocessed = folder_from_environment("nnUNet_preprocessed")
+    with contextlib.suppress(InputError):  # reported elsewhere
+        if preprocessed is not None:
+            plans = read_plans(preprocessed / find_dataset(dataset_id).name).get(options.resolved_plans_name, {})
+            known |= set(plans.get("configurations", ()))
     for name in configurations:
         if name not in known:
             yield f"{name!r} is no configuration; expected some of {', '.join(sorted(known))} for -c."

@@ -15,14 +15,14 @@ from nnunet_conres.datasets.raw import find_dataset, read_dataset_json
 from nnunet_conres.errors import InputError
 from nnunet_conres.nnunet import folder_from_environment
 from nnunet_conres.planning.memory import MemoryEstimate, MemoryModel, estimate_memory
-from nnunet_conres.planning.preprocessing import read_plans
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.plans.entries import stride_products
-from nnunet_conres.text import format_shape
+from nnunet_conres.preprocessing.dataset import read_plans
+from nnunet_conres.text import did_you_mean, format_shape
 
 GIB: Final = 2**30
 _LARGEST_EDGE = 1024
-_SMALL = 0.01  # parts of less than this share are told together
+_SMALL = 0.01  # parts of less than this share are one row
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ def _plans_and_dataset(dataset: int | str, plans_name: str) -> tuple[dict[str, A
     found = read_plans(preprocessed / raw.name)
     if plans_name not in found:
         raise InputError(
-            f"There are no plans {plans_name} in {preprocessed / raw.name}, only {', '.join(found) or 'none'}. "
-            f"Make them with nnunet-conres plan or nnUNetv2_plan_experiment."
+            f"There are no plans {plans_name} in {preprocessed / raw.name}{did_you_mean(plans_name, found)} There are "
+            f"{', '.join(found) or 'none'}. Make them with nnunet-conres plan or nnUNetv2_plan_experiment."
         )
     dataset_json, errors = read_dataset_json(raw)
     if dataset_json is None:

@@ -30,9 +30,9 @@ from nnunet_conres.families import PLANNED, Family
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.planning.memory import MemoryModel, UntrainableError
-from nnunet_conres.planning.preprocessing import read_plans, settings_errors, share_data
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.plans.entries import set_background_class
+from nnunet_conres.preprocessing.dataset import read_plans, settings_errors, share_data
 from nnunet_conres.text import format_shape
 
 GIB: Final = 2**30
@@ -321,7 +321,7 @@ class NetworkPlanner(ExperimentPlanner):
         # scaled from its reference memory to the target. Thus the comparison is one of bytes.
         self.UNet_reference_val_3d = self.UNet_reference_val_corresp_GB * GIB
         try:
-            # a cache of its own: nnU-Net's doesn't know of the cascade's channels
+            # a separate cache: nnU-Net's doesn't know of the cascade's channels
             plan = super().get_plans_for_configuration(*arguments, {})
         except TooLittleMemoryError:
             if checkpointing == CHECKPOINTINGS[-1]:
@@ -368,7 +368,7 @@ class NetworkPlanner(ExperimentPlanner):
             self._previous_stage_channels = 0
 
     def _plan_cascade(self, configurations: dict[str, Any]) -> None:
-        """Gives the cascade a patch, batch and network of its own where fullres's don't fit with its channels.
+        """Gives the cascade a separate patch, batch and network where fullres's don't fit with its channels.
 
         The stage before adds a channel for every foreground label. Inheritance is a shallow update, so all three are
         written together.

@@ -19,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_conres.errors import InputError
-from nnunet_conres.families import TRAINERS, load_trainer
+from nnunet_conres.families import TRAINERS, load_trainer, no_trainer
 from nnunet_conres.plans.entries import set_background_class
 
 DEVICES = ("cuda", "cpu")
@@ -78,10 +78,7 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
     try:
         return recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
-        raise InputError(
-            f"There is no trainer {name}; expected one of nnU-Net's, one in a folder of nnUNet_extTrainer, or one of "
-            f"this package, which nnunet-conres info lists."
-        ) from error
+        raise InputError(no_trainer(name)) from error
 
 
 class RunningStep:

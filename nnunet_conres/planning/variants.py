@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_conres.errors import InputError
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import one_at_a_time
-from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
+from nnunet_conres.nnunet import FOLDER_VARIABLES, device_option, folder_from_environment
 from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.plans.entries import fixed_stages, stride_products
 from nnunet_conres.text import aligned, format_shape
@@ -114,7 +114,8 @@ class AddedVariants:
                 lines.append(f"{variant.name}: was there already, and the same.")
         number = int(self.dataset_name[7:10])
         plans = "" if self.plans_name == "nnUNetPlans" else f" -p {self.plans_name}"
-        lines += [f"Next: nnUNetv2_train {number} {variant.name} 0 -tr TRAINER{plans}" for variant in self.variants]
+        options = f"-tr TRAINER{plans}{device_option()}"
+        lines += [f"Next: nnUNetv2_train {number} {variant.name} 0 {options}" for variant in self.variants]
         return "\n".join(lines)
 
 
@@ -255,7 +256,7 @@ def derive_architecture(
         The entry, and the patch, rounded up to what the strides need.
 
     Raises:
-        InputError: The network has a topology of its own which the patch does not fit, or the patch is too small.
+        InputError: The patch does not fit the network's own topology, or the patch is too small.
     """
     derived = deepcopy(dict(architecture))
     arguments = derived["arch_kwargs"]

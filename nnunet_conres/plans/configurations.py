@@ -68,7 +68,7 @@ def with_paper_patch(
 
 
 def with_configuration(plans: dict[str, Any], configuration: str, **entries: Any) -> dict[str, Any]:
-    """Plans whose configuration has these entries (``architecture``, ``patch_size``, ``batch_size``) of its own.
+    """Plans in which a configuration has these entries itself (``architecture``, ``patch_size``, ``batch_size``).
 
     Inheritance between configurations is a shallow update, so an entry here hides the inherited one. The plugin's
     version is noted beside them; it travels with plans.json and, as part of the trainer's arguments, in checkpoints.

@@ -1,10 +1,15 @@
-"""What `nnunet-conres info` tells: versions, discovery, path variables, trainers. Answers without importing torch."""
+"""What `nnunet-conres info` shows: versions, GPUs, discovery, path variables, trainers. Does not import torch."""
 
+import contextlib
 import os
 import platform
+import re
+import subprocess
 import sys
 import textwrap
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 
 from nnunet_conres import __version__, registration
 from nnunet_conres.families import LENGTHS, TRAINERS, TRAINING_LENGTHS
@@ -50,6 +55,7 @@ class Info:
         versions: Of this package, nnU-Net, torch and Python; None for what is not installed.
         nnunet_recent_enough: Whether nnU-Net is installed, and not too old for this package.
         discovery: Whether and how nnU-Net finds the trainers.
+        gpus: Names of the GPUs, and whether torch can use them.
         paths: nnU-Net's path variables; None for one that is not set.
         trainers: What ``-tr`` can be, with a line on each.
     """
@@ -59,6 +65,7 @@ class Info:
     versions: dict[str, str | None]
     nnunet_recent_enough: bool
     discovery: Discovery
+    gpus: list[str]
     paths: dict[str, str | None]
     trainers: dict[str, str] = field(default_factory=lambda: dict(TRAINERS))
 
@@ -73,19 +80,22 @@ class Info:
             every_length: Whether to list a trainer once for every number of epochs.
             width: Of the terminal, in characters; None for lines of any length.
         """
-        lines = ["Versions"]
-        lines += [f"  {name:<19} {version or 'not installed'}" for name, version in self.versions.items()]
-        lines += ["", f"Discovery by nnU-Net: {'active' if self.discovery.active else 'NOT ACTIVE'}"]
-        read = self.discovery.startup_file or "none was read"
+        versions = [f"{name} {version or 'not installed'}" for name, version in self.versions.items()]
+        lines = [", ".join(versions)]
+        lines += [f"{'GPU':<19} {gpu}" for gpu in self.gpus or ["none"]]
+        found = f"active ({self.discovery.startup_file})" if self.discovery.active else "NOT ACTIVE"
         if self.discovery.active and self.discovery.startup_file is None:
-            read += "; the variable was set by hand, or by an older installation"
-        lines += [f"  start-up file       {read}"]
-        lines += [f"  trainers in         {self.discovery.folder}"]
+            found = "active (no start-up file was read; the variable was set by hand)"
+        lines += [f"{'discovery':<19} {found}"]
         for folder in self.discovery.other_folders:
-            lines += [f"  also searched       {folder.path}{'' if folder.exists else ' (does not exist)'}"]
-        lines += ["", "nnU-Net's folders"]
-        lines += [f"  {name:<19} {path or 'not set'}" for name, path in self.paths.items()]
-        lines += ["", "Trainers (nnUNetv2_train ... -tr NAME)", *self._lines_of_trainers(every_length, width)]
+            lines += [f"{'also searched':<19} {folder.path}{'' if folder.exists else ' (does not exist)'}"]
+        for name, path in self.paths.items():
+            missing = " (does not exist)" if path and not os.path.isdir(path) else ""
+            lines += [f"{name:<19} {path or 'not set'}{missing}"]
+        lines += [
+            "Trainers (nnUNetv2_train ... -tr NAME; --all: for every number of epochs)",
+            *self._lines_of_trainers(every_length, width),
+        ]
         for problem in self.problems:
             lines += ["", f"PROBLEM: {problem}"]
         return "\n".join(lines)
@@ -99,9 +109,10 @@ class Info:
             mark = "*" if name in with_lengths and not every_length else " "
             lines += _wrapped(f"{mark} {name:<{longest}}  ", self.trainers[name], width)
         if not every_length:
-            lengths = ", ".join(f"_{ending}" for ending in TRAINING_LENGTHS)
-            note = f"Also for another number of epochs: NAME{lengths}. --all lists every name."
-            lines += ["", *_wrapped("* ", note, width)]
+            one, *more = TRAINING_LENGTHS
+            numbers = ", ".join(str(TRAINING_LENGTHS[ending]) for ending in more)
+            note = f"also NAME_{one} and NAME_Nepochs for N of {numbers}"
+            lines += _wrapped("* ", note, width)
         return lines
 
 
@@ -140,8 +151,35 @@ def collect() -> Info:
                 if not registration.is_own_folder(folder)
             ],
         ),
+        gpus=gpus(),
         paths={name: os.environ.get(name) for name in FOLDER_VARIABLES},
     )
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs of this machine, with their memory, found without importing torch.
+
+    Where torch is built for the CPU only, that is added: it can't use them.
+    """
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return ["Apple (-device mps)"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    unused = "" if _torch_has_cuda() else "; torch is built for the CPU only and can't use it (see pytorch.org)"
+    return [line.strip() + unused for line in answer.splitlines() if line.strip()]
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the installed torch is built for a GPU of NVIDIA or AMD, by its version file."""
+    package = find_spec("torch")
+    for folder in (package and package.submodule_search_locations) or ():
+        with contextlib.suppress(OSError):
+            text = Path(folder, "version.py").read_text(encoding="utf-8")
+            return re.search(r"^(cuda|hip)\b.*= '", text, re.MULTILINE) is not None
+    return False
 
 
 def _inactive_hint() -> str:
@@ -152,7 +190,7 @@ def _inactive_hint() -> str:
         command = f'export {registration.VARIABLE}="{value}"'
     return (
         "nnU-Net does not find the trainers: Python did not read a start-up file of this package. It does so for a "
-        "package installed into an environment (pip install), not for one in a folder of its own (pip install "
+        "package installed into an environment (pip install), not for one in a separate folder (pip install "
         f"--target, PYTHONPATH, python -S). Install it into the environment, or set the variable by hand:\n  {command}"
     )
 

@@ -33,7 +33,7 @@ def without_intensity_transforms(
     def stays(transform: BasicTransform) -> bool:
         if not isinstance(transform, RandomTransform) or isinstance(transform.transform, keep):
             return True
-        # with a dot behind, for intensity.gamma is of the package intensity, intensities.gamma would not be
+        # with a dot after it, for intensity.gamma is of the package intensity, intensities.gamma would not be
         return not f"{type(transform.transform).__module__}.".startswith(_INTENSITY_PACKAGES)
 
     return ComposeTransforms([transform for transform in pipeline.transforms if stays(transform)])

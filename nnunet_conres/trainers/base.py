@@ -18,10 +18,11 @@ from nnunet_conres.architectures.layout import fast, weights_to_channels_last
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.nnunet import folder_from_environment
-from nnunet_conres.planning.preprocessing import preprocessing_settings
-from nnunet_conres.planning.sources import training_data_errors
 from nnunet_conres.plans.configurations import configuration_of, with_configuration
 from nnunet_conres.plans.entries import has_auxiliary_heads, set_background_class
+from nnunet_conres.preprocessing.dataset import preprocessing_settings
+from nnunet_conres.preprocessing.sources import training_data_errors
+from nnunet_conres.refusals import show_in_one_line
 from nnunet_conres.trainers.checks import (
     as_in_other_folds,
     check_device,
@@ -32,10 +33,23 @@ from nnunet_conres.trainers.checks import (
 from nnunet_conres.trainers.logger import LossPartsTrainer
 from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.precision import CpuPrecisionTrainer
+from nnunet_conres.trainers.progress import ProgressTrainer
 from nnunet_conres.trainers.recipe import RecipeTrainer
+from nnunet_conres.trainers.stop import StoppableTrainer
+from nnunet_conres.trainers.tracking import TrackedTrainer
+
+show_in_one_line()  # also for trainers that users derive from ours, which nnU-Net finds without our help
 
 
-class PluginTrainer(RecipeTrainer, LossPartsTrainer, CpuPrecisionTrainer, FiniteStepsTrainer):
+class PluginTrainer(
+    StoppableTrainer,
+    TrackedTrainer,
+    ProgressTrainer,
+    RecipeTrainer,
+    LossPartsTrainer,
+    CpuPrecisionTrainer,
+    FiniteStepsTrainer,
+):
     """nnU-Net's trainer for a network that is derived from the plans, and written into them.
 
     Subclasses say which network they train in ``architecture``, and what else they write into the plans in ``resolve``.
@@ -131,7 +145,7 @@ class PluginTrainer(RecipeTrainer, LossPartsTrainer, CpuPrecisionTrainer, Finite
         return loss
 
     def _at_all_scales(self, loss: nn.Module) -> nn.Module:
-        """A loss of our own wrapped as nnU-Net's is, with weight 1 for every scale that there is."""
+        """One of our losses wrapped as nnU-Net's is, with weight 1 for every scale that there is."""
         scales = self._get_deep_supervision_scales()
         return loss if scales is None else DeepSupervisionWrapper(loss, [1 / len(scales)] * len(scales))
 
@@ -153,7 +167,7 @@ class PluginTrainer(RecipeTrainer, LossPartsTrainer, CpuPrecisionTrainer, Finite
         super().on_train_start()
 
     def _check_raw_data(self) -> None:
-        """Refuses to train on cases whose raw files changed since, and warns where that can't be told.
+        """Refuses to train on cases whose raw files changed since, and warns where that is unknown.
 
         Raises:
             InputError: Raw data and preprocessed data differ. Nothing is known where there are no raw data.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +11,9 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.errors import InputError
-from nnunet_conres.nnunet import Model
+from nnunet_conres.nnunet import Model, folder_from_environment
 from nnunet_conres.plans.configurations import configuration_of, differences_in_topology
+from nnunet_conres.text import no_device
 
 
 def check_device(device: torch.device) -> None:
@@ -25,9 +24,7 @@ def check_device(device: torch.device) -> None:
     """
     for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
         if device.type == kind and not backend.is_available():
-            raise InputError(
-                f"There is no {kind.upper()} device here that torch can use. To train on the CPU add: -device cpu"
-            )
+            raise InputError(no_device(kind, "train"))
 
 
 def check_is_3d(configuration: ConfigurationManager, name: str, network: str) -> None:
@@ -88,10 +85,10 @@ def check_preprocessed(plans: dict[str, Any], configuration: str) -> None:
     Raises:
         InputError: If the folder with the data is missing.
     """
-    root = os.environ.get("nnUNet_preprocessed")
+    root = folder_from_environment("nnUNet_preprocessed")
     if root is None:
         return  # nnU-Net says so itself
-    folder = Path(root) / plans["dataset_name"] / configuration_of(plans, configuration).data_identifier
+    folder = root / plans["dataset_name"] / configuration_of(plans, configuration).data_identifier
     if not folder.is_dir():
         raise InputError(
             f"There are no preprocessed data for configuration {configuration}: {folder} does not exist. Run: "

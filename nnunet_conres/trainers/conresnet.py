@@ -19,6 +19,7 @@ from nnunet_conres.plans import conresnet
 from nnunet_conres.plans.configurations import with_paper_patch
 from nnunet_conres.plans.entries import names_paper_form
 from nnunet_conres.trainers.augmentation import with_deformation, with_spatial, without_intensity_transforms
+from nnunet_conres.trainers.channel_dropout import ChannelDropoutMixin
 from nnunet_conres.trainers.recipe import MuonMixin
 from nnunet_conres.trainers.residual_maps import ResidualMapTrainer
 
@@ -55,6 +56,10 @@ class nnUNetTrainerConResNet_NoMirroring(nnUNetTrainerConResNet):
         rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         self.inference_allowed_mirroring_axes = None
         return rotation, dummy_2d, initial_patch_size, None
+
+
+class nnUNetTrainerConResNet_ChannelDropout(ChannelDropoutMixin, nnUNetTrainerConResNet):
+    """With channels left out at random, for cases that lack modalities."""
 
 
 class nnUNetTrainerConResNet_SGD(nnUNetTrainerConResNet):

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed
 
+from nnunet_conres.colours import colours_of
 from nnunet_conres.files import written_whole
 
 FIGURE_NAME = "progress_conres.png"
@@ -101,13 +103,14 @@ def loss_parts_figure(logging: dict[str, list[Any]], parts: Sequence[str], regio
             axis.plot(values, style, color=colour, marker="o", markersize=4, label=f"{phase} {part} loss")
         axis.set_ylabel(f"{part} loss")
     dice = np.asarray(logging["dice_per_class_or_region"], dtype=float)
-    colours = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#000000")
-    for index in range(dice.shape[1] if dice.ndim == 2 else 0):
-        name = region_names[index] if index < len(region_names) else f"class {index + 1}"
-        colour = colours[index % len(colours)]
-        axes[-1].plot(dice[:, index], color=colour, marker="o", markersize=4, label=name)
+    number = dice.shape[1] if dice.ndim == 2 else 0
+    names = [region_names[index] if index < len(region_names) else f"class {index + 1}" for index in range(number)]
+    for index, (name, colour) in enumerate(colours_of(names).items()):
+        # the pale ones, made for pictures on black, need an edge on white
+        edge = [withStroke(linewidth=3, foreground="#555555")]
+        axes[-1].plot(dice[:, index], color=colour, marker="o", markersize=4, label=name, path_effects=edge)
     axes[-1].set(ylabel="pseudo Dice", xlabel="epoch", ylim=(0, 1))
-    axes[-1].set_xlim(-0.5, max(len(dice), 1) - 0.5)  # a single epoch has no extent of its own
+    axes[-1].set_xlim(-0.5, max(len(dice), 1) - 0.5)  # a single epoch has no extent
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -19,7 +19,8 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.plans.configurations import configuration_of, differences_in_topology, with_configuration
 
 LATEST_CHECKPOINT: Final = "checkpoint_latest.pth"
-CHECKPOINT_VARIABLE: Final = "NNUNET_CONRES_CHECKPOINT_MINUTES"
+FINAL_CHECKPOINT: Final = "checkpoint_final.pth"
+CHECKPOINT_VARIABLE: Final = "nnUNet_conres_checkpoint_minutes"
 """Environment variable with another `checkpoint_interval_minutes` for all trainers."""
 
 
@@ -31,7 +32,7 @@ class ResumableTrainer(nnUNetTrainer):
     Attributes:
         checkpoint_interval_minutes: At least this often checkpoint_latest.pth is written, in mid-epoch and in mid-
             validation as well; a training that is killed loses no more steps than that when it goes on with ``--c``.
-            The environment variable NNUNET_CONRES_CHECKPOINT_MINUTES comes before it.
+            The environment variable nnUNet_conres_checkpoint_minutes comes before it.
     """
 
     checkpoint_interval_minutes: float = 5.0

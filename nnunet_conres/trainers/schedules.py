@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 class StepLRScheduler(LRScheduler):
     """Divides the learning rate by 10 every so many epochs.
 
-    Like nnU-Net's own, it is told the epoch and keeps no state: a training that is continued needs no more than that.
+    Like nnU-Net's own, it takes the epoch and keeps no state: a training that is continued needs no more than that.
 
     Args:
         optimizer: The optimiser.

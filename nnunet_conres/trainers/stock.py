@@ -8,6 +8,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.trainers.base import PluginTrainer
+from nnunet_conres.trainers.channel_dropout import ChannelDropoutMixin
 from nnunet_conres.trainers.recipe import MuonMixin
 
 
@@ -22,3 +23,7 @@ class nnUNetTrainerMuon(MuonMixin, PluginTrainer):
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
         return deepcopy(configuration.configuration["architecture"])
+
+
+class nnUNetTrainerMuon_ChannelDropout(ChannelDropoutMixin, nnUNetTrainerMuon):
+    """With channels left out at random, for cases that lack modalities."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.util
 import os
@@ -19,6 +18,7 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.families import PLANNED, TRAINERS
 from nnunet_conres.nnunet import FOLDER_VARIABLES
 from nnunet_conres.registration import VARIABLE
+from nnunet_conres.text import did_you_mean
 from nnunet_conres.workflow import schema
 from nnunet_conres.workflow.schema import Splits
 
@@ -396,8 +396,7 @@ class _Reader:
         known = _classes_of_nnunet(kind)
         if not known or name in known or (kind == "trainer" and (name in TRAINERS or self._is_users_own(name))):
             return
-        near = difflib.get_close_matches(name, [*known, *(TRAINERS if kind == "trainer" else OWN_PLANNERS.values())], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, [*known, *(TRAINERS if kind == "trainer" else OWN_PLANNERS.values())]).rstrip(".")
         own = ", and none in the folders of nnUNet_extTrainer" if kind == "trainer" else ""
         self.errors.append(f"{where}nnU-Net and this package have no {kind} called {name}{own}{hint}")
 

@@ -82,7 +82,7 @@ def _check_gpus(experiment: Experiment) -> None:
     if here < needed:
         raise InputError(
             f"device is cuda, and a training needs {needed} GPU{'s' if needed > 1 else ''}, but nvidia-smi and "
-            f"CUDA_VISIBLE_DEVICES tell of {here} here. Set that variable if they are there, or device: cpu, or "
+            f"CUDA_VISIBLE_DEVICES list {here}. Set that variable if there are more, or device: cpu, or "
             f"use --profile slurm."
         )
 
@@ -159,7 +159,7 @@ def _run_to_its_end(command: Sequence[str], descriptor: int) -> int:
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         started.append(subprocess.Popen(command, pass_fds=[descriptor], start_new_session=True))
-        if too_early:  # while Snakemake was being started, and nobody was there to be told
+        if too_early:  # while Snakemake was starting, before there was a process to signal
             hand_on()
         code = started[0].wait()
     finally:

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.errors import file_errors
+from nnunet_conres.files import is_temporary, try_read_json, write_if_changed
 from nnunet_conres.folders import list_files
-from nnunet_conres.planning.settings import OF_CONFIGURATIONS
+from nnunet_conres.preprocessing.settings import OF_CONFIGURATIONS
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from nnunet_conres.workflow.config import Experiment, Model, iterate_trainings
 
@@ -28,46 +29,7 @@ _END_BYTES: Final = 2**16
 _NAMES_ONLY: Final = ("configurations", "plans_name", "experiment_planner_used")
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def write_if_changed(path: Path, content: Mapping[str, Any], *, sort: bool = True) -> bool:
-    """Writes JSON, to a temporary name first, unless the file holds the very same already.
-
-    Args:
-        path: The file.
-        content: What it is to hold.
-        sort: Whether the order of entries means nothing.
-
-    Returns:
-        Whether it was written.
-
-    Raises:
-        InputError: The file system refuses.
-    """
-    text = json.dumps(content, indent=1, sort_keys=sort) + "\n"
-    with file_errors(path):
-        try:
-            if path.read_text() == text:
-                return False
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(text)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    return True
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if it is not there or not whole."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+# --- digests --------------------------------------------------------------------------------------------------------
 
 
 def digest(content: Any) -> str:
@@ -94,7 +56,7 @@ def folders_digest(folders: Iterable[Path], files: Iterable[Path], cache: Path) 
         files: Files, likewise.
         cache: Digests by size and time of modification, so that what has not been touched is not read again.
     """
-    known = read_json(cache) or {}
+    known = try_read_json(cache) or {}
     seen: dict[str, list[Any]] = {}
     paths = [path for folder in folders if folder.is_dir() for path in list_files(folder)]
     for path in sorted([*paths, *(file for file in files if file.is_file())]):
@@ -156,7 +118,7 @@ def plans_state(plans: Any, configuration: str) -> dict[str, Any] | None:
 
 def holds_all_cases(experiment: Experiment, folder: Path) -> bool:
     """Whether each training case has its properties, which are written last, and its data in a preprocessed folder."""
-    ending = (read_json(experiment.raw / "dataset.json") or {}).get("file_ending", "")
+    ending = (try_read_json(experiment.raw / "dataset.json") or {}).get("file_ending", "")
     labels = experiment.raw / "labelsTr"
     cases = [path.name[: -len(ending)] for path in list_files(labels, ending)] if ending and labels.is_dir() else []
     there = {path.name: path.stat().st_size for path in folder.glob("*")} if folder.is_dir() else {}
@@ -218,7 +180,7 @@ def missing_validation(fold_folder: Path, cases: Iterable[str]) -> str | None:
         return "its last checkpoint is not there"
     if not path.is_file():
         return "validation/summary.json is not there"
-    content = read_json(path)
+    content = try_read_json(path)
     if not isinstance(content, dict) or "foreground_mean" not in content:
         return "validation/summary.json is not whole"
     scored = {re.split(r"[\\/]", str(entry.get("prediction_file")))[-1] for entry in content.get("metric_per_case", [])}
@@ -261,6 +223,12 @@ def stamp_of_fold(experiment: Experiment, model: Model, fold: int) -> Path:
 # --- keeping records true --------------------------------------------------------------------------------------------
 
 
+def find_records(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Records that match any of the patterns, without those that a step is writing."""
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path for path in found if not is_temporary(path))
+
+
 def refresh(experiment: Experiment) -> None:
     """Brings records in line with files: rewrites those of changed files, removes those of files that are gone.
 
@@ -274,21 +242,21 @@ def refresh(experiment: Experiment) -> None:
     _update(records / "raw.json", lambda: raw_state(experiment))
     _update(records / "test.json", lambda: test_state(experiment))
     for model in experiment.models:
-        plans = read_json(experiment.preprocessed / f"{model.plans}.json")
+        plans = try_read_json(experiment.preprocessed / f"{model.plans}.json")
         state = plans_state(plans, model.configuration)
         _update(plans_record(experiment, model), lambda state=state: state)
         folder = experiment.preprocessed / str((state or {}).get("data_identifier"))
         if not holds_all_cases(experiment, folder):
             data_record(experiment, model).unlink(missing_ok=True)
-    states = split_states(read_json(experiment.preprocessed / "splits_final.json"), experiment.folds)
+    states = split_states(try_read_json(experiment.preprocessed / "splits_final.json"), experiment.folds)
     for fold in experiment.folds:
         _update(split_record(experiment, fold), lambda fold=fold: (states or {}).get(fold))
     for model, fold in iterate_trainings(experiment):
         cases = (states or {}).get(fold, {}).get("validation", [])
         if missing_validation(experiment.fold_folder(model, fold), cases):
             training_record(experiment, model, fold).unlink(missing_ok=True)
-    for path in [*records.glob("predict/*/*.json"), *records.glob("ensemble/*.json"), *records.glob("compare/*.json")]:
-        made = (read_json(path) or {}).get("files", [])
+    for path in find_records(records, ("predict/*/*.json", "ensemble/*.json", "compare/*.json")):
+        made = (try_read_json(path) or {}).get("files", [])
         if not all((experiment.work / name).is_file() for name in made):
             path.unlink()
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.families import TRAINERS
+from nnunet_conres.files import try_read_json
 from nnunet_conres.workflow.config import STOCK_LENGTHS, Experiment, Model
-from nnunet_conres.workflow.records import read_json
 from nnunet_conres.workflow.schema import SLURM_TEXTS
 
 # Cores, memory in GB and minutes where nothing is known; generous, since jobs over their limits are killed.
@@ -85,7 +85,7 @@ def read_training_log(fold_folder: Path) -> TrainingLog:
 def number_of_epochs(experiment: Experiment, model: Model) -> int:
     """How many epochs a training has: as nnU-Net noted it in a fold, else by the trainer's name."""
     for fold in experiment.folds:
-        noted = (read_json(experiment.fold_folder(model, fold) / "debug.json") or {}).get("num_epochs")
+        noted = (try_read_json(experiment.fold_folder(model, fold) / "debug.json") or {}).get("num_epochs")
         if noted is not None and str(noted).isdigit():
             return int(noted)
     named = re.search(r"_(\d+)epochs?$", model.trainer)
@@ -133,7 +133,7 @@ def training_retries(experiment: Experiment) -> int:
 
 def gpu_memory(experiment: Experiment, model: Model) -> float | None:
     """GPU memory of a training in GiB: by the memory model, else what nnU-Net's planner aims at; None if unknown."""
-    known = (read_json(experiment.records / "memory" / f"{model.name}.json") or {}).get("total_bytes")
+    known = (try_read_json(experiment.records / "memory" / f"{model.name}.json") or {}).get("total_bytes")
     if known is not None:
         return known / 2**30
     plans = experiment.plans[model.plans]

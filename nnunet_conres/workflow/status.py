@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nnunet_conres.files import try_read_json
 from nnunet_conres.locks import holder
 from nnunet_conres.text import aligned
 from nnunet_conres.workflow import records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, iterate_trainings
 from nnunet_conres.workflow.launch import job_name
-from nnunet_conres.workflow.records import read_json
 from nnunet_conres.workflow.resources import (
     epoch_seconds,
     lost_at_most,
@@ -115,7 +115,7 @@ def duration(seconds: float) -> str:
 
 def status(experiment: Experiment) -> Status:
     """Looks at an experiment; changes nothing, and needs nothing to be running."""
-    splits = read_json(experiment.preprocessed / "splits_final.json")
+    splits = try_read_json(experiment.preprocessed / "splits_final.json")
     cases = records.split_states(splits, experiment.folds) or {}
     jobs = _jobs_of_trainings(experiment)
     folds = [
@@ -147,7 +147,7 @@ def _fold_status(experiment: Experiment, model: Model, fold: int, cases: Sequenc
             state="running", epoch=log.epochs, dice=log.dice, seconds_left=left, where=where, **common
         )  # fmt: skip
     if not records.missing_validation(folder, cases):
-        summary = read_json(folder / "validation" / "summary.json")
+        summary = try_read_json(folder / "validation" / "summary.json")
         return FoldStatus(state="done", epoch=epochs, dice=summary["foreground_mean"].get("Dice"), **common)
     if job is not None:
         return FoldStatus(state="waiting", epoch=log.epochs, dice=log.dice, where=job, **common)

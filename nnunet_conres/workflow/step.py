@@ -1,8 +1,8 @@
 """Runs the command of a rule: under a lock, unless its work is done already; records what was made.
 
-The workflow's rules call ``python -m nnunet_conres.workflow.step EXPERIMENT STEP ... -- COMMAND``. What is half made is
-told from what is whole by its content, never by a file's mere being there, so that a step can be killed at any time,
-started again, or started twice by two workflows.
+The workflow's rules call ``python -m nnunet_conres.workflow.step EXPERIMENT STEP ... -- COMMAND``. The content of
+a file decides whether it is complete, never its mere existence. So a step can be killed at any time, started again, or
+started twice by two workflows.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.files import try_read_json, write_if_changed
 from nnunet_conres.locks import LockedError, hold, hold_some, holder, private_folder
 from nnunet_conres.workflow import records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, parse_config
-from nnunet_conres.workflow.records import digest, read_json, write_if_changed
+from nnunet_conres.workflow.records import digest
 
 MARK: Final = "[workflow]"
 # Of this package's trainers, which are not imported here: that would take torch.
-CHECKPOINT_VARIABLE: Final = "NNUNET_CONRES_CHECKPOINT_MINUTES"
+CHECKPOINT_VARIABLE: Final = "nnUNet_conres_checkpoint_minutes"
 # In nnU-Net's order: what --c goes on from.
 CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 # Of the log of a step that failed, among what Snakemake prints.
@@ -212,7 +213,7 @@ class Step:
                 file.write(f"{MARK} {text}\n")
 
     def _raw(self) -> Any:
-        return read_json(self.experiment.records / "raw.json")
+        return try_read_json(self.experiment.records / "raw.json")
 
     def convert(self) -> None:
         """The raw data set: made of BraTS folders, or there already."""
@@ -237,10 +238,10 @@ class Step:
         """Integrity check and fingerprint."""
         path, stamp = self.experiment.preprocessed / "dataset_fingerprint.json", self.stamp("fingerprint")
         with self.lock("dataset") as descriptor:
-            made_of = read_json(stamp)
-            if made_of != self._raw() or read_json(path) is None:
+            made_of = try_read_json(stamp)
+            if made_of != self._raw() or try_read_json(path) is None:
                 # one made by hand, before the workflow, is kept
-                renew = made_of is not None or (path.exists() and read_json(path) is None)
+                renew = made_of is not None or (path.exists() and try_read_json(path) is None)
                 if renew:
                     write_if_changed(stamp, _UNFINISHED)
                 run([*self.command, *(["--clean"] if renew else [])], self.log, keep=[descriptor])
@@ -250,17 +251,17 @@ class Step:
     def split(self) -> None:
         """The folds; splits that somebody made by hand are taken as they are."""
         path, stamp = self.experiment.preprocessed / "splits_final.json", self.stamp("splits")
-        wanted = {"raw": self._raw(), "options": read_json(self.experiment.records / "options" / "splits.json")}
+        wanted = {"raw": self._raw(), "options": try_read_json(self.experiment.records / "options" / "splits.json")}
         with self.lock("splits") as descriptor:
-            made_of = read_json(stamp)
+            made_of = try_read_json(stamp)
             if path.exists() and made_of is None:
                 self.say(f"{path} was there before; it is used as it is.")
-            elif made_of != wanted or read_json(path) is None:
+            elif made_of != wanted or try_read_json(path) is None:
                 if path.exists():
                     self._nobody_trains_on(path)
                 run([*self.command, *(["--force"] if path.exists() else [])], self.log, keep=[descriptor])
                 write_if_changed(stamp, wanted)
-            states = records.split_states(read_json(path), self.experiment.folds)
+            states = records.split_states(try_read_json(path), self.experiment.folds)
             if states is None:
                 raise StepError(
                     f"{path} lacks some of the folds {', '.join(map(str, self.experiment.folds))}. nnU-Net would make "
@@ -273,21 +274,21 @@ class Step:
         """Plans; those that somebody made by hand are taken as they are."""
         path, stamp = self.experiment.preprocessed / f"{plans_name}.json", self.stamp(f"plans_{plans_name}")
         wanted = {
-            "fingerprint": read_json(self.experiment.records / "fingerprint.json"),
-            "options": read_json(self.experiment.records / "options" / f"plans_{plans_name}.json"),
+            "fingerprint": try_read_json(self.experiment.records / "fingerprint.json"),
+            "options": try_read_json(self.experiment.records / "options" / f"plans_{plans_name}.json"),
         }
         with self.lock("dataset") as descriptor:
-            made_of = read_json(stamp)
-            if read_json(path) is not None and made_of is None:
+            made_of = try_read_json(stamp)
+            if try_read_json(path) is not None and made_of is None:
                 self.say(f"{path} was there before; it is used as it is.")
-            elif not self.command and read_json(path) is None:
+            elif not self.command and try_read_json(path) is None:
                 raise StepError(f"{path} is not there, and its planner is none. Make the plans, or name a planner.")
-            elif self.command and (made_of != wanted or read_json(path) is None):
+            elif self.command and (made_of != wanted or try_read_json(path) is None):
                 if path.exists():
                     self._nobody_trains_on(path, f"*__{plans_name}__*")
                 run(self.command, self.log, keep=[descriptor])
                 write_if_changed(stamp, wanted)
-            plans = read_json(path)
+            plans = try_read_json(path)
         state = records.plans_state(plans, configuration)
         if state is None:
             there = ", ".join((plans or {}).get("configurations", {}))
@@ -296,14 +297,14 @@ class Step:
 
     def preprocess(self, plans_name: str, configuration: str) -> None:
         """Preprocessed data, made once for all plans and workflows that want the same."""
-        state = records.plans_state(read_json(self.experiment.preprocessed / f"{plans_name}.json"), configuration)
+        state = records.plans_state(try_read_json(self.experiment.preprocessed / f"{plans_name}.json"), configuration)
         if state is None:
             raise StepError(f"{plans_name} has no configuration {configuration}.")
         identifier = state["data_identifier"]
         folder, stamp = self.experiment.preprocessed / identifier, self.stamp(f"data_{identifier}")
         wanted = {"raw": self._raw()["content"], "preprocessing": state["preprocessing"]}
         with self.lock("preprocess") as descriptor:
-            made_of = read_json(stamp)
+            made_of = try_read_json(stamp)
             if made_of is None and records.holds_all_cases(self.experiment, folder):
                 self.say(f"{folder} was there before, with all cases; it is used as it is.")
                 write_if_changed(stamp, wanted)
@@ -329,8 +330,8 @@ class Step:
             if who is not None:
                 raise StepError(
                     f"{what} has to be made anew, but {lock.parent.parent.name}, {lock.stem}, is trained by {who}. "
-                    f"Wait for it; or, where another workflow wants something else of the same data set, give this one "
-                    f"an nnUNet_preprocessed and nnUNet_results of its own."
+                    f"Wait for it; or, if another workflow needs something else of the same data set, give this one "
+                    f"a separate nnUNet_preprocessed and nnUNet_results."
                 )
 
     def _may_be_removed(self, folder: Path, identifier: str, wanted: dict[str, Any]) -> None:
@@ -339,7 +340,7 @@ class Step:
             return
         self._nobody_trains_on(folder)
         for path in self.experiment.preprocessed.glob("*.json"):
-            plans = read_json(path)
+            plans = try_read_json(path)
             if not isinstance(plans, dict) or "configurations" not in plans:
                 continue
             for name in plans["configurations"]:
@@ -357,7 +358,7 @@ class Step:
             printed = self.record.with_name(f"{self.record.name}.partial")
             try:
                 run(self.command, self.log, output=printed)
-                answer = {"total_bytes": read_json(printed)["total"]}
+                answer = {"total_bytes": try_read_json(printed)["total"]}
             except (StepError, TypeError, KeyError) as error:
                 self.say(f"The memory of this training could not be estimated: {error}")
             printed.unlink(missing_ok=True)
@@ -369,11 +370,11 @@ class Step:
         """One fold, from where an earlier attempt ended."""
         experiment = self.experiment
         made_of = {
-            "data": digest(read_json(records.data_record(experiment, model))),
-            "split": digest(read_json(records.split_record(experiment, fold))),
-            "trainer": digest(read_json(records.trainer_record(experiment, model))),
+            "data": digest(try_read_json(records.data_record(experiment, model))),
+            "split": digest(try_read_json(records.split_record(experiment, fold))),
+            "trainer": digest(try_read_json(records.trainer_record(experiment, model))),
         }
-        cases = read_json(records.split_record(experiment, fold))["validation"]
+        cases = try_read_json(records.split_record(experiment, fold))["validation"]
         folder, stamp = experiment.fold_folder(model, fold), records.stamp_of_fold(experiment, model, fold)
         with hold(experiment.fold_lock(model, fold)) as descriptor:
             self._check_unchanged(model, fold)
@@ -411,12 +412,12 @@ class Step:
         experiment = self.experiment
         plans = experiment.preprocessed / f"{model.plans}.json"
         splits = experiment.preprocessed / "splits_final.json"
-        state = records.plans_state(read_json(plans), model.configuration) or {"plans": None}
-        prepared = read_json(records.data_record(experiment, model)) or {}
-        folds = records.split_states(read_json(splits), [fold]) or {}
+        state = records.plans_state(try_read_json(plans), model.configuration) or {"plans": None}
+        prepared = try_read_json(records.data_record(experiment, model)) or {}
+        folds = records.split_states(try_read_json(splits), [fold]) or {}
         as_before = {
             plans: all(prepared.get(key) == value for key, value in state.items()),
-            splits: folds.get(fold) == read_json(records.split_record(experiment, fold)),
+            splits: folds.get(fold) == try_read_json(records.split_record(experiment, fold)),
         }
         for path, same in as_before.items():
             if not same:
@@ -428,12 +429,12 @@ class Step:
     def _look_for_others(self, folder: Path, stamp: Path) -> None:
         """Refuses a fold that somebody seems to train by hand, which holds no lock.
 
-        Every training begins a log of its own, so one more than this workflow's last attempt can have begun is
+        Every training begins a new log, so one more than this workflow's last attempt can have begun is
         somebody else's.
         """
         if not folder.is_dir():
             return
-        known = (read_json(_known_logs(stamp)) or {}).get("logs")
+        known = (try_read_json(_known_logs(stamp)) or {}).get("logs")
         others = not stamp.is_file() if known is None else len(set(_logs(folder)) - set(known)) > 1
         if not others:
             return
@@ -452,7 +453,7 @@ class Step:
         """
         base = self.experiment.model_folder(model)
         for stamp in sorted(base.glob("workflow/fold_*.json")):
-            before = read_json(stamp) or {}
+            before = try_read_json(stamp) or {}
             own = stamp.stem == f"fold_{fold}"
             changed = [
                 part for part, value in before.items() if value != made_of.get(part) and (own or part != "split")
@@ -479,9 +480,9 @@ class Step:
         """Predictions of one part of the test cases; they appear when all of the part are done."""
         experiment = self.experiment
         trained = [records.training_record(experiment, model, fold) for fold in experiment.folds]
-        made_of = [read_json(path) for path in trained] + [
-            read_json(experiment.records / "test.json"),
-            read_json(experiment.records / "options" / "predict.json"),
+        made_of = [try_read_json(path) for path in trained] + [
+            try_read_json(experiment.records / "test.json"),
+            try_read_json(experiment.records / "options" / "predict.json"),
             experiment.probabilities,
         ]
         folder = experiment.predictions(model.name)
@@ -489,7 +490,7 @@ class Step:
         with hold(folder / f".part_{part}.lock") as descriptor:
             # of other checkpoints or other test cases
             for stamp in folder.glob(".part_*.json"):
-                before = read_json(stamp) or {}
+                before = try_read_json(stamp) or {}
                 if before.get("made_of") != digest(made_of):
                     for name in before.get("files", []):
                         (experiment.work / name).unlink(missing_ok=True)
@@ -535,15 +536,16 @@ class Step:
 
     def _contents(self, patterns: Iterable[str]) -> dict[str, Any]:
         """Records of what something is made of, by name."""
-        found = {path for pattern in patterns for path in self.experiment.records.glob(pattern)}
-        return {str(path.relative_to(self.experiment.records)): read_json(path) for path in sorted(found)}
+        folder = self.experiment.records
+        found = records.find_records(folder, patterns)
+        return {str(path.relative_to(folder)): try_read_json(path) for path in found}
 
     def _is_done(self, stamp: Path, made_of: Any) -> bool:
         """Whether files were made already, of the same, and are whole; then their record is written again.
 
         So it is where a step went on when Snakemake was killed, or where Snakemake wants to look.
         """
-        before = read_json(stamp) or {}
+        before = try_read_json(stamp) or {}
         files = [self.experiment.work / name for name in before.get("files", [])]
         if before.get("made_of") != digest(made_of) or not all(path.is_file() for path in files):
             return False
@@ -565,7 +567,7 @@ class Step:
     def _publish(self, partial: Path, folder: Path, made_of: Any, stamp: Path) -> None:
         """Moves finished files to where they belong, file by file, removes earlier ones, and records them."""
         folder.mkdir(parents=True, exist_ok=True)
-        before = (read_json(stamp) or {}).get("files", [])
+        before = (try_read_json(stamp) or {}).get("files", [])
         names = sorted(path.name for path in partial.iterdir())
         for name in names:
             os.replace(partial / name, folder / name)

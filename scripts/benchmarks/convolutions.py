@@ -153,7 +153,7 @@ def training_flops(convolutions: Sequence[Convolution]) -> dict[str, int]:
 
 
 class ConvolutionsAlone:
-    """The convolutions of a network and nothing else, forward and then backward, on tensors of their own.
+    """The convolutions of a network and nothing else, forward and then backward, on separate tensors.
 
     Args:
         convolutions: As recorded.

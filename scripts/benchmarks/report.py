@@ -59,7 +59,7 @@ def milliseconds_with_quartiles(times: dict[str, Any]) -> str:
 
 
 def write(report: dict[str, Any], file: Path) -> None:
-    """Writes a report as JSON; nothing is left behind by one that fails."""
+    """Writes a report as JSON; one that fails leaves nothing."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     partial.replace(file)

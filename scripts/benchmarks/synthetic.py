@@ -1,4 +1,4 @@
-"""Made-up data sets to plan for: what nnU-Net's planners know of one, without an image."""
+"""Synthetic data sets to plan for: what nnU-Net's planners know of one, without an image."""
 
 from __future__ import annotations
 

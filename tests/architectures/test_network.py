@@ -84,6 +84,14 @@ VARIANTS = {
     "VNet, dropout": Kind(VNet, DYNAMIC | DROPOUT),
 }
 every = pytest.mark.parametrize("kind", NETWORKS.values(), ids=NETWORKS)
+# The paper's network has a fixed width: these take a minute.
+every_narrow = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, id=name, marks=[pytest.mark.slow] * (name == "ConResNetPaper"))
+        for name, kind in NETWORKS.items()
+    ],
+)
 with_variants = pytest.mark.parametrize("kind", (NETWORKS | VARIANTS).values(), ids=[*NETWORKS, *VARIANTS])
 dynamic = pytest.mark.parametrize(
     "kind",
@@ -313,7 +321,7 @@ class TestCheckpointing:
 
 class TestCompiled:
     @with_variants
-    @pytest.mark.parametrize("checkpointing", ["none", "full"])
+    @pytest.mark.parametrize("checkpointing", [pytest.param("none", marks=pytest.mark.slow), "full"])
     def test_no_graph_break_and_the_same_gradients(self, kind: Kind, checkpointing: str) -> None:
         torch.compiler.reset()  # there is a limit to how often one forward is compiled anew
         torch.manual_seed(0)
@@ -324,7 +332,7 @@ class TestCompiled:
         for value, reference in zip(gradients(compiled, image), expected, strict=True):
             torch.testing.assert_close(value, reference)
 
-    @every
+    @every_narrow
     def test_switches_still_work(self, kind: Kind) -> None:
         torch.compiler.reset()
         network = kind.supervised().double().eval()
@@ -367,7 +375,7 @@ class TestCompiled:
             assert torch.isfinite(loss)
 
 
-@every
+@every_narrow
 def test_works_under_bfloat16_autocast(kind: Kind) -> None:
     network = kind.supervised()
     network.apply(network.initialize)

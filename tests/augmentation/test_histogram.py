@@ -95,7 +95,7 @@ class TestMatching:
             transform(image=torch.stack([patch("normal")[0] + offset, patch("normal")[0] - offset]))
         seen = set()
         for _ in range(20):
-            # only the three above are remembered, so that each can be told by its mean
+            # only the three above are remembered, so that each can be identified by its mean
             probe = copy.deepcopy(transform)
             result = probe(image=patch("normal", 2))["image"].mean((1, 2, 3)).tolist()
             assert sum(result) == pytest.approx(0, abs=1)

@@ -51,7 +51,7 @@ def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
 def write_case(
     folder: Path, case_id: str, scheme: str = "2018", *, labelled: bool = True, ending: str = ".nii.gz", seed: int = 0
 ) -> dict[str, Path]:
-    """A case whose channels can be told apart by their intensities: hundreds 1 to 4 for FLAIR, T1, T1ce, T2."""
+    """A case whose channels can be distinguished by their intensities: hundreds 1 to 4 for FLAIR, T1, T1ce, T2."""
     rng = np.random.default_rng(seed)
     parts, _, table = KNOWN[scheme]
     channels = [(100 * number + rng.integers(0, 50, SHAPE)).astype(np.int16) for number in (1, 2, 3, 4)]
@@ -199,7 +199,8 @@ class TestConvert:
         assert done.schemes == ("2018", "2023")
         for case in done.training_ids:
             assert set(load(done.dataset_folder / f"imagesTr/{case}_0002.nii.gz").ravel() // 100) == {3}
-        strange = errors_of(source, schemes=("2018",), dataset_name="Other")
+        shutil.rmtree(done.dataset_folder)
+        strange = errors_of(source, schemes=("2018",))
         assert any("BraTS-GLI-00001-000: is named as in" in error and "does not allow" in error for error in strange)
 
     def test_a_mixture_has_one_set_of_labels(self, source: Path) -> None:
@@ -667,11 +668,8 @@ class TestErrors:
         _relabel(write_case(source / "a", "a"))
         for number, plant in enumerate((_remove, _truncate, _move)):
             plant(write_case(source / str(number), "a" if plant is _remove else f"b{number}"))
-        (raw / "Dataset501_Other").mkdir()
-        text = "\n".join(errors_of(source, image_mode="symlink"))
+        text = "\n".join(errors_of(source))
         for part in (
-            "image mode",
-            "taken by",
             "occurs 2 times",
             "is missing",
             "has labels 3",
@@ -718,6 +716,40 @@ class TestErrors:
         (error,) = errors_of(source)
         assert f"{source} is not a folder" in error
 
+    def test_arguments_and_target_are_checked_before_any_file(
+        self, source: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_case(source, "a")
+        (raw / "Dataset501_Other").mkdir()
+        monkeypatch.setattr(brats, "find_cases", None)
+        monkeypatch.setattr(brats, "check_case", None)
+        errors = errors_of(source, image_mode="symlink")
+        assert [("image mode" in error, "taken by" in error) for error in errors] == [(True, False), (False, True)]
+
+    def test_a_mistyped_raw_folder_is_not_made(self, source: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_case(source, "a")
+        monkeypatch.setenv("nnUNet_raw", f"{raw}_mistyped")
+        (error,) = errors_of(source)
+        assert f"nnUNet_raw is {raw}_mistyped, which does not exist" in error
+        assert not raw.with_name("nnUNet_raw_mistyped").exists()
+
+    @pytest.mark.parametrize("name", ["held_out", "HoldOut", "Validation", "ValidationData", "test", "BraTS_Testing"])
+    def test_labelled_cases_of_a_held_out_folder_inside_the_input(self, source: Path, raw: Path, name: str) -> None:
+        """-i one level too high: the cases would be trained on."""
+        for folder, case_id in (("training", "a"), (name, "b")):
+            write_case(source / folder / "HGG" / case_id, case_id)
+        write_case(source / name / "c", "c", labelled=False)
+        (error,) = errors_of(source)
+        assert f"1 labelled cases lie in {source / name}, whose name says that they are not for training: b." in error
+        assert list(raw.iterdir()) == []
+        done = convert(source / "training", held_out_folders=[source / name])
+        assert (done.training_ids, done.test_ids) == (("a",), ("b", "c"))
+
+    def test_a_folder_named_itself_is_meant(self, source: Path, raw: Path) -> None:
+        for folder, case_id in (("training", "a"), ("held_out", "b"), ("latest", "c"), ("values", "d")):
+            write_case(source / folder / case_id, case_id)
+        assert convert(source, source / "held_out").training_ids == ("a", "b", "c", "d")
+
     @pytest.mark.parametrize("place", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
     def test_id_taken_by_another_name(self, source: Path, raw: Path, place: str) -> None:
         write_case(source, "a")
@@ -746,7 +778,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"schemes": ("1999",)}, "scheme is 1999; expected auto or any of 2018, 2021, 2023"),
+            ({"schemes": ("1999",)}, "scheme is 1999. Expected auto or any of 2018, 2021, 2023"),
             ({"mode": "voxels"}, "mode is 'voxels'; expected regions or labels"),
             ({"schemes": ("auto", "2018")}, "cannot be combined"),
             ({"dataset_name": "my data"}, "'my data'"),

@@ -126,7 +126,7 @@ def load(path: Path) -> np.ndarray:
 def write_case(
     folder: Path, archive: Archive, grid: tuple[tuple[int, ...], np.ndarray], *, labelled: bool, seed: int = 0
 ) -> None:
-    """A case whose channels can be told apart: hundreds 1 to 4 for FLAIR, T1, T1ce, T2."""
+    """A case whose channels can be distinguished: hundreds 1 to 4 for FLAIR, T1, T1ce, T2."""
     rng = np.random.default_rng(seed)
     shape, affine = grid
     for number, part in enumerate(archive.parts[:-1], start=1):
@@ -308,6 +308,7 @@ class TestMissing:
         assert {case: facts["missing"] for case, facts in known.items() if "missing" in facts} == {
             case_id: ["T2"] for case_id in absent
         }
+        assert json.loads((done.dataset_folder / "dataset.json").read_text())["missing_channels"] == ["T2"]
         assert not done.warnings
 
     def test_the_first_modality_too(self, source: Path) -> None:

@@ -597,7 +597,7 @@ class TestCommand:
         assert cli.main([*command, "--axis", axis]) == 0
         assert ("warning: Slabs of a single slice" in capsys.readouterr().err) == warned
 
-    def test_an_error_is_told(self, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_an_error_is_reported(self, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_source(raw)
         assert cli.main(["sparsify", "-d", "7", "-o", "8", "--every", "5", "--axis", "x", "-np", "1"]) == 2
         assert "The axis is 'x'; expected slice, 0, 1 or 2" in capsys.readouterr().err

@@ -394,13 +394,13 @@ class TestOtherTrainings:
         held_out(other, 4, ["case_00"])
         (other / "fold_all").mkdir()
         (other / "fold_1" / "validation").mkdir(parents=True)  # begun, without a checkpoint
-        told = split(501, folds=3, progress=False).other_trainings
-        assert [text.partition(" in ")[0] for text in told] == [
+        reported = split(501, folds=3, progress=False).other_trainings
+        assert [text.partition(" in ")[0] for text in reported] == [
             "nnUNetTrainerB__p__3d_fullres, fold 0",
             "nnUNetTrainerB__p__3d_fullres, fold 4",
         ]
-        assert "held out other cases (validation/summary.json): 4, of which 0 are among the 4" in told[0]
-        assert "is no fold of the new splits, which have 3" in told[1]
+        assert "held out other cases (validation/summary.json): 4, of which 0 are among the 4" in reported[0]
+        assert "is no fold of the new splits, which have 3" in reported[1]
 
         (results.parents[1] / "preprocessed" / "Dataset501_BraTS" / "splits_final.json").unlink()
         assert any("fold 2" in text for text in split(501, folds=3, progress=False).other_trainings)
@@ -410,13 +410,13 @@ class TestOtherTrainings:
         model = nnunet / "results" / "Dataset501_BraTS" / "nnUNetTrainer__nnUNetPlans__3d_fullres"
         held_out(model, 0, [])
         assert "Already trained: nnUNetTrainer__nnUNetPlans__3d_fullres, fold 0" in errors_of(501, folds=3, seed=3)
-        (told,) = split(501, folds=3, seed=3, force=True, progress=False).other_trainings
-        assert "the splits file until now" in told
+        (reported,) = split(501, folds=3, seed=3, force=True, progress=False).other_trainings
+        assert "the splits file until now" in reported
 
     def test_unknown_splits(self, nnunet: Path) -> None:
         held_out(nnunet / "results" / "Dataset501_BraTS" / "nnUNetTrainer__nnUNetPlans__3d_fullres", 0, [])
-        (told,) = split(501, progress=False).other_trainings
-        assert "splits that are not known" in told
+        (reported,) = split(501, progress=False).other_trainings
+        assert "splits that are not known" in reported
 
 
 @pytest.mark.usefixtures("dataset")

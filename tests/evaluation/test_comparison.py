@@ -125,6 +125,7 @@ class TestCrossValidation:
         assert "NaN" not in done.json.read_text()
         assert OURS in done.as_text()
 
+    @pytest.mark.parametrize("two", ["labels"], indirect=True)
     def test_a_second_time_nothing_heavy_is_imported(self, two: Any, tmp_path: Path) -> None:
         script = (
             "import sys\nfrom nnunet_conres import cli\n"
@@ -210,7 +211,7 @@ class TestCrossValidation:
         assert len(error.value.errors) == 5
         assert not (tmp_path / "out").exists()
 
-    def test_other_splits_are_told(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+    def test_other_splits_are_reported(self, lab: Callable[..., Any], tmp_path: Path) -> None:
         made = lab()
         made.add(STOCK, folds=(0, 1))
         made.add(OURS, folds=(1, 0))
@@ -231,11 +232,11 @@ class TestCrossValidation:
         arguments = ["compare", "-d", "801", "-tr", STOCK, OURS, "-f", "0", "1", "-np", "1", "-device", "cpu"]
         arguments += ["-o", str(tmp_path / "out")]
         assert cli.main(arguments) == 2
-        told = capsys.readouterr().err
+        reported = capsys.readouterr().err
         for trainer, fold, case in ((STOCK, 0, "case_2"), (OURS, 1, "case_3")):
             command = f"nnUNetv2_train {NAME} 3d_fullres {fold} -tr {trainer} -p nnUNetPlans -device cpu --val --npz"
-            assert f"{trainer}, fold {fold}, has no prediction of {case}, which" in told
-            assert f"Run: {command}" in told
+            assert f"{trainer}, fold {fold}, has no prediction of {case}, which" in reported
+            assert f"Run: {command}" in reported
         assert not (tmp_path / "out").exists()
 
         assert cli.main([*arguments, "--intersection"]) == 0
@@ -483,7 +484,7 @@ class TestTestSet:
         (["--predictions", "A", "--reference", "r", "-djfile", "f"], "is not NAME=FOLDER"),
         (["-d", "801", "-tr", "A:"], "is no model"),
         (["-d", "801", "-tr", "A", "-i", "images", "--model", "A=a"], "-i, --model: for --predictions only"),
-        (["-d", "899", "-tr", "A"], "899 is no data set"),
+        (["-d", "899", "-tr", "A"], "There is no data set 899"),
         (
             ["--predictions", "A=a", "--reference", "r", "-djfile", "nothing.json"],
             "nothing.json cannot be read: No such file",
@@ -497,3 +498,76 @@ def test_wrong_arguments(
     assert cli.main(["compare", "-o", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+class TestRules:
+    @pytest.fixture
+    def arguments(self, tmp_path: Path) -> list[str]:
+        """Of a comparison of two predictions of paediatric cases; of the second case nothing is predicted."""
+        rng = np.random.default_rng(0)
+        for number in range(2):
+            labels = np.repeat(np.repeat(rng.integers(0, 5, (4, 5, 6)), 2, 1), 2, 2).astype(np.uint8)
+            for folder, array in (("ref", labels), ("pred", np.roll(labels, 1, 1) * (1 - number))):
+                (tmp_path / folder).mkdir(exist_ok=True)
+                image = sitk.GetImageFromArray(array)
+                image.SetSpacing((0.5, 0.8, 3.0))
+                sitk.WriteImage(image, str(tmp_path / folder / f"BraTS-PED-0000{number}-000.nii.gz"))
+        labels = {"background": 0, "ET": 1, "NETC": 2, "CC": 3, "ED": 4}
+        (tmp_path / "dataset.json").write_text(json.dumps({"name": "P", "labels": labels, "file_ending": ".nii.gz"}))
+        predictions = ["compare", "--predictions", f"A={tmp_path / 'pred'}", "--reference", str(tmp_path / "ref")]
+        return [*predictions, "-djfile", str(tmp_path / "dataset.json"), "-o", str(tmp_path / "out"), "-np", "1"]
+
+    def test_tables_like_brats_evaluation(
+        self, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main([*arguments, "--rules", "2026-ped", "--like-brats-evaluation"]) == 0
+        assert "BraTS 2026, paediatric (2026-PED), as brats-evaluation 0.0.10 prints" in capsys.readouterr().out
+        content = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert content["options"]["rules"]["name"] == "2026-PED"
+        assert "(2026-PED)" in (tmp_path / "out" / "report.html").read_text()
+        assert content["regions"] == ["ET", "NETC", "CC", "ED", "TC", "WT"]
+        with (tmp_path / "out" / "brats_evaluation" / "m0.csv").open() as file:
+            first, second, mean, deviation, median = csv.DictReader(file)
+        assert [row["subject_id"] for row in (first, mean, deviation, median)] == [
+            "BraTS-PED-00000-000.nii.gz",
+            "mean",
+            "std",
+            "median",
+        ]
+        scores = content["cases"][0]["scores"]["m0"]["NETC"]
+        assert float(first["lesionwise_nsd_mean_netc"]) == scores["lesion_surface_dice"]
+        assert float(first["all_instance_fn_wt"]) == content["cases"][0]["scores"]["m0"]["WT"]["lesions_missed"]
+        # Nothing is matched: infinitely far, and no deviation.
+        assert (second["lesionwise_hd95_mean_et"], second["lesionwise_hd95_std_et"]) == ("inf", "")
+        assert (second["global_hd95_et"], mean["lesionwise_hd95_mean_et"]) == ("373.0", "inf")
+        pair = [float(row["global_dsc_et"]) for row in (first, second)]
+        assert float(mean["global_dsc_et"]) == pytest.approx(np.mean(pair))
+        assert float(deviation["global_dsc_et"]) == pytest.approx(np.std(pair, ddof=1))
+        assert float(median["global_dsc_et"]) == pytest.approx(np.median(pair))
+
+    def test_rules_without_the_tool(self, arguments: list[str], tmp_path: Path) -> None:
+        assert cli.main([*arguments, "--rules", "2024-PED", "--tolerance", "0.5"]) == 0
+        content = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert content["options"]["tolerance"] == 0.5
+        assert "lesion_surface_dice" in {metric["key"] for metric in content["metrics"]}
+        assert not (tmp_path / "out" / "brats_evaluation").exists()
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--rules", "2025-MET"], "how lesions were matched was not found"),
+            (["--like-brats-evaluation"], "needs --rules of a challenge of 2026"),
+            (["--rules", "2023-GLI", "--like-brats-evaluation"], "challenges of 2026 only"),
+            (
+                ["--rules", "2023-GLI", "--penalty", "3", "--empty", "nan"],
+                "--empty, --penalty: given by --rules 2023-GLI",
+            ),
+            (["--rules", "2026-MET", "--like-brats-evaluation", "--tolerance", "1"], "--tolerance: given by"),
+        ],
+    )
+    def test_what_does_not_fit(
+        self, arguments: list[str], tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()

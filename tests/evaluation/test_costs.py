@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
-from nnunet_conres.evaluation.costs import Cost, ensemble_cost, model_cost, unlike_conditions
+from nnunet_conres.evaluation.costs import Cost, ensemble_cost, model_cost, times_compare, unlike_conditions
 from nnunet_conres.evaluation.predictions import Contender, NamedModel, search_cross_validation
 from nnunet_conres.optimizers import Muon
 
@@ -181,6 +182,25 @@ def test_conditions_that_differ() -> None:
     (warning,) = unlike_conditions(costs)
     assert "precision" in warning
     assert "A: float32; B: bfloat16 mixed" in warning
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ({}, True),
+        ({"device": "cuda (A)"}, False),
+        ({"precision": "bfloat16 mixed"}, False),
+        ({"cpu_share": 0.85}, True),
+        ({"cpu_share": 0.5}, False),  # half of the cores worked for somebody else
+        ({"device": None, "precision": None, "cpu_share": None}, True),  # an ensemble
+    ],
+)
+def test_times_compare_under_the_same_conditions(other: dict[str, Any], expected: bool) -> None:
+    cost = Cost(device="cpu", precision="float32", cpu_share=0.9)
+    costs = {"A": cost, "B": replace(cost, **other)}
+    assert times_compare([of_model.as_json() for of_model in costs.values()]) is expected
+    warned = " ".join(unlike_conditions(costs))
+    assert ("Share of the CPU cores used: A: 0.90; B: 0.50" in warned) is ("cpu_share" in other and not expected)
 
 
 def test_optimisers_that_differ() -> None:

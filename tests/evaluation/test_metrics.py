@@ -6,7 +6,9 @@ import pytest
 import SimpleITK
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.lesions import challenge_scores
 from nnunet_conres.evaluation.metrics import METRICS, MetricOptions, measure
+from nnunet_conres.evaluation.rules import read_rules
 
 SPACINGS = [(1.0, 1.0, 1.0), (3.0, 0.8, 0.5), (0.7, 2.5, 1.2)]
 
@@ -148,7 +150,8 @@ def itk(mask: np.ndarray, spacing: tuple[float, ...]) -> SimpleITK.Image:
 class TestMetrics:
     def test_the_table_names_what_is_measured(self) -> None:
         scores = measure(*blobs(0), (1.0, 1.0, 1.0))
-        assert list(scores) == list(METRICS)
+        assert list(scores) == list(MetricOptions().measured)
+        assert set(scores) <= set(METRICS)
         assert all(type(value) is float for value in scores.values())
         assert all(metric.key == key for key, metric in METRICS.items())
 
@@ -187,7 +190,21 @@ class TestMetricOptions:
             "penalty": None,
             "lesion_dilation": 3,
             "lesion_volume": 50.0,
+            "rules": None,
+            "like_brats_evaluation": False,
         }
+
+    def test_what_is_measured_by_rules(self) -> None:
+        with pytest.raises(InputError, match="challenges of 2026 only"):
+            MetricOptions(rules=read_rules("2023-GLI"), like_brats_evaluation=True)
+        lesions = np.zeros((4, 5, 6), np.uint8)
+        lesions[1, 1, 1] = 1
+        for name in ("2023-GLI", "2026-MET", "2026-PED"):
+            rules = read_rules(name)
+            for like in (False, bool(rules.table)):
+                options = MetricOptions(rules=rules, like_brats_evaluation=like)
+                scores = challenge_scores(lesions, lesions, (1, 1, 1), rules, {"ET": (1,)}, like_brats_evaluation=like)
+                assert set(options.measured) == set(scores["ET"]) <= set(METRICS)
 
 
 class TestMeasure:

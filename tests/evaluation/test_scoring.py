@@ -8,7 +8,9 @@ import SimpleITK
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation import scoring
+from nnunet_conres.evaluation.lesions import challenge_scores
 from nnunet_conres.evaluation.metrics import MetricOptions, measure
+from nnunet_conres.evaluation.rules import read_rules
 from nnunet_conres.evaluation.scoring import Scores, ScoringJob, score_cases
 
 REGIONS = {
@@ -126,7 +128,7 @@ class TestScoreCases:
         assert scores["mean"]["dice"] == 1
 
     @pytest.mark.parametrize("change", ["origin", "direction"])
-    def test_predictions_that_lie_elsewhere_are_told(self, tmp_path: Path, change: str) -> None:
+    def test_predictions_that_lie_elsewhere_are_reported(self, tmp_path: Path, change: str) -> None:
         jobs = make_jobs(tmp_path, 2)
         image = SimpleITK.ReadImage(str(jobs[1].prediction))
         if change == "origin":
@@ -288,3 +290,46 @@ class TestCache:
             score(jobs, cache_folder=tmp_path / "cache")
         monkeypatch.undo()
         assert score(jobs, cache_folder=tmp_path / "cache").cached == 2
+
+
+class TestRules:
+    BRATS: dict[str, Any] = {  # noqa: RUF012
+        "labels": {"background": 0, "NETC": 1, "SNFH": 2, "ET": 3, "ignore": 4},
+        "file_ending": ".nii.gz",
+    }
+
+    @pytest.mark.parametrize("like", [False, True])
+    def test_regions_are_the_challenges(self, tmp_path: Path, like: bool) -> None:
+        rules = read_rules("2026-GoAT")
+        options = MetricOptions(rules=rules, like_brats_evaluation=like)
+        reference, prediction = label_maps(1, 3, ignore=True)
+        reference[0], prediction[0] = 0, 3  # no lesion of ET is matched in one slice alone
+        paths = [save(tmp_path / f"{name}.nii.gz", array) for name, array in (("r", reference), ("p", prediction))]
+        job = ScoringJob("A", "c", *paths)
+        keywords = {"options": options, "cache_folder": tmp_path / "cache"}
+        scores = score([job], self.BRATS, **keywords)
+        ignored = reference == 4
+        expected = challenge_scores(
+            np.where(ignored, 0, reference),
+            np.where(ignored, 0, prediction),
+            tuple(float(np.float32(step)) for step in SPACING),
+            rules,
+            {"ET": (3,), "TC": (1, 3), "WT": (1, 2, 3)},
+            like_brats_evaluation=like,
+        )
+        found = scores.values["A"]["c"]
+        assert list(found) == ["ET", "TC", "WT", "mean"]
+        for region, values in expected.items():
+            assert list(found[region]) == list(options.measured)
+            assert found[region] == pytest.approx(values, nan_ok=True)
+        again = score([job], self.BRATS, **keywords)
+        assert again.cached == 1
+        np.testing.assert_equal(again.values, scores.values)
+
+    def test_missing_regions(self, tmp_path: Path) -> None:
+        content = {"labels": {"background": 0, "whole_tumor": [1, 2]}, "file_ending": ".nii.gz"}
+        scores = score(make_jobs(tmp_path, 1), content, options=MetricOptions(rules=read_rules("2023-GLI")))
+        assert list(scores.values["A"]["case_0"]) == ["WT"]
+        assert scores.missing_regions == ("ET", "TC")
+        with pytest.raises(InputError, match="Anterior, Posterior"):
+            score(make_jobs(tmp_path, 1), options=MetricOptions(rules=read_rules("2023-GLI")))

@@ -405,7 +405,7 @@ class TestComparePaired:
     def test_all_metrics_but_those_that_only_describe(self) -> None:
         cases = {f"c{n}": {"tumour": dict.fromkeys(METRICS, 0.5)} for n in range(2)}
         found = compare_paired({"base": cases, "own": cases}, "base")
-        assert [c.metric for c in found] == [key for key in METRICS if not key.endswith("_volume")]
+        assert [c.metric for c in found] == [key for key in METRICS if not key.endswith(("_volume", "_sd"))]
 
     def test_different_cases_are_refused(self) -> None:
         values = scores({"base": [0.1, 0.2, 0.3], "own": [0.1, 0.2]})

@@ -17,13 +17,13 @@ TINY = (12, 16, 20)
 
 @pytest.fixture(autouse=True)
 def _folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_threads_for_pools: Callable[[pytest.MonkeyPatch], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_nnunet_small: Callable[[pytest.MonkeyPatch], None]
 ) -> Iterator[None]:
     for name in ("raw", "preprocessed", "results"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
-    use_threads_for_pools(monkeypatch)
+    keep_nnunet_small(monkeypatch)
     # nnU-Net matches three file names in twelve processes
     monkeypatch.setattr("nnunetv2.utilities.utils.Pool", multiprocessing.dummy.Pool)
     threads = torch.get_num_threads()

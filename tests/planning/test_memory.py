@@ -224,7 +224,10 @@ class TestTracker:
     @pytest.mark.parametrize(
         "plans",
         [
-            step(trainer, TWO_STAGES, checkpointing, (16, 16, 16), labels, mixed_precision=mixed)
+            pytest.param(
+                step(trainer, TWO_STAGES, checkpointing, (16, 16, 16), labels, mixed_precision=mixed),
+                marks=[pytest.mark.slow] * (trainer == "nnUNetTrainerConResNetPaper"),  # of a fixed width
+            )
             for trainer, checkpointing, labels, mixed in (
                 ("nnUNetTrainerConResNet", "none", "labels", True),
                 ("nnUNetTrainerConResNet", "full", "regions", True),
@@ -387,7 +390,7 @@ class TestCommand:
             (["-p", "ours", "--budget", "-1"], "A budget is -1 GiB"),
         ],
     )
-    def test_errors_are_told(
+    def test_errors_are_reported(
         self, arguments: list[str], message: str, dataset: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert cli.main(["memory", "-d", "701", *arguments]) == 2

@@ -3,7 +3,9 @@
 import inspect
 import json
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_conres import cli
 from nnunet_conres.errors import InputError
 from nnunet_conres.families import PLANNED, load, load_trainer
+from nnunet_conres.nnunet import default_device, device_option
 from nnunet_conres.planning import planners
 from nnunet_conres.planning.commands import PlanOptions, plan, plan_and_preprocess
 from nnunet_conres.planning.memory import UntrainableError
 from nnunet_conres.planning.planners import GIB, PLANNERS
-from nnunet_conres.planning.preprocessing import PreprocessedDataset
 from nnunet_conres.planning.training_step import TrainingStep
+from nnunet_conres.preprocessing.dataset import PreprocessedDataset
 
 TRAINERS = {key: load_trainer(family.trainer_name) for key, family in PLANNED.items()}
 FAMILIES = list(PLANNERS)
@@ -621,6 +624,20 @@ class TestData:
         assert {name for name in after if after[name] != before[name]} == {"case_0.nii.gz"}
 
 
+def _run_but_train_nothing(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a command that was suggested, as a user does who copies it, up to the first epoch."""
+    from nnunetv2.run import run_training
+
+    trained = []
+    monkeypatch.setattr(nnUNetTrainer, "run_training", lambda self: trained.append(self))
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, npz: None)
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    run_training.run_training_entry()
+    (trainer,) = trained
+    assert type(trainer).__name__ in command
+    assert trainer.device.type == default_device()
+
+
 @pytest.mark.usefixtures("_fake_memory")
 class TestCommands:
     def test_plan(self, make: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -633,9 +650,12 @@ class TestCommands:
         assert "full" in rows["3d_fullres"]
         assert "GiB" in rows["3d_fullres"]
         assert "nnU-Net's own" in rows["2d"]
-        assert lines[-1] == "Next: nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerConResNet -p nnUNetConResNetPlans"
+        command = "nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerConResNet -p nnUNetConResNetPlans"
+        assert lines[-1] == f"Next: {command}{device_option()}"
 
-    def test_plan_and_preprocess(self, make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_plan_and_preprocess(
+        self, make: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         make(TINY, cases=3)
         command = ["plan_and_preprocess", "-d", "701", "-a", "vnet", "-np", "1", "-npfp", "1", "--no_pbar"]
         assert cli.main(command) == 0
@@ -644,7 +664,11 @@ class TestCommands:
         lines = captured.out.splitlines()
         assert "Data of 3d_fullres: 3 cases written, 0 were there" in lines
         assert "Data of 3d_lowres: none, the images don't need this configuration" in lines
-        assert lines[-1] == "Next: nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerVNet -p nnUNetVNetPlans"
+        command_to_train = lines[-1].removeprefix("Next: ")
+        assert command_to_train == (
+            f"nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerVNet -p nnUNetVNetPlans{device_option()}"
+        )
+        _run_but_train_nothing(command_to_train, monkeypatch)
         assert cli.main([*command, "--no_pp"]) == 0
         assert "Data of" not in capsys.readouterr().out
 
@@ -693,7 +717,7 @@ class TestCommands:
         assert cli.main(["plan", "-d", "701", "702", "-a", "vnet"]) == 2
         error = capsys.readouterr().err
         assert "has no numTraining" in error
-        assert "702 is no data set" in error
+        assert "There is no data set 702" in error
 
     def test_refusal_is_told_without_a_traceback(self, make: Any, capsys: Any) -> None:
         make(ISOTROPIC)
@@ -703,10 +727,14 @@ class TestCommands:
         assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "kind",
-    [pytest.param(ISOTROPIC, id="isotropic", marks=pytest.mark.slow), pytest.param(ANISOTROPIC, id="anisotropic")],
+    ("kind", "family"),
+    [
+        # ConResNet's network takes a minute, and those of isotropic plans are deeper
+        pytest.param(kind, family, id=f"{name}-{family}", marks=[pytest.mark.slow] * (is_deep or "conres" in family))
+        for name, kind, is_deep in (("isotropic", ISOTROPIC, True), ("anisotropic", ANISOTROPIC, False))
+        for family in FAMILIES
+    ],
 )
 def test_plans_fit_by_the_memory_model_itself(family: str, kind: dict[str, Any], make: Any) -> None:
     make(kind, channels=4)

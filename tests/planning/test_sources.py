@@ -29,8 +29,8 @@ from nnunet_conres.datasets.fingerprint import carry_fingerprint
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.planning import planners
 from nnunet_conres.planning.commands import PlanOptions, plan, plan_and_preprocess
-from nnunet_conres.planning.preprocessing import PreprocessedDataset
-from nnunet_conres.planning.sources import RECORD
+from nnunet_conres.preprocessing.dataset import PreprocessedDataset
+from nnunet_conres.preprocessing.sources import RECORD
 from nnunet_conres.trainers import nnUNetTrainerVNet
 
 NAME = "Dataset701_Made"
@@ -151,7 +151,7 @@ class TestLabels:
         after = snapshot(folder / DATA)
         assert {name for name in after if after[name] != before[name]} == {"case_1.pkl", "case_2.pkl"}  # new times
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nnunet_conres.planning.sources._digest", None)  # nothing has to be read once more
+            patch.setattr("nnunet_conres.preprocessing.sources._digest", None)  # nothing has to be read once more
             assert complete().preprocessed[0].written == ()
 
     def test_names_that_changed_in_dataset_json(self, raw: Path, folder: Path) -> None:
@@ -383,8 +383,8 @@ _SLOW_PREPROCESSING = """
 import sys, time
 from pathlib import Path
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunet_conres.planning.preprocessing import PreprocessedDataset
-import nnunet_conres.planning.preprocessing as module
+from nnunet_conres.preprocessing.dataset import PreprocessedDataset
+import nnunet_conres.preprocessing.dataset as module
 
 run = DefaultPreprocessor.run_case_save
 def slow(self, target, *args):
@@ -434,7 +434,7 @@ class TestFilesThatCannotBeWritten:
         """Blosc2 says neither which file it could not write nor why."""
         complete(preprocess=False)
         if as_npz:
-            monkeypatch.setattr("nnunet_conres.planning.preprocessing._holds_npz", lambda _: True)
+            monkeypatch.setattr("nnunet_conres.preprocessing.dataset._holds_npz", lambda _: True)
         before = sorted(folder.rglob("*"))
         with limited_files(2048), pytest.raises(InputError) as caught:
             PreprocessedDataset(raw, folder, "nnUNetVNetPlans").complete({"3d_fullres": 1}, progress=False)
@@ -449,7 +449,7 @@ class TestFilesThatCannotBeWritten:
             with file_errors(path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("nnunet_conres.planning.preprocessing._note", full)
+        monkeypatch.setattr("nnunet_conres.preprocessing.dataset._note", full)
         with pytest.raises(InputError, match=f"^{folder / DATA / 'case_0.pkl'}: No space left"):
             PreprocessedDataset(raw, folder, "nnUNetVNetPlans").complete({"3d_fullres": 1}, progress=False)
 

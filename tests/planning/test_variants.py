@@ -45,8 +45,15 @@ def planned_by_nnunet(planner: type[ExperimentPlanner], gigabytes: float) -> dic
 
 
 class TestTopology:
-    @pytest.mark.parametrize("planner", [ExperimentPlanner, ResEncUNetPlanner])
-    @pytest.mark.parametrize("gigabytes", [1.5, 3, 24])
+    @pytest.mark.parametrize(
+        ("planner", "gigabytes"),
+        [
+            (ExperimentPlanner, 1.5),
+            (ResEncUNetPlanner, 24),
+            pytest.param(ExperimentPlanner, 24, marks=pytest.mark.slow),
+            pytest.param(ResEncUNetPlanner, 1.5, marks=pytest.mark.slow),
+        ],
+    )
     def test_is_what_the_planner_gives_that_patch(
         self, plans_file: Path, planner: type[ExperimentPlanner], gigabytes: float
     ) -> None:

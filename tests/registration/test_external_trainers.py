@@ -43,7 +43,7 @@ def add_package(folder: Path, trainers: str) -> Path:
     """Copies this package into a folder, with other trainers."""
     package = folder / "nnunet_conres"
     package.mkdir(parents=True)
-    for file in ("__init__.py", "families.py"):
+    for file in ("__init__.py", "errors.py", "families.py", "files.py", "nnunet.py", "refusals.py", "text.py"):
         shutil.copy(PACKAGE / file, package)
     shutil.copytree(PACKAGE / "registration", package / "registration")
     (package / "trainers").mkdir()
@@ -91,7 +91,7 @@ class TestInThisEnvironment:
         assert (run.stdout, run.stderr) == ("False\n", "")
 
     @pytest.mark.parametrize("version", ["2.7.9", "2.6", "1.7.1"])
-    def test_an_nnunet_too_old_is_told(self, tmp_path: Path, version: str) -> None:
+    def test_an_nnunet_too_old_is_reported(self, tmp_path: Path, version: str) -> None:
         package = add_package(tmp_path, "class nnUNetTrainerConResNet: pass")
         add_nnunet(tmp_path, version)
         run = look_up("nnUNetTrainerConResNet", tmp_path, folder=package / "registration" / "external_trainers")
@@ -108,7 +108,7 @@ class TestInAnotherEnvironment:
 
     def test_a_version_that_lacks_the_trainer_defines_nothing(self, tmp_path: Path) -> None:
         package = add_package(tmp_path, "")
-        (package / "families.py").write_text("FAMILIES, TRAINERS, load = (), {}, None\n")
+        (package / "families.py").write_text("FAMILIES, TRAINERS, load, no_trainer = (), {}, None, None\n")
         run = look_up("nnUNetTrainerConResNet", tmp_path)
         assert (run.returncode, run.stdout, run.stderr) == (0, "False\n", "")
 

@@ -1,6 +1,7 @@
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from nnunet_conres.families import TRAINERS, TRAINING_LENGTHS
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE, info
 from nnunet_conres.registration.info import collect
 
+GPUS = info.gpus
 PATHS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -24,6 +26,7 @@ def _healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"nnunetv2": "2.8.1", "torch": "2.10.0"}
     monkeypatch.setattr(info, "installed_version", versions.get)
     monkeypatch.setattr(info, "version_problem", lambda: None)
+    monkeypatch.setattr(info, "gpus", list)
 
 
 def test_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +59,7 @@ class TestTrainers:
 
     def lines(self, **options: object) -> dict[str, tuple[str, str]]:
         """By name of the trainer: what is before it, and its description."""
-        text = collect().as_text(**options).split("-tr NAME)\n")[1]
+        text = collect().as_text(**options).split(" epochs)\n")[1]
         lines = [line.partition("nnUNetTrainer") for line in text.splitlines()]
         return {(name + rest).split()[0]: (mark, rest.split(maxsplit=1)[1]) for mark, name, rest in lines if name}
 
@@ -69,9 +72,10 @@ class TestTrainers:
         assert {name for name, (mark, _) in found.items() if mark == "* "} == with_others
 
     def test_the_lengths_are_named_once(self) -> None:
-        note = collect().as_text().split("\n\n* ")[1]
-        assert all(f"_{ending}" in note for ending in TRAINING_LENGTHS)
-        assert "--all" in note
+        text = collect().as_text()
+        numbers = re.findall(r"\d+", text.splitlines()[-1])
+        assert [int(number) for number in numbers] == list(TRAINING_LENGTHS.values())
+        assert "--all" in text
 
     def test_every_length_on_request(self) -> None:
         found = self.lines(every_length=True)
@@ -80,17 +84,55 @@ class TestTrainers:
 
     @pytest.mark.parametrize("width", [20, 60, 80, 200])
     def test_wrapped_for_a_terminal(self, width: int) -> None:
-        text = collect().as_text(width=width).split("-tr NAME)\n")[1]
+        text = collect().as_text(width=width).split(" epochs)\n")[1]
         longest = 2 + max(len(name) for name in self.lines()) + 2
         assert max(map(len, text.splitlines())) <= max(width, longest + 30)
-        assert text.split() == collect().as_text().split("-tr NAME)\n")[1].split()
+        assert text.split() == collect().as_text().split(" epochs)\n")[1].split()
+
+    def test_all_is_on_one_screen(self) -> None:
+        lines = collect().as_text(width=80).splitlines()
+        assert len(lines) <= 24
+        assert max(map(len, lines)) <= 80
+
+
+class TestGpus:
+    @pytest.fixture
+    def answer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine with a GPU, as far as nvidia-smi says."""
+        program = tmp_path / "nvidia-smi"
+        program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        monkeypatch.setattr(sys, "platform", "linux")
+
+    @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+    @pytest.mark.usefixtures("answer")
+    @pytest.mark.parametrize("build", ["'13.0'", "None"])
+    def test_are_those_that_the_driver_names(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, build: str) -> None:
+        (tmp_path / "version.py").write_text(f"cuda: Optional[str] = {build}\nhip: Optional[str] = None\n")
+        place = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+        monkeypatch.setattr(info, "find_spec", lambda name: place)
+        (found,) = GPUS()
+        assert found.startswith("NVIDIA H100 80GB HBM3, 81559 MiB")
+        assert ("built for the CPU only" in found) == (build == "None")
+
+    def test_none_without_a_driver(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(sys, "platform", "linux")
+        assert GPUS() == []
+
+    def test_torch_is_looked_at_without_importing_it(self) -> None:
+        import torch
+
+        has_gpu_support = torch.version.cuda is not None or torch.version.hip is not None
+        assert info._torch_has_cuda() is has_gpu_support
 
 
 @pytest.mark.parametrize("name", ["nnunet_conres.start", "nnunet_conres.pth"])
 def test_tells_which_startup_file_was_read(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, "_nnunet_conres_startup", SimpleNamespace(activated_by=name))
     assert collect().discovery.startup_file == name
-    assert f"start-up file       {name}\n" in collect().as_text()
+    assert f"discovery           active ({name})\n" in collect().as_text()
 
 
 def test_without_a_startup_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +140,7 @@ def test_without_a_startup_file(monkeypatch: pytest.MonkeyPatch) -> None:
     found = collect()
     assert found.ok  # the variable may have been set by hand
     assert found.discovery.startup_file is None
-    assert "start-up file       none was read; the variable was set by hand" in found.as_text()
+    assert "no start-up file was read; the variable was set by hand" in found.as_text()
 
 
 def test_json_is_the_same_in_json() -> None:
@@ -141,5 +183,5 @@ def test_missing_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "installed_version", {"nnunetv2": "2.8.1"}.get)
     found = collect()
     assert not found.ok
-    assert "torch               not installed" in found.as_text()
+    assert "torch not installed" in found.as_text()
     assert found.problems[0].startswith("PyTorch is not installed")

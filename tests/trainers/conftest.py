@@ -70,7 +70,7 @@ def _folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def preprocessed(
-    _folders: Path, shared_folder: Callable[..., Path], use_threads_for_pools: Callable[[pytest.MonkeyPatch], None]
+    _folders: Path, shared_folder: Callable[..., Path], keep_nnunet_small: Callable[[pytest.MonkeyPatch], None]
 ) -> Callable[[str], Path]:
     """Function that gives the preprocessed folder of a reading of the data set; made at first use."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
@@ -80,7 +80,7 @@ def preprocessed(
         number = int(name[7:10])
         _write_raw(root / "raw" / name, kind)
         with pytest.MonkeyPatch.context() as patch:
-            use_threads_for_pools(patch)
+            keep_nnunet_small(patch)
             for variable in ("raw", "preprocessed"):
                 patch.setenv(f"nnUNet_{variable}", str(root / variable))
             # nnU-Net's planner takes this for torch's number of threads, which must not be 0
@@ -166,11 +166,9 @@ def stock_plans(preprocessed: Callable[[str], Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _small(
-    monkeypatch: pytest.MonkeyPatch, use_threads_for_pools: Callable[[pytest.MonkeyPatch], None]
-) -> Iterator[None]:
+def _small(monkeypatch: pytest.MonkeyPatch, keep_nnunet_small: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
     """Tiny networks lose more to threads and processes than they gain, and to 3000 x 5400 pixels of training curves."""
-    use_threads_for_pools(monkeypatch)
+    keep_nnunet_small(monkeypatch)
     monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 20)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

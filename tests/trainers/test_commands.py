@@ -101,7 +101,7 @@ def test_train_predict_find_best_and_move_elsewhere(
     run(
         "nnUNetv2_predict_from_modelfolder",
         *("-i", str(one_case), "-o", str(there), "-m", str(moved / dataset / model.name), "-f", "0"),
-        *few_processes,
+        *("-npp", "0", "-nps", "0", "-device", "cpu"),  # in one process
         "--save_probabilities",
         nnUNet_results=str(moved),
     )
@@ -115,5 +115,6 @@ def test_our_trainers_are_found_and_refuse_in_one_line(preprocessed: Callable[[s
     output = run(
         *("nnUNetv2_train", dataset, "2d", "0", "-tr", "nnUNetTrainerConResNetPaper", "-device", "cpu"), check=False
     )
-    assert "configuration 2d is 2D" in output.strip().splitlines()[-1]
+    assert "Traceback" not in output
+    assert output.strip().splitlines()[-1].startswith("nnunet-conres: error: ConResNetPaper supports 3D")
     assert not results.exists()

@@ -581,12 +581,14 @@ class TestContinuing:
             "class Small(t.nnUNetTrainerConResNet):\n"
             "    training_epochs = 2\n"
             "    checkpoint_interval_minutes = 0.0\n"
+            "    steps = 0\n"
             "    def initialize(self):\n"
             "        super().initialize()\n"
-            "        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 20, 1\n"
+            "        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 8, 1\n"
             "    def train_step(self, batch):\n"
-            "        if 'slow' in sys.argv and self.current_epoch == 1:\n"
-            "            time.sleep(0.5)\n"
+            "        self.steps += self.current_epoch\n"
+            "        if 'wait' in sys.argv and self.steps > 4:\n"
+            "            time.sleep(600)\n"
             "        return super().train_step(batch)\n"
             "r.recursive_find_trainer_class_by_name = lambda name: Small\n"
             "import torch\n"
@@ -596,9 +598,9 @@ class TestContinuing:
         command = [sys.executable, "-c", script]
         folder = results / "Dataset900_labels" / "Small__nnUNetPlans__3d_fullres" / "fold_0"
         latest = folder / "checkpoint_latest.pth"
-        process = subprocess.Popen([*command, "slow"], stdout=subprocess.DEVNULL, env=dict(os.environ))
+        process = subprocess.Popen([*command, "wait"], stdout=subprocess.DEVNULL, env=dict(os.environ))
         try:
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + 300
             while time.monotonic() < deadline and process.poll() is None:
                 if latest.is_file() and self._unfinished(latest) >= 3:
                     break
@@ -608,7 +610,7 @@ class TestContinuing:
             process.send_signal(signal.SIGKILL)
             process.wait()
         done = self._unfinished(latest)
-        assert 3 <= done < 20
+        assert 3 <= done < 8
         before = torch.load(latest, weights_only=False)["logging"]
         subprocess.run([*command, "resume"], check=True, stdout=subprocess.DEVNULL, timeout=300, env=dict(os.environ))
         after = torch.load(folder / "checkpoint_final.pth", weights_only=False)["logging"]
@@ -616,7 +618,7 @@ class TestContinuing:
             assert len(values) == 2, key
             assert values[:1] == before[key][:1], key
         newest = max(folder.glob("training_log*"), key=lambda file: file.stat().st_mtime)
-        assert f"Continuing this epoch after iteration {done} of 20" in newest.read_text()
+        assert f"Continuing this epoch after iteration {done} of 8" in newest.read_text()
         assert (folder / "validation" / "summary.json").is_file()
 
     @staticmethod

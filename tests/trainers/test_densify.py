@@ -130,7 +130,7 @@ class TestMerge:
             merge(np.full((1, 2, 3), 3), np.full((1, 2, 3), 3), 3)
 
 
-@pytest.mark.parametrize("kind", ["ignore", "ignored_regions"])
+@pytest.mark.parametrize("kind", ["ignore", pytest.param("ignored_regions", marks=pytest.mark.slow)])
 def test_annotation_is_kept_and_the_rest_is_nnunets_prediction(
     kind: str,
     sparse: Callable[[str], str],
@@ -371,7 +371,7 @@ class TestBadInput:
     def test_damaged_checkpoint(self, trained: tuple[str, Path], tmp_path: Path) -> None:
         dataset, model = trained
         (model / "fold_0/checkpoint_final.pth").write_bytes(b"nothing")
-        assert "cannot be loaded with fold_0/checkpoint_final.pth" in errors_of(dataset, tmp_path / "dense")
+        assert "fold_0/checkpoint_final.pth cannot be read as a checkpoint" in errors_of(dataset, tmp_path / "dense")
         assert not (tmp_path / "dense").exists()
 
     def test_output_is_the_data_sets_own(self, trained: tuple[str, Path]) -> None:

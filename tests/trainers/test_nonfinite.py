@@ -195,7 +195,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(start: Callable[..., 
 def test_a_continued_epoch_counts_all_of_them(
     start: Callable[..., Any], make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NNUNET_CONRES_CHECKPOINT_MINUTES", "0")
+    monkeypatch.setenv("nnUNet_conres_checkpoint_minutes", "0")
     trainer = start(PlansNetwork, {0})
     trainer.on_epoch_start()
     trainer.on_train_epoch_start()

@@ -99,7 +99,7 @@ class TestErrors:
             "mine": {"plans": "myPlans"},
             "twin": {"trainer": "nnUNetTrainer"},
         }
-        told = errors(content, tmp_path)
+        reported = errors(content, tmp_path)
         for words in (
             "device is 'tpu'",
             "folds is [0, 2]",
@@ -118,19 +118,19 @@ class TestErrors:
             "planner is missing",
             "twin and stock are the same",
         ):
-            assert words in told
-        assert told.count("\n  - ") == 16
+            assert words in reported
+        assert reported.count("\n  - ") == 16
 
     def test_nothing_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for kind in ("raw", "preprocessed", "results"):
             monkeypatch.delenv(f"nnUNet_{kind}", raising=False)
-        told = errors({}, tmp_path)
+        reported = errors({}, tmp_path)
         assert all(
-            words in told for words in ("models is missing", "data, id is missing", "nnUNet_results is not known")
+            words in reported for words in ("models is missing", "data, id is missing", "nnUNet_results is not known")
         )
 
     @pytest.mark.parametrize(
-        ("entry", "value", "told"),
+        ("entry", "value", "reported"),
         [
             (("data", "id"), 1000, "expected 999 or less"),
             (("data", "id"), -1, "expected 1 or more"),
@@ -161,13 +161,13 @@ class TestErrors:
             (("resources", "default"), {"slurm_extra": "--mail-type=NONE -A me"}, "expected account instead"),
         ],
     )
-    def test_values(self, content: dict[str, Any], tmp_path: Path, entry: tuple, value: Any, told: str) -> None:
+    def test_values(self, content: dict[str, Any], tmp_path: Path, entry: tuple, value: Any, reported: str) -> None:
         *above, last = entry
         where = content
         for key in above:
             where = where.setdefault(key, {})
         where[last] = value
-        assert told in errors(content, tmp_path)
+        assert reported in errors(content, tmp_path)
 
     def test_entries_with_wrong_names_and_wrong_values(self, content: dict[str, Any], tmp_path: Path) -> None:
         content["models"]["bad name!"] = {"gpus": 0}
@@ -212,11 +212,11 @@ class TestErrors:
             "plans": {"plans": "myPlans"},
         }
         content["plans"] = {"myPlans": {"planner": "nnUNetPlannerResEncS"}}
-        told = errors(content, tmp_path)
-        assert "near: nnU-Net and this package have no trainer called nnUNetTrainerConRestNet" in told
-        assert "did you mean nnUNetTrainerConResNet?" in told
-        assert "no planner called nnUNetPlannerResEncS" in told
-        assert told.count("\n  - ") == 3
+        reported = errors(content, tmp_path)
+        assert "near: nnU-Net and this package have no trainer called nnUNetTrainerConRestNet" in reported
+        assert "did you mean nnUNetTrainerConResNet?" in reported
+        assert "no planner called nnUNetPlannerResEncS" in reported
+        assert reported.count("\n  - ") == 3
         # where the configuration itself says where they are
         (tmp_path / "trainers").mkdir()
         (tmp_path / "trainers" / "mine.py").write_text("class Mine: ...")

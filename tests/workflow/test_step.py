@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.files import temporary_beside, try_read_json, write_if_changed
 from nnunet_conres.locks import hold, holder
 from nnunet_conres.workflow import commands, records
 from nnunet_conres.workflow.config import Experiment
@@ -148,7 +149,7 @@ class TestPreparation:
         file = {"splits": "splits_final.json", "plans": "nnUNetPlans.json"}[what]
         before = (prepared.preprocessed / file).read_text()
         option = {"splits": "splits", "plans": "plans_nnUNetPlans"}[what]
-        records.write_if_changed(prepared.records / "options" / f"{option}.json", {"other": "options"})
+        write_if_changed(prepared.records / "options" / f"{option}.json", {"other": "options"})
 
         def make() -> None:
             if what == "splits":
@@ -188,7 +189,7 @@ class TestPreparation:
         step(experiment, commands.split(experiment, 1), "splits/fold_0.json").split()
         step(experiment, commands.plan(experiment, "nnUNetPlans"), "plans/p.json").plan("nnUNetPlans", "mine")
         assert calls() == []
-        assert records.read_json(records.split_record(experiment, 0))["validation"] == ["b", "c", "d"]
+        assert try_read_json(records.split_record(experiment, 0))["validation"] == ["b", "c", "d"]
         with pytest.raises(StepError, match="no configuration other; it has mine, 3d_fullres"):
             step(experiment, commands.plan(experiment, "nnUNetPlans"), "plans/p.json").plan("nnUNetPlans", "other")
 
@@ -244,7 +245,7 @@ class TestTrain:
             records.refresh(prepared)
             preprocess(prepared, "nnUNetPlans")
         else:
-            records.write_if_changed(records.trainer_record(prepared, prepared.models[0]), {"source": "new"})
+            write_if_changed(records.trainer_record(prepared, prepared.models[0]), {"source": "new"})
         train(prepared)
         train(prepared, model=1)
         (call,) = calls()
@@ -448,14 +449,20 @@ class TestErrors:
     def test_a_full_disk_names_the_record_and_leaves_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def write_text(path: Path, text: str) -> None:
+        def write_text(path: Path, text: str, **_: str) -> None:
             path.write_bytes(text[:3].encode())
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(Path, "write_text", write_text)
         with pytest.raises(InputError, match=r"raw\.json: No space left on device\. Free some space"):
-            records.write_if_changed(tmp_path / "raw.json", {"a": 1})
+            write_if_changed(tmp_path / "raw.json", {"a": 1})
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_record_that_is_being_written_is_no_record(self, tmp_path: Path) -> None:
+        record = tmp_path / "compare" / "folds.json"
+        write_if_changed(record, {})
+        write_if_changed(temporary_beside(record), {})
+        assert records.find_records(tmp_path, ["compare/*.json", "compare/folds.json"]) == [record]
 
 
 class TestGpus:

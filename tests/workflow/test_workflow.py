@@ -191,6 +191,7 @@ class TestWithStandIns:
         ]
         assert all("nnUNetTrainerConResNet" in call for call in again if call.startswith("nnUNetv2_predict"))
 
+    @pytest.mark.slow
     def test_a_second_workflow_finds_all_done(
         self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
     ) -> None:
@@ -207,13 +208,14 @@ class TestWithStandIns:
         other = tmp_path / "other.yaml"
         other.write_text(as_yaml(content | {"work": "other_work"}))
         processes = [start(one, "--cores", "2", "--until", "train") for one in (config, other)]
-        told = [process.communicate(timeout=300)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], told
+        reported = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], reported
         # but for the memory, which each asks for itself
         made = [call for call in calls() if not call.startswith("nnunet-conres memory")]
         assert len(set(made)) == len(made)
         assert len([call for call in made if call.startswith("nnUNetv2_train")]) == 4
 
+    @pytest.mark.slow
     def test_a_changed_trainer_and_a_changed_data_set(
         self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
     ) -> None:
@@ -239,6 +241,7 @@ class TestWithStandIns:
         assert {"nnUNetv2_extract_fingerprint", "nnunet-conres split", "nnUNetv2_preprocess"} <= set(kinds(again))
         assert len([call for call in again if call.startswith("nnUNetv2_train")]) == 4
 
+    @pytest.mark.slow
     def test_a_training_that_fails_is_taken_up_again(
         self, config: Path, content: dict[str, Any], calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -255,8 +258,8 @@ class TestWithStandIns:
         ]
 
     def test_a_dry_run_tells_and_does_nothing(self, config: Path, calls: Callable[[], list[str]]) -> None:
-        told = run(config, "--dry-run")
-        assert "train                4" in told
+        reported = run(config, "--dry-run")
+        assert "train                4" in reported
         assert calls() == []
 
     def test_is_not_run_twice_at_once(self, config: Path, tmp_path: Path, calls: Callable[[], list[str]]) -> None:
@@ -264,7 +267,8 @@ class TestWithStandIns:
             assert "is being run already" in run(config, check=False)
         assert calls() == []
 
-    @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_what_ends_it_ends_its_jobs(
         self,
         config: Path,
@@ -278,10 +282,10 @@ class TestWithStandIns:
         process = start(config, "--cores", "1")
         wait_for(lambda: any("nnUNetv2_train" in call for call in calls()))
         process.send_signal(number)
-        told = process.communicate(timeout=60)[0]
+        reported = process.communicate(timeout=60)[0]
         assert process.returncode != 0
-        assert told.count("Interrupted. Snakemake ends its jobs") == 1
-        assert "Traceback" not in told
+        assert reported.count("Interrupted. Snakemake ends its jobs") == 1
+        assert "Traceback" not in reported
         found = json.loads(run(config, "--status", "--json"))
         assert {one["state"] for one in found["folds"]} == {"waiting"}
         assert [one["where"] for one in found["folds"] if one["attempts"]] == ["killed by signal 2"]
@@ -346,12 +350,12 @@ class TestWithStandIns:
         assert all("gpu=1" in resources_of(job) for job in jobs["predict"])
         # where there are too few, nothing is begun
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-        assert "a training needs 2 GPUs, but nvidia-smi and CUDA_VISIBLE_DEVICES tell of 1" in run(config, check=False)
+        assert "a training needs 2 GPUs, but nvidia-smi and CUDA_VISIBLE_DEVICES list 1" in run(config, check=False)
         # what the configuration tells the steps comes before what this shell has
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
         content.setdefault("environment", {})["CUDA_VISIBLE_DEVICES"] = "2"
         config.write_text(as_yaml(content))
-        assert "CUDA_VISIBLE_DEVICES tell of 1" in run(config, check=False)
+        assert "CUDA_VISIBLE_DEVICES list 1" in run(config, check=False)
         assert calls() == []
 
     def test_plain_snakemake(self, config: Path, tmp_path: Path, calls: Callable[[], list[str]]) -> None:
@@ -397,7 +401,7 @@ class TestCommandLine:
 
 @pytest.mark.slow
 def test_with_the_real_commands(tmp_path: Path, content: dict[str, Any]) -> None:
-    """Made-up cases, two models, two folds, epochs of two iterations: from conversion to both reports."""
+    """Synthetic cases, two models, two folds, epochs of two iterations: from conversion to both reports."""
     phantoms = ["phantom", "-o", str(tmp_path / "phantoms"), "-n", "4", "--held-out", "1"]
     assert cli.main([*phantoms, "--shape", "24", "24", "20", "--spacing", "7", "7", "7"]) == 0
     (tmp_path / "trainers").mkdir()

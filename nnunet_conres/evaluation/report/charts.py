@@ -196,6 +196,44 @@ def curve_chart(lines: Sequence[Line], *, axis: str, title: str) -> str:
     return _svg(parts, 236, title)
 
 
+def reliability_chart(lines: Sequence[Line], *, title: str) -> str:
+    """Draw observed frequency over predicted probability, and the diagonal of perfect calibration.
+
+    Args:
+        lines: The models' curves; `epochs` are mean probabilities of the bins, `values` frequencies, both 0 to 1.
+        title: Read out instead of the picture.
+
+    Returns:
+        An svg element.
+    """
+    left, right, top, bottom = 44, _WIDTH - 18, 8, 292
+    horizontal, vertical = _Scale(0, 1, left, right), _Scale(0, 1, bottom, top)
+    parts = []
+    for value, text in _labelled([place / 5 for place in range(6)]):
+        column, row = float(horizontal(value)), float(vertical(value))
+        parts.append(_stroke(f"M{column:.1f} {top}V{bottom}M{left} {row:.1f}H{right}", 0.8, "var(--grid)"))
+        parts.append(_text(column, bottom + 11, text, "muted", "middle"))
+        parts.append(_text(left - 4, row, text, "muted", "end"))
+    parts.append(_stroke(f"M{left} {bottom}L{right} {top}", 1, "var(--edge)", dashed=True))
+    parts.append(_text((left + right) / 2, bottom + 27, "predicted probability", "muted", "middle"))
+    turned = f'transform="rotate(-90 10 {(top + bottom) / 2:.0f})"'
+    parts.append(f"<g {turned}>{_text(10, (top + bottom) / 2, 'observed frequency', 'muted', 'middle')}</g>")
+    ends: dict[int, tuple[float, float]] = {}
+    for line in lines:
+        x, y = (np.array(values, float) for values in (line.epochs, line.values))  # NaN for None
+        known = np.isfinite(x) & np.isfinite(y)
+        if not known.any():
+            continue
+        across, down = horizontal(x[known]), vertical(y[known])
+        path = "".join(f"{'L' if n else 'M'}{a:.1f} {b:.1f}" for n, (a, b) in enumerate(zip(across, down, strict=True)))
+        parts.append(_stroke(path, 1.6, colour_of(line.index), dashed=line.dashed))
+        parts.append(_dots(across, down, 4.2, colour_of(line.index)))
+        ends[line.index] = (float(across[-1]), float(down[-1]))
+    for index, end, height in _apart(ends, top, bottom):
+        parts.append(_text(end + 5, height, letter(index), style=f"fill: {colour_of(index)}; font-weight: bold"))
+    return _svg(parts, bottom + 36, title)
+
+
 def summary_note(values: Sequence[float], decimals: int) -> str:
     """What stands below a model's name: median, quartiles and number of cases."""
     if not len(values):

@@ -9,6 +9,7 @@ from string import Template
 from typing import Any, Final
 
 from nnunet_conres.evaluation.report import sections
+from nnunet_conres.evaluation.report.calibration import calibration
 from nnunet_conres.evaluation.report.sections import asset
 from nnunet_conres.evaluation.report.text import escape, script_data
 
@@ -66,7 +67,7 @@ def _errors(comparison: Mapping[str, Any]) -> Iterator[str]:
     for name, key in (("metrics", "key"), ("models", "key"), ("cases", "id")):
         keys = [entry.get(key) for entry in comparison[name]]
         for twice in sorted({str(found) for found in keys if keys.count(found) > 1}):
-            yield f"{name!r} has {twice!r} more than once; expected names of their own."
+            yield f"{name!r} has {twice!r} more than once; expected unique names."
     baselines = sum(bool(model.get("baseline")) for model in comparison["models"])
     if baselines > 1:
         yield f"{baselines} models are the baseline; expected one at most."
@@ -92,6 +93,7 @@ def _page(comparison: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -
         ("costs", "Costs", "Costs", sections.costs(comparison)),
         ("scores", "Scores", "Scores by region", sections.distributions(comparison)),
         ("differences", "Differences", "Paired differences", sections.differences(comparison)),
+        ("calibration", "Calibration", "Calibration of probabilities", calibration(comparison)),
         ("training", "Training", "Training", sections.training(comparison)),
         ("disagreements", "Disagreements", "Largest disagreements", sections.viewer(comparison, volumes)),
         ("cases", "Cases", "All cases", sections.cases(comparison)),

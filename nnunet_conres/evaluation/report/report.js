@@ -116,7 +116,10 @@
       if (place === sorting.column) cell.setAttribute("aria-sort", sorting.descending ? "descending" : "ascending");
       const button = element("button", "", { type: "button", "data-column": place });
       if (column.badge !== undefined) button.append(badge(column.badge), " ");
-      button.append(element("span", column.heading, { class: "heading", title: column.heading }));
+      // names of many models would make the table wider than a screen; the legend has them by letter
+      const heading = column.badge !== undefined && data.models.length > 3 ? "" : column.heading;
+      button.append(element("span", heading, { class: "heading" }));
+      button.title = column.heading;
       button.addEventListener("click", () => {
         sorting.descending = sorting.column === place && !sorting.descending;
         sorting.column = place;

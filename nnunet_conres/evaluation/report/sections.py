@@ -36,7 +36,9 @@ from nnunet_conres.evaluation.report.text import (
     plain_number,
     readable,
     shortened,
+    without_folders,
 )
+from nnunet_conres.evaluation.rules import rules_text
 
 # Of curves, by what follows "train_" or "val_".
 _CURVE_TITLES: Final = {
@@ -79,16 +81,20 @@ def what(comparison: Mapping[str, Any]) -> str:
     else:
         what = f"Test set: {cases}"
     reference = (
-        f", against the reference in <code>{escape(dataset['reference'])}</code>" if dataset.get("reference") else ""
+        f", against the reference in <code>{escape(without_folders(dataset['reference']))}</code>"
+        if dataset.get("reference")
+        else ""
     )
-    return f'<p class="lead">{what}{reference}.</p>{model_table(comparison)}'
+    options = comparison.get("options") or {}
+    rules = f"<p>{escape(rules_text(options))}</p>" if options.get("rules") else ""
+    return f'<p class="lead">{what}{reference}.</p>{rules}{model_table(comparison)}'
 
 
 def warnings(comparison: Mapping[str, Any]) -> str:
     """What the reader has to mind; empty if there is nothing."""
     if not comparison["warnings"]:
         return ""
-    items = "".join(f"<li>{escape(warning)}</li>" for warning in comparison["warnings"])
+    items = "".join(f"<li>{escape(without_folders(warning))}</li>" for warning in comparison["warnings"])
     return (
         '<section class="warnings" aria-labelledby="warnings-title"><h2 id="warnings-title">Warnings</h2>'
         f"<ul>{items}</ul></section>"
@@ -150,6 +156,7 @@ def summary(comparison: Mapping[str, Any]) -> str:
         [(metric_title(metric), overall, metric) for metric in comparison["metrics"]],
         f"{_capital(region_name(overall))}: mean over the cases, with its 95 % interval",
         "All metrics at a glance",
+        turned=True,
     )
     conclusions = "".join(f"<li>{escape(sentence)}</li>" for sentence in comparison["conclusions"])
     concluded = f'<h3>What may be concluded</h3><ul class="conclusions">{conclusions}</ul>' if conclusions else ""
@@ -204,7 +211,7 @@ def distributions(comparison: Mapping[str, Any]) -> str:
         parts[metric["key"]] = (
             _charts(f"{metric_title(metric)}, {direction(metric)}", charts)
             + f'<p class="note">{said} A point is a case. Boxes, from five cases on: quartiles and median; whiskers: '
-            "the farthest cases within 1.5 times the box. Each region has a scale of its own.</p>"
+            "the farthest cases within 1.5 times the box. Each region has a separate scale.</p>"
         )
     return _by_metric(comparison, parts)
 

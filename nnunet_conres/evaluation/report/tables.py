@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from nnunet_conres.evaluation.costs import times_compare
 from nnunet_conres.evaluation.report.charts import colour_of
 from nnunet_conres.evaluation.report.text import (
     NONE,
@@ -64,6 +65,11 @@ def goodness(metric: Mapping[str, Any], value: float | None) -> float | None:
     return {"higher": value, "lower": -value, "zero": -abs(value)}.get(better) if better else None
 
 
+def mean_decimals(metric: Mapping[str, Any]) -> int:
+    """Digits of a mean after the decimal point: also of counts, whose means are no integers."""
+    return metric["decimals"] or 1
+
+
 class Significance:
     """Which differences to the baseline are significant: as the comparison concludes, else by its p after Holm."""
 
@@ -120,7 +126,12 @@ def scroll_box(table: str, label: str) -> str:
 
 
 def summary_table(
-    comparison: Mapping[str, Any], columns: Sequence[tuple[str, str, Mapping[str, Any]]], caption: str, label: str
+    comparison: Mapping[str, Any],
+    columns: Sequence[tuple[str, str, Mapping[str, Any]]],
+    caption: str,
+    label: str,
+    *,
+    turned: bool = False,
 ) -> str:
     """A row per model, a column per region or metric: mean and interval.
 
@@ -129,6 +140,7 @@ def summary_table(
         columns: Heading (HTML), region and metric of every column.
         caption: HTML.
         label: Of the box that scrolls.
+        turned: A row per region or metric and a column per model instead, for more columns than a screen is wide.
 
     Returns:
         HTML.
@@ -136,13 +148,13 @@ def summary_table(
     significance = Significance(comparison)
     total = comparison["dataset"].get("number_of_cases")
     best = [significance.best(region, metric) for _, region, metric in columns]
-    head = "".join(f'<th scope="col" class="figure">{heading}</th>' for heading, _, _ in columns)
-    rows = []
+    cells_of = []
     for index, model in enumerate(comparison["models"]):
         cells = []
         for (_, region, metric), winner in zip(columns, best, strict=True):
             cell = _cell(comparison["summary"], model["key"], region, metric["key"])
-            text = number(cell.get("mean"), metric["decimals"])
+            decimals = mean_decimals(metric)
+            text = number(cell.get("mean"), decimals)
             if winner == model["key"]:
                 text = f"<strong>{text}</strong>"
             mark = significance.of(model["key"], region, metric)
@@ -150,13 +162,13 @@ def summary_table(
                 arrow = "\N{BLACK UP-POINTING TRIANGLE}" if mark == "better" else "\N{BLACK DOWN-POINTING TRIANGLE}"
                 said = f"significantly {mark} than the baseline"
                 text += f'<span class="mark" title="{said}">{arrow}<span class="unseen"> {said}</span></span>'
-            low_high = interval(cell.get("low"), cell.get("high"), metric["decimals"])
+            low_high = interval(cell.get("low"), cell.get("high"), decimals)
             count = cell.get("n")
             of_cases = f"n = {count}" if is_number(count) and is_number(total) and count != total else ""
             notes = ", ".join(part for part in (low_high, of_cases) if part)
             cells.append(f'<td class="figure">{text}<small>{notes}</small></td>')
-        rows.append(f'<tr><th scope="row">{model_name(index, model)}</th>{"".join(cells)}</tr>')
-    table = f"<table><thead><tr><th scope='col'>Model</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        cells_of.append((model_name(index, model), cells))
+    table = _grid("Model", [heading for heading, _, _ in columns], cells_of, turned=turned)
     return f'<p class="caption">{caption}</p>{scroll_box(table, label)}'
 
 
@@ -172,7 +184,7 @@ def difference_table(comparison: Mapping[str, Any], metric: Mapping[str, Any]) -
     """
     places = {model["key"]: (index, model) for index, model in enumerate(comparison["models"])}
     significance = Significance(comparison)
-    decimals = metric["decimals"]
+    decimals = mean_decimals(metric)
     rows = []
     for row in comparison["comparisons"]:
         if row["metric"] != metric["key"] or row["model"] not in places:
@@ -206,45 +218,46 @@ def difference_table(comparison: Mapping[str, Any], metric: Mapping[str, Any]) -
 
 
 def cost_table(comparison: Mapping[str, Any]) -> str:
-    """What training and prediction took, a row per model.
+    """What training and prediction took: a column per model.
 
     Args:
         comparison: The content of report.json.
 
     Returns:
-        HTML.
+        HTML. Times are left out where they do not compare.
     """
-    rows = []
+    timed = times_compare([model.get("cost") or {} for model in comparison["models"]])
+    columns = []
     for index, model in enumerate(comparison["models"]):
         cost = model.get("cost") or {}
         parameters = cost.get("parameters")
-        millions = NONE if parameters is None else f"{significant_digits(parameters / 1e6)} M"
         patch = cost.get("patch_size")
         size = " \N{MULTIPLICATION SIGN} ".join(escape(edge) for edge in patch) if patch else NONE
         batch = f"<small>batch of {escape(cost['batch_size'])}</small>" if cost.get("batch_size") is not None else ""
         epochs = cost.get("epochs")
         note = f"<small>{escape(epochs)} epoch{'' if epochs == 1 else 's'}</small>" if is_number(epochs) else ""
-        cells = (
-            millions,
-            significant_digits(cost.get("conv_gflops_per_patch")),
-            size + batch,
-            duration(cost.get("epoch_seconds")),
-            duration(cost.get("training_seconds")) + note,
-            _with_unit(cost.get("peak_memory_gib"), "GiB"),
-            duration(cost.get("prediction_seconds_per_case")),
-        )
-        named = "".join(f'<td class="figure">{cell}</td>' for cell in cells)
-        conditions = ("device", "precision", "optimizer")
-        where = "".join(f"<td>{escape(cost[key]) if cost.get(key) else NONE}</td>" for key in conditions)
-        rows.append(f'<tr><th scope="row">{model_name(index, model)}</th>{named}{where}</tr>')
-    headings = _headings(
-        ("Model",),
-        ("Parameters", "GFLOP per patch", "Patch (voxels)", "Epoch", "Training", "Peak memory",
-         "Prediction per case"),
-        ("Device", "Precision", "Optimiser"),
-    )  # fmt: skip
-    table = f"<table><thead><tr>{headings}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return scroll_box(table, "Costs")
+        times = {
+            "Epoch": duration(cost.get("epoch_seconds")),
+            "Training": duration(cost.get("training_seconds")) + note,
+            "Prediction per case": duration(cost.get("prediction_seconds_per_case")),
+        }
+        lines = {
+            "Parameters": NONE if parameters is None else f"{significant_digits(parameters / 1e6)} M",
+            "GFLOP per patch": significant_digits(cost.get("conv_gflops_per_patch")),
+            "Patch (voxels)": size + batch,
+            **(times if timed else {}),
+            "Peak memory": _with_unit(cost.get("peak_memory_gib"), "GiB"),
+        }
+        for heading, key in (("Device", "device"), ("Precision", "precision"), ("Optimiser", "optimizer")):
+            lines[heading] = escape(cost[key]) if cost.get(key) else NONE
+        cells = [f'<td class="figure">{cell}</td>' for cell in lines.values()]
+        columns.append((list(lines), (model_name(index, model), cells)))
+    table = _grid("Model", columns[0][0], [column for _, column in columns], turned=True)
+    note = (
+        "<p class='note'>Times are left out: the models were trained on different devices, in different precision, or "
+        "while the machine was busy with other work.</p>"
+    )
+    return scroll_box(table, "Costs") + ("" if timed else note)
 
 
 def model_table(comparison: Mapping[str, Any]) -> str:
@@ -272,6 +285,24 @@ def model_table(comparison: Mapping[str, Any]) -> str:
     return scroll_box(
         f"<table><thead><tr>{headings}</tr></thead><tbody>{''.join(rows)}</tbody></table>", "What was compared"
     )
+
+
+def _grid(corner: str, headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], *, turned: bool) -> str:
+    """A table of figures.
+
+    Args:
+        corner: What the rows are.
+        headings: Of the columns, HTML.
+        rows: Their headings and their cells, HTML with the td.
+        turned: Whether to make columns of the rows.
+    """
+    if turned:
+        names, columns = zip(*rows, strict=True)
+        corner, rows = "", list(zip(headings, zip(*columns, strict=True), strict=True))
+        headings = names
+    head = "".join(f'<th scope="col" class="figure">{heading}</th>' for heading in headings)
+    body = "".join(f'<tr><th scope="row">{heading}</th>{"".join(cells)}</tr>' for heading, cells in rows)
+    return f"<table><thead><tr><th scope='col'>{corner}</th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _headings(*groups: Sequence[str]) -> str:

@@ -97,6 +97,15 @@ def shortened(text: str, length: int) -> str:
     return f"{text[: length - 1 - end]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - end :]}"
 
 
+def without_folders(text: str) -> str:
+    """Text in which absolute paths have their last two parts only: the page is sent to others."""
+
+    def end(match: re.Match[str]) -> str:
+        return "/".join(["\N{HORIZONTAL ELLIPSIS}", *re.split(r"[/\\]", match[0])[-2:]])
+
+    return re.sub(r"""(?<![\w./\\<])(?:[A-Za-z]:)?(?:[/\\][^\s/\\,;:'"()]+){2,}""", end, text)
+
+
 def readable(key: str) -> str:
     """A region's key as a person writes it."""
     return key.replace("_", " ")

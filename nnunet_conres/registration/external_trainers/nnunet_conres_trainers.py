@@ -21,6 +21,8 @@ def __getattr__(name: str) -> Any:
             raise
         raise missing from error
     try:
+        if name.startswith("nnUNetTrainer"):
+            import_module("nnunet_conres.refusals").show_in_one_line()
         if name not in import_module("nnunet_conres.families").TRAINERS:
             raise missing
         problem = import_module("nnunet_conres.registration.nnunet_version").version_problem()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nnunet_conres.evaluation.metrics import METRICS
 from nnunet_conres.evaluation.report import report_page
 from nnunet_conres.evaluation.report.cases import CaseVolumes, pack_case
 
@@ -140,6 +141,20 @@ class TestPage:
         assert page.locator("#scores [data-metric]:visible .chart").count() == 4
         assert page.locator("#case-table caption").inner_text() == "HD95 (mm), mean of regions"
         assert page.locator("#case-scores caption").inner_text() == "HD95 (mm)"
+
+    def test_no_table_scrolls_sideways_on_a_laptop(
+        self, open_page: Callable[..., Any], make_comparison: Make, tmp_path: Path
+    ) -> None:
+        """Of five models under all metrics of the package."""
+        names = ("nnUNetTrainer", "nnUNetTrainerMuon", "nnUNetTrainerConResNet", "nnUNetTrainerVNet")
+        comparison = make_comparison(names, with_ensemble=True)
+        for metric in METRICS.values():
+            if metric.key not in {of["key"] for of in comparison["metrics"]}:
+                comparison["metrics"].append(metric.as_json() | {"better": None})
+        page = open_page(write_report(comparison, [], tmp_path / "report.html"), width=1280)
+        wide = "(boxes) => boxes.filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.ariaLabel)"
+        assert page.locator(".scroll").evaluate_all(wide) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1280
 
     def test_has_no_sideways_scrolling_on_a_phone(self, open_page: Callable[..., Any], report: Path) -> None:
         page = open_page(report, width=375, height=700)

@@ -168,6 +168,36 @@ class TestContent:
         assert page.source.count('title="not available"') >= 2
         assert "A dash" in page.text
 
+    def test_means_of_counts_have_a_decimal(self, tmp_path: Path, make_small_comparison: Make) -> None:
+        comparison = make_small_comparison()
+        comparison["metrics"] = [comparison["metrics"][0] | {"name": "Lesions found", "decimals": 0}]
+        comparison["summary"]["m0"]["whole_tumor"]["dice"] |= {"mean": 1.7, "low": 1.2, "high": 2.2}
+        page = Page(write_report(comparison, [], tmp_path / "report.html"))
+        assert "1.7" in page.text
+        assert "1.2 to 2.2" in page.text
+
+    def test_no_folder_of_this_machine(self, tmp_path: Path, make_small_comparison: Make) -> None:
+        comparison = make_small_comparison()
+        comparison["dataset"]["reference"] = "/home/me/nnUNet_raw/Dataset501_BraTS/labelsTs"
+        comparison["warnings"] = [
+            "A: /home/me/results/fold_0/checkpoint_final.pth holds no log.",
+            "B: C:\\Users\\me\\fold_1 is empty, 1/2 of them.",
+        ]
+        page = Page(write_report(comparison, [], tmp_path / "report.html"))
+        assert "\N{HORIZONTAL ELLIPSIS}/Dataset501_BraTS/labelsTs" in page.text
+        assert "\N{HORIZONTAL ELLIPSIS}/fold_0/checkpoint_final.pth holds no log." in page.text
+        assert "\N{HORIZONTAL ELLIPSIS}/me/fold_1 is empty, 1/2 of them." in page.text
+        assert "/home" not in page.source
+        assert "Users" not in page.source
+
+    def test_times_are_left_out_where_they_do_not_compare(self, tmp_path: Path, make_small_comparison: Make) -> None:
+        comparison = make_small_comparison()
+        assert "62.0 s" in Page(write_report(comparison, [], tmp_path / "report.html")).text
+        comparison["models"][1]["cost"]["precision"] = "float32"
+        page = Page(write_report(comparison, [], tmp_path / "report.html"))
+        assert "62.0 s" not in page.text
+        assert "Times are left out" in page.text
+
     def test_costs_have_units(self, page: Page) -> None:
         for expected in (
             "31.2 M",

@@ -30,8 +30,8 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import failed_write, written_whole
 from nnunet_conres.folders import clear_leftovers, one_at_a_time, partial_folder
 from nnunet_conres.parallel import map_cases
-from nnunet_conres.planning.settings import OF_CONFIGURATIONS
-from nnunet_conres.planning.sources import GT_SEGMENTATIONS, RECORD, cases_in, files_of, judge
+from nnunet_conres.preprocessing.settings import OF_CONFIGURATIONS
+from nnunet_conres.preprocessing.sources import GT_SEGMENTATIONS, RECORD, cases_in, files_of, judge
 from nnunet_conres.text import first_few, short_message
 from nnunet_conres.unpickling import read_pickle
 
@@ -134,7 +134,7 @@ def _holds_files(folder: Path) -> bool:
 
 
 def settings_errors(plans: Mapping[str, Any], existing: Mapping[str, Mapping[str, Any]], folder: Path) -> Iterator[str]:
-    """A message wherever new plans would be at odds with data of their own name.
+    """A message wherever new plans would be at odds with existing data of the same name.
 
     Args:
         plans: New plans.
@@ -213,7 +213,7 @@ class _Wanted:
     ending: str
 
     def shape(self, properties: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """Shape of a case with these properties, None where that can't be told from outside."""
+        """Shape of a case with these properties, None where that can't be known from outside."""
         if self.spacing is None:
             return None
         spacing = [properties["spacing"][axis] for axis in self.axes]
@@ -306,7 +306,7 @@ class _Job:
 
 
 def _preprocess_case(job: _Job) -> str:
-    """Preprocesses a case in a folder of its own and moves it to the others, what says that it is complete last."""
+    """Preprocesses a case in a separate folder and moves it to the others, what says that it is complete last."""
     plans = PlansManager(deepcopy(dict(job.plans)))
     configuration = plans.get_configuration(job.configuration)
     preprocessor = configuration.preprocessor_class(verbose=job.verbose)
@@ -420,7 +420,7 @@ class PreprocessedDataset:
 
     def _wanted(self, name: str) -> _Wanted:
         configuration = PlansManager(deepcopy(self._plans)).get_configuration(name)
-        told = configuration.preprocessor_name == "DefaultPreprocessor" and not configuration.configuration[
+        is_known = configuration.preprocessor_name == "DefaultPreprocessor" and not configuration.configuration[
             "resampling_fn_data"
         ].startswith("no_")
         return _Wanted(
@@ -428,7 +428,7 @@ class PreprocessedDataset:
             folder=self._folder / configuration.data_identifier,
             channels=len(self._dataset_json.get("channel_names", self._dataset_json.get("modality", ()))),
             axes=tuple(self._plans["transpose_forward"]),
-            spacing=tuple(configuration.spacing) if told else None,
+            spacing=tuple(configuration.spacing) if is_known else None,
             settings=preprocessing_settings(self._plans, name),
             labels=self._dataset_json["labels"],
             copies=self._folder / GT_SEGMENTATIONS,

@@ -1,0 +1,96 @@
+"""Arguments of `nnunet-conres postprocess`."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from nnunet_conres.cli.arguments import number_of_processes
+
+if TYPE_CHECKING:
+    from nnunet_conres.cli import Subparsers
+
+
+def add_postprocess(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "postprocess",
+        help="choose post-processing by validation predictions, and apply it",
+        description="fit chooses for each region: the smallest component to keep, whether to fill holes, the smallest "
+        "volume in all, and the threshold of probabilities, by what the folds of a model held out. apply does it "
+        "to a folder of predictions.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_fit(commands)
+    _add_apply(commands)
+
+
+def _add_fit(commands: "Subparsers") -> None:
+    parser = commands.add_parser(
+        "fit",
+        help="choose by the validation predictions of a model",
+        description="The values for the cases of a fold come from the other folds, so that the gain is that on cases "
+        "which had no part in the choice. A step is kept where the 95 % interval of its gain is above zero, and left "
+        "off elsewhere. Thresholds are tried if all folds have probabilities (nnUNetv2_train ... --val --npz).",
+    )
+    parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id")
+    parser.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainer", help="trainer (default: %(default)s)")
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans (default: %(default)s)")
+    parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres", help="(default: %(default)s)")
+    parser.add_argument(
+        "-f", metavar="FOLD", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="folds (default: 0 1 2 3 4)"
+    )
+    parser.add_argument("-o", metavar="FILE", required=True, help="JSON file to write")
+    parser.add_argument(
+        "--rules",
+        metavar="NAME",
+        help="choose by the lesion-wise Dice of a challenge, such as 2024-GLI, not by the Dice of each region",
+    )
+    parser.add_argument(
+        "--group",
+        metavar="REGEX",
+        help="of cases of one patient, as for compare (default: the patients of BraTS's ids)",
+    )
+    parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
+    parser.set_defaults(handler=_fit)
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    from nnunet_conres.evaluation.finding import CompareOptions, find_cross_validation
+    from nnunet_conres.evaluation.postprocessing_fit import fit_postprocessing
+    from nnunet_conres.evaluation.predictions import NamedModel
+    from nnunet_conres.evaluation.rules import read_rules
+    from nnunet_conres.nnunet import dataset_name_of
+
+    rules = None if arguments.rules is None else read_rules(arguments.rules)
+    processes = number_of_processes(arguments.np)
+    found = find_cross_validation(
+        dataset_name_of(arguments.d),
+        [NamedModel(arguments.tr, arguments.p, arguments.c)],
+        arguments.f,
+        CompareOptions(group_pattern=arguments.group),
+    )
+    print(fit_postprocessing(found, arguments.o, rules=rules, processes=processes).as_text())
+    return 0
+
+
+def _add_apply(commands: "Subparsers") -> None:
+    parser = commands.add_parser(
+        "apply",
+        help="post-process a folder of predictions",
+        description="Post-processes what nnUNetv2_predict wrote; with --save_probabilities where the file sets "
+        "thresholds.",
+    )
+    parser.add_argument("-i", metavar="FOLDER", required=True, help="predictions")
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, not there yet or empty")
+    parser.add_argument("--rules-file", metavar="FILE", required=True, help="what postprocess fit wrote")
+    parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
+    parser.set_defaults(handler=_apply)
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    from nnunet_conres.evaluation.postprocessing_files import apply_to_folder
+
+    done = apply_to_folder(arguments.i, arguments.o, arguments.rules_file, processes=number_of_processes(arguments.np))
+    changed = {case: voxels for case, voxels in done.changed.items() if voxels}
+    print(f"{done.folder}: {len(done.changed)} cases, {len(changed)} of them changed")
+    for case, voxels in changed.items():
+        print(f"  {case}: {voxels} voxels")
+    return 0

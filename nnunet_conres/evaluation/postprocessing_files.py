@@ -1,0 +1,195 @@
+"""Post-processes files of label maps: those of a folder, or those of the models of a comparison."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from nnunet_conres.case_ids import unsafe_ids
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.evaluation.finding import CompareOptions, Found
+from nnunet_conres.evaluation.postprocessing import Postprocessing, check_labels, load_rules
+from nnunet_conres.evaluation.predictions import Contender, Prediction
+from nnunet_conres.evaluation.probabilities import read_probabilities
+from nnunet_conres.files import read_json
+from nnunet_conres.folders import being_written, check_complete, clear_leftovers, list_files, new_folder
+from nnunet_conres.images.volumes import read_labels, reader_for, write_labels
+from nnunet_conres.parallel import map_cases
+
+# Beside predictions, for the commands that come after.
+_KEPT: Final = ("dataset.json", "plans.json")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `apply_to_folder` wrote.
+
+    Attributes:
+        folder: The new folder.
+        changed: Number of voxels that were changed, by case.
+    """
+
+    folder: Path
+    changed: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A label map to post-process."""
+
+    prediction: Prediction
+    probabilities: Path
+    output: Path
+    postprocessing: Postprocessing
+    reader: type
+
+
+def apply_to_folder(
+    predictions: str | Path, output: str | Path, rules_file: str | Path, *, processes: int = 1, progress: bool = True
+) -> Applied:
+    """Post-process the label maps of a folder.
+
+    Args:
+        predictions: What nnUNetv2_predict wrote, with probabilities if the file sets thresholds.
+        output: Must not exist, or be empty; gets its files only when all are whole.
+        rules_file: What `fit_postprocessing` wrote.
+        processes: Cases at once.
+        progress: Whether to show a progress bar on stderr.
+
+    Raises:
+        InputError: Files are missing, can't be read or do not fit; lists all that was found.
+    """
+    folder, target = Path(predictions), Path(output).resolve()
+    postprocessing = load_rules(rules_file)
+    dataset_json = read_json(Path(rules_file))["dataset_json"]
+    errors = list(being_written(target))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        errors.append(f"{target} exists already and is not an empty folder; remove it, or choose another -o.")
+    file_ending = str(dataset_json["file_ending"])
+    paths = list_files(folder, file_ending) if folder.is_dir() else []
+    if not paths:
+        errors.append(f"{folder} has no file that ends in {file_ending}; expected predictions of nnU-Net.")
+    errors += unsafe_ids([path.name.removesuffix(file_ending) for path in paths], folder)
+    if (folder / "dataset.json").is_file():
+        try:
+            check_labels(postprocessing, read_json(folder / "dataset.json"), folder / "dataset.json")
+        except InputError as error:
+            errors += error.errors
+    found = [Prediction(path.name.removesuffix(file_ending), path) for path in paths]
+    errors += _missing_probabilities(postprocessing, found, file_ending)
+    if errors:
+        raise InputError(errors)
+    reader = reader_for(dataset_json, paths)
+    with new_folder(target) as partial:
+        jobs = [
+            _Job(one, one.probabilities(file_ending), partial / one.labels.name, postprocessing, reader)
+            for one in found
+        ]
+        changed = _run(jobs, processes, "Post-processing", progress)
+        check_complete(partial, [job.output.name for job in jobs])
+        for name in _KEPT:
+            if (folder / name).is_file():
+                with file_errors(folder / name):
+                    shutil.copyfile(folder / name, partial / name)
+    return Applied(target, changed)
+
+
+def add_postprocessed(found: Found, output: Path, options: CompareOptions) -> Found:
+    """Each model of a comparison once more, post-processed.
+
+    A case that a fold held out is post-processed with the values that the other folds chose, so that the comparison is
+    fair to what it is compared with.
+
+    Args:
+        found: The models, and what they predicted.
+        output: Label maps go into a folder within it.
+        options: How to compare.
+
+    Returns:
+        The same with the post-processed models after the others.
+
+    Raises:
+        InputError: The file can't be read, is of other labels, or needs probabilities that are missing.
+    """
+    if options.postprocessing is None:
+        return found
+    postprocessing = load_rules(options.postprocessing)
+    check_labels(postprocessing, found.dataset_json, "the data set")
+    file_ending = str(found.dataset_json["file_ending"])
+    singles = [model for model in found.models if not model.members]
+    errors = [
+        error
+        for model in singles
+        for error in _missing_probabilities(
+            postprocessing, [model.predictions[case] for case in found.cases], file_ending
+        )
+    ]
+    if errors:
+        raise InputError(errors)
+    reader = reader_for(found.dataset_json, [found.references[case] for case in found.cases])
+    more = []
+    for number, model in enumerate(singles):
+        folder = output / "postprocessed" / model.key
+        with file_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder)
+        predictions = {}
+        jobs = []
+        for case in found.cases:
+            one = model.predictions[case]
+            predictions[case] = replace(one, labels=folder / one.labels.name)
+            suited = postprocessing.of_fold(one.fold)
+            jobs.append(_Job(one, one.probabilities(file_ending), predictions[case].labels, suited, reader))
+        _run(jobs, options.processes, f"Post-processing {model.name}", options.progress)
+        name = f"{model.name}, post-processed"
+        more.append(Contender(f"p{number}", name, predictions, folds=model.folds, members=(model.key,)))
+    return replace(found, models=[*found.models, *more])
+
+
+def _missing_probabilities(
+    postprocessing: Postprocessing, predictions: Sequence[Prediction], file_ending: str
+) -> list[str]:
+    if not postprocessing.needs_probabilities:
+        return []
+    missing = [path for one in predictions if not (path := one.probabilities(file_ending)).is_file()]
+    return [
+        f"{path} does not exist, and {postprocessing.source} sets a threshold; predict with --save_probabilities "
+        f"(validation: --npz)."
+        for path in missing
+    ]
+
+
+def _run(jobs: Sequence[_Job], processes: int, title: str, progress: bool) -> dict[str, int]:
+    changed: dict[str, int] = {}
+    errors: list[str] = []
+    for job, result in zip(jobs, map_cases(_one, jobs, processes, title, progress), strict=True):
+        if isinstance(result, int):
+            changed[job.prediction.case_id] = result
+        else:
+            errors += result
+    if errors:
+        raise InputError(errors)
+    return changed
+
+
+def _one(job: _Job) -> int | list[str]:
+    """Writes a label map; returns the number of voxels that were changed, or what is wrong."""
+    allowed = sorted({0, *(value for values in job.postprocessing.scheme.regions.values() for value in values)})
+    try:
+        labels = read_labels(job.prediction.labels, job.reader, allowed)
+        probabilities: Any = None
+        if job.postprocessing.needs_probabilities:
+            probabilities = read_probabilities(job.probabilities)
+        try:
+            result = job.postprocessing.apply(labels.voxels, probabilities, labels.spacing)
+        except InputError as error:
+            return [f"{job.prediction.labels}: {text}" for text in error.errors]
+        write_labels(job.output, result.astype(np.uint8), labels.properties, job.reader)
+    except InputError as error:
+        return list(error.errors)
+    return int((result != labels.voxels).sum())

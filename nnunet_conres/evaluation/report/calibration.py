@@ -1,0 +1,102 @@
+"""The section of the report's page on calibration, as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nnunet_conres.evaluation.report.charts import Line, reliability_chart
+from nnunet_conres.evaluation.report.tables import (
+    MEAN,
+    difference_table,
+    model_name,
+    region_name,
+    scroll_box,
+    summary_table,
+)
+from nnunet_conres.evaluation.report.text import escape, number, readable
+
+
+def calibration(comparison: Mapping[str, Any]) -> str:
+    """How far predicted probabilities can be relied on; empty where that was not asked for.
+
+    Args:
+        comparison: The content of report.json.
+    """
+    found = comparison.get("calibration")
+    if not found:
+        return ""
+    without = _without(found)
+    if not found["pooled"]:
+        return without
+    places = {model["key"]: (index, model) for index, model in enumerate(comparison["models"])}
+    shown = [key for key in places if key in found["pooled"]]
+    regions = list(found["pooled"][shown[0]])
+    parts = []
+    for metric in found["metrics"]:
+        charts = []
+        for region in regions:
+            curves = {key: found["pooled"][key][region][metric["key"]] for key in shown}
+            lines = [
+                Line(places[key][0], curve["probability"], curve["frequency"], bool(places[key][1].get("members")))
+                for key, curve in curves.items()
+            ]
+            title = f"Observed frequency over predicted probability, {readable(region)}, {metric['name']}"
+            chart = reliability_chart(lines, title=title)
+            charts.append(f"<figure><figcaption>{region_name(region)}</figcaption>{chart}</figure>")
+        parts.append(
+            f"<h3>{escape(metric['name'])}</h3>"
+            f'<p class="note">{escape(metric["description"])} Curves: all cases together. Lower is better.</p>'
+            f'<div class="charts many">{"".join(charts)}</div>'
+            f"{_tables(comparison, found, metric, regions, shown)}"
+        )
+    keys = "".join(f"<li>{model_name(*places[key])}</li>" for key in shown)
+    return (
+        f'{without}<ul class="legend">{keys}</ul>'
+        '<p class="note">Expected calibration error (ECE): voxels are sorted by their predicted probability of the '
+        f"region into {found['bins']} equal bins; the error is the mean over the voxels of the distance between mean "
+        "probability and observed frequency of their bin, 0 to 1. On the dashed diagonal both agree. Below it, a "
+        "model is too sure that voxels are of the region; above it, too sure that they are not. Bins with few voxels "
+        f"scatter; reliability.csv has their numbers.</p>{''.join(parts)}"
+    )
+
+
+def _tables(
+    comparison: Mapping[str, Any],
+    found: Mapping[str, Any],
+    metric: Mapping[str, Any],
+    regions: list[str],
+    shown: list[str],
+) -> str:
+    """Mean over the cases, error of all cases' voxels together, and paired differences."""
+    # The same tables as those of the other metrics, of the models that have probabilities.
+    of_calibration = {**comparison, "summary": found["summary"], "comparisons": found["comparisons"]}
+    columns = [*regions, MEAN] if len(regions) > 1 else regions
+    summary = summary_table(
+        of_calibration,
+        [(region_name(region), region, metric) for region in columns],
+        "Mean over the cases, with its 95 % interval",
+        f"{metric['name']} of every model and region",
+    )
+    rows = []
+    for index, model in enumerate(comparison["models"]):
+        if model["key"] in shown:
+            errors = [found["pooled"][model["key"]][region][metric["key"]]["error"] for region in regions]
+            cells = "".join(f'<td class="figure">{number(error, metric["decimals"])}</td>' for error in errors)
+            rows.append(f'<tr><th scope="row">{model_name(index, model)}</th>{cells}</tr>')
+    head = "".join(f'<th scope="col" class="figure">{region_name(region)}</th>' for region in regions)
+    table = f'<table><thead><tr><th scope="col">Model</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    pooled = f'<p class="caption">All cases together</p>{scroll_box(table, "Error of all voxels together")}'
+    return summary + pooled + difference_table(of_calibration, metric)
+
+
+def _without(found: Mapping[str, Any]) -> str:
+    """Which models have no probabilities, and what makes them; empty if all have some."""
+    if not found["without"]:
+        return ""
+    models = ", ".join(
+        f"{escape(model['name'])} ({len(model['cases'])} case{'' if len(model['cases']) == 1 else 's'})"
+        for model in found["without"]
+    )
+    remedies = "".join(f"<li>{escape(remedy)}</li>" for remedy in found["remedies"])
+    return f"<p>No probabilities of {models}.</p>{f'<p>What makes them:</p><ul>{remedies}</ul>' if remedies else ''}"

@@ -1,0 +1,149 @@
+"""Distances between the surfaces of two masks, by the conventions of the challenges' evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Distances = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def border_distances(
+    reference: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing: Sequence[float]
+) -> Distances:
+    """Distances between the border voxels of two masks.
+
+    A voxel is on the border if one of its six neighbours is not in the mask, or if it lies at the border of the image.
+
+    Args:
+        reference: Not empty.
+        prediction: Not empty, same shape.
+        spacing: Voxel size along the axes, mm.
+
+    Returns:
+        Of every border voxel of the reference, its distance to the prediction's border, mm; and back.
+    """
+    from scipy.ndimage import binary_erosion
+    from scipy.spatial import KDTree
+
+    where = _box(reference | prediction)
+    points = [
+        np.argwhere(mask & ~binary_erosion(mask)) * np.asarray(spacing, np.float64)
+        for mask in (reference[where], prediction[where])
+    ]
+    there, _ = KDTree(points[1]).query(points[0])
+    back, _ = KDTree(points[0]).query(points[1])
+    return there, back
+
+
+def exact_border_distances(
+    reference: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing: Sequence[float]
+) -> Distances:
+    """The same as `border_distances`, to the last bit: neighbours are as far apart as the voxel size says.
+
+    Slower where the masks lie far apart, for it needs a distance map of all that lies between.
+    """
+    from scipy.ndimage import binary_erosion, distance_transform_edt
+
+    where = _box(reference | prediction)
+    borders = [mask & ~binary_erosion(mask) for mask in (reference[where], prediction[where])]
+    maps = [distance_transform_edt(~border, sampling=spacing) for border in borders]
+    return maps[1][borders[0]], maps[0][borders[1]]
+
+
+def pooled_hd95(distances: Distances) -> float:
+    """95th percentile of both directions together, mm."""
+    return float(np.percentile(np.concatenate(distances), 95))
+
+
+def border_share(distances: Distances, tolerance: float) -> float:
+    """Mean of the two borders' shares that are no farther than the tolerance (mm) from the other border."""
+    there, back = (float(np.mean(one_way <= tolerance)) for one_way in distances)
+    return (there + back) / 2
+
+
+def surface_hd95(reference: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing: Sequence[float]) -> float:
+    """The larger of the two directed 95th percentiles of surface distances, each piece of surface by its area.
+
+    The surface lies between voxels: a piece in every cell of 2x2x2 voxels that has some of the mask, and not all.
+
+    Args:
+        reference: Three axes.
+        prediction: Same shape.
+        spacing: Voxel size along the axes, mm.
+
+    Returns:
+        In mm; infinite if one mask is empty.
+
+    Source:
+        Nikolov et al., JMIR 2021, whose implementation BraTS used from 2023 to 2025.
+    """
+    from scipy.spatial import KDTree
+
+    if not reference.any() or not prediction.any():
+        return math.inf
+    where = _box(reference | prediction)
+    areas = _areas(tuple(float(step) for step in spacing))
+    points, sizes = [], []
+    for mask in (reference[where], prediction[where]):
+        codes = _codes(mask)
+        cells = (codes > 0) & (codes < 255)
+        points.append(np.argwhere(cells) * np.asarray(spacing))
+        sizes.append(areas[codes[cells]])
+    directed = []
+    for one, other in ((0, 1), (1, 0)):
+        distances, _ = KDTree(points[other]).query(points[one])
+        order = np.argsort(distances)
+        shares = np.cumsum(sizes[one][order]) / sizes[one].sum()
+        at = int(np.searchsorted(shares, 0.95))
+        directed.append(float(distances[order][min(at, distances.size - 1)]))
+    return max(directed)
+
+
+def _codes(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Which corners of each cell of 2x2x2 voxels are in a mask, cells that lie half outside the image included."""
+    padded = np.pad(mask, 1).astype(np.uint8)
+    size = [extent + 1 for extent in mask.shape]
+    codes = np.zeros(size, np.uint8)
+    for bit, corner in enumerate(np.ndindex(2, 2, 2)):
+        part = tuple(slice(start, start + extent) for start, extent in zip(corner, size, strict=True))
+        codes |= padded[part] << bit
+    return codes
+
+
+@cache
+def _areas(spacing: tuple[float, ...]) -> NDArray[np.float64]:
+    """Area (mm²) of the surface in a cell, by its code: by marching cubes, through the middles of the cell's edges."""
+    from skimage.measure import marching_cubes
+
+    areas = np.zeros(256)
+    for code in range(1, 255):
+        # A cell and its complement have the same surface; where it is ambiguous, few corners are cut off one by one.
+        fewer = code if code.bit_count() <= 4 else 255 - code
+        corners = np.array([fewer >> bit & 1 for bit in range(8)], np.float64).reshape(2, 2, 2)
+        vertices, faces, _, _ = marching_cubes(corners, 0.5, spacing=spacing, method="lorensen")
+        triangles = vertices[faces].astype(np.float64)
+        sides = triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]
+        areas[code] = np.linalg.norm(np.cross(*sides), axis=1).sum() / 2
+    return areas
+
+
+def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """The part of an image that holds a mask."""
+    box = []
+    for axis in range(mask.ndim):
+        at = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        box.append(slice(int(at[0]), int(at[-1]) + 1))
+    return tuple(box)
+
+
+def around(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
+    """The box that holds all boxes, and their neighbours."""
+    return tuple(
+        slice(max(0, min(side.start for side in sides) - 1), max(side.stop for side in sides) + 1)
+        for sides in zip(*boxes, strict=True)
+    )

@@ -1,0 +1,548 @@
+"""How sure predictions are, and how far models agree: maps, a table and pictures of predicted cases."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_conres import __version__
+from nnunet_conres.case_ids import unsafe_ids
+from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.finding import images_by_case, raw_images
+from nnunet_conres.evaluation.predictions import (
+    PROBABILITIES_ENDING,
+    NamedModel,
+    search_cross_validation,
+)
+from nnunet_conres.evaluation.probabilities import Channels, Painter, iterate_channels, read_shape
+from nnunet_conres.evaluation.residual_maps import file_parts
+from nnunet_conres.evaluation.summary import dataset_json_near
+from nnunet_conres.files import read_json, without_nan, write_json, written_whole
+from nnunet_conres.folders import list_files, writing
+from nnunet_conres.images.volumes import affine_of, read_labels, read_standing, reader_for, standing, write_map
+from nnunet_conres.parallel import map_cases
+from nnunet_conres.text import aligned, first_few, format_shape
+
+TABLE: Final = "uncertainty.json"
+"""File in the output folder that holds all numbers and names the files of every case."""
+
+COLUMNS: Final[Mapping[str, str]] = {
+    "volume_ml": "Volume in the segmentation, ml.",
+    "entropy": "Mean binary entropy of the region's probability within the segmentation, bits: 0 (sure) to 1.",
+    "mutual_information": "Mean of the map of mutual information within the segmentation, 0 to 1.",
+    "disagreement": "Mean share of members within the segmentation whose own segmentation is not of the region.",
+    "dice_mean": "Mean Dice over all pairs of members; 1 where no member has the region.",
+    "dice_lowest": "The lowest of these.",
+    "volume_cv": "Standard deviation of the members' volumes as a share of their mean.",
+}
+"""What the table says of a region of a case. All but the first two compare members, and need two or more."""
+
+_MOST_LISTED: Final = 10
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predicted cases with probabilities: checked and complete.
+
+    Attributes:
+        members: Names of the folders or models that predicted every case.
+        dataset_json: Content of the dataset.json that they were trained with.
+        probabilities: Files by case, one per member.
+        segmentations: The first member's label map by case, which has the image's geometry.
+        images: Image files by case, one per channel; without the cases that have none.
+    """
+
+    members: tuple[str, ...]
+    dataset_json: Mapping[str, Any]
+    probabilities: Mapping[str, tuple[Path, ...]]
+    segmentations: Mapping[str, Path]
+    images: Mapping[str, Sequence[Path]]
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """What `write_uncertainty` wrote.
+
+    Attributes:
+        content: What `TABLE` holds.
+        json: That file.
+        csv: The same numbers, a row per case and region.
+    """
+
+    content: Mapping[str, Any]
+    json: Path
+    csv: Path
+
+    def as_text(self) -> str:
+        """The least certain cases for a person at a terminal."""
+        several = len(self.content["members"]) > 1
+        regions = list(self.content["regions"])
+        key = "dice_mean" if several else "entropy"
+
+        def overall(case: Mapping[str, Any]) -> float:
+            known = [of[key] for of in case["regions"].values() if of[key] is not None]
+            return (sum(known) / len(known) if known else math.inf) * (1 if several else -1)
+
+        cases = sorted(self.content["cases"], key=overall)
+        rows = [("least certain first", *regions)]
+        for case in cases[:_MOST_LISTED]:
+            values = [case["regions"][region][key] for region in regions]
+            rows.append((case["id"], *("-" if value is None else f"{value:.3f}" for value in values)))
+        what = "Mean Dice between the members" if several else "Mean entropy within the segmentation, bits"
+        more = [f"... and {len(cases) - _MOST_LISTED} more cases"] if len(cases) > _MOST_LISTED else []
+        return "\n".join([f"{what}:", *aligned(rows, left=1), *more, "", f"Table: {self.json}", f"       {self.csv}"])
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def find_predicted(
+    folders: Sequence[str | Path], *, dataset_json: str | Path | None = None, images: str | Path | None = None
+) -> Predicted:
+    """Predictions of the same images in several folders, such as those of single folds.
+
+    Args:
+        folders: What nnUNetv2_predict wrote with --save_probabilities; one or more.
+        dataset_json: By default the one in or above the first folder.
+        images: Folder with the images, named as for nnU-Net, for the pictures.
+
+    Raises:
+        InputError: Something is missing or does not fit; lists all that was found.
+    """
+    paths = [Path(folder) for folder in folders]
+    errors = [f"{path} is not a folder; expected predictions of nnU-Net." for path in paths if not path.is_dir()]
+    if images is not None and not Path(images).is_dir():
+        errors.append(f"{images} is not a folder; expected images, named as for nnU-Net.")
+    resolved = [path.resolve() for path in paths]
+    twice = dict.fromkeys(path for path, real in zip(paths, resolved, strict=True) if resolved.count(real) > 1)
+    errors += [f"{path} is named twice; expected every folder once." for path in twice]
+    settings = [Path(dataset_json)] if dataset_json is not None else []
+    # It is in folders of predictions, and two folders above those of a validation.
+    settings += [near for path in paths if path.is_dir() and (near := dataset_json_near(path / TABLE)) is not None]
+    if not settings:
+        errors.append(f"{paths[0]} has no dataset.json in or above it; name the data set's with -djfile.")
+    if errors:
+        raise InputError(errors)
+    content = read_json(settings[0])
+    files = {str(path): {file.stem: file for file in list_files(path, PROBABILITIES_ENDING)} for path in paths}
+    errors += [
+        f"{name} has no {PROBABILITIES_ENDING} file; expected probabilities. Predict with --save_probabilities, or "
+        f"validate with nnUNetv2_train --val --npz."
+        for name, of in files.items()
+        if not of
+    ]
+    shown = {} if images is None else images_by_case(Path(images), str(content.get("file_ending", "")))
+    return _settle(files, content, settings, shown, errors)
+
+
+def find_held_out(dataset_name: str, names: Sequence[NamedModel], folds: Sequence[int], *, device: str) -> Predicted:
+    """What models predicted for the cases that their folds held out.
+
+    Args:
+        dataset_name: Whole name of the data set.
+        names: The models. One fold of a model predicts a case, so that members are models, not folds.
+        folds: Folds that every model needs.
+        device: For the commands that are named where something is missing.
+
+    Raises:
+        InputError: Something is missing or does not fit; lists all that was found, with the commands that help.
+    """
+    found = search_cross_validation(dataset_name, names, folds, device=device)
+    missing = [*found.missing, *found.gaps, *found.missing_probabilities]
+    errors = [*found.errors, *(each.as_text for each in missing)]
+    if errors:
+        raise InputError(list(dict.fromkeys(errors)))
+    settings = [model.folder / "dataset.json" for model in found.models if model.folder is not None]
+    content = read_json(settings[0])
+    ending = str(content["file_ending"])
+    files = {
+        model.name: {case: prediction.probabilities(ending) for case, prediction in model.predictions.items()}
+        for model in found.models
+    }
+    return _settle(files, content, settings, raw_images(dataset_name), errors)
+
+
+def _settle(
+    files: Mapping[str, Mapping[str, Path]],
+    dataset_json: Mapping[str, Any],
+    settings: Sequence[Path],
+    images: Mapping[str, Sequence[Path]],
+    errors: list[str],
+) -> Predicted:
+    """Check that members predicted the same cases, and that their probabilities mean the same."""
+    errors = [*errors, *_settings_errors(settings)]
+    if "file_ending" not in dataset_json:
+        errors.append(f"{settings[0]} has no file_ending; expected the dataset.json of an nnU-Net data set.")
+    try:
+        meaning = Channels.of_dataset(dataset_json)
+    except InputError as error:
+        named = [text.replace("The dataset.json", str(settings[0])) for text in error.errors]
+        raise InputError([*errors, *named]) from error
+    cases = sorted(set().union(*files.values()))
+    for name, of in files.items():
+        lacking = [case for case in cases if case not in of]
+        if of and lacking:
+            errors.append(
+                f"{name} has no probabilities of {first_few(lacking)}, which another member has. Predict these cases "
+                f"too, or move away the others' files."
+            )
+        errors += unsafe_ids(of, name)
+    ending = str(dataset_json.get("file_ending", ""))
+    first = next(iter(files.values()))
+    segmentations = {case: path.with_name(f"{case}{ending}") for case, path in first.items()}
+    errors += [
+        f"{path} does not exist; nnU-Net writes it with the probabilities. Predict the case again."
+        for path in segmentations.values()
+        if not path.is_file()
+    ]
+    for path in (path for of in files.values() for path in of.values()):
+        try:
+            shape = read_shape(path)
+        except InputError as error:
+            errors += error.errors
+            continue
+        if shape[0] != meaning.count:
+            what = "labels with the background" if meaning.exclusive else "regions"
+            errors.append(f"{path} has {shape[0]} channels; expected {meaning.count}, the {what} of {settings[0]}.")
+    if errors:
+        raise InputError(list(dict.fromkeys(errors)))
+    together = {case: tuple(of[case] for of in files.values()) for case in cases}
+    return Predicted(tuple(files), dataset_json, together, segmentations, images)
+
+
+def _settings_errors(settings: Sequence[Path]) -> list[str]:
+    """What makes a channel stand for something else in another member; the order of the labels counts, too."""
+    errors = []
+    read = {path: read_json(path) for path in dict.fromkeys(settings)}
+    first, *others = read
+    for other in others:
+        for entry in ("labels", "regions_class_order"):
+            ours, theirs = (read[path].get(entry) for path in (first, other))
+            # as text: the order of the labels is that of the channels
+            if json.dumps(ours) != json.dumps(theirs):
+                errors.append(
+                    f"{entry} is {theirs} in {other}, and {ours} in {first}; expected the same. Name only predictions "
+                    f"of models that were trained with the same labels."
+                )
+    return errors
+
+
+# --- one case --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What the probabilities of one case say, voxel by voxel (z, y, x).
+
+    Attributes:
+        segmentation: Label map of the mean probabilities.
+        members: Each member's own label map.
+        entropy: Of the mean probabilities, 0 (sure) to 1 (all labels, or both answers for each region, are equally
+            probable).
+        mutual_information: Entropy of the mean less the members' mean entropy, on the same scale: what the members
+            disagree about, without what each of them is unsure of. 0 for a single member.
+        disagreement: Share of members whose label is not the segmentation's.
+        region_entropy: Binary entropy of each region, bits, 0 to 1; of regions only.
+        object_entropy: Mean binary entropy of a label or region where the segmentation has it, bits; NaN where it has
+            none.
+    """
+
+    segmentation: NDArray[Any]
+    members: tuple[NDArray[Any], ...]
+    entropy: NDArray[np.float32]
+    mutual_information: NDArray[np.float32]
+    disagreement: NDArray[np.float32]
+    region_entropy: Mapping[str, NDArray[np.float32]]
+    object_entropy: Mapping[str, float]
+
+
+def uncertainty_maps(members: Sequence[Iterable[NDArray[np.float32]]], meaning: Channels) -> Maps:
+    """Entropy and disagreement of the probabilities that several members predict for a case.
+
+    Labels exclude each other (softmax): the entropy is -sum p log p over the background and all labels, divided by the
+    log of their number. Regions do not (sigmoid): each has a binary entropy, -p log p - (1 - p) log(1 - p), divided by
+    log 2, and the map is their mean, which is the entropy of independent regions as a share of the highest one.
+
+    Args:
+        members: For each member its channels (z, y, x) in the file's order, which are taken one by one.
+        meaning: What the channels stand for.
+
+    Source:
+        Gal, "Uncertainty in deep learning", 2016 (predictive entropy, mutual information); Lakshminarayanan et al.,
+        NeurIPS 2017 (of ensembles); Mehrtash et al., IEEE TMI 2020 (mean binary entropy within the object).
+    """
+    painters = [Painter(meaning) for _ in members]
+    together = Painter(meaning)
+    names = {place: name for name, place in meaning.place.items()}
+    total: NDArray[np.float32] = np.zeros(1, np.float32)
+    of_members: NDArray[np.float32] = np.zeros(1, np.float32)
+    means: dict[str, NDArray[np.float32]] = {}
+    for place, channels in enumerate(zip(*members, strict=True)):
+        mean = np.zeros_like(channels[0])
+        for painter, channel in zip(painters, channels, strict=True):
+            painter.add(channel)
+            mean += channel
+            of_members = of_members + _information(channel, meaning.exclusive)
+        mean /= np.float32(len(channels))
+        together.add(mean)
+        total = total + _information(mean, meaning.exclusive)
+        if not meaning.exclusive:
+            means[names[place]] = mean
+    highest = math.log(meaning.count) if meaning.exclusive else meaning.count * math.log(2)
+    entropy: NDArray[np.float32] = np.clip(total / np.float32(highest), 0, 1)
+    # Rounding may leave it below zero.
+    mutual: NDArray[np.float32] = np.clip((total - of_members / np.float32(len(painters))) / np.float32(highest), 0, 1)
+    if len(painters) == 1:
+        mutual = np.zeros_like(entropy)
+    disagreement = np.zeros_like(entropy)
+    for painter in painters:
+        disagreement += painter.labels != together.labels
+    disagreement /= np.float32(len(painters))
+    object_entropy = {}
+    for name, values in meaning.regions.items():
+        within = np.isin(together.labels, values)
+        # Where a label is the segmentation's, its probability is the highest one.
+        probability = (together.best if meaning.exclusive else means[name])[within].astype(np.float64)
+        bits = _information(probability, exclusive=False) / math.log(2)
+        object_entropy[name] = float(bits.mean()) if bits.size else math.nan
+    return Maps(
+        together.labels,
+        tuple(painter.labels for painter in painters),
+        entropy,
+        mutual,
+        disagreement,
+        {
+            name: np.asarray(_information(mean, exclusive=False) / np.float32(math.log(2)), np.float32)
+            for name, mean in means.items()
+        },
+        object_entropy,
+    )
+
+
+def _information(probability: NDArray[Any], exclusive: bool) -> NDArray[Any]:
+    """A channel's part of the entropy, nats: of one of several labels, or of a region and what is not of it."""
+    from scipy.special import entr
+
+    part = np.zeros_like(probability)
+    # Most voxels of an image are cropped away before prediction, and have exactly 0 or 1.
+    unsure = (probability > 0) & (probability < 1)
+    values = probability[unsure]
+    part[unsure] = entr(values) if exclusive else entr(values) + entr(1 - values)
+    return part
+
+
+def region_numbers(maps: Maps, meaning: Channels, spacing: Sequence[float]) -> dict[str, dict[str, float]]:
+    """The columns of the table for every label or region; NaN where there is no number.
+
+    Args:
+        maps: Of the case.
+        meaning: What the channels stand for.
+        spacing: Voxel size, mm.
+
+    Source:
+        Roy et al., "Bayesian QuickNAT", NeuroImage 2019 (agreement between samples, and variation of volumes, as
+        measures of quality).
+    """
+    numbers = {}
+    several = len(maps.members) > 1
+    for name, values in meaning.regions.items():
+        within = np.isin(maps.segmentation, values)
+        masks = [np.isin(labels, values) for labels in maps.members]
+        sizes = [int(mask.sum()) for mask in masks]
+        dice = [_dice(first, second) for first, second in combinations(masks, 2)]
+        mean_size = sum(sizes) / len(sizes)
+        size = int(within.sum())
+        numbers[name] = {
+            "volume_ml": size * math.prod(spacing) / 1000,
+            "entropy": maps.object_entropy[name],
+            "mutual_information": float(maps.mutual_information[within].mean()) if several and size else math.nan,
+            "disagreement": float(np.mean([1 - mask[within].mean() for mask in masks]))
+            if several and size
+            else math.nan,
+            "dice_mean": float(np.mean(dice)) if dice else math.nan,
+            "dice_lowest": min(dice) if dice else math.nan,
+            "volume_cv": float(np.std(sizes, ddof=1)) / mean_size if several and mean_size else math.nan,
+        }
+    return numbers
+
+
+def _dice(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    total = int(first.sum()) + int(second.sum())
+    return 2 * int((first & second).sum()) / total if total else 1.0
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a process needs to write a case."""
+
+    case: str
+    probabilities: tuple[Path, ...]
+    segmentation: Path
+    images: Sequence[Path]
+    dataset_json: Mapping[str, Any]
+    output: Path
+
+
+def _write_case(task: _Task) -> dict[str, Any] | list[str]:
+    """Writes maps and picture; returns the case's entry in the table, or what is wrong with its files."""
+    try:
+        meaning = Channels.of_dataset(task.dataset_json)
+        reader = reader_for(task.dataset_json, [task.segmentation])
+        labels = read_labels(task.segmentation, reader)
+        if affine_of(labels.properties) is None:
+            return [f"{task.segmentation} has no geometry; expected a volume in a format that has one, like .nii.gz."]
+        errors = [
+            error
+            for path in task.probabilities
+            for error in meaning.shape_errors(path, read_shape(path), labels.voxels.shape, task.segmentation)
+        ]
+        image = None
+        channel_name = ""
+        if task.images:
+            image, channel_name = _image_to_show(task, reader)
+            here = standing(labels.voxels, labels.properties)[0].shape
+            if image.shape != here:
+                errors.append(
+                    f"{task.images[0]} has shape {format_shape(image.shape)}; expected {format_shape(here)} like "
+                    f"{task.segmentation}."
+                )
+        if errors:
+            return errors
+        maps = uncertainty_maps([iterate_channels(path) for path in task.probabilities], meaning)
+        numbers = region_numbers(maps, meaning, labels.spacing)
+        files = _write_maps(task, maps, labels.properties)
+    except InputError as error:
+        return list(error.errors)
+    files["picture"] = _draw(task, maps, meaning, numbers, labels.properties, image, channel_name).name
+    return {"id": task.case, "regions": without_nan(numbers), "files": files}
+
+
+def _write_maps(task: _Task, maps: Maps, properties: Mapping[str, Any]) -> dict[str, str]:
+    volumes: dict[str, NDArray[Any]] = {"segmentation": maps.segmentation, "entropy": maps.entropy}
+    parts = file_parts(maps.region_entropy)
+    volumes |= {f"entropy_{parts[name]}": volume for name, volume in maps.region_entropy.items()}
+    if len(maps.members) > 1:
+        volumes |= {"mutual_information": maps.mutual_information, "disagreement": maps.disagreement}
+    return {
+        name: write_map(task.output / f"{task.case}_{name}.nii.gz", volume, properties).name
+        for name, volume in volumes.items()
+    }
+
+
+def _image_to_show(task: _Task, reader: type) -> tuple[NDArray[Any], str]:
+    """The channel to show, as it stands, and its name."""
+    from nnunet_conres.evaluation.figures import channels_to_show
+
+    names = task.dataset_json.get("channel_names", task.dataset_json.get("modality", {}))
+    named = [str(names.get(str(number), f"channel {number}")) for number in range(len(task.images))]
+    channel = channels_to_show(named, len(task.images))[0]
+    return read_standing(task.images[channel], reader)[0], named[channel]
+
+
+def _draw(
+    task: _Task,
+    maps: Maps,
+    meaning: Channels,
+    numbers: Mapping[str, Mapping[str, float]],
+    properties: Mapping[str, Any],
+    image: NDArray[Any] | None,
+    channel_name: str,
+) -> Path:
+    from nnunet_conres.evaluation.figures import save_figure
+    from nnunet_conres.evaluation.uncertainty_figures import uncertainty_figure
+
+    several = len(maps.members) > 1
+    key, what = ("dice_mean", "Dice between members") if several else ("entropy", "Entropy (bits)")
+    found = [f"{name} {of[key]:.3f}" for name, of in numbers.items() if not math.isnan(of[key])]
+    segmentation, spacing = standing(maps.segmentation, properties)
+    figure = uncertainty_figure(
+        segmentation,
+        standing(maps.entropy, properties)[0],
+        standing(maps.disagreement, properties)[0] if several else None,
+        regions=meaning.regions,
+        image=image,
+        channel=channel_name,
+        spacing=spacing,
+        title=task.case,
+        subtitle=f"{what}: {first_few(found)}" if found else "nothing is segmented",
+    )
+    return save_figure(figure, task.output / f"{task.case}_uncertainty.png", dpi=150)
+
+
+# --- all cases -------------------------------------------------------------------------------------------------------
+
+
+def write_uncertainty(
+    predicted: Predicted, output_folder: str | Path, *, processes: int = 1, progress: bool = True
+) -> Uncertainty:
+    """Write maps, pictures and a table of predicted cases.
+
+    Args:
+        predicted: What `find_predicted` or `find_held_out` returns.
+        output_folder: Gets CASE_segmentation.nii.gz, CASE_entropy.nii.gz, of regions CASE_entropy_REGION.nii.gz, of two
+            or more members CASE_mutual_information.nii.gz and CASE_disagreement.nii.gz, CASE_uncertainty.png, and
+            uncertainty.json and uncertainty.csv; created if need be.
+        processes: Cases at once.
+        progress: Whether to show a progress bar on stderr.
+
+    Raises:
+        InputError: Files can't be read or do not fit each other; the other cases are written first.
+    """
+    output = Path(output_folder)
+    sources = {path.parent.resolve() for files in predicted.probabilities.values() for path in files}
+    if output.resolve() in sources:
+        raise InputError([f"{output} holds the predictions; choose another output folder."])
+    tasks = [
+        _Task(
+            case,
+            files,
+            predicted.segmentations[case],
+            predicted.images.get(case, ()),
+            predicted.dataset_json,
+            output,
+        )
+        for case, files in predicted.probabilities.items()
+    ]
+    with writing(output):
+        cases: list[dict[str, Any]] = []
+        errors: list[str] = []
+        for result in map_cases(_write_case, tasks, processes, "Uncertainty", progress):
+            if isinstance(result, list):
+                errors += result
+            else:
+                cases.append(result)
+        meaning = Channels.of_dataset(predicted.dataset_json)
+        content = {
+            "format": 1,
+            "nnunet_conres": __version__,
+            "members": list(predicted.members),
+            "probabilities": "labels (softmax)" if meaning.exclusive else "regions (sigmoid)",
+            "regions": list(meaning.regions),
+            "columns": dict(COLUMNS),
+            "cases": cases,
+        }
+        table, rows = output / TABLE, output / "uncertainty.csv"
+        _write_csv(rows, cases)
+        write_json(table, content)
+    if errors:
+        shown = "\n".join(f"  - {message}" for message in errors)
+        raise InputError(f"{len(cases)} of {len(tasks)} cases are in {output}; the others can't be read:\n{shown}")
+    return Uncertainty(content, table, rows)
+
+
+def _write_csv(path: Path, cases: Sequence[Mapping[str, Any]]) -> None:
+    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "region", *COLUMNS])
+        for case in cases:
+            for region, values in case["regions"].items():
+                writer.writerow([case["id"], region, *("" if values[key] is None else values[key] for key in COLUMNS)])

@@ -1,0 +1,166 @@
+"""Trained models that predict the cases of a BraTS challenge: whether they do, and their weights alone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nnunet_conres.datasets.brats_export import one_scheme, read_tissues
+from nnunet_conres.datasets.brats_scheme_files import Scheme
+from nnunet_conres.datasets.brats_schemes import SCHEMES, Selection
+from nnunet_conres.datasets.brats_write import MISSING_ENTRY, SCHEMES_ENTRY
+from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.postprocessing import Postprocessing, check_labels, load_rules
+from nnunet_conres.files import read_json, written_whole
+from nnunet_conres.unpickling import read_checkpoint
+
+FILE_ENDING: Final = ".nii.gz"
+
+# What nnU-Net's predictor reads of a checkpoint, beside init_args.
+_NEEDED: Final = ("network_weights", "trainer_name", "inference_allowed_mirroring_axes")
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """A challenge, seen from a model that predicts its cases.
+
+    Attributes:
+        scheme: The challenge's scheme.
+        selection: The scheme, and all that files are recognised by.
+        tissues: Tissue of each of the model's labels.
+        table: The challenge's label of each of the model's that has one.
+        missing: Channels that are zero images in some of the cases that the model was trained on.
+    """
+
+    scheme: Scheme
+    selection: Selection
+    tissues: Mapping[int, str]
+    table: Mapping[int, int]
+    missing: tuple[str, ...]
+
+
+def challenge_of(folder: Path, scheme: str | None) -> Challenge:
+    """The challenge whose cases a model is to predict.
+
+    Args:
+        folder: nnU-Net's folder of the model.
+        scheme: A scheme's name, or a TOML file that describes one; None for the one of the model's data set.
+
+    Raises:
+        InputError: The model cannot predict such cases: they have other channels, or its labels are none of BraTS's.
+            Lists all that is wrong.
+    """
+    path = folder / "dataset.json"
+    content = read_json(path)
+    if scheme is None:
+        scheme = _own_scheme(path, content)
+    challenge, selection, errors = one_scheme(scheme)
+    tissues, found = read_tissues(path, challenge)
+    errors += found
+    if challenge is not None:
+        errors += _channel_errors(path, content, challenge)
+    if content.get("file_ending") != FILE_ENDING:
+        errors.append(f"{path} has file_ending {content.get('file_ending')}; expected {FILE_ENDING}, as brats-convert.")
+    if errors or challenge is None:
+        raise InputError(errors)
+    values = {tissue: value for value, tissue in challenge.labels.items()}
+    return Challenge(
+        scheme=challenge,
+        selection=selection,
+        tissues=tissues,
+        table={0: 0, **{label: values[tissue] for label, tissue in tissues.items() if tissue in values}},
+        missing=tuple(content.get(MISSING_ENTRY, ())),
+    )
+
+
+def _own_scheme(path: Path, content: Mapping[str, Any]) -> str:
+    """The scheme that a model's data set is of."""
+    names = content.get(SCHEMES_ENTRY) or []
+    if len(names) == 1 and names[0] in SCHEMES:
+        return str(names[0])
+    what = f"is of the schemes {', '.join(names)}" if names else f"does not say its scheme ({SCHEMES_ENTRY})"
+    raise InputError([f"{path} {what}; say with --scheme of which challenge the cases are."])
+
+
+def _channel_errors(path: Path, content: Mapping[str, Any], scheme: Scheme) -> list[str]:
+    names = content.get("channel_names", {})
+    try:
+        channels = tuple(str(name) for _, name in sorted((int(number), name) for number, name in names.items()))
+    except (AttributeError, ValueError):
+        return [f"{path} has channel_names {names}; expected a name for every number."]
+    if channels == scheme.layout.channels:
+        return []
+    fitting = [other.name for other in SCHEMES.values() if other.layout.channels == channels]
+    advice = f"the --scheme is one of {', '.join(fitting)}" if fitting else "no scheme of this package has these"
+    return [
+        f"{path}: the model was trained with the channels {', '.join(channels)}; cases of {scheme.called} have "
+        f"{', '.join(scheme.layout.channels)}. For this model {advice}; for these cases, take a model "
+        f"trained on a data set of nnunet-conres brats-convert {scheme.option}."
+    ]
+
+
+def rules_for(path: str | Path, folder: Path) -> Postprocessing:
+    """The post-processing of a model's label maps.
+
+    Args:
+        path: What ``nnunet-conres postprocess fit`` wrote.
+        folder: nnU-Net's folder of the model.
+
+    Raises:
+        InputError: The file can't be read, or was fitted to other labels.
+    """
+    rules = load_rules(path)
+    check_labels(rules, read_json(folder / "dataset.json"), folder / "dataset.json")
+    return rules
+
+
+def drops_channels(trainer_name: str) -> bool:
+    """Whether a trainer drops channels in training, so that its models predict cases that lack any of them.
+
+    Args:
+        trainer_name: Of a class that nnU-Net finds.
+    """
+    return getattr(trainer_class(trainer_name), "p_channel_dropout", 0) > 0
+
+
+def trainer_class(name: str) -> type:
+    """A trainer's class, as nnU-Net finds it.
+
+    Raises:
+        InputError: It does not.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells where it looks
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+        try:
+            return recursive_find_trainer_class_by_name(name)
+        except (RuntimeError, ImportError) as error:
+            raise InputError([f"The trainer {name} is not found: {str(error).split('. ')[0]}."]) from error
+
+
+def write_weights(source: Path, target: Path) -> None:
+    """Write of a checkpoint what nnU-Net's predictor needs, without the state of the optimiser.
+
+    The new file holds tensors and plain values only: ``torch.load`` takes it with ``weights_only=True``.
+
+    Args:
+        source: A checkpoint of nnU-Net.
+        target: The new file.
+
+    Raises:
+        InputError: The checkpoint is damaged, or holds other things than plain values and tensors.
+    """
+    import torch
+
+    read_checkpoint(source)  # torch.load below runs what is in it
+    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    arguments = checkpoint["init_args"]
+    content = {key: checkpoint[key] for key in _NEEDED if key in checkpoint}
+    # As they are: nnU-Net's decoders name the encoder's weights again, and share their memory.
+    content["init_args"] = {"configuration": str(arguments["configuration"]), "fold": arguments.get("fold")}
+    with written_whole(target) as partial:
+        torch.save(content, partial)

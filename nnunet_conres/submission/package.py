@@ -1,0 +1,280 @@
+"""A folder from which a container is built that predicts the cases of a BraTS challenge."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nnunet_conres.datasets.brats_find import Missing
+from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.files import read_json, write_json
+from nnunet_conres.folders import being_written, check_complete, new_folder
+from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, dataset_name_of, folder_from_environment
+from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, model_errors
+from nnunet_conres.submission.models import challenge_of, rules_for, trainer_class, write_weights
+from nnunet_conres.submission.wheel import distribution_errors, pinned_requirements, write_wheel
+from nnunet_conres.unpickling import read_checkpoint
+
+MODEL: Final = "model"
+RECORD: Final = "package.json"
+_REQUIREMENTS: Final = "requirements.txt"
+_DOCKERFILE: Final = "Dockerfile"
+_APPTAINER: Final = "apptainer.def"
+_README: Final = "README.md"
+_POSTPROCESSING: Final = "postprocessing.json"
+# Where it lies in the container.
+_HOME: Final = "/opt/nnunet-conres"
+_FOLDERS: Final = ("-i", "/input", "-o", "/output")
+
+
+@dataclass(frozen=True)
+class Package:
+    """What `package_model` wrote.
+
+    Attributes:
+        folder: The new folder.
+        command: What runs in the container, without the folders of the cases.
+        checkpoint_bytes: Size of the checkpoints.
+        model_bytes: Size of what is left of them.
+        warnings: What the user should know.
+    """
+
+    folder: Path
+    command: tuple[str, ...]
+    checkpoint_bytes: int
+    model_bytes: int
+    warnings: tuple[str, ...] = ()
+
+
+def package_model(
+    dataset: int | str,
+    model: Model,
+    folds: Sequence[int | str],
+    output_folder: str | Path,
+    *,
+    scheme: str | None = None,
+    missing: Missing | None = None,
+    postprocessing: str | Path | None = None,
+    checkpoint: str = DEFAULT_CHECKPOINT,
+) -> Package:
+    """Write a folder from which Docker, Podman or Apptainer builds a container that runs `predict_brats`.
+
+    It holds the model without the state of its optimiser, this package as a wheel, the versions of all that is
+    installed with it, and the files that build the container.
+
+    Args:
+        dataset: Number or name of the data set that the model was trained on.
+        model: The model, among nnUNet_results.
+        folds: Folds whose predictions are averaged.
+        output_folder: Must not exist, or be empty; gets its files only when all are whole.
+        scheme: The challenge, as for `predict_brats`.
+        missing: As for `predict_brats`.
+        postprocessing: As for `predict_brats`.
+        checkpoint: Name of the file in a fold's folder.
+
+    Raises:
+        InputError: The model does not predict the challenge's cases, or the folder is taken. Lists all errors.
+    """
+    from nnunet_conres import __version__
+
+    output = Path(output_folder).resolve()
+    errors = [*being_written(output), *distribution_errors()]
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        errors.append(f"{output} exists already and is not an empty folder; remove it, or choose another -o.")
+    source: Path | None = None
+    if folder_from_environment(FOLDER_VARIABLES[2]) is None:
+        errors.append("The environment variable nnUNet_results is not set; set it to the folder with trained models.")
+    else:
+        try:
+            source = model.folder(dataset_name_of(dataset))
+        except InputError as error:
+            errors += error.errors
+    if source is None:
+        raise InputError(errors)
+    errors += model_errors(source, folds, checkpoint)
+    if len(set(folds)) < len(folds):
+        errors.append(f"The folds are {' '.join(map(str, folds))}; expected each only once.")
+    if (source / "dataset.json").is_file():
+        try:
+            challenge = challenge_of(source, scheme)
+        except InputError as error:
+            errors += error.errors
+        if postprocessing is not None:
+            try:
+                rules_for(postprocessing, source)
+            except InputError as error:
+                errors += error.errors
+    if not errors:
+        errors += _trainer_errors(source, model, folds, checkpoint)
+    if errors:
+        raise InputError(errors)
+
+    own_scheme = challenge.scheme.path
+    command = ["nnunet-conres", "predict-brats", "-m", f"{_HOME}/{MODEL}"]
+    command += ["--scheme", challenge.scheme.name if own_scheme is None else f"{_HOME}/{own_scheme.name}"]
+    command += [] if missing is None else ["--missing", missing]
+    command += [] if postprocessing is None else ["--postprocessing", f"{_HOME}/{_POSTPROCESSING}"]
+    requirements, warnings = pinned_requirements()
+    with new_folder(output) as partial, file_errors(output):
+        weights = [
+            (source / f"fold_{fold}" / checkpoint, partial / MODEL / f"fold_{fold}" / DEFAULT_CHECKPOINT)
+            for fold in folds
+        ]
+        for trained, exported in weights:
+            exported.parent.mkdir(parents=True)
+            write_weights(trained, exported)
+        copied = [(source / name, partial / MODEL / name) for name in ("dataset.json", "plans.json")]
+        extra = [] if own_scheme is None else [(own_scheme, partial / own_scheme.name)]
+        extra += [] if postprocessing is None else [(Path(postprocessing), partial / _POSTPROCESSING)]
+        copied += extra
+        for original, copy in copied:
+            shutil.copyfile(original, copy)
+        wheel = write_wheel(partial)
+        (partial / _REQUIREMENTS).write_text("\n".join([*requirements, ""]), encoding="utf-8")
+        others = [copy.name for _, copy in extra]
+        (partial / _DOCKERFILE).write_text(_dockerfile(wheel.name, others, command), encoding="utf-8")
+        (partial / _APPTAINER).write_text(_apptainer(wheel.name, others, command), encoding="utf-8")
+        (partial / _README).write_text(_readme(output.name, challenge.scheme.title), encoding="utf-8")
+        about = {
+            "version": __version__,
+            "data_set": source.parent.name,
+            "model": model.folder_name,
+            "folds": list(folds),
+            "checkpoint": checkpoint,
+            "scheme": challenge.scheme.name,
+            "command": command,
+        }
+        write_json(partial / RECORD, about)
+        # As the container will: what cannot be loaded is no package.
+        load_predictor(partial / MODEL, folds, device="cpu", progress=False)
+        check_complete(partial, [_DOCKERFILE, _APPTAINER, _README, _REQUIREMENTS, RECORD, wheel.name])
+        trained_bytes = sum(trained.stat().st_size for trained, _ in weights)
+        exported_bytes = sum(exported.stat().st_size for _, exported in weights)
+    return Package(output, tuple(command), trained_bytes, exported_bytes, tuple(warnings))
+
+
+def _trainer_errors(source: Path, model: Model, folds: Sequence[int | str], checkpoint: str) -> list[str]:
+    """What is wrong with the trainer of a model: a container has no other than nnU-Net's and this package's."""
+    errors: list[str] = []
+    for fold in folds:
+        path = source / f"fold_{fold}" / checkpoint
+        try:
+            content: dict[str, Any] = read_checkpoint(path)
+        except InputError as error:
+            errors += error.errors
+            continue
+        trainer = content.get("trainer_name")
+        if trainer != model.trainer or not isinstance(content.get("init_args"), dict):
+            errors.append(f"{path} was trained by {trainer}; expected a checkpoint of nnU-Net by {model.trainer}.")
+    configurations = read_json(source / "plans.json").get("configurations", {})
+    if "previous_stage" in configurations.get(model.configuration, {}):
+        errors.append(f"{source} is the second stage of a cascade, which is not supported; take another model.")
+    try:
+        module = trainer_class(model.trainer).__module__
+    except InputError as error:
+        return [*errors, *error.errors]
+    if module.partition(".")[0] not in ("nnunetv2", "nnunet_conres"):
+        errors.append(
+            f"The trainer {model.trainer} is in {module}, which the container would not have; expected one of nnU-Net "
+            f"or of nnunet-conres."
+        )
+    return errors
+
+
+# --- the files that build a container -------------------------------------------------------------------------------
+
+_PYTHON: Final = f"python:{platform.python_version()}-slim"
+
+
+def _quoted(words: Sequence[str]) -> str:
+    return "[" + ", ".join(f'"{word}"' for word in words) + "]"
+
+
+# A container may run as any user, without a home, and with nothing writable but /output and /tmp.
+_ENVIRONMENT: Final = {
+    "HOME": "/tmp",
+    "MPLCONFIGDIR": "/tmp/matplotlib",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def _dockerfile(wheel: str, others: Sequence[str], command: Sequence[str]) -> str:
+    copies = "".join(f"COPY {name} {_HOME}/\n" for name in others)
+    environment = " \\\n    ".join(f"{name}={value}" for name, value in _ENVIRONMENT.items())
+    return f"""\
+# Reads /input/CASE/..., writes /output/CASE.nii.gz. Needs no network once it is built.
+ARG BASE={_PYTHON}
+FROM ${{BASE}}
+
+ENV {environment}
+
+COPY {_REQUIREMENTS} {wheel} {_HOME}/
+RUN pip install --no-cache-dir -r {_HOME}/{_REQUIREMENTS} \\
+    && pip install --no-cache-dir --no-deps {_HOME}/{wheel} \\
+    && pip check
+
+{copies}COPY {MODEL} {_HOME}/{MODEL}
+
+ENTRYPOINT {_quoted(command)}
+CMD {_quoted(_FOLDERS)}
+"""
+
+
+def _apptainer(wheel: str, others: Sequence[str], command: Sequence[str]) -> str:
+    files = "\n".join(f"    {name} {_HOME}/{name}" for name in (_REQUIREMENTS, wheel, *others, MODEL))
+    environment = "\n".join(f"    export {name}={value}" for name, value in _ENVIRONMENT.items() if name != "HOME")
+    return f"""\
+# Reads /input/CASE/..., writes /output/CASE.nii.gz. Needs no network once it is built.
+Bootstrap: docker
+From: {_PYTHON}
+
+%files
+{files}
+
+%post
+    pip install --no-cache-dir -r {_HOME}/{_REQUIREMENTS}
+    pip install --no-cache-dir --no-deps {_HOME}/{wheel}
+    pip check
+
+%environment
+{environment}
+
+%runscript
+    if [ "$#" = 0 ]; then set -- {shlex.join(_FOLDERS)}; fi
+    exec {shlex.join(command)} "$@"
+"""
+
+
+def _readme(name: str, title: str) -> str:
+    image = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "submission"
+    return f"""\
+# {title}: a container of nnunet-conres
+
+Reads `/input/CASE/...` as the challenge names files, writes `/output/CASE.nii.gz` with the challenge's labels and in
+the case's geometry. `/output/predict-brats.json` and the exit code (0: all cases, 1: some failed, 2: none was tried)
+say what became of them.
+
+```bash
+docker build -t {image} .
+docker run --rm --network none --gpus all --memory 16G --shm-size 4G \\
+    -v CASES:/input:ro -v PREDICTIONS:/output {image}
+docker save {image} | gzip > {image}.tar.gz
+```
+
+With Podman the same, with `podman` for `docker` and `--device nvidia.com/gpu=all` for `--gpus all`. With Apptainer:
+
+```bash
+apptainer build {image}.sif {_APPTAINER}
+apptainer run --nv --containall --net --network none -B CASES:/input:ro -B PREDICTIONS:/output {image}.sif
+```
+
+Without a GPU it predicts on the CPU, which takes much longer. `{_REQUIREMENTS}` pins the versions that the model was
+packaged with; `{RECORD}` says which model it is.
+"""

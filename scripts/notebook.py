@@ -1,0 +1,60 @@
+"""Writes docs/tutorial.ipynb from docs/tutorial.md, for a GPU on Colab: python scripts/notebook.py"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def notebook(markdown: str) -> str:
+    """The notebook of a page: its prose as text, its shell commands as cells, its printed output left out."""
+    cells = []
+    for part in re.split(r"^(```\w+\n.*?^```\n)", markdown, flags=re.DOTALL | re.MULTILINE):
+        block = re.fullmatch(r"```(\w+)\n(.*?)```\n", part, re.DOTALL)
+        if block is None:
+            # Pictures and pages are beside the page, not beside a notebook elsewhere.
+            text = re.sub(r"^!\[.*?\]\(.*?\)\n", "", part, flags=re.MULTILINE | re.DOTALL)
+            text = re.sub(r"\[([^\]]*)\]\((?!http)[^)]*\)", r"\1", text).strip()
+            if text:
+                cells.append(_cell("markdown", text))
+        elif block[1] == "bash":
+            cells.append(_cell("code", _commands(block[2].strip())))
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    metadata = {
+        "accelerator": "GPU",
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    }
+    document = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def _commands(block: str) -> str:
+    if block.startswith("pip install"):
+        return "# From PyPI, once released; until then upload a wheel and install that.\n%pip install nnunet-conres"
+    if block.startswith("export"):
+        # A shell's variables end with its cell.
+        lines = ["import os", ""]
+        for name, value in re.findall(r"^export (\w+)=(\S+)", block, re.MULTILINE):
+            value = "cuda" if name == "DEVICE" else value
+            path = value.removeprefix("$PWD/")
+            lines.append(f'os.environ["{name}"] = ' + (f'"{value}"' if path == value else f'os.path.abspath("{path}")'))
+        return "\n".join(lines)
+    return f"%%bash\n{block}"
+
+
+def _cell(kind: str, text: str) -> dict[str, object]:
+    cell: dict[str, object] = {"cell_type": kind, "metadata": {}, "source": text.splitlines(keepends=True)}
+    return cell | ({"execution_count": None, "outputs": []} if kind == "code" else {})
+
+
+def main() -> None:
+    text = notebook((DOCS / "tutorial.md").read_text(encoding="utf-8"))
+    (DOCS / "tutorial.ipynb").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

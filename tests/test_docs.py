@@ -1,0 +1,179 @@
+"""What README and docs say about commands, trainers, variables, files and links, against the code.
+
+`scripts/docs.sh` checks the links between the pages of docs; here are those of the files in the repository's root.
+"""
+
+import argparse
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import nnunet_conres
+from nnunet_conres.cli import build_parser
+from nnunet_conres.families import TRAINERS
+
+ROOT = Path(__file__).parent.parent
+
+
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+docs_site, notebook = _script("docs_site"), _script("notebook")
+command_parsers = docs_site.command_parsers
+ROOT_PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+PAGES = [*ROOT_PAGES, *sorted((ROOT / "docs").rglob("*.md"))]
+COMMANDS = {parser.prog.partition(" ")[2]: parser for parser in command_parsers(build_parser())}
+GENERATED = {f"docs/{page}" for page in (docs_site.COMMAND_LINE, *docs_site.FROM_ROOT)}
+
+
+def shell_lines(text: str) -> Iterator[str]:
+    """Lines of the code blocks that are typed into a shell, continued ones joined."""
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if language in ("bash", "sh"):
+            yield from re.sub(r"\\\n\s*", " ", block).splitlines()
+        elif language == "console":
+            yield from (line.removeprefix("$ ") for line in block.splitlines() if line.startswith("$ "))
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Arguments of every `nnunet-conres`; variables of the shell become 1, which is a number and a name."""
+    for line in shell_lines(text):
+        words = shlex.split(re.sub(r"\$\{?\w+\}?", "1", line.replace("$DEVICE", "cpu")), comments=True)
+        if words[:1] == ["nnunet-conres"]:
+            end = next((place for place, word in enumerate(words) if word in ("|", ">", "&&", ";")), len(words))
+            yield [word for word in words[1:end] if word not in ("[FOLDER", "...]", "...")]
+
+
+def parse(arguments: list[str]) -> None:
+    parsed, others = build_parser().parse_known_args(arguments)
+    # the workflow passes what it does not know to Snakemake
+    assert not others or arguments[0] == "workflow", f"nnunet-conres {shlex.join(arguments)}: unknown {others}"
+    assert parsed.handler
+
+
+DOCUMENTED = [
+    pytest.param(found, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, found in enumerate(commands(page.read_text(encoding="utf-8")))
+]
+
+
+@pytest.mark.parametrize("arguments", DOCUMENTED)
+def test_documented_commands_are_understood(arguments: list[str]) -> None:
+    parse(arguments)
+
+
+def test_the_commands_are_found() -> None:
+    named = {found.values[0][0] for found in DOCUMENTED}
+    assert named >= {"brats-convert", "plan_and_preprocess", "densify", "compare", "workflow"}
+    code = "```bash\nnnunet-conres memory -d 4 \\\n    -tr X | less  # note\nnnunet-conres -x\n```\n"
+    text = code + "```json\nnnunet-conres\n```"
+    assert list(commands(text)) == [["memory", "-d", "4", "-tr", "X"], ["-x"]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_begins_with_an_example_that_is_understood(name: str) -> None:
+    first = COMMANDS[name].format_help().splitlines()[0]
+    found = re.fullmatch(r"example: nnunet-conres (.*)", first)
+    assert found is not None, f"add an example of {name} to nnunet_conres.cli._EXAMPLES"
+    assert found[1].startswith(name)
+    if not found[1].endswith("--help"):
+        parse(shlex.split(found[1]))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_help(name: str) -> None:
+    actions = [action for action in COMMANDS[name]._actions if not isinstance(action, argparse._SubParsersAction)]
+    assert [action.dest for action in actions if not action.help] == []
+
+
+@pytest.mark.parametrize("option", ["--patch_size", "--patch-size"])
+def test_options_are_understood_in_both_spellings(option: str) -> None:
+    arguments = build_parser().parse_args(["variants", "-d", "501", option, "80", "160", "160"])
+    assert arguments.patch_size == [[80, 160, 160]]
+
+
+def test_named_trainers_exist() -> None:
+    import nnunetv2
+
+    folder = Path(nnunetv2.__path__[0], "training", "nnUNetTrainer")
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
+    nnunets = set(re.findall(r"^class (nnUNetTrainer\w*)", sources, re.MULTILINE))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        known = nnunets | {*TRAINERS} | set(re.findall(r"^class (nnUNetTrainer\w*)", text, re.MULTILINE))
+        if page.name == "results.md":
+            known.add("nnUNetTrainerConResNetStream")  # a former name
+        # without plans and configuration, as in the name of a model's folder
+        assert {name.partition("__")[0] for name in re.findall(r"nnUNetTrainer\w*", text)} <= known, page
+
+
+def test_variables_are_in_their_table() -> None:
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "nnunet_conres").rglob("*.py"))
+    named = set(re.findall(r'"(nnUNet_[A-Za-z0-9_]+)"', sources))
+    assert len(named) >= 8
+    table = (ROOT / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
+    assert {name for name in named if f"`{name}`" not in table} == set()
+    for page in PAGES:
+        assert not re.search(r"NNUNET_CONRES_\w+", page.read_text(encoding="utf-8")) or page.name == "CHANGELOG.md", (
+            page
+        )
+
+
+def test_named_scripts_and_tests_exist() -> None:
+    for page in PAGES:
+        for path in re.findall(r"\b((?:scripts|tests|nnunet_conres)/[\w/.-]+\.\w+)", page.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ROOT_PAGES, ids=lambda page: page.name)
+def test_links_from_the_root(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        there = ROOT / target if target else page
+        assert there.exists() or target in GENERATED, target
+        assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
+
+
+def test_the_command_line_reference_has_every_command() -> None:
+    page = docs_site.command_line_reference()
+    assert re.findall(r"^## (.*)$", page, re.MULTILINE) == list(COMMANDS)
+    assert "usage: nnunet-conres compare" in page
+
+
+def test_the_notebook_is_that_of_the_tutorial() -> None:
+    """Otherwise: python scripts/notebook.py"""
+    nbformat = pytest.importorskip("nbformat")
+    text = (ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8")
+    assert text == notebook.notebook((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+    nbformat.validate(nbformat.reads(text, as_version=4))
+
+
+class TestRelease:
+    def test_readme_and_changelog_are_short(self) -> None:
+        assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+        latest = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")[1]
+        assert latest.startswith(nnunet_conres.__version__)
+        assert len(latest.splitlines()) <= 50
+
+    def test_citation_has_the_version(self) -> None:
+        text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+        assert f"\nversion: {nnunet_conres.__version__}\n" in text
