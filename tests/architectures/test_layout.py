@@ -56,6 +56,10 @@ STOCK = ["PlainConvUNet", "ResidualEncoderUNet"]
 SIZE = (8, 16, 24)
 
 
+def slow(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
+
+
 @pytest.fixture
 def cpu_is_fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything of a GPU but the device."""
@@ -121,7 +125,7 @@ class Convolutions:
 
 @pytest.mark.usefixtures("cpu_is_fast")
 class TestNetworks:
-    @pytest.mark.parametrize("name", [*STOCK, "ConResNet", "ConResNetPaper", "UNet3D with batch norm"])
+    @pytest.mark.parametrize("name", [*STOCK, "ConResNet", *slow("ConResNetPaper", "UNet3D with batch norm")])
     def test_compiled_without_graph_break_gives_the_same(self, name: str) -> None:
         plain, ours = pair(name)
         image = torch.randn(2, 2, *SIZE, dtype=torch.float64)
@@ -131,7 +135,7 @@ class TestNetworks:
         for key, expected in plain.state_dict().items():  # statistics of batch norms
             torch.testing.assert_close(ours.state_dict()[key], expected)
 
-    @pytest.mark.parametrize("name", NETWORKS)
+    @pytest.mark.parametrize("name", ["ResidualEncoderUNet", *slow(*(NETWORKS.keys() - {"ResidualEncoderUNet"}))])
     def test_all_convolutions_are_channels_last(self, name: str) -> None:
         """In single precision: a CPU has no such convolutions in double precision."""
         plain, ours = pair(name, torch.float32)
@@ -188,9 +192,9 @@ def test_a_cpu_computes_as_before() -> None:
         with torch.no_grad():
             for value, expected in zip(ours(image), plain(image), strict=True):
                 torch.testing.assert_close(value, expected, rtol=0, atol=0)
-        compiler = Convolutions()
-        torch.compile(ours, fullgraph=True, backend=compiler.backend)(image)
-        assert compiler.n_conversions == 0
+    compiler = Convolutions()
+    torch.compile(ours, fullgraph=True, backend=compiler.backend)(image)
+    assert compiler.n_conversions == 0
 
 
 @pytest.mark.usefixtures("cpu_is_fast")
@@ -249,9 +253,8 @@ class TestNorms:
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=tolerance, atol=5 * tolerance)
 
     def test_no_variance_in_a_single_voxel(self) -> None:
-        norm = torch.compile(InstanceNorm3d(2), backend="eager")
-        with pytest.raises(ValueError, match="more than 1 spatial element"):
-            norm(torch.zeros(2, 2, 1, 1, 1))
+        with torch.no_grad(), pytest.raises(ValueError, match="more than 1 spatial element"):
+            InstanceNorm3d(2)(torch.zeros(1, 2, 1, 1, 1))
 
 
 def leaf(seed: int) -> Tensor:

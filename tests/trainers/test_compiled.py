@@ -34,7 +34,8 @@ def started(trainer: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("trainer_class", "kind"), [(nnUNetTrainerMuon, "labels"), (nnUNetTrainerConResNet, "regions")]
+    ("trainer_class", "kind"),
+    [(nnUNetTrainerMuon, "labels"), pytest.param(nnUNetTrainerConResNet, "regions", marks=pytest.mark.slow)],
 )
 def test_steps_are_those_of_a_trainer_that_does_not_compile(
     make_trainer: Callable[..., Any],
