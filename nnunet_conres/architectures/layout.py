@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 _DEVICES = {"cuda"}
 
@@ -128,8 +127,8 @@ class InstanceNorm3d(nn.InstanceNorm3d):
             if torch.compiler.is_compiling():
                 normal = normalize(input, (2, 3, 4), self.eps)
                 return scale_and_shift(normal, self.weight, self.bias).to(input.dtype)
-            # of a single patch it is a batch norm, which CUDA has for either layout
-            return F.batch_norm(input, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            # Of a single patch it is a batch norm, which CUDA has for that layout; not cuDNN's, which may overflow.
+            return torch.native_batch_norm(input, self.weight, self.bias, None, None, True, 0.0, self.eps)[0]
         output = super().forward(input)
         return torch.ops.aten._unsafe_view(output, list(output.shape))
 

@@ -163,6 +163,7 @@ class TestNetworks:
     @pytest.mark.parametrize("name", [*STOCK, "ConResNetPaper", "VNet", "UNet3D with batch norm"])
     def test_predicts_single_patches_without_being_compiled(self, name: str) -> None:
         plain, ours = pair(name, torch.float32)
+        plain.eval(), ours.eval()
         image = torch.randn(1, 2, *SIZE)
         layouts: list[bool] = []
         for module in ours.modules():
@@ -174,7 +175,7 @@ class TestNetworks:
             for value, expected in zip(ours(image), plain(image), strict=True):
                 torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
         # group norm would copy, and stays contiguous
-        assert all(layouts) != (name == "ConResNetPaper")
+        assert layouts[0] == (name != "ConResNetPaper")
 
     def test_training_that_is_not_compiled_is_as_before(self) -> None:
         plain, ours = pair("ConResNet")
@@ -251,6 +252,17 @@ class TestNorms:
         (output.double() * weights).sum().backward()
         (expected * weights).sum().backward()
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=tolerance, atol=5 * tolerance)
+
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_instance_norm_of_a_single_patch(self, affine: bool) -> None:
+        x = torch.randn(1, 4, 5, 6, 7, generator=torch.Generator().manual_seed(0)) + 20
+        norm, reference = InstanceNorm3d(4, affine=affine), nn.InstanceNorm3d(4, affine=affine).double()
+        for parameter, other in zip(norm.parameters(), reference.parameters(), strict=True):
+            other.data = nn.init.normal_(parameter).data.double()
+        with torch.inference_mode():
+            output = norm(x.contiguous(memory_format=torch.channels_last_3d))
+        assert output.is_contiguous(memory_format=torch.channels_last_3d)
+        torch.testing.assert_close(output.double(), reference(x.double()), rtol=1e-4, atol=1e-4)
 
     def test_no_variance_in_a_single_voxel(self) -> None:
         with torch.no_grad(), pytest.raises(ValueError, match="more than 1 spatial element"):
