@@ -1,4 +1,4 @@
-"""Measures how fast training steps, predictions and deformations are, how much memory steps take, and what fits.
+"""Measures how fast training steps, predictions and augmentation are, how much memory steps take, and what fits.
 
 Contenders take turns within one run, after rounds to warm up, so that whatever else the machine does hits all of them.
 Printed are the machine, medians, and ratios beside what they should be at most; -o writes all of it as JSON.
@@ -9,6 +9,7 @@ docs/benchmarks.md tells how to read it.
     python scripts/benchmark.py memory --device cuda
     python scripts/benchmark.py predict --threads 2
     python scripts/benchmark.py bspline
+    python scripts/benchmark.py data
     python scripts/benchmark.py plans --count
     python scripts/benchmark.py brats
     python scripts/benchmark.py compare
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from benchmarks import brats, bspline, compare, memory, plans, predict, step
+from benchmarks import brats, bspline, compare, data, memory, plans, predict, step
 from benchmarks.arguments import add_common, check
 from benchmarks.report import write
 from benchmarks.timing import BenchmarkError
@@ -31,12 +32,13 @@ SUBCOMMANDS = {
     "memory": memory,
     "predict": predict,
     "bspline": bspline,
+    "data": data,
     "plans": plans,
     "brats": brats,
     "compare": compare,
 }
 # one thread, as a worker process that augments has
-THREADS = {"bspline": 1}
+THREADS = {"bspline": 1, "data": 1}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,1 +1,1 @@
-"""Augmentation: batchgeneratorsv2 transforms for B-spline deformation and histogram matching."""
+"""Augmentation: B-spline deformation, histogram matching, and nnU-Net's own pipeline on the training device."""

@@ -89,7 +89,7 @@ def _evaluate(coefficients: Tensor, bases: Sequence[FloatArray]) -> Tensor:
     # Last axis first: the intermediate results stay small, the first axis makes one large product, and what comes out
     # is contiguous in the order that grid_sample reads.
     for axis in reversed(range(len(bases))):
-        basis = torch.from_numpy(bases[axis]).to(field.dtype)
+        basis = torch.from_numpy(bases[axis]).to(field)
         leading, trailing = field.shape[:axis], field.shape[axis + 1 :]
         product = torch.matmul(basis, field.reshape(*leading, field.shape[axis], -1))
         field = product.reshape(*leading, len(basis), *trailing)
@@ -381,7 +381,28 @@ class BSplineSpatialTransform(SpatialTransform):
         Raises:
             ValueError: If the image has another number of axes than the patch.
         """
-        image = data_dict["image"]
+        parameters = self.draw(data_dict["image"])
+        control_points, grid = self.control_positions(parameters), None
+        if control_points is not None:
+            extent = torch.tensor(data_dict["image"].shape[1:], dtype=torch.float64)
+            control_points += torch.tensor(parameters["center_location_in_pixels"], dtype=torch.float64) - extent / 2
+            # grid_sample: -1..1 between the outer borders of the image, last axis first
+            control_points = (control_points / (extent / 2)).flip(-1)
+            grid = self.control_grid.evaluate(control_points.float())
+        return parameters | {"grid": grid}
+
+    def draw(self, image: Tensor) -> dict[str, Any]:
+        """Draws what ``get_parameters`` draws; the grid is left to whoever makes it.
+
+        Args:
+            image: Only its shape is looked at, (C, *spatial).
+
+        Returns:
+            ``center_location_in_pixels``, ``affine`` and ``control_displacements``, as ``get_parameters``.
+
+        Raises:
+            ValueError: If the image has another number of axes than the patch.
+        """
         shape = image.shape[1:]
         if len(shape) != len(self.patch_size):
             raise ValueError(
@@ -395,25 +416,28 @@ class BSplineSpatialTransform(SpatialTransform):
         affine = self._draw_affine(image, do_rotation, do_scale) if do_rotation or do_scale else None
         displacements = self._draw_displacements() if do_deform else None
         center = self._draw_center(shape)
-
-        grid = None
-        if affine is not None or displacements is not None:
-            control_points = self.control_grid.positions()
-            if displacements is not None:
-                control_points += displacements
-            if affine is not None:
-                control_points = control_points @ torch.from_numpy(affine.T)
-            extent = torch.tensor(shape, dtype=torch.float64)
-            control_points += torch.tensor(center, dtype=torch.float64) - extent / 2
-            # grid_sample: -1..1 between the outer borders of the image, last axis first
-            control_points = (control_points / (extent / 2)).flip(-1)
-            grid = self.control_grid.evaluate(control_points.float())
         return {
-            "grid": grid,
             "center_location_in_pixels": center,
             "affine": affine,
             "control_displacements": displacements,
         }
+
+    def control_positions(self, parameters: dict[str, Any]) -> Tensor | None:
+        """Where the control points come to lie, in voxels from the centre of the patch; None where nothing moves.
+
+        Args:
+            parameters: As drawn.
+
+        Returns:
+            Tensor of float64, shape (*control_grid.shape, dim).
+        """
+        affine, displacements = parameters["affine"], parameters["control_displacements"]
+        if affine is None and displacements is None:
+            return None
+        control_points = self.control_grid.positions()
+        if displacements is not None:
+            control_points += displacements
+        return control_points if affine is None else control_points @ torch.from_numpy(affine.T)
 
     def _draw_affine(self, image: Tensor, do_rotation: bool, do_scale: bool) -> FloatArray:
         dim = len(self.patch_size)

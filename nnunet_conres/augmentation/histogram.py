@@ -28,7 +28,7 @@ MIN_VOXELS = 100
 OUTSIDE = -1
 # Entries of the table that a map is looked up in. A search for the right quantile takes ten times as long per voxel.
 _TABLE_SIZE = 2**14
-# Voxels that are mapped at a time, few enough for the processor's cache.
+# Voxels that are mapped at a time on a CPU, few enough for its cache.
 _CHUNK = 2**16
 
 
@@ -157,7 +157,7 @@ def _apply(grey_map: GreyMap, image: Tensor, inside: Tensor | None, out: Tensor)
     # that the others would share a few entries of the table.
     lower, upper = min(1, len(values) - 2), len(values) - 2
     low, high = float(values[lower]), float(values[upper])
-    table = torch.from_numpy(np.interp(np.linspace(low, high, _TABLE_SIZE), values, mapped)).to(out.dtype)
+    table = torch.from_numpy(np.interp(np.linspace(low, high, _TABLE_SIZE), values, mapped)).to(out)
     # one more entry, so that the highest grey value has an upper neighbour
     steps = torch.diff(table, append=table[-1:])
     scale = (_TABLE_SIZE - 1) / (high - low) if high > low else 0.0
@@ -167,8 +167,9 @@ def _apply(grey_map: GreyMap, image: Tensor, inside: Tensor | None, out: Tensor)
 
     inside = None if inside is None else inside.reshape(-1)
     voxels, result = image.reshape(-1), out.view(-1)
-    for start in range(0, len(voxels), _CHUNK):
-        chunk = voxels[start : start + _CHUNK]
+    size = _CHUNK if out.device.type == "cpu" else max(1, len(voxels))
+    for start in range(0, len(voxels), size):
+        chunk = voxels[start : start + size]
         clipped = chunk.clamp(low, high)
         position = (clipped - low) * scale
         entry = position.int().clamp_(0, _TABLE_SIZE - 1)
@@ -180,5 +181,5 @@ def _apply(grey_map: GreyMap, image: Tensor, inside: Tensor | None, out: Tensor)
         matched.add_(beyond.sub_(piece))
         matched.add_(piece.clamp_min(0), alpha=slope_above).add_(piece.clamp_max(0), alpha=slope_below)
         if inside is not None:
-            matched = torch.where(inside[start : start + _CHUNK], matched, chunk)
-        result[start : start + _CHUNK] = matched
+            matched = torch.where(inside[start : start + size], matched, chunk)
+        result[start : start + size] = matched

@@ -48,7 +48,7 @@ class MirrorOutsideTransform(BasicTransform):
     def _apply_to_image(self, img: Tensor, **params: Any) -> Tensor:
         for axis, index in enumerate(params["indices"], start=1):
             if index is not None:
-                img = img.index_select(axis, index)
+                img = img.index_select(axis, index.to(img.device))
         return img
 
     def _apply_to_segmentation(self, segmentation: Tensor, **params: Any) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_conres.augmentation.on_device import device_memory
 from nnunet_conres.errors import InputError
 from nnunet_conres.planning.tracker import Measurement, measure_batches
 from nnunet_conres.planning.training_step import TrainingStep
@@ -39,7 +40,8 @@ class MemoryEstimate:
         activations: What is kept for backward when the network is through, by module that made it.
         loss: What the loss keeps for backward beside them.
         peak: The most that is alive at any moment.
-        workspace: Allowance for what is not seen: kernels' workspace, gaps in the allocator, the CUDA context.
+        workspace: Allowance for what the step does not show: kernels' workspace, gaps in the allocator, the CUDA
+            context, augmentation on the device.
     """
 
     parameters: int
@@ -178,7 +180,19 @@ def _execute(step: TrainingStep, batch_sizes: Sequence[int]) -> list[Measurement
 
 
 def _workspace(step: TrainingStep, peak: int) -> int:
-    return round(WORKSPACE_SHARE * peak) + (CUDA_CONTEXT if step.device == "cuda" else 0)
+    return round(WORKSPACE_SHARE * peak) + (CUDA_CONTEXT if step.device == "cuda" else 0) + augmentation_memory(step)
+
+
+def augmentation_memory(step: TrainingStep) -> int:
+    """What augmentation takes on the device beside the step, in bytes; 0 where it runs on the CPU.
+
+    It has a stream of its own, whose memory PyTorch does not give to the step.
+    """
+    if step.device != "cuda" or not getattr(step.trainer, "augments_on_device", False):
+        return 0
+    regions = step.labels.num_segmentation_heads + step.labels.has_ignore_label
+    target_bytes = regions if step.labels.has_regions else 2
+    return device_memory(step.patch_size, step.batch_size, step.input_channels, target_bytes)
 
 
 def _voxels(step: TrainingStep) -> int:

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_conres.datasets.raw import find_dataset, read_dataset_json
 from nnunet_conres.errors import InputError
 from nnunet_conres.nnunet import folder_from_environment
-from nnunet_conres.planning.memory import MemoryEstimate, MemoryModel, estimate_memory
+from nnunet_conres.planning.memory import MemoryEstimate, MemoryModel, augmentation_memory, estimate_memory
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.plans.entries import stride_products
 from nnunet_conres.preprocessing.dataset import read_plans
@@ -68,6 +68,7 @@ class MemoryReport:
             *estimate.activations.items(),
             ("loss", estimate.loss),
         ]
+        augmentation = augmentation_memory(step)
         limit = _SMALL * sum(size for _, size in parts)
         small = [size for _, size in parts if size < limit]
         parts = [(name, size) for name, size in parts if size >= limit] + [(f"{len(small)} smaller parts", sum(small))]
@@ -78,6 +79,7 @@ class MemoryReport:
         lines += [
             _line("peak", estimate.peak),
             _line("workspace, allocator" + (", CUDA context" if step.device == "cuda" else ""), estimate.workspace),
+            *([_line("  augmentation among them", augmentation)] if augmentation else []),
             _line("total", estimate.total),
         ]
         if self.largest:

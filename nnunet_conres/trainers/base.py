@@ -30,6 +30,7 @@ from nnunet_conres.trainers.checks import (
     check_network,
     check_preprocessed,
 )
+from nnunet_conres.trainers.device_augmentation import DeviceAugmentationMixin
 from nnunet_conres.trainers.logger import LossPartsTrainer
 from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.precision import CpuPrecisionTrainer
@@ -42,6 +43,7 @@ show_in_one_line()  # also for trainers that users derive from ours, which nnU-N
 
 
 class PluginTrainer(
+    DeviceAugmentationMixin,
     StoppableTrainer,
     TrackedTrainer,
     ProgressTrainer,

@@ -306,3 +306,18 @@ class TestOnAGpu:
         report = measure(tmp_path, "memory", "--device", "cuda", "--policies", "cuda_float16", *SMALL_ARGUMENTS[:6])
         found = report["contenders"]
         assert all(entry["measured"] > entry["between_steps"] > 0 for entry in found.values())
+
+
+class TestData:
+    def test_divides_what_it_says(self, tmp_path: Path) -> None:
+        sizes = ["--patch", "16", "16", "16", "--shape", "24", "28", "26", "--channels", "2", "--cases", "2"]
+        report = measure(tmp_path, "data", *sizes, "--rounds", "3", "--warmup", "0")
+        seconds = {name: phases["processor"] for name, phases in report["seconds"].items()}
+        for name, what in (("loading alone", "loading alone"), ("loading and augmentation",) * 2):
+            expected = seconds[f"draw first, {what}"] / seconds[f"nnU-Net, {what}"]
+            assert report["ratios"][name]["measured"] == pytest.approx(expected)
+        # float32 images of two channels, and three regions in boolean, in scales of an eighth each
+        finished = 16**3 * (2 * 4 + 3 * (1 + 1 / 8 + 1 / 64 + 1 / 512 + 1 / 4096)) / 1e6
+        assert report["megabytes_sent"]["nnU-Net, loading and augmentation"] == pytest.approx(finished)
+        assert report["machine"]["device"] == "cpu"
+        assert report["machine"]["cores"] == os.cpu_count()

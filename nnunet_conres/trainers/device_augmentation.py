@@ -1,0 +1,148 @@
+"""nnU-Net's augmentation on the training device; worker processes only load."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from typing import Any, Final
+from unittest import mock
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from nnunet_conres.augmentation.loading import DeviceBatches, DrawFirstLoader
+from nnunet_conres.augmentation.on_device import DevicePipeline
+from nnunet_conres.errors import InputError
+from nnunet_conres.text import first_few
+
+DEVICE_AUGMENTATION_VARIABLE: Final = "nnUNet_conres_device_augmentation"
+"""0: augmentation as nnU-Net has it, on the CPU. 1: on the training device, also where that is a CPU."""
+SEED_VARIABLE: Final = "nnUNet_conres_seed"
+"""A whole number that weights and batches start from."""
+
+_PROCESSES_VARIABLE = "nnUNet_n_proc_DA"  # nnU-Net's
+
+
+def wants_device_augmentation(device: torch.device) -> bool:
+    """Whether to augment on the training device: what the environment says, else on CUDA.
+
+    Raises:
+        InputError: The environment variable is neither 0 nor 1.
+    """
+    text = os.environ.get(DEVICE_AUGMENTATION_VARIABLE, "").strip().lower()
+    if text == "":
+        return device.type == "cuda"
+    if text in ("0", "false", "f"):
+        return False
+    if text in ("1", "true", "t"):
+        return True
+    raise InputError(
+        f"{DEVICE_AUGMENTATION_VARIABLE} is {text!r}; expected 1 to augment on the training device, or 0 for nnU-Net's "
+        f"own way."
+    )
+
+
+def seed_of_environment() -> int | None:
+    """The seed that the environment variable asks for.
+
+    Raises:
+        InputError: It is not a whole number of at least 0.
+    """
+    text = os.environ.get(SEED_VARIABLE, "").strip()
+    if text == "":
+        return None
+    if not text.isdecimal():
+        raise InputError(f"{SEED_VARIABLE} is {text!r}; expected a whole number of at least 0.")
+    return int(text)
+
+
+class DeviceAugmentationMixin(nnUNetTrainer):
+    """nnU-Net's trainer, which augments on the training device; comes first among a trainer's bases.
+
+    Pipeline, sampling and their parameters are what the trainer has. The worker processes draw the parameters and load
+    the voxels that these need.
+
+    Attributes:
+        augments_on_device: For the memory model, which knows trainers by their class.
+    """
+
+    augments_on_device = True
+
+    # set by nnU-Net's constructor, which carries no types
+    device: torch.device
+    local_rank: int
+
+    def initialize(self) -> None:
+        seed = seed_of_environment()
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+        super().initialize()
+
+    def get_dataloaders(self) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:
+        if not wants_device_augmentation(self.device):
+            return super().get_dataloaders()
+        processes = get_allowed_n_proc_DA()
+        # nnU-Net makes its loaders here and starts processes for them; without processes there is nothing to stop
+        with mock.patch.dict(os.environ, {_PROCESSES_VARIABLE: "0"}):
+            stock = super().get_dataloaders()
+        loaders: list[Any] = [getattr(one, "data_loader", None) for one in stock]
+        if not all(type(loader) is nnUNetDataLoader for loader in loaders):
+            self.print_to_log_file(
+                f"WARNING: {type(self).__name__} has loaders of its own, so that augmentation stays on the CPU."
+            )
+            return super().get_dataloaders()
+        pipelines = [DevicePipeline(loader.transforms) for loader in loaders]
+        self._say_where(pipelines[0])
+        sources = [
+            self._source(DrawFirstLoader.of(loader, pipeline), number, wanted)
+            for number, (loader, pipeline, wanted) in enumerate(
+                zip(loaders, pipelines, (processes, (processes + 1) // 2), strict=True)
+            )
+        ]
+        train, val = (
+            DeviceBatches(source, pipeline, self.device) for source, pipeline in zip(sources, pipelines, strict=True)
+        )
+        return train, val
+
+    def _source(self, loader: DrawFirstLoader, number: int, processes: int) -> Iterator[dict[str, Any]]:
+        """Worker processes that load, each with random numbers of its own, or none."""
+        if processes == 0:
+            return SingleThreadedAugmenter(loader, None)
+        seed = seed_of_environment()
+        sequence = np.random.SeedSequence(None if seed is None else [seed, self.local_rank, number])
+        seeds = [int(one) for one in sequence.generate_state(processes)]
+        pin = self.device.type == "cuda"
+        # samples may be larger than patches, and come sooner than nnU-Net's: fewer of them wait
+        cached = max(3, processes // 4)
+        source: Any
+        if seed is None:
+            source = NonDetMultiThreadedAugmenter(loader, None, processes, cached, seeds, pin, wait_time=0.002)
+        else:  # in a fixed order
+            source = MultiThreadedAugmenter(loader, None, processes, 1, seeds, pin, wait_time=0.002)
+        source._start()  # from this thread, before there is another one
+        return source
+
+    def _say_where(self, pipeline: DevicePipeline) -> None:
+        self.print_to_log_file(
+            f"Augmentation runs on {self.device}; set {DEVICE_AUGMENTATION_VARIABLE}=0 to have it on the CPU."
+        )
+        if pipeline.on_cpu:
+            self.print_to_log_file(
+                f"The CPU does the augmentation up to {pipeline.unknown[-1]}, since nnunet-conres can't run these "
+                f"transforms elsewhere: {first_few(pipeline.unknown, 10)}."
+            )
+
+    def on_train_end(self) -> None:
+        for batches in (self.dataloader_train, self.dataloader_val):
+            if isinstance(batches, DeviceBatches):
+                batches.close()
+        super().on_train_end()

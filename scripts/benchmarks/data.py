@@ -1,0 +1,261 @@
+"""Loading and augmentation: nnU-Net's against loading what the draws need and augmenting on the device.
+
+All contenders draw the same random numbers in a round. What a sample costs a core is processor time, which other
+programs of the machine hardly change; what it costs a GPU is time. Both differ between samples, so that means over all
+rounds are compared: only a third of nnU-Net's samples is rotated or scaled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from benchmarks import machine
+from benchmarks.arguments import add_turns, positive
+from benchmarks.report import as_text, ratio_table, ratios_as_json, table
+from benchmarks.timing import Phases, Ratio, in_turn, totals
+from nnunet_conres.augmentation.loading import DeviceBatches, DrawFirstLoader, finish
+from nnunet_conres.augmentation.on_device import DevicePipeline
+from nnunet_conres.datasets.phantom import make_phantom
+
+REGIONS = {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": 3}
+ROTATION = (-np.pi / 6, np.pi / 6)  # nnU-Net's for patches that are not flat
+
+STOCK_LOADING, OUR_LOADING = "nnU-Net, loading alone", "draw first, loading alone"
+STOCK, OURS = "nnU-Net, loading and augmentation", "draw first, loading and augmentation"
+LOADING_LIMIT, SAMPLE_LIMIT = 0.3, 1.1
+STATED_FOR = "Limits are stated for one thread of a CPU, patches of 128^3 and cases of BraTS's size."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--patch", type=positive, nargs=3, default=(128, 128, 128), metavar="SIZE", help="voxels (default: 128 128 128)"
+    )
+    parser.add_argument(
+        "--shape",
+        type=positive,
+        nargs=3,
+        default=(140, 171, 140),
+        metavar="SIZE",
+        help="of the cases after cropping, voxels (default: 140 171 140, BraTS's)",
+    )
+    parser.add_argument("--channels", type=positive, default=4, metavar="N", help="of images (default: %(default)s)")
+    parser.add_argument("--cases", type=positive, default=4, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="also measure how fast so many worker processes deliver batches of 2 (default: not)",
+    )
+    add_turns(parser, rounds=40, warmup=2)
+
+
+def pipeline(patch: tuple[int, ...]) -> ComposeTransforms:
+    """nnU-Net's pipeline for three regions, in six scales."""
+    scales = [[0.5**level] * 3 for level in range(6) if min(patch) >= 2**level]
+    return nnUNetTrainer.get_training_transforms(
+        patch, ROTATION, scales, (0, 1, 2), False, regions=[[1, 2, 3], [2, 3], [3]]
+    )
+
+
+@contextmanager
+def preprocessed(patch: tuple[int, ...], shape: tuple[int, ...], channels: int, cases: int) -> Iterator[Path]:
+    """A folder with synthetic cases as nnU-Net preprocesses them, for a while."""
+    blocks, chunks = comp_blosc2_params((channels, *shape), patch)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(cases):
+            images, annotation = make_phantom(shape, number)
+            image = np.stack([images[channel % len(images)] for channel in range(channels)]).astype(np.float32)
+            image = (image - image.mean()) / image.std()
+            annotation = annotation.astype(np.int8)[None]
+            locations = {region: np.argwhere(np.isin(annotation, region))[::10] for region in ((1, 2, 3), (2, 3), (3,))}
+            nnUNetDatasetBlosc2.save_case(
+                image, annotation, {"class_locations": locations}, str(Path(folder, f"case_{number}")), chunks, blocks
+            )
+        yield Path(folder)
+
+
+def _some(annotation: np.ndarray[Any, Any], region: tuple[int, ...], most: int = 10_000) -> np.ndarray[Any, Any]:
+    """Voxels of a region, as many as nnU-Net keeps for oversampling."""
+    voxels = np.argwhere(np.isin(annotation, region))
+    return voxels[np.random.default_rng(0).permutation(len(voxels))[:most]]
+
+
+class Turns:
+    """A contender; all draw the same random numbers in a round.
+
+    Args:
+        call: What is timed; returns what a worker sends, or None.
+        device: Device that does the work.
+    """
+
+    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
+        self.call, self.device = call, device
+        self.turn = 0
+
+    def __call__(self) -> Phases:
+        np.random.seed(self.turn)
+        torch.manual_seed(self.turn)
+        self.turn += 1
+        before = time.process_time()
+        self.call()
+        return {"processor": time.process_time() - before}
+
+
+class OnDevice(Turns):
+    """Loading by the CPU and augmentation on a GPU, whose time is a phase by itself."""
+
+    def __init__(self, loader: DrawFirstLoader, device: torch.device) -> None:
+        super().__init__(lambda: None, device)
+        self.loader = loader
+
+    def __call__(self) -> Phases:
+        batch: dict[str, Any] = {}
+        self.call = lambda: batch.update(next(self.loader))
+        phases = super().__call__()
+        torch.cuda.synchronize()
+        before = time.perf_counter()
+        finish(batch, self.loader.pipeline, self.device)
+        torch.cuda.synchronize()
+        return phases | {"device": time.perf_counter() - before}
+
+
+def megabytes(batch: dict[str, Any]) -> float:
+    """Of the tensors that leave a worker."""
+    parts = batch.get("samples", [batch])
+    tensors = [value for part in parts for name in part for value in _tensors(part[name])]
+    return sum(tensor.nbytes for tensor in tensors) / 1e6
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, torch.Tensor)]
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures loading and augmentation and returns the report."""
+    device, patch = arguments.device, tuple(arguments.patch)
+    about = machine.describe(device)
+    initial = [int(extent) for extent in get_patch_size(patch, ROTATION, ROTATION, ROTATION, (0.85, 1.25))]
+    manager = LabelManager(REGIONS, regions_class_order=[1, 2, 3])
+    with preprocessed(patch, tuple(arguments.shape), arguments.channels, arguments.cases) as folder:
+
+        def stock(transforms: ComposeTransforms | None, batch_size: int = 1) -> nnUNetDataLoader:
+            dataset = nnUNetDatasetBlosc2(str(folder))
+            return nnUNetDataLoader(dataset, batch_size, initial, patch, manager, 0.33, transforms=transforms)
+
+        def ours(batch_size: int = 1) -> DrawFirstLoader:
+            return DrawFirstLoader.of(stock(None, batch_size), DevicePipeline(pipeline(patch)))
+
+        loading, whole, alone = stock(None), stock(pipeline(patch)), ours()
+        other = ours()
+        runs: dict[str, Turns] = {
+            STOCK_LOADING: Turns(lambda: next(loading), device),
+            OUR_LOADING: Turns(lambda: next(alone), device),
+            STOCK: Turns(lambda: next(whole), device),
+            OURS: OnDevice(other, device)
+            if device.type == "cuda"
+            else Turns(lambda: finish(next(other), other.pipeline, device), device),
+        }
+        # blurs are timed at first use to choose between two ways, which is no cost of a sample
+        _let_blurs_choose(whole, patch)
+        times = in_turn(dict(runs), arguments.rounds, arguments.warmup)
+        sent = {}
+        for name, loader in ((STOCK, whole), (OURS, other)):
+            sent[name] = float(np.mean([megabytes(next(loader)) for _ in range(max(4, arguments.rounds // 4))]))
+        rates = {
+            workers: {
+                STOCK: _delivery(stock(pipeline(patch), 2), None, device, workers),
+                OURS: _delivery(ours(2), device, device, workers),
+            }
+            for workers in arguments.workers
+        }
+    means = {
+        name: {phase: float(np.mean([p[phase] for p in phases])) for phase in phases[0]}
+        for name, phases in times.items()
+    }
+    ratios = [
+        Ratio("loading alone", *_ratio(times, OUR_LOADING, STOCK_LOADING), LOADING_LIMIT),
+        Ratio("loading alone / nnU-Net's loading and augmentation", *_ratio(times, OUR_LOADING, STOCK)),
+    ]
+    if device.type == "cpu":
+        ratios.append(Ratio("loading and augmentation", *_ratio(times, OURS, STOCK), SAMPLE_LIMIT))
+    return {
+        "benchmark": "data",
+        "title": f"Patch {patch[0]} x {patch[1]} x {patch[2]}, {arguments.channels} channels, 3 regions, cases of "
+        f"{' x '.join(map(str, arguments.shape))}; means of {arguments.rounds} samples",
+        "machine": about,
+        "rounds": arguments.rounds,
+        "warmup": arguments.warmup,
+        "seconds": means,
+        "megabytes_sent": sent,
+        "batches_of_2_per_second": rates,
+        "ratios": ratios_as_json(ratios),
+    }
+
+
+def _let_blurs_choose(loader: nnUNetDataLoader, patch: tuple[int, ...]) -> None:
+    for transform in loader.transforms.transforms:
+        inner = getattr(transform, "transform", None)
+        if hasattr(inner, "benchmark_use_fft"):
+            for sigma in (0.5, 0.75, 1.0):
+                for axis in range(3):
+                    inner._benchmark_wrapper(torch.zeros(1, *patch), sigma, axis)
+
+
+def _ratio(times: dict[str, list[Phases]], one: str, other: str) -> tuple[float, None]:
+    return float(np.sum(totals(times[one])) / np.sum(totals(times[other]))), None
+
+
+def _delivery(
+    loader: nnUNetDataLoader, augment_on: torch.device | None, device: torch.device, workers: int, batches: int = 20
+) -> float:
+    """Batches per second that arrive on the device."""
+    on_cuda = device.type == "cuda"
+    source = NonDetMultiThreadedAugmenter(loader, None, workers, max(3, workers // 2), None, on_cuda, 0.002)
+    source._start()
+    made: Any = source if augment_on is None else DeviceBatches(source, loader.pipeline, augment_on)
+    for _ in range(2 * max(3, workers // 2) + workers):  # what was prepared before anybody asked
+        next(made)
+    start = time.perf_counter()
+    for _ in range(batches):
+        batch = next(made)
+        batch["data"].to(device, non_blocking=True)
+    if on_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    source._finish()
+    return batches / seconds
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """The report for readers."""
+    rows = []
+    for name, phases in report["seconds"].items():
+        on_device = f"{1000 * phases['device']:.1f}" if "device" in phases else ""
+        sent = report["megabytes_sent"].get(name)
+        rows.append([name, f"{1000 * phases['processor']:.0f}", on_device, "" if sent is None else f"{sent:.0f}"])
+    parts = [table(["a sample", "processor, ms", "device, ms", "sent, MB"], rows)]
+    rates = report["batches_of_2_per_second"]
+    if rates:
+        rows = [[str(workers), *(f"{found[name]:.2f}" for name in (STOCK, OURS))] for workers, found in rates.items()]
+        parts.append(table(["workers", "nnU-Net, batches of 2 a second", "draw first"], rows))
+    cores = f"{os.cpu_count()} cores; augmentation of the last contender on {report['machine']['device']}."
+    return as_text(report, *parts, f"{STATED_FOR} {cores}", ratio_table(report["ratios"]))
