@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ MUON_LR = 0.03
 # Times the learning rate that is 3e-5 per step, as in nnU-Net, where 0.01 and a momentum of 0.99 act like a rate of 1.
 MUON_WEIGHT_DECAY = 1e-3
 ADAM_LR_FACTOR = 0.1
+_CAPTURE_DEVICES = {"cuda"}
+_STEPS_BEFORE_CAPTURE = 3
+
+# Parameter groups, and of each those parameters that have gradients.
+_Groups: TypeAlias = "list[tuple[dict[str, Any], list[Tensor]]]"
 
 # nnU-Net's name for all layers that make a network's outputs; it leaves these out of pretrained weights.
 _HEADS = "seg_layers"
@@ -52,6 +58,9 @@ class Muon(Optimizer):
     A step with a gradient that is not finite (NaN, Inf, or a norm beyond the range of float32) changes neither
     parameters nor state. That is decided on the device, without waiting for it.
 
+    A step consists of hundreds of small operations. Where ``capture`` is on, a GPU gets them as one CUDA graph; where
+    that fails, the reason is given once as a warning, and steps are taken one operation at a time.
+
     Args:
         groups: Parameter groups as for any optimiser of PyTorch, or parameters; all on one device. A group with
             ``orthogonal`` true holds matrices: parameters of two dimensions or more, (outputs, inputs, ...) where all
@@ -65,6 +74,8 @@ class Muon(Optimizer):
         weight_decay: By how much parameters shrink, relative to their size and the group's learning rate.
         betas: Adam's shares of the earlier gradients and squared gradients, in [0, 1).
         eps: Added to Adam's denominator, above 0.
+        capture: Whether steps on a GPU are captured in a CUDA graph from the fourth on. It keeps copies of the
+            gradients and of what a step needs on the way, about four times the size of the parameters.
 
     Raises:
         ValueError: If a number is out of range or not finite, or a parameter of an orthogonal group has fewer than two
@@ -82,6 +93,7 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
+        capture: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -95,6 +107,9 @@ class Muon(Optimizer):
             "steps": 0,  # for Adam's corrections; among the groups' entries, as it is saved with these
         }
         super().__init__(groups, defaults)
+        self._capture = capture
+        self._steps_before_capture = _STEPS_BEFORE_CAPTURE
+        self._captured: _CapturedStep | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as PyTorch's optimisers do; also called for each group that the constructor gets."""
@@ -128,47 +143,67 @@ class Muon(Optimizer):
         groups = [(group, parameters) for group, parameters in groups if parameters]
         if not groups:
             return loss
-        # The sum is NaN or Inf if one of the norms is. What follows is masked with that instead of being left out, so
-        # that the CPU need not wait for a GPU.
-        norms = torch._foreach_norm([gradient for _, parameters in groups for gradient in _gradients(parameters)])
-        is_finite = torch.stack(norms).sum().isfinite()
-        for group, parameters in groups:
-            if group["weight_decay"] != 0:
-                torch._foreach_mul_(parameters, 1 - is_finite * (_rate(group) * group["weight_decay"]))
-            if not group["orthogonal"]:
-                self._adam(group, parameters, is_finite)
-        self._muon([(group, parameters) for group, parameters in groups if group["orthogonal"]], is_finite)
+        if not (self._capture and self._replay(groups)):
+            self._update(groups, [_gradients(parameters) for _, parameters in groups], [_rate(g) for g, _ in groups])
         return loss
 
-    def _muon(self, groups: list[tuple[dict[str, Any], list[Tensor]]], is_finite: Tensor) -> None:
+    def _update(self, groups: _Groups, gradients: list[list[Tensor]], rates: Sequence[float | Tensor]) -> None:
+        """Takes the step: operations of the device only, without asking it for values."""
+        # The sum is NaN or Inf if one of the norms is. What follows is masked with that instead of being left out, so
+        # that the CPU need not wait for a GPU.
+        norms = torch._foreach_norm([gradient for ours in gradients for gradient in ours])
+        is_finite = torch.stack(norms).sum().isfinite()
+        matrices: list[tuple[dict[str, Any], list[Tensor], list[Tensor], float | Tensor]] = []
+        for (group, parameters), ours, rate in zip(groups, gradients, rates, strict=True):
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(parameters, 1 - is_finite * (rate * group["weight_decay"]))
+            if group["orthogonal"]:
+                matrices.append((group, parameters, ours, rate))
+            else:
+                self._adam(group, parameters, ours, rate, is_finite)
+        self._muon(matrices, is_finite)
+
+    def _muon(
+        self, groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor], float | Tensor]], is_finite: Tensor
+    ) -> None:
         matrices: list[Tensor] = []
-        changes: list[tuple[list[Tensor], float]] = []
-        for group, parameters in groups:
+        changes: list[tuple[list[Tensor], float | Tensor]] = []
+        for group, parameters, gradients, rate in groups:
             buffers = self._state("momentum_buffer", parameters)
-            steps = [torch.where(is_finite, gradient, 0.0) for gradient in _gradients(parameters)]
+            steps = [torch.where(is_finite, gradient, 0.0) for gradient in gradients]
             torch._foreach_mul_(buffers, torch.where(is_finite, group["momentum"], 1.0))
             torch._foreach_add_(buffers, steps)
             torch._foreach_add_(steps, buffers, alpha=group["momentum"])
             # those of one shape in one go: a GPU would wait for each
-            for numbers in _by_shape(parameters):
-                matrices.append(torch.stack([steps[number].flatten(1) for number in numbers]))
+            for numbers in _alike(parameters):
+                is_last = _is_channels_last(parameters[numbers[0]])
+                matrices.append(torch.stack([_as_matrix(steps[number], is_last) for number in numbers]))
                 outputs, inputs = matrices[-1].shape[1:]
                 if group["transposed"]:
                     outputs, inputs = inputs, outputs
-                size = _rate(group) * max(1.0, outputs / inputs) ** 0.5
+                size = rate * max(1.0, outputs / inputs) ** 0.5
                 changes.append(([parameters[number] for number in numbers], size))
             del steps
         if not matrices:
             return
         for (ours, size), orthogonal in zip(changes, orthogonalize(matrices), strict=True):
             orthogonal = orthogonal * (is_finite * -size)
-            torch._foreach_add_(ours, [matrix.view(ours[0].shape) for matrix in orthogonal])
+            torch._foreach_add_(ours, [_like(ours[0], matrix) for matrix in orthogonal])
 
-    def _adam(self, group: dict[str, Any], parameters: list[Tensor], is_finite: Tensor) -> None:
-        gradients = [torch.where(is_finite, gradient, 0.0) for gradient in _gradients(parameters)]
+    def _adam(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        rate: float | Tensor,
+        is_finite: Tensor,
+    ) -> None:
+        gradients = [torch.where(is_finite, gradient, 0.0) for gradient in gradients]
         means, squares = self._state("exp_avg", parameters), self._state("exp_avg_sq", parameters)
-        group["steps"] = group["steps"] + is_finite.float()
-        number = group["steps"].clamp(min=1)
+        if not isinstance(group["steps"], Tensor):
+            group["steps"] = torch.full((), float(group["steps"]), device=is_finite.device)
+        group["steps"] = group["steps"].to(is_finite.device)
+        number = group["steps"].add_(is_finite).clamp(min=1)
         first, second = group["betas"]
         torch._foreach_mul_(means, torch.where(is_finite, first, 1.0))
         torch._foreach_add_(means, gradients, alpha=1 - first)
@@ -178,8 +213,44 @@ class Muon(Optimizer):
         torch._foreach_mul_(roots, (1 - second**number) ** -0.5)
         torch._foreach_add_(roots, group["eps"])
         steps = torch._foreach_div(means, roots)
-        torch._foreach_mul_(steps, is_finite * (-_rate(group) / (1 - first**number)))
+        torch._foreach_mul_(steps, is_finite * (-rate / (1 - first**number)))
         torch._foreach_add_(parameters, steps)
+
+    def _replay(self, groups: _Groups) -> bool:
+        """Takes the step from its graph, which is captured first where there is none that fits; False where not."""
+        if groups[0][1][0].device.type not in _CAPTURE_DEVICES or torch.compiler.is_compiling():
+            return False
+        has_state = all(self.state.get(parameter) for _, parameters in groups for parameter in parameters)
+        if self._steps_before_capture > 0 or not has_state:  # state and libraries are made ready in such a step
+            self._steps_before_capture -= 1
+            return False
+        key = self._key(groups)
+        if self._captured is None or self._captured.key != key:
+            self._captured = None  # its memory first
+            try:
+                self._captured = _CapturedStep(key, groups, self._update)
+            except RuntimeError as error:
+                self._capture = False
+                reason = str(error).strip().splitlines()[0]
+                warnings.warn(f"Muon's steps are not captured in a CUDA graph: {reason}", stacklevel=3)
+                return False
+        self._captured.replay(groups)
+        return True
+
+    def _key(self, groups: _Groups) -> list[Any]:
+        """All that a graph has fixed: where tensors are, and the numbers of groups but the learning rate."""
+        key: list[Any] = []
+        for group, parameters in groups:
+            values = {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+            steps = values.pop("steps")
+            tensors = [steps] if isinstance(steps, Tensor) else []
+            for parameter in parameters:
+                tensors += [parameter, *self.state[parameter].values()]
+            key.append((values, [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]))
+        return key
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy has tensors of its own
+        return super().__getstate__() | {"_capture": self._capture, "_captured": None, "_steps_before_capture": 1}
 
     def _state(self, name: str, parameters: list[Tensor]) -> list[Tensor]:
         for parameter in parameters:
@@ -188,20 +259,68 @@ class Muon(Optimizer):
         return [self.state[parameter][name] for parameter in parameters]
 
 
+class _CapturedStep:
+    """A step as a CUDA graph. Gradients and rates, which change from step to step, are copied to where it reads them.
+
+    Args:
+        key: What the graph has fixed.
+        groups: Parameter groups with those parameters that have gradients.
+        update: Takes the step, of groups, gradients and rates.
+    """
+
+    def __init__(self, key: list[Any], groups: _Groups, update: Callable[..., None]) -> None:
+        self.key = key
+        device = groups[0][1][0].device
+        self._gradients = [[torch.empty_like(one) for one in _gradients(parameters)] for _, parameters in groups]
+        self._rates = torch.zeros(len(groups), device=device)
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(device)
+        try:
+            # other threads, which pin memory for example, may go on with their work meanwhile
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                update(groups, self._gradients, self._rates.unbind())
+        finally:
+            torch.cuda.set_stream(stream)  # which PyTorch does not where a capture fails
+
+    def replay(self, groups: _Groups) -> None:
+        """Takes a step with the gradients and learning rates that the groups have now."""
+        to = [gradient for ours in self._gradients for gradient in ours]
+        torch._foreach_copy_(to, [gradient for _, parameters in groups for gradient in _gradients(parameters)])
+        for number, (group, _) in enumerate(groups):
+            self._rates[number].fill_(_rate(group))
+        self._graph.replay()
+
+
 def _rate(group: dict[str, Any]) -> float:
     return group["lr"] * group["lr_factor"]
+
+
+def _is_channels_last(parameter: Tensor) -> bool:
+    return parameter.ndim == 5 and not parameter.is_contiguous()
+
+
+def _as_matrix(tensor: Tensor, is_channels_last: bool) -> Tensor:
+    """(outputs, inputs), the inputs in the order in which they lie in memory, on which no step depends."""
+    return (tensor.movedim(1, -1) if is_channels_last else tensor).flatten(1)
+
+
+def _like(parameter: Tensor, matrix: Tensor) -> Tensor:
+    """Undoes ``_as_matrix``."""
+    if not _is_channels_last(parameter):
+        return matrix.view(parameter.shape)
+    return matrix.view(parameter.movedim(1, -1).shape).movedim(-1, 1)
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _by_shape(parameters: list[Tensor]) -> list[list[int]]:
-    """Where in the list those of each shape are."""
-    shapes: dict[torch.Size, list[int]] = {}
+def _alike(parameters: list[Tensor]) -> list[list[int]]:
+    """Where in the list those of each shape and layout are."""
+    found: dict[tuple[torch.Size, bool], list[int]] = {}
     for number, parameter in enumerate(parameters):
-        shapes.setdefault(parameter.shape, []).append(number)
-    return list(shapes.values())
+        found.setdefault((parameter.shape, _is_channels_last(parameter)), []).append(number)
+    return list(found.values())
 
 
 def orthogonalize(batches: Sequence[Tensor]) -> list[Tensor]:
@@ -286,7 +405,7 @@ def _newton_schulz(gram: Tensor) -> Tensor:
     return factor
 
 
-def muon_of(network: nn.Module, lr: float, weight_decay: float) -> Muon:
+def muon_of(network: nn.Module, lr: float, weight_decay: float, capture: bool = False) -> Muon:
     """The optimiser of a network: Muon for its hidden matrices, Adam for embeddings, output layers, norms and biases.
 
     Hidden matrices are the weights of convolutions, transposed convolutions and linear layers, a U-Net's first
@@ -300,6 +419,7 @@ def muon_of(network: nn.Module, lr: float, weight_decay: float) -> Muon:
             kinds of layers; bare or in a wrapper such as DistributedDataParallel.
         lr: Muon's learning rate; Adam's is a tenth of it.
         weight_decay: Of the hidden matrices.
+        capture: See `Muon`.
 
     Raises:
         InputError: If it is unclear what a parameter is, or which layers make the output.
@@ -310,7 +430,7 @@ def muon_of(network: nn.Module, lr: float, weight_decay: float) -> Muon:
         {"params": transposed, "orthogonal": True, "transposed": True, "weight_decay": weight_decay},
         {"params": others, "lr_factor": ADAM_LR_FACTOR},
     ]
-    return Muon([group for group in groups if group["params"]], lr)
+    return Muon([group for group in groups if group["params"]], lr, capture=capture)
 
 
 def _sorted_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:

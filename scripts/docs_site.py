@@ -36,7 +36,6 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
             "submit-to-brats",
             "sparse_annotation",
             "residuals",
-            "uncertainty",
             "cluster",
             "authors_weights",
             "family",

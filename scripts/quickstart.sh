@@ -41,7 +41,7 @@ choose_size() {
     case "$SIZE" in
         small)
             CASES=(-n 10 --held-out 3 --shape 28 28 21 --spacing 6.8 6.8 6.8 --seed 0)
-            ITERATIONS=20
+            ITERATIONS=15
             ;;
         gpu)
             CASES=(-n 20 --held-out 5 --shape 128 128 96 --spacing 1.5 1.5 1.5 --seed 0)

@@ -159,6 +159,11 @@ def test_the_command_line_reference_has_every_command() -> None:
     assert "usage: nnunet-conres compare" in page
 
 
+def test_the_navigation_names_no_page_twice() -> None:
+    for _, pages in docs_site.SECTIONS.values():
+        assert len(pages) == len({*pages})
+
+
 def test_the_notebook_is_that_of_the_tutorial() -> None:
     """Otherwise: python scripts/notebook.py"""
     nbformat = pytest.importorskip("nbformat")

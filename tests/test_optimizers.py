@@ -5,13 +5,16 @@ import functools
 import io
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nnunet_conres.architectures.conresnet import ConResNet
 from nnunet_conres.architectures.conresnet_paper import ConResNetPaper
@@ -440,6 +443,156 @@ class TestMuon:
     def test_vectors_are_no_matrices(self) -> None:
         with pytest.raises(ValueError, match=r"parameters of shape \[\(2,\)\]"):
             Muon([{"params": [nn.Parameter(torch.ones(2))], "orthogonal": True}], lr=0.1)
+
+
+class RecordedGraph(TorchDispatchMode):
+    """A CUDA graph on a CPU: what is captured is not executed; a replay reads and writes the same memory again."""
+
+    made: ClassVar[list[RecordedGraph]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.made.append(self)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for one in tree_leaves((args, kwargs)):
+            if isinstance(one, Tensor):
+                self.before.setdefault(one.data_ptr(), (one, one.clone()))
+        output = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, output))
+        return output
+
+    def replay(self) -> None:
+        for func, args, kwargs, output in self.calls:
+            for old, new in zip(tree_leaves(output), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+    @classmethod
+    @contextmanager
+    def capture(cls, graph: RecordedGraph, capture_error_mode: str) -> Iterator[None]:
+        with graph:
+            yield
+        for one, value in graph.before.values():
+            one.copy_(value)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RecordedGraph]:
+    """Captures on the CPU; gives the graphs."""
+    monkeypatch.setattr("nnunet_conres.optimizers._CAPTURE_DEVICES", {"cpu"})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", RecordedGraph.capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    RecordedGraph.made = []
+    return RecordedGraph.made
+
+
+def small_network(channels_last: bool = False) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    network = nn.ModuleDict(
+        {
+            "conv": nn.Conv3d(3, 8, 3),
+            "other": nn.Conv3d(3, 8, 3),
+            "norm": nn.InstanceNorm3d(8, affine=True),
+            "up": nn.ConvTranspose3d(8, 4, (1, 2, 2), (1, 2, 2)),
+            "seg_layers": nn.Conv3d(4, 2, 1),
+        }
+    )
+    return network.to(memory_format=torch.channels_last_3d) if channels_last else network
+
+
+class TestCapture:
+    """Steps replayed from a graph are those taken one operation at a time."""
+
+    def test_same_steps(self, recorded: list[RecordedGraph]) -> None:
+        networks = [small_network(), small_network(channels_last=True)]
+        optimizers = [muon_of(network, 0.1, 0.01, capture=network is networks[1]) for network in networks]
+        scalers = [torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3) for _ in networks]
+        generator = torch.Generator().manual_seed(1)
+        n_graphs, states = [], [optimizer.state_dict() for optimizer in optimizers]
+        for number in range(12):
+            gradients = [torch.randn(one.shape, generator=generator) for one in networks[0].parameters()]
+            if number == 6:
+                gradients[2][0] = float("inf")  # the scaler leaves this step out
+            for which, (network, optimizer, scaler) in enumerate(zip(networks, optimizers, scalers, strict=True)):
+                PolyLRScheduler(optimizer, 0.1, 12).step(number)
+                if number == 8:
+                    optimizer.param_groups[0]["momentum"] = 0.5
+                if number == 10:  # resumed
+                    optimizer = optimizers[which] = muon_of(network, 0.1, 0.01, capture=which == 1)
+                    optimizer.load_state_dict(copy.deepcopy(states[which]))
+                for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+                    parameter.grad = torch.empty_like(parameter).copy_(gradient) * scaler.scale(torch.ones(()))
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(network.parameters(), 12)
+                scaler.step(optimizer)
+                scaler.update()
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            torch.testing.assert_close(*(list(network.parameters()) for network in networks), rtol=0, atol=1e-6)
+            n_graphs.append(len(recorded))
+        # three steps first, and three after it was resumed; another momentum needs another graph
+        assert n_graphs == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2]
+        assert networks[1]["up"].weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+    def test_gradients_that_are_not_finite_change_nothing(self, recorded: list[RecordedGraph]) -> None:
+        network = small_network()
+        optimizer = muon_of(network, 0.1, 0.01, capture=True)
+        for number in range(6):
+            for parameter in network.parameters():
+                parameter.grad = torch.full_like(parameter, float("nan") if number == 5 else 1.0)
+            before = copy.deepcopy((list(network.parameters()), optimizer.state_dict()))
+            optimizer.step()
+        assert len(recorded) == 1
+        torch.testing.assert_close(list(network.parameters()), before[0], rtol=0, atol=0)
+        assert equal_values(optimizer.state_dict(), before[1])
+
+    def test_a_parameter_that_comes_later(self, recorded: list[RecordedGraph]) -> None:
+        networks = [small_network(), small_network()]
+        optimizers = [muon_of(network, 0.1, 0.01, capture=network is networks[1]) for network in networks]
+        for number in range(8):
+            for network, optimizer in zip(networks, optimizers, strict=True):
+                for parameter in network.parameters() if number > 4 else network["conv"].parameters():
+                    parameter.grad = torch.full_like(parameter, 1.0 + number)
+                optimizer.step()
+        torch.testing.assert_close(*(list(network.parameters()) for network in networks), rtol=0, atol=1e-6)
+        assert len(recorded) == 2
+
+    def test_goes_on_without_where_it_fails(
+        self, recorded: list[RecordedGraph], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(torch.cuda, "graph", fail)
+        networks = [small_network(), small_network()]
+        optimizers = [muon_of(network, 0.1, 0.01, capture=network is networks[1]) for network in networks]
+        for number in range(6):
+            for network, optimizer in zip(networks, optimizers, strict=True):
+                for parameter in network.parameters():
+                    parameter.grad = torch.full_like(parameter, 1.0 + number)
+                optimizer.step()
+        assert [str(one.message) for one in recwarn] == [
+            "Muon's steps are not captured in a CUDA graph: operation not permitted when stream is capturing"
+        ]
+        torch.testing.assert_close(*(list(network.parameters()) for network in networks), rtol=0, atol=0)
+
+    @pytest.mark.gpu
+    def test_on_a_gpu(self) -> None:
+        networks = [small_network().cuda(), small_network(channels_last=True).cuda()]
+        optimizers = [muon_of(network, 0.1, 0.01, capture=network is networks[1]) for network in networks]
+        for number in range(8):
+            gradients = [torch.randn_like(one) for one in networks[0].parameters()]
+            for network, optimizer in zip(networks, optimizers, strict=True):
+                PolyLRScheduler(optimizer, 0.1, 8).step(number)
+                for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+                    parameter.grad = torch.empty_like(parameter).copy_(gradient)
+                optimizer.step()
+        assert optimizers[1]._captured is not None
+        torch.testing.assert_close(*(list(network.parameters()) for network in networks), rtol=0, atol=1e-4)
 
 
 class TestTransposedConvolutions:

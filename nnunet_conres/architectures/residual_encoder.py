@@ -13,7 +13,6 @@ from torch import nn
 
 from nnunet_conres.architectures.blocks import CeilAvgPool3d
 from nnunet_conres.architectures.encoder_decoder import StagesAfterStem
-from nnunet_conres.architectures.memory_efficient import memory_efficient_norm
 from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage
 
 
@@ -49,7 +48,7 @@ def residual_encoder(
     Raises:
         ValueError: If ``n_blocks_per_stage`` doesn't fit the network's stages.
     """
-    n_stages, (conv_bias, norm_op, *others) = len(network.features), layers
+    n_stages = len(network.features)
     return AnySizeResidualEncoder(
         input_channels,
         n_stages,
@@ -58,9 +57,7 @@ def residual_encoder(
         network.kernel_sizes,
         network.strides,
         counts_per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages),
-        conv_bias,
-        memory_efficient_norm(norm_op),
-        *others,
+        *layers,
         checkpointing=network.checkpointing == "full",
     )
 

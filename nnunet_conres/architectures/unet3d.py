@@ -18,7 +18,6 @@ from torch import nn
 
 from nnunet_conres.architectures.blocks import CeilMaxPool3d, CeilStridedConv3d
 from nnunet_conres.architectures.encoder_decoder import Encoder, EncoderDecoder, SegmentationDecoder
-from nnunet_conres.architectures.memory_efficient import memory_efficient_norm
 from nnunet_conres.architectures.network import counts_per_stage
 
 DOWNSAMPLINGS = ("strided_conv", "max_pool")
@@ -96,7 +95,6 @@ class UNet3D(EncoderDecoder):
             raise ValueError(f"downsampling must be one of {DOWNSAMPLINGS}, got {downsampling!r}.")
         self.downsampling = downsampling
         features, kernels = self.features, self.kernel_sizes
-        norm_op = memory_efficient_norm(norm_op)
         layers = (conv_bias, norm_op, norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs)
 
         def pair(in_channels: int, channels: list[int], kernel_size: list[int]) -> nn.Module:

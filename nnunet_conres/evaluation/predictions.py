@@ -11,10 +11,11 @@ from typing import Final
 
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.errors import InputError
+from nnunet_conres.families import TRAINERS
 from nnunet_conres.files import read_json
 from nnunet_conres.folders import list_files
-from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, folder_from_environment
-from nnunet_conres.text import first_few
+from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, folder_from_environment, plans_names, stock_trainers
+from nnunet_conres.text import did_you_mean, first_few
 
 PROBABILITIES_ENDING: Final = ".npz"
 # What nnU-Net writes into folders of predictions besides.
@@ -214,7 +215,11 @@ def search_cross_validation(
         preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
         plans_file = None if preprocessed is None else preprocessed / dataset_name / f"{name.plans}.json"
         if not folder.is_dir() and plans_file is not None and not plans_file.is_file():
-            found.errors.append(f"{display_name}: there are no plans {name.plans}, {plans_file} does not exist.")
+            near = did_you_mean(name.plans, plans_names(plans_file.parent))
+            found.errors.append(f"{display_name}: there are no plans {name.plans}, {plans_file} does not exist{near}")
+            continue
+        if not folder.is_dir() and (near := _other_trainer(name.trainer, folder.parent)):
+            found.errors.append(f"{display_name}: there is no model {folder}{near}")
             continue
         file_ending = _file_ending(folder, found.errors) if folder.is_dir() else None
         predictions: dict[str, Prediction] = {}
@@ -237,6 +242,14 @@ def search_cross_validation(
         if complete:
             found.models.append(Contender(f"m{number}", display_name, _sorted(predictions), folder, name, tuple(folds)))
     return found
+
+
+def _other_trainer(name: str, models: Path) -> str:
+    """The question for a trainer that nobody has but that is called almost as one that somebody has; else nothing."""
+    trained = [model.trainer for folder in models.glob("*__*__*") if (model := Model.of_folder(folder))]
+    known = [*trained, *TRAINERS, *stock_trainers()]
+    near = did_you_mean(name, known)
+    return "" if name in known or near == "." else near
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,8 @@ def predict_brats(
     # Those that may not be predicted fail one by one.
     found = find_cases([source], selection=challenge.selection, missing="zero")
     errors += found.errors
-    if not found.cases:
-        errors += [*found.foreign_errors, *(message for messages in found.bad.values() for message in messages)]
+    if not found.cases:  # rather the scheme is wrong than every case
+        errors += found.foreign_errors
     if errors:
         raise InputError(errors)
 
@@ -159,9 +159,7 @@ def predict_brats(
         if case.case_id.casefold() in found.doubled:
             continue
         if taken[name.casefold()] > 1:
-            failed[name].append(
-                f"{case.first_image.parent}: {name} occurs more than once; folders of cases must differ."
-            )
+            failed[name].append(f"{case.first_image.parent}: {name} occurs more than once; rename one of the folders.")
         elif not allowed.issuperset(case.missing):
             failed[name].append(_absent(case, challenge))
         else:

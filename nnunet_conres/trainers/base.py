@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_conres.architectures.layout import fast, weights_to_channels_last
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.nnunet import folder_from_environment
@@ -117,13 +118,14 @@ class PluginTrainer(
     ) -> nn.Module:
         """Builds the network that the plans name, or derives it from stock plans; also called for prediction."""
         entries = configuration_manager.configuration | {"architecture": cls.architecture(configuration_manager)}
-        return nnUNetTrainer.build_network_architecture(
+        network = nnUNetTrainer.build_network_architecture(
             plans_manager,
             ConfigurationManager(entries),
             num_input_channels,
             num_output_channels,
             enable_deep_supervision,
         )
+        return fast(network)
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         if self.enable_deep_supervision and not has_auxiliary_heads(self.configuration_manager):
@@ -152,6 +154,14 @@ class PluginTrainer(
     def _unwrapped_network(self) -> nn.Module:
         network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
         return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    def initialize(self) -> None:
+        super().initialize()
+        if not self._do_i_compile():
+            return
+        weights_to_channels_last(self.network)
+        if not self.is_ddp and isinstance(self.loss, nn.Module):
+            self.loss.compile()  # nnU-Net compiles the network, and of its loss the Dice only
 
     def on_train_start(self) -> None:
         if self.local_rank == 0:

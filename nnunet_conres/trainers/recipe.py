@@ -70,5 +70,5 @@ class MuonMixin(nnUNetTrainer):
 
     @starts_with(MUON_LR, MUON_WEIGHT_DECAY)
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
-        optimizer = muon_of(self.network, self.initial_lr, self.weight_decay)
+        optimizer = muon_of(self.network, self.initial_lr, self.weight_decay, capture=self._do_i_compile())
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)

@@ -54,22 +54,24 @@ def add_task(parser: argparse.ArgumentParser) -> None:
         "--patch",
         type=positive,
         nargs=3,
-        default=(40, 56, 40),
         metavar="SIZE",
-        help="patch in voxels (default: 40 56 40)",
+        help="patch in voxels (default: 40 56 40 on a CPU, 128 128 128 on CUDA)",
     )
     parser.add_argument("--batch", type=positive, default=2, metavar="N", help="patches (default: %(default)s)")
-    parser.add_argument("--channels", type=positive, default=1, metavar="N", help="of images (default: %(default)s)")
+    parser.add_argument("--channels", type=positive, metavar="N", help="of images (default: 1 on a CPU, 4 on CUDA)")
     targets = parser.add_mutually_exclusive_group()
-    targets.add_argument(
-        "--classes", type=positive, default=2, metavar="N", help="foreground labels (default: %(default)s)"
-    )
-    targets.add_argument("--regions", type=positive, metavar="N", help="regions instead of labels")
+    targets.add_argument("--classes", type=positive, metavar="N", help="foreground labels (default: 2 on a CPU)")
+    targets.add_argument("--regions", type=positive, metavar="N", help="regions instead of labels (default: 3 on CUDA)")
 
 
 def task_of(arguments: argparse.Namespace) -> Task:
     """The task that the arguments state."""
-    return Task(tuple(arguments.patch), arguments.batch, arguments.channels, arguments.classes, arguments.regions)
+    patch, channels, classes, regions = arguments.patch, arguments.channels, arguments.classes, arguments.regions
+    on_cuda = arguments.device.type == "cuda"
+    if classes is None and regions is None and on_cuda:
+        regions = 3
+    defaults = ((128, 128, 128), 4) if on_cuda else ((40, 56, 40), 1)
+    return Task(tuple(patch or defaults[0]), arguments.batch, channels or defaults[1], classes or 2, regions)
 
 
 def check(arguments: argparse.Namespace) -> None:

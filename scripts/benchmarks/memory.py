@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.arguments import add_task, task_of
-from benchmarks.networks import CONFIGURATION, NETWORKS, OURS, Task, stock_plans
+from benchmarks.networks import CONFIGURATION, NETWORKS, OUR_NETWORKS, Task, stock_plans
 from benchmarks.report import as_text, ratio_table, ratios_as_json, table
 from benchmarks.timing import Ratio
 from nnunet_conres.architectures.network import CHECKPOINTINGS
@@ -78,7 +78,7 @@ def _steps(arguments: argparse.Namespace) -> Iterator[tuple[str, TrainingStep]]:
         task = task_of(arguments)
         plans = {residual: stock_plans(task, residual_encoder=residual) for residual in (False, True)}
         for name in dict.fromkeys(arguments.contenders):
-            for checkpointing in arguments.checkpointing if name in OURS else ("none",):
+            for checkpointing in arguments.checkpointing if name in OUR_NETWORKS else ("none",):
                 for policy in arguments.policies:
                     label = f"{name} {policy}" + ("" if checkpointing == "none" else f" {checkpointing}")
                     yield label, _step(name, plans[name == "resenc"], task, checkpointing, policy)
@@ -93,7 +93,7 @@ def _steps(arguments: argparse.Namespace) -> Iterator[tuple[str, TrainingStep]]:
             kwargs["n_conv_per_stage_decoder"] = kwargs["n_conv_per_stage_decoder"][: n_stages - 1]
         if kind == "anisotropic":
             kwargs["strides"], kwargs["kernel_sizes"] = _ANISOTROPIC
-        for name in OURS:
+        for name in OUR_NETWORKS:
             for checkpointing in CHECKPOINTINGS:
                 for policy in POLICIES:
                     yield (
@@ -108,6 +108,7 @@ def _step(name: str, plans: dict[str, Any], task: Task, checkpointing: str, poli
     trainer = NETWORKS[name]
     if issubclass(trainer, PluginTrainer):
         architecture = trainer.architecture(configuration)
+    if name in OUR_NETWORKS:
         architecture["arch_kwargs"]["checkpointing"] = checkpointing
     device, mixed = POLICIES[policy]
     return TrainingStep(
@@ -195,7 +196,7 @@ def _draw(found: dict[str, dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.add_subplot()
-    for name in OURS:
+    for name in OUR_NETWORKS:
         points = [
             (entry["counted"] / 2**30, entry["predicted"] / 2**30)
             for label, entry in found.items()

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.timing import BenchmarkError
 from nnunet_conres.architectures.conresnet_paper import DIVISOR
+from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.plans.configurations import configuration_of, with_configuration
 from nnunet_conres.plans.entries import set_background_class
 from nnunet_conres.trainers.base import PluginTrainer
@@ -31,6 +32,7 @@ from nnunet_conres.trainers.conresnet import (
 )
 from nnunet_conres.trainers.recipe import MuonMixin
 from nnunet_conres.trainers.residual_maps import nnUNetTrainerResidualMaps
+from nnunet_conres.trainers.stock import nnUNetTrainerMuon
 from nnunet_conres.trainers.unet3d import nnUNetTrainerUNet3D
 from nnunet_conres.trainers.vnet import nnUNetTrainerVNet
 
@@ -38,6 +40,7 @@ CONFIGURATION = "3d_fullres"
 NETWORKS: dict[str, type[nnUNetTrainer]] = {
     "plainconvunet": nnUNetTrainer,
     "resenc": nnUNetTrainer,
+    "plainconvunet_muon": nnUNetTrainerMuon,
     "conresnet": nnUNetTrainerConResNet,
     "residual_maps": nnUNetTrainerResidualMaps,
     "conresnet_shared_encoder": nnUNetTrainerConResNetSharedEncoder,
@@ -46,6 +49,9 @@ NETWORKS: dict[str, type[nnUNetTrainer]] = {
     "unet3d": nnUNetTrainerUNet3D,
 }
 OURS = tuple(name for name, trainer in NETWORKS.items() if issubclass(trainer, PluginTrainer))
+OUR_NETWORKS = tuple(name for name in OURS if NETWORKS[name] is not nnUNetTrainerMuon)
+# After the name: the same network as nnU-Net's own trainer builds it of the same plans, contiguous everywhere.
+CONTIGUOUS = "_contiguous"
 
 # what nnU-Net's planners write
 _BASE_FEATURES, _MAX_FEATURES, _MIN_EDGE = 32, 320, 4
@@ -100,6 +106,7 @@ class Model:
         configuration: Their only configuration.
         task: What it segments.
         optimizer: "muon", or nnU-Net's "sgd"; Adam of the paper's trainer is taken for the latter.
+        is_fast: Whether it is trained as our trainers do it on a GPU.
     """
 
     network: nn.Module
@@ -109,6 +116,7 @@ class Model:
     configuration: ConfigurationManager
     task: Task
     optimizer: str
+    is_fast: bool
 
 
 def stock_plans(task: Task, residual_encoder: bool = False) -> dict[str, Any]:
@@ -176,7 +184,7 @@ def build(name: str, task: Task, device: torch.device, deep_supervision: bool = 
     """A network and its loss, with fresh weights.
 
     Args:
-        name: One of ``NETWORKS``.
+        name: One of ``NETWORKS``, or of ``OURS`` with ``CONTIGUOUS`` after it.
         task: What it segments.
         device: Where its weights are.
         deep_supervision: Whether it is built for training or for prediction.
@@ -184,6 +192,8 @@ def build(name: str, task: Task, device: torch.device, deep_supervision: bool = 
     Raises:
         BenchmarkError: If it can't take such a patch.
     """
+    is_fast = name in OURS
+    name = name.removesuffix(CONTIGUOUS)
     trainer = NETWORKS[name]
     plans = stock_plans(task, residual_encoder=name == "resenc")
     if name == "conresnet_paper" and any(extent % DIVISOR for extent in task.patch):
@@ -198,10 +208,13 @@ def build(name: str, task: Task, device: torch.device, deep_supervision: bool = 
     manager = PlansManager(plans)
     configuration = manager.get_configuration(CONFIGURATION)
     heads = manager.get_label_manager(task.dataset_json).num_segmentation_heads
-    network = trainer.build_network_architecture(manager, configuration, task.channels, heads, deep_supervision)
+    builder = trainer if is_fast else nnUNetTrainer
+    network = builder.build_network_architecture(manager, configuration, task.channels, heads, deep_supervision)
+    if isinstance(network, ResidualMapsMixin):
+        network.residual_outputs = deep_supervision
     loss, scales = _loss_of(trainer, manager, configuration, task)
     optimizer = "muon" if issubclass(trainer, MuonMixin) else "sgd"
-    return Model(network.to(device), loss.to(device), scales, manager, configuration, task, optimizer)
+    return Model(network.to(device), loss.to(device), scales, manager, configuration, task, optimizer, is_fast)
 
 
 def _loss_of(

@@ -19,7 +19,10 @@ from benchmarks.report import as_text, milliseconds_with_quartiles, ratio_table,
 from benchmarks.timing import BenchmarkError, Clock, Phases, Ratio, in_turn, spread, totals
 
 DEFAULT = ("plainconvunet", "residual_maps", "conresnet")
-LIMITS = {("conresnet", "plainconvunet"): 1.5, ("residual_maps", "plainconvunet"): 1.5}
+LIMITS = {
+    "cpu": {("conresnet", "plainconvunet"): 1.5, ("residual_maps", "plainconvunet"): 1.5},
+    "cuda": {("conresnet", "plainconvunet"): 1.0},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step_size", type=float, default=0.5, help="step in patches (default: %(default)s)")
     add_task(parser)
     add_turns(parser, rounds=5, warmup=1)
+
+
+def like(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of a prediction beside those of steps: the same task."""
+    contenders = ("plainconvunet", "plainconvunet_muon", "residual_maps", "conresnet")
+    given = {"contenders": contenders, "case": None, "step_size": 0.5, "rounds": 3, "warmup": 1}
+    return argparse.Namespace(**(vars(arguments) | given))
 
 
 class Prediction:
@@ -117,20 +127,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "warmup": arguments.warmup,
         "contenders": found,
-        "ratios": ratios_as_json(_ratios(runs, times)),
+        "ratios": ratios_as_json(_ratios(runs, times, LIMITS[device.type])),
     }
 
 
-def _ratios(runs: dict[str, Prediction], times: dict[str, list[Phases]]) -> list[Ratio]:
+def _ratios(
+    runs: dict[str, Prediction], times: dict[str, list[Phases]], limits: dict[tuple[str, str], float]
+) -> list[Ratio]:
     baseline = next(iter(runs))
-    pairs = [pair for pair in LIMITS if set(pair) <= runs.keys()]
+    pairs = [pair for pair in limits if set(pair) <= runs.keys()]
     pairs += [(name, baseline) for name in runs if name != baseline]
     return [
         Ratio.of_medians(
             f"{one} / {other}",
             totals(times[one]),
             totals(times[other]),
-            LIMITS.get((one, other)),
+            limits.get((one, other)),
             (runs[one].flops, runs[other].flops),
         )
         for one, other in pairs

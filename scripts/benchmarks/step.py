@@ -9,28 +9,44 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks import machine, predict
 from benchmarks.arguments import add_task, add_turns, task_of
 from benchmarks.convolutions import Convolution, ConvolutionsAlone, MatrixProduct, record, training_flops
 from benchmarks.hotspots import hotspot_table, hotspots, slowest, slowest_table
-from benchmarks.networks import NETWORKS, OURS, build
+from benchmarks.networks import CONTIGUOUS, NETWORKS, OURS, build
 from benchmarks.report import as_text, milliseconds, milliseconds_with_quartiles, ratio_table, ratios_as_json, table
 from benchmarks.timing import BenchmarkError, Phases, Ratio, in_turn, spread, totals
 from benchmarks.training import LOSS_PHASES, PRECISIONS, TimedStep, check_precision
 
 ALONE = "_convolutions"
-CONTENDERS = (*NETWORKS, *(name + ALONE for name in NETWORKS))
+CONTENDERS = (*NETWORKS, *(name + ALONE for name in NETWORKS), *(name + CONTIGUOUS for name in OURS))
 DEFAULT = ("plainconvunet", "residual_maps", "conresnet", "conresnet_paper", "conresnet_paper_convolutions")
+_OTHERS = ("conresnet_paper", "vnet", "unet3d")
+CUDA_DEFAULT = (
+    *("plainconvunet", "plainconvunet_muon", "residual_maps", "conresnet"),
+    *(name + form for name in _OTHERS for form in ("", CONTIGUOUS)),
+)
 
-# at most, for float32 on a CPU and for whatever is asked for on CUDA
+# at most, for float32 on a CPU, and for compiled mixed precision on CUDA
 LIMITS = {
-    ("conresnet", "plainconvunet"): 1.6,
-    ("residual_maps", "plainconvunet"): 1.6,
-    ("conresnet_paper", "conresnet_paper" + ALONE): 1.15,
+    "cpu": {
+        ("conresnet", "plainconvunet"): 1.6,
+        ("residual_maps", "plainconvunet"): 1.6,
+        ("conresnet_paper", "conresnet_paper" + ALONE): 1.25,
+    },
+    "cuda": {
+        ("plainconvunet_muon", "plainconvunet"): 0.75,
+        ("residual_maps", "plainconvunet"): 0.8,
+        ("conresnet", "plainconvunet"): 1.05,
+        **{(name, name + CONTIGUOUS): 0.75 for name in _OTHERS},
+    },
 }
-BFLOAT16_LIMIT = 0.5
-LOSS_LIMIT = 0.05
-STATED_FOR = "Limits are stated for a CPU, 2 threads, batch 2, patch 40 x 56 x 40."
+BFLOAT16_LIMIT = 0.55
+LOSS_LIMITS = {"cpu": 0.05, "cuda": 0.01}
+STATED_FOR = (
+    "Limits are stated for float32 on a CPU, 2 threads, batch 2, patch 40 x 56 x 40, and for compiled steps on CUDA, "
+    "mixed precision, batch 2, patch 128 x 128 x 128."
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--contenders",
         nargs="+",
         choices=CONTENDERS,
-        default=DEFAULT,
         metavar="NAME",
         help=f"networks, the first being the baseline, among {', '.join(NETWORKS)}; with {ALONE} after the name its "
-        f"convolutions alone (default: {' '.join(DEFAULT)})",
+        f"convolutions alone, with {CONTIGUOUS} one of ours as nnU-Net's own trainer computes it "
+        f"(default: {' '.join(DEFAULT)}; on CUDA {' '.join(CUDA_DEFAULT)})",
     )
     parser.add_argument(
         "--precision",
@@ -77,7 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a CPU, mixed on CUDA)",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="each network also compiled, with its loss; a graph break is an error"
+        "--compile",
+        action="store_true",
+        help="each network also compiled, with its loss; a graph break is an error. On CUDA, where nnU-Net compiles by "
+        "default, only so, with peak memory and a predicted case",
     )
     parser.add_argument(
         "--hotspots",
@@ -116,11 +135,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, Callable[[], Phases]] = {str(entrant.variant): entrant.run for entrant in entrants}
     runs |= {f"product {precision}": product for precision, product in products.items()}
     try:
-        times = in_turn(runs, arguments.rounds, arguments.warmup)
+        # Muon's steps are captured after the third
+        times = in_turn(runs, arguments.rounds, arguments.warmup + (4 if on_cuda and arguments.compile else 0))
     except torch._dynamo.exc.Unsupported as error:
         raise BenchmarkError(f"torch.compile breaks the graph: {error}") from error
     rates = {p: product.flops / spread(totals(times[f"product {p}"]))["median"] for p, product in products.items()}
-    return {
+    report = {
         "benchmark": "step",
         "title": f"Training steps, {task}; milliseconds, medians of {arguments.rounds} rounds",
         "machine": about,
@@ -134,13 +154,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "ratios": ratios_as_json(_ratios(entrants, times, device)),
     }
+    if on_cuda and arguments.compile:
+        for entrant in entrants:
+            if isinstance(entrant.run, TimedStep):
+                report["contenders"][str(entrant.variant)]["peak_bytes"] = entrant.run.peak_bytes()
+        report["prediction"] = predict.run(predict.like(arguments))
+    return report
 
 
 def _entrants(arguments: argparse.Namespace, precisions: list[str]) -> list[Entrant]:
     device, task = arguments.device, task_of(arguments)
     entrants = []
     for precision in precisions:
-        for contender in dict.fromkeys(arguments.contenders):
+        for contender in dict.fromkeys(arguments.contenders or (CUDA_DEFAULT if device.type == "cuda" else DEFAULT)):
             model = build(contender.removesuffix(ALONE), task, device)
             step = TimedStep(model, device, precision)
             convolutions = record(step)
@@ -148,7 +174,8 @@ def _entrants(arguments: argparse.Namespace, precisions: list[str]) -> list[Entr
                 alone = ConvolutionsAlone(convolutions, device)
                 entrants.append(Entrant(Variant(contender, precision), alone, convolutions))
                 continue
-            entrants.append(Entrant(Variant(contender, precision), step, convolutions))
+            if device.type != "cuda" or not arguments.compile:
+                entrants.append(Entrant(Variant(contender, precision), step, convolutions))
             if arguments.compile:
                 # compiled code may have other convolutions; compared are those of the network as it is written
                 step = TimedStep(build(contender, task, device), device, precision, compiled=True)
@@ -190,7 +217,7 @@ def _ratios(entrants: list[Entrant], times: dict[str, list[Phases]], device: tor
     """Each contender to what it is compared with, the baseline last."""
     ratios = []
     flops = {entrant.variant: entrant.flops["step"] for entrant in entrants}
-    variants = list(flops)
+    variants, limits = list(flops), LIMITS[device.type]
 
     def compare(one: Variant, other: Variant, at_most: float | None) -> None:
         if one == other or other not in flops:
@@ -203,11 +230,11 @@ def _ratios(entrants: list[Entrant], times: dict[str, list[Phases]], device: tor
 
     for variant in variants:
         name, precision = variant.contender, variant.precision
-        limited = device.type == "cuda" or (precision == "float32" and not variant.compiled)
-        compare(variant, Variant(name + ALONE, precision), LIMITS.get((name, name + ALONE)) if limited else None)
-        for one, other in LIMITS:
+        limited = (precision, variant.compiled) == (("mixed", True) if device.type == "cuda" else ("float32", False))
+        compare(variant, Variant(name + ALONE, precision), limits.get((name, name + ALONE)) if limited else None)
+        for one, other in limits:
             if one == name and not other.endswith(ALONE):
-                limit = LIMITS[one, other] if limited else None
+                limit = limits[one, other] if limited else None
                 compare(variant, Variant(other, precision, variant.compiled), limit)
         if precision != "float32":
             limit = BFLOAT16_LIMIT if name in OURS and precision == "bfloat16" else None
@@ -215,7 +242,7 @@ def _ratios(entrants: list[Entrant], times: dict[str, list[Phases]], device: tor
         if variant.compiled:
             compare(variant, Variant(name, precision), None)
         if not name.endswith(ALONE):
-            limit = LOSS_LIMIT if limited and name in OURS else None
+            limit = LOSS_LIMITS[device.type] if limited and name in OURS else None
             rounds = times[str(variant)]
             ratios.append(Ratio.of_medians(f"loss / step, {variant}", _loss_seconds(rounds), totals(rounds), limit))
     for variant in variants:
@@ -231,11 +258,14 @@ def as_table(report: dict[str, Any]) -> str:
         row = [name, milliseconds_with_quartiles(entry["seconds"])]
         row += [milliseconds(entry["phases"][phase]) if phase in entry["phases"] else "" for phase in phases]
         row += [f"{entry['flops']['step'] / 1e9:.1f}", f"{1e12 * entry['seconds_per_flop']:.2f}"]
-        rows.append([*row, f"{100 * entry['share_of_matmul_rate']:.0f} %"])
+        row.append(f"{100 * entry['share_of_matmul_rate']:.0f} %")
+        rows.append([*row, *([f"{entry['peak_bytes'] / 2**20:.0f}"] if "peak_bytes" in entry else [])])
     head = ["", "step (quartiles)", *phases, "conv GFLOP", "ps per FLOP", "of matmul rate"]
+    head += ["peak MiB"] if any("peak_bytes" in entry for entry in report["contenders"].values()) else []
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {p}" for p, rate in report["matmul_flops_per_second"].items())
     found = report["contenders"].items()
     details = [hotspot_table(name, entry["hotspots"]) for name, entry in found if "hotspots" in entry]
     details += [slowest_table(name, entry["slowest"]) for name, entry in found if "slowest" in entry]
+    details += [predict.as_table(report["prediction"])] if "prediction" in report else []
     ratios = ratio_table(report["ratios"])
     return as_text(report, table(head, rows), f"Matrix products: {rates}. {STATED_FOR}", ratios, *details)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import Model, make_batch
 from benchmarks.timing import BenchmarkError, Clock, Phases
+from nnunet_conres.architectures.layout import weights_to_channels_last
 from nnunet_conres.optimizers import muon_of
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float16}
@@ -54,7 +55,7 @@ class TimedStep:
         self.parameters = list(network.parameters())
         self.optimizer: torch.optim.Optimizer
         if model.optimizer == "muon":
-            self.optimizer = muon_of(network, _LEARNING_RATE, weight_decay=3e-5)
+            self.optimizer = muon_of(network, _LEARNING_RATE, weight_decay=3e-5, capture=compiled and model.is_fast)
         else:
             self.optimizer = torch.optim.SGD(
                 self.parameters, _LEARNING_RATE, weight_decay=3e-5, momentum=0.99, nesterov=True
@@ -63,6 +64,8 @@ class TimedStep:
         self.network: Callable[[Tensor], Any] = network
         self.loss: Callable[[Any, Any], Tensor] = model.loss
         if compiled:
+            if model.is_fast:
+                weights_to_channels_last(network)
             # forward is one function for all networks of a class, and compiled anew for each
             torch._dynamo.config.recompile_limit = 64
             for module in model.loss.modules():
@@ -113,6 +116,19 @@ class TimedStep:
                 loss = self.loss(self.forward(), self.targets)
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             self._update()
+
+    def peak_bytes(self) -> int:
+        """Memory of a step on CUDA: what it has between steps, and the most that is added to that within one."""
+        self.as_trained()
+        self.optimizer.zero_grad(set_to_none=True)
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        tensors = [*self.parameters, *state, self.images, *self.targets]
+        own = sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.as_trained()
+        torch.cuda.synchronize()
+        return own + torch.cuda.max_memory_allocated() - before
 
     def _update(self) -> None:
         if self.scaler is None:

@@ -7,13 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_conres.architectures.memory_efficient import (
-    GroupNormReLU,
-    InstanceNorm3d,
-    attend,
-    memory_efficient_norm,
-    residual_of_sigmoid,
-)
+from nnunet_conres.architectures.memory_efficient import GroupNormReLU, attend, residual_of_sigmoid
 from nnunet_conres.residuals import inter_slice_residual
 
 
@@ -73,49 +67,6 @@ class TestAttend:
     def test_keeps_its_inputs_only(self) -> None:
         features, residual = leaf(1, 2, 3, 4, 5), leaf(1, 2, 3, 4, 5, seed=1)
         assert number_kept(lambda: attend(features, residual)) == 2
-
-
-class TestInstanceNorm:
-    def norms(self) -> tuple[InstanceNorm3d, nn.InstanceNorm3d]:
-        torch.manual_seed(0)
-        ours, reference = InstanceNorm3d(3, affine=True).double(), nn.InstanceNorm3d(3, affine=True).double()
-        nn.init.normal_(ours.weight)
-        nn.init.normal_(ours.bias)
-        reference.load_state_dict(ours.state_dict())
-        return ours, reference
-
-    @pytest.mark.parametrize("compiled", [False, True])
-    def test_changed_in_place_with_the_same_gradients(self, compiled: bool) -> None:
-        torch.compiler.reset()
-
-        def change(norm: nn.Module, x: Tensor, other: Tensor) -> Tensor:
-            y = norm(x)
-            y += other
-            return F.leaky_relu_(y, 0.1)
-
-        results = []
-        for norm in self.norms():
-            x, other = leaf(2, 3, 3, 4, 5), leaf(2, 3, 3, 4, 5, seed=1)
-            function = torch.compile(change, fullgraph=True, backend="aot_eager") if compiled else change
-            y = function(norm, x, other)
-            y.square().sum().backward()
-            results.append([y, x.grad, other.grad, norm.weight.grad, norm.bias.grad])
-        for value, expected in zip(*results, strict=True):
-            torch.testing.assert_close(value, expected)
-
-    def test_backward_copies_nothing(self) -> None:
-        for norm, copies in zip(self.norms(), (0, 2), strict=True):
-            x = leaf(2, 3, 3, 4, 5)
-            y = F.leaky_relu_(norm(x))
-            with torch.profiler.profile() as profile:
-                y.sum().backward()
-            large = [event for event in profile.events() if event.name == "aten::copy_"]
-            assert len(large) >= copies if copies else len(large) == 0
-
-    def test_takes_the_place_of_torchs(self) -> None:
-        assert memory_efficient_norm(nn.InstanceNorm3d) is InstanceNorm3d
-        assert memory_efficient_norm(nn.BatchNorm3d) is nn.BatchNorm3d
-        assert memory_efficient_norm(None) is None
 
 
 class TestGroupNormReLU:

@@ -333,8 +333,8 @@ class TestCommands:
     def test_by_the_rules_of_a_challenge(self, lab: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
         made = lab("regions")
         labels = {"background": 0, "whole_tumor": [1, 2], "tumor_core": 2}
-        content = made.dataset_json | {"labels": labels}
-        monkeypatch.setattr(type(made), "dataset_json", property(lambda _: content))
+        dataset_json = made.dataset_json | {"labels": labels}
+        monkeypatch.setattr(type(made), "dataset_json", property(lambda _: dataset_json))
         made.add(folds=(0, 1), npz=False)
         assert self.fit(tmp_path, "--rules", "2023-MET") == 0
         content = json.loads((tmp_path / "fit" / "p.json").read_text())
@@ -345,7 +345,7 @@ class TestCommands:
             for path in made.added[0].glob("fold_*/validation/*.nii.gz")
         ]
         options = MetricOptions(rules=read_rules("2023-MET"))
-        scores = score_cases(jobs, made.dataset_json, options=options, progress=False).values["m"].values()
+        scores = score_cases(jobs, dataset_json, options=options, progress=False).values["m"].values()
         before = {row["region"]: row["before"] for row in content["together"]}
         for name, region in (("whole_tumor", "WT"), ("tumor_core", "TC")):
             assert before[name] == pytest.approx(np.mean([case[region]["lesion_dice"] for case in scores]))

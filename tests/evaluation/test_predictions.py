@@ -96,6 +96,13 @@ class TestCrossValidation:
         (error,) = find_held_out([NamedModel("nnUNetTrainer", "nope", "3d_fullres")], [0, 1]).errors
         assert "there are no plans nope" in error
 
+    def test_a_trainer_that_is_mistyped(self, lab: Callable[..., Any]) -> None:
+        """A command that trains it would fail."""
+        lab().add()
+        (error,) = find_held_out([NamedModel("nnUNetTrainerConResnet", "nnUNetPlans", "3d_fullres")], [0, 1]).errors
+        assert error.endswith("; did you mean nnUNetTrainerConResNet?")
+        assert "nnUNetv2_train" not in error
+
     def test_a_validation_that_was_interrupted(self, lab: Callable[..., Any]) -> None:
         folder = lab().add()
         (folder / "fold_0" / "validation" / "summary.json").unlink()

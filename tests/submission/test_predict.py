@@ -143,6 +143,17 @@ def test_the_folder_names_the_case(
     assert {path.name for path in (tmp_path / "output").glob("*.nii.gz")} == {f"{name}.nii.gz" for name in names}
 
 
+def test_where_every_case_fails_the_record_says_so(source: Path, shared_model: Path, tmp_path: Path) -> None:
+    shutil.rmtree(source / NATIVE)
+    image = source / ATLAS / f"{ATLAS}-t1c.nii.gz"
+    shutil.copy(image, image.with_suffix(""))
+    command = ["predict-brats", "-i", str(source), "-o", str(tmp_path / "output"), "-m", str(shared_model)]
+    assert cli.main([*command, "-device", "cpu"]) == 1
+    record = json.loads((tmp_path / "output" / RECORD).read_text())
+    assert record["written"] == {}
+    assert f"{ATLAS} has 2 files for t1c" in record["failed"][ATLAS][0]
+
+
 class TestAbsentModalities:
     @pytest.fixture
     def incomplete(self, tmp_path: Path, write_case: Callable[..., Path]) -> Path:

@@ -1,0 +1,142 @@
+"""Channels-last networks on a GPU: the layout in which cuDNN's 3D convolutions are fastest, and norms that keep it.
+
+PyTorch's instance norm and group norm make contiguous copies on CUDA, so that the layout would be changed twice for
+each of them. Written out in plain operations the compiler fuses them with what surrounds them and keeps the layout.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_DEVICES = {"cuda"}
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a network computes channels-last: where it is compiled for a GPU, and in predictions of single patches.
+
+    Training that is not compiled stays contiguous: PyTorch's own norms are the faster ones there.
+    """
+    if x.device.type not in _DEVICES or x.ndim != 5:
+        return False
+    return torch.compiler.is_compiling() or (x.shape[0] == 1 and not torch.is_grad_enabled())
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """A copy of (B, C, X, Y, Z) whose channels lie next to each other, so that convolutions take it for channels-last.
+
+    (``contiguous`` would leave images of one channel as they are, which convolutions take for contiguous.)
+    """
+    return x.clone(memory_format=torch.channels_last_3d)
+
+
+class _ChannelsLast:
+    """Forward pass of a network whose images are brought into its layout once, at the entrance."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        """As of the network."""
+        if not is_channels_last(x) or (self.has_group_norm and not torch.compiler.is_compiling()):
+            return super().forward(x)  # type: ignore[misc]
+        logits = super().forward(to_channels_last(x))  # type: ignore[misc]
+        return _Exit.apply(logits) if isinstance(logits, Tensor) else [_Exit.apply(one) for one in logits]
+
+
+class _Exit(torch.autograd.Function):
+    """Nothing; but its gradient is channels-last, or else that of the features before the heads would not be."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return to_channels_last(gradient)
+
+
+@functools.cache
+def _channels_last_class(network: type[nn.Module]) -> type[nn.Module]:
+    return type(network.__name__, (_ChannelsLast, network), {"__module__": network.__module__})
+
+
+def fast(network: nn.Module) -> nn.Module:
+    """Makes a network channels-last on a GPU, in place; its function and the names of its state stay as they are.
+
+    Args:
+        network: One of this package's or of nnU-Net's, on any device.
+
+    Returns:
+        The same network.
+    """
+    ours = {nn.InstanceNorm3d: InstanceNorm3d, nn.AvgPool3d: AvgPool3d}
+    for module in network.modules():
+        module.__class__ = ours.get(type(module), type(module))
+    network.has_group_norm = any(isinstance(module, nn.GroupNorm) for module in network.modules())  # type: ignore
+    network.__class__ = _channels_last_class(type(network))  # type: ignore[arg-type]
+    return network
+
+
+def weights_to_channels_last(network: nn.Module) -> None:
+    """Stores weights of 3D convolutions on a GPU as compiled code takes them; the parameters stay the same objects.
+
+    Args:
+        network: The network, bare or in wrappers, on the device where it is trained.
+    """
+    for parameter in network.parameters():
+        if parameter.ndim == 5 and parameter.device.type in _DEVICES:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+
+
+def normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """Mean 0 and variance 1 along some dimensions, in plain operations.
+
+    Args:
+        x: Floating.
+        dims: The dimensions that mean and variance are taken over.
+        eps: Added to the variance.
+
+    Returns:
+        Tensor of the same shape, in float32 where ``x`` has 16 bits.
+    """
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    variance, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
+    return (wide - mean) * torch.rsqrt(variance + eps)
+
+
+def scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Multiplies every channel of (B, C, X, Y, Z) by its weight and adds its bias; either may be absent."""
+    shape = (-1, *[1] * (x.ndim - 2))
+    if weight is not None:
+        x = x * weight.to(x.dtype).view(shape)
+    return x if bias is None else x + bias.to(x.dtype).view(shape)
+
+
+class InstanceNorm3d(nn.InstanceNorm3d):
+    """Instance norm in the form that is fastest where it runs, and whose output may be changed in place at no cost.
+
+    PyTorch computes it as a batch norm of a reshaped tensor, so that its output is a view. In backward, an operation
+    that changed a view in place, as nnU-Net's nonlinearities and residual blocks do, copies the gradient twice. Nothing
+    else refers to the tensor under the view, so autograd need not know of it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (B, C, X, Y, Z) to the same shape."""
+        if is_channels_last(input) and not self.track_running_stats and input[0, 0].numel() > 1:
+            if torch.compiler.is_compiling():
+                normal = normalize(input, (2, 3, 4), self.eps)
+                return scale_and_shift(normal, self.weight, self.bias).to(input.dtype)
+            # Of a single patch it is a batch norm, which CUDA has for that layout; not cuDNN's, which may overflow.
+            return torch.native_batch_norm(input, self.weight, self.bias, None, None, True, 0.0, self.eps)[0]
+        output = super().forward(input)
+        return torch.ops.aten._unsafe_view(output, list(output.shape))
+
+
+class AvgPool3d(nn.AvgPool3d):
+    """Average pooling that keeps a network channels-last, which PyTorch's does not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pools (B, C, X, Y, Z)."""
+        output = super().forward(input)
+        return to_channels_last(output) if input.stride(1) == 1 and is_channels_last(input) else output
