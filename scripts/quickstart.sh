@@ -342,7 +342,7 @@ duration() {
 report() {
     printf '\nHeld-out cases:\n\n'
     # the table of the comparison: heading, rule, one line per model
-    grep -A 4 'HD95' "$LOGS/09-compare.log" | sed 's/^/    /'
+    awk '/HD95 \(/ { table = 1 } table && /^$/ { exit } table { print "    " $0 }' "$LOGS/09-compare.log"
     printf '\nReport: %s\n' "$REPORT/report.html"
     cat <<TEXT
 

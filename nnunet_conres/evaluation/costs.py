@@ -30,6 +30,8 @@ _CONDITIONS: Final = {"device": "devices", "precision": "precisions", "optimizer
 _CPU_SHARE_LINE: Final = re.compile(r"Share of the CPU cores used: ([\d.]+)")
 # Trainings whose shares of the cores differ by more than this had different company on the machine.
 _MOST_SHARE_DIFFERENCE: Final = 0.1
+# With less, other work had most of the cores, and how much of it there was decides about the times.
+_LEAST_SHARE: Final = 0.5
 _PEAK_MEMORY_LINE: Final = re.compile(r"Peak GPU memory: ([\d.]+) GiB")
 
 _CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
@@ -230,7 +232,7 @@ def times_compare(costs: Sequence[Mapping[str, Any]]) -> bool:
 
 def _loads_are_alike(shares: Sequence[float | None]) -> bool:
     known = [share for share in shares if share is not None]
-    return not known or max(known) - min(known) <= _MOST_SHARE_DIFFERENCE
+    return not known or (max(known) - min(known) <= _MOST_SHARE_DIFFERENCE and min(known) >= _LEAST_SHARE)
 
 
 def _readable(value: Any) -> str:

@@ -203,6 +203,10 @@ def test_times_compare_under_the_same_conditions(other: dict[str, Any], expected
     assert ("Share of the CPU cores used: A: 0.90; B: 0.50" in warned) is ("cpu_share" in other and not expected)
 
 
+def test_times_on_a_busy_machine_do_not_compare() -> None:
+    assert not times_compare([{"cpu_share": 0.17}, {"cpu_share": 0.12}])
+
+
 def test_optimisers_that_differ() -> None:
     costs = {"A": Cost(optimizer="SGD, learning rate 0.01"), "B": Cost(optimizer="Muon, learning rate 0.03")}
     (warning,) = unlike_conditions(costs)
