@@ -61,6 +61,18 @@ def stock_trainers() -> list[str]:
     return names
 
 
+def switch_from_environment(variable: str) -> bool | None:
+    """What an environment variable of this package switches: 0 off, 1 on; None where it is not set.
+
+    Raises:
+        InputError: It is neither.
+    """
+    text = os.environ.get(variable, "").strip().lower()
+    if text not in ("", "0", "false", "f", "1", "true", "t"):
+        raise InputError(f"{variable} is {text!r}; expected 1 (on) or 0 (off).")
+    return text[0] in "1t" if text else None
+
+
 def dataset_name_of(dataset: int | str) -> str:
     """Whole name of a data set that nnU-Net finds by its number or name, raw, preprocessed or among the results.
 

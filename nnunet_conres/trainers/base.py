@@ -35,7 +35,7 @@ from nnunet_conres.trainers.logger import LossPartsTrainer
 from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.precision import CpuPrecisionTrainer
 from nnunet_conres.trainers.progress import ProgressTrainer
-from nnunet_conres.trainers.recipe import RecipeTrainer
+from nnunet_conres.trainers.recipe import RecipeTrainer, wants_fast_step
 from nnunet_conres.trainers.stop import StoppableTrainer
 from nnunet_conres.trainers.tracking import TrackedTrainer
 
@@ -125,7 +125,7 @@ class PluginTrainer(
             num_output_channels,
             enable_deep_supervision,
         )
-        return fast(network)
+        return fast(network) if wants_fast_step() else network
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         if self.enable_deep_supervision and not has_auxiliary_heads(self.configuration_manager):
@@ -159,7 +159,8 @@ class PluginTrainer(
         super().initialize()
         if not self._do_i_compile():
             return
-        weights_to_channels_last(self.network)
+        if wants_fast_step():
+            weights_to_channels_last(self.network)
         if not self.is_ddp and isinstance(self.loss, nn.Module):
             self.loss.compile()  # nnU-Net compiles the network, and of its loss the Dice only
 

@@ -20,6 +20,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunet_conres.augmentation.loading import DeviceBatches, DrawFirstLoader
 from nnunet_conres.augmentation.on_device import DevicePipeline
 from nnunet_conres.errors import InputError
+from nnunet_conres.nnunet import switch_from_environment
 from nnunet_conres.text import first_few
 
 DEVICE_AUGMENTATION_VARIABLE: Final = "nnUNet_conres_device_augmentation"
@@ -36,17 +37,8 @@ def wants_device_augmentation(device: torch.device) -> bool:
     Raises:
         InputError: The environment variable is neither 0 nor 1.
     """
-    text = os.environ.get(DEVICE_AUGMENTATION_VARIABLE, "").strip().lower()
-    if text == "":
-        return device.type == "cuda"
-    if text in ("0", "false", "f"):
-        return False
-    if text in ("1", "true", "t"):
-        return True
-    raise InputError(
-        f"{DEVICE_AUGMENTATION_VARIABLE} is {text!r}; expected 1 to augment on the training device, or 0 for nnU-Net's "
-        f"own way."
-    )
+    wanted = switch_from_environment(DEVICE_AUGMENTATION_VARIABLE)
+    return device.type == "cuda" if wanted is None else wanted
 
 
 def seed_of_environment() -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_conres.architectures.blocks import stage_sizes
+from nnunet_conres.nnunet import switch_from_environment
 from nnunet_conres.plans.entries import stages_of
 
 # Set to 0, false or f to train in float32 on a CPU.
@@ -52,7 +52,7 @@ def bfloat16_gradients_are_wrong(depths: Sequence[int], kernel_depths: Sequence[
 
 def wants_cpu_bfloat16() -> bool:
     """Whether bfloat16 steps are not switched off by the environment variable ``nnUNet_conres_cpu_bf16``."""
-    return os.environ.get(CPU_BFLOAT16_VARIABLE, "1").strip().lower() not in ("0", "false", "f")
+    return switch_from_environment(CPU_BFLOAT16_VARIABLE) is not False
 
 
 def training_precision(device: torch.device) -> str:

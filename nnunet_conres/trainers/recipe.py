@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_conres.nnunet import switch_from_environment
 from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, Muon, muon_of
 from nnunet_conres.trainers.resume import ResumableTrainer
+
+FAST_STEP_VARIABLE: Final = "nnUNet_conres_fast_step"
+"""0: networks and optimiser steps on a GPU as nnU-Net has them."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -65,10 +69,17 @@ class RecipeTrainer(ResumableTrainer):
         return super().train_step(batch)
 
 
+def wants_fast_step() -> bool:
+    """Whether channels-last networks and captured steps on a GPU are not switched off by the environment variable."""
+    return switch_from_environment(FAST_STEP_VARIABLE) is not False
+
+
 class MuonMixin(nnUNetTrainer):
     """Muon as the optimiser, under nnU-Net's schedule; comes first among a trainer's bases."""
 
     @starts_with(MUON_LR, MUON_WEIGHT_DECAY)
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
-        optimizer = muon_of(self.network, self.initial_lr, self.weight_decay, capture=self._do_i_compile())
+        optimizer = muon_of(
+            self.network, self.initial_lr, self.weight_decay, capture=self._do_i_compile() and wants_fast_step()
+        )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)

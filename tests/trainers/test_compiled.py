@@ -15,6 +15,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_conres.architectures import layout
+from nnunet_conres.errors import InputError
 from nnunet_conres.trainers import nnUNetTrainerConResNet, nnUNetTrainerMuon
 
 
@@ -62,6 +63,37 @@ def test_steps_are_those_of_a_trainer_that_does_not_compile(
     with torch.no_grad():
         found = [trainer.validation_step(deepcopy(batches[0])) for trainer in (plain, compiled)]
     np.testing.assert_allclose(found[1]["loss"], found[0]["loss"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("switch", "is_fast"), [(None, True), ("1", True), ("0", False)])
+def test_can_be_switched_off(
+    make_trainer: Callable[..., Any],
+    compiles: None,
+    monkeypatch: pytest.MonkeyPatch,
+    switch: str | None,
+    is_fast: bool,
+) -> None:
+    if switch is not None:
+        monkeypatch.setenv("nnUNet_conres_fast_step", switch)
+    monkeypatch.setattr(nnUNetTrainerMuon, "_do_i_compile", lambda _: True)
+    trainer = make_trainer(nnUNetTrainerMuon)
+    trainer.initialize()
+    weights = [w for w in trainer._unwrapped_network().parameters() if w.ndim == 5 and w.shape[2:].numel() > 1]
+    assert all(w.is_contiguous() != is_fast for w in weights)
+    assert trainer.optimizer._capture == is_fast
+    image = torch.zeros(1, 2, *trainer.configuration_manager.patch_size)
+    seen: list[torch.Tensor] = []
+    network = trainer._unwrapped_network().eval()
+    network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        network(image)
+    assert seen[0].is_contiguous() != is_fast
+
+
+def test_a_switch_that_is_none_is_refused(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_conres_fast_step", "maybe")
+    with pytest.raises(InputError, match=r"nnUNet_conres_fast_step is 'maybe'; expected 1 \(on\) or 0 \(off\)"):
+        make_trainer(nnUNetTrainerMuon).initialize()
 
 
 @pytest.mark.parametrize("network", ["PlainConvUNet", "ResidualEncoderUNet"])
