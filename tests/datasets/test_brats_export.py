@@ -87,6 +87,7 @@ class TestRoundTrip:
             save(source / layout.expected(case_id, channels), rng.integers(1, 99, shape).astype(np.int16))
         labels = rng.choice([0, *SCHEMES[scheme].labels], SHAPE).astype(np.uint8)
         original = save(source / layout.expected(case_id, LABELS), labels)
+        (tmp_path / "raw").mkdir()
         done = convert_brats([source], 501, schemes=(scheme,), mode=mode, raw_folder=tmp_path / "raw", progress=False)
         export_brats(
             done.dataset_folder / "labelsTr",
@@ -120,6 +121,7 @@ class TestIdsThatEndAsChannels:
                 image = np.full(SHAPE, 100 + 10 * number + channel, np.int16)
                 save(tmp_path / f"source/{case_id}/{case_id}_{part}.nii.gz", image)
             save(tmp_path / f"source/{case_id}/{case_id}_seg.nii.gz", labels[case_id])
+        (tmp_path / "raw").mkdir()
         done = convert_brats([tmp_path / "source"], 501, schemes=["2018"], raw_folder=tmp_path / "raw", progress=False)
         # nnU-Net's own search finds each case with its own channels ...
         found = get_filenames_of_train_images_and_targets(str(done.dataset_folder))

@@ -11,5 +11,7 @@ class TestTarget:
         (error,) = target_errors(tmp_path / "file" / "raw", 501, "BraTS")
         assert str(tmp_path / "file") in error
 
-    def test_a_raw_folder_that_is_not_there_yet(self, tmp_path: Path) -> None:
-        assert not list(target_errors(tmp_path / "new" / "raw", 501, "BraTS"))
+    def test_a_raw_folder_that_is_not_there(self, tmp_path: Path) -> None:
+        """A mistyped one must not be made."""
+        (error,) = target_errors(tmp_path / "new" / "raw", 501, "BraTS")
+        assert f"nnUNet_raw is {tmp_path / 'new' / 'raw'}, which does not exist" in error

@@ -436,7 +436,7 @@ class TestBadInput:
         assert "has the label 'ignore' already" in errors_of(source=70)
 
     def test_no_such_source(self, raw: Path) -> None:
-        assert "Could not find a dataset with the ID 33" in errors_of(source=33)
+        assert "There is no data set 33" in errors_of(source=33)
         assert "Dataset033_No does not exist" in errors_of(source="Dataset033_No")
         (raw / "Dataset033_No").mkdir()
         assert "dataset.json is missing" in errors_of(source=33)

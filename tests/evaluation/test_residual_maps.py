@@ -288,7 +288,7 @@ class TestCommand:
     def test_options_of_the_other_kind(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         command = ["residuals", "-i", "x", "-o", "y"]
         assert cli.main([*command, "-ref", "z"]) == 2
-        assert "-ref is for --model" in capsys.readouterr().err
+        assert "-ref needs --model" in capsys.readouterr().err
         assert cli.main([*command, "--model", "m", "--axis", "0", "-djfile", "d"]) == 2
         assert "--axis, -djfile" in capsys.readouterr().err
 

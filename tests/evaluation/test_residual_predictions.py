@@ -458,7 +458,7 @@ class TestCommand:
         command = ["residuals", "--model", str(model), "-i", str(source), "-o", str(tmp_path / "out")]
         assert cli.main([*command, "-device", "cpu", "--level", "1", "-f", "0"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == "axis 0, the model's own"
+        assert lines[0] == "axis 0, from the model"
         assert [Path(line).name for line in lines[1:]] == [
             "case_predicted_residual_a.nii.gz",
             "case_predicted_residual_b.nii.gz",

@@ -119,7 +119,7 @@ class TestPlans:
             with torch.device("meta"):
                 ours = TRAINERS[family].build_network_architecture(manager, configuration, channels, 3, True)
                 theirs = nnUNetTrainer.build_network_architecture(manager, configuration, channels, 3, True)
-            assert type(ours) is type(theirs)
+            assert isinstance(ours, type(theirs))
             ours_state, theirs_state = ours.state_dict(), theirs.state_dict()
             assert {key: value.shape for key, value in ours_state.items()} == {
                 key: value.shape for key, value in theirs_state.items()

@@ -74,8 +74,9 @@ def test_train_predict_find_best_and_move_elsewhere(
     assert (model / "fold_0" / "validation" / "summary.json").is_file()
 
     here, there, moved = tmp_path / "here", tmp_path / "there", tmp_path / "elsewhere"
-    arguments = ["-i", str(one_case), "-d", dataset, "-c", "3d_fullres", "-f", "0", *trainer, *few_processes]
-    run("nnUNetv2_predict", *arguments, "-o", str(here), "--save_probabilities")
+    arguments = ["-i", str(one_case), "-d", dataset, "-c", "3d_fullres", "-f", "0", *trainer]
+    in_one_process = ["-npp", "0", "-nps", "0", "-device", "cpu"]
+    run("nnUNetv2_predict", *arguments, *in_one_process, "-o", str(here), "--save_probabilities")
     prediction = sitk.ReadImage(here / "case_0.nii.gz")
     source = sitk.ReadImage(next(one_case.iterdir()))
     assert prediction.GetSize() == source.GetSize()
@@ -101,7 +102,7 @@ def test_train_predict_find_best_and_move_elsewhere(
     run(
         "nnUNetv2_predict_from_modelfolder",
         *("-i", str(one_case), "-o", str(there), "-m", str(moved / dataset / model.name), "-f", "0"),
-        *("-npp", "0", "-nps", "0", "-device", "cpu"),  # in one process
+        *few_processes,
         "--save_probabilities",
         nnUNet_results=str(moved),
     )

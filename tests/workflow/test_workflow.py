@@ -387,7 +387,7 @@ class TestCommandLine:
 
     def test_options_before_the_configuration(self, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["workflow", "--cores", "2", str(config)]) == 2
-        assert "2 is no file; expected the configuration first" in capsys.readouterr().err
+        assert "2 is not a file; expected the configuration first" in capsys.readouterr().err
 
     def test_a_profile_that_is_not_there(self, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["workflow", str(config), "--profile", "nowhere"]) == 2
