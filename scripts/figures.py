@@ -7,6 +7,7 @@ python scripts/figures.py --quickstart FOLDER -device cpu  result.png, from the 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
@@ -260,6 +261,9 @@ def main() -> None:
     arguments = parser.parse_args()
     IMAGES.mkdir(parents=True, exist_ok=True)
     if arguments.quickstart is not None:
+        # the trainers of the quickstart's models, and what they take from its script
+        os.environ["nnUNet_extTrainer"] = str(Path(__file__).with_name("quickstart_trainers"))
+        os.environ.setdefault("QUICKSTART_ITERATIONS", "15")
         path = IMAGES / "result.png"
         result_figure(arguments.quickstart.resolve(), arguments.device).savefig(path, dpi=100)
         print(path)

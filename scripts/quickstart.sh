@@ -11,7 +11,7 @@ Makes its own environment, writes a few synthetic brain tumor cases in BraTS's l
 set, trains three models on them with nnUNetv2_train for four short epochs each (nnU-Net, nnU-Net with the optimiser
 Muon, ConResNet with Muon), predicts held-out cases with nnUNetv2_predict, and compares the three in a report.
 
-On two CPU cores it takes about 8 minutes after the installation. The cases are synthetic and the trainings are short:
+On two CPU cores it takes about 6 minutes after the installation. The cases are synthetic and the trainings are short:
 the scores show that everything works, not how good a method is.
 
 Run it again after an interruption and it continues, also within a training: checkpoints are written every 30 seconds.

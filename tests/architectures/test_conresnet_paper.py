@@ -51,7 +51,7 @@ class TestAuthorsOutputs:
             authors.check_outputs(plain_graph(authors.state_dict, authors.image()), 1e-9)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_gradients_are_those_of_a_plain_composition(authors: Any, plain_graph: Any, checkpointing: str) -> None:
     """Every gradient, of all weights and of the image, against autograd of plain functions in float64."""
     weights = authors.state_dict

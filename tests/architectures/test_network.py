@@ -84,14 +84,20 @@ VARIANTS = {
     "VNet, dropout": Kind(VNet, DYNAMIC | DROPOUT),
 }
 every = pytest.mark.parametrize("kind", NETWORKS.values(), ids=NETWORKS)
-# The paper's network has a fixed width: these take a minute.
-every_narrow = pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, id=name, marks=[pytest.mark.slow] * (name == "ConResNetPaper"))
-        for name, kind in NETWORKS.items()
-    ],
-)
+
+
+def _narrow(kinds: dict[str, Kind]) -> Any:
+    """All, but by default only those of NETWORKS whose width is not fixed: compiling the paper's takes a minute."""
+    return pytest.mark.parametrize(
+        "kind",
+        [
+            pytest.param(kind, id=name, marks=[pytest.mark.slow] * (kind.is_fixed or name in VARIANTS))
+            for name, kind in kinds.items()
+        ],
+    )
+
+
+every_narrow, with_variants_narrow = _narrow(NETWORKS), _narrow(NETWORKS | VARIANTS)
 with_variants = pytest.mark.parametrize("kind", (NETWORKS | VARIANTS).values(), ids=[*NETWORKS, *VARIANTS])
 dynamic = pytest.mark.parametrize(
     "kind",
@@ -320,7 +326,7 @@ class TestCheckpointing:
 
 
 class TestCompiled:
-    @with_variants
+    @with_variants_narrow
     @pytest.mark.parametrize("checkpointing", [pytest.param("none", marks=pytest.mark.slow), "full"])
     def test_no_graph_break_and_the_same_gradients(self, kind: Kind, checkpointing: str) -> None:
         torch.compiler.reset()  # there is a limit to how often one forward is compiled anew

@@ -730,8 +730,8 @@ class TestCommands:
 @pytest.mark.parametrize(
     ("kind", "family"),
     [
-        # ConResNet's network takes a minute, and those of isotropic plans are deeper
-        pytest.param(kind, family, id=f"{name}-{family}", marks=[pytest.mark.slow] * (is_deep or "conres" in family))
+        # the others take up to a minute
+        pytest.param(kind, family, id=f"{name}-{family}", marks=[pytest.mark.slow] * (is_deep or family != "unet3d"))
         for name, kind, is_deep in (("isotropic", ISOTROPIC, True), ("anisotropic", ANISOTROPIC, False))
         for family in FAMILIES
     ],

@@ -22,7 +22,7 @@ from nnunet_conres.planning.commands import PlanOptions, plan
 from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.planning.variants import add_variants
 from nnunet_conres.text import format_shape
-from nnunet_conres.trainers.conresnet import nnUNetTrainerConResNet
+from nnunet_conres.trainers import nnUNetTrainerResidualMaps
 
 NAME = "Dataset701_Made"
 ANISOTROPIC = {"shape": (20, 320, 300), "spacing": (6.0, 0.8, 0.8)}
@@ -81,12 +81,12 @@ class TestTopology:
         assert "17 x 250 x 250 was rounded up" in added.as_text()
 
     def test_keeps_the_network_of_our_plans(self, plans_file: Path) -> None:
-        plan([701], PlanOptions("conresnet", gpu_memory_target=6))
-        (variant,) = add_variants(NAME, "nnUNetConResNetPlans", [(8, 64, 64)]).variants
-        plans = PlansManager(str(plans_file.with_name("nnUNetConResNetPlans.json")))
+        plan([701], PlanOptions("residual_maps", gpu_memory_target=6))
+        (variant,) = add_variants(NAME, "nnUNetResidualMapsPlans", [(8, 64, 64)]).variants
+        plans = PlansManager(str(plans_file.with_name("nnUNetResidualMapsPlans.json")))
         configuration = plans.get_configuration(variant.name)
-        assert configuration.network_arch_class_name.endswith("ConResNet")
-        network = nnUNetTrainerConResNet.build_network_architecture(plans, configuration, 1, 3, False)
+        assert configuration.network_arch_class_name.endswith("ResidualMapUNet")
+        network = nnUNetTrainerResidualMaps.build_network_architecture(plans, configuration, 1, 3, False)
         assert network(torch.zeros(1, 1, 8, 64, 64)).shape == (1, 3, 8, 64, 64)
 
 

@@ -147,6 +147,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return measure(tmp_path_factory.mktemp("step"), "step", *arguments, "--hotspots", "2", *SMALL_ARGUMENTS)
 
 
+@pytest.mark.slow
 class TestStep:
     def test_machine_and_conditions(self, report: dict[str, Any]) -> None:
         assert report["machine"]["threads"] == 1

@@ -7,6 +7,7 @@ import pytest
 from benchmark import main
 
 
+@pytest.mark.slow
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--cases", "10", "--models", "2", "--shape", "16", "16", "16", "--folder", str(tmp_path)]
     main(["compare", *arguments, "-o", str(tmp_path / "report.json")])
