@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -95,7 +96,8 @@ def run(
             raise StepError(f"{command[0]} may not be executed: {error.strerror}. Install it again.") from error
         with _passed_on(process):
             try:
-                code = process.wait()
+                # with a timeout, or else the handler of a signal could not wait for the same process
+                code = process.wait(threading.TIMEOUT_MAX)
             except SystemExit as signalled:
                 when = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
                 _note(log_file, log, f"{MARK} {when} killed by signal {int(signalled.code or 0) - 128}\n")
