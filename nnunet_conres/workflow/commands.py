@@ -96,7 +96,7 @@ def compare_folds(experiment: Experiment, folder: str, processes: int) -> list[s
     """The report on the cross-validation."""
     names = [f"{model.name}={model.trainer}:{model.plans}:{model.configuration}" for model in experiment.models]
     command = [OWN_COMMAND, "compare", "-d", experiment.dataset, "-tr", *names, "-f", *map(str, experiment.folds)]
-    command += ["-o", folder, "-np", str(processes)]
+    command += ["-o", folder, "-np", str(processes), *_rules(experiment)]
     return command if experiment.ensembles else [*command, "--no_ensembles"]
 
 
@@ -107,8 +107,13 @@ def compare_test(experiment: Experiment, folder: str, processes: int) -> list[st
     command += ["--model", *(f"{model.name}={experiment.model_folder(model)}" for model in experiment.models)]
     command += ["--reference", str(experiment.test_labels), "-i", str(experiment.test_images)]
     command += ["-djfile", str(experiment.raw / "dataset.json"), "-o", folder, "-np", str(processes)]
+    command += _rules(experiment)
     # the workflow's own ensembles are among the predictions
     return [*command, "--no_ensembles"]
+
+
+def _rules(experiment: Experiment) -> list[str]:
+    return [] if experiment.rules is None else ["--rules", experiment.rules]
 
 
 def as_text(command: Sequence[str]) -> str:

@@ -90,6 +90,7 @@ class Experiment:
         test_labels: Folder with their labels, None if there are none.
         parts: In how many jobs the test cases of a model are predicted.
         ensembles: Names of the models of every ensemble.
+        rules: The challenge by whose rules the reports score, None for this package's own metrics.
         device: Where to train and predict.
         checkpoint_minutes: How often trainers of this package write a checkpoint.
         retries: How often a training that ended before it was done is taken up again, at least.
@@ -113,6 +114,7 @@ class Experiment:
     test_labels: Path | None = None
     parts: int = 1
     ensembles: tuple[tuple[str, ...], ...] = ()
+    rules: str | None = None
     device: str = "cuda"
     checkpoint_minutes: float = 5.0
     retries: int = 5
@@ -267,6 +269,7 @@ class _Reader:
             test_labels=labels,
             parts=parts,
             ensembles=self._ensembles([model.name for model in models]),
+            rules=file.rules,
             device=file.device,
             checkpoint_minutes=file.checkpoint_minutes,
             retries=file.retries,

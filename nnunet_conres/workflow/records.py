@@ -280,6 +280,7 @@ def options(experiment: Experiment) -> dict[str, dict[str, Any]]:
             "models": [[model.name, model.trainer, model.plans, model.configuration] for model in experiment.models],
             "folds": list(experiment.folds),
             "ensembles": [list(members) for members in experiment.ensembles],
+            "rules": experiment.rules,
         },
         "predict": {"parts": experiment.parts, "folds": list(experiment.folds)},
     }

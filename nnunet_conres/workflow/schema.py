@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from nnunet_conres.evaluation.rules import read_rules
+
 # Options of sbatch that Snakemake's plugin sets itself and refuses in slurm_extra, and what to write instead.
 _NOT_EXTRA: Final = {
     option: instead
@@ -155,6 +157,10 @@ def _ensembles(value: Any) -> Any:
     raise ValueError("expected all, pairs, none, or a list of lists of models")
 
 
+def _rules(value: Any) -> str:
+    return read_rules(_text(value)).name
+
+
 Text = Annotated[str, BeforeValidator(_text)]
 Name = Annotated[str, BeforeValidator(_name)]
 AnyPath = Annotated[Path, BeforeValidator(_path)]
@@ -279,6 +285,7 @@ class ExperimentFile(Section):
     retries: Annotated[int, Field(ge=0)] = 5
     time_limit_hours: Positive = 24.0
     ensembles: Annotated[Any, BeforeValidator(_ensembles)] = None
+    rules: Annotated[str, BeforeValidator(_rules)] | None = None
     environment: dict[
         Annotated[str, BeforeValidator(_variable_name)],
         Annotated[str, BeforeValidator(_variable)],

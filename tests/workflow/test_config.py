@@ -71,6 +71,13 @@ class TestParse:
     def test_ensembles(self, content: dict[str, Any], tmp_path: Path, wanted: Any, expected: list) -> None:
         assert list(parse_config(content | {"ensembles": wanted}, tmp_path).ensembles) == expected
 
+    def test_rules_of_a_challenge_go_to_both_reports(self, content: dict[str, Any], tmp_path: Path) -> None:
+        experiment = parse_config(content | {"rules": "2024-gli"}, tmp_path)
+        for compare in (commands.compare_folds, commands.compare_test):
+            command = compare(experiment, "report", 1)
+            assert command[command.index("--rules") + 1] == "2024-GLI"
+            assert "--rules" not in compare(parse_config(content, tmp_path), "report", 1)
+
     def test_a_data_set_that_is_there_needs_its_number_only(self, content: dict[str, Any], tmp_path: Path) -> None:
         content["data"] = {"id": 4}
         del content["test"]
@@ -141,6 +148,8 @@ class TestErrors:
             (("data", "missing"), "one", "expected 'refuse' or 'zero'"),
             (("work",), "", "work is ''; expected a text"),
             (("checkpoint_minutes",), float("nan"), "checkpoint_minutes is nan"),
+            (("rules",), "2024-GIL", "There are no rules 2024-GIL"),
+            (("rules",), 2024, "rules is 2024; expected a text"),
             (("time_limit_hours",), float("inf"), "time_limit_hours is inf"),
             (("splits", "seed"), -1, "seed is -1"),
             (("models", "stock"), {"epoch_seconds": 0}, "epoch_seconds is 0"),
