@@ -91,7 +91,7 @@ def make_model() -> Callable[..., Path]:
         }
         channels = SCHEMES[scheme].layout.channels
         plans = {
-            "dataset_name": "Dataset900_Tiny",
+            "dataset_name": "Dataset950_Tiny",
             "plans_name": "nnUNetPlans",
             "transpose_forward": [1, 0, 2],
             "transpose_backward": [1, 0, 2],
@@ -156,8 +156,8 @@ def make_model() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def shared_model(shared_folder: Callable[..., Path], make_model: Callable[..., Path]) -> Path:
     """A model of two folds, among results. For reading."""
-    return shared_folder("submission", lambda folder: make_model(folder / "Dataset900_Tiny" / FOLDER)) / (
-        f"Dataset900_Tiny/{FOLDER}"
+    return shared_folder("submission", lambda folder: make_model(folder / "Dataset950_Tiny" / FOLDER)) / (
+        f"Dataset950_Tiny/{FOLDER}"
     )
 
 

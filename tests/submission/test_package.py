@@ -58,7 +58,7 @@ class TestPackage:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         folder = tmp_path / "package"
-        command = ["package", "-d", "900", "-tr", MODEL.trainer, "-f", "0", "1", "-o", str(folder)]
+        command = ["package", "-d", "950", "-tr", MODEL.trainer, "-f", "0", "1", "-o", str(folder)]
         assert cli.main([*command, "--scheme", "2026-MET", "--missing", "zero"]) == 0
         assert "docker build" in capsys.readouterr().out
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -113,7 +113,7 @@ class TestPackage:
     def test_a_scheme_of_the_users_own(self, results: Path, tmp_path: Path) -> None:
         scheme = tmp_path / "2027-MET.toml"
         scheme.write_text('like = "2025-MET"\ntitle = "BraTS 2027, metastases"\n')
-        done = package_model("Dataset900_Tiny", MODEL, [0], tmp_path / "package", scheme=str(scheme))
+        done = package_model("Dataset950_Tiny", MODEL, [0], tmp_path / "package", scheme=str(scheme))
         assert (done.folder / "2027-MET.toml").read_bytes() == scheme.read_bytes()
         assert done.command[-2:] == ("--scheme", "/opt/nnunet-conres/2027-MET.toml")
         assert "COPY 2027-MET.toml /opt/nnunet-conres/" in (done.folder / "Dockerfile").read_text()
@@ -122,16 +122,16 @@ class TestPackage:
     def test_postprocessing(
         self, results: Path, tmp_path: Path, rules_file: Path, write_case: Callable[..., Path]
     ) -> None:
-        done = package_model(900, MODEL, [0], tmp_path / "package", postprocessing=rules_file)
+        done = package_model(950, MODEL, [0], tmp_path / "package", postprocessing=rules_file)
         assert done.command[-2:] == ("--postprocessing", "/opt/nnunet-conres/postprocessing.json")
         assert (done.folder / "postprocessing.json").read_bytes() == rules_file.read_bytes()
         assert "COPY postprocessing.json /opt/nnunet-conres/" in (done.folder / "Dockerfile").read_text()
         rules_file.write_text("{}")
         with pytest.raises(InputError, match="is no post-processing of format 1"):
-            package_model(900, MODEL, [0], tmp_path / "other", postprocessing=rules_file)
+            package_model(950, MODEL, [0], tmp_path / "other", postprocessing=rules_file)
 
     def test_versions_are_those_installed(self, results: Path, tmp_path: Path) -> None:
-        done = package_model(900, MODEL, [0], tmp_path / "package")
+        done = package_model(950, MODEL, [0], tmp_path / "package")
         lines = (done.folder / "requirements.txt").read_text().split()
         pinned = dict(line.split("==") for line in lines)
         for name in ("nnunetv2", "batchgenerators", "numpy", "nibabel", "simpleitk"):
@@ -148,7 +148,7 @@ class TestRefusals:
     def errors(folder: Path, *arguments: Any, model: Model = MODEL, **options: Any) -> str:
         with pytest.raises(InputError) as caught:
             package_model(*arguments, folder, **options) if arguments else package_model(
-                900, model, [0], folder, **options
+                950, model, [0], folder, **options
             )
         assert not list(folder.parent.glob(f".{folder.name}*"))
         return "\n".join(caught.value.errors)
@@ -156,7 +156,7 @@ class TestRefusals:
     def test_all_together(self, results: Path, tmp_path: Path) -> None:
         (tmp_path / "package").mkdir()
         (tmp_path / "package/mine").touch()
-        errors = self.errors(tmp_path / "package", 900, MODEL, [0, 4, 4], scheme="2024-MEN-RT")
+        errors = self.errors(tmp_path / "package", 950, MODEL, [0, 4, 4], scheme="2024-MEN-RT")
         for what in (
             "exists already and is not an empty folder",
             "fold_4/checkpoint_final.pth does not exist",
@@ -177,7 +177,7 @@ class TestRefusals:
         self, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("nnUNet_results", str(tmp_path))
-        make_model(tmp_path / "Dataset900_Tiny" / MODEL.folder_name, trainer="nnUNetTrainerVNet")
+        make_model(tmp_path / "Dataset950_Tiny" / MODEL.folder_name, trainer="nnUNetTrainerVNet")
         assert "was trained by nnUNetTrainerVNet; expected a checkpoint" in self.errors(tmp_path / "package")
 
     def test_a_trainer_of_the_users_own(
@@ -190,7 +190,7 @@ class TestRefusals:
         monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
         monkeypatch.setenv("nnUNet_results", str(tmp_path))
         mine = Model("MyTrainer", "nnUNetPlans", "3d_fullres")
-        make_model(tmp_path / "Dataset900_Tiny" / mine.folder_name, trainer="MyTrainer")
+        make_model(tmp_path / "Dataset950_Tiny" / mine.folder_name, trainer="MyTrainer")
         errors = self.errors(tmp_path / "package", model=mine)
         assert "The trainer MyTrainer is in mine, which the container would not have" in errors
 
@@ -252,7 +252,7 @@ def test_podman_builds_and_runs_it(
     base = request.config.getoption("--container-base")
     if podman is None or base is None:
         pytest.skip("needs podman, and --container-base IMAGE with Python and pip")
-    package = package_model(900, MODEL, [0, 1], tmp_path / "package").folder
+    package = package_model(950, MODEL, [0, 1], tmp_path / "package").folder
     image = "localhost/nnunet-conres-test"
     build = [podman, "build", "--network", "host", "--build-arg", f"BASE={base}", "-t", image, str(package)]
     subprocess.run(build, check=True)
