@@ -15,6 +15,7 @@ from nnunet_conres.evaluation.surfaces import (
     around,
     border_distances,
     border_share,
+    box_of,
     exact_border_distances,
     pooled_hd95,
     surface_hd95,
@@ -56,7 +57,7 @@ def challenge_scores(
     shape = reference.shape
     masks = [{name: np.isin(labels, values) for name, values in regions.items()} for labels in (reference, prediction)]
     occupied = np.any([mask for of_image in masks for mask in of_image.values()], axis=0)
-    where = _around(occupied, max(1, *rules.dilation.values()) + 1)
+    where = box_of(occupied, max(1, *rules.dilation.values()) + 1)
     true, predicted = ({name: mask[where] for name, mask in of_image.items()} for of_image in masks)
     scored = [region for region in rules.regions if region in regions]
     if rules.matching == "dilation":
@@ -70,15 +71,6 @@ def challenge_scores(
         }
     one_to_one = _like_brats_evaluation if like_brats_evaluation else _one_to_one
     return {region: one_to_one(true[region], predicted[region], spacing, rules, tolerance) for region in scored}
-
-
-def _around(mask: Mask, margin: int) -> tuple[slice, ...]:
-    """The part of an image that holds a mask, with a margin."""
-    box = []
-    for axis in range(mask.ndim):
-        at = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        box.append(slice(max(0, int(at[0]) - margin), int(at[-1]) + margin + 1) if at.size else slice(0, 1))
-    return tuple(box)
 
 
 # --- whole regions --------------------------------------------------------------------------------------------------

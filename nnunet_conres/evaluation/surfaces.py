@@ -30,7 +30,7 @@ def border_distances(
     from scipy.ndimage import binary_erosion
     from scipy.spatial import KDTree
 
-    where = _box(reference | prediction)
+    where = box_of(reference | prediction)
     points = [
         np.argwhere(mask & ~binary_erosion(mask)) * np.asarray(spacing, np.float64)
         for mask in (reference[where], prediction[where])
@@ -49,7 +49,7 @@ def exact_border_distances(
     """
     from scipy.ndimage import binary_erosion, distance_transform_edt
 
-    where = _box(reference | prediction)
+    where = box_of(reference | prediction)
     borders = [mask & ~binary_erosion(mask) for mask in (reference[where], prediction[where])]
     maps = [distance_transform_edt(~border, sampling=spacing) for border in borders]
     return maps[1][borders[0]], maps[0][borders[1]]
@@ -86,7 +86,7 @@ def surface_hd95(reference: NDArray[np.bool_], prediction: NDArray[np.bool_], sp
 
     if not reference.any() or not prediction.any():
         return math.inf
-    where = _box(reference | prediction)
+    where = box_of(reference | prediction)
     areas = _areas(tuple(float(step) for step in spacing))
     points, sizes = [], []
     for mask in (reference[where], prediction[where]):
@@ -132,12 +132,12 @@ def _areas(spacing: tuple[float, ...]) -> NDArray[np.float64]:
     return areas
 
 
-def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """The part of an image that holds a mask."""
+def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, ...]:
+    """The part of an image that holds a mask, with a margin in voxels; the first voxel where the mask is empty."""
     box = []
     for axis in range(mask.ndim):
         at = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        box.append(slice(int(at[0]), int(at[-1]) + 1))
+        box.append(slice(max(0, int(at[0]) - margin), int(at[-1]) + margin + 1) if at.size else slice(0, 1))
     return tuple(box)
 
 
