@@ -14,6 +14,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.families import FAMILIES, PLANNED
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.nnunet import FOLDER_VARIABLES, device_option, folder_from_environment
@@ -69,6 +70,7 @@ class AddedVariants:
         base_strides: Its strides.
         data_identifier: Folder of the preprocessed data that all share.
         variants: The new configurations.
+        trainer_name: A trainer for these plans.
     """
 
     dataset_name: str
@@ -78,6 +80,7 @@ class AddedVariants:
     base_strides: tuple[tuple[int, ...], ...]
     data_identifier: str
     variants: tuple[Variant, ...]
+    trainer_name: str
 
     def as_text(self) -> str:
         """For a person to read."""
@@ -114,7 +117,7 @@ class AddedVariants:
                 lines.append(f"{variant.name}: was there already, and the same.")
         number = int(self.dataset_name[7:10])
         plans = "" if self.plans_name == "nnUNetPlans" else f" -p {self.plans_name}"
-        options = f"-tr TRAINER{plans}{device_option()}"
+        options = f"-tr {self.trainer_name}{plans}{device_option()}"
         lines += [f"Next: nnUNetv2_train {number} {variant.name} 0 {options}" for variant in self.variants]
         return "\n".join(lines)
 
@@ -231,6 +234,8 @@ def _add_variants(
     plans["configurations"] |= entries
     write_json(plans_file, plans)
     strides = configuration.configuration["architecture"]["arch_kwargs"]["strides"]
+    planner = plans.get("experiment_planner_used")
+    family = next((planned for planned in PLANNED.values() if planned.planner_name == planner), FAMILIES[0])
     return AddedVariants(
         dataset_name,
         plans_name,
@@ -239,6 +244,7 @@ def _add_variants(
         tuple(map(tuple, strides)),
         configuration.data_identifier,
         tuple(variants),
+        family.trainer_name,
     )
 
 

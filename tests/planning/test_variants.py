@@ -82,7 +82,9 @@ class TestTopology:
 
     def test_keeps_the_network_of_our_plans(self, plans_file: Path) -> None:
         plan([701], PlanOptions("residual_maps", gpu_memory_target=6))
-        (variant,) = add_variants(NAME, "nnUNetResidualMapsPlans", [(8, 64, 64)]).variants
+        added = add_variants(NAME, "nnUNetResidualMapsPlans", [(8, 64, 64)])
+        (variant,) = added.variants
+        assert f"{variant.name} 0 -tr nnUNetTrainerResidualMaps -p nnUNetResidualMapsPlans" in added.as_text()
         plans = PlansManager(str(plans_file.with_name("nnUNetResidualMapsPlans.json")))
         configuration = plans.get_configuration(variant.name)
         assert configuration.network_arch_class_name.endswith("ResidualMapUNet")
@@ -198,5 +200,5 @@ class TestRefused:
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["variants", "-d", "701", "--patch_size", "8", "80", "80", "--patch_size", "16", "160", "160"]) == 0
     out = capsys.readouterr().out
-    assert "nnUNetv2_train 701 3d_fullres_8x80x80 0 -tr TRAINER" in out
+    assert "nnUNetv2_train 701 3d_fullres_8x80x80 0 -tr nnUNetTrainerConResNet" in out
     assert "derived anew" in out
