@@ -122,7 +122,7 @@ read_arguments() {
     WORK="${WORK:-$PROJECT/quickstart}"
 }
 
-# Sets the folder's paths. Refuses a folder with other things in it, since steps delete what an earlier try left behind.
+# Sets the folder's paths. Refuses a folder with other things in it, since steps delete what an earlier try left.
 enter_work_folder() {
     local marker=".nnunet-conres-quickstart"
     mkdir -p "$WORK" || fail "cannot create the work folder $WORK."

@@ -348,7 +348,7 @@ run_sequentially() {
     sequential_seconds=$((SECONDS - began))
     heading "Wall time"
     {
-        printf '%-72s %6s s\n' "through SLURM, $(squeue --noheader --states=all | wc -l) jobs, one of them killed and made up for" "$1"
+        printf '%-72s %6s s\n' "through SLURM, $(squeue --noheader --states=all | wc -l) jobs, one of them killed and run again" "$1"
         printf '%-72s %6s s\n' "one after another, the same $all commands, without workflow and SLURM" "$sequential_seconds"
         printf '%-72s %6s\n' "through SLURM, as a share of one after another" \
             "$(awk "BEGIN {printf \"%.2f\", $1 / $sequential_seconds}")"

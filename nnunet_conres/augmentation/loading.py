@@ -214,7 +214,7 @@ def _finish_sample(sample: Sample, pipeline: DevicePipeline, device: torch.devic
 class DeviceBatches:
     """Batches of `DrawFirstLoader`, augmented on a device.
 
-    On CUDA a thread prepares one batch while the training step runs on the one before, in a stream of its own. On other
+    On CUDA a thread prepares one batch while the training step runs on the one before, in a separate stream. On other
     devices, which a step keeps busy by itself, a batch is made when it is asked for.
 
     Args:

@@ -27,7 +27,7 @@ def add_compare(subparsers: "Subparsers") -> None:
         "-tr",
         metavar="[NAME=]TRAINER[:PLANS[:CONFIGURATION]]",
         nargs="+",
-        help="trainers, the baseline first; each may have plans, configuration and a name for the report of its own",
+        help="trainers, the baseline first; each may name its plans, its configuration and its name in the report",
     )
     trained.add_argument(
         "-p", metavar="PLANS", nargs="+", default=["nnUNetPlans"], help="plans: one for all trainers or one for each"

@@ -196,7 +196,7 @@ def _missing(scores: Scores) -> list[str]:
         return []
     assert scores.options.rules is not None, "only rules ask for regions"
     return [
-        f"{', '.join(scores.missing_regions)}: scored by the rules {scores.options.rules.name}, but not told apart by "
+        f"{', '.join(scores.missing_regions)}: scored by the rules {scores.options.rules.name}, but not distinguished by "
         f"the labels of this data set; not scored here."
     ]
 

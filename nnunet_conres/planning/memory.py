@@ -186,7 +186,7 @@ def _workspace(step: TrainingStep, peak: int) -> int:
 def augmentation_memory(step: TrainingStep) -> int:
     """What augmentation takes on the device beside the step, in bytes; 0 where it runs on the CPU.
 
-    It has a stream of its own, whose memory PyTorch does not give to the step.
+    It runs in a separate stream, whose memory PyTorch does not give to the step.
     """
     if step.device != "cuda" or not getattr(step.trainer, "augments_on_device", False):
         return 0

@@ -89,7 +89,7 @@ class DeviceAugmentationMixin(nnUNetTrainer):
         loaders: list[Any] = [getattr(one, "data_loader", None) for one in stock]
         if not all(type(loader) is nnUNetDataLoader for loader in loaders):
             self.print_to_log_file(
-                f"WARNING: {type(self).__name__} has loaders of its own, so that augmentation stays on the CPU."
+                f"WARNING: {type(self).__name__} overrides get_dataloaders, so that augmentation stays on the CPU."
             )
             return super().get_dataloaders()
         pipelines = [DevicePipeline(loader.transforms) for loader in loaders]
@@ -106,7 +106,7 @@ class DeviceAugmentationMixin(nnUNetTrainer):
         return train, val
 
     def _source(self, loader: DrawFirstLoader, number: int, processes: int) -> Iterator[dict[str, Any]]:
-        """Worker processes that load, each with random numbers of its own, or none."""
+        """Worker processes that load, each with separate random numbers, or none."""
         if processes == 0:
             return SingleThreadedAugmenter(loader, None)
         seed = seed_of_environment()

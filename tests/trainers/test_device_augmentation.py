@@ -148,7 +148,7 @@ def test_a_trainer_with_loaders_of_its_own_keeps_them(make_trainer: Callable[...
 
     trainer = start(make_trainer(Mixed))
     assert [next(loader)["data"] for loader in (trainer.dataloader_train, trainer.dataloader_val)] == [0, 1]
-    assert "WARNING: Mixed has loaders of its own" in log_of(trainer)
+    assert "WARNING: Mixed overrides get_dataloaders" in log_of(trainer)
 
 
 def first_batches(trainer: Any, number: int = 3) -> list[np.ndarray]:

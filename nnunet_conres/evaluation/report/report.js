@@ -176,7 +176,7 @@
     return [(position % across) * width, Math.floor(position / across) * rows, width, rows];
   };
 
-  // One byte per voxel: which regions it belongs to. Several regions outlined at once are told apart by their bits.
+  // One byte per voxel: which regions it belongs to. The bits distinguish regions that are outlined together.
   const bits = (sheets, position, chosen) => {
     const [left, top, width, rows] = cell(position);
     const small = document.createElement("canvas");

@@ -121,7 +121,7 @@ class Significance:
 
 
 def scroll_box(table: str, label: str) -> str:
-    """A table in a box of its own that scrolls, also with the keyboard."""
+    """A table in a separate box that scrolls, also with the keyboard."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 
