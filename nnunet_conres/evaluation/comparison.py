@@ -196,8 +196,8 @@ def _missing(scores: Scores) -> list[str]:
         return []
     assert scores.options.rules is not None, "only rules ask for regions"
     return [
-        f"{', '.join(scores.missing_regions)}: scored by the rules {scores.options.rules.name}, but not distinguished by "
-        f"the labels of this data set; not scored here."
+        f"{', '.join(scores.missing_regions)}: scored by the rules {scores.options.rules.name}, but the labels of "
+        f"this data set do not distinguish them; not scored here."
     ]
 
 
