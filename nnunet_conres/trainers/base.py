@@ -31,8 +31,8 @@ from nnunet_conres.trainers.checks import (
     check_preprocessed,
 )
 from nnunet_conres.trainers.device_augmentation import DeviceAugmentationMixin
+from nnunet_conres.trainers.graphs import GraphedStepsTrainer
 from nnunet_conres.trainers.logger import LossPartsTrainer
-from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.precision import CpuPrecisionTrainer
 from nnunet_conres.trainers.progress import ProgressTrainer
 from nnunet_conres.trainers.recipe import RecipeTrainer, wants_fast_step
@@ -50,7 +50,7 @@ class PluginTrainer(
     RecipeTrainer,
     LossPartsTrainer,
     CpuPrecisionTrainer,
-    FiniteStepsTrainer,
+    GraphedStepsTrainer,
 ):
     """nnU-Net's trainer for a network that is derived from the plans, and written into them.
 

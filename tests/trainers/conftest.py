@@ -143,6 +143,7 @@ def make_trainer(preprocessed: Callable[[str], Path], results: Path) -> Callable
         fold: int | str = 0,
         plans: dict[str, Any] | None = None,
         continue_training: bool = False,
+        device: str = "cpu",
     ) -> Any:
         folder = preprocessed(kind)
         plans = plans or json.loads((folder / "nnUNetPlans.json").read_text())
@@ -151,7 +152,7 @@ def make_trainer(preprocessed: Callable[[str], Path], results: Path) -> Callable
             configuration=configuration,
             fold=fold,
             dataset_json=json.loads((folder / "dataset.json").read_text()),
-            device=torch.device("cpu"),
+            device=torch.device(device),
         )
         trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch, trainer.num_epochs = 3, 2, 2
         return trainer
