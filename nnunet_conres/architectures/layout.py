@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 _DEVICES = {"cuda"}
 
@@ -87,6 +88,17 @@ def weights_to_channels_last(network: nn.Module) -> None:
     for parameter in network.parameters():
         if parameter.ndim == 5 and parameter.device.type in _DEVICES:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+
+
+def with_channels_last_weights(network: nn.Module) -> nn.Module:
+    """A network with its weights as of ``weights_to_channels_last``, wrapped again if it is DistributedDataParallel's.
+
+    That sums gradients in memory which it lays out, when it is made, as the weights are then.
+    """
+    weights_to_channels_last(network)
+    if isinstance(network, DistributedDataParallel):
+        return DistributedDataParallel(network.module, device_ids=network.device_ids)
+    return network
 
 
 def normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_conres.architectures.layout import fast, weights_to_channels_last
+from nnunet_conres.architectures.layout import fast, with_channels_last_weights
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import SegmentationLoss
 from nnunet_conres.nnunet import folder_from_environment
@@ -160,7 +160,7 @@ class PluginTrainer(
         if not self._do_i_compile():
             return
         if wants_fast_step():
-            weights_to_channels_last(self.network)
+            self.network = with_channels_last_weights(self.network)
         if not self.is_ddp and isinstance(self.loss, nn.Module):
             self.loss.compile()  # nnU-Net compiles the network, and of its loss the Dice only
 

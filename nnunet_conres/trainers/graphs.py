@@ -14,8 +14,8 @@ from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.recipe import wants_fast_step
 
 MOST_VOXELS: Final = 2**20
-"""Of a batch. On an H200, Python takes 14 to 17 ms per compiled step, and the GPU 10 ns per voxel (42 ms for two patches
-of 128 x 128 x 128): a GPU waits up to 1.5 million voxels, a slower one up to fewer."""
+"""Of a batch. On an H200, Python takes 14 to 17 ms per step and the GPU 10 ns per voxel (42 ms for two patches of
+128 x 128 x 128), so that it waits for Python up to 1.5 million voxels; a slower one does up to fewer."""
 
 _DEVICES = {"cuda"}
 

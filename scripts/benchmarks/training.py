@@ -14,6 +14,7 @@ from benchmarks.networks import Model, make_batch
 from benchmarks.timing import BenchmarkError, Clock, Phases
 from nnunet_conres.architectures.layout import weights_to_channels_last
 from nnunet_conres.optimizers import muon_of
+from nnunet_conres.trainers.graphs import waits_for_python, with_graphs
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float16}
 LOSS_PHASES = ("loss forward", "loss backward")
@@ -43,7 +44,8 @@ class TimedStep:
         device: Device that does the work.
         precision: ``"float32"``; ``"bfloat16"``, autocast; or ``"mixed"``, nnU-Net's on CUDA: float16 and scaled
             gradients.
-        compiled: Whether network and loss are compiled; a graph break is then an error.
+        compiled: Whether network and loss are compiled; a graph break is then an error. Small batches have CUDA graphs
+            where our trainers use them.
     """
 
     def __init__(self, model: Model, device: torch.device, precision: str, compiled: bool = False) -> None:
@@ -63,6 +65,8 @@ class TimedStep:
         self.scaler = torch.amp.GradScaler("cuda") if precision == "mixed" else None
         self.network: Callable[[Tensor], Any] = network
         self.loss: Callable[[Any, Any], Tensor] = model.loss
+        patch = model.configuration.patch_size
+        self.has_graphs = compiled and model.is_fast and waits_for_python(device, len(self.images), patch)
         if compiled:
             if model.is_fast:
                 weights_to_channels_last(network)
@@ -72,7 +76,7 @@ class TimedStep:
                 if isinstance(module, DeepSupervisionWrapper):
                     # NumPy's numbers in a condition would break the graph
                     module.weight_factors = tuple(float(weight) for weight in module.weight_factors)
-            self.network = torch.compile(network, fullgraph=True)
+            self.network = (with_graphs if self.has_graphs else torch.compile)(network, fullgraph=True)
             self.loss = torch.compile(model.loss, fullgraph=True)
 
     def _autocast(self, device_type: str) -> AbstractContextManager[object]:
@@ -83,6 +87,8 @@ class TimedStep:
 
     def forward(self) -> list[Tensor]:
         """The network's outputs."""
+        if self.has_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with self._autocast("cpu"), self._autocast("cuda"):
             outputs = self.network(self.images)
         return [outputs] if isinstance(outputs, Tensor) else list(outputs)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +16,17 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_conres.architectures import layout
 from nnunet_conres.architectures.conresnet import ConResNet
 from nnunet_conres.architectures.conresnet_paper import ConResNetPaper
-from nnunet_conres.architectures.layout import InstanceNorm3d, fast, weights_to_channels_last
+from nnunet_conres.architectures.layout import (
+    InstanceNorm3d,
+    fast,
+    weights_to_channels_last,
+    with_channels_last_weights,
+)
 from nnunet_conres.architectures.memory_efficient import GroupNormReLU
 from nnunet_conres.architectures.residual_map_unet import ResidualMapUNet
 from nnunet_conres.architectures.unet3d import UNet3D
@@ -151,6 +160,22 @@ class TestNetworks:
         assert len(compiler.are_channels_last) > 20
         # images, averages in residual encoders, and gradients of the logits
         assert compiler.n_conversions <= 1 + 2 + 5
+
+    @pytest.mark.parametrize("name", ["ConResNet", *slow(*(NETWORKS.keys() - {"ConResNet"}))])
+    def test_graphs_hold_nothing_of_another_device(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Or else they would not become CUDA graphs. Here without values, so that any device would do."""
+        monkeypatch.setattr(layout, "_DEVICES", {"meta"})
+        devices: set[str] = set()
+
+        def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+            values = [node.meta.get("val") for node in graph.graph.nodes]
+            devices.update(one.device.type for one in torch.utils._pytree.tree_leaves(values) if torch.is_tensor(one))
+            return make_boxed_func(graph.forward)
+
+        ours = fast(NETWORKS[name]()).to("meta")
+        backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+        results(torch.compile(ours, fullgraph=True, backend=backend), torch.randn(2, 2, *SIZE, device="meta"))
+        assert devices == {"meta"}
 
     def test_images_of_one_channel(self) -> None:
         ours = fast(PlainConvUNet(**(ARGUMENTS | CONVS | {"input_channels": 1})))
@@ -310,3 +335,30 @@ class TestInstanceNormInPlace:
                 y.sum().backward()
             large = [event for event in profile.events() if event.name == "aten::copy_"]
             assert len(large) >= copies if copies else len(large) == 0
+
+
+def _two_convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(2, 4, 3), nn.LeakyReLU(), nn.Conv3d(4, 4, 3))
+
+
+@pytest.mark.usefixtures("cpu_is_fast")
+def test_gradients_with_distributed_data_parallel(tmp_path: Path) -> None:
+    """Without PyTorch's warning that gradients have another layout than the memory where they are summed."""
+    networks = [_two_convolutions() for _ in range(2)]
+    image = torch.randn(2, 2, 8, 8, 8)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        wrapped = with_channels_last_weights(DistributedDataParallel(networks[1]))
+        gc.collect()  # of the wrapper that was replaced
+        for _ in range(2):
+            for network in (networks[0], wrapped):
+                network.zero_grad()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    network(image).square().mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for expected, found in zip(*(network.parameters() for network in networks), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+        assert found.ndim < 5 or found.grad.is_contiguous(memory_format=torch.channels_last_3d)
