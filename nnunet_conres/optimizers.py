@@ -249,7 +249,7 @@ class Muon(Optimizer):
             key.append((values, [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]))
         return key
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy has tensors of its own
+    def __getstate__(self) -> dict[str, Any]:  # a copy has other tensors
         return super().__getstate__() | {"_capture": self._capture, "_captured": None, "_steps_before_capture": 1}
 
     def _state(self, name: str, parameters: list[Tensor]) -> list[Tensor]:

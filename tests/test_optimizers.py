@@ -198,6 +198,41 @@ class TestPrecision:
         exact = optimizers._newton_schulz(gram)
         assert torch.linalg.matrix_norm((rounded - exact)[0] @ wide / wide.norm(), 2) > 0.2
 
+    @pytest.mark.parametrize(
+        ("rounded", "form", "lowest", "largest"),
+        [
+            ("all", "float32", 0.682, 1.202),
+            ("last", "TF32", 0.496, 1.202),
+            ("last", "bfloat16", 0.0, 2.57),
+            ("on X", "TF32", 0.682, 1.202),
+            ("on X", "bfloat16", 0.669, 1.202),
+        ],
+    )
+    def test_documented_ranges(self, rounded: str, form: str, lowest: float, largest: float) -> None:
+        """The table of docs/explanation/muon.md: smallest and largest singular values, tiny ones left out."""
+        from nnunet_conres import optimizers
+
+        cast = {"float32": Tensor.float, "TF32": to_tf32, "bfloat16": lambda x: x.bfloat16().float()}[form]
+        matrices = {name: make() for name, make in ADVERSARIAL.items() if name != "zero"}
+        matrices |= {f"{n} equal rows": torch.ones(n, 1) @ gaussian(1, 400) for n in (7, 130, 145)}
+        smallest, largests = [], []
+        for matrix in matrices.values():
+            wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+            x = wide / wide.norm()
+            u, values, v = torch.linalg.svd(x.double(), full_matrices=False)
+            if rounded == "on X":
+                a, b, c = optimizers._COEFFICIENTS
+                for _ in range(5):
+                    gram = cast(x) @ cast(x).mT
+                    x = a * x + cast(b * gram + c * cast(gram) @ cast(gram)) @ cast(x)
+            else:
+                factor = optimizers._newton_schulz((x @ x.mT)[None])[0]
+                x = cast(factor / wide.norm()) @ cast(wide)
+            smallest.append((u.mT @ x.double() @ v.mT).diagonal()[values > 0.0015].min().item())
+            largests.append(torch.linalg.matrix_norm(x.double(), 2).item())
+        assert min(smallest) == pytest.approx(lowest, abs=0.02)
+        assert max(largests) == pytest.approx(largest, rel=0.02)
+
     @pytest.mark.parametrize("allowed", ["allow_tf32", "high", "medium", "all devices", "matmul"])
     @pytest.mark.parametrize("device", ["cuda", "mkldnn"])
     def test_nothing_is_rounded_whatever_is_allowed(self, device: str, allowed: str, precision_settings: Any) -> None:

@@ -5,7 +5,8 @@ patch that needs a large GPU is measured on any machine in seconds. The live sto
 release; what a kernel allocates inside itself is not seen.
 
 Where the memory of a GPU is asked for, its autocast policy is applied to tensors that say they are on the CPU, because
-PyTorch runs backward on fake CUDA tensors only where there is a CUDA device.
+PyTorch runs backward on fake CUDA tensors only where there is a CUDA device. Counted is the contiguous step that is not
+compiled: compiled and channels-last it takes less, but a captured optimiser keeps what it needs on the way.
 """
 
 from __future__ import annotations
