@@ -60,6 +60,7 @@ class GraphedStepsTrainer(FiniteStepsTrainer):
         if self._graphed_network is None:
             return super().train_step(batch)
         compiled, n_skipped = self.network, len(self.skipped_in_a_row)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         self.network = self._graphed_network
         torch.compiler.cudagraph_mark_step_begin()
         try:
@@ -71,6 +72,8 @@ class GraphedStepsTrainer(FiniteStepsTrainer):
         finally:
             self.network = compiled
         self._graphed_network = None
+        if stream is not None:
+            torch.cuda.set_stream(stream)  # which PyTorch does not where a capture fails
         torch.compiler.reset()  # frees the graphs' memory
         self.print_to_log_file(f"WARNING: training goes on without CUDA graphs of the network: {reason}")
         return super().train_step(batch)

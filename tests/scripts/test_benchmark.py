@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from nnunet_conres.trainers import graphs
+
 CPU = torch.device("cpu")
 SMALL = Task((8, 16, 16), 1, 1, 2)
 SMALL_ARGUMENTS = ["--patch", "8", "16", "16", "--batch", "1", "--threads", "1", "--rounds", "2", "--warmup", "1"]
@@ -93,6 +95,24 @@ class TestConvolutions:
         found = record(TimedStep(build("plainconvunet", SMALL, CPU), CPU, "bfloat16"))
         assert {convolution.dtype for convolution in found} == {torch.bfloat16}
         assert record(ConvolutionsAlone(found, CPU)) == found
+
+
+def test_small_patches_have_graphs_where_trainers_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[dict[str, Any]] = []
+    marks: list[int] = []
+
+    def note(model: Any, **given: Any) -> Any:
+        options.append(given)
+        return model
+
+    monkeypatch.setattr(torch, "compile", note)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    monkeypatch.setattr(graphs, "_DEVICES", {"cpu"})
+    for name in ("residual_maps", "residual_maps_contiguous"):
+        TimedStep(build(name, SMALL, CPU), CPU, "float32", compiled=True).as_trained()
+    plain = {"fullgraph": True}
+    assert options == [{**plain, "mode": "reduce-overhead", "dynamic": False}, plain, plain, plain]
+    assert len(marks) == 1
 
 
 class TestNetworks:
@@ -302,6 +322,12 @@ class TestOnAGpu:
         arguments = ["--device", "cuda", "--contenders", "plainconvunet", "conresnet", "conresnet_convolutions"]
         report = measure(tmp_path, "step", *arguments, "--matmul_edge", "512", *SMALL_ARGUMENTS)
         assert report["contenders"]["conresnet mixed"]["share_of_matmul_rate"] > 0
+
+    def test_small_patches(self, tmp_path: Path) -> None:
+        names = ["plainconvunet", "residual_maps", "residual_maps_contiguous"]
+        report = measure(tmp_path, "step", "--device", "cuda", "--compile", "--contenders", *names, *SMALL_ARGUMENTS)
+        ratio = report["ratios"]["residual_maps mixed compiled / residual_maps_contiguous mixed compiled"]
+        assert ratio["at_most"] == 0.667
 
     def test_memory(self, tmp_path: Path) -> None:
         report = measure(tmp_path, "memory", "--device", "cuda", "--policies", "cuda_float16", *SMALL_ARGUMENTS[:6])
