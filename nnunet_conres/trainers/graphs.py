@@ -47,9 +47,10 @@ class GraphedStepsTrainer(FiniteStepsTrainer):
     it. Not with DistributedDataParallel.
     """
 
+    _graphed_network: OptimizedModule | None = None
+
     def initialize(self) -> None:
         super().initialize()
-        self._graphed_network: OptimizedModule | None = None
         plan = self.configuration_manager
         is_small = waits_for_python(self.device, plan.batch_size, plan.patch_size)
         if is_small and not self.is_ddp and self._do_i_compile() and wants_fast_step():

@@ -161,7 +161,7 @@ class TestNetworks:
         # images, averages in residual encoders, and gradients of the logits
         assert compiler.n_conversions <= 1 + 2 + 5
 
-    @pytest.mark.parametrize("name", ["ConResNet", *slow(*(NETWORKS.keys() - {"ConResNet"}))])
+    @pytest.mark.parametrize("name", ["ResidualMapUNet", *slow(*(NETWORKS.keys() - {"ResidualMapUNet"}))])
     def test_graphs_hold_nothing_of_another_device(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Or else they would not become CUDA graphs. Here without values, so that any device would do."""
         monkeypatch.setattr(layout, "_DEVICES", {"meta"})
