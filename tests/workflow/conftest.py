@@ -91,6 +91,15 @@ elif name == "nnUNetv2_ensemble":
     first = Path(after("-i"))
     for path in first.glob("*.npz"):
         write(Path(after("-o")) / (path.stem + ".nii.gz"), "ensemble")
+elif call.startswith("nnunet-conres postprocess fit"):
+    write(Path(after("-o")), "half" if fails else call)
+elif call.startswith("nnunet-conres package"):
+    folder = Path(after("-o"))
+    if folder.exists():
+        sys.exit("error: " + str(folder) + " exists already")
+    write(folder / "Dockerfile", call)
+    if not fails:
+        write(folder / "model" / "plans.json", call)
 elif call.startswith("nnunet-conres compare"):
     for file in ("report.html", "report.json"):
         write(Path(after("-o")) / file, call)
