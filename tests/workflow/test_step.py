@@ -19,6 +19,7 @@ from nnunet_conres.files import temporary_beside, try_read_json, write_if_change
 from nnunet_conres.locks import hold, holder
 from nnunet_conres.workflow import commands, records
 from nnunet_conres.workflow.config import Experiment, parse_config
+from nnunet_conres.workflow.status import status
 from nnunet_conres.workflow.step import Step, StepError, gpus, main, run
 
 pytest.importorskip("fcntl", reason="needs an operating system with flock")
@@ -430,6 +431,8 @@ class TestPredict:
         folder = experiment.package("stock")
         recorded = json.loads((experiment.records / "package/stock.json").read_text())["files"]
         assert recorded == ["packages/stock/Dockerfile", "packages/stock/model/plans.json"]
+        steps = status(experiment).steps
+        assert (steps["post-processing"], steps["packages"]) == ("1 of 2 done", "1 of 1 done")
         # a file that is gone
         (folder / "Dockerfile").unlink()
         records.refresh(experiment)
