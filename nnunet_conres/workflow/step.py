@@ -223,6 +223,9 @@ class Step:
             if (self.experiment.raw / "dataset.json").is_file():
                 self.say(f"{self.experiment.raw} is there.")
             elif self.command:
+                # the conversion refuses a folder that is not there, which a new experiment's is not
+                with file_errors(self.experiment.raw.parent):
+                    self.experiment.raw.parent.mkdir(parents=True, exist_ok=True)
                 run(self.command, self.log, keep=[descriptor])
             state = records.raw_state(self.experiment)
             if state is None:

@@ -42,6 +42,8 @@ def save(path, **content):
 
 
 if call.startswith("nnunet-conres brats-convert"):
+    if not raw.parent.is_dir():
+        sys.exit("error: nnUNet_raw does not exist")
     for case in CASES:
         write(raw / "labelsTr" / (case + ".nii.gz"), "labels")
         write(raw / "imagesTr" / (case + "_0000.nii.gz"), "image")
