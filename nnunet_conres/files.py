@@ -1,4 +1,4 @@
-"""JSON, and files that are found whole or not at all."""
+"""JSON, TOML, and files that are found whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nnunet_conres.errors import InputError, file_errors
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def temporary_beside(path: Path) -> Path:
@@ -148,6 +154,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
     return content
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's content.
+
+    Raises:
+        InputError: It cannot be read, or is not valid TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:  # of the encoding, or of TOML
+        raise InputError(f"{path} is not valid TOML: {error}.") from error
 
 
 def without_nan(content: Any) -> Any:

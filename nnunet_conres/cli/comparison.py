@@ -81,8 +81,10 @@ def add_compare(subparsers: "Subparsers") -> None:
     )
     parser.add_argument(
         "--postprocessing",
-        metavar="FILE",
-        help="what postprocess fit wrote: compare each model with itself post-processed, too",
+        metavar="[NAME=]FILE",
+        nargs="+",
+        help="what postprocess fit wrote: compare models with themselves post-processed, too; one file for all, or one "
+        "for each NAME",
     )
     parser.add_argument(
         "--rules",
@@ -136,7 +138,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         run=arguments.run,
         device=arguments.device,
         metrics=_metric_options(arguments),
-        postprocessing=None if arguments.postprocessing is None else Path(arguments.postprocessing),
+        postprocessing=_postprocessing(arguments.postprocessing),
         group_pattern=arguments.group,
         processes=number_of_processes(arguments.np),
     )
@@ -158,12 +160,12 @@ def _compare(arguments: argparse.Namespace) -> int:
         if arguments.reference is None or arguments.djfile is None:
             raise InputError("--predictions needs --reference and -djfile.")
         found = find_test_set(
-            _named_folders("--predictions", arguments.predictions),
+            _named("--predictions", arguments.predictions, "FOLDER"),
             arguments.reference,
             arguments.djfile,
             options,
             images=arguments.i,
-            model_folders=_named_folders("--model", arguments.model),
+            model_folders=_named("--model", arguments.model, "FOLDER"),
         )
     else:
         raise InputError("Expected either -d with -tr, or --predictions with --reference and -djfile.")
@@ -188,12 +190,20 @@ def _metric_options(arguments: argparse.Namespace) -> "MetricOptions":
     return MetricOptions(**given, rules=read_rules(arguments.rules), like_brats_evaluation=like)
 
 
-def _named_folders(option: str, given: list[str]) -> dict[str, str]:
+def _postprocessing(given: list[str] | None) -> "Path | dict[str, Path] | None":
+    if given is None:
+        return None
+    if len(given) == 1 and ("=" not in given[0] or Path(given[0]).exists()):
+        return Path(given[0])
+    return {name: Path(file) for name, file in _named("--postprocessing", given, "FILE").items()}
+
+
+def _named(option: str, given: list[str], what: str) -> dict[str, str]:
     folders: dict[str, str] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
-            raise InputError(f"{option} {text} is not NAME=FOLDER.")
+            raise InputError(f"{option} {text} is not NAME={what}.")
         if name in folders:
             raise InputError(f"{option} names {name} twice; expected every name once.")
         folders[name] = folder

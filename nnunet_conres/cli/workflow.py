@@ -15,8 +15,9 @@ def add_workflow(subparsers: "Subparsers") -> None:
         "workflow",
         help="run a whole experiment on this machine or on a cluster",
         description="Runs an experiment from raw data to reports: conversion, integrity check, fingerprint, plans, "
-        "preprocessing, every fold of every model, test cases, ensembles, comparison. After an interruption or a "
-        "change, run it again: finished results are kept, trainings resume from their checkpoints.",
+        "preprocessing, every fold of every model, test cases, ensembles, post-processing, comparison, the folder of a "
+        "BraTS container. After an interruption or a change, run it again: finished results are kept, trainings resume "
+        "from their checkpoints.",
         epilog="Other options, after CONFIG.yaml, are passed to Snakemake, for example: --jobs 20 --until train",
         allow_abbrev=False,
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from nnunet_conres.errors import InputError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from nnunet_conres.files import read_toml
 
 Mode = Literal["regions", "labels"]
 
@@ -213,7 +208,7 @@ class Scheme:
 
 def builtin_schemes() -> dict[str, Scheme]:
     """The package's own schemes by name."""
-    return {path.stem: _scheme(path.stem, _with_base(path, _parsed(path)), None) for path in _builtin_files()}
+    return {path.stem: _scheme(path.stem, _with_base(path, read_toml(path)), None) for path in _builtin_files()}
 
 
 def _builtin_files() -> list[Path]:
@@ -230,23 +225,16 @@ def read_scheme(path: str | Path) -> Scheme:
         InputError: It can't be read, or does not describe a scheme. Lists all that is wrong.
     """
     path = Path(path)
-    content = _with_base(path, _parsed(path))
+    try:
+        content = read_toml(path)
+    except InputError as error:
+        expected = "--scheme expects a name such as 2023, or a TOML file that describes a scheme."
+        raise InputError(f"{error} {expected}") from error
+    content = _with_base(path, content)
     errors = list(_errors(content))
     if errors:
         raise InputError([f"{path}: {error}" for error in errors])
     return _scheme(path.stem, content, path)
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as stream:
-            return tomllib.load(stream)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist; --scheme expects a name such as 2023, or a TOML file that describes a scheme."
-        ) from None
-    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise InputError(f"{path} cannot be read: {error}. Expected a TOML file that describes a scheme.") from error
 
 
 def _with_base(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +245,7 @@ def _with_base(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     if content["like"] not in names:
         raise InputError(f"{path}: like is {content['like']!r}; expected one of {', '.join(names)}.")
     base = _FOLDER / f"{content['like']}.toml"
-    inherited = _with_base(base, _parsed(base))
+    inherited = _with_base(base, read_toml(base))
     own = {key: value for key, value in content.items() if key != "like"}
     # What belongs to the other challenge alone, and must not be claimed twice.
     left_out = ("other_names", "archives")

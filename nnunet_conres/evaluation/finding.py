@@ -42,7 +42,8 @@ class CompareOptions:
         metrics: Conventions of the metrics.
         group_pattern: Regular expression that finds in a case's id what it is grouped by, where cases are not
             independent; None for the patients of BraTS's ids since 2023.
-        postprocessing: What `nnunet-conres postprocess fit` wrote, to compare each model with itself post-processed.
+        postprocessing: What `nnunet-conres postprocess fit` wrote, to compare each model with itself post-processed:
+            one file for all models, or files by the models' names.
         processes: Cases scored at once.
         progress: Whether to show progress bars on stderr.
     """
@@ -54,7 +55,7 @@ class CompareOptions:
     device: str | None = None
     metrics: MetricOptions = field(default_factory=MetricOptions)
     group_pattern: str | None = None
-    postprocessing: Path | None = None
+    postprocessing: Path | Mapping[str, Path] | None = None
     processes: int = 1
     progress: bool = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -118,22 +118,24 @@ def add_postprocessed(found: Found, output: Path, options: CompareOptions) -> Fo
     """
     if options.postprocessing is None:
         return found
-    postprocessing = load_rules(options.postprocessing)
-    check_labels(postprocessing, found.dataset_json, "the data set")
     file_ending = str(found.dataset_json["file_ending"])
     singles = [model for model in found.models if not model.members]
-    errors = [
-        error
-        for model in singles
-        for error in _missing_probabilities(
-            postprocessing, [model.predictions[case] for case in found.cases], file_ending
-        )
-    ]
+    rules, errors = _rules_by_name(options.postprocessing, [model.name for model in singles], found.dataset_json)
+    for model in singles:
+        if model.name in rules:
+            compared = [model.predictions[case] for case in found.cases]
+            errors += _missing_probabilities(rules[model.name], compared, file_ending)
     if errors:
         raise InputError(errors)
     reader = reader_for(found.dataset_json, [found.references[case] for case in found.cases])
     more = []
     for number, model in enumerate(singles):
+        if model.name not in rules:
+            continue
+        postprocessing = rules[model.name]
+        if postprocessing.does_nothing:
+            found.warnings.append(f"{postprocessing.source} leaves all steps off: {model.name} is compared as it is.")
+            continue
         folder = output / "postprocessed" / model.key
         with file_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +151,26 @@ def add_postprocessed(found: Found, output: Path, options: CompareOptions) -> Fo
         name = f"{model.name}, post-processed"
         more.append(Contender(f"p{number}", name, predictions, folds=model.folds, members=(model.key,)))
     return replace(found, models=[*found.models, *more])
+
+
+def _rules_by_name(
+    given: Path | Mapping[str, Path], names: Sequence[str], dataset_json: Mapping[str, Any]
+) -> tuple[dict[str, Postprocessing], list[str]]:
+    """The post-processing of each model that has one, and what is wrong."""
+    files = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
+    errors = [
+        f"--postprocessing names {name}, which is not compared; expected some of {', '.join(names)}."
+        for name in files
+        if name not in names
+    ]
+    loaded: dict[Path, Postprocessing] = {}
+    for path in dict.fromkeys(files.values()):
+        try:
+            loaded[path] = load_rules(path)
+            check_labels(loaded[path], dataset_json, "the data set")
+        except InputError as error:
+            errors += error.errors
+    return {name: loaded[path] for name, path in files.items() if path in loaded}, errors
 
 
 def _missing_probabilities(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -14,12 +13,8 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.files import read_toml
 from nnunet_conres.nnunet import label_values
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _FOLDER: Final = Path(__file__).with_name("challenges")
 _UNKNOWN: Final = _FOLDER / "unknown.toml"
@@ -107,7 +102,7 @@ def known_rules() -> Mapping[str, Path]:
     found: dict[str, Path] = {}
     for path in _FOLDER.glob("*.toml"):
         if path != _UNKNOWN:
-            found |= dict.fromkeys((path.stem, *_parsed(path).get("other_names", ())), path)
+            found |= dict.fromkeys((path.stem, *read_toml(path).get("other_names", ())), path)
     return MappingProxyType(dict(sorted(found.items())))
 
 
@@ -122,11 +117,11 @@ def read_rules(name: str) -> Rules:
     """
     found = next((known for known in known_rules() if known.lower() == name.lower()), None)
     if found is None:
-        why = {unknown.lower(): reason for unknown, reason in _parsed(_UNKNOWN).items()}.get(name.lower())
+        why = {unknown.lower(): reason for unknown, reason in read_toml(_UNKNOWN).items()}.get(name.lower())
         raise InputError(
             f"There are no rules {name}{f': {why}' if why else ''}. Expected one of {', '.join(known_rules())}."
         )
-    content = _parsed(known_rules()[found])
+    content = read_toml(known_rules()[found])
     regions = tuple(content["regions"])
     penalty = content["penalty"]
     return Rules(
@@ -145,11 +140,6 @@ def read_rules(name: str) -> Rules:
             if key in content
         },
     )
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return tomllib.load(stream)
 
 
 def _by_region(value: Any, regions: Sequence[str]) -> dict[str, Any]:

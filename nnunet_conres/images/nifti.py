@@ -293,7 +293,7 @@ def grid_difference(first: Grid, second: Grid) -> str:
 
 
 def _numbers(values: Sequence[float]) -> str:
-    return " x ".join(f"{value:.7g}" for value in values)
+    return " x ".join(f"{value + 0.0:.7g}" for value in values)  # not -0
 
 
 @contextlib.contextmanager

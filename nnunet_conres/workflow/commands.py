@@ -96,7 +96,7 @@ def compare_folds(experiment: Experiment, folder: str, processes: int) -> list[s
     """The report on the cross-validation."""
     names = [f"{model.name}={model.trainer}:{model.plans}:{model.configuration}" for model in experiment.models]
     command = [OWN_COMMAND, "compare", "-d", experiment.dataset, "-tr", *names, "-f", *map(str, experiment.folds)]
-    command += ["-o", folder, "-np", str(processes), *_rules(experiment)]
+    command += ["-o", folder, "-np", str(processes), *_rules(experiment), *_postprocessing(experiment)]
     return command if experiment.ensembles else [*command, "--no_ensembles"]
 
 
@@ -107,13 +107,46 @@ def compare_test(experiment: Experiment, folder: str, processes: int) -> list[st
     command += ["--model", *(f"{model.name}={experiment.model_folder(model)}" for model in experiment.models)]
     command += ["--reference", str(experiment.test_labels), "-i", str(experiment.test_images)]
     command += ["-djfile", str(experiment.raw / "dataset.json"), "-o", folder, "-np", str(processes)]
-    command += _rules(experiment)
+    command += [*_rules(experiment), *_postprocessing(experiment)]
     # the workflow's own ensembles are among the predictions
     return [*command, "--no_ensembles"]
 
 
 def _rules(experiment: Experiment) -> list[str]:
     return [] if experiment.rules is None else ["--rules", experiment.rules]
+
+
+def _postprocessing(experiment: Experiment) -> list[str]:
+    if not experiment.postprocess:
+        return []
+    return [
+        "--postprocessing",
+        *(f"{model.name}={experiment.postprocessing(model.name)}" for model in experiment.models),
+    ]
+
+
+def postprocess(experiment: Experiment, model: Model, processes: int) -> list[str]:
+    """The choice of a model's post-processing, by its folds."""
+    command = [OWN_COMMAND, "postprocess", "fit", "-d", experiment.dataset, *_named(model)]
+    command += ["-f", *map(str, experiment.folds), "-o", str(experiment.postprocessing(model.name))]
+    return [*command, "-np", str(processes), *_rules(experiment)]
+
+
+def package(experiment: Experiment, model: Model) -> list[str]:
+    """The folder that a model's container is built from."""
+    command = [OWN_COMMAND, "package", "-d", experiment.dataset, *_named(model)]
+    command += ["-f", *map(str, experiment.folds), "-o", str(experiment.package(model.name))]
+    if experiment.package_scheme is not None:
+        command += ["--scheme", experiment.package_scheme]
+    if experiment.package_missing is not None:
+        command += ["--missing", experiment.package_missing]
+    if experiment.postprocess:
+        command += ["--postprocessing", str(experiment.postprocessing(model.name))]
+    return command
+
+
+def _named(model: Model) -> list[str]:
+    return ["-tr", model.trainer, "-p", model.plans, "-c", model.configuration]
 
 
 def as_text(command: Sequence[str]) -> str:

@@ -91,6 +91,10 @@ class Experiment:
         parts: In how many jobs the test cases of a model are predicted.
         ensembles: Names of the models of every ensemble.
         rules: The challenge by whose rules the reports score, None for this package's own metrics.
+        postprocess: Whether to choose post-processing for each model, which takes probabilities.
+        packaged: Names of the models from which a container's folder is made.
+        package_scheme: The challenge whose cases the containers predict; None for that of the data set.
+        package_missing: What containers do about absent modalities, as `nnunet-conres package` takes it.
         device: Where to train and predict.
         checkpoint_minutes: How often trainers of this package write a checkpoint.
         retries: How often a training that ended before it was done is taken up again, at least.
@@ -115,6 +119,10 @@ class Experiment:
     parts: int = 1
     ensembles: tuple[tuple[str, ...], ...] = ()
     rules: str | None = None
+    postprocess: bool = False
+    packaged: tuple[str, ...] = ()
+    package_scheme: str | None = None
+    package_missing: str | None = None
     device: str = "cuda"
     checkpoint_minutes: float = 5.0
     retries: int = 5
@@ -147,7 +155,7 @@ class Experiment:
     @property
     def probabilities(self) -> bool:
         """Whether predictions are kept as probabilities too."""
-        return bool(self.ensembles)
+        return bool(self.ensembles) or self.postprocess
 
     def model(self, name: str) -> Model:
         return next(model for model in self.models if model.name == name)
@@ -171,6 +179,14 @@ class Experiment:
     def predictions(self, name: str) -> Path:
         """Predictions of a model or an ensemble for the test cases."""
         return self.work / "predictions" / name
+
+    def postprocessing(self, name: str) -> Path:
+        """The post-processing of a model."""
+        return self.work / "postprocessing" / f"{name}.json"
+
+    def package(self, name: str) -> Path:
+        """Folder from which a model's container is built."""
+        return self.work / "packages" / name
 
 
 def ensemble_name(members: tuple[str, ...]) -> str:
@@ -253,6 +269,10 @@ class _Reader:
         plans = self._plans(models)
         dataset = self._dataset(environment)
         images, labels, parts = self._test(environment, dataset)
+        folds = self._folds()
+        if file.postprocess and len(folds) < 2:
+            self.errors.append("postprocess is true, but there is one fold; expected two or more, to choose on others")
+        package = file.package or schema.Package()
         return Experiment(
             work=work,
             dataset=dataset,
@@ -263,13 +283,17 @@ class _Reader:
             missing=file.data.missing,
             models=tuple(models),
             plans=plans,
-            folds=self._folds(),
+            folds=folds,
             splits=file.splits,
             test_images=images,
             test_labels=labels,
             parts=parts,
             ensembles=self._ensembles([model.name for model in models]),
             rules=file.rules,
+            postprocess=file.postprocess,
+            packaged=self._packaged(models),
+            package_scheme=package.scheme,
+            package_missing=package.missing,
             device=file.device,
             checkpoint_minutes=file.checkpoint_minutes,
             retries=file.retries,
@@ -402,6 +426,24 @@ class _Reader:
         hint = did_you_mean(name, [*known, *(TRAINERS if kind == "trainer" else OWN_PLANNERS.values())]).rstrip(".")
         own = ", and none in the folders of nnUNet_extTrainer" if kind == "trainer" else ""
         self.errors.append(f"{where}nnU-Net and this package have no {kind} called {name}{own}{hint}")
+
+    def _packaged(self, models: list[Model]) -> tuple[str, ...]:
+        """Names of models; a trainer that a container lacks would be noticed after all trainings only."""
+        if self.file.package is None:
+            return ()
+        trainers = {model.name: model.trainer for model in models}
+        chosen = self.file.package.models or tuple(trainers)
+        known = _classes_of_nnunet("trainer")
+        for name in dict.fromkeys(chosen):
+            if name not in trainers:
+                if "models" not in self.wrong:
+                    self.errors.append(f"package, models: no model is called {name}")
+            elif self._is_users_own(trainers[name]) and trainers[name] not in (*known, *TRAINERS):
+                self.errors.append(
+                    f"package, models: {name} is trained by {trainers[name]} of nnUNet_extTrainer, which a container "
+                    f"would not have; expected a model with a trainer of nnU-Net or of this package"
+                )
+        return tuple(dict.fromkeys(chosen))
 
     def _is_users_own(self, name: str) -> bool:
         """Whether a file in nnUNet_extTrainer mentions a class, which it may also make or import."""

@@ -255,7 +255,9 @@ def refresh(experiment: Experiment) -> None:
         cases = (states or {}).get(fold, {}).get("validation", [])
         if missing_validation(experiment.fold_folder(model, fold), cases):
             training_record(experiment, model, fold).unlink(missing_ok=True)
-    for path in find_records(records, ("predict/*/*.json", "ensemble/*.json", "compare/*.json")):
+    for path in find_records(
+        records, ("predict/*/*.json", "ensemble/*.json", "compare/*.json", "postprocess/*.json", "package/*.json")
+    ):
         made = (try_read_json(path) or {}).get("files", [])
         if not all((experiment.work / name).is_file() for name in made):
             path.unlink()
@@ -272,7 +274,7 @@ def options(experiment: Experiment) -> dict[str, dict[str, Any]]:
             "brats": [str(folder) for folder in experiment.brats],
             "held_out": [str(folder) for folder in experiment.held_out],
             "corrected": [str(folder) for folder in experiment.corrected],
-            "scheme": [file_digest(Path(one)) if one.lower().endswith(".toml") else one for one in experiment.scheme],
+            "scheme": [_scheme(one) for one in experiment.scheme],
             "missing": experiment.missing,
         },
         "splits": splits,
@@ -281,12 +283,25 @@ def options(experiment: Experiment) -> dict[str, dict[str, Any]]:
             "folds": list(experiment.folds),
             "ensembles": [list(members) for members in experiment.ensembles],
             "rules": experiment.rules,
+            "postprocess": experiment.postprocess,
+        },
+        "postprocess": {"folds": list(experiment.folds), "rules": experiment.rules},
+        "package": {
+            "folds": list(experiment.folds),
+            "scheme": None if experiment.package_scheme is None else _scheme(experiment.package_scheme),
+            "missing": experiment.package_missing,
+            "postprocess": experiment.postprocess,
         },
         "predict": {"parts": experiment.parts, "folds": list(experiment.folds)},
     }
     for plans in experiment.plans.values():
         found[f"plans_{plans.name}"] = asdict(plans)
     return found
+
+
+def _scheme(scheme: str) -> str:
+    """A scheme's name, or a digest of the file that describes one."""
+    return file_digest(Path(scheme)) if scheme.lower().endswith(".toml") else scheme
 
 
 def _update(path: Path, state: Any) -> None:

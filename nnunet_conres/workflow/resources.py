@@ -27,7 +27,9 @@ DEFAULTS: Final[Mapping[str, tuple[int, float, float]]] = {
     "train": (8, 24, 1440),
     "predict": (4, 32, 720),
     "ensemble": (4, 24, 240),
+    "postprocess": (4, 24, 480),
     "compare": (4, 24, 480),
+    "package": (1, 8, 60),
 }
 # nnU-Net's planners aim at this where nobody says otherwise, in GiB.
 STOCK_TARGETS: Final = {"nnUNetPlannerResEncL": 24.0, "nnUNetPlannerResEncXL": 40.0}

@@ -161,6 +161,18 @@ def _rules(value: Any) -> str:
     return read_rules(_text(value)).name
 
 
+def _one_scheme(value: str) -> str:
+    # imports NumPy, which steps of an experiment without a package do without
+    from nnunet_conres.datasets.brats_schemes import AUTO, select_schemes
+
+    _, errors = select_schemes([value])
+    if value == AUTO:
+        errors = ["expected one scheme, such as 2026-MET"]
+    if errors:
+        raise ValueError(" ".join(errors))
+    return value
+
+
 Text = Annotated[str, BeforeValidator(_text)]
 Name = Annotated[str, BeforeValidator(_name)]
 AnyPath = Annotated[Path, BeforeValidator(_path)]
@@ -234,6 +246,14 @@ class PlansEntries(Section):
     gpu_memory_target: Positive | None = None
 
 
+class Package(Section):
+    """Folders from which containers are built; see `nnunet-conres package`."""
+
+    models: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple), Field(min_length=1)] | None = None
+    scheme: Annotated[str, BeforeValidator(_scheme), AfterValidator(_one_scheme)] | None = None
+    missing: Literal["refuse", "zero"] | None = None
+
+
 class Splits(Section):
     """How the folds are chosen; see `nnunet-conres split`."""
 
@@ -264,7 +284,7 @@ class RuleResources(Section):
 
 Rule = Literal[
     "default", "convert", "fingerprint", "split", "plan", "preprocess", "memory", "train", "predict", "ensemble",
-    "compare",
+    "postprocess", "compare", "package",
 ]  # fmt: skip
 
 
@@ -286,6 +306,8 @@ class ExperimentFile(Section):
     time_limit_hours: Positive = 24.0
     ensembles: Annotated[Any, BeforeValidator(_ensembles)] = None
     rules: Annotated[str, BeforeValidator(_rules)] | None = None
+    postprocess: bool = False
+    package: Package | None = None
     environment: dict[
         Annotated[str, BeforeValidator(_variable_name)],
         Annotated[str, BeforeValidator(_variable)],
@@ -372,6 +394,8 @@ _EXPECTED: Final = {
     "model_type": "entries",
     "dict_type": "entries",
     "list_type": "a list",
+    "too_short": "at least {min_length}",
+    "bool_type": "true or false",
 }
 
 _SECTIONS: Final[dict[str, type[Section]]] = {
@@ -380,6 +404,7 @@ _SECTIONS: Final[dict[str, type[Section]]] = {
     "test": Test,
     "models": ModelEntries,
     "plans": PlansEntries,
+    "package": Package,
     "splits": Splits,
     "resources": RuleResources,
 }

@@ -232,6 +232,16 @@ def _steps(experiment: Experiment) -> dict[str, str]:
         ensembles = [made / "ensemble" / f"{ensemble_name(members)}.json" for members in experiment.ensembles]
         if ensembles:
             found["ensembles"] = f"{sum(path.is_file() for path in ensembles)} of {len(ensembles)} done"
+    for kind, names, what in (
+        (
+            "postprocess",
+            [model.name for model in experiment.models] if experiment.postprocess else [],
+            "post-processing",
+        ),
+        ("package", experiment.packaged, "packages"),
+    ):
+        if names:
+            found[what] = f"{sum((made / kind / f'{name}.json').is_file() for name in names)} of {len(names)} done"
     for kind in ("folds", "test"):
         if (made / "compare" / f"{kind}.json").is_file():
             found[f"report ({kind})"] = str(experiment.work / "report" / kind / "report.html")

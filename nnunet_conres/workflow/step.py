@@ -223,6 +223,9 @@ class Step:
             if (self.experiment.raw / "dataset.json").is_file():
                 self.say(f"{self.experiment.raw} is there.")
             elif self.command:
+                # the conversion refuses a folder that is not there, which a new experiment's is not
+                with file_errors(self.experiment.raw.parent):
+                    self.experiment.raw.parent.mkdir(parents=True, exist_ok=True)
                 run(self.command, self.log, keep=[descriptor])
             state = records.raw_state(self.experiment)
             if state is None:
@@ -520,11 +523,38 @@ class Step:
             run(self.command, self.log, keep=[descriptor])
             self._publish(partial, folder, made_of, folder / ".made.json")
 
+    def postprocess(self) -> None:
+        """The choice of a model's post-processing; it replaces an earlier one when it is done."""
+        file = _output_of(self.command)
+        made_of = [self.command, self._contents([f"train/{self.record.stem}/fold_*.json"])]
+        stamp = file.with_name(f".{file.name}")
+        # without a dot, as the command's own lock has it
+        with hold(file.with_name(f"{file.stem}.lock")) as descriptor:
+            if self._is_done(stamp, made_of):
+                return
+            run(self.command, self.log, keep=[descriptor])
+            self._record([file], made_of, stamp)
+
+    def package(self) -> None:
+        """A folder that a model's container is built from; an earlier one is removed first."""
+        folder, name = _output_of(self.command), self.record.stem
+        of_what = [f"train/{name}/fold_*.json", f"postprocess/{name}.json", "options/package.json"]
+        made_of = [self.command, self._contents(of_what)]
+        stamp = folder.with_name(f".{name}.json")
+        with hold(folder.with_name(f"{name}.lock")) as descriptor:
+            if self._is_done(stamp, made_of):
+                return
+            if stamp.is_file():  # else the folder is somebody else's, and the command refuses it
+                shutil.rmtree(folder, ignore_errors=True)
+            write_if_changed(stamp, _UNFINISHED)
+            run(self.command, self.log, keep=[descriptor])
+            self._record(sorted(path for path in folder.rglob("*") if path.is_file()), made_of, stamp)
+
     def compare(self) -> None:
         """A report; it replaces an earlier one when it is done."""
         partial = _output_of(self.command)
         of_what = {"folds": ["train/*/*.json"], "test": ["predict/*/*.json", "ensemble/*.json", "test.json"]}
-        made_of = [self.command, self._contents(of_what[self.record.stem])]
+        made_of = [self.command, self._contents([*of_what[self.record.stem], "postprocess/*.json"])]
         stamp = partial / ".made.json"
         with hold(partial.with_name(f"{partial.name}.lock")) as descriptor:
             if self._is_done(stamp, made_of):
@@ -638,7 +668,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "train": lambda: step.train(experiment.model(arguments.model), arguments.fold, arguments.gpus),
             "predict": lambda: step.predict(experiment.model(arguments.model), arguments.part, arguments.gpus),
             "ensemble": step.ensemble,
+            "postprocess": step.postprocess,
             "compare": step.compare,
+            "package": step.package,
         }
         steps[arguments.step]()
     except InputError as error:

@@ -284,7 +284,9 @@ class TestCommands:
             np.testing.assert_array_equal(sitk.GetArrayFromImage(image), expected)
         assert (tmp_path / "out" / "dataset.json").is_file()
 
-    def test_compared_by_the_other_folds(self, lab: Callable[..., Any], tmp_path: Path) -> None:
+    def test_compared_by_the_other_folds(
+        self, lab: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         made = lab("regions")
         made.add(folds=(0, 1), blur=0.255)
         assert self.fit(tmp_path) == 0
@@ -304,7 +306,13 @@ class TestCommands:
             "-o",
             str(tmp_path / "r"),
         ]
-        assert cli.main([*arguments, "--postprocessing", str(tmp_path / "fit" / "p.json")]) == 0
+        file = tmp_path / "fit" / "p.json"
+        # One file for each model, by its name.
+        assert cli.main([*arguments, "--postprocessing", f"nnUNetTrainer={file}", f"Other={file}", "B=none.json"]) == 2
+        told = capsys.readouterr().err
+        assert "names Other, which is not compared; expected some of nnUNetTrainer" in told
+        assert "none.json cannot be read" in told
+        assert cli.main([*arguments, "--postprocessing", f"nnUNetTrainer={file}"]) == 0
         content = json.loads((tmp_path / "r" / "report.json").read_text())
         assert [model["name"] for model in content["models"]] == ["nnUNetTrainer", "nnUNetTrainer, post-processed"]
         fitted = json.loads((tmp_path / "fit" / "p.json").read_text())
@@ -319,6 +327,15 @@ class TestCommands:
             expected = rules.of_fold(case["fold"]).apply(sitk.GetArrayFromImage(labels), values, spacing)
             written = sitk.ReadImage(str(tmp_path / "r" / "postprocessed" / "m0" / f"{case['id']}.nii.gz"))
             np.testing.assert_array_equal(sitk.GetArrayFromImage(written), expected)
+
+        # One file for all models; what does nothing makes no second model.
+        nothing = tmp_path / "nothing.json"
+        steps = Postprocessing(rules.scheme, {}).as_json()
+        nothing.write_text(json.dumps({**steps, "dataset_json": made.dataset_json}))
+        assert cli.main([*arguments, "--postprocessing", str(nothing)]) == 0
+        content = json.loads((tmp_path / "r" / "report.json").read_text())
+        assert [model["name"] for model in content["models"]] == ["nnUNetTrainer"]
+        assert any("nothing.json leaves all steps off: nnUNetTrainer" in text for text in content["warnings"])
 
     def test_without_probabilities(
         self, lab: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

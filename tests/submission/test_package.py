@@ -232,7 +232,7 @@ class TestWheel:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
         subprocess.run([*pip, "install", "--no-deps", str(wheel)], check=True, capture_output=True)
         run = subprocess.run([python, "-m", "nnunet_conres.cli", "info"], cwd=tmp_path, capture_output=True, text=True)
-        assert "Discovery by nnU-Net: active" in run.stdout
+        assert "discovery           active (nnunet_conres.pth)\n" in run.stdout
 
     def test_requirements_are_complete(self) -> None:
         lines, _ = pinned_requirements()

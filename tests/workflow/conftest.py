@@ -42,6 +42,8 @@ def save(path, **content):
 
 
 if call.startswith("nnunet-conres brats-convert"):
+    if not raw.parent.is_dir():
+        sys.exit("error: nnUNet_raw does not exist")
     for case in CASES:
         write(raw / "labelsTr" / (case + ".nii.gz"), "labels")
         write(raw / "imagesTr" / (case + "_0000.nii.gz"), "image")
@@ -91,6 +93,15 @@ elif name == "nnUNetv2_ensemble":
     first = Path(after("-i"))
     for path in first.glob("*.npz"):
         write(Path(after("-o")) / (path.stem + ".nii.gz"), "ensemble")
+elif call.startswith("nnunet-conres postprocess fit"):
+    write(Path(after("-o")), "half" if fails else call)
+elif call.startswith("nnunet-conres package"):
+    folder = Path(after("-o"))
+    if folder.exists():
+        sys.exit("error: " + str(folder) + " exists already")
+    write(folder / "Dockerfile", call)
+    if not fails:
+        write(folder / "model" / "plans.json", call)
 elif call.startswith("nnunet-conres compare"):
     for file in ("report.html", "report.json"):
         write(Path(after("-o")) / file, call)

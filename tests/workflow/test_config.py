@@ -78,6 +78,32 @@ class TestParse:
             assert command[command.index("--rules") + 1] == "2024-GLI"
             assert "--rules" not in compare(parse_config(content, tmp_path), "report", 1)
 
+    def test_postprocessing_and_packages(self, content: dict[str, Any], tmp_path: Path) -> None:
+        content |= {"postprocess": True, "ensembles": "none", "rules": "2023-GLI"}
+        content["package"] = {"models": ["ours"], "scheme": 2023, "missing": "zero"}
+        experiment = parse_config(content, tmp_path)
+        assert experiment.packaged == ("ours",)
+        stock, ours = experiment.models
+        assert commands.train(experiment, stock, 0)[-1] == "--npz"  # thresholds take probabilities
+        files = {model.name: tmp_path / f"work/postprocessing/{model.name}.json" for model in experiment.models}
+        of_ours = "-d Dataset501_BraTS -tr nnUNetTrainerConResNet -p nnUNetConResNetPlans -c 3d_fullres -f 0 1"
+        fit = " ".join(commands.postprocess(experiment, ours, 2))
+        assert fit == f"nnunet-conres postprocess fit {of_ours} -o {files['ours']} -np 2 --rules 2023-GLI"
+        package = " ".join(commands.package(experiment, ours))
+        assert package == (
+            f"nnunet-conres package {of_ours} -o {tmp_path}/work/packages/ours --scheme 2023 --missing zero "
+            f"--postprocessing {files['ours']}"
+        )
+        for compare in (commands.compare_folds, commands.compare_test):
+            command = compare(experiment, "report", 1)
+            where = command.index("--postprocessing")
+            assert command[where + 1 : where + 3] == [f"{name}={file}" for name, file in files.items()]
+        # all models, and what the data set says
+        content |= {"postprocess": False, "package": {}}
+        experiment = parse_config(content, tmp_path)
+        assert experiment.packaged == ("stock", "ours")
+        assert commands.package(experiment, stock)[-2:] == ["-o", f"{tmp_path}/work/packages/stock"]
+
     def test_a_data_set_that_is_there_needs_its_number_only(self, content: dict[str, Any], tmp_path: Path) -> None:
         content["data"] = {"id": 4}
         del content["test"]
@@ -150,6 +176,14 @@ class TestErrors:
             (("checkpoint_minutes",), float("nan"), "checkpoint_minutes is nan"),
             (("rules",), "2024-GIL", "There are no rules 2024-GIL"),
             (("rules",), 2024, "rules is 2024; expected a text"),
+            (("postprocess",), "yes", "postprocess is 'yes'; expected true or false"),
+            (("package",), True, "package is True; expected entries"),
+            (("package",), {"models": []}, "package, models is []; expected at least 1"),
+            (("package",), {"models": "theirs"}, "package, models: no model is called theirs"),
+            (("package",), {"scheme": "2026-MTE"}, "The scheme is 2026-MTE"),
+            (("package",), {"scheme": "auto"}, "package, scheme is 'auto'; expected one scheme"),
+            (("package",), {"scheme": "new.toml"}, "new.toml is no file"),
+            (("package",), {"folds": 1}, "package, folds is not known; expected models, scheme, missing"),
             (("time_limit_hours",), float("inf"), "time_limit_hours is inf"),
             (("splits", "seed"), -1, "seed is -1"),
             (("models", "stock"), {"epoch_seconds": 0}, "epoch_seconds is 0"),
@@ -226,11 +260,18 @@ class TestErrors:
         assert "did you mean nnUNetTrainerConResNet?" in reported
         assert "no planner called nnUNetPlannerResEncS" in reported
         assert reported.count("\n  - ") == 3
-        # where the configuration itself says where they are
+        # where the configuration itself says where they are; but a container would not have them
         (tmp_path / "trainers").mkdir()
         (tmp_path / "trainers" / "mine.py").write_text("class Mine: ...")
         content["environment"] = {"nnUNet_extTrainer": str(tmp_path / "trainers")}
-        assert "called Mine" not in errors(content, tmp_path)
+        content["package"] = {"models": "mine"}
+        reported = errors(content, tmp_path)
+        assert "called Mine" not in reported
+        assert "mine is trained by Mine of nnUNet_extTrainer, which a container would not have" in reported
+
+    def test_postprocessing_by_one_fold(self, content: dict[str, Any], tmp_path: Path) -> None:
+        content |= {"folds": [0], "postprocess": True}
+        assert "postprocess is true, but there is one fold; expected two" in errors(content, tmp_path)
 
     def test_one_name_for_two(self, tmp_path: Path) -> None:
         file = tmp_path / "experiment.yaml"

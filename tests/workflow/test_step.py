@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,8 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.files import temporary_beside, try_read_json, write_if_changed
 from nnunet_conres.locks import hold, holder
 from nnunet_conres.workflow import commands, records
-from nnunet_conres.workflow.config import Experiment
+from nnunet_conres.workflow.config import Experiment, parse_config
+from nnunet_conres.workflow.status import status
 from nnunet_conres.workflow.step import Step, StepError, gpus, main, run
 
 pytest.importorskip("fcntl", reason="needs an operating system with flock")
@@ -399,6 +401,52 @@ class TestPredict:
         assert make() == ["nnUNetv2_ensemble", "nnunet-conres"]
         # the case that is gone is gone here too
         assert sorted(path.name for path in trained.predictions("stock+ours").glob("*.gz")) == ["y.nii.gz", "z.nii.gz"]
+
+    def test_postprocessing_and_packages_are_made_once_and_follow_their_folds(
+        self,
+        trained: Experiment,
+        content: dict[str, Any],
+        tmp_path: Path,
+        calls: Calls,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        experiment = parse_config(content | {"postprocess": True, "package": {"models": "stock"}}, tmp_path)
+        records.refresh(experiment)
+
+        def make() -> list[str]:
+            model = experiment.models[0]
+            step(experiment, commands.postprocess(experiment, model, 1), "postprocess/stock.json").postprocess()
+            step(experiment, commands.package(experiment, model), "package/stock.json").package()
+            return [" ".join(call.split()[:2]) for call in calls()]
+
+        calls()
+        # what a killed command left is not taken for the whole
+        monkeypatch.setenv("FAIL", "nnunet-conres package")
+        with pytest.raises(StepError):
+            make()
+        monkeypatch.delenv("FAIL")
+        calls()
+        assert make() == ["nnunet-conres package"]
+        assert make() == []
+        folder = experiment.package("stock")
+        recorded = json.loads((experiment.records / "package/stock.json").read_text())["files"]
+        assert recorded == ["packages/stock/Dockerfile", "packages/stock/model/plans.json"]
+        steps = status(experiment).steps
+        assert (steps["post-processing"], steps["packages"]) == ("1 of 2 done", "1 of 1 done")
+        # a file that is gone
+        (folder / "Dockerfile").unlink()
+        records.refresh(experiment)
+        assert not (experiment.records / "package/stock.json").exists()
+        assert make() == ["nnunet-conres package"]
+        # another training
+        write_if_changed(records.training_record(experiment, experiment.models[0], 0), {"checkpoint": "another"})
+        assert make() == ["nnunet-conres postprocess", "nnunet-conres package"]
+        # a folder that the workflow did not make
+        shutil.rmtree(folder.parent)
+        folder.mkdir(parents=True)
+        with pytest.raises(StepError, match="exit code 1"):
+            make()
+        assert folder.is_dir()
 
     def test_a_case_that_is_gone_goes_from_the_predictions(self, trained: Experiment) -> None:
         for part in (0, 1):

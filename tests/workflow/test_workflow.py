@@ -143,7 +143,7 @@ class TestWithStandIns:
         self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
     ) -> None:
         # a folder that a shell would take for two
-        content["work"] = "my work"
+        content |= {"work": "my work", "postprocess": True, "package": {"models": "ours"}}
         config.write_text(as_yaml(content))
         run(config, "--cores", "2")
         made = calls()
@@ -159,9 +159,14 @@ class TestWithStandIns:
             "nnunet-conres brats-convert",
             "nnunet-conres compare",
             "nnunet-conres memory",
+            "nnunet-conres package",
             "nnunet-conres plan",
+            "nnunet-conres postprocess",
             "nnunet-conres split",
         ]
+        assert len([call for call in made if call.startswith("nnunet-conres postprocess")]) == 2
+        compared = [call for call in made if call.startswith("nnunet-conres compare")]
+        assert all(f"ours={tmp_path}/my work/postprocessing/ours.json" in call for call in compared)
         assert len([call for call in made if call.startswith("nnUNetv2_preprocess")]) == 1  # shared by both plans
         asked = [call.split() for call in made if call.startswith("nnunet-conres memory")]
         assert sorted(call[call.index("-tr") + 1] for call in asked) == ["nnUNetTrainer", "nnUNetTrainerConResNet"]
@@ -188,7 +193,10 @@ class TestWithStandIns:
             "nnUNetv2_train",
             "nnunet-conres compare",
             "nnunet-conres memory",
+            "nnunet-conres package",
+            "nnunet-conres postprocess",
         ]
+        assert [call.split()[6] for call in again if "postprocess fit" in call] == ["nnUNetTrainerConResNet"]
         assert all("nnUNetTrainerConResNet" in call for call in again if call.startswith("nnUNetv2_predict"))
 
     @pytest.mark.slow
@@ -326,7 +334,7 @@ class TestWithStandIns:
             for one in resources_of(job)
             if re.search("=$", one) and not one.startswith("gpu_")
         ]
-        content |= {"device": "cuda"}
+        content |= {"device": "cuda", "postprocess": True, "package": {}}
         content["models"]["ours"]["gpus"] = 2
         content["resources"] = {
             "default": {"partition": "cpu", "account": "me", "qos": "long"},
@@ -334,7 +342,8 @@ class TestWithStandIns:
         }
         config.write_text(as_yaml(content))
         jobs = dry_run(config)
-        for rule in ("convert", "fingerprint", "split", "plan", "preprocess", "memory", "ensemble", "compare_folds"):
+        rules = ("convert", "fingerprint", "split", "plan", "preprocess", "memory", "ensemble", "compare_folds")
+        for rule in (*rules, "postprocess", "package"):
             (*_, job) = jobs[rule]
             assert {"slurm_partition=cpu", "slurm_account=me", "qos=long"} <= set(resources_of(job))
             assert "gpu=0" in resources_of(job)
@@ -407,6 +416,7 @@ def test_with_the_real_commands(tmp_path: Path, content: dict[str, Any]) -> None
     (tmp_path / "trainers").mkdir()
     (tmp_path / "trainers" / "tiny_trainers.py").write_text(TRAINERS)
     content |= {
+        "postprocess": True,
         "data": {"id": 501, "brats": ["phantoms/training"], "held_out": ["phantoms/held_out"]},
         "test": {"parts": 1},
         "models": {
@@ -425,6 +435,7 @@ def test_with_the_real_commands(tmp_path: Path, content: dict[str, Any]) -> None
     run(config, timeout=1500)
     found = json.loads(run(config, "--status", "--json"))
     assert {one["state"] for one in found["folds"]} == {"done"}
+    assert found["steps"]["post-processing"] == "2 of 2 done"
     for kind in ("folds", "test"):
         report = json.loads((tmp_path / "work" / "report" / kind / "report.json").read_text())
         assert "stock" in json.dumps(report)

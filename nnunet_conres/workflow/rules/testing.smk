@@ -1,4 +1,4 @@
-# Test cases, ensembles, reports.
+# Test cases, ensembles, post-processing, reports, packages.
 
 
 def trained(wildcards):
@@ -7,6 +7,10 @@ def trained(wildcards):
 
 def predicted(names):
     return [RECORDS / "predict" / name / f"part_{part}.json" for name in names for part in range(EXPERIMENT.parts)]
+
+
+def postprocessed(names):
+    return [RECORDS / "postprocess" / f"{name}.json" for name in names if EXPERIMENT.postprocess]
 
 
 rule test_cases:
@@ -70,9 +74,28 @@ rule ensemble:
         "{STEP} ensemble --record {output:q} --log {params.log:q} -- {params.command}"
 
 
+rule postprocess:
+    input:
+        trained,
+        RECORDS / "options" / "postprocess.json",
+    output:
+        RECORDS / "postprocess" / "{model}.json",
+    params:
+        log=lambda wildcards: LOGS / "postprocess" / f"{wildcards.model}.log",
+        command=lambda wildcards, threads: commands.as_text(
+            commands.postprocess(EXPERIMENT, MODELS[wildcards.model], threads)
+        ),
+    threads: threads_of("postprocess")
+    resources:
+        **needs("postprocess"),
+    shell:
+        "{STEP} postprocess --record {output:q} --log {params.log:q} -- {params.command}"
+
+
 rule compare_folds:
     input:
         [RECORDS / "train" / name / f"fold_{fold}.json" for name in MODELS for fold in FOLDS],
+        postprocessed(MODELS),
         RECORDS / "options" / "compare.json",
     output:
         RECORDS / "compare" / "folds.json",
@@ -92,6 +115,7 @@ rule compare_test:
     input:
         predicted(MODELS),
         [RECORDS / "ensemble" / f"{name}.json" for name in ENSEMBLES],
+        postprocessed(MODELS),
         RECORDS / "options" / "compare.json",
     output:
         RECORDS / "compare" / "test.json",
@@ -105,3 +129,20 @@ rule compare_test:
         **needs("compare"),
     shell:
         "{STEP} compare --record {output:q} --log {params.log:q} -- {params.command}"
+
+
+rule package:
+    input:
+        trained,
+        lambda wildcards: postprocessed([wildcards.model]),
+        RECORDS / "options" / "package.json",
+    output:
+        RECORDS / "package" / "{model}.json",
+    params:
+        log=lambda wildcards: LOGS / "package" / f"{wildcards.model}.log",
+        command=lambda wildcards: commands.as_text(commands.package(EXPERIMENT, MODELS[wildcards.model])),
+    threads: threads_of("package")
+    resources:
+        **needs("package"),
+    shell:
+        "{STEP} package --record {output:q} --log {params.log:q} -- {params.command}"
