@@ -16,14 +16,36 @@ from nnunet_conres.text import did_you_mean, first_few
 
 _Model = TypeVar("_Model", bound="Model")
 
-# The first holds the raw data sets.
-FOLDER_VARIABLES: Final = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+_HOLDS: Final = {
+    "nnUNet_raw": "raw data sets",
+    "nnUNet_preprocessed": "preprocessed data sets, plans and splits",
+    "nnUNet_results": "trained models",
+}
+FOLDER_VARIABLES: Final = tuple(_HOLDS)
+RAW, PREPROCESSED, RESULTS = FOLDER_VARIABLES
 
 
 def folder_from_environment(variable: str) -> Path | None:
     """The folder that one of nnU-Net's environment variables names, None where it is not set."""
     value = os.environ.get(variable)
     return Path(value) if value else None
+
+
+def not_set(variable: str) -> str:
+    """The message for one of nnU-Net's environment variables that names no folder."""
+    return f"The environment variable {variable} is not set; set it to the folder of nnU-Net's {_HOLDS[variable]}."
+
+
+def required_folder(variable: str) -> Path:
+    """The folder that one of nnU-Net's environment variables names.
+
+    Raises:
+        InputError: It is not set.
+    """
+    folder = folder_from_environment(variable)
+    if folder is None:
+        raise InputError([not_set(variable)])
+    return folder
 
 
 def dataset_names() -> list[str]:
@@ -115,7 +137,7 @@ class Model:
 
     def folder(self, dataset_name: str) -> Path | None:
         """Its folder in nnUNet_results, None if that is not set."""
-        results = folder_from_environment(FOLDER_VARIABLES[2])
+        results = folder_from_environment(RESULTS)
         return None if results is None else results / dataset_name / self.folder_name
 
     def training_command(self, dataset_name: str, fold: int | str, *options: str) -> tuple[str, ...]:

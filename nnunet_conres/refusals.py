@@ -17,7 +17,7 @@ from typing import Final
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.families import no_trainer
-from nnunet_conres.nnunet import FOLDER_VARIABLES, dataset_names, folder_from_environment, no_dataset, plans_names
+from nnunet_conres.nnunet import PREPROCESSED, dataset_names, folder_from_environment, no_dataset, plans_names
 from nnunet_conres.text import did_you_mean, no_device
 
 # What torch says where there is no such device; the first one with a build for the CPU only.
@@ -88,7 +88,7 @@ def message_of(error: BaseException) -> str | None:
 
 def _missing_plans(file: Path) -> str | None:
     """The message for plans that nnU-Net does not find among its preprocessed data."""
-    preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
+    preprocessed = folder_from_environment(PREPROCESSED)
     if preprocessed is None or file.suffix != ".json" or file.parent.parent != preprocessed:
         return None
     dataset = file.parent.name

@@ -22,10 +22,10 @@ from nnunet_conres.datasets.brats_write import (
     write_case,
     write_descriptions,
 )
-from nnunet_conres.datasets.raw import RAW_NOT_SET, folder_name, id_errors, lock_of_dataset, target_errors
+from nnunet_conres.datasets.raw import folder_name, id_errors, lock_of_dataset, target_errors
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.folders import check_complete, new_folder
-from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
+from nnunet_conres.nnunet import RAW, folder_from_environment, not_set
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.text import first_few
 
@@ -114,9 +114,9 @@ def convert_brats(
     selection, scheme_errors = select_schemes(schemes)
     errors = list(_argument_errors(dataset_id, dataset_name, mode, image_mode, missing, processes))
     errors += scheme_errors
-    raw = folder_from_environment(FOLDER_VARIABLES[0]) if raw_folder is None else Path(raw_folder)
+    raw = folder_from_environment(RAW) if raw_folder is None else Path(raw_folder)
     if raw is None:
-        errors.append(RAW_NOT_SET)
+        errors.append(not_set(RAW))
     else:
         errors += target_errors(raw, dataset_id, dataset_name)
     if errors or raw is None:

@@ -27,7 +27,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import check_complete, visible, writing
 from nnunet_conres.images.volumes import read_labels, write_labels
-from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, folder_from_environment
+from nnunet_conres.nnunet import PREPROCESSED, RESULTS, Model, folder_from_environment, not_set
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.predictor import DEFAULT_CHECKPOINT, device_errors, load_predictor
 
@@ -276,7 +276,7 @@ def _argument_errors(
 def _model_errors(model: TrainedModel, name: str, dataset_json: Mapping[str, Any]) -> Iterator[str]:
     folder = model.folder(name)
     if folder is None:
-        yield "The environment variable nnUNet_results is not set; set it to the folder that holds the trained models."
+        yield not_set(RESULTS)
         return
     missing = [fold for fold in model.folds if not (folder / f"fold_{fold}" / model.checkpoint).is_file()]
     for fold in missing:
@@ -314,9 +314,9 @@ def _by_validation_fold(
     model: TrainedModel, name: str, cases: Sequence[TrainingCase]
 ) -> tuple[dict[tuple[Fold, ...], list[TrainingCase]], list[str]]:
     """The cases grouped by those of the model's folds that have them in their validation set."""
-    preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
+    preprocessed = folder_from_environment(PREPROCESSED)
     if preprocessed is None:
-        return {}, ["The environment variable nnUNet_preprocessed is not set; the splits are looked for there."]
+        return {}, [not_set(PREPROCESSED)]
     path = preprocessed / name / "splits_final.json"
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))

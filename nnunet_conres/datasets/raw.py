@@ -9,18 +9,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.folders import being_written, list_files, visible
 from nnunet_conres.images.volumes import check_image, read_labels, read_volume
-from nnunet_conres.nnunet import FOLDER_VARIABLES, dataset_name_of, folder_from_environment
+from nnunet_conres.nnunet import FOLDER_VARIABLES, RAW, dataset_name_of, folder_from_environment, required_folder
 from nnunet_conres.text import number_text
-
-RAW_NOT_SET: Final = (
-    "The environment variable nnUNet_raw is not set; set it to the folder that holds nnU-Net's raw data sets."
-)
 
 
 @dataclass(frozen=True)
@@ -112,9 +108,7 @@ def find_dataset(dataset: int | str) -> Path:
     Raises:
         InputError: There is none, or more than one.
     """
-    raw = folder_from_environment(FOLDER_VARIABLES[0])
-    if raw is None:
-        raise InputError([RAW_NOT_SET])
+    raw = required_folder(RAW)
     name = dataset_name_of(dataset)
     if not (raw / name).is_dir():
         raise InputError([f"{raw / name} does not exist; expected a raw data set there."])

@@ -32,7 +32,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import check_complete, list_files, new_folder
 from nnunet_conres.images.volumes import read_labels, reader_for, write_labels
-from nnunet_conres.nnunet import folder_from_environment
+from nnunet_conres.nnunet import PREPROCESSED, folder_from_environment
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.text import first_few, short_message
 
@@ -270,7 +270,7 @@ def sparsify(
             write_json(partial / "dataset.json", content)
             write_json(partial / SIDECAR, sidecar)
         check_complete(partial, (file for case in cases for file in _files(case, ending)))
-    preprocessed = folder_from_environment("nnUNet_preprocessed")
+    preprocessed = folder_from_environment(PREPROCESSED)
     if preprocessed is not None:
         carry_fingerprint(preprocessed / source_folder.name, preprocessed / target.name)
     median = ", ".join(f"{value:g}" for value in np.median(spacings, axis=0))

@@ -26,7 +26,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, visible, writing
 from nnunet_conres.images.volumes import read_labels, reader_for
-from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
+from nnunet_conres.nnunet import PREPROCESSED, RESULTS, folder_from_environment, not_set
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.text import aligned, first_few
 
@@ -151,9 +151,9 @@ def split(
     """
     folder = find_dataset(dataset)
     errors = list(_argument_errors(folds, balance, seed, processes))
-    preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
+    preprocessed = folder_from_environment(PREPROCESSED)
     if preprocessed is None:
-        errors.append("The environment variable nnUNet_preprocessed is not set; nnU-Net reads the splits from there.")
+        errors.append(not_set(PREPROCESSED))
     dataset_json, found = read_dataset_json(folder)
     errors += found
     if dataset_json is None:
@@ -208,7 +208,7 @@ def split(
 
     path = preprocessed / folder.name / SPLITS_FILE
     content = [entry.as_json() for entry in entries]
-    results = folder_from_environment(FOLDER_VARIABLES[2])
+    results = folder_from_environment(RESULTS)
     ending = str(dataset_json["file_ending"])
     # From the look at what is there to the replacement: two splits must not both find none.
     with writing(path.parent, lock=f".{path.name}.lock"):

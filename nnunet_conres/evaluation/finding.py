@@ -25,7 +25,7 @@ from nnunet_conres.evaluation.predictions import (
 )
 from nnunet_conres.files import read_json
 from nnunet_conres.folders import list_files
-from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
+from nnunet_conres.nnunet import PREPROCESSED, RAW, folder_from_environment
 from nnunet_conres.text import first_few
 
 
@@ -296,7 +296,7 @@ def _other_labels(
 
 
 def _reference_folder(dataset_name: str) -> Path | None:
-    for variable, name in ((FOLDER_VARIABLES[0], "labelsTr"), (FOLDER_VARIABLES[1], "gt_segmentations")):
+    for variable, name in ((RAW, "labelsTr"), (PREPROCESSED, "gt_segmentations")):
         root = folder_from_environment(variable)
         if root is not None and (root / dataset_name / name).is_dir():
             return root / dataset_name / name
@@ -305,7 +305,7 @@ def _reference_folder(dataset_name: str) -> Path | None:
 
 def raw_images(dataset_name: str) -> dict[str, list[Path]]:
     """Files of the training images of a data set in nnUNet_raw by case, one per channel; none where it is not there."""
-    raw = folder_from_environment(FOLDER_VARIABLES[0])
+    raw = folder_from_environment(RAW)
     if raw is None or not (raw / dataset_name / "imagesTr").is_dir():
         return {}
     try:

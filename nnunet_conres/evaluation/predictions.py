@@ -14,7 +14,15 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.families import TRAINERS
 from nnunet_conres.files import read_json
 from nnunet_conres.folders import list_files
-from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, folder_from_environment, plans_names, stock_trainers
+from nnunet_conres.nnunet import (
+    PREPROCESSED,
+    RESULTS,
+    Model,
+    folder_from_environment,
+    not_set,
+    plans_names,
+    stock_trainers,
+)
 from nnunet_conres.text import did_you_mean, first_few
 
 PROBABILITIES_ENDING: Final = ".npz"
@@ -204,15 +212,13 @@ def search_cross_validation(
         The models; a model with an error is left out.
     """
     found = Search()
-    results = folder_from_environment(FOLDER_VARIABLES[2])
+    results = folder_from_environment(RESULTS)
     if results is None:
-        found.errors.append(
-            "The environment variable nnUNet_results is not set; set it to the folder with nnU-Net's results."
-        )
+        found.errors.append(not_set(RESULTS))
         return found
     for number, (name, display_name) in enumerate(zip(names, display_names(names), strict=True)):
         folder = results / dataset_name / name.folder_name
-        preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
+        preprocessed = folder_from_environment(PREPROCESSED)
         plans_file = None if preprocessed is None else preprocessed / dataset_name / f"{name.plans}.json"
         if not folder.is_dir() and plans_file is not None and not plans_file.is_file():
             near = did_you_mean(name.plans, plans_names(plans_file.parent))

@@ -15,7 +15,6 @@ from typing import Final
 
 import nnunetv2
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_conres.datasets.raw import (
@@ -29,7 +28,7 @@ from nnunet_conres.errors import InputError, writing_errors
 from nnunet_conres.families import PLANNED
 from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.images.volumes import reader_for
-from nnunet_conres.nnunet import device_option, folder_from_environment
+from nnunet_conres.nnunet import PREPROCESSED, device_option, folder_from_environment, not_set, required_folder
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.preprocessing.dataset import (
@@ -316,7 +315,7 @@ def _check_files(dataset_id: int, cases: Sequence[TrainingCase], processes: int,
 
 def _folder_of(dataset_id: int) -> Path:
     """The preprocessed data set."""
-    return Path(nnUNet_preprocessed, find_dataset(dataset_id).name)
+    return required_folder(PREPROCESSED) / find_dataset(dataset_id).name
 
 
 def _errors_of_cases_that_are_gone(dataset_id: int, configurations: Sequence[str]) -> Iterator[str]:
@@ -432,13 +431,11 @@ def _dataset_errors(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
         if missing:
             yield f"{raw / 'dataset.json'} has no {' and no '.join(missing)}; nnU-Net's planner needs them."
         yield from find_training_cases(raw, dataset_json)[1]
-    if folder_from_environment("nnUNet_preprocessed") is None:
-        yield (
-            "The environment variable nnUNet_preprocessed is not set; set it to the folder for nnU-Net's preprocessed "
-            "data."
-        )
+    folder = folder_from_environment(PREPROCESSED)
+    if folder is None:
+        yield not_set(PREPROCESSED)
         return
-    preprocessed = Path(nnUNet_preprocessed, raw.name)
+    preprocessed = folder / raw.name
     fingerprint = preprocessed / "dataset_fingerprint.json"
     if fingerprint.is_file():
         again = f"Take it again: nnUNetv2_extract_fingerprint -d {dataset_id} --clean"
@@ -479,7 +476,7 @@ def _plans_file_errors(path: Path, options: PlanOptions) -> Iterator[str]:
 def _unknown_configurations(dataset_id: int, options: PlanOptions, configurations: Sequence[str]) -> Iterator[str]:
     """Names that no planner plans, and that nobody has added to existing plans."""
     known = set(CONFIGURATIONS)
-    preprocessed = folder_from_environment("nnUNet_preprocessed")
+    preprocessed = folder_from_environment(PREPROCESSED)
     with contextlib.suppress(InputError):  # reported elsewhere
         if preprocessed is not None:
             plans = read_plans(preprocessed / find_dataset(dataset_id).name).get(options.resolved_plans_name, {})

@@ -13,7 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres.datasets.raw import find_dataset, read_dataset_json
 from nnunet_conres.errors import InputError
-from nnunet_conres.nnunet import folder_from_environment
+from nnunet_conres.nnunet import PREPROCESSED, required_folder
 from nnunet_conres.planning.memory import MemoryEstimate, MemoryModel, augmentation_memory, estimate_memory
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.plans.entries import stride_products
@@ -203,11 +203,7 @@ def largest_patch(step: TrainingStep, budget: int, model: MemoryModel) -> tuple[
 
 
 def _plans_and_dataset(dataset: int | str, plans_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    preprocessed = folder_from_environment("nnUNet_preprocessed")
-    if preprocessed is None:
-        raise InputError(
-            "The environment variable nnUNet_preprocessed is not set; set it to nnU-Net's folder of preprocessed data."
-        )
+    preprocessed = required_folder(PREPROCESSED)
     try:
         raw = find_dataset(dataset)
     except InputError as error:  # whose text says that nothing was written, which is not to be expected here

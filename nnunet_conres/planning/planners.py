@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -29,6 +28,7 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.families import PLANNED, Family
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import one_at_a_time
+from nnunet_conres.nnunet import PREPROCESSED, required_folder
 from nnunet_conres.planning.memory import MemoryModel, UntrainableError
 from nnunet_conres.planning.training_step import TrainingStep, find_trainer
 from nnunet_conres.plans.entries import set_background_class
@@ -457,7 +457,7 @@ class NetworkPlanner(ExperimentPlanner):
     @property
     def plans_file(self) -> Path:
         """Where the plans are written."""
-        return Path(nnUNet_preprocessed, self.dataset_name, f"{self.plans_identifier}.json")
+        return required_folder(PREPROCESSED) / self.dataset_name / f"{self.plans_identifier}.json"
 
     def planned_configurations(self) -> Iterator[PlannedConfiguration]:
         """What was planned, configuration by configuration; after ``plan_experiment``."""

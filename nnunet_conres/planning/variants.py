@@ -17,7 +17,7 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.families import FAMILIES, PLANNED
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import one_at_a_time
-from nnunet_conres.nnunet import FOLDER_VARIABLES, device_option, folder_from_environment
+from nnunet_conres.nnunet import PREPROCESSED, device_option, folder_from_environment, not_set
 from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.plans.entries import fixed_stages, stride_products
 from nnunet_conres.text import aligned, format_shape
@@ -145,7 +145,7 @@ def add_variants(
     Raises:
         InputError: The plans or an argument do not allow it; nothing was written. Lists all that was found.
     """
-    preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
+    preprocessed = folder_from_environment(PREPROCESSED)
     with contextlib.ExitStack() as stack:
         # From reading to writing: of two that add to the same plans, the second must not undo what the first has added.
         if preprocessed is not None and (preprocessed / dataset_name).is_dir():
@@ -303,9 +303,9 @@ def _of_length(values: Sequence[int], length: int) -> list[int]:
 
 
 def _read(dataset_name: str, plans_name: str, base: str) -> tuple[Path, dict[str, Any] | None, list[str]]:
-    preprocessed = folder_from_environment(FOLDER_VARIABLES[1])
+    preprocessed = folder_from_environment(PREPROCESSED)
     if preprocessed is None:
-        return Path(), None, ["The environment variable nnUNet_preprocessed is not set; nnU-Net's plans are there."]
+        return Path(), None, [not_set(PREPROCESSED)]
     path = preprocessed / dataset_name / f"{plans_name}.json"
     try:
         plans = json.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from nnunet_conres.datasets.brats_find import Missing
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import read_json, write_json
 from nnunet_conres.folders import being_written, check_complete, new_folder
-from nnunet_conres.nnunet import FOLDER_VARIABLES, Model, dataset_name_of, folder_from_environment
+from nnunet_conres.nnunet import RESULTS, Model, dataset_name_of, folder_from_environment, not_set
 from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, model_errors
 from nnunet_conres.submission.models import challenge_of, rules_for, trainer_class, write_weights
 from nnunet_conres.submission.wheel import distribution_errors, pinned_requirements, write_wheel
@@ -88,8 +88,8 @@ def package_model(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         errors.append(f"{output} exists already and is not an empty folder; remove it, or choose another -o.")
     source: Path | None = None
-    if folder_from_environment(FOLDER_VARIABLES[2]) is None:
-        errors.append("The environment variable nnUNet_results is not set; set it to the folder with trained models.")
+    if folder_from_environment(RESULTS) is None:
+        errors.append(not_set(RESULTS))
     else:
         try:
             source = model.folder(dataset_name_of(dataset))

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_conres.architectures.layout import fast, with_channels_last_weights
 from nnunet_conres.errors import InputError
 from nnunet_conres.losses import SegmentationLoss
-from nnunet_conres.nnunet import folder_from_environment
+from nnunet_conres.nnunet import RAW, folder_from_environment
 from nnunet_conres.plans.configurations import configuration_of, with_configuration
 from nnunet_conres.plans.entries import has_auxiliary_heads, set_background_class
 from nnunet_conres.preprocessing.dataset import preprocessing_settings
@@ -175,7 +175,7 @@ class PluginTrainer(
         Raises:
             InputError: Raw data and preprocessed data differ. Nothing is known where there are no raw data.
         """
-        raw = folder_from_environment("nnUNet_raw")
+        raw = folder_from_environment(RAW)
         if raw is None:
             return
         folder, plans = raw / self.plans_manager.dataset_name, self.plans_manager.plans

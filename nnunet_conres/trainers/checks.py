@@ -11,7 +11,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres.errors import InputError
-from nnunet_conres.nnunet import Model, folder_from_environment
+from nnunet_conres.nnunet import PREPROCESSED, Model, folder_from_environment
 from nnunet_conres.plans.configurations import configuration_of, differences_in_topology
 from nnunet_conres.text import no_device
 
@@ -85,7 +85,7 @@ def check_preprocessed(plans: dict[str, Any], configuration: str) -> None:
     Raises:
         InputError: If the folder with the data is missing.
     """
-    root = folder_from_environment("nnUNet_preprocessed")
+    root = folder_from_environment(PREPROCESSED)
     if root is None:
         return  # nnU-Net says so itself
     folder = root / plans["dataset_name"] / configuration_of(plans, configuration).data_identifier

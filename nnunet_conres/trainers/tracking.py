@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.nnunet import switch_from_environment
 
 _TIMES: Final = ("epoch_start_timestamps", "epoch_end_timestamps")
 
@@ -39,14 +40,11 @@ class _Tracker:
         Raises:
             InputError: The variable says something else, or the package is not installed.
         """
-        value = os.environ.get(cls.variable, "0")
-        if value.lower() not in ("0", "false", "1", "true"):
-            raise InputError(f"{cls.variable} is {value!r}; expected 0 (off) or 1 (on).")
-        if value.lower() in ("0", "false"):
+        if not switch_from_environment(cls.variable):
             return False
         if find_spec(cls.package) is None:
             raise InputError(
-                f"{cls.variable} is {value}, but {cls.package} is not installed here. Run: pip install {cls.package}"
+                f"{cls.variable} is on, but {cls.package} is not installed here. Run: pip install {cls.package}"
             )
         return True
 

@@ -36,7 +36,7 @@ class TestRefusals:
         self, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tracker: Any
     ) -> None:
         monkeypatch.setenv(tracker.variable, "yes")
-        with pytest.raises(InputError, match=f"{tracker.variable} is 'yes'; expected 0"):
+        with pytest.raises(InputError, match=f"{tracker.variable} is 'yes'; expected 1"):
             make_trainer(nnUNetTrainerVNet)
 
 
