@@ -3,6 +3,12 @@
 A record tells contents, never times or places: what is made once more and comes out the same leaves its record as it
 is, and two workflows on one data set have the same records. `refresh` brings records in line with what is really there,
 so that a changed data set, plans file, split or trainer is seen, and what was removed is made anew.
+
+Which steps to run, in which order and how often to try again is Snakemake's, by the times and checksums of records. It
+can't look at nnU-Net's own files instead: it removes the output of a step before the step starts and when it fails,
+which would be the checkpoints of a training, and plans and splits that another workflow is reading; where outputs are
+marked `update` it puts back the old ones, and what was trained since is lost. Nor can options be `params`: the number
+of threads and the package's version are in the same commands, and must not have anything done again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Where an experiment stands: what of every model and fold is done, running, waiting or failed."""
+"""Where an experiment stands: what of every model and fold is done, running, waiting or failed.
+
+Snakemake's `--summary` lists records; it knows neither epochs nor who is training.
+"""
 
 from __future__ import annotations
 

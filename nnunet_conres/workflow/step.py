@@ -3,6 +3,10 @@
 The workflow's rules call ``python -m nnunet_conres.workflow.step EXPERIMENT STEP ... -- COMMAND``. The content of
 a file decides whether it is complete, never its mere existence. So a step can be killed at any time, started again, or
 started twice by two workflows.
+
+What is here, Snakemake does not do: it knows the steps of one folder, while two workflows with separate folders share
+the data set and its trainings; when it is killed, its jobs live on, and it starts them a second time; it kills a job's
+shell and not what that has started; it counts GPUs and does not say which.
 """
 
 from __future__ import annotations
