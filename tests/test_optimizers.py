@@ -23,6 +23,7 @@ from nnunet_conres.architectures.unet3d import UNet3D
 from nnunet_conres.architectures.vnet import VNet
 from nnunet_conres.errors import InputError
 from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, Muon, muon_of, orthogonalize
+from tests.small_networks import arguments
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
@@ -788,21 +789,14 @@ def equal_values(one: Any, other: Any) -> bool:
     return torch.equal(torch.as_tensor(one), torch.as_tensor(other)) if isinstance(one, Tensor) else one == other
 
 
-UNET: dict[str, Any] = {
-    "input_channels": 2,
-    "num_classes": 3,
-    "n_stages": 3,
-    "features_per_stage": [4, 8, 8],
-    "conv_op": nn.Conv3d,
-    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-    "conv_bias": True,
-    "norm_op": nn.InstanceNorm3d,
-    "norm_op_kwargs": {"affine": True},
-    "nonlin": nn.LeakyReLU,
-    "nonlin_kwargs": {},
-    "deep_supervision": True,
-}
+UNET = arguments(
+    input_channels=2,
+    num_classes=3,
+    features_per_stage=[4, 8, 8],
+    norm_op_kwargs={"affine": True},
+    nonlin_kwargs={},
+    deep_supervision=True,
+)
 FLAT: dict[str, Any] = UNET | {
     "conv_op": nn.Conv2d,
     "norm_op": nn.InstanceNorm2d,

@@ -4,29 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnunet_conres.architectures.conresnet import ConResNet
 from nnunet_conres.architectures.context_residual import ContextResidualModule
+from tests import small_networks
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
     """Constructor arguments of a small isotropic network in the manner of stock plans."""
-    return {
-        "input_channels": 2,
-        "num_classes": 3,
-        "n_stages": 3,
-        "features_per_stage": [4, 8, 16],
-        "conv_op": nn.Conv3d,
-        "kernel_sizes": [[3, 3, 3]] * 3,
-        "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
-        "n_blocks_per_stage": 1,
-        "conv_bias": True,
-        "norm_op": nn.InstanceNorm3d,
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin": nn.LeakyReLU,
-        "nonlin_kwargs": {"inplace": True},
-    } | changes
+    isotropic = {"kernel_sizes": [[3, 3, 3]] * 3, "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]]}
+    stages = {"features_per_stage": [4, 8, 16], "n_blocks_per_stage": 1}
+    return small_networks.arguments(input_channels=2, num_classes=3, **isotropic, **stages) | changes
 
 
 @pytest.mark.parametrize("shared_encoder", [False, True])

@@ -31,22 +31,9 @@ from nnunet_conres.architectures.memory_efficient import GroupNormReLU
 from nnunet_conres.architectures.residual_map_unet import ResidualMapUNet
 from nnunet_conres.architectures.unet3d import UNet3D
 from nnunet_conres.architectures.vnet import VNet
+from tests.small_networks import arguments
 
-ARGUMENTS: dict[str, Any] = {
-    "input_channels": 2,
-    "num_classes": 3,
-    "n_stages": 3,
-    "features_per_stage": [4, 8, 12],
-    "conv_op": nn.Conv3d,
-    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-    "conv_bias": True,
-    "norm_op": nn.InstanceNorm3d,
-    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-    "nonlin": nn.LeakyReLU,
-    "nonlin_kwargs": {"inplace": True},
-    "deep_supervision": True,
-}
+ARGUMENTS = arguments(input_channels=2, num_classes=3, deep_supervision=True)
 BLOCKS = {"n_blocks_per_stage": [1, 1, 2], "n_conv_per_stage_decoder": [1, 1]}
 CONVS = {"n_conv_per_stage": [2, 2, 2], "n_conv_per_stage_decoder": [2, 2]}
 RESIDUALS = {"residual_outputs": True, "background_class": True}

@@ -20,19 +20,9 @@ from nnunet_conres.architectures.network import PlansNetwork, ResidualMapsMixin
 from nnunet_conres.architectures.unet3d import UNet3D
 from nnunet_conres.architectures.vnet import VNet
 from nnunet_conres.families import FAMILIES, load
+from tests.small_networks import arguments
 
-DYNAMIC = {
-    "n_stages": 3,
-    "features_per_stage": [4, 8, 12],
-    "conv_op": nn.Conv3d,
-    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-    "conv_bias": True,
-    "norm_op": nn.InstanceNorm3d,
-    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-    "nonlin": nn.LeakyReLU,
-    "nonlin_kwargs": {"inplace": True},
-}
+DYNAMIC = arguments()
 RESIDUAL = DYNAMIC | {"n_blocks_per_stage": [1, 1, 2], "background_class": True}
 DROPOUT = {"dropout_op": nn.Dropout3d, "dropout_op_kwargs": {"p": 0.5}}
 

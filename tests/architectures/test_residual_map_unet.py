@@ -5,29 +5,15 @@ from typing import Any
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
-from torch import nn
 
 from nnunet_conres.architectures.context_residual import ContextResidualModule
 from nnunet_conres.architectures.residual_map_unet import ResidualMapUNet
+from tests import small_networks
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    return {
-        "input_channels": 2,
-        "num_classes": 3,
-        "n_stages": 3,
-        "features_per_stage": [4, 8, 16],
-        "conv_op": nn.Conv3d,
-        "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-        "n_blocks_per_stage": [1, 2, 2],
-        "n_conv_per_stage_decoder": [1, 2],
-        "conv_bias": True,
-        "norm_op": nn.InstanceNorm3d,
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin": nn.LeakyReLU,
-        "nonlin_kwargs": {"inplace": True},
-    } | changes
+    stages = {"features_per_stage": [4, 8, 16], "n_blocks_per_stage": [1, 2, 2], "n_conv_per_stage_decoder": [1, 2]}
+    return small_networks.arguments(input_channels=2, num_classes=3, **stages) | changes
 
 
 def stock_names(name: str) -> str:

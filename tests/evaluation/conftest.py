@@ -12,32 +12,14 @@ import pytest
 import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
 import torch
 
+from tests.small_networks import plain_unet
+
 NAME = "Dataset801_Models"
 SHAPE = (10, 14, 12)
 SPACING = (1.0, 1.0, 2.5)  # x, y, z
 LABELS = {
     "labels": {"background": 0, "oedema": 1, "core": 2},
     "regions": {"background": 0, "whole": [1, 2], "core": 2},
-}
-ARCHITECTURE = {
-    "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-    "arch_kwargs": {
-        "n_stages": 2,
-        "features_per_stage": [4, 8],
-        "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[3, 3, 3], [3, 3, 3]],
-        "strides": [[1, 1, 1], [2, 2, 2]],
-        "n_conv_per_stage": [1, 1],
-        "n_conv_per_stage_decoder": [1],
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    },
-    "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
 }
 
 
@@ -147,7 +129,7 @@ class Lab:
                     "batch_size": 2,
                     "patch_size": [8, 12, 8],
                     "spacing": [2.5, 1.0, 1.0],
-                    "architecture": ARCHITECTURE,
+                    "architecture": plain_unet(),
                 }
             },
         }

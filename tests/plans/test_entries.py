@@ -16,26 +16,14 @@ from nnunet_conres.families import PLANNED
 from nnunet_conres.plans import conresnet, residual_maps, unet3d, vnet
 from nnunet_conres.plans.configurations import configuration_of, with_configuration
 from nnunet_conres.plans.entries import class_path, has_auxiliary_heads, set_background_class, stages_of
+from tests.small_networks import plain_unet
 
 CONRESNET, CONRESNET_PAPER, RESIDUAL_MAP_UNET, VNET, UNET3D = map(
     class_path, (ConResNet, ConResNetPaper, ResidualMapUNet, VNet, UNet3D)
 )
-STOCK = {
-    "n_stages": 3,
-    "features_per_stage": [32, 64, 128],
-    "conv_op": "torch.nn.modules.conv.Conv3d",
-    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-    "n_conv_per_stage": [2, 2, 2],
-    "n_conv_per_stage_decoder": [2, 2],
-    "conv_bias": True,
-    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-    "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-    "dropout_op": None,
-    "dropout_op_kwargs": None,
-    "nonlin": "torch.nn.LeakyReLU",
-    "nonlin_kwargs": {"inplace": True},
-}
+STOCK = plain_unet(((1, 1, 1), (1, 2, 2), (2, 2, 2)), ((1, 3, 3), (3, 3, 3), (3, 3, 3)), (32, 64, 128), convolutions=2)[
+    "arch_kwargs"
+]
 
 
 def plans(class_name: str = "dynamic_network_architectures.architectures.unet.PlainConvUNet", **arguments: Any) -> dict:

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from nnunet_conres.datasets.brats_schemes import SCHEMES
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
+from tests.small_networks import plain_unet
 
 # An atlas's grid, and a scanner's own.
 GRIDS = {
@@ -65,22 +66,6 @@ def make_model() -> Callable[..., Path]:
     def make(
         folder: Path, *, scheme: str = "2025-MET", trainer: str = "nnUNetTrainerMuon", folds: int = 2, **dataset: Any
     ) -> Path:
-        network = {
-            "n_stages": 2,
-            "features_per_stage": [4, 8],
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": [[3, 3, 3]] * 2,
-            "strides": [[1, 1, 1], [2, 2, 2]],
-            "n_conv_per_stage": [1, 1],
-            "n_conv_per_stage_decoder": [1],
-            "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        }
         resampling = {
             f"resampling_fn_{what}{suffix}": value
             for what, is_seg in (("data", False), ("seg", True), ("probabilities", False))
@@ -108,11 +93,7 @@ def make_model() -> Callable[..., Path]:
                     "spacing": [1.0, 1.0, 1.0],
                     "normalization_schemes": ["ZScoreNormalization"] * len(channels),
                     "use_mask_for_norm": [True] * len(channels),
-                    "architecture": {
-                        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-                        "_kw_requires_import": ["conv_op", "norm_op", "nonlin"],
-                        "arch_kwargs": network,
-                    },
+                    "architecture": plain_unet(),
                 }
             },
         }
