@@ -24,6 +24,16 @@
 REPOSITORY_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
 export REPOSITORY_ROOT
 
+# Prints the comment at the head of the script, and ends it, if its first argument asks for that.
+help_if_asked() {
+    case "$1" in
+        -h | --help)
+            sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+            exit 0
+            ;;
+    esac
+}
+
 _environment_error() {
     printf 'error: %s\n' "$1" >&2
     shift

@@ -8,12 +8,8 @@
 # The environment is .venv-docs in the repository's root: MkDocs, without PyTorch and nnU-Net (see _environment.sh).
 set -euo pipefail
 
-if [ "${1:-}" = "-h" ] || [ "${1:-}" = "--help" ]; then
-    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-    exit 0
-fi
-
 . "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
+help_if_asked "${1:-}"
 
 command=build
 if [ "${1:-}" = "--serve" ]; then

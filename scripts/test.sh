@@ -11,12 +11,8 @@
 # skipped where there is none; on Debian, root has it installed first.
 set -euo pipefail
 
-if [ "${1:-}" = "-h" ] || [ "${1:-}" = "--help" ]; then
-    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-    exit 0
-fi
-
 . "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
+help_if_asked "${1:-}"
 
 run_all=false
 if [ "${1:-}" = "--all" ]; then
