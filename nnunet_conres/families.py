@@ -7,11 +7,14 @@ modules that its key names: ``architectures``, ``plans`` and ``trainers`` (docs/
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
+from nnunet_conres.errors import InputError
 from nnunet_conres.nnunet import stock_trainers
 from nnunet_conres.text import did_you_mean
 
@@ -174,3 +177,20 @@ def load_trainer(name: str) -> Any:
         return load(f"nnunet_conres.trainers.lengths.{name}")
     key = next(family.key for family in FAMILIES if name in family.trainers)
     return load(f"nnunet_conres.trainers.{key}.{name}")
+
+
+def find_trainer(name: str) -> Any:
+    """The trainer that nnU-Net's commands find under a name.
+
+    Raises:
+        InputError: There is none.
+    """
+    if name in TRAINERS:
+        return load_trainer(name)
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net says where it looks
+            return recursive_find_trainer_class_by_name(name)
+    except (RuntimeError, ImportError) as error:
+        raise InputError(no_trainer(name)) from error

@@ -24,6 +24,15 @@ _HOLDS: Final = {
 FOLDER_VARIABLES: Final = tuple(_HOLDS)
 RAW, PREPROCESSED, RESULTS = FOLDER_VARIABLES
 
+SPLITS_FILE: Final = "splits_final.json"
+"""In a data set's preprocessed folder."""
+
+NO_PLANS: Final = ("dataset", "dataset_fingerprint", "splits_final")
+"""Names of JSON files there that hold no plans."""
+
+CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+"""Of a fold, in the order in which --c goes on from them."""
+
 
 def folder_from_environment(variable: str) -> Path | None:
     """The folder that one of nnU-Net's environment variables names, None where it is not set."""
@@ -57,11 +66,10 @@ def dataset_names() -> list[str]:
 
 def plans_names(folder: Path) -> list[str]:
     """Names of the plans in the preprocessed folder of a data set."""
-    others = ("dataset", "dataset_fingerprint", "splits_final")
     return sorted(
         path.stem
         for path in folder.glob("*.json")
-        if path.stem not in others and '"plans_name"' in path.read_text(errors="replace")
+        if path.stem not in NO_PLANS and '"plans_name"' in path.read_text(errors="replace")
     )
 
 
@@ -187,6 +195,17 @@ def ignore_label(labels: Mapping[str, Any]) -> int | None:
         labels: The entry ``labels`` of dataset.json.
     """
     return None if labels.get("ignore") is None else int(labels["ignore"])
+
+
+def resolved_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration of plans with what it inherits.
+
+    Raises:
+        KeyError: The plans have none of that name, or not the one that it inherits from.
+    """
+    own = dict(plans["configurations"][name])
+    parent = own.pop("inherits_from", None)
+    return (resolved_configuration(plans, parent) if parent else {}) | own
 
 
 def architecture_errors(plans_file: Path) -> list[str]:

@@ -27,7 +27,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import check_complete, visible, writing
 from nnunet_conres.images.volumes import read_labels, write_labels
-from nnunet_conres.nnunet import PREPROCESSED, RESULTS, Model, folder_from_environment, not_set
+from nnunet_conres.nnunet import PREPROCESSED, RESULTS, SPLITS_FILE, Model, folder_from_environment, not_set
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.predictor import DEFAULT_CHECKPOINT, device_errors, load_predictor
 
@@ -317,7 +317,7 @@ def _by_validation_fold(
     preprocessed = folder_from_environment(PREPROCESSED)
     if preprocessed is None:
         return {}, [not_set(PREPROCESSED)]
-    path = preprocessed / name / "splits_final.json"
+    path = preprocessed / name / SPLITS_FILE
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))
         held_out = {

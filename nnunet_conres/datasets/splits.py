@@ -26,16 +26,13 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, visible, writing
 from nnunet_conres.images.volumes import read_labels, reader_for
-from nnunet_conres.nnunet import PREPROCESSED, RESULTS, folder_from_environment, not_set
+from nnunet_conres.nnunet import PREPROCESSED, RESULTS, SPLITS_FILE, folder_from_environment, not_set
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.text import aligned, first_few
 
 Balance = Literal["both", "grade", "volume", "none"]
 
 BALANCES: Final[tuple[Balance, ...]] = ("both", "grade", "volume", "none")
-
-SPLITS_FILE: Final = "splits_final.json"
-"""What nnU-Net calls the file, in a data set's preprocessed folder."""
 
 DEFAULT_FOLDS: Final = 5
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 import statistics
 import warnings
@@ -18,8 +16,9 @@ from typing import Any, Final
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.cache import Cache, key_of, state_of
 from nnunet_conres.evaluation.predictions import Contender
+from nnunet_conres.families import find_trainer
 from nnunet_conres.files import read_json
-from nnunet_conres.nnunet import Model, architecture_errors
+from nnunet_conres.nnunet import CHECKPOINTS, Model, architecture_errors, resolved_configuration
 from nnunet_conres.text import short_message
 from nnunet_conres.unpickling import read_checkpoint
 
@@ -34,7 +33,6 @@ _MOST_SHARE_DIFFERENCE: Final = 0.1
 _LEAST_SHARE: Final = 0.5
 _PEAK_MEMORY_LINE: Final = re.compile(r"Peak GPU memory: ([\d.]+) GiB")
 
-_CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 _TIMED_LINE: Final = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+): (.*)")
 _GIGA: Final = 1e9
 
@@ -247,7 +245,7 @@ def _network_cost(folder: Path, model: Model, name: str, notes: list[str], cache
     known: dict[str, Any] = {}
     try:
         plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
-        configuration = _configuration(plans, model.configuration)
+        configuration = resolved_configuration(plans, model.configuration)
         known["patch_size"] = tuple(int(extent) for extent in configuration["patch_size"])
         known["batch_size"] = int(configuration["batch_size"])
         # Trained again, it may be another network under the same name.
@@ -257,12 +255,6 @@ def _network_cost(folder: Path, model: Model, name: str, notes: list[str], cache
     except Exception as error:  # other people's trainers and networks fail in their own ways
         notes.append(f"{name}: parameters and operations are not known: {short_message(error)}.")
     return known
-
-
-def _configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A configuration of plans, with what it inherits."""
-    own: dict[str, Any] = plans["configurations"][name]
-    return (_configuration(plans, own["inherits_from"]) if "inherits_from" in own else {}) | own
 
 
 def _count(folder: Path, plans_json: dict[str, Any], dataset_json: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -281,9 +273,7 @@ def _count(folder: Path, plans_json: dict[str, Any], dataset_json: dict[str, Any
     plans = PlansManager(plans_json)
     configuration = plans.get_configuration(model.configuration)
     channels = determine_num_input_channels(plans, configuration, dataset_json)
-    # nnU-Net tells at length where it looks for a trainer.
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer = _trainer_class(model.trainer)
+    trainer = find_trainer(model.trainer)
     with warnings.catch_warnings(), torch.device("meta"), torch.no_grad():
         warnings.simplefilter("ignore")
         network = trainer.build_network_architecture(
@@ -300,27 +290,13 @@ def _count(folder: Path, plans_json: dict[str, Any], dataset_json: dict[str, Any
     }
 
 
-def _trainer_class(name: str) -> Any:
-    """nnU-Net's search for a trainer, as prediction does it.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    trainer = recursive_find_trainer_class_by_name(name)
-    if trainer is None:
-        raise ValueError(f"nnU-Net finds no trainer {name} here")
-    return trainer
-
-
 # --- logs -------------------------------------------------------------------------------------------------------------
 
 
 def _logged(fold_folder: Path) -> tuple[dict[str, list[Any]] | None, list[str]]:
     """What nnU-Net's logger keeps in checkpoints, a value per epoch; and why checkpoints that are there have none."""
     reasons: list[str] = []
-    for name in _CHECKPOINTS:
+    for name in CHECKPOINTS:
         if (fold_folder / name).is_file():
             try:
                 return dict(read_checkpoint(fold_folder / name)["logging"]), reasons

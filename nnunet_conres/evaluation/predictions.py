@@ -17,6 +17,7 @@ from nnunet_conres.folders import list_files
 from nnunet_conres.nnunet import (
     PREPROCESSED,
     RESULTS,
+    SPLITS_FILE,
     Model,
     folder_from_environment,
     not_set,
@@ -299,7 +300,7 @@ class _Fold:
                 instead=f"The data set is not preprocessed here with the model's plans: {where} does not exist. Copy "
                 f"{self.model / _PLANS_JSON} there, preprocess, then run: {self.validate}",
             )
-        now = _cases_of_split(self.plans_file.with_name("splits_final.json"), self.number)
+        now = _cases_of_split(self.plans_file.with_name(SPLITS_FILE), self.number)
         if listed is not None and now is not None and set(now) != set(listed):
             return Missing(
                 what,

@@ -28,7 +28,15 @@ from nnunet_conres.errors import InputError, writing_errors
 from nnunet_conres.families import PLANNED
 from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.images.volumes import reader_for
-from nnunet_conres.nnunet import PREPROCESSED, device_option, folder_from_environment, not_set, required_folder
+from nnunet_conres.nnunet import (
+    NO_PLANS,
+    PREPROCESSED,
+    SPLITS_FILE,
+    device_option,
+    folder_from_environment,
+    not_set,
+    required_folder,
+)
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.planning.planners import CONFIGURATIONS, DEFAULT_MEMORY_TARGET, GIB, PLANNERS, PlannedConfiguration
 from nnunet_conres.preprocessing.dataset import (
@@ -52,7 +60,6 @@ DEFAULT_PREPROCESSOR: Final = "DefaultPreprocessor"
 DEFAULT_FINGERPRINT: Final = "DatasetFingerprintExtractor"
 
 # other files of nnU-Net's in the same folder
-_NO_PLANS = ("dataset", "dataset_fingerprint", "splits_final")
 
 # nnU-Net's own numbers of processes
 _PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
@@ -342,7 +349,7 @@ def _remove_cases_that_are_gone(dataset_id: int, configurations: Sequence[str]) 
 
 def _notes(dataset_id: int) -> tuple[str, ...]:
     """A message if the splits name cases that the raw data set no longer has."""
-    splits, known = _folder_of(dataset_id) / "splits_final.json", {case.case_id for case in _cases_of(dataset_id)}
+    splits, known = _folder_of(dataset_id) / SPLITS_FILE, {case.case_id for case in _cases_of(dataset_id)}
     try:
         content = json.loads(splits.read_text(encoding="utf-8"))
         named = {str(case_id) for fold in content for part in ("train", "val") for case_id in fold[part]}
@@ -464,7 +471,7 @@ def _dataset_errors(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
 def _plans_file_errors(path: Path, options: PlanOptions) -> Iterator[str]:
     """What would be lost if the plans were written."""
     existing, ours = read_plans(path.parent).get(path.stem), PLANNED[options.architecture].planner_name
-    if path.stem in _NO_PLANS or (existing is None and path.exists()):
+    if path.stem in NO_PLANS or (existing is None and path.exists()):
         yield f"{path} is not for plans, or holds none that can be read. Choose another -overwrite_plans_name."
     elif existing is not None and existing.get("experiment_planner_used") != ours:
         yield (

@@ -13,9 +13,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres.datasets.raw import find_dataset, read_dataset_json
 from nnunet_conres.errors import InputError
+from nnunet_conres.families import find_trainer
 from nnunet_conres.nnunet import PREPROCESSED, required_folder
 from nnunet_conres.planning.memory import MemoryEstimate, MemoryModel, augmentation_memory, estimate_memory
-from nnunet_conres.planning.training_step import TrainingStep, find_trainer
+from nnunet_conres.planning.training_step import TrainingStep
 from nnunet_conres.plans.entries import stride_products
 from nnunet_conres.preprocessing.dataset import read_plans
 from nnunet_conres.text import did_you_mean, format_shape

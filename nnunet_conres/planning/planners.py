@@ -25,12 +25,12 @@ from nnunet_conres import __version__
 from nnunet_conres.architectures.network import CHECKPOINTINGS
 from nnunet_conres.datasets.fingerprint import FINGERPRINT, exclude_ignored_voxels
 from nnunet_conres.errors import InputError
-from nnunet_conres.families import PLANNED, Family
+from nnunet_conres.families import PLANNED, Family, find_trainer
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import one_at_a_time
 from nnunet_conres.nnunet import PREPROCESSED, required_folder
 from nnunet_conres.planning.memory import MemoryModel, UntrainableError
-from nnunet_conres.planning.training_step import TrainingStep, find_trainer
+from nnunet_conres.planning.training_step import TrainingStep
 from nnunet_conres.plans.entries import set_background_class
 from nnunet_conres.preprocessing.dataset import read_plans, settings_errors, share_data
 from nnunet_conres.text import format_shape

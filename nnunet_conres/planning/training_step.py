@@ -13,13 +13,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerNoDeepSupervision import (
     nnUNetTrainerNoDeepSupervision,
 )
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
 from nnunet_conres.errors import InputError
-from nnunet_conres.families import TRAINERS, load_trainer, no_trainer
 from nnunet_conres.plans.entries import set_background_class
 
 DEVICES = ("cuda", "cpu")
@@ -65,20 +63,6 @@ class TrainingStep:
     def arguments(self) -> Mapping[str, Any]:
         """The network's arguments."""
         return self.architecture["arch_kwargs"]
-
-
-def find_trainer(name: str) -> type[nnUNetTrainer]:
-    """The trainer that nnU-Net's commands find under a name.
-
-    Raises:
-        InputError: There is none.
-    """
-    if name in TRAINERS:
-        return load_trainer(name)
-    try:
-        return recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        raise InputError(no_trainer(name)) from error
 
 
 class RunningStep:

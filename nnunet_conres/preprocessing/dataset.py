@@ -27,7 +27,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_conres.datasets.raw import TrainingCase, errors_in_files, find_training_cases
 from nnunet_conres.errors import InputError, file_errors
-from nnunet_conres.files import failed_write, written_whole
+from nnunet_conres.files import failed_write, try_read_json, written_whole
 from nnunet_conres.folders import clear_leftovers, one_at_a_time, partial_folder
 from nnunet_conres.parallel import map_cases
 from nnunet_conres.preprocessing.settings import OF_CONFIGURATIONS
@@ -68,10 +68,7 @@ def read_plans(folder: Path) -> dict[str, dict[str, Any]]:
     """All plans in a preprocessed data set's folder, by name; files that hold something else are left out."""
     plans = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
+        content = try_read_json(path)
         if isinstance(content, dict) and isinstance(content.get("configurations"), dict):
             plans[path.stem] = content
     return plans

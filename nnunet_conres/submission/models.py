@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from nnunet_conres.datasets.brats_schemes import SCHEMES, Selection
 from nnunet_conres.datasets.brats_write import MISSING_ENTRY, SCHEMES_ENTRY
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.postprocessing import Postprocessing, check_labels, load_rules
+from nnunet_conres.families import find_trainer
 from nnunet_conres.files import read_json, written_whole
 from nnunet_conres.unpickling import read_checkpoint
 
@@ -124,22 +123,7 @@ def drops_channels(trainer_name: str) -> bool:
     Args:
         trainer_name: Of a class that nnU-Net finds.
     """
-    return getattr(trainer_class(trainer_name), "p_channel_dropout", 0) > 0
-
-
-def trainer_class(name: str) -> type:
-    """A trainer's class, as nnU-Net finds it.
-
-    Raises:
-        InputError: It does not.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells where it looks
-        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-        try:
-            return recursive_find_trainer_class_by_name(name)
-        except (RuntimeError, ImportError) as error:
-            raise InputError([f"The trainer {name} is not found: {str(error).split('. ')[0]}."]) from error
+    return getattr(find_trainer(trainer_name), "p_channel_dropout", 0) > 0
 
 
 def write_weights(source: Path, target: Path) -> None:

@@ -13,11 +13,12 @@ from typing import Any, Final
 
 from nnunet_conres.datasets.brats_find import Missing
 from nnunet_conres.errors import InputError, file_errors
+from nnunet_conres.families import find_trainer
 from nnunet_conres.files import read_json, write_json
 from nnunet_conres.folders import being_written, check_complete, new_folder
 from nnunet_conres.nnunet import RESULTS, Model, dataset_name_of, folder_from_environment, not_set
 from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, model_errors
-from nnunet_conres.submission.models import challenge_of, rules_for, trainer_class, write_weights
+from nnunet_conres.submission.models import challenge_of, rules_for, write_weights
 from nnunet_conres.submission.wheel import distribution_errors, pinned_requirements, write_wheel
 from nnunet_conres.unpickling import read_checkpoint
 
@@ -176,7 +177,7 @@ def _trainer_errors(source: Path, model: Model, folds: Sequence[int | str], chec
     if "previous_stage" in configurations.get(model.configuration, {}):
         errors.append(f"{source} is the second stage of a cascade, which is not supported; take another model.")
     try:
-        module = trainer_class(model.trainer).__module__
+        module = find_trainer(model.trainer).__module__
     except InputError as error:
         return [*errors, *error.errors]
     if module.partition(".")[0] not in ("nnunetv2", "nnunet_conres"):

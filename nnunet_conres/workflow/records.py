@@ -24,6 +24,7 @@ from typing import Any, Final
 from nnunet_conres.errors import file_errors
 from nnunet_conres.files import is_temporary, try_read_json, write_if_changed
 from nnunet_conres.folders import list_files
+from nnunet_conres.nnunet import SPLITS_FILE, resolved_configuration
 from nnunet_conres.preprocessing.settings import OF_CONFIGURATIONS
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from nnunet_conres.workflow.config import Experiment, Model, iterate_trainings
@@ -108,8 +109,9 @@ def plans_state(plans: Any, configuration: str) -> dict[str, Any] | None:
         plans: What the plans file holds.
         configuration: Name of the configuration.
     """
-    resolved = resolve(plans, configuration)
-    if resolved is None:
+    try:
+        resolved = resolved_configuration(plans, configuration)
+    except (KeyError, TypeError):  # TypeError: there are no plans
         return None
     common = {key: value for key, value in plans.items() if key not in _NAMES_ONLY}
     data = {key: resolved.get(key) for key in OF_CONFIGURATIONS}
@@ -132,17 +134,6 @@ def holds_all_cases(experiment: Experiment, folder: Path) -> bool:
         there.get(f"{case}.pkl") and any(there.get(f"{case}{kind}") for kind in (".b2nd", ".npz", ".npy"))
         for case in cases
     )
-
-
-def resolve(plans: Any, configuration: str) -> dict[str, Any] | None:
-    """A configuration of plans with what it inherits; None if it is not there."""
-    configurations = (plans or {}).get("configurations", {})
-    if configuration not in configurations:
-        return None
-    own = dict(configurations[configuration])
-    parent = own.pop("inherits_from", None)
-    inherited = resolve(plans, parent) if parent else {}
-    return None if inherited is None else inherited | own
 
 
 def split_states(splits: Any, folds: Iterable[int]) -> dict[int, dict[str, Any]] | None:
@@ -254,7 +245,7 @@ def refresh(experiment: Experiment) -> None:
         folder = experiment.preprocessed / str((state or {}).get("data_identifier"))
         if not holds_all_cases(experiment, folder):
             data_record(experiment, model).unlink(missing_ok=True)
-    states = split_states(try_read_json(experiment.preprocessed / "splits_final.json"), experiment.folds)
+    states = split_states(try_read_json(experiment.preprocessed / SPLITS_FILE), experiment.folds)
     for fold in experiment.folds:
         _update(split_record(experiment, fold), lambda fold=fold: (states or {}).get(fold))
     for model, fold in iterate_trainings(experiment):

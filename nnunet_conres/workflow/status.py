@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from nnunet_conres.files import try_read_json
 from nnunet_conres.locks import holder
+from nnunet_conres.nnunet import SPLITS_FILE
 from nnunet_conres.text import aligned
 from nnunet_conres.workflow import records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, iterate_trainings
@@ -118,7 +119,7 @@ def duration(seconds: float) -> str:
 
 def status(experiment: Experiment) -> Status:
     """Looks at an experiment; changes nothing, and needs nothing to be running."""
-    splits = try_read_json(experiment.preprocessed / "splits_final.json")
+    splits = try_read_json(experiment.preprocessed / SPLITS_FILE)
     cases = records.split_states(splits, experiment.folds) or {}
     jobs = _jobs_of_trainings(experiment)
     folds = [

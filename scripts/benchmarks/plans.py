@@ -24,9 +24,10 @@ from benchmarks import machine
 from benchmarks.report import as_text, table
 from benchmarks.synthetic import DATA_SETS, DATASET_NAME, DataSet, nnunet_folders
 from benchmarks.timing import BenchmarkError
+from nnunet_conres.families import find_trainer
 from nnunet_conres.planning.memory import MemoryModel
 from nnunet_conres.planning.planners import GIB, PLANNERS, TooLittleMemoryError
-from nnunet_conres.planning.training_step import TrainingStep, find_trainer
+from nnunet_conres.planning.training_step import TrainingStep
 
 CONFIGURATIONS = ("3d_fullres", "3d_lowres", "3d_cascade_fullres")
 TARGETS = (8, 12, 16, 24, 40, 80)

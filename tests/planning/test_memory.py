@@ -19,10 +19,12 @@ from torch.nn import functional as F
 
 from nnunet_conres import cli, trainers
 from nnunet_conres.errors import InputError
+from nnunet_conres.families import find_trainer
 from nnunet_conres.planning.memory import MemoryModel, UntrainableError, estimate_memory
 from nnunet_conres.planning.memory_report import GIB, largest_patch
 from nnunet_conres.planning.tracker import CudaAutocast, LiveStorages, measure_training_step
-from nnunet_conres.planning.training_step import RunningStep, TrainingStep, find_trainer
+from nnunet_conres.planning.training_step import RunningStep, TrainingStep
+from tests.small_networks import plain_unet
 
 ISOTROPIC = ([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]], [[3, 3, 3]] * 4, [16, 32, 64, 128])
 ANISOTROPIC = ([[1, 1, 1], [1, 2, 2], [2, 2, 2]], [[1, 3, 3], [3, 3, 3], [3, 3, 3]], [16, 32, 64])
@@ -40,30 +42,7 @@ OURS = [name for name in trainers.__all__ if not name.endswith(("epoch", "epochs
 
 
 def stock(topology: tuple[Any, ...]) -> ConfigurationManager:
-    strides, kernels, features = topology
-    n_stages = len(strides)
-    arguments = {
-        "n_stages": n_stages,
-        "features_per_stage": features,
-        "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": kernels,
-        "strides": strides,
-        "n_conv_per_stage": [2] * n_stages,
-        "n_conv_per_stage_decoder": [2] * (n_stages - 1),
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    }
-    entry = {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-        "arch_kwargs": arguments,
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
-    return ConfigurationManager({"architecture": entry})
+    return ConfigurationManager({"architecture": plain_unet(*topology, convolutions=2)})
 
 
 def step(
