@@ -31,6 +31,7 @@ from typing import Any, Final
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import try_read_json, write_if_changed
 from nnunet_conres.locks import LockedError, hold, hold_some, holder, private_folder
+from nnunet_conres.nnunet import CHECKPOINTS, SPLITS_FILE
 from nnunet_conres.workflow import records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, parse_config
 from nnunet_conres.workflow.records import digest
@@ -38,8 +39,6 @@ from nnunet_conres.workflow.records import digest
 MARK: Final = "[workflow]"
 # Of this package's trainers, which are not imported here: that would take torch.
 CHECKPOINT_VARIABLE: Final = "nnUNet_conres_checkpoint_minutes"
-# In nnU-Net's order: what --c goes on from.
-CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 # Of the log of a step that failed, among what Snakemake prints.
 _SHOWN_LINES: Final = 20
 # Stands for what something was made from while it is made anew: whatever a killed command leaves counts for nothing.
@@ -84,22 +83,25 @@ def run(
         job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         begun = f"{MARK} {datetime.now():%Y-%m-%d %H:%M:%S} on {os.uname().nodename}{job}: {' '.join(command)}\n"
         _note(log_file, log, begun)
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=files.enter_context(output.open("wb")) if output else log_file,
-                stderr=log_file,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
-                pass_fds=keep,
-                start_new_session=True,
-            )
-        except FileNotFoundError as error:
-            raise StepError(f"{command[0]} was not found. Install it into the environment of the workflow.") from error
-        except PermissionError as error:
-            raise StepError(f"{command[0]} may not be executed: {error.strerror}. Install it again.") from error
-        with _passed_on(process):
+        with _passed_on() as pass_on_to:
             try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=files.enter_context(output.open("wb")) if output else log_file,
+                    stderr=log_file,
+                    env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+                    pass_fds=keep,
+                    start_new_session=True,
+                )
+            except FileNotFoundError as error:
+                raise StepError(
+                    f"{command[0]} was not found. Install it into the environment of the workflow."
+                ) from error
+            except PermissionError as error:
+                raise StepError(f"{command[0]} may not be executed: {error.strerror}. Install it again.") from error
+            try:
+                pass_on_to(process)
                 # with a timeout, or else the handler of a signal could not wait for the same process
                 code = process.wait(threading.TIMEOUT_MAX)
             except SystemExit as signalled:
@@ -118,19 +120,33 @@ def _note(log_file: io.FileIO, log: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While it lasts, signals that are to end this process end the command first."""
+def _passed_on() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """While it lasts, signals that are to end this process end the command first.
+
+    Yields:
+        Function to call with the command when it is started; it ends at once what a signal has come for meanwhile.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    too_early: list[int] = []
 
     def end(number: int, frame: Any) -> None:
-        _signal_group(process.pid, signal.SIGTERM)
+        if not started:
+            too_early.append(number)
+            return
+        _signal_group(started[0].pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
-        _end_group(process.pid)
+            started[0].wait(_GRACE_SECONDS)
+        _end_group(started[0].pid)
         raise SystemExit(128 + number)
+
+    def pass_on_to(process: subprocess.Popen[bytes]) -> None:
+        started.append(process)
+        if too_early:
+            end(too_early[0], None)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
-        yield
+        yield pass_on_to
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -259,7 +275,7 @@ class Step:
 
     def split(self) -> None:
         """The folds; splits that somebody made by hand are taken as they are."""
-        path, stamp = self.experiment.preprocessed / "splits_final.json", self.stamp("splits")
+        path, stamp = self.experiment.preprocessed / SPLITS_FILE, self.stamp("splits")
         wanted = {"raw": self._raw(), "options": try_read_json(self.experiment.records / "options" / "splits.json")}
         with self.lock("splits") as descriptor:
             made_of = try_read_json(stamp)
@@ -420,7 +436,7 @@ class Step:
         """Whether the files that nnU-Net will read are those that were looked at when this run began."""
         experiment = self.experiment
         plans = experiment.preprocessed / f"{model.plans}.json"
-        splits = experiment.preprocessed / "splits_final.json"
+        splits = experiment.preprocessed / SPLITS_FILE
         state = records.plans_state(try_read_json(plans), model.configuration) or {"plans": None}
         prepared = try_read_json(records.data_record(experiment, model)) or {}
         folds = records.split_states(try_read_json(splits), [fold]) or {}

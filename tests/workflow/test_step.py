@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -324,6 +325,24 @@ class TestRun:
         while Path(f"/proc/{child}").exists() and _state_of(child) != "Z" and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not Path(f"/proc/{child}").exists() or _state_of(child) == "Z"
+
+    def test_a_signal_while_the_command_starts_ends_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        popen, started = subprocess.Popen, []
+
+        def start(*arguments: Any, **options: Any) -> subprocess.Popen:
+            started.append(popen(*arguments, **options))
+            os.kill(os.getpid(), signal.SIGTERM)
+            return started[0]
+
+        monkeypatch.setattr(subprocess, "Popen", start)
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or without a handler the tests would end here
+        try:
+            with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+                run(["sleep", "60"], tmp_path / "log")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert started[0].poll() == -signal.SIGTERM
+        assert (tmp_path / "log").read_text().splitlines()[-1].endswith("killed by signal 15")
 
     def test_a_command_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(StepError, match="nnUNetv2_nothing was not found"):
