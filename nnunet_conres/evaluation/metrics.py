@@ -80,145 +80,70 @@ class Metric:
 def _of_sizes() -> Iterator[Metric]:
     """Metrics of challenges that match lesions one to one: of all lesions, of large and of small ones."""
     for size in ("", "large ", "small "):
-        prefix, name = size.replace(" ", "_"), f"{size}lesions".capitalize()
+        prefix, lesions = size.replace(" ", "_"), f"{size}lesions"
+        name = lesions.capitalize()
         if size:
-            yield Metric(
-                f"{prefix}lesions_found", f"{name} found", f"number of {size}lesions found", "", "higher", 0, ""
-            )
-            yield Metric(
-                f"{prefix}lesions_missed", f"{name} missed", f"number of {size}lesions missed", "", "lower", 0, ""
-            )
-            yield Metric(
-                f"{prefix}lesions_false", f"False {size}lesions", f"number of false {size}lesions", "", "lower", 0, ""
-            )
-        for key, what, description in (
+            yield Metric(f"{prefix}lesions_found", f"{name} found", f"number of {lesions} found", "", "higher", 0, "")
+            yield Metric(f"{prefix}lesions_missed", f"{name} missed", f"number of {lesions} missed", "", "lower", 0, "")
+            yield Metric(f"{prefix}lesions_false", f"False {lesions}", f"number of false {lesions}", "", "lower", 0, "")
+        for key, what, about in (
             ("precision", "precision", "Share of the predicted lesions that are true."),
             ("recall", "recall", "Share of the true lesions that are found."),
             ("f1", "F1", "Harmonic mean of precision and recall."),
         ):
-            yield Metric(
-                f"{prefix}lesion_{key}", f"{name}: {what}", f"{what} of {size}lesions", "", "higher", 3, description
-            )
+            yield Metric(f"{prefix}lesion_{key}", f"{name}: {what}", f"{what} of {lesions}", "", "higher", 3, about)
         measures: tuple[tuple[str, str, str, Better, int], ...] = (
             ("dice", "Dice", "", "higher", 3),
             ("surface_dice", "surface Dice", "", "higher", 3),
             ("hd95", "HD95", "mm", "lower", 2),
         )
-        for key, what, unit, better, decimals in measures:
+        for key, what, unit, better, digits in measures:
+            phrase = f"{what} of {lesions}"
             if size:
-                yield Metric(
-                    f"{prefix}lesion_{key}", f"{name}: {what}", f"{what} of {size}lesions", unit, better, decimals, ""
-                )
-            yield Metric(
-                f"{prefix}lesion_{key}_sd",
-                f"{name}: standard deviation of {what}",
-                f"standard deviation of {what} of {size}lesions",
-                unit,
-                "none",
-                decimals,
-                "Over the lesions of the case.",
-            )
+                yield Metric(f"{prefix}lesion_{key}", f"{name}: {what}", phrase, unit, better, digits, "")
+            title, phrase = f"{name}: standard deviation of {what}", f"standard deviation of {phrase}"
+            about = "Over the lesions of the case."
+            yield Metric(f"{prefix}lesion_{key}_sd", title, phrase, unit, "none", digits, about)
 
+
+_DESCRIPTIONS: Final = {
+    "dice": "Overlap of the two volumes, 0 to 1.",
+    "iou": "Common volume as a share of the volume of both together, 0 to 1.",
+    "hd95": "95 % of each surface lies at most this far from the other.",
+    "surface_dice": "Share of the two surfaces that lies within the tolerance of the other, 0 to 1.",
+    "volume_error": "Predicted volume less the true one.",
+    "relative_volume_error": "Predicted volume less the true one, in percent of the true one.",
+    "lesion_dice": "Mean Dice of the lesions, where missed and falsely found ones count as 0.",
+    "lesion_hd95": "Mean HD95 of the lesions, where missed and falsely found ones count as the penalty.",
+    "lesion_surface_dice": "Mean surface Dice of the lesions, where missed and falsely found ones count as 0.",
+    "lesions_found": "True lesions that a predicted one meets.",
+    "lesions_missed": "True lesions that none meets.",
+    "lesions_false": "Predicted lesions that meet no true one.",
+    "reference_volume": "Volume of the reference.",
+    "predicted_volume": "Volume of the prediction.",
+}
+
+# Key, name, phrase, unit, which values are better, decimals.
+_ROWS: Final[tuple[tuple[str, str, str, str, Better, int], ...]] = (
+    ("dice", "Dice", "Dice", "", "higher", 3),
+    ("iou", "IoU", "IoU", "", "higher", 3),
+    ("hd95", "HD95", "HD95", "mm", "lower", 2),
+    ("surface_dice", "Surface Dice", "surface Dice", "", "higher", 3),
+    ("volume_error", "Volume error", "absolute volume error", "ml", "zero", 2),
+    ("relative_volume_error", "Relative volume error", "absolute relative volume error", "%", "zero", 1),
+    ("lesion_dice", "Lesion-wise Dice", "lesion-wise Dice", "", "higher", 3),
+    ("lesion_hd95", "Lesion-wise HD95", "lesion-wise HD95", "mm", "lower", 2),
+    ("lesion_surface_dice", "Lesion-wise surface Dice", "lesion-wise surface Dice", "", "higher", 3),
+    ("lesions_found", "Lesions found", "number of lesions found", "", "higher", 0),
+    ("lesions_missed", "Lesions missed", "number of lesions missed", "", "lower", 0),
+    ("lesions_false", "False lesions", "number of false lesions", "", "lower", 0),
+    ("reference_volume", "True volume", "true volume", "ml", "none", 2),
+    ("predicted_volume", "Predicted volume", "predicted volume", "ml", "none", 2),
+)
+_PLAIN: Final = [Metric(*row, _DESCRIPTIONS[row[0]]) for row in _ROWS]
 
 METRICS: Final[Mapping[str, Metric]] = MappingProxyType(
-    {
-        metric.key: metric
-        for metric in (
-            Metric("dice", "Dice", "Dice", "", "higher", 3, "Overlap of the two volumes, 0 to 1."),
-            Metric(
-                "iou", "IoU", "IoU", "", "higher", 3, "Common volume as a share of the volume of both together, 0 to 1."
-            ),
-            Metric(
-                "hd95", "HD95", "HD95", "mm", "lower", 2, "95 % of each surface lies at most this far from the other."
-            ),
-            Metric(
-                "surface_dice",
-                "Surface Dice",
-                "surface Dice",
-                "",
-                "higher",
-                3,
-                "Share of the two surfaces that lies within the tolerance of the other, 0 to 1.",
-            ),
-            Metric(
-                "volume_error",
-                "Volume error",
-                "absolute volume error",
-                "ml",
-                "zero",
-                2,
-                "Predicted volume less the true one.",
-            ),
-            Metric(
-                "relative_volume_error",
-                "Relative volume error",
-                "absolute relative volume error",
-                "%",
-                "zero",
-                1,
-                "Predicted volume less the true one, in percent of the true one.",
-            ),
-            Metric(
-                "lesion_dice",
-                "Lesion-wise Dice",
-                "lesion-wise Dice",
-                "",
-                "higher",
-                3,
-                "Mean Dice of the lesions, where missed and falsely found ones count as 0.",
-            ),
-            Metric(
-                "lesion_hd95",
-                "Lesion-wise HD95",
-                "lesion-wise HD95",
-                "mm",
-                "lower",
-                2,
-                "Mean HD95 of the lesions, where missed and falsely found ones count as the penalty.",
-            ),
-            Metric(
-                "lesion_surface_dice",
-                "Lesion-wise surface Dice",
-                "lesion-wise surface Dice",
-                "",
-                "higher",
-                3,
-                "Mean surface Dice of the lesions, where missed and falsely found ones count as 0.",
-            ),
-            Metric(
-                "lesions_found",
-                "Lesions found",
-                "number of lesions found",
-                "",
-                "higher",
-                0,
-                "True lesions that a predicted one meets.",
-            ),
-            Metric(
-                "lesions_missed",
-                "Lesions missed",
-                "number of lesions missed",
-                "",
-                "lower",
-                0,
-                "True lesions that none meets.",
-            ),
-            Metric(
-                "lesions_false",
-                "False lesions",
-                "number of false lesions",
-                "",
-                "lower",
-                0,
-                "Predicted lesions that meet no true one.",
-            ),
-            *_of_sizes(),
-            Metric("reference_volume", "True volume", "true volume", "ml", "none", 2, "Volume of the reference."),
-            Metric(
-                "predicted_volume", "Predicted volume", "predicted volume", "ml", "none", 2, "Volume of the prediction."
-            ),
-        )
-    }
+    {metric.key: metric for metric in (*_PLAIN[:-2], *_of_sizes(), *_PLAIN[-2:])}
 )
 
 

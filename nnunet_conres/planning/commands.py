@@ -59,8 +59,6 @@ from nnunet_conres.text import aligned, first_few, format_shape, short_message
 DEFAULT_PREPROCESSOR: Final = "DefaultPreprocessor"
 DEFAULT_FINGERPRINT: Final = "DatasetFingerprintExtractor"
 
-# other files of nnU-Net's in the same folder
-
 # nnU-Net's own numbers of processes
 _PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
 _OTHER_PROCESSES = 4
