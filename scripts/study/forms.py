@@ -6,6 +6,7 @@ docs/results.md gives the reason for each. A trainer here differs from nnUNetTra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -175,7 +176,10 @@ class _FormTrainer(nnUNetTrainerConResNet):
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        return conresnet.architecture(configuration) | {"network_class_name": class_path(cls.form)}
+        path = class_path(cls.form)
+        if configuration.network_arch_class_name == path:
+            return deepcopy(configuration.configuration["architecture"])
+        return conresnet.architecture(configuration) | {"network_class_name": path}
 
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()

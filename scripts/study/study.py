@@ -230,6 +230,13 @@ def measure_steps(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, d
     write_json(file, known | {name: known.get(name, []) + made.step_seconds[2:]})
 
 
+def _step_key(run: Mapping[str, Any]) -> str:
+    """Equal for runs whose steps take the same time."""
+    study = run["study"]
+    keys = [run[key] for key in ("trainer", "plans", "configuration", "data")]
+    return json.dumps([*keys, study["batch_size"], study["width"]])
+
+
 def in_child(function: Callable[[], None], log: Path) -> int:
     """Starts a function in a process that has all modules already; its output goes to a file.
 
@@ -331,8 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(parsed.threads)
     runs = [run for run in runs if not parsed.only or run["model"] in parsed.only]
     if parsed.measure:
-        runs = [run | {"name": run["model"]} for run in runs if run["study"]["seed"] == runs[0]["study"]["seed"]]
-        (work / "steps.json").unlink(missing_ok=True)
+        distinct = {_step_key(run): run for run in reversed(runs)}
+        runs = [run | {"name": run["model"]} for run in reversed(distinct.values())]
         for _ in range(2):  # interleaved
             for run in runs:
                 process = in_child(
