@@ -7,7 +7,8 @@ A list has an entry "data" (see study_data.py), "seeds", "models", and an entry 
 common. A model may have an entry "trainer" (default: nnUNetTrainer), "plans" (nnUNetPlans or nnUNetResEncUNetMPlans),
 "configuration", "fold" (default: 0), "data" (dense or sparse) and its own "study":
 
-    iterations            training iterations (default: 1000)
+    iterations            training iterations, or equal_time: as many as take the time of the first model's, by the
+                          processor time of steps that are measured before the first run (default: 1000)
     epochs                of which each has as many (default: 10)
     batch_size            (default: that of the plans)
     width                 factor on the features of all stages (default: 1)
@@ -44,6 +45,9 @@ from nnunet_conres.text import markdown_table
 HERE = Path(__file__).resolve().parent
 STOCK = "nnUNetTrainer"
 ATTEMPTS = 2
+EQUAL_TIME = "equal_time"
+ROUNDS = 2
+"""How often the time of steps is measured, one model after another."""
 STUDY: dict[str, Any] = {"iterations": 1000, "epochs": 10, "batch_size": None, "width": 1, "settings": {}}
 MODEL: dict[str, Any] = {
     "trainer": STOCK,
@@ -79,7 +83,10 @@ def complete(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str,
             errors.append(f"{name}: plans {model['plans']}; expected {' or '.join(data_sets.PLANS)}.")
         if model["data"] not in data_sets.names(data):
             errors.append(f"{name}: data {model['data']}; expected {' or '.join(data_sets.names(data))}.")
-        if study["iterations"] < 1 or study["iterations"] % study["epochs"]:
+        if study["iterations"] == EQUAL_TIME:
+            if not models:
+                errors.append(f"{name}: {EQUAL_TIME} for the first model; expected iterations.")
+        elif study["iterations"] < 1 or study["iterations"] % study["epochs"]:
             errors.append(f"{name}: {study['iterations']} iterations; expected a multiple of {study['epochs']}.")
         models.append(model | {"model": name, "study": study})
     if errors:
@@ -166,7 +173,7 @@ def score(reference: Path, prediction: Path, classes: Mapping[str, int]) -> dict
     spacing = image.GetSpacing()[::-1]
     scores: dict[str, dict[str, float]] = {}
     for name, label in classes.items():
-        measured = measure(truth == label, found == label, spacing)
+        measured = measure(truth == label, found == label, spacing, lesions=False)
         ends, middle = end_and_middle_dice(truth == label, found == label, int(np.argmax(spacing)))
         scores[name] = {"dice": measured["dice"], "hd95": measured["hd95"], "dice_ends": ends, "dice_middle": middle}
     means = {key: [of[key] for of in scores.values()] for key in next(iter(scores.values()))}
@@ -210,11 +217,10 @@ def measure_steps(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, d
     import torch
 
     torch.manual_seed(0)
-    run = {**run, "model": "measured"}
-    made = make_trainer(run, data, work, device)
+    made = make_trainer({**run, "model": "measured"}, data, work, device)
+    made.study = {**made.study, "iterations": made.study["epochs"]}
     made.initialize()
     made.set_deep_supervision_enabled(True)
-    made.current_epoch = 0
     patch = made.configuration_manager.patch_size
     scales = made._get_deep_supervision_scales()
     target = torch.randint(0, 2, (made.batch_size, 1, *patch)).float()
@@ -224,10 +230,48 @@ def measure_steps(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, d
     }
     for _ in range(steps + 2):
         made.train_step(batch)
+    known, key = step_seconds(work), _step_key(run)
+    write_json(work / "steps.json", known | {key: known.get(key, []) + made.step_seconds[2:]})
+
+
+def step_seconds(work: Path) -> dict[str, list[float]]:
+    """Processor times of steps that were measured."""
     file = work / "steps.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    name = run["name"]
-    write_json(file, known | {name: known.get(name, []) + made.step_seconds[2:]})
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def measure_all(
+    runs: Sequence[Mapping[str, Any]], data: Mapping[str, Any], work: Path, device: str, steps: int
+) -> None:
+    """Measures the steps of all runs that differ in them, in rounds; goes on where it was interrupted."""
+    distinct = {_step_key(run): run for run in runs}
+    for number in range(1, ROUNDS + 1):
+        for key, run in distinct.items():
+            if len(step_seconds(work).get(key, [])) < number * steps:
+                log = work / "logs" / "steps.log"
+                os.waitpid(in_child(lambda run=run: measure_steps(run, data, work, device, steps), log), 0)
+
+
+def with_equal_time(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """The runs with numbers for ``equal_time``, in whole epochs.
+
+    Raises:
+        InputError: If the steps of a run could not be measured.
+    """
+    filled, errors = [], []
+    for run in runs:
+        study = dict(run["study"])
+        if study["iterations"] == EQUAL_TIME:
+            missing = [of["model"] for of in (runs[0], run) if not seconds.get(_step_key(of))]
+            errors += [f"{name}: no step could be measured." for name in missing]
+            if not missing:
+                ratio = float(np.median(seconds[_step_key(run)]) / np.median(seconds[_step_key(runs[0])]))
+                epochs = study["epochs"]
+                study["iterations"] = epochs * max(1, round(runs[0]["study"]["iterations"] / ratio / epochs))
+        filled.append({**run, "study": study})
+    if errors:
+        raise InputError(errors)
+    return filled
 
 
 def _step_key(run: Mapping[str, Any]) -> str:
@@ -336,37 +380,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
     torch.set_num_threads(parsed.threads)
-    runs = [run for run in runs if not parsed.only or run["model"] in parsed.only]
-    if parsed.measure:
-        distinct = {_step_key(run): run for run in reversed(runs)}
-        runs = [run | {"name": run["model"]} for run in reversed(distinct.values())]
-        for _ in range(2):  # interleaved
-            for run in runs:
-                process = in_child(
-                    lambda run=run: measure_steps(run, data, work, parsed.device, parsed.measure // 2),
-                    work / "logs" / "steps.log",
-                )
-                os.waitpid(process, 0)
-        print(steps_table(json.loads((work / "steps.json").read_text()), runs))
-        return
-    sys.exit(1 if train_all(runs, data, work, parsed.device, max(1, parsed.jobs)) else 0)
+    if parsed.measure or any(run["study"]["iterations"] == EQUAL_TIME for run in runs):
+        measure_all(runs, data, work, parsed.device, parsed.measure or 8)
+        try:
+            runs = with_equal_time(runs, step_seconds(work))
+        except InputError as error:
+            sys.exit(f"error: {error}")
+        print(steps_table(step_seconds(work), runs), flush=True)
+    if not parsed.measure:
+        runs = [run for run in runs if not parsed.only or run["model"] in parsed.only]
+        sys.exit(1 if train_all(runs, data, work, parsed.device, max(1, parsed.jobs)) else 0)
 
 
 def steps_table(seconds: Mapping[str, Sequence[float]], runs: Sequence[Mapping[str, Any]]) -> str:
-    """Time of a step, and as many iterations as take the time of the first run, in Markdown."""
-    first = runs[0]
-    medians = {name: float(np.median(values)) for name, values in seconds.items()}
+    """Time of a step, iterations, and minutes of all steps, in Markdown."""
+    first = float(np.median(seconds[_step_key(runs[0])]))
     rows = []
-    for run in runs:
-        name, iterations = run["model"], run["study"]["iterations"]
-        if name not in medians:
-            rows.append([name, "failed", "", "", ""])
-            continue
-        ratio = medians[name] / medians[first["model"]]
-        equal = max(10, 10 * round(first["study"]["iterations"] / ratio / 10))
-        minutes = f"{iterations * medians[name] / 60:.1f}"
-        rows.append([name, f"{medians[name]:.3f}", f"{ratio:.2f}", str(equal), minutes])
-    return markdown_table(["run", "step, s", "against the first", "iterations in its time", "minutes"], rows)
+    for run in (run for run in runs if run["study"]["seed"] == runs[0]["study"]["seed"]):
+        step, iterations = float(np.median(seconds.get(_step_key(run), np.nan))), run["study"]["iterations"]
+        numbers = [f"{step:.3f}", f"{step / first:.2f}", str(iterations), f"{iterations * step / 60:.1f}"]
+        rows.append([run["model"], *numbers])
+    return markdown_table(["run", "step, s", "against the first", "iterations", "minutes"], rows)
 
 
 if __name__ == "__main__":

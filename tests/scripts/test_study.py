@@ -17,7 +17,17 @@ yaml = pytest.importorskip("yaml", reason="needs the extra [workflow]")
 import forms  # noqa: E402
 import torch  # noqa: E402
 from recipe import SeededTransform, trainer  # noqa: E402
-from study import STUDY, _form_names, complete, end_and_middle_dice, main, run_name, steps_table  # noqa: E402
+from study import (  # noqa: E402
+    STUDY,
+    _form_names,
+    _step_key,
+    complete,
+    end_and_middle_dice,
+    main,
+    run_name,
+    steps_table,
+    with_equal_time,
+)
 from study_data import check, majority, reduce_raw  # noqa: E402
 from tables import picked_row, write  # noqa: E402
 
@@ -82,10 +92,17 @@ class TestLists:
     def test_know_all_forms(self) -> None:
         assert _form_names() == list(forms.TRAINERS)
 
-    def test_iterations_of_equal_time(self) -> None:
-        runs = [{"model": name, "study": {"iterations": 200}} for name in ("stock", "slow")]
-        lines = steps_table({"stock": [0.5, 0.4, 0.6], "slow": [0.8]}, runs).splitlines()
-        assert [cell.strip() for cell in lines[-1].strip("|").split("|")] == ["slow", "0.800", "1.60", "120", "2.7"]
+    def test_equal_time_is_that_of_the_first(self) -> None:
+        content = {"data": {"source": "Dataset004_A", "id": 4}, "seeds": [0], "study": {"iterations": 200}}
+        content["models"] = {"stock": {}, "slow": {"study": {"width": 2, "iterations": "equal_time"}}}
+        _, runs = complete(content)
+        seconds = {_step_key(runs[0]): [0.5, 0.4, 0.6], _step_key(runs[1]): [0.8]}
+        with pytest.raises(InputError, match="slow: no step could be measured"):
+            with_equal_time(runs, {_step_key(runs[0]): [0.5]})
+        runs = with_equal_time(runs, seconds)
+        assert [run["study"]["iterations"] for run in runs] == [200, 120]
+        line = steps_table(seconds, runs).splitlines()[-1]
+        assert [cell.strip() for cell in line.strip("|").split("|")] == ["slow", "0.800", "1.60", "120", "1.6"]
 
 
 class TestData:
