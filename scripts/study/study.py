@@ -357,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each run on a CPU (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="train no others")
-    parser.add_argument("--measure", type=int, metavar="STEPS", help="train nothing, measure the time of a step")
+    parser.add_argument("--measure", type=int, metavar="STEPS", help="train nothing, measure the time of steps")
     parsed = parser.parse_args(arguments)
     source = parsed.source or Path(os.environ.get("nnUNet_raw", "."))
     work = parsed.work.resolve()
@@ -381,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(parsed.threads)
     if parsed.measure or any(run["study"]["iterations"] == EQUAL_TIME for run in runs):
-        measure_all(runs, data, work, parsed.device, parsed.measure or 8)
+        measure_all(runs, data, work, parsed.device, parsed.measure or 5)
         try:
             runs = with_equal_time(runs, step_seconds(work))
         except InputError as error:

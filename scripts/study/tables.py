@@ -251,12 +251,14 @@ def write(works: Sequence[Path], questions: Mapping[str, Any], output: Path) -> 
                 for data, row in found.items()
             ]
             table = markdown_table(["data", "cases", "picked, %", "fold, %", "random, 2.5 %", "random, 97.5 %"], cells)
-            draw_picked(found, entries["title"], output / f"{question}.png")
+            if found:
+                draw_picked(found, entries["title"], output / f"{question}.png")
         else:
             rows = [row for row in pairs if row["question"] == question]
             found = {row["data"]: row for row in rows}
             table = pairs_table(rows, entries.get("structures", False))
-            draw(rows, entries["title"], output / f"{question}.png")
+            if found:
+                draw(rows, entries["title"], output / f"{question}.png")
         if found:
             parts.append(f"## {entries['title']}\n\n{table}\n\n![{entries['title']}]({question}.png)\n")
     failed = [row for row in runs if row["status"] == "failed"]
