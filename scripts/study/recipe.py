@@ -100,6 +100,8 @@ class EqualTerms(nnUNetTrainerNoMirroring):
         start = time.process_time()
         result = super().train_step(batch)
         self.step_seconds.append(time.process_time() - start)
+        if not np.isfinite(result["loss"]):
+            raise FloatingPointError(f"The loss is {result['loss']} in epoch {self.current_epoch}.")
         return result
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:

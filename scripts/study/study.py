@@ -368,6 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os.environ[f"nnUNet_{name}"] = str(work / f"nnUNet_{name}")
             (work / f"nnUNet_{name}").mkdir(exist_ok=True)
         os.environ |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1", "nnUNet_compile": "f"}
+        os.environ["nnUNet_conres_cpu_bf16"] = "0"
         data_sets.check(data, source, work)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -81,3 +81,12 @@ def test_forms_learn(name: str, make_trainer: Callable[..., Any]) -> None:
     with torch.no_grad():
         assert made.network(batch["data"]).shape[2:] == batch["data"].shape[2:]
     assert len(made.step_seconds) == 5
+
+
+def test_a_loss_that_is_not_finite_ends_a_run(make_trainer: Callable[..., Any]) -> None:
+    made = initialized(make_trainer, "nnUNetTrainer")
+    loader, _ = made.get_dataloaders()
+    batch = next(loader)
+    batch["data"][:] = torch.nan
+    with pytest.raises(FloatingPointError, match="The loss is nan in epoch 0"):
+        made.train_step(batch)
