@@ -238,6 +238,7 @@ def measure(
     options: MetricOptions | None = None,
     *,
     ignored: NDArray[np.bool_] | None = None,
+    lesions: bool = True,
 ) -> dict[str, float]:
     """All metrics of a predicted mask.
 
@@ -249,6 +250,7 @@ def measure(
         options: Conventions; BraTS's by default.
         ignored: Voxels that are not annotated, same shape: they belong to neither mask, and a surface towards them
             does not count.
+        lesions: Whether lesions are measured too, which takes minutes for a mask in thousands of pieces.
 
     Returns:
         A value for every metric that is measured without a challenge's rules; NaN where there is none.
@@ -270,8 +272,10 @@ def measure(
     pair = _crop(reference, prediction, ignored, tuple(spacing), margin=max(1, options.lesion_dilation))
     penalty = diagonal if options.penalty is None else options.penalty
     # In the order of the table, whatever the order of computing.
-    found = {**_overlap(pair, options), **_surfaces(pair, options, penalty), **_lesions(pair, options, penalty)}
-    return {key: float(found[key]) for key in _MEASURED}
+    found = {**_overlap(pair, options), **_surfaces(pair, options, penalty)}
+    if lesions:
+        found |= _lesions(pair, options, penalty)
+    return {key: float(found[key]) for key in _MEASURED if key in found}
 
 
 # --- the two masks --------------------------------------------------------------------------------------------------

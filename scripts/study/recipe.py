@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+import forms
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import (
     nnUNetTrainerNoMirroring,
@@ -44,10 +48,11 @@ class SeededTransform(BasicTransform):
 
 
 class EqualTerms(nnUNetTrainerNoMirroring):
-    """Comes before a trainer among the bases of a run's: length, batch size, seed, no mirroring.
+    """Comes before a trainer among the bases of a run's: length, batch size, width, seed, no mirroring.
 
     Attributes:
         study: Entries of the run, as in the list of runs.
+        step_seconds: Processor time of each step of this process.
     """
 
     study: Mapping[str, Any]
@@ -60,15 +65,22 @@ class EqualTerms(nnUNetTrainerNoMirroring):
         dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's own default)
     ) -> None:
+        plans = deepcopy(plans)
+        entries = plans["configurations"][configuration]
         if self.study["batch_size"]:
-            plans = deepcopy(plans)
-            plans["configurations"][configuration]["batch_size"] = self.study["batch_size"]
+            entries["batch_size"] = self.study["batch_size"]
+        if self.study["width"] != 1:
+            arguments = entries["architecture"]["arch_kwargs"]
+            arguments["features_per_stage"] = [
+                2 * round(self.study["width"] * features / 2) for features in arguments["features_per_stage"]
+            ]
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.step_seconds: list[float] = []
 
     def initialize(self) -> None:
-        self.num_iterations_per_epoch = self.study["iterations_per_epoch"]
-        self.num_epochs = self.study["iterations"] // self.num_iterations_per_epoch
-        self.num_val_iterations_per_epoch, self.save_every = 10, 1
+        self.num_epochs = self.study["epochs"]
+        self.num_iterations_per_epoch = self.study["iterations"] // self.num_epochs
+        self.num_val_iterations_per_epoch, self.save_every = 1, 1
         for name, value in self.study["settings"].items():
             if not hasattr(self, name):
                 raise AttributeError(f"{type(self).__name__} has no attribute {name} to set (study, settings).")
@@ -78,9 +90,44 @@ class EqualTerms(nnUNetTrainerNoMirroring):
         super().initialize()
 
     def on_train_start(self) -> None:
-        # nnU-Net takes all cores of a CPU, however many trainings share it.
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+        # nnU-Net takes all cores of a CPU, however many trainings share it, and draws a figure after every epoch.
+        threads = torch.get_num_threads()
         super().on_train_start()
+        torch.set_num_threads(threads)
+        self.logger.plot_progress_png = lambda folder: None
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        start = time.process_time()
+        result = super().train_step(batch)
+        self.step_seconds.append(time.process_time() - start)
+        if not np.isfinite(result["loss"]):
+            raise FloatingPointError(f"The loss is {result['loss']} in epoch {self.current_epoch}.")
+        return result
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, without processes, which take longer to start than these predictions, and with fewer tiles."""
+        self.set_deep_supervision_enabled(False)
+        self.network.eval()
+        predictor = nnUNetPredictor(tile_step_size=0.75, use_mirroring=False, device=self.device, allow_tqdm=False)
+        predictor.manual_initialization(
+            self.network, self.plans_manager, self.configuration_manager, None, self.dataset_json, "", None
+        )
+        folder = Path(self.output_folder, "validation")
+        folder.mkdir(exist_ok=True)
+        _, validation = self.get_tr_and_val_datasets()
+        for case in validation.identifiers:
+            data, _, _, properties = validation.load_case(case)
+            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(np.array(data[:]))).cpu()
+            export_prediction_from_logits(
+                logits,
+                properties,
+                self.configuration_manager,
+                self.plans_manager,
+                self.dataset_json,
+                str(folder / case),
+                num_threads_torch=torch.get_num_threads(),
+            )
+        self.set_deep_supervision_enabled(True)
 
     # nnU-Net calls these static methods on the instance.
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
@@ -96,12 +143,16 @@ class EqualTerms(nnUNetTrainerNoMirroring):
         return SeededTransform(pipeline, self.study["seed"], self.current_epoch * iterations * self.batch_size)
 
 
-def trainer(base: str, study: Mapping[str, Any]) -> type:
-    """Base class of a run's trainer.
+def trainer(base: str, study: Mapping[str, Any], name: str = "nnUNetTrainerStudy") -> type:
+    """Class of a run's trainer.
 
     Args:
-        base: nnUNetTrainer, or a trainer of this package.
+        base: nnUNetTrainer, or a trainer of this package or of `forms`.
         study: Entries of the run, as in the list of runs.
+        name: Of the class, and so part of the name of the run's folder.
     """
-    own = CpuPrecisionTrainer if base == nnUNetTrainer.__name__ else getattr(nnunet_conres.trainers, base)
-    return type(f"EqualTerms_{base}", (EqualTerms, own), {"study": study})
+    if base == nnUNetTrainer.__name__:
+        own = CpuPrecisionTrainer
+    else:
+        own = forms.TRAINERS.get(base) or getattr(nnunet_conres.trainers, base)
+    return type(name, (EqualTerms, own), {"study": study})

@@ -1,133 +1,407 @@
-"""Trains a list of runs on equal terms, by `nnunet-conres workflow`, and compares them with the first of the list.
+"""Trains a list of runs on equal terms, one after another, and scores every validation case.
 
-    python scripts/study/study.py scripts/study/runs.yaml --work STUDY [--dry-run, --profile slurm ... of the workflow]
+    python scripts/study/study.py scripts/study/runs_lgg.yaml --source RAW --work WORK [--jobs 2]
+    python scripts/study/tables.py WORK... --output TABLES
 
-The list is a configuration of the workflow. Its entry "study" says what all runs have in common, and a model's entry
-"study" what is different there:
+A list has an entry "data" (see study_data.py), "seeds", "models", and an entry "study" with what all runs have in
+common. A model may have an entry "trainer" (default: nnUNetTrainer), "plans" (nnUNetPlans or nnUNetResEncUNetMPlans),
+"configuration", "fold" (default: 0), "data" (dense or sparse) and its own "study":
 
-    iterations            training iterations (default: 1000)
-    iterations_per_epoch  (default: 100)
+    iterations            training iterations, or equal_time: as many as take the time of the first model's, by the
+                          processor time of steps that are measured before the first run (default: 1000)
+    epochs                of which each has as many (default: 10)
     batch_size            (default: that of the plans)
-    seed                  of initial weights, patches and augmentation (default: 0)
+    width                 factor on the features of all stages (default: 1)
     settings              attributes of the trainer, set before it is initialised, for example {initial_lr: 0.03}
 
 All runs, nnU-Net's own trainer among them, train with the same precision, augmentation (nnU-Net's, without mirroring)
-and, with one worker process (nnUNet_n_proc_DA), batches. A run that was interrupted goes on; a run whose settings
-changed is trained again.
+and batches. A run that was interrupted goes on at its last epoch; a run whose entries changed is trained again. A run
+that fails is started once more after the others, and a second failure is a row of the tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
-import subprocess
+import shutil
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import study_data as data_sets
 import yaml
 
 from nnunet_conres.errors import InputError
 from nnunet_conres.families import TRAINERS
+from nnunet_conres.files import write_json
 from nnunet_conres.text import markdown_table
 
 HERE = Path(__file__).resolve().parent
 STOCK = "nnUNetTrainer"
-DEFAULTS: dict[str, Any] = {
-    "iterations": 1000,
-    "iterations_per_epoch": 100,
-    "batch_size": None,
-    "seed": 0,
-    "settings": {},
+ATTEMPTS = 2
+EQUAL_TIME = "equal_time"
+ROUNDS = 2
+"""How often the time of steps is measured, one model after another."""
+STUDY: dict[str, Any] = {"iterations": 1000, "epochs": 10, "batch_size": None, "width": 1, "settings": {}}
+MODEL: dict[str, Any] = {
+    "trainer": STOCK,
+    "plans": data_sets.PLANS[0],
+    "configuration": "3d_fullres",
+    "fold": 0,
+    "data": "dense",
 }
 
 
-def write_workflow(content: Mapping[str, Any], work: Path) -> Path:
-    """Writes a module with a trainer for each run, and the configuration of the workflow.
+def complete(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The data of a list with all entries, and its runs, a model with a seed each, in the order of training.
 
     Args:
-        content: The list of runs, as described above.
-        work: Folder for all files.
-
-    Returns:
-        The configuration.
+        content: The list, as described above.
 
     Raises:
-        InputError: If a run has an entry or a trainer that is not known, or iterations that make no whole epochs.
+        InputError: With everything that is not known or does not fit.
     """
-    trainers, common, models, errors = work / "trainers", content.get("study", {}), {}, []
+    errors: list[str] = []
+    data = data_sets.DEFAULTS | content["data"]
+    errors += _unknown("data", data, [*data_sets.DEFAULTS, "source", "id"])
+    models = []
     for name, given in content["models"].items():
-        study = DEFAULTS | common | given.get("study", {})
-        base = given.get("trainer", STOCK)
-        unknown = sorted(set(study) - set(DEFAULTS))
-        if unknown:
-            errors.append(f"{name}: study has {', '.join(unknown)}; expected some of {', '.join(DEFAULTS)}.")
-        if base != STOCK and base not in TRAINERS:
-            errors.append(f"{name}: trainer {base}; expected {STOCK} or one of this package's.")
-        if study["iterations"] < 1 or study["iterations"] % study["iterations_per_epoch"]:
-            errors.append(
-                f"{name}: {study['iterations']} iterations; expected a multiple of {study['iterations_per_epoch']}."
-            )
-        run = f"nnUNetTrainerStudy_{name}_{study['iterations']}it_seed{study['seed']}"
-        if not run.isidentifier():
+        study = STUDY | content.get("study", {}) | given.get("study", {})
+        model = MODEL | {key: value for key, value in given.items() if key != "study"}
+        errors += _unknown(f"{name}: study", study, STUDY) + _unknown(name, model, MODEL)
+        if not name.isidentifier():
             errors.append(f"{name}: expected a name of letters, digits and underscores.")
-        # The workflow trains again where this text has changed.
-        text = f"from recipe import trainer\n\n\nclass {run}(trainer({base!r}, {study!r})):\n    pass\n"
-        models[name] = ({key: value for key, value in given.items() if key != "study"} | {"trainer": run}, text)
+        if model["trainer"] not in (STOCK, *TRAINERS, *_form_names()):
+            errors.append(f"{name}: trainer {model['trainer']}; expected {STOCK} or one of this package's.")
+        if model["plans"] not in data_sets.PLANS:
+            errors.append(f"{name}: plans {model['plans']}; expected {' or '.join(data_sets.PLANS)}.")
+        if model["data"] not in data_sets.names(data):
+            errors.append(f"{name}: data {model['data']}; expected {' or '.join(data_sets.names(data))}.")
+        if study["iterations"] == EQUAL_TIME:
+            if not models:
+                errors.append(f"{name}: {EQUAL_TIME} for the first model; expected iterations.")
+        elif study["iterations"] < 1 or study["iterations"] % study["epochs"]:
+            errors.append(f"{name}: {study['iterations']} iterations; expected a multiple of {study['epochs']}.")
+        models.append(model | {"model": name, "study": study})
     if errors:
         raise InputError(errors)
-    trainers.mkdir(parents=True, exist_ok=True)
-    for model, text in models.values():
-        file = trainers / f"{model['trainer']}.py"
-        if not file.is_file() or file.read_text() != text:
-            file.write_text(text)
-    python_path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    environment = {"nnUNet_extTrainer": str(trainers), "PYTHONPATH": python_path}
-    config = {key: value for key, value in content.items() if key != "study"} | {
-        "work": str(work),
-        "models": {name: model for name, (model, _) in models.items()},
-        "environment": content.get("environment", {}) | environment,
+    # All models with the first seed come first: what an interruption leaves is a whole comparison.
+    return data, [model | {"study": model["study"] | {"seed": seed}} for seed in content["seeds"] for model in models]
+
+
+def _unknown(where: str, given: Mapping[str, Any], known: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    names = sorted(set(given) - set(known))
+    return [f"{where} has {', '.join(names)}; expected some of {', '.join(known)}."] if names else []
+
+
+def _form_names() -> list[str]:
+    """Names of the trainers in forms.py, which is heavy to import."""
+    lines = (HERE / "forms.py").read_text(encoding="utf-8").splitlines()
+    return [line[6:].partition("(")[0] for line in lines if line.startswith("class nnUNetTrainer")]
+
+
+def run_name(run: Mapping[str, Any]) -> str:
+    """Name of a run, part of file names."""
+    return f"{run['model']}_seed{run['study']['seed']}"
+
+
+def make_trainer(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, device: str) -> Any:
+    """nnU-Net's trainer for a run."""
+    import torch
+    from recipe import trainer
+
+    folder = work / "nnUNet_preprocessed" / data_sets.names(data)[run["data"]]
+    plans = json.loads((folder / f"{run['plans']}.json").read_text())
+    dataset_json = json.loads((folder / "dataset.json").read_text())
+    made = trainer(run["trainer"], run["study"], f"nnUNetTrainerStudy_{run_name(run)}")
+    plans["continue_training"] = False
+    return made(plans, run["configuration"], run["fold"], dataset_json, torch.device(device))
+
+
+def train(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, device: str) -> None:
+    """Trains a run, or goes on with it, predicts its validation cases, and writes their scores."""
+    made = make_trainer(run, data, work, device)
+    output = Path(made.output_folder)
+    noted = output / "run.json"
+    if noted.is_file() and json.loads(noted.read_text()) != run:
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(noted, run)
+    final, latest = output / "checkpoint_final.pth", output / "checkpoint_latest.pth"
+    for checkpoint in (final, latest):
+        if checkpoint.is_file():
+            made.initialize()
+            made.load_checkpoint(str(checkpoint))
+            break
+    if not final.is_file():
+        made.run_training()
+    made.perform_actual_validation()
+    labels = work / "nnUNet_raw" / data_sets.names(data)["dense"] / "labelsTr"
+    classes = {name: label for name, label in made.dataset_json["labels"].items() if label != 0 and name != "ignore"}
+    write_json(
+        work / "scores" / f"{run_name(run)}.json",
+        {
+            "run": run,
+            "data": data["source"].partition("_")[2],
+            "group": data["group"],
+            "step_seconds": float(np.median(made.step_seconds)) if made.step_seconds else None,
+            "parameters": sum(parameter.numel() for parameter in made.network.parameters()),
+            "cases": {
+                file.name[: -len(".nii.gz")]: score(labels / file.name, file, classes)
+                for file in sorted((output / "validation").glob("*.nii.gz"))
+            },
+        },
+    )
+    shutil.rmtree(output / "validation")
+
+
+def score(reference: Path, prediction: Path, classes: Mapping[str, int]) -> dict[str, dict[str, float | None]]:
+    """Dice, HD95 in mm, and Dice in end and middle slices, of every class and in the mean; None where undefined."""
+    import SimpleITK
+
+    from nnunet_conres.evaluation.metrics import measure
+
+    image = SimpleITK.ReadImage(str(reference))
+    truth = SimpleITK.GetArrayFromImage(image)
+    found = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(prediction)))
+    spacing = image.GetSpacing()[::-1]
+    scores: dict[str, dict[str, float]] = {}
+    for name, label in classes.items():
+        measured = measure(truth == label, found == label, spacing, lesions=False)
+        ends, middle = end_and_middle_dice(truth == label, found == label, int(np.argmax(spacing)))
+        scores[name] = {"dice": measured["dice"], "hd95": measured["hd95"], "dice_ends": ends, "dice_middle": middle}
+    means = {key: [of[key] for of in scores.values()] for key in next(iter(scores.values()))}
+    scores["mean"] = {
+        key: float(np.nanmean(values)) if not np.isnan(values).all() else np.nan for key, values in means.items()
     }
-    file = work / "workflow.yaml"
-    file.write_text(yaml.safe_dump(config, sort_keys=False))
-    return file
+    return {name: {key: None if np.isnan(value) else value for key, value in of.items()} for name, of in scores.items()}
 
 
-def table(report: Mapping[str, Any]) -> str:
-    """The runs against the first, in Markdown, of a report.json of ``nnunet-conres compare``."""
-    summary = report["summary"]
-    region = "mean" if "mean" in next(iter(summary.values())) else report["regions"][0]
-    rows = []
-    for model in report["models"]:
-        dice, hd95 = (summary[model["key"]][region][metric]["mean"] for metric in ("dice", "hd95"))
-        cells = ["", ""]
-        for found in report["comparisons"]:
-            if (found["model"], found["region"], found["metric"]) == (model["key"], region, "dice"):
-                points = [f"{100 * found[key]:+.2f}" for key in ("mean_difference", "low", "high")]
-                p = found["p_holm"]  # None where there are too few cases to test
-                cells = [f"{points[0]} ({points[1]} to {points[2]})", "" if p is None else f"{p:.3g}"]
-        rows.append([model["name"], f"{100 * dice:.2f}", *cells, f"{hd95:.2f}"])
-    return markdown_table(["run", "Dice, %", "against the first, points", "p (Holm)", "HD95, mm"], rows)
+def end_and_middle_dice(truth: np.ndarray, found: np.ndarray, axis: int = 0) -> tuple[float, float]:
+    """Dice where a structure ends, and between its ends.
+
+    The ends are the structure's first and last slice and all slices beyond them.
+
+    Args:
+        truth: True mask, three axes.
+        found: Predicted mask, same shape.
+        axis: Axis of the slices.
+
+    Returns:
+        Dice over the voxels of the end slices, and of the others; NaN where the structure is absent, or has no slice
+        between its ends.
+    """
+    truth, found = np.moveaxis(truth, axis, 0), np.moveaxis(found, axis, 0)
+    slices = np.flatnonzero(truth.any((1, 2)))
+    if not len(slices):
+        return np.nan, np.nan
+    middle = np.zeros(len(truth), bool)
+    middle[slices[0] + 1 : slices[-1]] = True
+
+    def dice(chosen: np.ndarray) -> float:
+        a, b = truth[chosen], found[chosen]
+        sizes = a.sum() + b.sum()
+        return float(2 * (a & b).sum() / sizes) if sizes else np.nan
+
+    return dice(~middle), dice(middle)
+
+
+def measure_steps(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, device: str, steps: int) -> None:
+    """Adds the processor time of training steps on random patches to ``steps.json``."""
+    import torch
+
+    torch.manual_seed(0)
+    made = make_trainer({**run, "model": "measured"}, data, work, device)
+    made.study = {**made.study, "iterations": made.study["epochs"]}
+    made.initialize()
+    made.set_deep_supervision_enabled(True)
+    patch = made.configuration_manager.patch_size
+    scales = made._get_deep_supervision_scales()
+    target = torch.randint(0, 2, (made.batch_size, 1, *patch)).float()
+    batch = {
+        "data": torch.randn(made.batch_size, made.num_input_channels, *patch),
+        "target": [target[..., :: round(1 / s[0]), :: round(1 / s[1]), :: round(1 / s[2])] for s in scales],
+    }
+    for _ in range(steps + 2):
+        made.train_step(batch)
+    known, key = step_seconds(work), _step_key(run)
+    write_json(work / "steps.json", known | {key: known.get(key, []) + made.step_seconds[2:]})
+
+
+def step_seconds(work: Path) -> dict[str, list[float]]:
+    """Processor times of steps that were measured."""
+    file = work / "steps.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def measure_all(
+    runs: Sequence[Mapping[str, Any]], data: Mapping[str, Any], work: Path, device: str, steps: int
+) -> None:
+    """Measures the steps of all runs that differ in them, in rounds; goes on where it was interrupted."""
+    distinct = {_step_key(run): run for run in runs}
+    for number in range(1, ROUNDS + 1):
+        for key, run in distinct.items():
+            if len(step_seconds(work).get(key, [])) < number * steps:
+                log = work / "logs" / "steps.log"
+                os.waitpid(in_child(lambda run=run: measure_steps(run, data, work, device, steps), log), 0)
+
+
+def with_equal_time(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """The runs with numbers for ``equal_time``, in whole epochs.
+
+    Raises:
+        InputError: If the steps of a run could not be measured.
+    """
+    filled, errors = [], []
+    for run in runs:
+        study = dict(run["study"])
+        if study["iterations"] == EQUAL_TIME:
+            missing = [of["model"] for of in (runs[0], run) if not seconds.get(_step_key(of))]
+            errors += [f"{name}: no step could be measured." for name in missing]
+            if not missing:
+                ratio = float(np.median(seconds[_step_key(run)]) / np.median(seconds[_step_key(runs[0])]))
+                epochs = study["epochs"]
+                study["iterations"] = epochs * max(1, round(runs[0]["study"]["iterations"] / ratio / epochs))
+        filled.append({**run, "study": study})
+    if errors:
+        raise InputError(errors)
+    return filled
+
+
+def _step_key(run: Mapping[str, Any]) -> str:
+    """Equal for runs whose steps take the same time."""
+    study = run["study"]
+    keys = [run[key] for key in ("trainer", "plans", "configuration", "data")]
+    return json.dumps([*keys, study["batch_size"], study["width"]])
+
+
+def in_child(function: Callable[[], None], log: Path) -> int:
+    """Starts a function in a process that has all modules already; its output goes to a file.
+
+    Returns:
+        The process.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # end with the process that started it
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        function()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def train_all(runs: Sequence[Mapping[str, Any]], data: Mapping[str, Any], work: Path, device: str, jobs: int) -> int:
+    """Trains what is not done, a number of runs at a time.
+
+    Returns:
+        How many runs failed for good.
+    """
+
+    def scores_file(run: Mapping[str, Any]) -> Path:
+        return work / "scores" / f"{run_name(run)}.json"
+
+    def is_done(run: Mapping[str, Any]) -> bool:
+        file = scores_file(run)
+        return file.is_file() and json.loads(file.read_text())["run"] == run
+
+    waiting, running, failures = [run for run in runs if not is_done(run)], {}, {}
+    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done.", flush=True)
+    (work / "scores").mkdir(exist_ok=True)
+    failed = 0
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            run = waiting.pop(0)
+            log = work / "logs" / f"{run_name(run)}.log"
+            running[in_child(lambda run=run: train(run, data, work, device), log)] = run
+        process, status = os.wait()
+        run = running.pop(process)
+        name = run_name(run)
+        if status == 0:
+            print(f"{name}: done, {len(waiting) + len(running)} to go.", flush=True)
+            continue
+        failures[name] = failures.get(name, 0) + 1
+        print(f"{name}: failed, see {work / 'logs' / name}.log.", flush=True)
+        if failures[name] < ATTEMPTS:
+            waiting.append(run)
+        else:
+            failed += 1
+            content = {"run": run, "data": data["source"].partition("_")[2], "failed": True, "cases": {}}
+            write_json(scores_file(run), content)
+    return failed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="the list, a YAML file")
     parser.add_argument("--work", type=Path, default=Path("study"), help="folder for all files (default: %(default)s)")
-    parsed, options = parser.parse_known_args(arguments)
-    if not parsed.runs.is_file():
-        parser.error(f"there is no file {parsed.runs}; expected a list of runs such as {HERE / 'runs.yaml'}")
+    parser.add_argument("--source", type=Path, help="folder of the raw data sets (default: $nnUNet_raw)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of each run on a CPU (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help="train no others")
+    parser.add_argument("--measure", type=int, metavar="STEPS", help="train nothing, measure the time of steps")
+    parsed = parser.parse_args(arguments)
+    source = parsed.source or Path(os.environ.get("nnUNet_raw", "."))
+    work = parsed.work.resolve()
     try:
-        config = write_workflow(yaml.safe_load(parsed.runs.read_text(encoding="utf-8")), parsed.work.resolve())
-    except InputError as error:
+        data, runs = complete(yaml.safe_load(parsed.runs.read_text(encoding="utf-8")))
+        work.mkdir(parents=True, exist_ok=True)
+        for name in ("raw", "preprocessed", "results"):
+            os.environ[f"nnUNet_{name}"] = str(work / f"nnUNet_{name}")
+            (work / f"nnUNet_{name}").mkdir(exist_ok=True)
+        os.environ |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1", "nnUNet_compile": "f"}
+        os.environ["nnUNet_conres_cpu_bf16"] = "0"
+        data_sets.check(data, source, work)
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
-    code = subprocess.run([sys.executable, "-m", "nnunet_conres.cli", "workflow", str(config), *options]).returncode
-    report = config.parent / "report" / "folds" / "report.json"
-    if code == 0 and not options and report.is_file():
-        print(f"{table(json.loads(report.read_text()))}\n\nThe whole comparison: {report.with_suffix('.html')}")
-    sys.exit(code)
+    log = work / "logs" / "prepare.log"
+    process = in_child(lambda: data_sets.prepare(data, source.resolve(), work), log)
+    if os.waitpid(process, 0)[1]:
+        sys.exit(f"error: the data could not be prepared, see {log}")
+    os.environ["nnUNet_n_proc_DA"] = "0"  # a run draws its batches itself, all of them the same
+    import recipe  # noqa: F401  (for the children)
+    import torch
+
+    torch.set_num_threads(parsed.threads)
+    if parsed.measure or any(run["study"]["iterations"] == EQUAL_TIME for run in runs):
+        measure_all(runs, data, work, parsed.device, parsed.measure or 5)
+        try:
+            runs = with_equal_time(runs, step_seconds(work))
+        except InputError as error:
+            sys.exit(f"error: {error}")
+        print(steps_table(step_seconds(work), runs), flush=True)
+    if not parsed.measure:
+        runs = [run for run in runs if not parsed.only or run["model"] in parsed.only]
+        sys.exit(1 if train_all(runs, data, work, parsed.device, max(1, parsed.jobs)) else 0)
+
+
+def steps_table(seconds: Mapping[str, Sequence[float]], runs: Sequence[Mapping[str, Any]]) -> str:
+    """Time of a step, iterations, and minutes of all steps, in Markdown."""
+    first = float(np.median(seconds[_step_key(runs[0])]))
+    rows = []
+    for run in (run for run in runs if run["study"]["seed"] == runs[0]["study"]["seed"]):
+        step, iterations = float(np.median(seconds.get(_step_key(run), np.nan))), run["study"]["iterations"]
+        numbers = [f"{step:.3f}", f"{step / first:.2f}", str(iterations), f"{iterations * step / 60:.1f}"]
+        rows.append([run["model"], *numbers])
+    return markdown_table(["run", "step, s", "against the first", "iterations", "minutes"], rows)
 
 
 if __name__ == "__main__":

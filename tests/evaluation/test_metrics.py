@@ -208,6 +208,11 @@ class TestMetricOptions:
 
 
 class TestMeasure:
+    def test_lesions_can_be_left_out(self) -> None:
+        everything = measure(*blobs(0), SPACINGS[1])
+        others = measure(*blobs(0), SPACINGS[1], lesions=False)
+        assert others == {key: everything[key] for key in everything if not key.startswith("lesion")}
+
     @pytest.mark.parametrize("spacing", SPACINGS)
     @pytest.mark.parametrize("seed", range(3))
     def test_overlap_and_volume_equal_simpleitk(self, seed: int, spacing: tuple[float, ...]) -> None:

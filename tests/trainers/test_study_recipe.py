@@ -11,9 +11,10 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "study"))
 
+import forms
 from recipe import trainer
 
-STUDY = {"iterations": 6, "iterations_per_epoch": 3, "batch_size": 3, "seed": 1, "settings": {"initial_lr": 0.25}}
+STUDY = {"iterations": 6, "epochs": 2, "batch_size": 3, "seed": 1, "width": 1, "settings": {"initial_lr": 0.25}}
 
 
 def initialized(make_trainer: Callable[..., Any], base: str, **study: Any) -> Any:
@@ -55,3 +56,37 @@ def test_length_batch_and_settings_are_the_lists(make_trainer: Callable[..., Any
 def test_an_unknown_setting_is_an_error(make_trainer: Callable[..., Any]) -> None:
     with pytest.raises(AttributeError, match="has no attribute learning_rate to set"):
         initialized(make_trainer, "nnUNetTrainer", settings={"learning_rate": 0.1})
+
+
+def test_width_is_that_of_every_stage(make_trainer: Callable[..., Any]) -> None:
+    wide = initialized(make_trainer, "nnUNetTrainerResidualMaps", width=1.5)
+    before = initialized(make_trainer, "nnUNetTrainerResidualMaps")
+    assert wide.network.features == [round(1.5 * features) for features in before.network.features]
+
+
+@pytest.mark.parametrize("name", forms.TRAINERS)
+def test_forms_learn(name: str, make_trainer: Callable[..., Any]) -> None:
+    made = initialized(make_trainer, name, settings={})
+    loader, _ = made.get_dataloaders()
+    made.set_deep_supervision_enabled(True)
+    made.on_train_epoch_start()
+    batch = next(loader)
+    losses = [made.train_step(batch)["loss"] for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert set(made.loss.parts) == {"segmentation", "residual"}
+    without = {name for name, parameter in made.network.named_parameters() if parameter.grad is None}
+    coarsest = "decoder.seg_layers.segmentation.0"  # has no weight in nnU-Net's loss
+    assert without <= {f"{coarsest}.weight", f"{coarsest}.bias"}
+    made.set_deep_supervision_enabled(False)
+    with torch.no_grad():
+        assert made.network(batch["data"]).shape[2:] == batch["data"].shape[2:]
+    assert len(made.step_seconds) == 5
+
+
+def test_a_loss_that_is_not_finite_ends_a_run(make_trainer: Callable[..., Any]) -> None:
+    made = initialized(make_trainer, "nnUNetTrainer")
+    loader, _ = made.get_dataloaders()
+    batch = next(loader)
+    batch["data"][:] = torch.nan
+    with pytest.raises(FloatingPointError, match="The loss is nan in epoch 0"):
+        made.train_step(batch)
