@@ -188,15 +188,20 @@ def test_steps_are_right_where_outputs_are_overwritten(
 
 
 class TestFailure:
+    @pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, AssertionError])
     def test_step_is_taken_without_graphs(
-        self, make_trainer: Callable[..., Any], overwriting: list[Overwriting], monkeypatch: pytest.MonkeyPatch
+        self,
+        make_trainer: Callable[..., Any],
+        overwriting: list[Overwriting],
+        monkeypatch: pytest.MonkeyPatch,
+        kind: type[Exception],
     ) -> None:
         plain, ours = (started(make_trainer(nnUNetTrainerMuon)) for _ in range(2))
         plain._graphed_network = None
         ours._unwrapped_network().load_state_dict(plain._unwrapped_network().state_dict())
 
         def fail(*_: Any) -> Any:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            raise kind("operation not permitted when stream is capturing\nand more")
 
         n_calls: list[int] = []
         overwriting[1].register_forward_hook(lambda *_: n_calls.append(1) if len(n_calls) == 0 else fail())
