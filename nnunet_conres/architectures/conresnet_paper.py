@@ -20,7 +20,7 @@ from nnunet_conres.architectures.blocks import (
 )
 from nnunet_conres.architectures.context_residual import ContextResidualDecoder, ContextResidualModule
 from nnunet_conres.architectures.encoder_decoder import StagesAfterStem
-from nnunet_conres.architectures.layout import to_channels_last, wants_channels_last
+from nnunet_conres.architectures.layout import is_channels_last, to_channels_last
 from nnunet_conres.architectures.memory_efficient import GroupNormReLU
 from nnunet_conres.architectures.network import PlansNetwork, ResidualMapsMixin, residual_classes, spatial_axis
 from nnunet_conres.residuals import inter_slice_residual
@@ -217,9 +217,9 @@ class ConResNetPaper(ResidualMapsMixin, PlansNetwork):
             - ``residual_outputs``: the list [segmentation, residual, residual/2, residual/4], all of full size, the
               residual logits with a channel for every class but the background.
         """
-        x = torch.clamp(x, -_LARGEST_INTENSITY, _LARGEST_INTENSITY)
-        if wants_channels_last(x) and torch.compiler.is_compiling():
-            x = to_channels_last(x)  # which clamping has undone for images of one channel
+        clamped = torch.clamp(x, -_LARGEST_INTENSITY, _LARGEST_INTENSITY)
+        # clamping makes images of one channel contiguous
+        x = to_channels_last(clamped) if is_channels_last(x) else clamped
         return self.decoder(self.encoder(x), inter_slice_residual(x, self.slice_axis))
 
     def summary(self) -> str:

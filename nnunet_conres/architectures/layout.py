@@ -17,16 +17,21 @@ _DEVICES = {"cuda"}
 
 
 def wants_channels_last(x: Tensor) -> bool:
-    """Whether a network computes channels-last: compiled on a GPU, and in predictions of single patches there.
+    """Whether networks from `fast` compute channels-last: compiled on a GPU, and where they predict one patch there.
+
+    Training that is not compiled stays contiguous: PyTorch's own norms are faster there.
 
     Args:
         x: Images or features, in any layout.
-
-    Training that is not compiled stays contiguous: PyTorch's own norms are the faster ones there.
     """
     if x.device.type not in _DEVICES or x.ndim != 5:
         return False
     return torch.compiler.is_compiling() or (x.shape[0] == 1 and not torch.is_grad_enabled())
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether images or features are those of a network that computes channels-last."""
+    return wants_channels_last(x) and x.stride(1) == 1
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -165,4 +170,4 @@ class AvgPool3d(nn.AvgPool3d):
     def forward(self, input: Tensor) -> Tensor:
         """Pools (B, C, X, Y, Z)."""
         output = super().forward(input)
-        return to_channels_last(output) if input.stride(1) == 1 and wants_channels_last(input) else output
+        return to_channels_last(output) if is_channels_last(input) else output

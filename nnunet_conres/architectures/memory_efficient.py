@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_conres.architectures.layout import normalize, scale_and_shift, wants_channels_last
+from nnunet_conres.architectures.layout import is_channels_last, normalize, scale_and_shift
 from nnunet_conres.residuals import inter_slice_residual
 
 
@@ -98,7 +98,7 @@ class GroupNormReLU(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (B, C, X, Y, Z) to the same shape."""
-        if wants_channels_last(input) and torch.compiler.is_compiling():
+        if is_channels_last(input) and torch.compiler.is_compiling():
             normal = normalize(input.unflatten(1, (self.num_groups, -1)), (2, 3, 4, 5), self.eps).flatten(1, 2)
             return scale_and_shift(normal, self.weight, self.bias).relu().to(input.dtype)
         return _GroupNormReLU.apply(input, self.weight, self.bias, self.num_groups, self.eps)

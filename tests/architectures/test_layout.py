@@ -177,6 +177,15 @@ class TestNetworks:
             errors.append(float((found - exact).detach().norm() / exact.detach().norm()))
         assert 1e-4 < errors[1] < 1.1 * errors[0]
 
+    @pytest.mark.parametrize("name", slow("ConResNetPaper", "ConResNet", "VNet", "UNet3D with batch norm"))
+    def test_networks_that_are_not_made_fast_stay_contiguous(self, name: str) -> None:
+        """As nnUNet_conres_fast_step=0 and the benchmark's contiguous contenders have them."""
+        plain, _ = pair(name, torch.float32)
+        compiler = Convolutions()
+        results(torch.compile(plain, fullgraph=True, backend=compiler.backend), torch.randn(2, 2, *SIZE))
+        assert compiler.first_stride == SIZE[0] * SIZE[1] * SIZE[2]
+        assert compiler.are_channels_last.count(True) == 0
+
     def test_images_of_one_channel(self) -> None:
         ours = fast(PlainConvUNet(**(ARGUMENTS | CONVS | {"input_channels": 1})))
         weights_to_channels_last(ours)
