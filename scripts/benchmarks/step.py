@@ -46,8 +46,8 @@ BFLOAT16_LIMIT = 0.55
 LOSS_LIMITS = {"cpu": 0.05, "cuda": 0.01}
 STATED_FOR = (
     "Limits are stated for float32 on a CPU, 2 threads, batch 2, patch 40 x 56 x 40, and for compiled steps on CUDA, "
-    "mixed precision, batch 2, patch 128 x 128 x 128; for compiled steps of small patches those of networks as nnU-Net "
-    "has them."
+    "mixed precision, batch 2, patch 128 x 128 x 128; for compiled steps of small patches they are "
+    f"ratios to the same network with {CONTIGUOUS} after its name."
 )
 
 
