@@ -560,7 +560,7 @@ class TestCapture:
                     optimizer.param_groups[0]["momentum"] = 0.5
                 if number == 10:  # resumed
                     optimizer = optimizers[which] = muon_of(network, 0.1, 0.01, capture=which == 1)
-                    optimizer.load_state_dict(copy.deepcopy(states[which]))
+                    optimizer.load_state_dict(copy.deepcopy(states[1 - which]))
                 for parameter, gradient in zip(network.parameters(), gradients, strict=True):
                     parameter.grad = torch.empty_like(parameter).copy_(gradient) * scaler.scale(torch.ones(()))
                 scaler.unscale_(optimizer)

@@ -217,9 +217,9 @@ class ConResNetPaper(ResidualMapsMixin, PlansNetwork):
             - ``residual_outputs``: the list [segmentation, residual, residual/2, residual/4], all of full size, the
               residual logits with a channel for every class but the background.
         """
-        x = torch.clamp(x, -_LARGEST_INTENSITY, _LARGEST_INTENSITY)
-        if is_channels_last(x) and torch.compiler.is_compiling():
-            x = to_channels_last(x)  # which clamping has undone for images of one channel
+        clamped = torch.clamp(x, -_LARGEST_INTENSITY, _LARGEST_INTENSITY)
+        # clamping makes images of one channel contiguous
+        x = to_channels_last(clamped) if is_channels_last(x) else clamped
         return self.decoder(self.encoder(x), inter_slice_residual(x, self.slice_axis))
 
     def summary(self) -> str:

@@ -16,14 +16,22 @@ from torch.nn.parallel import DistributedDataParallel
 _DEVICES = {"cuda"}
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether a network computes channels-last: where it is compiled for a GPU, and in predictions of single patches.
+def wants_channels_last(x: Tensor) -> bool:
+    """Whether networks from `fast` compute channels-last: compiled on a GPU, and where they predict one patch there.
 
-    Training that is not compiled stays contiguous: PyTorch's own norms are the faster ones there.
+    Training that is not compiled stays contiguous: PyTorch's own norms are faster there.
+
+    Args:
+        x: Images or features, in any layout.
     """
     if x.device.type not in _DEVICES or x.ndim != 5:
         return False
     return torch.compiler.is_compiling() or (x.shape[0] == 1 and not torch.is_grad_enabled())
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether images or features are those of a network that computes channels-last."""
+    return wants_channels_last(x) and x.stride(1) == 1
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -35,18 +43,22 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 
 class _ChannelsLast:
-    """Forward pass of a network whose images are brought into its layout once, at the entrance."""
+    """Forward pass of a network that converts images to its layout once, at the entrance."""
 
     def forward(self: Any, x: Tensor) -> Any:
         """As of the network."""
-        if not is_channels_last(x) or (self.has_group_norm and not torch.compiler.is_compiling()):
+        # group norm has no channels-last kernel: where it is not compiled, it would convert every time
+        if not wants_channels_last(x) or (self.has_group_norm and not torch.compiler.is_compiling()):
             return super().forward(x)  # type: ignore[misc]
         logits = super().forward(to_channels_last(x))  # type: ignore[misc]
         return _Exit.apply(logits) if isinstance(logits, Tensor) else [_Exit.apply(one) for one in logits]
 
+    def __reduce__(self) -> Any:  # pickle does not find a class that is made at run time
+        return _empty, (type(self).__bases__[1],), self.__dict__
+
 
 class _Exit(torch.autograd.Function):
-    """Nothing; but its gradient is channels-last, or else that of the features before the heads would not be."""
+    """The identity, with a channels-last gradient, so that the features before the heads get such gradients too."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
@@ -60,6 +72,12 @@ class _Exit(torch.autograd.Function):
 @functools.cache
 def _channels_last_class(network: type[nn.Module]) -> type[nn.Module]:
     return type(network.__name__, (_ChannelsLast, network), {"__module__": network.__module__})
+
+
+def _empty(network: type[nn.Module]) -> nn.Module:
+    """A channels-last network before unpickling fills it."""
+    made = _channels_last_class(network)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 def fast(network: nn.Module) -> nn.Module:
@@ -83,17 +101,18 @@ def weights_to_channels_last(network: nn.Module) -> None:
     """Stores weights of 3D convolutions on a GPU as compiled code takes them; the parameters stay the same objects.
 
     Args:
-        network: The network, bare or in wrappers, on the device where it is trained.
+        network: A network from `fast`, bare or in wrappers, on the device where it is trained. Weights of others stay.
     """
-    for parameter in network.parameters():
+    parts = (module for module in network.modules() if isinstance(module, _ChannelsLast))
+    for parameter in (parameter for part in parts for parameter in part.parameters()):
         if parameter.ndim == 5 and parameter.device.type in _DEVICES:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 def with_channels_last_weights(network: nn.Module) -> nn.Module:
-    """A network with its weights as of ``weights_to_channels_last``, wrapped again if it is DistributedDataParallel's.
+    """A network with its weights as of ``weights_to_channels_last``; DistributedDataParallel is wrapped around it anew.
 
-    That sums gradients in memory which it lays out, when it is made, as the weights are then.
+    The memory in which that sums gradients has the layout that the weights had when it was made.
     """
     weights_to_channels_last(network)
     if isinstance(network, DistributedDataParallel):
@@ -129,17 +148,17 @@ class InstanceNorm3d(nn.InstanceNorm3d):
     """Instance norm in the form that is fastest where it runs, and whose output may be changed in place at no cost.
 
     PyTorch computes it as a batch norm of a reshaped tensor, so that its output is a view. In backward, an operation
-    that changed a view in place, as nnU-Net's nonlinearities and residual blocks do, copies the gradient twice. Nothing
-    else refers to the tensor under the view, so autograd need not know of it.
+    that changed a view in place, as nnU-Net's nonlinearities and residual blocks do, copies the gradient twice. Here
+    the output is no view for autograd: nothing else refers to the tensor that it would be a view of.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (B, C, X, Y, Z) to the same shape."""
-        if is_channels_last(input) and not self.track_running_stats and input[0, 0].numel() > 1:
+        if wants_channels_last(input) and not self.track_running_stats and input[0, 0].numel() > 1:
             if torch.compiler.is_compiling():
                 normal = normalize(input, (2, 3, 4), self.eps)
                 return scale_and_shift(normal, self.weight, self.bias).to(input.dtype)
-            # Of a single patch it is a batch norm, which CUDA has for that layout; not cuDNN's, which may overflow.
+            # Instance norm of a single patch is a batch norm, and PyTorch's keeps the layout (cuDNN's may overflow).
             return torch.native_batch_norm(input, self.weight, self.bias, None, None, True, 0.0, self.eps)[0]
         output = super().forward(input)
         return torch.ops.aten._unsafe_view(output, list(output.shape))
@@ -151,4 +170,4 @@ class AvgPool3d(nn.AvgPool3d):
     def forward(self, input: Tensor) -> Tensor:
         """Pools (B, C, X, Y, Z)."""
         output = super().forward(input)
-        return to_channels_last(output) if input.stride(1) == 1 and is_channels_last(input) else output
+        return to_channels_last(output) if is_channels_last(input) else output

@@ -66,7 +66,7 @@ class GraphedStepsTrainer(FiniteStepsTrainer):
         torch.compiler.cudagraph_mark_step_begin()
         try:
             return super().train_step(batch)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # the code of PyTorch's graphs asserts
             if self._is_step_taken or len(self.skipped_in_a_row) > n_skipped:  # it came to its end
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

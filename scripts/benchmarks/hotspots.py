@@ -87,7 +87,7 @@ def slowest_table(name: str, entries: list[Any]) -> str:
                 str(entry["count"]),
                 f"{1000 * entry['seconds']:.2f}",
                 f"{entry['flops'] / 1e9:.2f}",
-                f"{1e12 * entry['seconds'] / entry['flops']:.1f}",
+                f"{1e12 * entry['seconds'] / entry['flops']:.3g}",
             ]
             for entry in entries
         ],

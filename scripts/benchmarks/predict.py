@@ -157,7 +157,7 @@ def as_table(report: dict[str, Any]) -> str:
             milliseconds_with_quartiles(entry["seconds"]),
             str(entry["patches"]),
             f"{entry['flops'] / 1e9:.1f}",
-            f"{1e12 * entry['seconds_per_flop']:.2f}",
+            f"{1e12 * entry['seconds_per_flop']:.3g}",
         ]
         for name, entry in report["contenders"].items()
     ]

@@ -46,8 +46,8 @@ BFLOAT16_LIMIT = 0.55
 LOSS_LIMITS = {"cpu": 0.05, "cuda": 0.01}
 STATED_FOR = (
     "Limits are stated for float32 on a CPU, 2 threads, batch 2, patch 40 x 56 x 40, and for compiled steps on CUDA, "
-    "mixed precision, batch 2, patch 128 x 128 x 128; for compiled steps of small patches those of networks as nnU-Net "
-    "has them."
+    "mixed precision, batch 2, patch 128 x 128 x 128; for compiled steps of small patches they are "
+    f"ratios to the same network with {CONTIGUOUS} after its name."
 )
 
 
@@ -261,11 +261,14 @@ def as_table(report: dict[str, Any]) -> str:
     for name, entry in report["contenders"].items():
         row = [name, milliseconds_with_quartiles(entry["seconds"])]
         row += [milliseconds(entry["phases"][phase]) if phase in entry["phases"] else "" for phase in phases]
-        row += [f"{entry['flops']['step'] / 1e9:.1f}", f"{1e12 * entry['seconds_per_flop']:.2f}"]
+        row += [f"{entry['flops']['step'] / 1e9:.1f}", f"{1e12 * entry['seconds_per_flop']:.3g}"]
         row.append(f"{100 * entry['share_of_matmul_rate']:.0f} %")
-        rows.append([*row, *([f"{entry['peak_bytes'] / 2**20:.0f}"] if "peak_bytes" in entry else [])])
+        if "peak_bytes" in entry:
+            row += [f"{1e-12 / entry['seconds_per_flop']:.0f}", f"{entry['peak_bytes'] / 2**20:.0f}"]
+        rows.append(row)
     head = ["", "step (quartiles)", *phases, "conv GFLOP", "ps per FLOP", "of matmul rate"]
-    head += ["peak MiB"] if any("peak_bytes" in entry for entry in report["contenders"].values()) else []
+    if any("peak_bytes" in entry for entry in report["contenders"].values()):
+        head += ["conv TFLOP/s", "peak MiB"]
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {p}" for p, rate in report["matmul_flops_per_second"].items())
     found = report["contenders"].items()
     details = [hotspot_table(name, entry["hotspots"]) for name, entry in found if "hotspots" in entry]

@@ -68,8 +68,7 @@ class TimedStep:
         patch = model.configuration.patch_size
         self.has_graphs = compiled and model.is_fast and waits_for_python(device, len(self.images), patch)
         if compiled:
-            if model.is_fast:
-                weights_to_channels_last(network)
+            weights_to_channels_last(network)
             # forward is one function for all networks of a class, and compiled anew for each
             torch._dynamo.config.recompile_limit = 64
             for module in model.loss.modules():

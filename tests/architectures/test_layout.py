@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +164,28 @@ class TestNetworks:
         results(torch.compile(ours, fullgraph=True, backend=backend), torch.randn(2, 2, *SIZE, device="meta"))
         assert devices == {"meta"}
 
+    @pytest.mark.parametrize("name", slow(*NETWORKS))
+    def test_mixed_precision_is_as_exact(self, name: str) -> None:
+        plain, ours = pair(name, torch.float32)
+        weights_to_channels_last(ours)
+        image = torch.randn(2, 2, *SIZE)
+        exact = torch.cat([value.flatten() for value in results(copy.deepcopy(plain).double(), image.double())])
+        errors = []
+        for network in (plain, torch.compile(ours, fullgraph=True, backend="aot_eager")):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = torch.cat([value.double().flatten() for value in results(network, image)])
+            errors.append(float((found - exact).detach().norm() / exact.detach().norm()))
+        assert 1e-4 < errors[1] < 1.1 * errors[0]
+
+    @pytest.mark.parametrize("name", slow("ConResNetPaper", "ConResNet", "VNet", "UNet3D with batch norm"))
+    def test_networks_that_are_not_made_fast_stay_contiguous(self, name: str) -> None:
+        """As nnUNet_conres_fast_step=0 and the benchmark's contiguous contenders have them."""
+        plain, _ = pair(name, torch.float32)
+        compiler = Convolutions()
+        results(torch.compile(plain, fullgraph=True, backend=compiler.backend), torch.randn(2, 2, *SIZE))
+        assert compiler.first_stride == SIZE[0] * SIZE[1] * SIZE[2]
+        assert compiler.are_channels_last.count(True) == 0
+
     def test_images_of_one_channel(self) -> None:
         ours = fast(PlainConvUNet(**(ARGUMENTS | CONVS | {"input_channels": 1})))
         weights_to_channels_last(ours)
@@ -226,6 +248,24 @@ def test_state_goes_both_ways(name: str) -> None:
         for parameter, expected, stride in zip(target.parameters(), source.parameters(), strides, strict=True):
             assert torch.equal(parameter, expected)
             assert parameter.stride() == stride
+
+
+@pytest.mark.usefixtures("cpu_is_fast")
+def test_weights_of_other_networks_stay() -> None:
+    """A trainer that a user derives from ours may build one, which contiguous images go through."""
+    other, part = _two_convolutions(), fast(_two_convolutions())
+    weights_to_channels_last(nn.ModuleDict({"other": other, "part": part}))
+    assert all(parameter.is_contiguous() for parameter in other.parameters())
+    assert all(not parameter.is_contiguous() for parameter in part.parameters() if parameter.ndim == 5)
+
+
+def test_can_be_pickled_and_copied() -> None:
+    ours = fast(PlainConvUNet(**ARGUMENTS, **CONVS))
+    for other in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert type(other) is type(ours)
+        assert other.has_group_norm == ours.has_group_norm
+        torch.testing.assert_close(other.state_dict(), ours.state_dict(), rtol=0, atol=0)
+        assert not {id(value) for value in other.parameters()} & {id(value) for value in ours.parameters()}
 
 
 @pytest.mark.usefixtures("cpu_is_fast")
@@ -332,12 +372,11 @@ def _two_convolutions() -> nn.Module:
 @pytest.mark.usefixtures("cpu_is_fast")
 def test_gradients_with_distributed_data_parallel(tmp_path: Path) -> None:
     """Without PyTorch's warning that gradients have another layout than the memory where they are summed."""
-    networks = [_two_convolutions() for _ in range(2)]
+    networks = [fast(_two_convolutions()) for _ in range(2)]
     image = torch.randn(2, 2, 8, 8, 8)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     try:
         wrapped = with_channels_last_weights(DistributedDataParallel(networks[1]))
-        gc.collect()  # of the wrapper that was replaced
         for _ in range(2):
             for network in (networks[0], wrapped):
                 network.zero_grad()

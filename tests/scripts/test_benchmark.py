@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from benchmark import main
-from benchmarks import plans
+from benchmarks import plans, step
 from benchmarks.convolutions import ConvolutionsAlone, record, training_flops
 from benchmarks.networks import NETWORKS, Task, build, make_batch, stock_plans
 from benchmarks.timing import BenchmarkError, Ratio, in_turn, totals
@@ -207,6 +208,14 @@ class TestStep:
         assert ratio["per_flop"] == pytest.approx(one["seconds_per_flop"] / other["seconds_per_flop"])
         alone = report["contenders"]["conresnet_convolutions float32"]
         assert alone["flops"] == one["flops"]
+
+    def test_table_of_a_gpu(self, report: dict[str, Any]) -> None:
+        report = deepcopy(report)
+        entry = report["contenders"]["conresnet float32"]
+        entry |= {"seconds_per_flop": 5.0e-15, "peak_bytes": 3 * 2**20}
+        lines = step.as_table(report).splitlines()
+        assert any(line.endswith("| conv TFLOP/s | peak MiB |") for line in lines)
+        assert any(line.startswith("| conresnet float32 |") and line.endswith("| 200 | 3 |") for line in lines)
 
     def test_hotspots(self, report: dict[str, Any]) -> None:
         found = report["contenders"]["conresnet float32"]["hotspots"]

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch._dynamo.eval_frame import DisableContext
 
+from nnunet_conres.architectures import layout
 from nnunet_conres.trainers import graphs, nnUNetTrainerMuon, nnUNetTrainerResidualMaps, nnUNetTrainerUNet3D
 from nnunet_conres.trainers.base import PluginTrainer
 from nnunet_conres.trainers.graphs import MOST_VOXELS, GraphedStepsTrainer, waits_for_python, with_graphs
@@ -188,15 +190,20 @@ def test_steps_are_right_where_outputs_are_overwritten(
 
 
 class TestFailure:
+    @pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, AssertionError])
     def test_step_is_taken_without_graphs(
-        self, make_trainer: Callable[..., Any], overwriting: list[Overwriting], monkeypatch: pytest.MonkeyPatch
+        self,
+        make_trainer: Callable[..., Any],
+        overwriting: list[Overwriting],
+        monkeypatch: pytest.MonkeyPatch,
+        kind: type[Exception],
     ) -> None:
         plain, ours = (started(make_trainer(nnUNetTrainerMuon)) for _ in range(2))
         plain._graphed_network = None
         ours._unwrapped_network().load_state_dict(plain._unwrapped_network().state_dict())
 
         def fail(*_: Any) -> Any:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            raise kind("operation not permitted when stream is capturing\nand more")
 
         n_calls: list[int] = []
         overwriting[1].register_forward_hook(lambda *_: n_calls.append(1) if len(n_calls) == 0 else fail())
@@ -224,6 +231,31 @@ class TestFailure:
             trainer.train_step(next(trainer.dataloader_train))
         assert trainer.network is compiled
         assert overwriting[0].n_calls == 1
+
+
+class Derived(nnUNetTrainerMuon):
+    """What users change: a network that nnU-Net builds, another optimiser, another step."""
+
+    build_network_architecture = staticmethod(nnUNetTrainer.build_network_architecture)
+    configure_optimizers = nnUNetTrainer.configure_optimizers
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return super().train_step(batch) | {"cases": len(batch["data"])}
+
+
+def test_trainers_that_users_derive(
+    make_trainer: Callable[..., Any], overwriting: list[Overwriting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "_DEVICES", {"cpu"})
+    trainer = started(make_trainer(Derived))
+    before = [parameter.clone() for parameter in trainer.network.parameters()]
+    batch = next(trainer.dataloader_train)
+    outputs = trainer.train_step(batch)
+    assert (outputs["cases"], outputs["skipped"], overwriting[0].n_calls) == (len(batch["data"]), 0, 1)
+    assert isinstance(trainer.optimizer, torch.optim.SGD)
+    assert not all(torch.equal(one, other) for one, other in zip(trainer.network.parameters(), before, strict=True))
+    # a network that computes contiguous would convert weights that are channels-last
+    assert all(parameter.is_contiguous() for parameter in trainer.network.parameters())
 
 
 def test_real_compiler_takes_the_options() -> None:
