@@ -23,7 +23,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.postprocessing import Postprocessing
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import visible
-from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, trained_folds
+from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, predict_logits, trained_folds
 from nnunet_conres.submission.models import FILE_ENDING, Challenge, challenge_of, drops_channels, rules_for
 from nnunet_conres.text import short_message
 
@@ -352,7 +352,7 @@ def _write(
     plans = predictor.plans_manager
     with_probabilities = rules is not None and rules.needs_probabilities
     converted = convert_predicted_logits_to_segmentation_with_correct_shape(
-        predictor.predict_logits_from_preprocessed_data(data).cpu().numpy(),
+        predict_logits(predictor, data, case.first_image.parent).numpy(),
         plans,
         predictor.configuration_manager,
         predictor.label_manager,

@@ -280,3 +280,19 @@ def test_a_failing_prediction_does_not_stop_the_others(
     done = predict(source, shared_model, folds=[0])
     assert list(done.written) == [NATIVE]
     assert done.failed[ATLAS] == (f"{source / ATLAS}: RuntimeError: CUDA out of memory.",)
+
+
+def test_nan_is_no_background(source: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """nnU-Net makes an empty label map of a network that computes NaN."""
+    model = make_model(tmp_path / "model", folds=1)
+    path = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    next(iter(checkpoint["network_weights"].values()))[0] = torch.nan
+    torch.save(checkpoint, path)
+    assert not nnunets(model, source / ATLAS).any()
+    done = predict(source, model)
+    assert done.written == {}
+    assert {name: "the model predicts NaN" in message for name, (message,) in done.failed.items()} == {
+        ATLAS: True,
+        NATIVE: True,
+    }
