@@ -140,8 +140,8 @@ def predict_brats(
             errors += error.errors
     if challenge is None or not source.is_dir():
         raise InputError(errors)
-    # Those that may not be predicted fail one by one.
-    found = find_cases([source], selection=challenge.selection, missing="zero")
+    # Those that may not be predicted fail one by one. As held out, for nothing is trained on them.
+    found = find_cases([], held_out_folders=[source], selection=challenge.selection, missing="zero")
     errors += found.errors
     if not found.cases:  # rather the scheme is wrong than every case
         errors += found.foreign_errors
@@ -251,9 +251,10 @@ def _failures(
     for reason, places in found.foreign.items():
         for place in places:
             failed[Path(place).name].append(f"{place} {reason}.")
+    expected = challenge.scheme.layout.expected()
     for folder in visible(source):
-        if folder.is_dir() and challenge.scheme.may_be(folder.name) and not any(nifti_files(folder)):
-            expected = challenge.scheme.layout.expected()
+        of_case = folder.is_dir() and challenge.scheme.may_be(folder.name) and folder.name not in failed
+        if of_case and not any(nifti_files(folder)):
             failed[folder.name].append(f"{folder} has no image; expected {expected} in the folder of a case.")
     return failed
 

@@ -143,6 +143,32 @@ def test_the_folder_names_the_case(
     assert {path.name for path in (tmp_path / "output").glob("*.nii.gz")} == {f"{name}.nii.gz" for name in names}
 
 
+def test_labels_in_a_folder_for_validation_do_not_matter(
+    tmp_path: Path, shared_model: Path, write_case: Callable[..., Path]
+) -> None:
+    """brats-convert would not train on them unasked; here nothing is trained."""
+    folder = write_case(tmp_path / "input" / "validation" / ATLAS)
+    shutil.copy(folder / f"{ATLAS}-t1c.nii.gz", folder / f"{ATLAS}-seg.nii.gz")
+    done = predict(tmp_path / "input", shared_model, folds=[0])
+    assert (list(done.written), done.failed) == ([ATLAS], {})
+
+
+def test_a_folder_that_cannot_be_read_fails_its_case(
+    source: Path, shared_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def denied(path: Any) -> Any:
+        if str(path) == str(source / ATLAS):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    done = predict(source, shared_model, folds=[0])
+    assert list(done.written) == [NATIVE]
+    assert done.failed[ATLAS] == (f"{source / ATLAS} cannot be read (Permission denied); make it readable.",)
+
+
 def test_where_every_case_fails_the_record_says_so(source: Path, shared_model: Path, tmp_path: Path) -> None:
     shutil.rmtree(source / NATIVE)
     image = source / ATLAS / f"{ATLAS}-t1c.nii.gz"
