@@ -14,6 +14,7 @@ from nnunet_conres import cli
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.metrics import MetricOptions
 from nnunet_conres.evaluation.postprocessing import Postprocessing, RegionSteps, Scheme, load_rules
+from nnunet_conres.evaluation.postprocessing_files import apply_to_folder
 from nnunet_conres.evaluation.postprocessing_fit import _evidence, best_value
 from nnunet_conres.evaluation.rules import read_rules
 from nnunet_conres.evaluation.scoring import ScoringJob, score_cases
@@ -194,6 +195,19 @@ class TestLoadRules:
     def test_errors(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(InputError, match=message):
             load_rules(self.write(tmp_path / "p.json", **changes))
+
+
+def test_labels_above_255_stay_what_they_are(tmp_path: Path) -> None:
+    labels = np.zeros((6, 7, 8), np.uint16)
+    labels[:4, 1:4], labels[5, 5, 5] = 300, 1
+    (tmp_path / "in").mkdir()
+    sitk.WriteImage(sitk.GetImageFromArray(labels), str(tmp_path / "in" / "a.nii.gz"))
+    dataset = {"labels": {"background": 0, "one": 1, "last": 300}, "file_ending": ".nii.gz"}
+    steps = {"one": {"smallest_component": 2.0}}
+    (tmp_path / "p.json").write_text(json.dumps({"format": 1, "dataset_json": dataset, "steps": steps}))
+    apply_to_folder(tmp_path / "in", tmp_path / "out", tmp_path / "p.json", progress=False)
+    labels[5, 5, 5] = 0
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "a.nii.gz"))), labels)
 
 
 class TestChoice:
