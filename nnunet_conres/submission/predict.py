@@ -236,9 +236,15 @@ def _names(cases: Sequence[Case], source: Path) -> dict[Case, str]:
 def _failures(
     found: Found, names: Mapping[Case, str], source: Path, challenge: Challenge, done: Predictions
 ) -> dict[str, list[str]]:
-    """What is wrong with single cases, by their names. Files beside a complete case that are none are warnings."""
+    """What is wrong with single cases, by their names.
+
+    Warnings go to `done`: files beside a complete case that are none of it, and folders with the images of another id.
+    """
     failed: dict[str, list[str]] = defaultdict(list)
     folders = {image.parent.resolve(): name for case, name in names.items() for image in case.images if image}
+    for case, name in names.items():
+        if not name.casefold().startswith(case.case_id.casefold()):
+            done.warnings.append(f"{case.first_image.parent} has the images of {case.case_id}; predicted as {name}.")
     for where, messages in found.bad.items():
         path = Path(where)
         if not path.is_file():

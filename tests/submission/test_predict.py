@@ -136,9 +136,11 @@ def test_the_folder_names_the_case(
     model = make_model(tmp_path / "model", scheme="2024-GoAT", folds=1)
     write_case(tmp_path / "input/BraTS-GoAT-00001-000", case_id="BraTS-GoAT-00001")
     write_case(tmp_path / "input/odd", case_id="BraTS-GoAT-00002")
+    another = write_case(tmp_path / "input/BraTS-GoAT-00009", case_id="BraTS-GoAT-00003")
     done = predict(tmp_path / "input", model, scheme="2026-GoAT")
     assert done.failed == {}
-    names = {"BraTS-GoAT-00001-000", "BraTS-GoAT-00002"}
+    assert done.warnings == [f"{another} has the images of BraTS-GoAT-00003; predicted as BraTS-GoAT-00009."]
+    names = {"BraTS-GoAT-00001-000", "BraTS-GoAT-00002", "BraTS-GoAT-00009"}
     assert set(done.written) == names
     assert {path.name for path in (tmp_path / "output").glob("*.nii.gz")} == {f"{name}.nii.gz" for name in names}
 
