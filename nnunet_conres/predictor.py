@@ -16,6 +16,7 @@ from nnunet_conres.text import no_device, short_message
 from nnunet_conres.unpickling import read_checkpoint
 
 if TYPE_CHECKING:
+    import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 DEFAULT_CHECKPOINT: Final = "checkpoint_final.pth"
@@ -80,6 +81,31 @@ def load_predictor(
         except (RuntimeError, KeyError, ValueError) as error:
             raise InputError([f"{folder} cannot be loaded: {short_message(error)}."]) from error
     return predictor
+
+
+def predict_logits(predictor: nnUNetPredictor, data: torch.Tensor, where: object) -> torch.Tensor:
+    """Logits of a preprocessed image.
+
+    nnU-Net stops at infinite logits, but makes background of NaN.
+
+    Args:
+        predictor: What `load_predictor` returned.
+        data: The image (C, z, y, x).
+        where: The image's file or folder, for messages.
+
+    Returns:
+        Logits (classes or regions, z, y, x), on the CPU.
+
+    Raises:
+        InputError: Some are NaN or infinite.
+    """
+    logits: torch.Tensor = predictor.predict_logits_from_preprocessed_data(data).cpu()
+    if not logits.isfinite().all():
+        raise InputError(
+            f"{where}: the model predicts NaN. Try -device cpu, which computes with 32 bits; if that does not help, "
+            f"choose another checkpoint: this one is of a training that failed."
+        )
+    return logits
 
 
 def model_errors(folder: Path, folds: Sequence[int | str], checkpoint: str) -> Iterator[str]:

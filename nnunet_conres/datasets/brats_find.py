@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -215,12 +215,17 @@ def _collect(
         found: Gets an error for every file without a place, and for folders that are none or of two kinds.
     """
     cases: dict[tuple[Path, str, Layout], _Files] = defaultdict(lambda: defaultdict(list))
+
+    def unreadable(error: OSError) -> None:
+        where = str(error.filename)
+        found.bad[where] = [f"{where} cannot be read ({error.strerror}); make it readable."]
+
     for root in roots:
         if not Path(root).is_dir():
             found.errors.append(f"{root} is not a folder; expected a folder with BraTS cases.")
             continue
         shared = []
-        for path in nifti_files(Path(root)):
+        for path in nifti_files(Path(root), unreadable):
             # One folder inside another, or named twice, is not a second copy of its cases.
             itself = path.resolve()
             first = itself not in owners
@@ -296,10 +301,15 @@ def _folder_names(folder: Path, roots: Sequence[Path]) -> tuple[str, ...]:
     return (itself.name,)
 
 
-def nifti_files(root: Path) -> Iterator[Path]:
-    """All NIfTI files below a folder that are not hidden, sorted."""
+def nifti_files(root: Path, on_error: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """All NIfTI files below a folder that are not hidden, sorted.
+
+    Args:
+        root: The folder.
+        on_error: Called for each folder that cannot be read; by default it is passed over.
+    """
     seen = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, onerror=on_error, followlinks=True):
         # A link may lead back to a folder above it.
         if os.path.realpath(folder) in seen:
             subfolders.clear()

@@ -29,7 +29,7 @@ from nnunet_conres.folders import check_complete, visible, writing
 from nnunet_conres.images.volumes import read_labels, write_labels
 from nnunet_conres.nnunet import PREPROCESSED, RESULTS, SPLITS_FILE, Model, folder_from_environment, not_set
 from nnunet_conres.parallel import map_cases
-from nnunet_conres.predictor import DEFAULT_CHECKPOINT, device_errors, load_predictor
+from nnunet_conres.predictor import DEFAULT_CHECKPOINT, device_errors, load_predictor, predict_logits
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -456,7 +456,7 @@ def _predict_groups(
             for case_id, data, properties in _preprocessed(
                 predictor, cases, ending, previous_stage_folder, preprocessing_processes
             ):
-                logits = predictor.predict_logits_from_preprocessed_data(data).cpu().numpy()
+                logits = predict_logits(predictor, data, by_id[case_id].images[0]).numpy()
                 job = _Output(
                     logits,
                     properties,

@@ -211,7 +211,7 @@ def _one(job: _Job) -> int | list[str]:
             result = job.postprocessing.apply(labels.voxels, probabilities, labels.spacing)
         except InputError as error:
             return [f"{job.prediction.labels}: {text}" for text in error.errors]
-        write_labels(job.output, result.astype(np.uint8), labels.properties, job.reader)
+        write_labels(job.output, result.astype(np.min_scalar_type(max(allowed))), labels.properties, job.reader)
     except InputError as error:
         return list(error.errors)
     return int((result != labels.voxels).sum())

@@ -291,7 +291,9 @@ def _content(fit: Fit, found: Found, less: Mapping[str, str], rules: Rules | Non
 
 @dataclass(frozen=True)
 class _Scorer:
-    """Scores a region: by its Dice, or by the lesion-wise Dice of a challenge.
+    """Scores a region: by its Dice, or by the lesion-wise Dice of a challenge; 1 where both label maps lack it.
+
+    The rules of 2026 give no score there, with which it would gain nothing to remove a false lesion from such a case.
 
     Attributes:
         labels: Label values of each region.
@@ -306,11 +308,10 @@ class _Scorer:
     ) -> float:
         if region in self.rules:
             rules, labels = self.rules[region]
-            scores = challenge_scores(reference, prediction, spacing, rules, labels)
-            return scores[rules.regions[0]]["lesion_dice"]
+            score = challenge_scores(reference, prediction, spacing, rules, labels)[rules.regions[0]]["lesion_dice"]
+            return 1.0 if math.isnan(score) else score
         true, predicted = (np.isin(labels, self.labels[region]) for labels in (reference, prediction))
         total = int(true.sum()) + int(predicted.sum())
-        # As BraTS has it: where there is nothing to be found, finding nothing is right.
         return 2 * int((true & predicted).sum()) / total if total else 1.0
 
 
@@ -436,13 +437,8 @@ def _evidence(
         # Nor other images of its patients, if these are in other folds.
         held_out = {groups[case] for case, of_case in folds.items() if of_case == fold}
         by_fold[fold] = best_value([of for case, of in scores.items() if groups[case] not in held_out])
-    known = {
-        case: of[by_fold[folds[case]]] - of[_LEAVE_OFF]
-        for case, of in scores.items()
-        if not math.isnan(of[by_fold[folds[case]]] - of[_LEAVE_OFF])
-    }
-    gains = list(known.values())
-    (interval,) = mean_intervals([gains], [[groups[case] for case in known]])
+    gains = [of[by_fold[folds[case]]] - of[_LEAVE_OFF] for case, of in scores.items()]
+    (interval,) = mean_intervals([gains], [[groups[case] for case in scores]])
     return Evidence(
         region,
         step,
@@ -463,21 +459,18 @@ def best_value(scores: Sequence[Mapping[Any, float]]) -> Any:
     """The value with the highest gain; of equal ones the first, which changes least.
 
     Args:
-        scores: Of each case, by value; None stands for leaving it off, and comes first. A case without a score gains
-            nothing.
+        scores: Of each case, by value; None stands for leaving it off, and comes first.
     """
     best, highest = _LEAVE_OFF, 0.0
     for value in scores[0] if scores else ():
-        gains = (of[value] - of[_LEAVE_OFF] for of in scores)
-        gain = math.fsum(gain for gain in gains if not math.isnan(gain))
+        gain = math.fsum(of[value] - of[_LEAVE_OFF] for of in scores)
         if gain > highest + 1e-12:
             best, highest = value, gain
     return best
 
 
 def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
+    return math.fsum(values) / len(values)
 
 
 def _chosen(scheme: Scheme, evidence: Sequence[Evidence], folds: Sequence[int]) -> Postprocessing:
@@ -498,6 +491,5 @@ def _chosen(scheme: Scheme, evidence: Sequence[Evidence], folds: Sequence[int]) 
 def _together(
     region: str, before: Mapping[str, float], after: Mapping[str, float], groups: Mapping[str, str]
 ) -> Together:
-    cases = [case for case in before if not math.isnan(before[case]) and not math.isnan(after[case])]
-    (interval,) = mean_intervals([[after[case] - before[case] for case in cases]], [[groups[case] for case in cases]])
-    return Together(region, _mean([before[case] for case in cases]), _mean([after[case] for case in cases]), interval)
+    (interval,) = mean_intervals([[after[case] - before[case] for case in before]], [[groups[case] for case in before]])
+    return Together(region, _mean(list(before.values())), _mean(list(after.values())), interval)

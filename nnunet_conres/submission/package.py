@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shlex
@@ -117,8 +118,10 @@ def package_model(
         raise InputError(errors)
 
     own_scheme = challenge.scheme.path
+    # Files that build containers separate names by spaces.
+    scheme_file = "" if own_scheme is None else f"{re.sub('[^A-Za-z0-9-]+', '_', own_scheme.stem)}.toml"
     command = ["nnunet-conres", "predict-brats", "-m", f"{_HOME}/{MODEL}"]
-    command += ["--scheme", challenge.scheme.name if own_scheme is None else f"{_HOME}/{own_scheme.name}"]
+    command += ["--scheme", challenge.scheme.name if own_scheme is None else f"{_HOME}/{scheme_file}"]
     command += [] if missing is None else ["--missing", missing]
     command += [] if postprocessing is None else ["--postprocessing", f"{_HOME}/{_POSTPROCESSING}"]
     requirements, warnings = pinned_requirements()
@@ -131,7 +134,7 @@ def package_model(
             exported.parent.mkdir(parents=True)
             write_weights(trained, exported)
         copied = [(source / name, partial / MODEL / name) for name in ("dataset.json", "plans.json")]
-        extra = [] if own_scheme is None else [(own_scheme, partial / own_scheme.name)]
+        extra = [] if own_scheme is None else [(own_scheme, partial / scheme_file)]
         extra += [] if postprocessing is None else [(Path(postprocessing), partial / _POSTPROCESSING)]
         copied += extra
         for original, copy in copied:
@@ -193,10 +196,6 @@ def _trainer_errors(source: Path, model: Model, folds: Sequence[int | str], chec
 _PYTHON: Final = f"python:{platform.python_version()}-slim"
 
 
-def _quoted(words: Sequence[str]) -> str:
-    return "[" + ", ".join(f'"{word}"' for word in words) + "]"
-
-
 # A container may run as any user, without a home, and with nothing writable but /output and /tmp.
 _ENVIRONMENT: Final = {
     "HOME": "/tmp",
@@ -223,8 +222,8 @@ RUN pip install --no-cache-dir -r {_HOME}/{_REQUIREMENTS} \\
 
 {copies}COPY {MODEL} {_HOME}/{MODEL}
 
-ENTRYPOINT {_quoted(command)}
-CMD {_quoted(_FOLDERS)}
+ENTRYPOINT {json.dumps(command)}
+CMD {json.dumps(_FOLDERS)}
 """
 
 

@@ -23,7 +23,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.postprocessing import Postprocessing
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import visible
-from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, trained_folds
+from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, predict_logits, trained_folds
 from nnunet_conres.submission.models import FILE_ENDING, Challenge, challenge_of, drops_channels, rules_for
 from nnunet_conres.text import short_message
 
@@ -140,8 +140,8 @@ def predict_brats(
             errors += error.errors
     if challenge is None or not source.is_dir():
         raise InputError(errors)
-    # Those that may not be predicted fail one by one.
-    found = find_cases([source], selection=challenge.selection, missing="zero")
+    # Those that may not be predicted fail one by one. As held out, for nothing is trained on them.
+    found = find_cases([], held_out_folders=[source], selection=challenge.selection, missing="zero")
     errors += found.errors
     if not found.cases:  # rather the scheme is wrong than every case
         errors += found.foreign_errors
@@ -236,9 +236,15 @@ def _names(cases: Sequence[Case], source: Path) -> dict[Case, str]:
 def _failures(
     found: Found, names: Mapping[Case, str], source: Path, challenge: Challenge, done: Predictions
 ) -> dict[str, list[str]]:
-    """What is wrong with single cases, by their names. Files beside a complete case that are none are warnings."""
+    """What is wrong with single cases, by their names.
+
+    Warnings go to `done`: files beside a complete case that are none of it, and folders with the images of another id.
+    """
     failed: dict[str, list[str]] = defaultdict(list)
     folders = {image.parent.resolve(): name for case, name in names.items() for image in case.images if image}
+    for case, name in names.items():
+        if not name.casefold().startswith(case.case_id.casefold()):
+            done.warnings.append(f"{case.first_image.parent} has the images of {case.case_id}; predicted as {name}.")
     for where, messages in found.bad.items():
         path = Path(where)
         if not path.is_file():
@@ -251,9 +257,10 @@ def _failures(
     for reason, places in found.foreign.items():
         for place in places:
             failed[Path(place).name].append(f"{place} {reason}.")
+    expected = challenge.scheme.layout.expected()
     for folder in visible(source):
-        if folder.is_dir() and challenge.scheme.may_be(folder.name) and not any(nifti_files(folder)):
-            expected = challenge.scheme.layout.expected()
+        of_case = folder.is_dir() and challenge.scheme.may_be(folder.name) and folder.name not in failed
+        if of_case and not any(nifti_files(folder)):
             failed[folder.name].append(f"{folder} has no image; expected {expected} in the folder of a case.")
     return failed
 
@@ -352,7 +359,7 @@ def _write(
     plans = predictor.plans_manager
     with_probabilities = rules is not None and rules.needs_probabilities
     converted = convert_predicted_logits_to_segmentation_with_correct_shape(
-        predictor.predict_logits_from_preprocessed_data(data).cpu().numpy(),
+        predict_logits(predictor, data, case.first_image.parent).numpy(),
         plans,
         predictor.configuration_manager,
         predictor.label_manager,

@@ -564,9 +564,10 @@ class Step:
         with hold(folder.with_name(f"{name}.lock")) as descriptor:
             if self._is_done(stamp, made_of):
                 return
-            if stamp.is_file():  # else the folder is somebody else's, and the command refuses it
+            if stamp.is_file():
                 shutil.rmtree(folder, ignore_errors=True)
-            write_if_changed(stamp, _UNFINISHED)
+            if not folder.exists():  # else it is somebody else's, and the command refuses it
+                write_if_changed(stamp, _UNFINISHED)
             run(self.command, self.log, keep=[descriptor])
             self._record(sorted(path for path in folder.rglob("*") if path.is_file()), made_of, stamp)
 

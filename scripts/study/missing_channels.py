@@ -25,7 +25,7 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.statistics import mean_intervals
 from nnunet_conres.files import read_json, try_read_json
 from nnunet_conres.nnunet import FOLDER_VARIABLES, folder_from_environment
-from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, model_errors
+from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, model_errors, predict_logits
 from nnunet_conres.text import markdown_table
 
 COMPLETE = "all channels"
@@ -96,7 +96,7 @@ def score(model: Path, folds: Sequence[int], checkpoint: str, device: str) -> di
                 image = torch.from_numpy(data.copy())
                 if absent is not None:
                     image[absent] = 0
-                logits = predictor.predict_logits_from_preprocessed_data(image)
+                logits = predict_logits(predictor, image, case)
                 predicted = np.asarray(labels.convert_logits_to_segmentation(logits))
                 scores[case].append(mean_dice(truth, predicted, regions))
     return scores

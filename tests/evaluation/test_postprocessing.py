@@ -1,5 +1,4 @@
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,12 @@ import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
 from scipy.ndimage import gaussian_filter
 
 from nnunet_conres import cli
+from nnunet_conres.datasets.brats_schemes import SCHEMES
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.metrics import MetricOptions
 from nnunet_conres.evaluation.postprocessing import Postprocessing, RegionSteps, Scheme, load_rules
-from nnunet_conres.evaluation.postprocessing_fit import _evidence, best_value
+from nnunet_conres.evaluation.postprocessing_files import apply_to_folder
+from nnunet_conres.evaluation.postprocessing_fit import _evidence, _scorer, best_value
 from nnunet_conres.evaluation.rules import read_rules
 from nnunet_conres.evaluation.scoring import ScoringJob, score_cases
 
@@ -196,9 +197,33 @@ class TestLoadRules:
             load_rules(self.write(tmp_path / "p.json", **changes))
 
 
+def test_labels_above_255_stay_what_they_are(tmp_path: Path) -> None:
+    labels = np.zeros((6, 7, 8), np.uint16)
+    labels[:4, 1:4], labels[5, 5, 5] = 300, 1
+    (tmp_path / "in").mkdir()
+    sitk.WriteImage(sitk.GetImageFromArray(labels), str(tmp_path / "in" / "a.nii.gz"))
+    dataset = {"labels": {"background": 0, "one": 1, "last": 300}, "file_ending": ".nii.gz"}
+    steps = {"one": {"smallest_component": 2.0}}
+    (tmp_path / "p.json").write_text(json.dumps({"format": 1, "dataset_json": dataset, "steps": steps}))
+    apply_to_folder(tmp_path / "in", tmp_path / "out", tmp_path / "p.json", progress=False)
+    labels[5, 5, 5] = 0
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "a.nii.gz"))), labels)
+
+
 class TestChoice:
+    def test_what_both_lack_is_right_by_all_rules(self) -> None:
+        """2026's rules have no score there, and a false lesion that is removed would gain nothing."""
+        dataset = SCHEMES["2025-MET"].label_set.dataset_json("regions")
+        empty = np.zeros((4, 5, 6), np.int32)
+        false = empty.copy()
+        false[1, 1, 1] = dataset["labels"]["resection_cavity"]
+        for rules in (None, read_rules("2026-MET")):
+            scorer = _scorer(Scheme.of(dataset), dataset, rules)
+            assert scorer("resection_cavity", empty, empty, (1.0, 1.0, 1.0)) == 1
+            assert scorer("resection_cavity", empty, false, (1.0, 1.0, 1.0)) == 0
+
     def test_best_value(self) -> None:
-        scores = [{None: 0.5, 10: 0.6, 50: 0.7, 100: 0.7}, {None: 0.5, 10: math.nan, 50: 0.5, 100: 0.5}]
+        scores = [{None: 0.5, 10: 0.6, 50: 0.7, 100: 0.7}, {None: 0.5, 10: 0.5, 50: 0.5, 100: 0.5}]
         assert best_value(scores) == 50
         assert best_value([{None: 0.5, 10: 0.5}]) is None
         assert best_value([]) is None

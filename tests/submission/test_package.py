@@ -110,13 +110,16 @@ class TestPackage:
         one, other = (np.asarray(nibabel.load(place / f"{CASE}.nii.gz").dataobj) for place in (packed, direct))
         np.testing.assert_array_equal(one, other)
 
-    def test_a_scheme_of_the_users_own(self, results: Path, tmp_path: Path) -> None:
-        scheme = tmp_path / "2027-MET.toml"
+    @pytest.mark.parametrize(
+        ("name", "copy"), [("2027-MET.toml", "2027-MET.toml"), ('our "2027" MET.toml', "our_2027_MET.toml")]
+    )
+    def test_a_scheme_of_the_users_own(self, results: Path, tmp_path: Path, name: str, copy: str) -> None:
+        scheme = tmp_path / name
         scheme.write_text('like = "2025-MET"\ntitle = "BraTS 2027, metastases"\n')
         done = package_model("Dataset950_Tiny", MODEL, [0], tmp_path / "package", scheme=str(scheme))
-        assert (done.folder / "2027-MET.toml").read_bytes() == scheme.read_bytes()
-        assert done.command[-2:] == ("--scheme", "/opt/nnunet-conres/2027-MET.toml")
-        assert "COPY 2027-MET.toml /opt/nnunet-conres/" in (done.folder / "Dockerfile").read_text()
+        assert (done.folder / copy).read_bytes() == scheme.read_bytes()
+        assert done.command[-2:] == ("--scheme", f"/opt/nnunet-conres/{copy}")
+        assert f"COPY {copy} /opt/nnunet-conres/" in (done.folder / "Dockerfile").read_text()
         assert done.model_bytes < done.checkpoint_bytes * 0.55
 
     def test_postprocessing(

@@ -136,11 +136,39 @@ def test_the_folder_names_the_case(
     model = make_model(tmp_path / "model", scheme="2024-GoAT", folds=1)
     write_case(tmp_path / "input/BraTS-GoAT-00001-000", case_id="BraTS-GoAT-00001")
     write_case(tmp_path / "input/odd", case_id="BraTS-GoAT-00002")
+    another = write_case(tmp_path / "input/BraTS-GoAT-00009", case_id="BraTS-GoAT-00003")
     done = predict(tmp_path / "input", model, scheme="2026-GoAT")
     assert done.failed == {}
-    names = {"BraTS-GoAT-00001-000", "BraTS-GoAT-00002"}
+    assert done.warnings == [f"{another} has the images of BraTS-GoAT-00003; predicted as BraTS-GoAT-00009."]
+    names = {"BraTS-GoAT-00001-000", "BraTS-GoAT-00002", "BraTS-GoAT-00009"}
     assert set(done.written) == names
     assert {path.name for path in (tmp_path / "output").glob("*.nii.gz")} == {f"{name}.nii.gz" for name in names}
+
+
+def test_labels_in_a_folder_for_validation_do_not_matter(
+    tmp_path: Path, shared_model: Path, write_case: Callable[..., Path]
+) -> None:
+    """brats-convert would not train on them unasked; here nothing is trained."""
+    folder = write_case(tmp_path / "input" / "validation" / ATLAS)
+    shutil.copy(folder / f"{ATLAS}-t1c.nii.gz", folder / f"{ATLAS}-seg.nii.gz")
+    done = predict(tmp_path / "input", shared_model, folds=[0])
+    assert (list(done.written), done.failed) == ([ATLAS], {})
+
+
+def test_a_folder_that_cannot_be_read_fails_its_case(
+    source: Path, shared_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def denied(path: Any) -> Any:
+        if str(path) == str(source / ATLAS):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    done = predict(source, shared_model, folds=[0])
+    assert list(done.written) == [NATIVE]
+    assert done.failed[ATLAS] == (f"{source / ATLAS} cannot be read (Permission denied); make it readable.",)
 
 
 def test_where_every_case_fails_the_record_says_so(source: Path, shared_model: Path, tmp_path: Path) -> None:
@@ -280,3 +308,19 @@ def test_a_failing_prediction_does_not_stop_the_others(
     done = predict(source, shared_model, folds=[0])
     assert list(done.written) == [NATIVE]
     assert done.failed[ATLAS] == (f"{source / ATLAS}: RuntimeError: CUDA out of memory.",)
+
+
+def test_nan_is_no_background(source: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """nnU-Net makes an empty label map of a network that computes NaN."""
+    model = make_model(tmp_path / "model", folds=1)
+    path = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    next(iter(checkpoint["network_weights"].values()))[0] = torch.nan
+    torch.save(checkpoint, path)
+    assert not nnunets(model, source / ATLAS).any()
+    done = predict(source, model)
+    assert done.written == {}
+    assert {name: "the model predicts NaN" in message for name, (message,) in done.failed.items()} == {
+        ATLAS: True,
+        NATIVE: True,
+    }

@@ -463,9 +463,10 @@ class TestPredict:
         # a folder that the workflow did not make
         shutil.rmtree(folder.parent)
         folder.mkdir(parents=True)
-        with pytest.raises(StepError, match="exit code 1"):
-            make()
-        assert folder.is_dir()
+        for _ in range(2):  # nor does a second attempt remove it
+            with pytest.raises(StepError, match="exit code 1"):
+                make()
+            assert folder.is_dir()
 
     def test_a_case_that_is_gone_goes_from_the_predictions(self, trained: Experiment) -> None:
         for part in (0, 1):
