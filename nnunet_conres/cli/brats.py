@@ -1,6 +1,7 @@
 """Arguments of the commands around BraTS."""
 
 import argparse
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -286,7 +287,7 @@ def _package(arguments: argparse.Namespace) -> int:
     print(f"{done.folder}")
     print(f"  weights: {done.model_bytes / 2**20:.1f} MiB of checkpoints with {done.checkpoint_bytes / 2**20:.1f} MiB")
     print(f"  runs:    {' '.join(done.command)} -i /input -o /output")
-    print(f"Next: docker build -t submission {done.folder}")
+    print(f"Next: {shlex.join(['docker', 'build', '-t', 'submission', str(done.folder)])}")
     return 0
 
 

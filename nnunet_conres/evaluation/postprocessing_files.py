@@ -75,7 +75,12 @@ def apply_to_folder(
     if not paths:
         errors.append(f"{folder} has no file that ends in {file_ending}; expected predictions of nnU-Net.")
     errors += unsafe_ids([path.name.removesuffix(file_ending) for path in paths], folder)
-    if (folder / "dataset.json").is_file():
+    if paths and not (folder / "dataset.json").is_file():
+        errors.append(
+            f"{folder} has no dataset.json, so it is unknown which label is which; nnU-Net puts that of the data set "
+            f"beside its predictions. Copy it there."
+        )
+    elif paths:
         try:
             check_labels(postprocessing, read_json(folder / "dataset.json"), folder / "dataset.json")
         except InputError as error:

@@ -198,7 +198,7 @@ def fit_postprocessing(
     with_probabilities = all(model.predictions[case].probabilities(file_ending).is_file() for case in found.cases)
     if not with_probabilities:
         lines = [missing.as_text for missing in found.missing_probabilities]
-        notes.append(" ".join(["No thresholds are tried.", *dict.fromkeys(lines)]))
+        notes.append("\n  ".join(["No thresholds are tried.", *dict.fromkeys(lines)]))
     scorer = _scorer(scheme, found.dataset_json, rules)
     reader = reader_for(found.dataset_json, [found.references[case] for case in found.cases])
     job = _Job("", Path(), Path(), None, scheme, scorer, reader, ignore_label(found.dataset_json["labels"]))
@@ -235,11 +235,27 @@ def fit_postprocessing(
         )
         for region in scheme.regions
     ]
+    notes += notes_on_losses(together)
     metric = "Dice" if rules is None else f"lesion-wise Dice ({rules.name})"
     fit = Fit(output, postprocessing, evidence, together, metric, notes)
     with writing(output.parent, lock=f".{output.name}.lock"):
         write_json(output, _content(fit, found, less, rules))
     return fit
+
+
+def notes_on_losses(together: Sequence[Together]) -> list[str]:
+    """A note on the regions that lose by all kept steps: steps are judged by their own region alone.
+
+    Args:
+        together: Of every region.
+    """
+    lost = [one.region for one in together if one.interval.high < 0]
+    if not lost:
+        return []
+    return [
+        f"All kept steps together lower the score of {', '.join(lost)} for certain, because steps of one region change "
+        f"others too: weigh this loss against the gains in the last table."
+    ]
 
 
 def _less(dataset_json: Mapping[str, Any]) -> dict[str, str]:

@@ -306,9 +306,10 @@ def _bootstrap(
     for number, data in enumerate(series):
         if data.shape[1] < 2:
             continue
-        if (np.ptp(data, axis=1) == 0).all():
-            point = float(statistic(data[np.newaxis], np.ones((1, data.shape[1]), np.int32))[0, 0])
-            intervals[number] = Interval(point, point)
+        # Also where units are of different sizes, as groups are.
+        alone = statistic(data[np.newaxis], np.eye(data.shape[1], dtype=np.int32))[0]
+        if np.ptp(alone) == 0:
+            intervals[number] = Interval(float(alone[0]), float(alone[0]))
         else:
             by_length[data.shape[1]].append(number)
     for length, numbers in by_length.items():

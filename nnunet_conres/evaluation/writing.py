@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -97,7 +99,8 @@ def write_brats_tables(folder: Path, content: Mapping[str, Any], table: str, nam
     """Write each model's scores as the table that brats-evaluation's brats-parse-metrics writes.
 
     Args:
-        folder: Gets a file MODEL.csv for each model, by its key; made if need be.
+        folder: Gets a file MODEL.csv for each model, by its name, with _ for what file names should not have; made if
+            need be.
         content: What report.json holds, of scores like brats-evaluation's.
         table: "seg" or "mets".
         names: Name of the reference's file, by case.
@@ -105,7 +108,10 @@ def write_brats_tables(folder: Path, content: Mapping[str, Any], table: str, nam
     with file_errors(folder):
         folder.mkdir(exist_ok=True)
     columns = _COLUMNS[table]
-    for model in content["models"]:
+    stems = [re.sub(r"[^\w.+-]+", "_", model["name"]) for model in content["models"]]
+    taken = Counter(stem.casefold() for stem in stems)
+    for model, stem in zip(content["models"], stems, strict=True):
+        file_name = f"{stem}.csv" if taken[stem.casefold()] == 1 else f"{stem}_{model['key']}.csv"
         rows = {
             names[case["id"]]: [
                 _like_the_tool(case["scores"][model["key"]][region], metric)
@@ -114,7 +120,7 @@ def write_brats_tables(folder: Path, content: Mapping[str, Any], table: str, nam
             ]
             for case in content["cases"]
         }
-        with written_whole(folder / f"{model['key']}.csv") as partial, partial.open("w", newline="") as file:
+        with written_whole(folder / file_name) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(
                 ["subject_id", *(f"{column}_{region.lower()}" for region in content["regions"] for column in columns)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +33,7 @@ class Challenge:
         tissues: Tissue of each of the model's labels.
         table: The challenge's label of each of the model's that has one.
         missing: Channels that are zero images in some of the cases that the model was trained on.
+        warnings: What the user should know.
     """
 
     scheme: Scheme
@@ -40,6 +41,7 @@ class Challenge:
     tissues: Mapping[int, str]
     table: Mapping[int, int]
     missing: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def challenge_of(folder: Path, scheme: str | None) -> Challenge:
@@ -50,8 +52,8 @@ def challenge_of(folder: Path, scheme: str | None) -> Challenge:
         scheme: A scheme's name, or a TOML file that describes one; None for the one of the model's data set.
 
     Raises:
-        InputError: The model cannot predict such cases: they have other channels, or its labels are none of BraTS's.
-            Lists all that is wrong.
+        InputError: The model cannot predict such cases: they have other channels or other tissues, or its labels are
+            none of BraTS's. Lists all that is wrong.
     """
     path = folder / "dataset.json"
     content = read_json(path)
@@ -62,6 +64,8 @@ def challenge_of(folder: Path, scheme: str | None) -> Challenge:
     errors += found
     if challenge is not None:
         errors += _channel_errors(path, content, challenge)
+        tissue_errors, warnings = _tissue_messages(path, list(tissues.values()), challenge)
+        errors += tissue_errors
     if content.get("file_ending") != FILE_ENDING:
         errors.append(f"{path} has file_ending {content.get('file_ending')}; expected {FILE_ENDING}, as brats-convert.")
     if errors or challenge is None:
@@ -73,6 +77,7 @@ def challenge_of(folder: Path, scheme: str | None) -> Challenge:
         tissues=tissues,
         table={0: 0, **{label: values[tissue] for label, tissue in tissues.items() if tissue in values}},
         missing=tuple(content.get(MISSING_ENTRY, ())),
+        warnings=tuple(warnings),
     )
 
 
@@ -100,6 +105,32 @@ def _channel_errors(path: Path, content: Mapping[str, Any], scheme: Scheme) -> l
         f"{', '.join(scheme.layout.channels)}. For this model {advice}; for these cases, take a model "
         f"trained on a data set of nnunet-conres brats-convert {scheme.option}."
     ]
+
+
+def _tissue_messages(path: Path, tissues: Sequence[str], scheme: Scheme) -> tuple[list[str], list[str]]:
+    """Errors and warnings about a model's tissues: errors if each, model and challenge, has one that the other lacks.
+
+    A model of several years may know a cavity that its challenge does not ask for. A paediatric model, which divides
+    the tumour core in another way, is one of another challenge.
+    """
+    beyond = [tissue for tissue in tissues if tissue not in scheme.labels.values()]
+    lacking = [tissue for tissue in scheme.labels.values() if tissue not in tissues]
+    if beyond and lacking:
+        message = (
+            f"{path}: the model was trained with the tissues {', '.join(tissues)}; {scheme.called} has "
+            f"{', '.join(scheme.labels.values())}. Choose the --scheme whose tissues the model was trained on, or take "
+            f"a model trained on a data set of nnunet-conres brats-convert {scheme.option}."
+        )
+        return [message], []
+    warnings = []
+    if beyond:
+        warnings.append(
+            f"{path}: the model knows {' and '.join(beyond)}, which {scheme.called} has no label for; a case in which "
+            f"it predicts any fails."
+        )
+    if lacking and tissues:
+        warnings.append(f"{path}: the model knows no {' and '.join(lacking)}, which {scheme.called} asks for.")
+    return [], warnings
 
 
 def rules_for(path: str | Path, folder: Path) -> Postprocessing:

@@ -160,7 +160,7 @@ def package_model(
         check_complete(partial, [_DOCKERFILE, _APPTAINER, _README, _REQUIREMENTS, RECORD, wheel.name])
         trained_bytes = sum(trained.stat().st_size for trained, _ in weights)
         exported_bytes = sum(exported.stat().st_size for _, exported in weights)
-    return Package(output, tuple(command), trained_bytes, exported_bytes, tuple(warnings))
+    return Package(output, tuple(command), trained_bytes, exported_bytes, (*challenge.warnings, *warnings))
 
 
 def _trainer_errors(source: Path, model: Model, folds: Sequence[int | str], checkpoint: str) -> list[str]:
@@ -264,11 +264,12 @@ say what became of them.
 ```bash
 docker build -t {image} .
 docker run --rm --network none --gpus all --memory 16G --shm-size 4G \\
-    -v CASES:/input:ro -v PREDICTIONS:/output {image}
+    -v /PATH/CASES:/input:ro -v /PATH/PREDICTIONS:/output {image}
 docker save {image} | gzip > {image}.tar.gz
 ```
 
-With Podman the same, with `podman` for `docker` and `--device nvidia.com/gpu=all` for `--gpus all`. With Apptainer:
+Give `-v` absolute paths: Docker takes a bare name for a volume. With Podman the same, with `podman` for `docker` and
+`--device nvidia.com/gpu=all` for `--gpus all`. With Apptainer:
 
 ```bash
 apptainer build {image}.sif {_APPTAINER}

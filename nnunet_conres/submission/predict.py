@@ -150,7 +150,7 @@ def predict_brats(
 
     # Labels, where there are any, are not looked at.
     names = _names([replace(case, labels=None) for case in found.cases], source)
-    done = Predictions()
+    done = Predictions(warnings=list(challenge.warnings))
     failed = _failures(found, names, source, challenge, done)
     taken = Counter(name.casefold() for name in names.values())
     allowed = _may_lack(challenge, predictor.trainer_name, missing)

@@ -161,16 +161,22 @@ def _rules(value: Any) -> str:
     return read_rules(_text(value)).name
 
 
-def _one_scheme(value: str) -> str:
-    # imports NumPy, which steps of an experiment without a package do without
-    from nnunet_conres.datasets.brats_schemes import AUTO, select_schemes
+def _schemes(values: tuple[str, ...]) -> tuple[str, ...]:
+    # imports NumPy, which steps of an experiment without schemes do without
+    from nnunet_conres.datasets.brats_schemes import select_schemes
 
-    _, errors = select_schemes([value])
-    if value == AUTO:
-        errors = ["expected one scheme, such as 2026-MET"]
+    _, errors = select_schemes(list(values))
     if errors:
         raise ValueError(" ".join(errors))
-    return value
+    return values
+
+
+def _one_scheme(value: str) -> str:
+    from nnunet_conres.datasets.brats_schemes import AUTO
+
+    if value == AUTO:
+        raise ValueError("expected one scheme, such as 2026-MET")
+    return _schemes((value,))[0]
 
 
 Text = Annotated[str, BeforeValidator(_text)]
@@ -216,7 +222,9 @@ class Data(Section):
     brats: Annotated[Folders, AfterValidator(_not_empty)] = ()
     held_out: Folders = ()
     corrected: Folders = ()
-    scheme: Annotated[tuple[Annotated[str, BeforeValidator(_scheme)], ...], BeforeValidator(_as_tuple)] = ("auto",)
+    scheme: Annotated[
+        tuple[Annotated[str, BeforeValidator(_scheme)], ...], BeforeValidator(_as_tuple), AfterValidator(_schemes)
+    ] = ("auto",)
     missing: Literal["refuse", "zero"] = "refuse"
 
 
@@ -373,7 +381,7 @@ def _message(error: Any, place: tuple[str, ...]) -> str:
     if kind == "extra_forbidden":
         return f"{where} is not known{_instead(place)}"
     if kind == "value_error":
-        expected = str(limits["error"])
+        expected = str(limits["error"]).rstrip(".")
     elif kind in _EXPECTED:
         expected = f"expected {_EXPECTED[kind].format(**limits)}"
     else:  # as in "Input should be 'cuda', 'cpu' or 'mps'"

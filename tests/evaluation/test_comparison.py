@@ -514,7 +514,7 @@ class TestRules:
                 sitk.WriteImage(image, str(tmp_path / folder / f"BraTS-PED-0000{number}-000.nii.gz"))
         labels = {"background": 0, "ET": 1, "NETC": 2, "CC": 3, "ED": 4}
         (tmp_path / "dataset.json").write_text(json.dumps({"name": "P", "labels": labels, "file_ending": ".nii.gz"}))
-        predictions = ["compare", "--predictions", f"A={tmp_path / 'pred'}", "--reference", str(tmp_path / "ref")]
+        predictions = ["compare", "--predictions", f"My net={tmp_path / 'pred'}", "--reference", str(tmp_path / "ref")]
         return [*predictions, "-djfile", str(tmp_path / "dataset.json"), "-o", str(tmp_path / "out"), "-np", "1"]
 
     def test_tables_like_brats_evaluation(
@@ -526,7 +526,7 @@ class TestRules:
         assert content["options"]["rules"]["name"] == "2026-PED"
         assert "(2026-PED)" in (tmp_path / "out" / "report.html").read_text()
         assert content["regions"] == ["ET", "NETC", "CC", "ED", "TC", "WT"]
-        with (tmp_path / "out" / "brats_evaluation" / "m0.csv").open() as file:
+        with (tmp_path / "out" / "brats_evaluation" / "My_net.csv").open() as file:
             first, second, mean, deviation, median = csv.DictReader(file)
         assert [row["subject_id"] for row in (first, mean, deviation, median)] == [
             "BraTS-PED-00000-000.nii.gz",

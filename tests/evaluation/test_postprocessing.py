@@ -15,9 +15,10 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.metrics import MetricOptions
 from nnunet_conres.evaluation.postprocessing import Postprocessing, RegionSteps, Scheme, load_rules
 from nnunet_conres.evaluation.postprocessing_files import apply_to_folder
-from nnunet_conres.evaluation.postprocessing_fit import _evidence, _scorer, best_value
+from nnunet_conres.evaluation.postprocessing_fit import Together, _evidence, _scorer, best_value, notes_on_losses
 from nnunet_conres.evaluation.rules import read_rules
 from nnunet_conres.evaluation.scoring import ScoringJob, score_cases
+from nnunet_conres.evaluation.statistics import Interval
 
 REGIONS = {
     "labels": {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [2, 3], "enhancing_tumor": 3, "cavity": 4},
@@ -260,6 +261,13 @@ class TestChoice:
         assert found.kept is kept
 
 
+def test_regions_that_lose_by_the_steps_of_others_are_named() -> None:
+    gains = {"whole": Interval(0.1, 0.2), "core": Interval(-0.2, -0.1), "inner": Interval(-0.1, 0.1)}
+    (note,) = notes_on_losses([Together(region, 0.5, 0.5, interval) for region, interval in gains.items()])
+    assert "lower the score of core for certain" in note
+    assert notes_on_losses([Together("whole", 0.5, 0.6, gains["whole"])]) == []
+
+
 class TestCommands:
     """From trained folds to post-processed files."""
 
@@ -428,6 +436,10 @@ class TestCommands:
         assert all(f"{case}.npz does not exist" in told for case in made.cases[:2])
 
         (predictions / "dataset.json").unlink()
+        assert cli.main([*arguments, "-o", str(tmp_path / "out")]) == 2
+        assert f"{predictions} has no dataset.json" in capsys.readouterr().err
+
+        (predictions / "dataset.json").write_text(json.dumps(made.dataset_json))
         rng = np.random.default_rng(0)
         np.savez_compressed(predictions / "case_0.npz", probabilities=rng.random((2, 3, 3, 3)))
         (predictions / "case_1.npz").write_bytes(b"PK")

@@ -185,6 +185,12 @@ class TestIntervals:
             ).confidence_interval
             assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
 
+    @pytest.mark.filterwarnings("error")
+    def test_the_same_in_groups_of_different_sizes(self) -> None:
+        assert mean_interval([0.0, 0.0, 0.0], ["a", "a", "b"]) == Interval(0.0, 0.0)
+        found = mean_interval([0.1, 0.1, 0.1, 0.1], ["a", "a", "a", "b"])
+        assert (found.low, found.high) == pytest.approx((0.1, 0.1), rel=1e-9)
+
     def test_the_order_of_summing_up_does_not_matter(self) -> None:
         """Many means of 12 numbers with one decimal are equal, but sums of floating point numbers differ."""
         tenths = [3.0, 9.0, 1.0, 7.0, 7.0, 2.0, 8.0, 1.0, 6.0, 4.0, 3.0, 7.0]

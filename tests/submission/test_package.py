@@ -57,10 +57,10 @@ class TestPackage:
         write_case: Callable[..., Path],
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        folder = tmp_path / "package"
+        folder = tmp_path / "a package"
         command = ["package", "-d", "950", "-tr", MODEL.trainer, "-f", "0", "1", "-o", str(folder)]
         assert cli.main([*command, "--scheme", "2026-MET", "--missing", "zero"]) == 0
-        assert "docker build" in capsys.readouterr().out
+        assert f"docker build -t submission '{folder}'" in capsys.readouterr().out
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         checkpoints = {f"model/fold_{fold}/checkpoint_final.pth" for fold in (0, 1)}
         texts = {"Dockerfile", "apptainer.def", "README.md", "package.json", "requirements.txt"}

@@ -237,6 +237,11 @@ class TestRefusals:
         assert "brats-convert --scheme 2025-MET" in errors
         assert "2024-MEN-RT" in self.errors(source, model)  # its own scheme, which the cases do not follow
 
+    def test_a_model_of_other_tissues(self, tmp_path: Path, make_model: Callable[..., Path], source: Path) -> None:
+        model = make_model(tmp_path / "model", scheme="2024-PED", folds=1)
+        errors = self.errors(source, model, scheme="2026-MET")
+        assert "the tissues oedema, nonenhancing, cyst, enhancing; BraTS 2025 and 2026, metastases" in errors
+
     def test_labels_of_no_challenge(self, tmp_path: Path, make_model: Callable[..., Path], source: Path) -> None:
         model = make_model(tmp_path / "model", folds=1, labels={"background": 0, "liver": 1}, regions_class_order=None)
         assert "not those of brats-convert" in self.errors(source, model)
@@ -267,6 +272,20 @@ class TestRefusals:
         command = ["predict-brats", "-i", str(source), "-o", str(tmp_path / "output"), "-m", str(tmp_path / "none")]
         assert cli.main([*command, "-device", "cpu"]) == 2
         assert "is no trained model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("trained", "scheme", "warning"),
+    [
+        ("2025-MET", "2023-MET", "the model knows resection_cavity, which BraTS 2023 and 2024, metastases"),
+        ("2023-MET", "2025-MET", "the model knows no resection_cavity, which BraTS 2025 and 2026, metastases"),
+    ],
+)
+def test_tissues_that_model_or_challenge_lacks(
+    tmp_path: Path, make_model: Callable[..., Path], source: Path, trained: str, scheme: str, warning: str
+) -> None:
+    done = predict(source, make_model(tmp_path / "model", scheme=trained, folds=1), scheme=scheme)
+    assert warning in done.warnings[0]
 
 
 def test_postprocessing(source: Path, shared_model: Path, rules_file: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class TestParse:
         assert experiment.test_images == experiment.raw / "imagesTs"
 
     def test_archives_of_a_new_year(self, content: dict[str, Any], tmp_path: Path) -> None:
-        (tmp_path / "2027.toml").touch()
+        (tmp_path / "2027.toml").write_text('like = "2021"\ntitle = "BraTS 2027"\n')
         content["data"] |= {"scheme": ["2027.toml", 2021], "missing": "zero", "corrected": "held_out"}
         command = " ".join(commands.convert(parse_config(content, tmp_path), 2))
         assert f"--scheme {tmp_path / '2027.toml'} 2021 " in command
@@ -171,6 +171,7 @@ class TestErrors:
             (("data", "brats"), [None], "data, brats is None; expected a text"),
             (("data", "scheme"), {"2021": 1}, "data, scheme is"),
             (("data", "scheme"), "new.toml", "new.toml is no file"),
+            (("data", "scheme"), [2021, "2026-MTE"], "The scheme is 2026-MTE"),
             (("data", "missing"), "one", "expected 'refuse' or 'zero'"),
             (("work",), "", "work is ''; expected a text"),
             (("checkpoint_minutes",), float("nan"), "checkpoint_minutes is nan"),
