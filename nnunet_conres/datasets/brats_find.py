@@ -152,12 +152,12 @@ def find_cases(
     }
     roots = [Path(root).resolve() for root in (*folders, *held_out_folders)]
     corrected = _correct(places, corrections, found)
-    alone = set(_labels_alone(places, found))
+    no_cases = {*_labels_alone(places, found), *_files_beside(places, selection, found)}
 
     others: dict[tuple[str, str, Scheme], list[str]] = defaultdict(list)
     for place, files in places.items():
         folder, case_id, layout = place.folder, place.case_id, place.layout
-        if place in alone:
+        if place in no_cases:
             continue
         unsafe = unsafe_ids([case_id], folder)
         if unsafe:
@@ -190,7 +190,7 @@ def find_cases(
     found.cases.sort(key=lambda case: case.case_id)
 
     found.errors += _held_out_errors(found.cases, roots)
-    for twins in _duplicates(place for place in places if place not in alone):
+    for twins in _duplicates(place for place in places if place not in no_cases):
         listed = ", ".join(str(folder / case_id) for case_id, folder in twins)
         error = f"Case id {twins[0][0]} occurs {len(twins)} times: {listed}; ids must differ, rename or remove."
         found.bad[", ".join(sorted({case_id for case_id, _ in twins}))].append(error)
@@ -288,6 +288,25 @@ def _labels_alone(places: Mapping[_Place, _Files], found: Found) -> Iterator[_Pl
             found.bad[str(place.folder / place.case_id)].append(
                 f"{files[LABELS][0]} has no images beside it, and case {place.case_id} lies in {other.folder}. If "
                 f"these are corrected labels, name their folder with --corrected; else remove them."
+            )
+            yield place
+
+
+def _files_beside(places: Mapping[_Place, _Files], selection: Selection, found: Found) -> Iterator[_Place]:
+    """Places with files beside a case whose scheme was named and lacks them: an error, and not a second case."""
+    layouts = {scheme.layout: scheme for scheme in selection.allowed}
+    schemes = {
+        (place.held_out, place.folder, place.case_id): layouts[place.layout]
+        for place in places
+        if place.layout in layouts
+    }
+    for place, files in places.items():
+        scheme = schemes.get((place.held_out, place.folder, place.case_id))
+        if scheme is not None and place.layout not in layouts:
+            names = first_few([path.name for paths in files.values() for path in paths])
+            found.bad[str(place.folder / place.case_id)].append(
+                f"{place.folder / place.case_id}: {names} beside the files of {scheme.called}, which has no such file. "
+                f"Add it to [files] of the scheme, or move it out of the folder."
             )
             yield place
 

@@ -449,6 +449,18 @@ class TestErrors:
 
 @pytest.mark.usefixtures("raw")
 class TestSchemeFile:
+    def test_a_file_of_the_archive_that_the_scheme_lacks(self, source: Path, tmp_path: Path) -> None:
+        """Not a second case of a known challenge."""
+        write(source, "PED 2024")
+        names = {"t2f": "FLAIR", "t1n": "T1", "t1c": "T1ce", "seg": "labels"}
+        lines = [f"'{{id}}-{part}' = '{content}'" for part, content in names.items()]
+        (tmp_path / "ours.toml").write_text("\n".join(["like = '2024-PED'", "[files]", *lines]))
+        errors = errors_of(source, str(tmp_path / "ours.toml"))
+        n_cases = len({path.name.removesuffix("-t2w.nii.gz") for path in source.rglob("*-t2w.nii.gz")})
+        assert n_cases > 0
+        assert sum("-t2w.nii.gz beside the files of" in error for error in errors) == n_cases
+        assert not any("occurs" in error or "not allow" in error for error in errors)
+
     def test_converts_and_exports(self, source: Path, tmp_path: Path) -> None:
         """A challenge that this release does not know: two channels, with its own label and names."""
         (tmp_path / "2027-ABC.toml").write_text(
