@@ -56,7 +56,7 @@ _EXAMPLES = {
     "phantom": "nnunet-conres phantom -o CASES -n 10",
     "postprocess": "nnunet-conres postprocess fit --help",
     "postprocess fit": "nnunet-conres postprocess fit -d 501 -tr nnUNetTrainerConResNet -o postprocessing.json",
-    "postprocess apply": "nnunet-conres postprocess apply -i PREDICTIONS -o OUT --rules-file postprocessing.json",
+    "postprocess apply": "nnunet-conres postprocess apply -i PREDICTIONS -o OUT --postprocessing postprocessing.json",
 }
 """The command that the help of each subcommand begins with."""
 

@@ -80,7 +80,7 @@ def _add_apply(commands: "Subparsers") -> None:
     )
     parser.add_argument("-i", metavar="FOLDER", required=True, help="predictions")
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, not there yet or empty")
-    parser.add_argument("--rules-file", metavar="FILE", required=True, help="what postprocess fit wrote")
+    parser.add_argument("--postprocessing", metavar="FILE", required=True, help="what postprocess fit wrote")
     parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
     parser.set_defaults(handler=_apply)
 
@@ -88,7 +88,9 @@ def _add_apply(commands: "Subparsers") -> None:
 def _apply(arguments: argparse.Namespace) -> int:
     from nnunet_conres.evaluation.postprocessing_files import apply_to_folder
 
-    done = apply_to_folder(arguments.i, arguments.o, arguments.rules_file, processes=number_of_processes(arguments.np))
+    done = apply_to_folder(
+        arguments.i, arguments.o, arguments.postprocessing, processes=number_of_processes(arguments.np)
+    )
     changed = {case: voxels for case, voxels in done.changed.items() if voxels}
     print(f"{done.folder}: {len(done.changed)} cases, {len(changed)} of them changed")
     for case, voxels in changed.items():

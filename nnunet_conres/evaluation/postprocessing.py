@@ -1,7 +1,7 @@
 """Post-processing of label maps: small components, holes, small regions and thresholds, as a JSON file says.
 
-`nnunet-conres postprocess fit` writes the file from what the folds of a model held out; `load_rules` reads it, and
-`Postprocessing.apply` carries it out.
+`nnunet-conres postprocess fit` writes the file from what the folds of a model held out; `load_postprocessing` reads
+it, and `Postprocessing.apply` carries it out.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class Postprocessing:
         return sorted({value for other in self.scheme.regions.values() if values < set(other) for value in other})
 
     def as_json(self) -> dict[str, Any]:
-        """The part of the file that `load_rules` reads, but for the labels."""
+        """The part of the file that `load_postprocessing` reads, but for the labels."""
         return {
             "format": FORMAT,
             "steps": {name: asdict(steps) for name, steps in self.steps.items()},
@@ -244,7 +244,7 @@ def _holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return (binary_fill_holes(flat) & ~flat).reshape(mask.shape)
 
 
-def load_rules(path: str | Path) -> Postprocessing:
+def load_postprocessing(path: str | Path) -> Postprocessing:
     """Read what `nnunet-conres postprocess fit` wrote.
 
     Args:

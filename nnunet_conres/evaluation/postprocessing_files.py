@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.evaluation.finding import CompareOptions, Found
-from nnunet_conres.evaluation.postprocessing import Postprocessing, check_labels, load_rules
+from nnunet_conres.evaluation.postprocessing import Postprocessing, check_labels, load_postprocessing
 from nnunet_conres.evaluation.predictions import Contender, Prediction
 from nnunet_conres.evaluation.probabilities import read_probabilities
 from nnunet_conres.files import read_json
@@ -50,14 +50,19 @@ class _Job:
 
 
 def apply_to_folder(
-    predictions: str | Path, output: str | Path, rules_file: str | Path, *, processes: int = 1, progress: bool = True
+    predictions: str | Path,
+    output: str | Path,
+    postprocessing_file: str | Path,
+    *,
+    processes: int = 1,
+    progress: bool = True,
 ) -> Applied:
     """Post-process the label maps of a folder.
 
     Args:
         predictions: What nnUNetv2_predict wrote, with probabilities if the file sets thresholds.
         output: Must not exist, or be empty; gets its files only when all are whole.
-        rules_file: What `fit_postprocessing` wrote.
+        postprocessing_file: What `fit_postprocessing` wrote.
         processes: Cases at once.
         progress: Whether to show a progress bar on stderr.
 
@@ -65,8 +70,8 @@ def apply_to_folder(
         InputError: Files are missing, can't be read or do not fit; lists all that was found.
     """
     folder, target = Path(predictions), Path(output).resolve()
-    postprocessing = load_rules(rules_file)
-    dataset_json = read_json(Path(rules_file))["dataset_json"]
+    postprocessing = load_postprocessing(postprocessing_file)
+    dataset_json = read_json(Path(postprocessing_file))["dataset_json"]
     errors = list(being_written(target))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         errors.append(f"{target} exists already and is not an empty folder; remove it, or choose another -o.")
@@ -171,7 +176,7 @@ def _rules_by_name(
     loaded: dict[Path, Postprocessing] = {}
     for path in dict.fromkeys(files.values()):
         try:
-            loaded[path] = load_rules(path)
+            loaded[path] = load_postprocessing(path)
             check_labels(loaded[path], dataset_json, "the data set")
         except InputError as error:
             errors += error.errors

@@ -12,7 +12,7 @@ from nnunet_conres.datasets.brats_scheme_files import Scheme
 from nnunet_conres.datasets.brats_schemes import SCHEMES, Selection
 from nnunet_conres.datasets.brats_write import MISSING_ENTRY, SCHEMES_ENTRY
 from nnunet_conres.errors import InputError
-from nnunet_conres.evaluation.postprocessing import Postprocessing, check_labels, load_rules
+from nnunet_conres.evaluation.postprocessing import Postprocessing, check_labels, load_postprocessing
 from nnunet_conres.families import find_trainer
 from nnunet_conres.files import read_json, written_whole
 from nnunet_conres.unpickling import read_checkpoint
@@ -133,7 +133,7 @@ def _tissue_messages(path: Path, tissues: Sequence[str], scheme: Scheme) -> tupl
     return [], warnings
 
 
-def rules_for(path: str | Path, folder: Path) -> Postprocessing:
+def postprocessing_for(path: str | Path, folder: Path) -> Postprocessing:
     """The post-processing of a model's label maps.
 
     Args:
@@ -143,9 +143,9 @@ def rules_for(path: str | Path, folder: Path) -> Postprocessing:
     Raises:
         InputError: The file can't be read, or was fitted to other labels.
     """
-    rules = load_rules(path)
-    check_labels(rules, read_json(folder / "dataset.json"), folder / "dataset.json")
-    return rules
+    postprocessing = load_postprocessing(path)
+    check_labels(postprocessing, read_json(folder / "dataset.json"), folder / "dataset.json")
+    return postprocessing
 
 
 def drops_channels(trainer_name: str) -> bool:

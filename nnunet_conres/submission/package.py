@@ -19,7 +19,7 @@ from nnunet_conres.files import read_json, write_json
 from nnunet_conres.folders import being_written, check_complete, new_folder
 from nnunet_conres.nnunet import RESULTS, Model, dataset_name_of, folder_from_environment, not_set
 from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, model_errors
-from nnunet_conres.submission.models import challenge_of, rules_for, write_weights
+from nnunet_conres.submission.models import challenge_of, postprocessing_for, write_weights
 from nnunet_conres.submission.wheel import distribution_errors, pinned_requirements, write_wheel
 from nnunet_conres.unpickling import read_checkpoint
 
@@ -109,7 +109,7 @@ def package_model(
             errors += error.errors
         if postprocessing is not None:
             try:
-                rules_for(postprocessing, source)
+                postprocessing_for(postprocessing, source)
             except InputError as error:
                 errors += error.errors
     if not errors:

@@ -24,7 +24,7 @@ from nnunet_conres.evaluation.postprocessing import Postprocessing
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import visible
 from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, predict_logits, trained_folds
-from nnunet_conres.submission.models import FILE_ENDING, Challenge, challenge_of, drops_channels, rules_for
+from nnunet_conres.submission.models import FILE_ENDING, Challenge, challenge_of, drops_channels, postprocessing_for
 from nnunet_conres.text import short_message
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def predict_brats(
     rules: Postprocessing | None = None
     if postprocessing is not None:
         try:
-            rules = rules_for(postprocessing, model)
+            rules = postprocessing_for(postprocessing, model)
         except InputError as error:
             errors += error.errors
     if challenge is None or not source.is_dir():

@@ -13,7 +13,7 @@ from nnunet_conres import cli
 from nnunet_conres.datasets.brats_schemes import SCHEMES
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.metrics import MetricOptions
-from nnunet_conres.evaluation.postprocessing import Postprocessing, RegionSteps, Scheme, load_rules
+from nnunet_conres.evaluation.postprocessing import Postprocessing, RegionSteps, Scheme, load_postprocessing
 from nnunet_conres.evaluation.postprocessing_files import apply_to_folder
 from nnunet_conres.evaluation.postprocessing_fit import Together, _evidence, _scorer, best_value, notes_on_losses
 from nnunet_conres.evaluation.rules import read_rules
@@ -177,7 +177,7 @@ class TestLoadRules:
         return path
 
     def test_round_trip(self, tmp_path: Path) -> None:
-        read = load_rules(self.write(tmp_path / "p.json"))
+        read = load_postprocessing(self.write(tmp_path / "p.json"))
         assert read.steps == {"whole_tumor": RegionSteps(0.4, 50.0, True, 0.0)}
         assert read.scheme == Scheme.of(REGIONS)
 
@@ -195,7 +195,7 @@ class TestLoadRules:
     )
     def test_errors(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(InputError, match=message):
-            load_rules(self.write(tmp_path / "p.json", **changes))
+            load_postprocessing(self.write(tmp_path / "p.json", **changes))
 
 
 def test_labels_above_255_stay_what_they_are(tmp_path: Path) -> None:
@@ -301,11 +301,18 @@ class TestCommands:
         assert "left off" in told
         assert "All kept steps" in told
 
-        rules = load_rules(tmp_path / "fit" / "p.json")
+        rules = load_postprocessing(tmp_path / "fit" / "p.json")
         predictions = made.root / "predictions"
         made.write_predictions(predictions, made.cases[:2], 0.3, 5)
         (predictions / "dataset.json").write_text(json.dumps(made.dataset_json))
-        arguments = ["postprocess", "apply", "-i", str(predictions), "--rules-file", str(tmp_path / "fit" / "p.json")]
+        arguments = [
+            "postprocess",
+            "apply",
+            "-i",
+            str(predictions),
+            "--postprocessing",
+            str(tmp_path / "fit" / "p.json"),
+        ]
         assert cli.main([*arguments, "-o", str(tmp_path / "out"), "-np", "1"]) == 0
         for case in made.cases[:2]:
             image = sitk.ReadImage(str(tmp_path / "out" / f"{case}.nii.gz"))
@@ -323,7 +330,7 @@ class TestCommands:
         made = lab("regions")
         made.add(folds=(0, 1), blur=0.255)
         assert self.fit(tmp_path) == 0
-        rules = load_rules(tmp_path / "fit" / "p.json")
+        rules = load_postprocessing(tmp_path / "fit" / "p.json")
         shutil.rmtree(made.root / "raw" / "Dataset801_Models" / "imagesTr")  # without pictures
         arguments = [
             "compare",
@@ -425,7 +432,7 @@ class TestCommands:
             "apply",
             "-i",
             str(predictions),
-            "--rules-file",
+            "--postprocessing",
             str(tmp_path / "p.json"),
             "-np",
             "1",

@@ -143,7 +143,7 @@ def shared_model(shared_folder: Callable[..., Path], make_model: Callable[..., P
 
 
 @pytest.fixture
-def rules_file(tmp_path: Path, shared_model: Path) -> Path:
+def postprocessing_file(tmp_path: Path, shared_model: Path) -> Path:
     """Post-processing that needs probabilities: a threshold, and the smallest volume of a region, mm³."""
     file = tmp_path / "rules.json"
     steps = {"tumor_core": {"threshold": 0.6}, "enhancing_tumor": {"smallest_total": 1e6}}

@@ -123,15 +123,15 @@ class TestPackage:
         assert done.model_bytes < done.checkpoint_bytes * 0.55
 
     def test_postprocessing(
-        self, results: Path, tmp_path: Path, rules_file: Path, write_case: Callable[..., Path]
+        self, results: Path, tmp_path: Path, postprocessing_file: Path, write_case: Callable[..., Path]
     ) -> None:
-        done = package_model(950, MODEL, [0], tmp_path / "package", postprocessing=rules_file)
+        done = package_model(950, MODEL, [0], tmp_path / "package", postprocessing=postprocessing_file)
         assert done.command[-2:] == ("--postprocessing", "/opt/nnunet-conres/postprocessing.json")
-        assert (done.folder / "postprocessing.json").read_bytes() == rules_file.read_bytes()
+        assert (done.folder / "postprocessing.json").read_bytes() == postprocessing_file.read_bytes()
         assert "COPY postprocessing.json /opt/nnunet-conres/" in (done.folder / "Dockerfile").read_text()
-        rules_file.write_text("{}")
+        postprocessing_file.write_text("{}")
         with pytest.raises(InputError, match="is no post-processing of format 1"):
-            package_model(950, MODEL, [0], tmp_path / "other", postprocessing=rules_file)
+            package_model(950, MODEL, [0], tmp_path / "other", postprocessing=postprocessing_file)
 
     def test_versions_are_those_installed(self, results: Path, tmp_path: Path) -> None:
         done = package_model(950, MODEL, [0], tmp_path / "package")

@@ -252,10 +252,10 @@ class TestRefusals:
         assert "which is an archive of BraTS 2023" in self.errors(archive, shared_model)
 
     def test_postprocessing_of_other_labels(
-        self, source: Path, make_model: Callable[..., Path], rules_file: Path, tmp_path: Path
+        self, source: Path, make_model: Callable[..., Path], postprocessing_file: Path, tmp_path: Path
     ) -> None:
         model = make_model(tmp_path / "model", scheme="2023-MET", folds=1)
-        assert "was fitted to the labels" in self.errors(source, model, postprocessing=rules_file)
+        assert "was fitted to the labels" in self.errors(source, model, postprocessing=postprocessing_file)
 
     def test_folders(self, source: Path, shared_model: Path, tmp_path: Path) -> None:
         assert "lies in the input folder" in self.errors(source, shared_model, output=source / "predictions")
@@ -288,9 +288,9 @@ def test_tissues_that_model_or_challenge_lacks(
     assert warning in done.warnings[0]
 
 
-def test_postprocessing(source: Path, shared_model: Path, rules_file: Path, tmp_path: Path) -> None:
+def test_postprocessing(source: Path, shared_model: Path, postprocessing_file: Path, tmp_path: Path) -> None:
     """nnU-Net's own probabilities, regions written one over the other by hand."""
-    done = predict(source, shared_model, postprocessing=rules_file)
+    done = predict(source, shared_model, postprocessing=postprocessing_file)
     assert done.failed == {}
     assert json.loads((tmp_path / "output" / RECORD).read_text())["postprocessing"] == "rules.json"
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
