@@ -204,6 +204,7 @@ def test_labels_above_255_stay_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     sitk.WriteImage(sitk.GetImageFromArray(labels), str(tmp_path / "in" / "a.nii.gz"))
     dataset = {"labels": {"background": 0, "one": 1, "last": 300}, "file_ending": ".nii.gz"}
+    (tmp_path / "in" / "dataset.json").write_text(json.dumps(dataset))
     steps = {"one": {"smallest_component": 2.0}}
     (tmp_path / "p.json").write_text(json.dumps({"format": 1, "dataset_json": dataset, "steps": steps}))
     apply_to_folder(tmp_path / "in", tmp_path / "out", tmp_path / "p.json", progress=False)
