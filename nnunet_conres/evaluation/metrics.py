@@ -117,7 +117,7 @@ _DESCRIPTIONS: Final = {
     "lesion_hd95": "Mean HD95 of the lesions, where missed and falsely found ones count as the penalty.",
     "lesion_surface_dice": "Mean surface Dice of the lesions, where missed and falsely found ones count as 0.",
     "lesions_found": "True lesions that a predicted one meets.",
-    "lesions_missed": "True lesions that none meets.",
+    "lesions_missed": "True lesions that no predicted one meets.",
     "lesions_false": "Predicted lesions that meet no true one.",
     "reference_volume": "Volume of the reference.",
     "predicted_volume": "Volume of the prediction.",

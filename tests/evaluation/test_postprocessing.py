@@ -198,6 +198,12 @@ class TestLoadRules:
             load_postprocessing(self.write(tmp_path / "p.json", **changes))
 
 
+def apply(predictions: Path, postprocessing: Path, output: Path) -> int:
+    """The command's exit code."""
+    options = {"-i": predictions, "--postprocessing": postprocessing, "-o": output, "-np": 1}
+    return cli.main(["postprocess", "apply", *(str(part) for option in options.items() for part in option)])
+
+
 def test_labels_above_255_stay_what_they_are(tmp_path: Path) -> None:
     labels = np.zeros((6, 7, 8), np.uint16)
     labels[:4, 1:4], labels[5, 5, 5] = 300, 1
@@ -306,15 +312,7 @@ class TestCommands:
         predictions = made.root / "predictions"
         made.write_predictions(predictions, made.cases[:2], 0.3, 5)
         (predictions / "dataset.json").write_text(json.dumps(made.dataset_json))
-        arguments = [
-            "postprocess",
-            "apply",
-            "-i",
-            str(predictions),
-            "--postprocessing",
-            str(tmp_path / "fit" / "p.json"),
-        ]
-        assert cli.main([*arguments, "-o", str(tmp_path / "out"), "-np", "1"]) == 0
+        assert apply(predictions, tmp_path / "fit" / "p.json", tmp_path / "out") == 0
         for case in made.cases[:2]:
             image = sitk.ReadImage(str(tmp_path / "out" / f"{case}.nii.gz"))
             before = sitk.ReadImage(str(predictions / f"{case}.nii.gz"))
@@ -428,30 +426,20 @@ class TestCommands:
         made.write_predictions(predictions, made.cases[:2], 0.3, 5, npz=False)
         other = {**made.dataset_json, "labels": {"background": 0, "whole": [1, 2], "inner": 2}}
         (predictions / "dataset.json").write_text(json.dumps(other))
-        arguments = [
-            "postprocess",
-            "apply",
-            "-i",
-            str(predictions),
-            "--postprocessing",
-            str(tmp_path / "p.json"),
-            "-np",
-            "1",
-        ]
-        assert cli.main([*arguments, "-o", str(tmp_path / "out")]) == 2
+        assert apply(predictions, tmp_path / "p.json", tmp_path / "out") == 2
         told = capsys.readouterr().err
         assert "was fitted to the labels" in told
         assert all(f"{case}.npz does not exist" in told for case in made.cases[:2])
 
         (predictions / "dataset.json").unlink()
-        assert cli.main([*arguments, "-o", str(tmp_path / "out")]) == 2
+        assert apply(predictions, tmp_path / "p.json", tmp_path / "out") == 2
         assert f"{predictions} has no dataset.json" in capsys.readouterr().err
 
         (predictions / "dataset.json").write_text(json.dumps(made.dataset_json))
         rng = np.random.default_rng(0)
         np.savez_compressed(predictions / "case_0.npz", probabilities=rng.random((2, 3, 3, 3)))
         (predictions / "case_1.npz").write_bytes(b"PK")
-        assert cli.main([*arguments, "-o", str(tmp_path / "out")]) == 2
+        assert apply(predictions, tmp_path / "p.json", tmp_path / "out") == 2
         told = capsys.readouterr().err
         assert "case_0.nii.gz: The probabilities have shape (3, 3, 3); expected" in told
         assert "case_1.npz can't be read" in told
