@@ -179,7 +179,8 @@ class TestNetworks:
                 found = torch.cat([value.double().flatten() for value in results(network, image)])
             errors.append(float((found - exact).detach().norm() / exact.detach().norm()))
         # ConResNetPaper's 4 % of rounding errors become 1.22 times as much by another order of the same operations
-        assert 1e-4 < errors[1] < 1.3 * errors[0]
+        limit = 1.3 if name == "ConResNetPaper" else 1.1
+        assert 1e-4 < errors[1] < limit * errors[0]
 
     @pytest.mark.parametrize("name", slow("ConResNetPaper", "ConResNet", "VNet", "UNet3D with batch norm"))
     def test_networks_that_are_not_made_fast_stay_contiguous(self, name: str) -> None:
