@@ -1,8 +1,7 @@
 """What BraTS 2021 costs by the workflow's example, with ResidualMaps in place of ConResNet: GPU hours, storage, queue.
 
 Operations and parameters are counted, on tensors without data, of the plans that the planners make for BraTS-like data
-at 8 GiB. How fast a GPU works them off is assumed: every hour that is printed is inversely proportional to --tflops.
-docs/how-to/cluster.md tells where the other numbers come from.
+at 8 GiB. The speed of the GPU is assumed: every hour that is printed is inversely proportional to --tflops.
 
     python scripts/costs.py
     python scripts/costs.py --tflops 15 --cases 12510

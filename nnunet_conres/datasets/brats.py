@@ -229,8 +229,8 @@ def _doubts(cases: Sequence[Case], findings: Mapping[str, Findings]) -> Iterator
         lacking = [] if label_set is None else [t for t in label_set.tissues if t not in scheme.labels.values()]
         if lacking:
             yield (
-                f"{scheme.called} knows no {' or '.join(lacking)}: its cases teach that there is none in them. That is "
-                f"right where none can be, as before surgery, and wrong elsewhere."
+                f"{scheme.called} has no label for {' or '.join(lacking)}: its cases act as negatives for it. That is "
+                f"right where there can be none, as before surgery, and wrong elsewhere."
             )
     labelled_folders = {collection(case) for case in cases if case.trains}
     unlabelled = [case.case_id for case in cases if case.labels is None and collection(case) in labelled_folders]

@@ -212,7 +212,7 @@ class TestConvert:
         assert content["labels"]["resection_cavity"] == 4
         assert content["regions_class_order"] == [1, 2, 3, 4]
         (warning,) = done.warnings
-        assert "BraTS 2017 to 2020 (--scheme 2018) knows no resection_cavity" in warning
+        assert "BraTS 2017 to 2020 (--scheme 2018) has no label for resection_cavity" in warning
 
     def test_a_mixture_without_one_is_refused(self, source: Path) -> None:
         write_case(source / "gli", KNOWN["2023"][1], "2023")

@@ -49,12 +49,12 @@ def metric_title(metric: Mapping[str, Any]) -> str:
 
 def direction(metric: Mapping[str, Any]) -> str:
     """Which values of a metric are good."""
-    told = {
+    directions = {
         "higher": "higher is better",
         "lower": "lower is better",
         "zero": "without its sign; closest to zero is best",
     }
-    return told.get(metric.get("better") or "", "neither high nor low is better")
+    return directions.get(metric.get("better") or "", "neither high nor low is better")
 
 
 def goodness(metric: Mapping[str, Any], value: float | None) -> float | None:
