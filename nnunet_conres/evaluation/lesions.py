@@ -109,7 +109,7 @@ class Lesions:
 def number_lesions(masks: Mapping[str, Mask], rules: Rules) -> dict[str, Lesions]:
     """The lesions of each region: what grows together by the dilation, and what the rules join besides."""
     found = {
-        region: _grown_together(mask, rules.dilation.get(region, _dilation(rules))) for region, mask in masks.items()
+        region: grown_together(mask, rules.dilation.get(region, _dilation(rules))) for region, mask in masks.items()
     }
     return _joined(found, rules)
 
@@ -127,7 +127,7 @@ def number_predicted(masks: Mapping[str, Mask], rules: Rules, spacing: Sequence[
     voxel = math.prod(spacing) if rules.group_predictions == "mm3" else 1
     kept = {}
     for region, mask in masks.items():
-        grown = _grown_together(mask, rules.dilation.get(region, _dilation(rules)))
+        grown = grown_together(mask, rules.dilation.get(region, _dilation(rules)))
         sizes = np.bincount(grown.numbers.ravel(), minlength=grown.count + 1) * voxel
         smallest = rules.smallest_volume.get(region, min(rules.smallest_volume.values()))
         numbers = np.where((sizes > smallest)[grown.numbers], grown.numbers, 0)
@@ -140,7 +140,7 @@ def _dilation(rules: Rules) -> int:
     return min(rules.dilation.values())
 
 
-def _grown_together(mask: Mask, dilation: int) -> Lesions:
+def grown_together(mask: Mask, dilation: int) -> Lesions:
     """Components of a dilated mask, which are the dilations of the lesions in them."""
     from scipy.ndimage import binary_dilation, generate_binary_structure, label
 
