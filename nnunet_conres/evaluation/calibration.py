@@ -25,7 +25,7 @@ from nnunet_conres.evaluation.testing import comparison_row, summarise
 from nnunet_conres.files import read_json, without_nan
 from nnunet_conres.images.volumes import read_labels, reader_for
 from nnunet_conres.nnunet import ignore_label
-from nnunet_conres.parallel import map_cases
+from nnunet_conres.parallel import try_cases
 
 BINS: Final = 15
 """Equal bins of probability, as in Guo et al. 2017."""
@@ -241,18 +241,11 @@ _Bins = dict[str, dict[str, Reliability]]
 
 @dataclass(frozen=True)
 class _Task:
-    """A case of some models.
-
-    Attributes:
-        reference: File of the true labels.
-        dataset_json: Content of the data set's dataset.json.
-        files: Probabilities by model, several for an ensemble.
-        channels: What they stand for.
-    """
+    """A case of some models."""
 
     reference: Path
     dataset_json: Mapping[str, Any]
-    files: Mapping[str, tuple[Path, ...]]
+    files: Mapping[str, tuple[Path, ...]]  # probabilities by model, several for an ensemble
     channels: Channels
 
 
@@ -283,10 +276,10 @@ def _bins(
             files = {model: sources[model][case] for model in group}
             tasks.append((case, _Task(found.references[case], found.dataset_json, files, channels[group[0]])))
     errors: list[str] = []
-    results = map_cases(_measure, [task for _, task in tasks], options.processes, "Calibration", options.progress)
+    results = try_cases(_measure, [task for _, task in tasks], options.processes, "Calibration", options.progress)
     for (case, _), result in zip(tasks, results, strict=True):
-        if isinstance(result, list):
-            errors += result
+        if isinstance(result, InputError):
+            errors += result.errors
             continue
         for model, of_model in result.items():
             done[case, model] = of_model
@@ -296,15 +289,11 @@ def _bins(
     return {model: {case: done[case, model] for case in found.cases} for model in sources}
 
 
-def _measure(task: _Task) -> dict[str, _Bins] | list[str]:
-    """Bins of a case by model, or what is wrong with its files."""
+def _measure(task: _Task) -> dict[str, _Bins]:
+    """Bins of a case by model."""
     meaning = task.channels
     paths = list(dict.fromkeys(chain.from_iterable(task.files.values())))
-    try:
-        reader = reader_for(task.dataset_json, [task.reference])
-        reference = read_labels(task.reference, reader).voxels
-    except InputError as error:
-        return list(error.errors)
+    reference = read_labels(task.reference, reader_for(task.dataset_json, [task.reference])).voxels
     errors: list[str] = []
     for path in paths:
         try:
@@ -312,7 +301,7 @@ def _measure(task: _Task) -> dict[str, _Bins] | list[str]:
         except InputError as error:
             errors += error.errors
     if errors:
-        return errors
+        raise InputError(errors)
     ignored = ignore_label(task.dataset_json["labels"])
     annotated = None if ignored is None else reference != ignored
     if annotated is not None and annotated.all():
@@ -320,27 +309,24 @@ def _measure(task: _Task) -> dict[str, _Bins] | list[str]:
     names = {place: name for name, place in meaning.place.items()}
     bins: dict[str, _Bins] = {model: {} for model in task.files}
     streams = {path: iterate_channels(path) for path in paths}
-    try:
-        for place in range(meaning.count):
-            of_file = {path: next(stream) for path, stream in streams.items()}
-            if place not in names:
-                continue
-            name = names[place]
-            truth = np.isin(reference, meaning.regions[name])
-            near = boundary(truth)
-            if annotated is not None:
-                near &= annotated
-            for model, files in task.files.items():
-                mean = of_file[files[0]]
-                for other in files[1:]:
-                    mean = mean + of_file[other]
-                probability = mean if len(files) == 1 else mean / np.float32(len(files))
-                bins[model][name] = {
-                    "ece_boundary": reliability(probability, truth, near),
-                    "ece": reliability(probability, truth, annotated),
-                }
-    except InputError as error:
-        return list(error.errors)
+    for place in range(meaning.count):
+        of_file = {path: next(stream) for path, stream in streams.items()}
+        if place not in names:
+            continue
+        name = names[place]
+        truth = np.isin(reference, meaning.regions[name])
+        near = boundary(truth)
+        if annotated is not None:
+            near &= annotated
+        for model, files in task.files.items():
+            mean = of_file[files[0]]
+            for other in files[1:]:
+                mean = mean + of_file[other]
+            probability = mean if len(files) == 1 else mean / np.float32(len(files))
+            bins[model][name] = {
+                "ece_boundary": reliability(probability, truth, near),
+                "ece": reliability(probability, truth, annotated),
+            }
     # in the order of dataset.json
     return {model: {name: of[name] for name in meaning.regions} for model, of in bins.items()}
 

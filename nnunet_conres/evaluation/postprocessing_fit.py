@@ -22,7 +22,6 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.finding import Found
 from nnunet_conres.evaluation.lesions import challenge_scores
 from nnunet_conres.evaluation.postprocessing import NEUTRAL, Postprocessing, RegionSteps, Scheme
-from nnunet_conres.evaluation.predictions import Contender
 from nnunet_conres.evaluation.probabilities import read_probabilities
 from nnunet_conres.evaluation.rules import Rules, labels_of_regions
 from nnunet_conres.evaluation.scoring import read_pair
@@ -31,7 +30,7 @@ from nnunet_conres.files import without_nan, write_json
 from nnunet_conres.folders import writing
 from nnunet_conres.images.volumes import reader_for
 from nnunet_conres.nnunet import ignore_label
-from nnunet_conres.parallel import map_cases
+from nnunet_conres.parallel import map_all_cases
 from nnunet_conres.text import aligned
 
 CANDIDATES: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -212,8 +211,8 @@ def fit_postprocessing(
         )
         for case in found.cases
     ]
-    results = _all(_try, jobs, processes, "Trying", progress)
-    folds = {case: _fold(model, case) for case in found.cases}
+    results = dict(zip(found.cases, map_all_cases(_try, jobs, processes, "Trying", progress), strict=True))
+    folds = {case: fold for case in found.cases if (fold := model.predictions[case].fold) is not None}  # all of them
     groups = dict(found.groups or {case: case for case in found.cases})
     evidence = [
         _evidence(region, step, {case: result[region][step] for case, result in results.items()}, folds, groups)
@@ -225,7 +224,8 @@ def fit_postprocessing(
     after = before
     if not postprocessing.does_nothing:
         applied = [replace(job, postprocessing=postprocessing.of_fold(folds[job.case])) for job in jobs]
-        after = _all(_apply, applied, processes, "Together", progress)
+        scores = map_all_cases(_apply, applied, processes, "Together", progress)
+        after = dict(zip(found.cases, scores, strict=True))
     together = [
         _together(
             region,
@@ -270,12 +270,6 @@ def _less(dataset_json: Mapping[str, Any]) -> dict[str, str]:
     return {enhancing[0]: instead[0]} if enhancing and instead else {}
 
 
-def _fold(model: Contender, case: str) -> int:
-    fold = model.predictions[case].fold
-    assert fold is not None, "validation predictions have folds"
-    return fold
-
-
 def _content(fit: Fit, found: Found, less: Mapping[str, str], rules: Rules | None) -> dict[str, Any]:
     model = found.models[0].model
     content: dict[str, Any] = without_nan(
@@ -310,10 +304,6 @@ class _Scorer:
     """Scores a region: by its Dice, or by the lesion-wise Dice of a challenge; 1 where both label maps lack it.
 
     The rules of 2026 give no score there, with which it would gain nothing to remove a false lesion from such a case.
-
-    Attributes:
-        labels: Label values of each region.
-        rules: Those of a challenge, by region, with the label values of what they need.
     """
 
     labels: Mapping[str, tuple[int, ...]]
@@ -364,24 +354,6 @@ class _Job:
     postprocessing: Postprocessing | None = None
 
 
-def _all(function: Any, jobs: Sequence[_Job], processes: int, title: str, progress: bool) -> dict[str, Any]:
-    """Results by case.
-
-    Raises:
-        InputError: Some cases can't be scored; lists them all.
-    """
-    results: dict[str, Any] = {}
-    errors: list[str] = []
-    for job, result in zip(jobs, map_cases(function, jobs, processes, title, progress), strict=True):
-        if isinstance(result, list):
-            errors += result
-        else:
-            results[job.case] = result
-    if errors:
-        raise InputError(list(dict.fromkeys(errors)))
-    return results
-
-
 def _read(job: _Job) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None, tuple[float, ...]]:
     allowed = sorted({0, *(value for values in job.scheme.regions.values() for value in values)})
     reference, prediction, spacing, _ = read_pair(job.reference, job.prediction, job.reader, allowed, job.ignore)
@@ -396,42 +368,36 @@ def _score(job: _Job, region: str, reference: NDArray[Any], labels: NDArray[Any]
     return job.scorer(region, reference, labels, spacing)
 
 
-def _try(job: _Job) -> dict[str, dict[str, dict[Any, float]]] | list[str]:
+def _try(job: _Job) -> dict[str, dict[str, dict[Any, float]]]:
     """Scores by region, step, and value, None where it is left off."""
-    try:
-        reference, labels, probabilities, spacing = _read(job)
-        scores: dict[str, dict[str, dict[Any, float]]] = {}
-        for region in job.scheme.regions:
-            off = _score(job, region, reference, labels, spacing)
-            scores[region] = {}
-            for step, values in CANDIDATES.items():
-                if (step == "threshold" and probabilities is None) or (
-                    step == "smallest_total" and not job.scheme.around[region]
-                ):
-                    continue
-                scores[region][step] = {_LEAVE_OFF: off}
-                previous = labels
-                for value in values:
-                    steps = {region: replace(RegionSteps(), **{step: value})}
-                    changed = Postprocessing(job.scheme, steps).apply(labels, probabilities, spacing)
-                    last = next(reversed(scores[region][step].values()))
-                    same = np.array_equal(changed, previous)
-                    scores[region][step][value] = last if same else _score(job, region, reference, changed, spacing)
-                    previous = changed
-        return scores
-    except InputError as error:
-        return list(error.errors)
+    reference, labels, probabilities, spacing = _read(job)
+    scores: dict[str, dict[str, dict[Any, float]]] = {}
+    for region in job.scheme.regions:
+        off = _score(job, region, reference, labels, spacing)
+        scores[region] = {}
+        for step, values in CANDIDATES.items():
+            if (step == "threshold" and probabilities is None) or (
+                step == "smallest_total" and not job.scheme.around[region]
+            ):
+                continue
+            scores[region][step] = {_LEAVE_OFF: off}
+            previous = labels
+            for value in values:
+                steps = {region: replace(RegionSteps(), **{step: value})}
+                changed = Postprocessing(job.scheme, steps).apply(labels, probabilities, spacing)
+                last = next(reversed(scores[region][step].values()))
+                same = np.array_equal(changed, previous)
+                scores[region][step][value] = last if same else _score(job, region, reference, changed, spacing)
+                previous = changed
+    return scores
 
 
-def _apply(job: _Job) -> dict[str, float] | list[str]:
+def _apply(job: _Job) -> dict[str, float]:
     """Scores by region, post-processed."""
     assert job.postprocessing is not None
-    try:
-        reference, labels, probabilities, spacing = _read(job)
-        changed = job.postprocessing.apply(labels, probabilities, spacing)
-        return {region: _score(job, region, reference, changed, spacing) for region in job.scheme.regions}
-    except InputError as error:
-        return list(error.errors)
+    reference, labels, probabilities, spacing = _read(job)
+    changed = job.postprocessing.apply(labels, probabilities, spacing)
+    return {region: _score(job, region, reference, changed, spacing) for region in job.scheme.regions}
 
 
 def _off(steps: Mapping[str, Mapping[Any, float]]) -> float:

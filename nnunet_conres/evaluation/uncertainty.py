@@ -29,7 +29,7 @@ from nnunet_conres.evaluation.summary import dataset_json_near
 from nnunet_conres.files import read_json, without_nan, write_json, written_whole
 from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.volumes import affine_of, read_labels, read_standing, reader_for, standing, write_map
-from nnunet_conres.parallel import map_cases
+from nnunet_conres.parallel import try_cases
 from nnunet_conres.text import aligned, first_few, format_shape
 
 TABLE: Final = "uncertainty.json"
@@ -392,36 +392,35 @@ class _Task:
     output: Path
 
 
-def _write_case(task: _Task) -> dict[str, Any] | list[str]:
-    """Writes maps and picture; returns the case's entry in the table, or what is wrong with its files."""
-    try:
-        meaning = Channels.of_dataset(task.dataset_json)
-        reader = reader_for(task.dataset_json, [task.segmentation])
-        labels = read_labels(task.segmentation, reader)
-        if affine_of(labels.properties) is None:
-            return [f"{task.segmentation} has no geometry; expected a volume in a format that has one, like .nii.gz."]
-        errors = [
-            error
-            for path in task.probabilities
-            for error in meaning.shape_errors(path, read_shape(path), labels.voxels.shape, task.segmentation)
-        ]
-        image = None
-        channel_name = ""
-        if task.images:
-            image, channel_name = _image_to_show(task, reader)
-            here = standing(labels.voxels, labels.properties)[0].shape
-            if image.shape != here:
-                errors.append(
-                    f"{task.images[0]} has shape {format_shape(image.shape)}; expected {format_shape(here)} like "
-                    f"{task.segmentation}."
-                )
-        if errors:
-            return errors
-        maps = uncertainty_maps([iterate_channels(path) for path in task.probabilities], meaning)
-        numbers = region_numbers(maps, meaning, labels.spacing)
-        files = _write_maps(task, maps, labels.properties)
-    except InputError as error:
-        return list(error.errors)
+def _write_case(task: _Task) -> dict[str, Any]:
+    """Writes maps and picture; returns the case's entry in the table."""
+    meaning = Channels.of_dataset(task.dataset_json)
+    reader = reader_for(task.dataset_json, [task.segmentation])
+    labels = read_labels(task.segmentation, reader)
+    if affine_of(labels.properties) is None:
+        raise InputError(
+            [f"{task.segmentation} has no geometry; expected a volume in a format that has one, like .nii.gz."]
+        )
+    errors = [
+        error
+        for path in task.probabilities
+        for error in meaning.shape_errors(path, read_shape(path), labels.voxels.shape, task.segmentation)
+    ]
+    image = None
+    channel_name = ""
+    if task.images:
+        image, channel_name = _image_to_show(task, reader)
+        here = standing(labels.voxels, labels.properties)[0].shape
+        if image.shape != here:
+            errors.append(
+                f"{task.images[0]} has shape {format_shape(image.shape)}; expected {format_shape(here)} like "
+                f"{task.segmentation}."
+            )
+    if errors:
+        raise InputError(errors)
+    maps = uncertainty_maps([iterate_channels(path) for path in task.probabilities], meaning)
+    numbers = region_numbers(maps, meaning, labels.spacing)
+    files = _write_maps(task, maps, labels.properties)
     files["picture"] = _draw(task, maps, meaning, numbers, labels.properties, image, channel_name).name
     return {"id": task.case, "regions": without_nan(numbers), "files": files}
 
@@ -515,9 +514,9 @@ def write_uncertainty(
     with writing(output):
         cases: list[dict[str, Any]] = []
         errors: list[str] = []
-        for result in map_cases(_write_case, tasks, processes, "Uncertainty", progress):
-            if isinstance(result, list):
-                errors += result
+        for result in try_cases(_write_case, tasks, processes, "Uncertainty", progress):
+            if isinstance(result, InputError):
+                errors += result.errors
             else:
                 cases.append(result)
         meaning = Channels.of_dataset(predicted.dataset_json)
