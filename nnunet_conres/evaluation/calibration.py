@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -190,7 +190,7 @@ def measure_calibration(found: Found, cache_folder: Path, reader: str, options: 
         "definition": "Mean over the voxels of |mean probability - observed frequency| of their bin",
         "bins": BINS,
         "boundary_voxels": BOUNDARY,
-        "metrics": [metric.as_json() for metric in CALIBRATION_METRICS.values()],
+        "metrics": [asdict(metric) for metric in CALIBRATION_METRICS.values()],
         "without": without,
         "remedies": list(dict.fromkeys(missing.as_text for missing in found.missing_probabilities)) if without else [],
         "pooled": {key: _pooled(list(cases.values())) for key, cases in bins.items()},

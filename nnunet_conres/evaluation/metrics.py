@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,25 +57,20 @@ class Metric:
         """The value to compare models by: without its sign where the best is zero."""
         return abs(value) if self.better == "zero" else value
 
-    def text(self, value: float, *, decimals: int | None = None, sign: bool = False, unit: bool = True) -> str:
+    def text(self, value: float, *, decimals: int | None = None, unit: bool = True) -> str:
         """The value for people: rounded, with its unit; "-" if it is NaN.
 
         Args:
             value: In the metric's unit.
             decimals: Digits after the decimal point, if others than the metric's.
-            sign: Whether to write a plus.
             unit: Whether to write the unit.
         """
         if math.isnan(value):
             return "-"
         digits = self.decimals if decimals is None else decimals
         # Adding zero makes the "-0.000" that rounding leaves a "0.000".
-        number = f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
+        number = f"{round(value, digits) + 0.0:.{digits}f}"
         return f"{number} {self.unit}" if unit and self.unit else number
-
-    def as_json(self) -> dict[str, Any]:
-        """All attributes."""
-        return asdict(self)
 
 
 def _of_sizes() -> Iterator[Metric]:
@@ -193,10 +188,6 @@ class MetricOptions:
             )
         if errors:
             raise InputError(errors)
-
-    def as_json(self) -> dict[str, Any]:
-        """All attributes."""
-        return asdict(self)
 
     @property
     def measured(self) -> tuple[str, ...]:

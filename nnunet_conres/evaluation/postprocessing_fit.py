@@ -82,10 +82,6 @@ class Evidence:
         """Whether the step is done: there is a value, and the whole interval of the gain is above zero."""
         return self.chosen is not _LEAVE_OFF and self.interval.low > 0
 
-    def as_json(self) -> dict[str, Any]:
-        """All attributes."""
-        return asdict(self) | {"kept": self.kept}
-
 
 @dataclass(frozen=True)
 class Together:
@@ -288,7 +284,7 @@ def _content(fit: Fit, found: Found, less: Mapping[str, str], rules: Rules | Non
                 if key in found.dataset_json
             },
             "less": dict(less),
-            "evidence": [one.as_json() for one in fit.evidence],
+            "evidence": [asdict(one) | {"kept": one.kept} for one in fit.evidence],
             "together": [asdict(one) for one in fit.together],
             "notes": list(fit.notes),
         }

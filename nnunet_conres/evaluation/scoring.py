@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -327,7 +327,7 @@ def _key(job: ScoringJob, scheme: _Scheme, options: MetricOptions, reader: str, 
     """Hash of all that the scores depend on."""
     conventions = {
         "metrics": METRIC_VERSION,
-        "options": options.as_json(),
+        "options": asdict(options),
         "regions": [[name, list(values)] for name, values in scheme.regions.items()],
         "allowed": list(scheme.allowed),
         "ignore": scheme.ignore,

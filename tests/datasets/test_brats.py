@@ -779,11 +779,8 @@ class TestErrors:
         ("arguments", "message"),
         [
             ({"schemes": ("1999",)}, "scheme is 1999. Expected auto or any of 2018, 2021, 2023"),
-            ({"mode": "voxels"}, "mode is 'voxels'; expected regions or labels"),
             ({"schemes": ("auto", "2018")}, "cannot be combined"),
             ({"dataset_name": "my data"}, "'my data'"),
-            ({"image_mode": "symlink"}, "'symlink'"),
-            ({"processes": 0}, "processes is 0"),
         ],
     )
     def test_arguments(self, source: Path, raw: Path, arguments: dict[str, Any], message: str) -> None:

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -184,7 +185,7 @@ class TestMetricOptions:
             MetricOptions(tolerance=-1, empty="x", penalty=math.inf, lesion_dilation=-1, lesion_volume=math.nan)  # type: ignore[arg-type]
 
     def test_as_json(self) -> None:
-        assert MetricOptions().as_json() == {
+        assert asdict(MetricOptions()) == {
             "tolerance": 1.0,
             "empty": "brats",
             "penalty": None,
