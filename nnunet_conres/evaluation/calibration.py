@@ -21,6 +21,7 @@ from nnunet_conres.evaluation.predictions import Contender
 from nnunet_conres.evaluation.probabilities import Channels, iterate_channels, read_shape
 from nnunet_conres.evaluation.scoring import MEAN
 from nnunet_conres.evaluation.statistics import STATISTICS_VERSION, compare_paired
+from nnunet_conres.evaluation.surfaces import box_of
 from nnunet_conres.evaluation.testing import comparison_row, summarise
 from nnunet_conres.files import read_json, without_nan
 from nnunet_conres.images.volumes import read_labels, reader_for
@@ -151,17 +152,14 @@ def boundary(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
     Source:
         Ding et al., "Local temperature scaling for probability calibration", ICCV 2021.
     """
+    from scipy.ndimage import maximum_filter1d, minimum_filter1d
+
     near = np.zeros_like(region)
-    box = []
+    box = box_of(region, BOUNDARY)
+    inside, width = region[box].view(np.uint8), 2 * BOUNDARY + 1
     for axis in range(region.ndim):
-        at = np.flatnonzero(region.any(axis=tuple({*range(region.ndim)} - {axis})))
-        box.append(slice(max(0, int(at[0]) - BOUNDARY), int(at[-1]) + BOUNDARY + 1) if at.size else slice(0))
-    for axis in range(region.ndim):
-        here, there = (np.moveaxis(of[tuple(box)], axis, 0) for of in (region, near))
-        for step in range(1, BOUNDARY + 1):
-            differs = here[step:] != here[:-step]
-            there[step:] |= differs
-            there[:-step] |= differs
+        low, high = (of(inside, width, axis, mode="nearest") for of in (minimum_filter1d, maximum_filter1d))
+        near[box] |= low != high
     return near
 
 
@@ -341,18 +339,13 @@ def _as_entry(bins: _Bins) -> dict[str, Any]:
 def _of_entry(content: Any, regions: Sequence[str]) -> _Bins | None:
     """What an entry of the cache holds; None if there is none that makes sense."""
     try:
-        return {
-            name: {
-                key: Reliability(
-                    np.array(content[name][key][0], np.int64),
-                    np.array(content[name][key][1], np.float64),
-                    np.array(content[name][key][2], np.int64),
-                )
-                for key in CALIBRATION_METRICS
-            }
-            for name in regions
-        }
-    except (ValueError, KeyError, TypeError, IndexError):
+        bins: _Bins = {name: {} for name in regions}
+        for name in regions:
+            for key in CALIBRATION_METRICS:
+                voxels, probability, positives = (np.array(part) for part in content[name][key])
+                bins[name][key] = Reliability(voxels, probability.astype(np.float64), positives)
+        return bins
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -16,6 +16,7 @@ from nnunet_conres.evaluation.surfaces import (
     border_distances,
     border_share,
     box_of,
+    dice,
     exact_border_distances,
     pooled_hd95,
     surface_hd95,
@@ -74,10 +75,6 @@ def challenge_scores(
 
 
 # --- whole regions --------------------------------------------------------------------------------------------------
-
-
-def _dice(reference: Mask, prediction: Mask) -> float:
-    return 2 * int((reference & prediction).sum()) / (int(reference.sum()) + int(prediction.sum()))
 
 
 def _volumes(reference: Mask, prediction: Mask, spacing: Sequence[float]) -> dict[str, float]:
@@ -275,7 +272,7 @@ def _surface_scores(
 ) -> tuple[float, float, float]:
     """Dice, surface Dice and HD95."""
     share = border_share(border_distances(reference, prediction, spacing), _including(tolerance))
-    return _dice(reference, prediction), share, surface_hd95(reference, prediction, spacing)
+    return dice(reference, prediction), share, surface_hd95(reference, prediction, spacing)
 
 
 def _including(tolerance: float) -> float:
@@ -348,7 +345,7 @@ def _whole(
         scores = (0.0, 0.0, penalty)
     else:
         distances = border_distances(reference, prediction, spacing)
-        scores = (_dice(reference, prediction), border_share(distances, tolerance), pooled_hd95(distances))
+        scores = (dice(reference, prediction), border_share(distances, tolerance), pooled_hd95(distances))
     return dict(zip(("dice", "surface_dice", "hd95"), scores, strict=True))
 
 

@@ -26,6 +26,7 @@ from nnunet_conres.evaluation.probabilities import read_probabilities
 from nnunet_conres.evaluation.rules import Rules, labels_of_regions
 from nnunet_conres.evaluation.scoring import read_pair
 from nnunet_conres.evaluation.statistics import Interval, mean_intervals
+from nnunet_conres.evaluation.surfaces import dice
 from nnunet_conres.files import without_nan, write_json
 from nnunet_conres.folders import writing
 from nnunet_conres.images.volumes import reader_for
@@ -196,17 +197,12 @@ def fit_postprocessing(
         notes.append("\n  ".join(["No thresholds are tried.", *dict.fromkeys(lines)]))
     scorer = _scorer(scheme, found.dataset_json, rules)
     reader = reader_for(found.dataset_json, [found.references[case] for case in found.cases])
-    job = _Job("", Path(), Path(), None, scheme, scorer, reader, ignore_label(found.dataset_json["labels"]))
-    jobs = [
-        replace(
-            job,
-            case=case,
-            reference=found.references[case],
-            prediction=model.predictions[case].labels,
-            probabilities=model.predictions[case].probabilities(file_ending) if with_probabilities else None,
-        )
-        for case in found.cases
-    ]
+    ignore = ignore_label(found.dataset_json["labels"])
+    jobs = []
+    for case in found.cases:
+        one = model.predictions[case]
+        probabilities = one.probabilities(file_ending) if with_probabilities else None
+        jobs.append(_Job(case, found.references[case], one.labels, probabilities, scheme, scorer, reader, ignore))
     results = dict(zip(found.cases, map_all_cases(_try, jobs, processes, "Trying", progress), strict=True))
     folds = {case: fold for case in found.cases if (fold := model.predictions[case].fold) is not None}  # all of them
     groups = dict(found.groups or {case: case for case in found.cases})
@@ -216,7 +212,10 @@ def fit_postprocessing(
         for step in next(iter(results.values()))[region]
     ]
     postprocessing = _chosen(scheme, evidence, found.folds)
-    before = {case: {region: _off(steps) for region, steps in result.items()} for case, result in results.items()}
+    before = {
+        case: {region: next(iter(steps.values()))[_LEAVE_OFF] for region, steps in result.items()}
+        for case, result in results.items()
+    }
     after = before
     if not postprocessing.does_nothing:
         applied = [replace(job, postprocessing=postprocessing.of_fold(folds[job.case])) for job in jobs]
@@ -312,9 +311,7 @@ class _Scorer:
             rules, labels = self.rules[region]
             score = challenge_scores(reference, prediction, spacing, rules, labels)[rules.regions[0]]["lesion_dice"]
             return 1.0 if math.isnan(score) else score
-        true, predicted = (np.isin(labels, self.labels[region]) for labels in (reference, prediction))
-        total = int(true.sum()) + int(predicted.sum())
-        return 2 * int((true & predicted).sum()) / total if total else 1.0
+        return dice(*(np.isin(labels, self.labels[region]) for labels in (reference, prediction)))
 
 
 def _scorer(scheme: Scheme, dataset_json: Mapping[str, Any], rules: Rules | None) -> _Scorer:
@@ -394,10 +391,6 @@ def _apply(job: _Job) -> dict[str, float]:
     reference, labels, probabilities, spacing = _read(job)
     changed = job.postprocessing.apply(labels, probabilities, spacing)
     return {region: _score(job, region, reference, changed, spacing) for region in job.scheme.regions}
-
-
-def _off(steps: Mapping[str, Mapping[Any, float]]) -> float:
-    return next(iter(steps.values()))[_LEAVE_OFF]
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------

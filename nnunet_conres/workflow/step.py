@@ -123,8 +123,7 @@ def _note(log_file: io.FileIO, log: Path, text: str) -> None:
 def _passed_on() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
     """While it lasts, signals that are to end this process end the command first.
 
-    Yields:
-        Function to call with the command when it is started; it ends at once what a signal has come for meanwhile.
+    It gives a function to call with the started command, which ends it at once if a signal has come meanwhile.
     """
     started: list[subprocess.Popen[bytes]] = []
     too_early: list[int] = []
@@ -349,12 +348,7 @@ class Step:
         write_if_changed(self.record, state | {"raw": wanted["raw"]})
 
     def _nobody_trains_on(self, what: Path, models: str = "*") -> None:
-        """Refuses to make something anew that a training, perhaps another workflow's, reads or goes on with later.
-
-        Args:
-            what: What would be made anew.
-            models: Pattern for the folders of the models that need it.
-        """
+        """Refuses to make something anew that a training, perhaps another workflow's, reads or goes on with later."""
         results = Path(self.experiment.environment["nnUNet_results"]) / self.experiment.dataset
         for lock in sorted(results.glob(f"{models}/workflow/fold_*.lock")):
             who = holder(lock)

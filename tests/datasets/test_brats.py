@@ -723,8 +723,8 @@ class TestErrors:
         (raw / "Dataset501_Other").mkdir()
         monkeypatch.setattr(brats, "find_cases", None)
         monkeypatch.setattr(brats, "check_case", None)
-        errors = errors_of(source, image_mode="symlink")
-        assert [("image mode" in error, "taken by" in error) for error in errors] == [(True, False), (False, True)]
+        errors = errors_of(source, dataset_name="my data")
+        assert [("data set name" in error, "taken by" in error) for error in errors] == [(True, False), (False, True)]
 
     def test_a_mistyped_raw_folder_is_not_made(self, source: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_case(source, "a")

@@ -271,14 +271,7 @@ def model_table(comparison: Mapping[str, Any]) -> str:
 
 
 def _grid(corner: str, headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], *, turned: bool) -> str:
-    """A table of figures.
-
-    Args:
-        corner: What the rows are.
-        headings: Of the columns, HTML.
-        rows: Their headings and their cells, HTML with the td.
-        turned: Whether to make columns of the rows.
-    """
+    """A table of figures: `corner` says what the rows are, each with its heading and its cells (HTML with the td)."""
     if turned:
         names, columns = zip(*rows, strict=True)
         corner, rows = "", list(zip(headings, zip(*columns, strict=True), strict=True))
