@@ -296,10 +296,12 @@ def _crop(
     axes = _axes(reference.shape)
     thin = tuple(0 if axis not in axes else slice(None) for axis in range(reference.ndim))
     box = box_of((reference | prediction)[thin], margin)
-    reference, prediction, unknown = (
-        None if mask is None else np.ascontiguousarray(mask[thin][box]) for mask in (reference, prediction, ignored)
-    )
-    return _Pair(reference, prediction, unknown, tuple(spacing[axis] for axis in axes), len(axes) < 3)
+
+    def cut(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return np.ascontiguousarray(mask[thin][box])
+
+    unknown = None if ignored is None else cut(ignored)
+    return _Pair(cut(reference), cut(prediction), unknown, tuple(spacing[axis] for axis in axes), len(axes) < 3)
 
 
 # --- overlap and volume ---------------------------------------------------------------------------------------------
