@@ -10,7 +10,7 @@ docs/benchmarks.md tells how to read it.
     python scripts/benchmark.py predict --threads 2
     python scripts/benchmark.py bspline
     python scripts/benchmark.py data
-    python scripts/benchmark.py plans --count
+    python scripts/benchmark.py plans
     python scripts/benchmark.py brats
     python scripts/benchmark.py compare
 """

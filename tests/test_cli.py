@@ -99,6 +99,12 @@ class TestErrors:
         assert cli.main(["fail"]) == 2
         assert capsys.readouterr() == ("", "nnunet-conres: error: what and why\n")
 
+    @pytest.mark.parametrize("_failing", [KeyboardInterrupt()], indirect=True)
+    @pytest.mark.usefixtures("_failing")
+    def test_ctrl_c_is_a_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["fail"]) == 130
+        assert capsys.readouterr() == ("", "nnunet-conres: interrupted\n")
+
     @pytest.mark.parametrize(
         "_failing",
         [

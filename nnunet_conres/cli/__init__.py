@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 _READER_GONE = 141
 """The exit code of programs that a closed pipe has ended."""
 
+_INTERRUPTED = 130
+"""The exit code of programs that Ctrl-C has ended."""
+
 _EXAMPLES = {
     "info": "nnunet-conres info",
     "brats-convert": "nnunet-conres brats-convert -i /data/BraTS2021_Training -d 501",
@@ -142,6 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error is not output.error:
             raise
+    except KeyboardInterrupt:
+        print("nnunet-conres: interrupted", file=sys.stderr)
+        code = _INTERRUPTED
     finally:
         sys.stdout = before
         written = output.end()
