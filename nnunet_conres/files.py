@@ -1,8 +1,9 @@
-"""JSON, TOML, and files that are found whole or not at all."""
+"""JSON, TOML, CSV, and files that are found whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,12 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
     """
     with written_whole(path) as partial:
         partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file, None as an empty cell; whoever looks finds it whole or not at all."""
+    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
 
 
 def write_if_changed(path: Path, content: Any, *, sort: bool = True) -> bool:

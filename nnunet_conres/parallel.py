@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import TypeVar
 
 from nnunet_conres.errors import InputError
@@ -48,6 +49,40 @@ def map_cases(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def try_cases(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], processes: int, title: str, progress: bool
+) -> Iterator[_Result | InputError]:
+    """As `map_cases`, with the error in place of the result of an item whose files are not as they should be."""
+    return map_cases(partial(_result_or_error, function), items, processes, title, progress)
+
+
+def _result_or_error(function: Callable[[_Item], _Result], item: _Item) -> _Result | InputError:
+    try:
+        return function(item)
+    except InputError as error:
+        return error
+
+
+def map_all_cases(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], processes: int, title: str, progress: bool
+) -> list[_Result]:
+    """As `map_cases`, with the errors of all items raised together.
+
+    Raises:
+        InputError: The function raised it for some items; each error is listed once.
+    """
+    results: list[_Result] = []
+    errors: dict[str, None] = {}
+    for result in try_cases(function, items, processes, title, progress):
+        if isinstance(result, InputError):
+            errors |= dict.fromkeys(result.errors)
+        else:
+            results.append(result)
+    if errors:
+        raise InputError(list(errors))
+    return results
 
 
 def _end_with_parent(parent: int) -> None:

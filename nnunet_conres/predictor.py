@@ -47,9 +47,7 @@ def load_predictor(
     Raises:
         InputError: There is no such model, it holds more than plain values and tensors, or it cannot be loaded.
     """
-    errors = [*model_errors(folder, folds, checkpoint), *device_errors(device)]
-    if not 0 < step_size <= 1:
-        errors.append(f"The step size is {step_size:g}; expected above 0 and at most 1.")
+    errors = [*model_errors(folder, folds, checkpoint), *settings_errors(device, step_size)]
     if errors:
         raise InputError(errors)
     errors += architecture_errors(folder / "plans.json")
@@ -134,8 +132,8 @@ def trained_folds(folder: Path, checkpoint: str = DEFAULT_CHECKPOINT) -> tuple[i
     return folds or (("all",) if "all" in names else ())
 
 
-def device_errors(device: str) -> Iterator[str]:
-    """A message if the device is none, or not there."""
+def settings_errors(device: str, step_size: float) -> Iterator[str]:
+    """A message if the device is none, or not there, or the sliding window's step makes no sense."""
     import torch
 
     if device not in DEVICES:
@@ -144,3 +142,5 @@ def device_errors(device: str) -> Iterator[str]:
         device == "mps" and not torch.backends.mps.is_available()
     ):
         yield no_device(device, "predict")
+    if not 0 < step_size <= 1:
+        yield f"The step size is {step_size:g}; expected above 0 and at most 1."

@@ -205,14 +205,10 @@ def find_cases(
 def _collect(
     roots: Sequence[str | Path], kind: str, owners: dict[Path, str], selection: Selection, found: Found
 ) -> dict[tuple[Path, str, Layout], _Files]:
-    """Files below some folders, by folder, case id and layout; errors go to `found`.
+    """Files below folders of a kind (corrected, input or held-out), by folder, case id and layout.
 
-    Args:
-        roots: The folders.
-        kind: What they are, for messages: corrected, input or held-out.
-        owners: What the files seen so far are, which those of these folders are added to.
-        selection: The schemes that files may follow.
-        found: Gets an error for every file without a place, and for folders that are none or of two kinds.
+    They are added to the owners of the files seen so far; `found` gets an error for every file without a place, and
+    for folders that are none or of two kinds.
     """
     cases: dict[tuple[Path, str, Layout], _Files] = defaultdict(lambda: defaultdict(list))
 

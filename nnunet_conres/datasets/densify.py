@@ -29,7 +29,7 @@ from nnunet_conres.folders import check_complete, visible, writing
 from nnunet_conres.images.volumes import read_labels, write_labels
 from nnunet_conres.nnunet import PREPROCESSED, RESULTS, SPLITS_FILE, Model, folder_from_environment, not_set
 from nnunet_conres.parallel import map_cases
-from nnunet_conres.predictor import DEFAULT_CHECKPOINT, device_errors, load_predictor, predict_logits
+from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor, predict_logits, settings_errors
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -262,13 +262,11 @@ def merge(labels: NDArray[Any], prediction: NDArray[Any], ignore_label: int) -> 
 def _argument_errors(
     model: TrainedModel, device: str, step_size: float, preprocessing_processes: int, export_processes: int
 ) -> Iterator[str]:
-    yield from device_errors(device)
+    yield from settings_errors(device, step_size)
     if not model.folds:
         yield "No fold given; expected one or more, or all."
     if len(set(model.folds)) < len(model.folds):
         yield f"The folds are {' '.join(map(str, model.folds))}; expected each only once."
-    if not 0 < step_size <= 1:
-        yield f"The step size is {step_size:g}; expected above 0 and at most 1."
     if preprocessing_processes < 0 or export_processes < 0:
         yield f"The numbers of processes are {preprocessing_processes} and {export_processes}; expected 0 or more."
 

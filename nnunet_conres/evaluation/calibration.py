@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -21,11 +21,12 @@ from nnunet_conres.evaluation.predictions import Contender
 from nnunet_conres.evaluation.probabilities import Channels, iterate_channels, read_shape
 from nnunet_conres.evaluation.scoring import MEAN
 from nnunet_conres.evaluation.statistics import STATISTICS_VERSION, compare_paired
+from nnunet_conres.evaluation.surfaces import box_of
 from nnunet_conres.evaluation.testing import comparison_row, summarise
 from nnunet_conres.files import read_json, without_nan
 from nnunet_conres.images.volumes import read_labels, reader_for
 from nnunet_conres.nnunet import ignore_label
-from nnunet_conres.parallel import map_cases
+from nnunet_conres.parallel import try_cases
 
 BINS: Final = 15
 """Equal bins of probability, as in Guo et al. 2017."""
@@ -151,17 +152,14 @@ def boundary(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
     Source:
         Ding et al., "Local temperature scaling for probability calibration", ICCV 2021.
     """
+    from scipy.ndimage import maximum_filter1d, minimum_filter1d
+
     near = np.zeros_like(region)
-    box = []
+    box = box_of(region, BOUNDARY)
+    inside, width = region[box].view(np.uint8), 2 * BOUNDARY + 1
     for axis in range(region.ndim):
-        at = np.flatnonzero(region.any(axis=tuple({*range(region.ndim)} - {axis})))
-        box.append(slice(max(0, int(at[0]) - BOUNDARY), int(at[-1]) + BOUNDARY + 1) if at.size else slice(0))
-    for axis in range(region.ndim):
-        here, there = (np.moveaxis(of[tuple(box)], axis, 0) for of in (region, near))
-        for step in range(1, BOUNDARY + 1):
-            differs = here[step:] != here[:-step]
-            there[step:] |= differs
-            there[:-step] |= differs
+        low, high = (of(inside, width, axis, mode="nearest") for of in (minimum_filter1d, maximum_filter1d))
+        near[box] |= low != high
     return near
 
 
@@ -190,7 +188,7 @@ def measure_calibration(found: Found, cache_folder: Path, reader: str, options: 
         "definition": "Mean over the voxels of |mean probability - observed frequency| of their bin",
         "bins": BINS,
         "boundary_voxels": BOUNDARY,
-        "metrics": [metric.as_json() for metric in CALIBRATION_METRICS.values()],
+        "metrics": [asdict(metric) for metric in CALIBRATION_METRICS.values()],
         "without": without,
         "remedies": list(dict.fromkeys(missing.as_text for missing in found.missing_probabilities)) if without else [],
         "pooled": {key: _pooled(list(cases.values())) for key, cases in bins.items()},
@@ -241,18 +239,11 @@ _Bins = dict[str, dict[str, Reliability]]
 
 @dataclass(frozen=True)
 class _Task:
-    """A case of some models.
-
-    Attributes:
-        reference: File of the true labels.
-        dataset_json: Content of the data set's dataset.json.
-        files: Probabilities by model, several for an ensemble.
-        channels: What they stand for.
-    """
+    """A case of some models."""
 
     reference: Path
     dataset_json: Mapping[str, Any]
-    files: Mapping[str, tuple[Path, ...]]
+    files: Mapping[str, tuple[Path, ...]]  # probabilities by model, several for an ensemble
     channels: Channels
 
 
@@ -283,10 +274,10 @@ def _bins(
             files = {model: sources[model][case] for model in group}
             tasks.append((case, _Task(found.references[case], found.dataset_json, files, channels[group[0]])))
     errors: list[str] = []
-    results = map_cases(_measure, [task for _, task in tasks], options.processes, "Calibration", options.progress)
+    results = try_cases(_measure, [task for _, task in tasks], options.processes, "Calibration", options.progress)
     for (case, _), result in zip(tasks, results, strict=True):
-        if isinstance(result, list):
-            errors += result
+        if isinstance(result, InputError):
+            errors += result.errors
             continue
         for model, of_model in result.items():
             done[case, model] = of_model
@@ -296,15 +287,11 @@ def _bins(
     return {model: {case: done[case, model] for case in found.cases} for model in sources}
 
 
-def _measure(task: _Task) -> dict[str, _Bins] | list[str]:
-    """Bins of a case by model, or what is wrong with its files."""
+def _measure(task: _Task) -> dict[str, _Bins]:
+    """Bins of a case by model."""
     meaning = task.channels
     paths = list(dict.fromkeys(chain.from_iterable(task.files.values())))
-    try:
-        reader = reader_for(task.dataset_json, [task.reference])
-        reference = read_labels(task.reference, reader).voxels
-    except InputError as error:
-        return list(error.errors)
+    reference = read_labels(task.reference, reader_for(task.dataset_json, [task.reference])).voxels
     errors: list[str] = []
     for path in paths:
         try:
@@ -312,7 +299,7 @@ def _measure(task: _Task) -> dict[str, _Bins] | list[str]:
         except InputError as error:
             errors += error.errors
     if errors:
-        return errors
+        raise InputError(errors)
     ignored = ignore_label(task.dataset_json["labels"])
     annotated = None if ignored is None else reference != ignored
     if annotated is not None and annotated.all():
@@ -320,27 +307,24 @@ def _measure(task: _Task) -> dict[str, _Bins] | list[str]:
     names = {place: name for name, place in meaning.place.items()}
     bins: dict[str, _Bins] = {model: {} for model in task.files}
     streams = {path: iterate_channels(path) for path in paths}
-    try:
-        for place in range(meaning.count):
-            of_file = {path: next(stream) for path, stream in streams.items()}
-            if place not in names:
-                continue
-            name = names[place]
-            truth = np.isin(reference, meaning.regions[name])
-            near = boundary(truth)
-            if annotated is not None:
-                near &= annotated
-            for model, files in task.files.items():
-                mean = of_file[files[0]]
-                for other in files[1:]:
-                    mean = mean + of_file[other]
-                probability = mean if len(files) == 1 else mean / np.float32(len(files))
-                bins[model][name] = {
-                    "ece_boundary": reliability(probability, truth, near),
-                    "ece": reliability(probability, truth, annotated),
-                }
-    except InputError as error:
-        return list(error.errors)
+    for place in range(meaning.count):
+        of_file = {path: next(stream) for path, stream in streams.items()}
+        if place not in names:
+            continue
+        name = names[place]
+        truth = np.isin(reference, meaning.regions[name])
+        near = boundary(truth)
+        if annotated is not None:
+            near &= annotated
+        for model, files in task.files.items():
+            mean = of_file[files[0]]
+            for other in files[1:]:
+                mean = mean + of_file[other]
+            probability = mean if len(files) == 1 else mean / np.float32(len(files))
+            bins[model][name] = {
+                "ece_boundary": reliability(probability, truth, near),
+                "ece": reliability(probability, truth, annotated),
+            }
     # in the order of dataset.json
     return {model: {name: of[name] for name in meaning.regions} for model, of in bins.items()}
 
@@ -355,18 +339,13 @@ def _as_entry(bins: _Bins) -> dict[str, Any]:
 def _of_entry(content: Any, regions: Sequence[str]) -> _Bins | None:
     """What an entry of the cache holds; None if there is none that makes sense."""
     try:
-        return {
-            name: {
-                key: Reliability(
-                    np.array(content[name][key][0], np.int64),
-                    np.array(content[name][key][1], np.float64),
-                    np.array(content[name][key][2], np.int64),
-                )
-                for key in CALIBRATION_METRICS
-            }
-            for name in regions
-        }
-    except (ValueError, KeyError, TypeError, IndexError):
+        bins: _Bins = {name: {} for name in regions}
+        for name in regions:
+            for key in CALIBRATION_METRICS:
+                voxels, probability, positives = (np.array(part) for part in content[name][key])
+                bins[name][key] = Reliability(voxels, probability.astype(np.float64), positives)
+        return bins
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -135,10 +135,10 @@ def _content(found: Found, scores: Scores, findings: Findings, costs: Costs, war
                 "left_out": found.left_out,
                 "reference": str(next(iter(found.references.values())).parent) if found.references else "",
             },
-            "options": scores.options.as_json(),
+            "options": asdict(scores.options),
             "regions": findings.regions,
             "metrics": [
-                METRICS[key].as_json() | {"better": None if METRICS[key].better == "none" else METRICS[key].better}
+                asdict(METRICS[key]) | {"better": None if METRICS[key].better == "none" else METRICS[key].better}
                 for key in scores.options.measured
             ],
             "models": [
@@ -151,7 +151,7 @@ def _content(found: Found, scores: Scores, findings: Findings, costs: Costs, war
                     "configuration": model.model and model.model.configuration,
                     "folds": list(model.folds),
                     "members": list(model.members) or None,
-                    "cost": costs.costs[model.key].as_json(),
+                    "cost": asdict(costs.costs[model.key]),
                     "curves": costs.curves[model.key] or None,
                 }
                 for model in found.models

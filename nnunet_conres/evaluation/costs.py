@@ -73,10 +73,6 @@ class Cost:
     optimizer: str | None = None
     cpu_share: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        return asdict(self)
-
 
 Curves = dict[str, dict[str, Any]]
 """By fold: {"epochs": [0, 1, ...], "series": {name: values}}."""

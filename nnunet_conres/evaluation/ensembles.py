@@ -162,9 +162,7 @@ def build_ensemble(
         ([str(path) for path in _files(members, case, file_ending)], str(output_folder / case), str(settings_folder))
         for case in todo
     ]
-    for case, error in zip(todo, map_cases(_average_case, jobs, processes, f"Ensemble {name}", progress), strict=True):
-        if error:
-            raise InputError(error)
+    for case, _ in zip(todo, map_cases(_average_case, jobs, processes, f"Ensemble {name}", progress), strict=True):
         done[case] = [*sources[case], state_of(targets[case])]
         write_json(output_folder / _SOURCES, done)
     predictions = {case: Prediction(case, targets[case], members[0].predictions[case].fold) for case in cases}
@@ -175,8 +173,8 @@ def _files(members: Sequence[Contender], case: str, file_ending: str) -> Iterato
     return (member.predictions[case].probabilities(file_ending) for member in members)
 
 
-def _average_case(job: tuple[list[str], str, str]) -> str | None:
-    """Writes a case's label map with nnU-Net's own means; returns what is wrong, if anything is."""
+def _average_case(job: tuple[list[str], str, str]) -> None:
+    """Writes a case's label map with nnU-Net's own means."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     files, target, settings_folder = job
@@ -185,12 +183,9 @@ def _average_case(job: tuple[list[str], str, str]) -> str | None:
     plans = PlansManager(read_json(settings / "plans.json"))
     total: Any = None
     for file in files:
-        try:
-            probabilities = read_probabilities(Path(file))
-        except InputError as error:
-            return str(error)
+        probabilities = read_probabilities(Path(file))
         if total is not None and total.shape != probabilities.shape:
-            return (
+            raise InputError(
                 f"{file} has probabilities of shape {probabilities.shape}, {files[0]} of shape {total.shape}: they are "
                 f"not of the same image and labels."
             )
@@ -199,11 +194,6 @@ def _average_case(job: tuple[list[str], str, str]) -> str | None:
     try:
         properties = read_pickle(properties_file)
     except InputError as error:
-        return f"{error} nnU-Net writes it with the probabilities; predict the case again."
+        raise InputError(f"{error} nnU-Net writes it with the probabilities; predict the case again.") from error
     labels = plans.get_label_manager(dataset_json).convert_probabilities_to_segmentation(total / len(files))
-    path = Path(f"{target}{dataset_json['file_ending']}")
-    try:
-        write_labels(path, labels, properties, plans.image_reader_writer_class)
-    except InputError as error:
-        return str(error)
-    return None
+    write_labels(Path(f"{target}{dataset_json['file_ending']}"), labels, properties, plans.image_reader_writer_class)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.surfaces import dice
 from nnunet_conres.files import written_whole
 from nnunet_conres.nnunet import ignore_label, label_values
 
@@ -302,8 +304,7 @@ def dice_text(prediction: NDArray[Any], reference: NDArray[Any], regions: Mappin
     """Dice of every label or region."""
     scores = []
     for name, values in regions.items():
-        true, predicted = np.isin(reference, values), np.isin(prediction, values)
-        total = int(true.sum()) + int(predicted.sum())
-        scores.append(f"{name} {2 * int((true & predicted).sum()) / total:.3f}" if total else f"{name} -")
+        score = dice(np.isin(reference, values), np.isin(prediction, values), empty=math.nan)
+        scores.append(f"{name} -" if math.isnan(score) else f"{name} {score:.3f}")
     # More than a handful would not fit on a line.
     return ",  ".join(scores[:6]) + (", ..." if len(scores) > 6 else "")

@@ -16,6 +16,7 @@ from nnunet_conres.evaluation.surfaces import (
     border_distances,
     border_share,
     box_of,
+    dice,
     exact_border_distances,
     pooled_hd95,
     surface_hd95,
@@ -76,10 +77,6 @@ def challenge_scores(
 # --- whole regions --------------------------------------------------------------------------------------------------
 
 
-def _dice(reference: Mask, prediction: Mask) -> float:
-    return 2 * int((reference & prediction).sum()) / (int(reference.sum()) + int(prediction.sum()))
-
-
 def _volumes(reference: Mask, prediction: Mask, spacing: Sequence[float]) -> dict[str, float]:
     millilitres = math.prod(spacing) / 1000
     return {
@@ -109,7 +106,7 @@ class Lesions:
 def number_lesions(masks: Mapping[str, Mask], rules: Rules) -> dict[str, Lesions]:
     """The lesions of each region: what grows together by the dilation, and what the rules join besides."""
     found = {
-        region: _grown_together(mask, rules.dilation.get(region, _dilation(rules))) for region, mask in masks.items()
+        region: grown_together(mask, rules.dilation.get(region, _dilation(rules))) for region, mask in masks.items()
     }
     return _joined(found, rules)
 
@@ -127,7 +124,7 @@ def number_predicted(masks: Mapping[str, Mask], rules: Rules, spacing: Sequence[
     voxel = math.prod(spacing) if rules.group_predictions == "mm3" else 1
     kept = {}
     for region, mask in masks.items():
-        grown = _grown_together(mask, rules.dilation.get(region, _dilation(rules)))
+        grown = grown_together(mask, rules.dilation.get(region, _dilation(rules)))
         sizes = np.bincount(grown.numbers.ravel(), minlength=grown.count + 1) * voxel
         smallest = rules.smallest_volume.get(region, min(rules.smallest_volume.values()))
         numbers = np.where((sizes > smallest)[grown.numbers], grown.numbers, 0)
@@ -140,7 +137,7 @@ def _dilation(rules: Rules) -> int:
     return min(rules.dilation.values())
 
 
-def _grown_together(mask: Mask, dilation: int) -> Lesions:
+def grown_together(mask: Mask, dilation: int) -> Lesions:
     """Components of a dilated mask, which are the dilations of the lesions in them."""
     from scipy.ndimage import binary_dilation, generate_binary_structure, label
 
@@ -275,7 +272,7 @@ def _surface_scores(
 ) -> tuple[float, float, float]:
     """Dice, surface Dice and HD95."""
     share = border_share(border_distances(reference, prediction, spacing), _including(tolerance))
-    return _dice(reference, prediction), share, surface_hd95(reference, prediction, spacing)
+    return dice(reference, prediction), share, surface_hd95(reference, prediction, spacing)
 
 
 def _including(tolerance: float) -> float:
@@ -348,7 +345,7 @@ def _whole(
         scores = (0.0, 0.0, penalty)
     else:
         distances = border_distances(reference, prediction, spacing)
-        scores = (_dice(reference, prediction), border_share(distances, tolerance), pooled_hd95(distances))
+        scores = (dice(reference, prediction), border_share(distances, tolerance), pooled_hd95(distances))
     return dict(zip(("dice", "surface_dice", "hd95"), scores, strict=True))
 
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.errors import InputError
+from nnunet_conres.evaluation.lesions import grown_together
 from nnunet_conres.evaluation.rules import Rules
-from nnunet_conres.evaluation.surfaces import around
+from nnunet_conres.evaluation.surfaces import around, box_of
 
 # Raised whenever a metric changes its value, so that scores of before are not taken from a cache.
 METRIC_VERSION: Final = 1
@@ -56,25 +57,20 @@ class Metric:
         """The value to compare models by: without its sign where the best is zero."""
         return abs(value) if self.better == "zero" else value
 
-    def text(self, value: float, *, decimals: int | None = None, sign: bool = False, unit: bool = True) -> str:
+    def text(self, value: float, *, decimals: int | None = None, unit: bool = True) -> str:
         """The value for people: rounded, with its unit; "-" if it is NaN.
 
         Args:
             value: In the metric's unit.
             decimals: Digits after the decimal point, if others than the metric's.
-            sign: Whether to write a plus.
             unit: Whether to write the unit.
         """
         if math.isnan(value):
             return "-"
         digits = self.decimals if decimals is None else decimals
         # Adding zero makes the "-0.000" that rounding leaves a "0.000".
-        number = f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
+        number = f"{round(value, digits) + 0.0:.{digits}f}"
         return f"{number} {self.unit}" if unit and self.unit else number
-
-    def as_json(self) -> dict[str, Any]:
-        """All attributes."""
-        return asdict(self)
 
 
 def _of_sizes() -> Iterator[Metric]:
@@ -193,10 +189,6 @@ class MetricOptions:
         if errors:
             raise InputError(errors)
 
-    def as_json(self) -> dict[str, Any]:
-        """All attributes."""
-        return asdict(self)
-
     @property
     def measured(self) -> tuple[str, ...]:
         """Keys of the metrics that are measured, in the order of the table."""
@@ -255,15 +247,11 @@ def measure(
     Returns:
         A value for every metric that is measured without a challenge's rules; NaN where there is none.
 
-    Raises:
-        ValueError: Shapes or spacing do not fit each other.
-
     Source:
         Maier-Hein et al., "Metrics reloaded", Nature Methods 2024 (Dice, IoU, HD95, surface Dice); LaBella et al. and
         Moawad et al., BraTS 2023 (lesions, empty masks).
     """
     options = options or MetricOptions()
-    _check(reference, prediction, spacing, ignored)
     diagonal = math.hypot(*(reference.shape[axis] * spacing[axis] for axis in _axes(reference.shape)))
     if ignored is not None and ignored.any():
         reference, prediction = reference & ~ignored, prediction & ~ignored
@@ -283,43 +271,13 @@ def measure(
 
 @dataclass(frozen=True)
 class _Pair:
-    """The part of both masks where something is, without axes of one voxel.
-
-    Attributes:
-        reference: The true mask.
-        prediction: The predicted mask.
-        ignored: What is not annotated; None if everything is.
-        spacing: Voxel size along the axes, mm.
-        flat: Whether the image is a slice.
-    """
+    """The part of both masks where something is, without axes of one voxel."""
 
     reference: NDArray[np.bool_]
     prediction: NDArray[np.bool_]
-    ignored: NDArray[np.bool_] | None
+    ignored: NDArray[np.bool_] | None  # what is not annotated
     spacing: tuple[float, ...]
-    flat: bool
-
-
-def _check(
-    reference: NDArray[np.bool_],
-    prediction: NDArray[np.bool_],
-    spacing: Sequence[float],
-    ignored: NDArray[np.bool_] | None,
-) -> None:
-    errors = []
-    for name, mask in (("reference", reference), ("prediction", prediction), ("ignored mask", ignored)):
-        if mask is None:
-            continue
-        if mask.dtype != np.bool_:
-            errors.append(f"The {name} has values of type {mask.dtype}; expected True and False.")
-        if mask.shape != reference.shape:
-            errors.append(f"The {name} has shape {mask.shape}; expected {reference.shape} like the reference.")
-    if reference.ndim not in (2, 3) or not reference.size:
-        errors.append(f"The reference has shape {reference.shape}; expected two or three axes with voxels in them.")
-    if len(spacing) != reference.ndim or not all(math.isfinite(step) and step > 0 for step in spacing):
-        errors.append(f"The spacing is {tuple(spacing)}; expected {reference.ndim} lengths above 0 mm.")
-    if errors:
-        raise ValueError("\n".join(errors))
+    flat: bool  # the image is a slice
 
 
 def _axes(shape: Sequence[int]) -> list[int]:
@@ -336,21 +294,14 @@ def _crop(
     margin: int,
 ) -> _Pair:
     axes = _axes(reference.shape)
-    occupied = reference | prediction
-    box: list[slice | int] = [0] * reference.ndim
-    for axis in axes:
-        others = tuple(other for other in range(reference.ndim) if other != axis)
-        at = np.flatnonzero(occupied.any(axis=others))
-        # Nothing anywhere: one voxel of that will do.
-        box[axis] = slice(max(0, int(at[0]) - margin), int(at[-1]) + margin + 1) if at.size else slice(0, 1)
-    where = tuple(box)
-    return _Pair(
-        np.ascontiguousarray(reference[where]),
-        np.ascontiguousarray(prediction[where]),
-        None if ignored is None else np.ascontiguousarray(ignored[where]),
-        tuple(spacing[axis] for axis in axes),
-        len(axes) < 3,
-    )
+    thin = tuple(0 if axis not in axes else slice(None) for axis in range(reference.ndim))
+    box = box_of((reference | prediction)[thin], margin)
+
+    def cut(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return np.ascontiguousarray(mask[thin][box])
+
+    unknown = None if ignored is None else cut(ignored)
+    return _Pair(cut(reference), cut(prediction), unknown, tuple(spacing[axis] for axis in axes), len(axes) < 3)
 
 
 # --- overlap and volume ---------------------------------------------------------------------------------------------
@@ -436,19 +387,14 @@ def _surface(mask: NDArray[np.bool_], ignored: NDArray[np.bool_] | None) -> NDAr
 
 
 def _lesions(pair: _Pair, options: MetricOptions, penalty: float) -> dict[str, float]:
-    from scipy.ndimage import binary_dilation, find_objects, generate_binary_structure, label
+    from scipy.ndimage import find_objects, generate_binary_structure, label
 
-    axes = pair.reference.ndim
-    touching = generate_binary_structure(axes, axes)  # 26 neighbours
-    reach = pair.reference
-    if options.lesion_dilation:
-        # Without the neighbours at the corners, as in the challenge's code.
-        ball = generate_binary_structure(axes, axes - 1)
-        reach = binary_dilation(pair.reference, ball, iterations=options.lesion_dilation)
     # A component of the dilated mask is exactly the dilation of the lesion within it, so it tells both which parts
     # belong together and what lies near enough to be found.
-    near, lesions = label(reach, touching)
-    parts, predicted_lesions = label(pair.prediction, touching)
+    grown = grown_together(pair.reference, options.lesion_dilation)
+    near, lesions = grown.reach, grown.count
+    axes = pair.reference.ndim
+    parts, predicted_lesions = label(pair.prediction, generate_binary_structure(axes, axes))  # 26 neighbours
 
     volume = np.bincount(near[pair.reference], minlength=lesions + 1)
     common = np.bincount(near[pair.reference & pair.prediction], minlength=lesions + 1)

@@ -19,7 +19,7 @@ from nnunet_conres.evaluation.probabilities import read_probabilities
 from nnunet_conres.files import read_json
 from nnunet_conres.folders import being_written, check_complete, clear_leftovers, list_files, new_folder
 from nnunet_conres.images.volumes import read_labels, reader_for, write_labels
-from nnunet_conres.parallel import map_cases
+from nnunet_conres.parallel import map_all_cases
 
 # Beside predictions, for the commands that come after.
 _KEPT: Final = ("dataset.json", "plans.json")
@@ -197,31 +197,18 @@ def _missing_probabilities(
 
 
 def _run(jobs: Sequence[_Job], processes: int, title: str, progress: bool) -> dict[str, int]:
-    changed: dict[str, int] = {}
-    errors: list[str] = []
-    for job, result in zip(jobs, map_cases(_one, jobs, processes, title, progress), strict=True):
-        if isinstance(result, int):
-            changed[job.prediction.case_id] = result
-        else:
-            errors += result
-    if errors:
-        raise InputError(errors)
-    return changed
+    changed = map_all_cases(_one, jobs, processes, title, progress)
+    return {job.prediction.case_id: voxels for job, voxels in zip(jobs, changed, strict=True)}
 
 
-def _one(job: _Job) -> int | list[str]:
-    """Writes a label map; returns the number of voxels that were changed, or what is wrong."""
+def _one(job: _Job) -> int:
+    """Writes a label map; returns the number of voxels that were changed."""
     allowed = sorted({0, *(value for values in job.postprocessing.scheme.regions.values() for value in values)})
+    labels = read_labels(job.prediction.labels, job.reader, allowed)
+    probabilities = read_probabilities(job.probabilities) if job.postprocessing.needs_probabilities else None
     try:
-        labels = read_labels(job.prediction.labels, job.reader, allowed)
-        probabilities: Any = None
-        if job.postprocessing.needs_probabilities:
-            probabilities = read_probabilities(job.probabilities)
-        try:
-            result = job.postprocessing.apply(labels.voxels, probabilities, labels.spacing)
-        except InputError as error:
-            return [f"{job.prediction.labels}: {text}" for text in error.errors]
-        write_labels(job.output, result.astype(np.min_scalar_type(max(allowed))), labels.properties, job.reader)
+        result = job.postprocessing.apply(labels.voxels, probabilities, labels.spacing)
     except InputError as error:
-        return list(error.errors)
+        raise InputError([f"{job.prediction.labels}: {text}" for text in error.errors]) from error
+    write_labels(job.output, result.astype(np.min_scalar_type(max(allowed))), labels.properties, job.reader)
     return int((result != labels.voxels).sum())

@@ -22,16 +22,16 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.finding import Found
 from nnunet_conres.evaluation.lesions import challenge_scores
 from nnunet_conres.evaluation.postprocessing import NEUTRAL, Postprocessing, RegionSteps, Scheme
-from nnunet_conres.evaluation.predictions import Contender
 from nnunet_conres.evaluation.probabilities import read_probabilities
 from nnunet_conres.evaluation.rules import Rules, labels_of_regions
 from nnunet_conres.evaluation.scoring import read_pair
 from nnunet_conres.evaluation.statistics import Interval, mean_intervals
+from nnunet_conres.evaluation.surfaces import dice
 from nnunet_conres.files import without_nan, write_json
 from nnunet_conres.folders import writing
 from nnunet_conres.images.volumes import reader_for
 from nnunet_conres.nnunet import ignore_label
-from nnunet_conres.parallel import map_cases
+from nnunet_conres.parallel import map_all_cases
 from nnunet_conres.text import aligned
 
 CANDIDATES: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -82,10 +82,6 @@ class Evidence:
     def kept(self) -> bool:
         """Whether the step is done: there is a value, and the whole interval of the gain is above zero."""
         return self.chosen is not _LEAVE_OFF and self.interval.low > 0
-
-    def as_json(self) -> dict[str, Any]:
-        """All attributes."""
-        return asdict(self) | {"kept": self.kept}
 
 
 @dataclass(frozen=True)
@@ -201,19 +197,14 @@ def fit_postprocessing(
         notes.append("\n  ".join(["No thresholds are tried.", *dict.fromkeys(lines)]))
     scorer = _scorer(scheme, found.dataset_json, rules)
     reader = reader_for(found.dataset_json, [found.references[case] for case in found.cases])
-    job = _Job("", Path(), Path(), None, scheme, scorer, reader, ignore_label(found.dataset_json["labels"]))
-    jobs = [
-        replace(
-            job,
-            case=case,
-            reference=found.references[case],
-            prediction=model.predictions[case].labels,
-            probabilities=model.predictions[case].probabilities(file_ending) if with_probabilities else None,
-        )
-        for case in found.cases
-    ]
-    results = _all(_try, jobs, processes, "Trying", progress)
-    folds = {case: _fold(model, case) for case in found.cases}
+    ignore = ignore_label(found.dataset_json["labels"])
+    jobs = []
+    for case in found.cases:
+        one = model.predictions[case]
+        probabilities = one.probabilities(file_ending) if with_probabilities else None
+        jobs.append(_Job(case, found.references[case], one.labels, probabilities, scheme, scorer, reader, ignore))
+    results = dict(zip(found.cases, map_all_cases(_try, jobs, processes, "Trying", progress), strict=True))
+    folds = {case: fold for case in found.cases if (fold := model.predictions[case].fold) is not None}  # all of them
     groups = dict(found.groups or {case: case for case in found.cases})
     evidence = [
         _evidence(region, step, {case: result[region][step] for case, result in results.items()}, folds, groups)
@@ -221,11 +212,15 @@ def fit_postprocessing(
         for step in next(iter(results.values()))[region]
     ]
     postprocessing = _chosen(scheme, evidence, found.folds)
-    before = {case: {region: _off(steps) for region, steps in result.items()} for case, result in results.items()}
+    before = {
+        case: {region: next(iter(steps.values()))[_LEAVE_OFF] for region, steps in result.items()}
+        for case, result in results.items()
+    }
     after = before
     if not postprocessing.does_nothing:
         applied = [replace(job, postprocessing=postprocessing.of_fold(folds[job.case])) for job in jobs]
-        after = _all(_apply, applied, processes, "Together", progress)
+        scores = map_all_cases(_apply, applied, processes, "Together", progress)
+        after = dict(zip(found.cases, scores, strict=True))
     together = [
         _together(
             region,
@@ -270,12 +265,6 @@ def _less(dataset_json: Mapping[str, Any]) -> dict[str, str]:
     return {enhancing[0]: instead[0]} if enhancing and instead else {}
 
 
-def _fold(model: Contender, case: str) -> int:
-    fold = model.predictions[case].fold
-    assert fold is not None, "validation predictions have folds"
-    return fold
-
-
 def _content(fit: Fit, found: Found, less: Mapping[str, str], rules: Rules | None) -> dict[str, Any]:
     model = found.models[0].model
     content: dict[str, Any] = without_nan(
@@ -294,7 +283,7 @@ def _content(fit: Fit, found: Found, less: Mapping[str, str], rules: Rules | Non
                 if key in found.dataset_json
             },
             "less": dict(less),
-            "evidence": [one.as_json() for one in fit.evidence],
+            "evidence": [asdict(one) | {"kept": one.kept} for one in fit.evidence],
             "together": [asdict(one) for one in fit.together],
             "notes": list(fit.notes),
         }
@@ -310,10 +299,6 @@ class _Scorer:
     """Scores a region: by its Dice, or by the lesion-wise Dice of a challenge; 1 where both label maps lack it.
 
     The rules of 2026 give no score there, with which it would gain nothing to remove a false lesion from such a case.
-
-    Attributes:
-        labels: Label values of each region.
-        rules: Those of a challenge, by region, with the label values of what they need.
     """
 
     labels: Mapping[str, tuple[int, ...]]
@@ -326,9 +311,7 @@ class _Scorer:
             rules, labels = self.rules[region]
             score = challenge_scores(reference, prediction, spacing, rules, labels)[rules.regions[0]]["lesion_dice"]
             return 1.0 if math.isnan(score) else score
-        true, predicted = (np.isin(labels, self.labels[region]) for labels in (reference, prediction))
-        total = int(true.sum()) + int(predicted.sum())
-        return 2 * int((true & predicted).sum()) / total if total else 1.0
+        return dice(*(np.isin(labels, self.labels[region]) for labels in (reference, prediction)))
 
 
 def _scorer(scheme: Scheme, dataset_json: Mapping[str, Any], rules: Rules | None) -> _Scorer:
@@ -364,24 +347,6 @@ class _Job:
     postprocessing: Postprocessing | None = None
 
 
-def _all(function: Any, jobs: Sequence[_Job], processes: int, title: str, progress: bool) -> dict[str, Any]:
-    """Results by case.
-
-    Raises:
-        InputError: Some cases can't be scored; lists them all.
-    """
-    results: dict[str, Any] = {}
-    errors: list[str] = []
-    for job, result in zip(jobs, map_cases(function, jobs, processes, title, progress), strict=True):
-        if isinstance(result, list):
-            errors += result
-        else:
-            results[job.case] = result
-    if errors:
-        raise InputError(list(dict.fromkeys(errors)))
-    return results
-
-
 def _read(job: _Job) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None, tuple[float, ...]]:
     allowed = sorted({0, *(value for values in job.scheme.regions.values() for value in values)})
     reference, prediction, spacing, _ = read_pair(job.reference, job.prediction, job.reader, allowed, job.ignore)
@@ -396,46 +361,36 @@ def _score(job: _Job, region: str, reference: NDArray[Any], labels: NDArray[Any]
     return job.scorer(region, reference, labels, spacing)
 
 
-def _try(job: _Job) -> dict[str, dict[str, dict[Any, float]]] | list[str]:
+def _try(job: _Job) -> dict[str, dict[str, dict[Any, float]]]:
     """Scores by region, step, and value, None where it is left off."""
-    try:
-        reference, labels, probabilities, spacing = _read(job)
-        scores: dict[str, dict[str, dict[Any, float]]] = {}
-        for region in job.scheme.regions:
-            off = _score(job, region, reference, labels, spacing)
-            scores[region] = {}
-            for step, values in CANDIDATES.items():
-                if (step == "threshold" and probabilities is None) or (
-                    step == "smallest_total" and not job.scheme.around[region]
-                ):
-                    continue
-                scores[region][step] = {_LEAVE_OFF: off}
-                previous = labels
-                for value in values:
-                    steps = {region: replace(RegionSteps(), **{step: value})}
-                    changed = Postprocessing(job.scheme, steps).apply(labels, probabilities, spacing)
-                    last = next(reversed(scores[region][step].values()))
-                    same = np.array_equal(changed, previous)
-                    scores[region][step][value] = last if same else _score(job, region, reference, changed, spacing)
-                    previous = changed
-        return scores
-    except InputError as error:
-        return list(error.errors)
+    reference, labels, probabilities, spacing = _read(job)
+    scores: dict[str, dict[str, dict[Any, float]]] = {}
+    for region in job.scheme.regions:
+        off = _score(job, region, reference, labels, spacing)
+        scores[region] = {}
+        for step, values in CANDIDATES.items():
+            if (step == "threshold" and probabilities is None) or (
+                step == "smallest_total" and not job.scheme.around[region]
+            ):
+                continue
+            scores[region][step] = {_LEAVE_OFF: off}
+            previous = labels
+            for value in values:
+                steps = {region: replace(RegionSteps(), **{step: value})}
+                changed = Postprocessing(job.scheme, steps).apply(labels, probabilities, spacing)
+                last = next(reversed(scores[region][step].values()))
+                same = np.array_equal(changed, previous)
+                scores[region][step][value] = last if same else _score(job, region, reference, changed, spacing)
+                previous = changed
+    return scores
 
 
-def _apply(job: _Job) -> dict[str, float] | list[str]:
+def _apply(job: _Job) -> dict[str, float]:
     """Scores by region, post-processed."""
     assert job.postprocessing is not None
-    try:
-        reference, labels, probabilities, spacing = _read(job)
-        changed = job.postprocessing.apply(labels, probabilities, spacing)
-        return {region: _score(job, region, reference, changed, spacing) for region in job.scheme.regions}
-    except InputError as error:
-        return list(error.errors)
-
-
-def _off(steps: Mapping[str, Mapping[Any, float]]) -> float:
-    return next(iter(steps.values()))[_LEAVE_OFF]
+    reference, labels, probabilities, spacing = _read(job)
+    changed = job.postprocessing.apply(labels, probabilities, spacing)
+    return {region: _score(job, region, reference, changed, spacing) for region in job.scheme.regions}
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------

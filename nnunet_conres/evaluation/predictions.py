@@ -165,7 +165,7 @@ def parse_model_names(
         if len(parts) > 3 or not all(parts) or (equals and not label):
             errors.append(f"-tr {text} is no model; expected [NAME=]TRAINER[:PLANS[:CONFIGURATION]].")
             continue
-        given = [_one_for(values, number) for values in (plans, configurations)]
+        given = [values[number] if number < len(values) else values[0] for values in (plans, configurations)]
         trainer, *others = parts
         own_plans, own_configuration = others + given[len(others) :]
         names.append(NamedModel(trainer, own_plans, own_configuration, label or None))
@@ -176,10 +176,6 @@ def parse_model_names(
         doubled = {name for name in shown if shown.count(name) > 1}
     errors += [f"{name} is named twice; expected every model once." for name in sorted(doubled)]
     return names, errors
-
-
-def _one_for(values: Sequence[str], number: int) -> str:
-    return values[number] if number < len(values) else values[0]
 
 
 def display_names(names: Sequence[NamedModel]) -> list[str]:
@@ -247,7 +243,9 @@ def search_cross_validation(
                 complete = False
             predictions |= of_fold
         if complete:
-            found.models.append(Contender(f"m{number}", display_name, _sorted(predictions), folder, name, tuple(folds)))
+            found.models.append(
+                Contender(f"m{number}", display_name, dict(sorted(predictions.items())), folder, name, tuple(folds))
+            )
     return found
 
 
@@ -261,21 +259,13 @@ def _other_trainer(name: str, models: Path) -> str:
 
 @dataclass(frozen=True)
 class _Fold:
-    """One training of a model.
+    """One training of a model."""
 
-    Attributes:
-        name: For messages.
-        number: The fold.
-        model: The model's folder.
-        train: The command that trains it.
-        plans_file: The model's plans among the preprocessed data; None where nobody said where those are.
-    """
-
-    name: str
+    name: str  # for messages
     number: int
     model: Path
-    train: tuple[str, ...]
-    plans_file: Path | None
+    train: tuple[str, ...]  # the command
+    plans_file: Path | None  # among the preprocessed data; None where nobody said where those are
 
     @property
     def folder(self) -> Path:
@@ -423,7 +413,7 @@ def search_test_set(
                     f"with plans.json in it."
                 )
                 continue
-        found.models.append(Contender(f"m{number}", name, _sorted(predictions), trained, model, folds))
+        found.models.append(Contender(f"m{number}", name, dict(sorted(predictions.items())), trained, model, folds))
         if any(not prediction.probabilities(file_ending).is_file() for prediction in predictions.values()):
             found.missing_probabilities.append(
                 Missing(f"{name} has no probabilities in {folder}.", _predict_command(folder, trained, folds, device))
@@ -519,10 +509,6 @@ def _in_other_folds(first: Contender, second: Contender) -> set[str]:
 def _predictions(folder: Path, file_ending: str, fold: int | None) -> dict[str, Prediction]:
     cases = {path.name.removesuffix(file_ending): path for path in list_files(folder, file_ending)}
     return {case_id: Prediction(case_id, path, fold) for case_id, path in cases.items()}
-
-
-def _sorted(predictions: Mapping[str, Prediction]) -> dict[str, Prediction]:
-    return dict(sorted(predictions.items()))
 
 
 def _file_ending(folder: Path, errors: list[str]) -> str | None:

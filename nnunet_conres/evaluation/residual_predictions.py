@@ -21,6 +21,7 @@ from nnunet_conres.architectures.network import ResidualMapsMixin
 from nnunet_conres.case_ids import unsafe_ids
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.figures import save_figure
+from nnunet_conres.evaluation.probabilities import Channels
 from nnunet_conres.evaluation.residual_figures import Slicing, predicted_residual_figure
 from nnunet_conres.evaluation.residual_maps import (
     ENDINGS,
@@ -35,7 +36,6 @@ from nnunet_conres.evaluation.residual_maps import (
 from nnunet_conres.files import write_json
 from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.volumes import read_labels, read_volume, reversed_axes, write_map
-from nnunet_conres.nnunet import label_values
 from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor
 from nnunet_conres.text import first_few
 
@@ -199,9 +199,11 @@ class ResidualPredictor:
         self._labels = predictor.label_manager
         self._progress = progress
         self.number_of_channels = len(predictor.dataset_json["channel_names"])
-        self.channels = tuple(name for _, name in sorted(_by_number(predictor.dataset_json["channel_names"])))
+        names = predictor.dataset_json["channel_names"]
+        self.channels = tuple(names[number] for number in sorted(names, key=int))
         self.slice_axis = int(plans.transpose_forward[getattr(network, "slice_axis", 0)])
-        self.regions = _regions(predictor.dataset_json["labels"])
+        channels = Channels.of_dataset(predictor.dataset_json)
+        self.regions = {name: channels.regions[name] for name in sorted(channels.place, key=channels.place.__getitem__)}
         self.ignore_label: int | None = self._labels.ignore_label
 
     def predict(self, images: Sequence[str | Path]) -> Prediction:
@@ -232,9 +234,8 @@ class ResidualPredictor:
         shape = properties["shape_after_cropping_and_before_resampling"]
         maps = configuration.resampling_fn_probabilities(logits[heads:], shape, configuration.spacing, spacing)
         maps = np.asarray(maps, dtype=np.float32)
-        residuals = {
-            name: self._put_back(_sigmoid(maps[number]), properties, 0.0) for number, name in enumerate(self.regions)
-        }
+        likely = torch.sigmoid(torch.from_numpy(np.ascontiguousarray(maps[: len(self.regions)]))).numpy()
+        residuals = {name: self._put_back(one, properties, 0.0) for name, one in zip(self.regions, likely, strict=True)}
         attention = None
         if self.has_attention:
             # interpolation leaves the range by rounding only
@@ -466,19 +467,3 @@ def _network_errors(folder: Path, network: nn.Module, predictor: Any, level: int
     previous = predictor.configuration_manager.previous_stage_name
     if previous is not None:
         yield f"{folder} is the second stage of a cascade, which is not supported; take {previous}."
-
-
-def _by_number(names: Mapping[str, str]) -> Iterator[tuple[int, str]]:
-    return ((int(number), name) for number, name in names.items())
-
-
-def _regions(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Label values of every label or region but background and ignore, in the order of the network's channels."""
-    regions = label_values(labels)
-    if any(len(values) > 1 for values in regions.values()):
-        return regions
-    return dict(sorted(regions.items(), key=lambda item: item[1]))
-
-
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    return torch.sigmoid(torch.from_numpy(np.ascontiguousarray(logits))).numpy()

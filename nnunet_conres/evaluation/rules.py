@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -85,10 +85,6 @@ class Rules:
     large_volume: float | None = None
     found_from_dice: float = 0.0
     table: Literal["", "seg", "mets"] = ""
-
-    def as_json(self) -> dict[str, Any]:
-        """All attributes."""
-        return asdict(self)
 
     @property
     def masks(self) -> tuple[str, ...]:

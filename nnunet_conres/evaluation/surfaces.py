@@ -1,4 +1,4 @@
-"""Distances between the surfaces of two masks, by the conventions of the challenges' evaluations."""
+"""Overlap of two masks, and distances between their surfaces by the conventions of the challenges' evaluations."""
 
 from __future__ import annotations
 
@@ -130,6 +130,12 @@ def _areas(spacing: tuple[float, ...]) -> NDArray[np.float64]:
         sides = triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]
         areas[code] = np.linalg.norm(np.cross(*sides), axis=1).sum() / 2
     return areas
+
+
+def dice(one: NDArray[np.bool_], other: NDArray[np.bool_], *, empty: float = 1.0) -> float:
+    """Dice of two masks; `empty` where neither has a voxel."""
+    total = int(one.sum()) + int(other.sum())
+    return 2 * int((one & other).sum()) / total if total else empty
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,10 +25,11 @@ from nnunet_conres.evaluation.predictions import (
 from nnunet_conres.evaluation.probabilities import Channels, Painter, iterate_channels, read_shape
 from nnunet_conres.evaluation.residual_maps import file_parts
 from nnunet_conres.evaluation.summary import dataset_json_near
-from nnunet_conres.files import read_json, without_nan, write_json, written_whole
+from nnunet_conres.evaluation.surfaces import dice
+from nnunet_conres.files import read_json, without_nan, write_csv, write_json
 from nnunet_conres.folders import list_files, writing
 from nnunet_conres.images.volumes import affine_of, read_labels, read_standing, reader_for, standing, write_map
-from nnunet_conres.parallel import map_cases
+from nnunet_conres.parallel import try_cases
 from nnunet_conres.text import aligned, first_few, format_shape
 
 TABLE: Final = "uncertainty.json"
@@ -358,7 +358,7 @@ def region_numbers(maps: Maps, meaning: Channels, spacing: Sequence[float]) -> d
         within = np.isin(maps.segmentation, values)
         masks = [np.isin(labels, values) for labels in maps.members]
         sizes = [int(mask.sum()) for mask in masks]
-        dice = [_dice(first, second) for first, second in combinations(masks, 2)]
+        dices = [dice(first, second) for first, second in combinations(masks, 2)]
         mean_size = sum(sizes) / len(sizes)
         size = int(within.sum())
         numbers[name] = {
@@ -368,16 +368,11 @@ def region_numbers(maps: Maps, meaning: Channels, spacing: Sequence[float]) -> d
             "disagreement": float(np.mean([1 - mask[within].mean() for mask in masks]))
             if several and size
             else math.nan,
-            "dice_mean": float(np.mean(dice)) if dice else math.nan,
-            "dice_lowest": min(dice) if dice else math.nan,
+            "dice_mean": float(np.mean(dices)) if dices else math.nan,
+            "dice_lowest": min(dices) if dices else math.nan,
             "volume_cv": float(np.std(sizes, ddof=1)) / mean_size if several and mean_size else math.nan,
         }
     return numbers
-
-
-def _dice(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
-    total = int(first.sum()) + int(second.sum())
-    return 2 * int((first & second).sum()) / total if total else 1.0
 
 
 @dataclass(frozen=True)
@@ -392,36 +387,35 @@ class _Task:
     output: Path
 
 
-def _write_case(task: _Task) -> dict[str, Any] | list[str]:
-    """Writes maps and picture; returns the case's entry in the table, or what is wrong with its files."""
-    try:
-        meaning = Channels.of_dataset(task.dataset_json)
-        reader = reader_for(task.dataset_json, [task.segmentation])
-        labels = read_labels(task.segmentation, reader)
-        if affine_of(labels.properties) is None:
-            return [f"{task.segmentation} has no geometry; expected a volume in a format that has one, like .nii.gz."]
-        errors = [
-            error
-            for path in task.probabilities
-            for error in meaning.shape_errors(path, read_shape(path), labels.voxels.shape, task.segmentation)
-        ]
-        image = None
-        channel_name = ""
-        if task.images:
-            image, channel_name = _image_to_show(task, reader)
-            here = standing(labels.voxels, labels.properties)[0].shape
-            if image.shape != here:
-                errors.append(
-                    f"{task.images[0]} has shape {format_shape(image.shape)}; expected {format_shape(here)} like "
-                    f"{task.segmentation}."
-                )
-        if errors:
-            return errors
-        maps = uncertainty_maps([iterate_channels(path) for path in task.probabilities], meaning)
-        numbers = region_numbers(maps, meaning, labels.spacing)
-        files = _write_maps(task, maps, labels.properties)
-    except InputError as error:
-        return list(error.errors)
+def _write_case(task: _Task) -> dict[str, Any]:
+    """Writes maps and picture; returns the case's entry in the table."""
+    meaning = Channels.of_dataset(task.dataset_json)
+    reader = reader_for(task.dataset_json, [task.segmentation])
+    labels = read_labels(task.segmentation, reader)
+    if affine_of(labels.properties) is None:
+        raise InputError(
+            [f"{task.segmentation} has no geometry; expected a volume in a format that has one, like .nii.gz."]
+        )
+    errors = [
+        error
+        for path in task.probabilities
+        for error in meaning.shape_errors(path, read_shape(path), labels.voxels.shape, task.segmentation)
+    ]
+    image = None
+    channel_name = ""
+    if task.images:
+        image, channel_name = _image_to_show(task, reader)
+        here = standing(labels.voxels, labels.properties)[0].shape
+        if image.shape != here:
+            errors.append(
+                f"{task.images[0]} has shape {format_shape(image.shape)}; expected {format_shape(here)} like "
+                f"{task.segmentation}."
+            )
+    if errors:
+        raise InputError(errors)
+    maps = uncertainty_maps([iterate_channels(path) for path in task.probabilities], meaning)
+    numbers = region_numbers(maps, meaning, labels.spacing)
+    files = _write_maps(task, maps, labels.properties)
     files["picture"] = _draw(task, maps, meaning, numbers, labels.properties, image, channel_name).name
     return {"id": task.case, "regions": without_nan(numbers), "files": files}
 
@@ -503,21 +497,16 @@ def write_uncertainty(
         raise InputError([f"{output} holds the predictions; choose another output folder."])
     tasks = [
         _Task(
-            case,
-            files,
-            predicted.segmentations[case],
-            predicted.images.get(case, ()),
-            predicted.dataset_json,
-            output,
+            case, files, predicted.segmentations[case], predicted.images.get(case, ()), predicted.dataset_json, output
         )
         for case, files in predicted.probabilities.items()
     ]
     with writing(output):
         cases: list[dict[str, Any]] = []
         errors: list[str] = []
-        for result in map_cases(_write_case, tasks, processes, "Uncertainty", progress):
-            if isinstance(result, list):
-                errors += result
+        for result in try_cases(_write_case, tasks, processes, "Uncertainty", progress):
+            if isinstance(result, InputError):
+                errors += result.errors
             else:
                 cases.append(result)
         meaning = Channels.of_dataset(predicted.dataset_json)
@@ -531,18 +520,11 @@ def write_uncertainty(
             "cases": cases,
         }
         table, rows = output / TABLE, output / "uncertainty.csv"
-        _write_csv(rows, cases)
+        values = ((case["id"], region, of) for case in cases for region, of in case["regions"].items())
+        cells = ([case, region, *(of[key] for key in COLUMNS)] for case, region, of in values)
+        write_csv(rows, [["case", "region", *COLUMNS], *cells])
         write_json(table, content)
     if errors:
         shown = "\n".join(f"  - {message}" for message in errors)
         raise InputError(f"{len(cases)} of {len(tasks)} cases are in {output}; the others can't be read:\n{shown}")
     return Uncertainty(content, table, rows)
-
-
-def _write_csv(path: Path, cases: Sequence[Mapping[str, Any]]) -> None:
-    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "region", *COLUMNS])
-        for case in cases:
-            for region, values in case["regions"].items():
-                writer.writerow([case["id"], region, *("" if values[key] is None else values[key] for key in COLUMNS)])

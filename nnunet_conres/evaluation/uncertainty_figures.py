@@ -39,7 +39,6 @@ def uncertainty_figure(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     title: str = "",
     subtitle: str = "",
-    number_of_slices: int = 3,
 ) -> Figure:
     """Draw the slices that show most: segmentation, entropy, and disagreement, one below the other.
 
@@ -53,26 +52,15 @@ def uncertainty_figure(
         spacing: Voxel size along (z, y, x) in mm.
         title: Shown on top.
         subtitle: Below it.
-        number_of_slices: How many slices along z to show, at most.
 
     Returns:
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
-
-    Raises:
-        ValueError: Shapes do not fit each other.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-    for name, volume in (("entropy", entropy), ("disagreement", disagreement), ("image", image)):
-        if volume is not None and volume.shape != segmentation.shape:
-            raise ValueError(f"The {name} has shape {volume.shape}; expected {segmentation.shape} like the labels.")
     unsure = (entropy > 0.1).astype(np.uint8)
-    slices = (
-        slices_to_show(segmentation, regions, number=number_of_slices)
-        if segmentation.any()
-        else slices_to_show(unsure, {"unsure": (1,)}, number=number_of_slices)
-    )
+    slices = slices_to_show(segmentation, regions) if segmentation.any() else slices_to_show(unsure, {"unsure": (1,)})
     shown = (segmentation > 0).astype(np.uint8) | unsure if image is None else image
     (first_row, last_row), (first_column, last_column) = content_range(shown[np.newaxis])
     height, width = (last_row - first_row) * spacing[1], (last_column - first_column) * spacing[2]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from nnunet_conres.errors import file_errors
-from nnunet_conres.files import write_json, written_whole
+from nnunet_conres.files import write_csv, write_json, written_whole
 
 # Columns of brats-evaluation's tables, in their order, and the metric in each.
 _ALL: Final = {
@@ -72,7 +71,8 @@ def write_comparison(folder: Path, content: Mapping[str, Any], page: str) -> tup
         The first three files.
     """
     report, json, cases = folder / "report.html", folder / "report.json", folder / "cases.csv"
-    _write_csv(cases, content)
+    scores = ((case["id"], key, regions) for case in content["cases"] for key, regions in case["scores"].items())
+    write_csv(cases, _case_rows(scores, content, content["metrics"]))
     _write_calibration(folder, content)
     with written_whole(report) as partial:
         partial.write_text(page, encoding="utf-8", newline="\n")
@@ -80,19 +80,19 @@ def write_comparison(folder: Path, content: Mapping[str, Any], page: str) -> tup
     return report, json, cases
 
 
-def _write_csv(path: Path, content: Mapping[str, Any]) -> None:
-    """A row per case, model and region; an empty cell where there is no value."""
-    metrics = [metric["key"] for metric in content["metrics"]]
+def _case_rows(
+    cases: Iterable[tuple[str, str, Mapping[str, Any]]],
+    content: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+) -> Iterator[list[Any]]:
+    """Rows of a table of cases, each a case's id, a model's key and the values by region, under a head."""
+    keys = [metric["key"] for metric in metrics]
     names = {model["key"]: model["name"] for model in content["models"]}
-    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "fold", "model", "region", *metrics])
-        for case in content["cases"]:
-            for key, regions in case["scores"].items():
-                for region, values in regions.items():
-                    cells = ["" if values[metric] is None else values[metric] for metric in metrics]
-                    fold = "" if case["fold"] is None else case["fold"]
-                    writer.writerow([case["id"], fold, names[key], region, *cells])
+    folds = {case["id"]: case["fold"] for case in content["cases"]}
+    yield ["case", "fold", "model", "region", *keys]
+    for case, model, regions in cases:
+        for region, values in regions.items():
+            yield [case, folds[case], names[model], region, *(values[key] for key in keys)]
 
 
 def write_brats_tables(folder: Path, content: Mapping[str, Any], table: str, names: Mapping[str, str]) -> None:
@@ -120,15 +120,11 @@ def write_brats_tables(folder: Path, content: Mapping[str, Any], table: str, nam
             ]
             for case in content["cases"]
         }
-        with written_whole(folder / file_name) as partial, partial.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(
-                ["subject_id", *(f"{column}_{region.lower()}" for region in content["regions"] for column in columns)]
-            )
-            summaries = zip(*(_summary(values) for values in zip(*rows.values(), strict=True)), strict=True)
-            rows |= dict(zip(("mean", "std", "median"), map(list, summaries), strict=True))
-            for name, values in rows.items():
-                writer.writerow([name, *("" if np.isnan(value) else float(value) for value in values)])
+        head = ["subject_id", *(f"{column}_{region.lower()}" for region in content["regions"] for column in columns)]
+        summaries = zip(*(_summary(values) for values in zip(*rows.values(), strict=True)), strict=True)
+        rows |= dict(zip(("mean", "std", "median"), map(list, summaries), strict=True))
+        cells = ([name, *(None if np.isnan(v) else float(v) for v in values)] for name, values in rows.items())
+        write_csv(folder / file_name, [head, *cells])
 
 
 def _like_the_tool(values: Mapping[str, Any], metric: str) -> float:
@@ -156,26 +152,21 @@ def _write_calibration(folder: Path, content: Mapping[str, Any]) -> None:
         for path in (errors, curves):
             path.unlink(missing_ok=True)
         return
-    metrics = [metric["key"] for metric in calibration["metrics"]]
+    cases = ((case, key, regions) for key, of in calibration["cases"].items() for case, regions in of.items())
+    write_csv(errors, _case_rows(cases, content, calibration["metrics"]))
     names = {model["key"]: model["name"] for model in content["models"]}
-    folds = {case["id"]: "" if case["fold"] is None else case["fold"] for case in content["cases"]}
-    with written_whole(errors) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "fold", "model", "region", *metrics])
-        for key, cases in calibration["cases"].items():
-            for case, regions in cases.items():
-                for region, values in regions.items():
-                    cells = ["" if values[metric] is None else values[metric] for metric in metrics]
-                    writer.writerow([case, folds[case], names[key], region, *cells])
-    with written_whole(curves) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["model", "region", "metric", "bin_low", "bin_high", "voxels", "probability", "frequency"])
-        bins = calibration["bins"]
-        for key, regions in calibration["pooled"].items():
-            for region, of_metric in regions.items():
-                for metric, curve in of_metric.items():
-                    for place in range(bins):
-                        cells = [curve[name][place] for name in ("voxels", "probability", "frequency")]
-                        ends = [round(end / bins, 6) for end in (place, place + 1)]
-                        row = ["" if cell is None else cell for cell in cells]
-                        writer.writerow([names[key], region, metric, *ends, *row])
+    bins = calibration["bins"]
+    rows: list[list[Any]] = [
+        ["model", "region", "metric", "bin_low", "bin_high", "voxels", "probability", "frequency"],
+        *(
+            [
+                *(names[key], region, metric, round(place / bins, 6), round((place + 1) / bins, 6)),
+                *(curve[name][place] for name in ("voxels", "probability", "frequency")),
+            ]
+            for key, regions in calibration["pooled"].items()
+            for region, of_metric in regions.items()
+            for metric, curve in of_metric.items()
+            for place in range(bins)
+        ),
+    ]
+    write_csv(curves, rows)

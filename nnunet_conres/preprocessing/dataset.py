@@ -185,29 +185,16 @@ class Preprocessed:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a configuration's data have to be.
+    """What a configuration's data have to be."""
 
-    Attributes:
-        configuration: Name of the configuration.
-        folder: Where they are to be.
-        channels: Number of image channels.
-        axes: Where each axis is found in the images.
-        spacing: Voxel size in mm, without that of the slices for 2d; None where it doesn't tell the images' shape.
-        settings: All in the plans that decides what the data are.
-        labels: As in dataset.json; the places of their voxels are among the properties.
-        copies: Folder with copies of the label files.
-        ending: How those end.
-    """
-
-    configuration: str
     folder: Path
     channels: int
-    axes: tuple[int, ...]
-    spacing: tuple[float, ...] | None
-    settings: Mapping[str, Any]
-    labels: Mapping[str, Any]
-    copies: Path
-    ending: str
+    axes: tuple[int, ...]  # where each axis is found in the images
+    spacing: tuple[float, ...] | None  # mm, without that of the slices for 2d; None where it doesn't tell the shape
+    settings: Mapping[str, Any]  # all in the plans that decides what the data are
+    labels: Mapping[str, Any]  # as in dataset.json; the places of their voxels are among the properties
+    copies: Path  # folder with copies of the label files
+    ending: str  # of those
 
     def shape(self, properties: Mapping[str, Any]) -> tuple[int, ...] | None:
         """Shape of a case with these properties, None where that can't be known from outside."""
@@ -221,19 +208,12 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _State:
-    """What there is of a case.
+    """What there is of a case."""
 
-    Attributes:
-        complete: Whether all its files are there and whole.
-        otherwise: What shows that they were made for other plans, if anything does.
-        outdated: What shows that they were made from other raw files, if anything does.
-        record: A record to replace that of the properties, if any.
-    """
-
-    complete: bool
-    otherwise: str = ""
-    outdated: str = ""
-    record: dict[str, Any] | None = None
+    complete: bool  # all its files are there and whole
+    otherwise: str = ""  # what shows that they were made for other plans
+    outdated: str = ""  # what shows that they were made from other raw files
+    record: dict[str, Any] | None = None  # to replace that of the properties
 
 
 def _look_at(job: tuple[TrainingCase, _Wanted]) -> _State:
@@ -351,19 +331,11 @@ class _Checked:
     """nnU-Net's preprocessing of one case, after a check of its files, and refused where voxels are not finite then.
 
     One such voxel makes its whole channel NaN where nnU-Net normalises by mean and standard deviation.
-
-    Args:
-        run_case: nnU-Net's method.
-        case: The case.
-        reader: nnU-Net's reader for it.
-
-    Attributes:
-        n_bytes: Of the result; 0 before there is one.
     """
 
     def __init__(self, run_case: Callable[..., tuple[Any, ...]], case: TrainingCase, reader: type) -> None:
         self._run_case, self._case, self._reader = run_case, case, reader
-        self.n_bytes = 0
+        self.n_bytes = 0  # of the result, once there is one
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         errors = errors_in_files((self._case, self._reader))
@@ -421,7 +393,6 @@ class PreprocessedDataset:
             "resampling_fn_data"
         ].startswith("no_")
         return _Wanted(
-            configuration=name,
             folder=self._folder / configuration.data_identifier,
             channels=len(self._dataset_json.get("channel_names", self._dataset_json.get("modality", ()))),
             axes=tuple(self._plans["transpose_forward"]),
@@ -432,18 +403,13 @@ class PreprocessedDataset:
             ending=self._dataset_json["file_ending"],
         )
 
-    def missing(self, configuration: str, *, processes: int = 1, progress: bool = False) -> list[str]:
+    def missing(self, configuration: str) -> list[str]:
         """Ids of the cases that a configuration has no data of that are complete and made from the raw files of today.
-
-        Args:
-            configuration: Name of the configuration.
-            processes: Number of processes to look with where there are many cases.
-            progress: Whether to show a progress bar then.
 
         Raises:
             InputError: There are data, but they were preprocessed otherwise, or nnU-Net can't read them.
         """
-        states = self._look(configuration, processes, progress)
+        states = self._look(configuration, processes=1, progress=False)
         return [case_id for case_id, state in states.items() if not state.complete or state.outdated]
 
     def _look(self, configuration: str, processes: int, progress: bool) -> dict[str, _State]:

@@ -1,8 +1,7 @@
-"""The commands that the rules call: nnU-Net's own, and `nnunet-conres`."""
+"""The commands that the steps run: nnU-Net's own, and `nnunet-conres`."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name
@@ -147,8 +146,3 @@ def package(experiment: Experiment, model: Model) -> list[str]:
 
 def _named(model: Model) -> list[str]:
     return ["-tr", model.trainer, "-p", model.plans, "-c", model.configuration]
-
-
-def as_text(command: Sequence[str]) -> str:
-    """A command as a shell takes it."""
-    return shlex.join(command)

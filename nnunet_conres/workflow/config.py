@@ -244,13 +244,9 @@ def parse_config(content: Mapping[str, Any], base: Path, where: str = "the confi
 
 
 class _Reader:
-    """Makes an experiment of entries that are right one by one, and collects what does not fit together.
+    """Makes an experiment of entries that are right one by one, and collects in `errors` what does not fit together.
 
-    Args:
-        file: The entries.
-        base: Folder that relative paths are relative to.
-        errors: Collects messages.
-        wrong: Names of entries at the top that have errors already: nothing is said about them being missing.
+    Nothing is said about those missing whose names are in `wrong`: they have errors already.
     """
 
     def __init__(self, file: schema.ExperimentFile, base: Path, errors: list[str], wrong: set[str]) -> None:

@@ -1,6 +1,6 @@
 """Runs the command of a rule: under a lock, unless its work is done already; records what was made.
 
-The workflow's rules call ``python -m nnunet_conres.workflow.step EXPERIMENT STEP ... -- COMMAND``. The content of
+The workflow's rules call ``python -m nnunet_conres.workflow.step EXPERIMENT STEP --record RECORD ...``. The content of
 a file decides whether it is complete, never its mere existence. So a step can be killed at any time, started again, or
 started twice by two workflows.
 
@@ -32,7 +32,7 @@ from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.files import try_read_json, write_if_changed
 from nnunet_conres.locks import LockedError, hold, hold_some, holder, private_folder
 from nnunet_conres.nnunet import CHECKPOINTS, SPLITS_FILE
-from nnunet_conres.workflow import records
+from nnunet_conres.workflow import commands, records
 from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, parse_config
 from nnunet_conres.workflow.records import digest
 
@@ -123,8 +123,7 @@ def _note(log_file: io.FileIO, log: Path, text: str) -> None:
 def _passed_on() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
     """While it lasts, signals that are to end this process end the command first.
 
-    Yields:
-        Function to call with the command when it is started; it ends at once what a signal has come for meanwhile.
+    It gives a function to call with the started command, which ends it at once if a signal has come meanwhile.
     """
     started: list[subprocess.Popen[bytes]] = []
     too_early: list[int] = []
@@ -205,18 +204,20 @@ def gpus_here(environment: Mapping[str, str] | None = None) -> list[str]:
 class Step:
     """One step of an experiment.
 
-    Attributes:
+    Args:
         experiment: The experiment.
-        command: What the rule gives to run; the step may add what says how to go on.
-        record: The record to write.
-        log: File for the command's output.
+        record: The record to write. Some steps take from its name what they are for.
+        threads: That the command may use.
+
+    Attributes:
+        log: File for the command's output; it is called as the record is.
     """
 
-    def __init__(self, experiment: Experiment, command: Sequence[str], record: Path, log: Path) -> None:
+    def __init__(self, experiment: Experiment, record: Path, threads: int = 1) -> None:
         self.experiment = experiment
-        self.command = list(command)
         self.record = record
-        self.log = log
+        self.threads = threads
+        self.log = (experiment.logs / record.relative_to(experiment.records)).with_suffix(".log")
 
     def lock(self, name: str) -> contextlib.AbstractContextManager[int]:
         """A lock of the data set, for all workflows with the same preprocessed folder."""
@@ -242,11 +243,11 @@ class Step:
         with self.lock("dataset") as descriptor:
             if (self.experiment.raw / "dataset.json").is_file():
                 self.say(f"{self.experiment.raw} is there.")
-            elif self.command:
+            elif self.experiment.brats:
                 # the conversion refuses a folder that is not there, which a new experiment's is not
                 with file_errors(self.experiment.raw.parent):
                     self.experiment.raw.parent.mkdir(parents=True, exist_ok=True)
-                run(self.command, self.log, keep=[descriptor])
+                run(commands.convert(self.experiment, self.threads), self.log, keep=[descriptor])
             state = records.raw_state(self.experiment)
             if state is None:
                 raise StepError(f"{self.experiment.raw} holds no data set; expected a dataset.json.")
@@ -269,7 +270,8 @@ class Step:
                 renew = made_of is not None or (path.exists() and try_read_json(path) is None)
                 if renew:
                     write_if_changed(stamp, _UNFINISHED)
-                run([*self.command, *(["--clean"] if renew else [])], self.log, keep=[descriptor])
+                command = commands.fingerprint(self.experiment, self.threads)
+                run([*command, *(["--clean"] if renew else [])], self.log, keep=[descriptor])
                 write_if_changed(stamp, self._raw())
             write_if_changed(self.record, {"content": records.file_digest(path), "raw": self._raw()["content"]})
 
@@ -284,7 +286,8 @@ class Step:
             elif made_of != wanted or try_read_json(path) is None:
                 if path.exists():
                     self._nobody_trains_on(path)
-                run([*self.command, *(["--force"] if path.exists() else [])], self.log, keep=[descriptor])
+                command = commands.split(self.experiment, self.threads)
+                run([*command, *(["--force"] if path.exists() else [])], self.log, keep=[descriptor])
                 write_if_changed(stamp, wanted)
             states = records.split_states(try_read_json(path), self.experiment.folds)
             if states is None:
@@ -302,16 +305,17 @@ class Step:
             "fingerprint": try_read_json(self.experiment.records / "fingerprint.json"),
             "options": try_read_json(self.experiment.records / "options" / f"plans_{plans_name}.json"),
         }
+        command = commands.plan(self.experiment, plans_name)
         with self.lock("dataset") as descriptor:
             made_of = try_read_json(stamp)
             if try_read_json(path) is not None and made_of is None:
                 self.say(f"{path} was there before; it is used as it is.")
-            elif not self.command and try_read_json(path) is None:
+            elif not command and try_read_json(path) is None:
                 raise StepError(f"{path} is not there, and its planner is none. Make the plans, or name a planner.")
-            elif self.command and (made_of != wanted or try_read_json(path) is None):
+            elif command and (made_of != wanted or try_read_json(path) is None):
                 if path.exists():
                     self._nobody_trains_on(path, f"*__{plans_name}__*")
-                run(self.command, self.log, keep=[descriptor])
+                run(command, self.log, keep=[descriptor])
                 write_if_changed(stamp, wanted)
             plans = try_read_json(path)
         state = records.plans_state(plans, configuration)
@@ -336,19 +340,15 @@ class Step:
             elif made_of != wanted or not records.holds_all_cases(self.experiment, folder):
                 self._may_be_removed(folder, identifier, wanted)
                 write_if_changed(stamp, _UNFINISHED)
-                run(self.command, self.log, keep=[descriptor])
+                command = commands.preprocess(self.experiment, plans_name, configuration, self.threads)
+                run(command, self.log, keep=[descriptor])
                 if not records.holds_all_cases(self.experiment, folder):
                     raise StepError(f"{folder} lacks cases after preprocessing; see {self.log}")
                 write_if_changed(stamp, wanted)
         write_if_changed(self.record, state | {"raw": wanted["raw"]})
 
     def _nobody_trains_on(self, what: Path, models: str = "*") -> None:
-        """Refuses to make something anew that a training, perhaps another workflow's, reads or goes on with later.
-
-        Args:
-            what: What would be made anew.
-            models: Pattern for the folders of the models that need it.
-        """
+        """Refuses to make something anew that a training, perhaps another workflow's, reads or goes on with later."""
         results = Path(self.experiment.environment["nnUNet_results"]) / self.experiment.dataset
         for lock in sorted(results.glob(f"{models}/workflow/fold_*.lock")):
             who = holder(lock)
@@ -379,14 +379,13 @@ class Step:
     def memory(self) -> None:
         """What the memory model says of a training; only advice, so nothing fails for it."""
         answer: dict[str, Any] = {"total_bytes": None}
-        if self.command:
-            printed = self.record.with_name(f"{self.record.name}.partial")
-            try:
-                run(self.command, self.log, output=printed)
-                answer = {"total_bytes": try_read_json(printed)["total"]}
-            except (StepError, TypeError, KeyError) as error:
-                self.say(f"The memory of this training could not be estimated: {error}")
-            printed.unlink(missing_ok=True)
+        printed = self.record.with_name(f"{self.record.name}.partial")
+        try:
+            run(commands.memory(self.experiment, self.experiment.model(self.record.stem)), self.log, output=printed)
+            answer = {"total_bytes": try_read_json(printed)["total"]}
+        except (StepError, TypeError, KeyError) as error:
+            self.say(f"The memory of this training could not be estimated: {error}")
+        printed.unlink(missing_ok=True)
         write_if_changed(self.record, answer)
 
     # --- training -------------------------------------------------------------------------------------------------
@@ -409,7 +408,7 @@ class Step:
             if records.missing_validation(folder, cases):
                 write_if_changed(_known_logs(stamp), {"logs": _logs(folder)})
                 with gpus(experiment, number_of_gpus) as (variables, descriptors):
-                    command = [*self.command, *self._how_to_go_on(folder)]
+                    command = [*commands.train(experiment, model, fold), *self._how_to_go_on(folder)]
                     run(command, self.log, keep=[descriptor, *descriptors], environment=variables)
                 missing = records.missing_validation(folder, cases)
                 if missing:
@@ -511,7 +510,8 @@ class Step:
             experiment.probabilities,
         ]
         folder = experiment.predictions(model.name)
-        partial = _output_of(self.command)
+        partial = experiment.predictions(f".{model.name}_part_{part}")
+        command = commands.predict(experiment, model, part, str(partial), max(1, (self.threads - 1) // 2))
         with hold(folder / f".part_{part}.lock") as descriptor:
             # of other checkpoints or other test cases
             for stamp in folder.glob(".part_*.json"):
@@ -526,40 +526,44 @@ class Step:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             with gpus(experiment, number_of_gpus) as (variables, descriptors):
-                run(self.command, self.log, keep=[descriptor, *descriptors], environment=variables)
+                run(command, self.log, keep=[descriptor, *descriptors], environment=variables)
             self._publish(partial, folder, made_of, stamp)
 
     def ensemble(self) -> None:
         """An ensemble's predictions; they appear when all are done."""
-        experiment, partial = self.experiment, _output_of(self.command)
-        name = partial.name.removeprefix(".")
-        folder = experiment.predictions(name)
+        experiment, name = self.experiment, self.record.stem
+        folder, partial = experiment.predictions(name), experiment.predictions(f".{name}")
         members = next(members for members in experiment.ensembles if ensemble_name(members) == name)
-        made_of = [self.command, self._contents(f"predict/{member}/part_*.json" for member in members)]
+        command = commands.ensemble(experiment, members, str(partial), self.threads)
+        made_of = [command, self._contents(f"predict/{member}/part_*.json" for member in members)]
         with hold(partial.with_name(f"{partial.name}.lock")) as descriptor:
             if self._is_done(folder / ".made.json", made_of):
                 return
             shutil.rmtree(partial, ignore_errors=True)
-            run(self.command, self.log, keep=[descriptor])
+            run(command, self.log, keep=[descriptor])
             self._publish(partial, folder, made_of, folder / ".made.json")
 
     def postprocess(self) -> None:
         """The choice of a model's post-processing; it replaces an earlier one when it is done."""
-        file = _output_of(self.command)
-        made_of = [self.command, self._contents([f"train/{self.record.stem}/fold_*.json"])]
+        name = self.record.stem
+        file = self.experiment.postprocessing(name)
+        command = commands.postprocess(self.experiment, self.experiment.model(name), self.threads)
+        made_of = [command, self._contents([f"train/{name}/fold_*.json"])]
         stamp = file.with_name(f".{file.name}")
         # without a dot, as the command's own lock has it
         with hold(file.with_name(f"{file.stem}.lock")) as descriptor:
             if self._is_done(stamp, made_of):
                 return
-            run(self.command, self.log, keep=[descriptor])
+            run(command, self.log, keep=[descriptor])
             self._record([file], made_of, stamp)
 
     def package(self) -> None:
         """A folder that a model's container is built from; an earlier one is removed first."""
-        folder, name = _output_of(self.command), self.record.stem
+        name = self.record.stem
+        folder = self.experiment.package(name)
+        command = commands.package(self.experiment, self.experiment.model(name))
         of_what = [f"train/{name}/fold_*.json", f"postprocess/{name}.json", "options/package.json"]
-        made_of = [self.command, self._contents(of_what)]
+        made_of = [command, self._contents(of_what)]
         stamp = folder.with_name(f".{name}.json")
         with hold(folder.with_name(f"{name}.lock")) as descriptor:
             if self._is_done(stamp, made_of):
@@ -568,24 +572,25 @@ class Step:
                 shutil.rmtree(folder, ignore_errors=True)
             if not folder.exists():  # else it is somebody else's, and the command refuses it
                 write_if_changed(stamp, _UNFINISHED)
-            run(self.command, self.log, keep=[descriptor])
+            run(command, self.log, keep=[descriptor])
             self._record(sorted(path for path in folder.rglob("*") if path.is_file()), made_of, stamp)
 
     def compare(self) -> None:
         """A report; it replaces an earlier one when it is done."""
-        partial = _output_of(self.command)
-        of_what = {"folds": ["train/*/*.json"], "test": ["predict/*/*.json", "ensemble/*.json", "test.json"]}
-        made_of = [self.command, self._contents([*of_what[self.record.stem], "postprocess/*.json"])]
-        stamp = partial / ".made.json"
-        with hold(partial.with_name(f"{partial.name}.lock")) as descriptor:
+        folder = self.experiment.work / "report" / self.record.stem
+        if self.record.stem == "folds":
+            compare, of_what = commands.compare_folds, ["train/*/*.json"]
+        else:
+            compare, of_what = commands.compare_test, ["predict/*/*.json", "ensemble/*.json", "test.json"]
+        command = compare(self.experiment, str(folder), self.threads)
+        made_of = [command, self._contents([*of_what, "postprocess/*.json"])]
+        stamp = folder / ".made.json"
+        with hold(folder.with_name(f"{folder.name}.lock")) as descriptor:
             if self._is_done(stamp, made_of):
                 return
             stamp.unlink(missing_ok=True)
-            run(self.command, self.log, keep=[descriptor])
-            for name in ("report.html", "report.json"):
-                if not (partial / name).is_file():
-                    raise StepError(f"{partial / name} was not written; see {self.log}")
-            self._record([partial / "report.html", partial / "report.json"], made_of, stamp)
+            run(command, self.log, keep=[descriptor])
+            self._record([folder / "report.html", folder / "report.json"], made_of, stamp)
 
     def _contents(self, patterns: Iterable[str]) -> dict[str, Any]:
         """Records of what something is made of, by name."""
@@ -640,10 +645,6 @@ def _logs(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("training_log_*.txt"))
 
 
-def _output_of(command: Sequence[str]) -> Path:
-    return Path(command[command.index("-o") + 1])
-
-
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -663,21 +664,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("experiment", type=Path)
     parser.add_argument("step")
     parser.add_argument("--record", type=Path, required=True)
-    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model")
     parser.add_argument("--fold", type=int)
     parser.add_argument("--part", type=int)
     parser.add_argument("--plans")
     parser.add_argument("--configuration")
     parser.add_argument("--gpus", type=int, default=0)
-    given, command = _without_command(sys.argv[1:] if argv is None else list(argv))
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_args(argv)
+    experiment = read_experiment(arguments.experiment)
+    # as the configuration has it, not as this process happened to inherit it
+    os.environ.update(experiment.environment)
+    os.environ[CHECKPOINT_VARIABLE] = f"{experiment.checkpoint_minutes:g}"
+    step = Step(experiment, arguments.record, arguments.threads)
     try:
-        experiment = read_experiment(arguments.experiment)
-        # as the configuration has it, not as this process happened to inherit it
-        os.environ.update(experiment.environment)
-        os.environ[CHECKPOINT_VARIABLE] = f"{experiment.checkpoint_minutes:g}"
-        step = Step(experiment, command, arguments.record, arguments.log)
         steps: dict[str, Callable[[], None]] = {
             "convert": step.convert,
             "test_cases": step.test_cases,
@@ -696,12 +696,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         steps[arguments.step]()
     except InputError as error:
         with contextlib.suppress(OSError):
-            print(*arguments.log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:], sep="\n", file=sys.stderr)
+            print(*step.log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:], sep="\n", file=sys.stderr)
         print(f"{MARK} error: {error}", file=sys.stderr)
-        _note_failure(arguments.log, str(error))
+        _note_failure(step.log, str(error))
         return 1
     except Exception as error:
-        _note_failure(arguments.log, f"{type(error).__name__}: {error}")
+        _note_failure(step.log, f"{type(error).__name__}: {error}")
         raise
     return 0
 
@@ -712,13 +712,6 @@ def _note_failure(log: Path, text: str) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
             file.write(f"{MARK} failed: {text}\n")
-
-
-def _without_command(arguments: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in arguments:
-        return arguments, []
-    position = arguments.index("--")
-    return arguments[:position], arguments[position + 1 :]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ def test_conditions_that_differ() -> None:
 def test_times_compare_under_the_same_conditions(other: dict[str, Any], expected: bool) -> None:
     cost = Cost(device="cpu", precision="float32", cpu_share=0.9)
     costs = {"A": cost, "B": replace(cost, **other)}
-    assert times_compare([of_model.as_json() for of_model in costs.values()]) is expected
+    assert times_compare([asdict(of_model) for of_model in costs.values()]) is expected
     warned = " ".join(unlike_conditions(costs))
     assert ("Share of the CPU cores used: A: 0.90; B: 0.50" in warned) is ("cpu_share" in other and not expected)
 

@@ -28,8 +28,8 @@ pytest.importorskip("fcntl", reason="needs an operating system with flock")
 Calls = Callable[[], list[str]]
 
 
-def step(experiment: Experiment, command: list[str], name: str) -> Step:
-    return Step(experiment, command, experiment.records / name, experiment.logs / f"{Path(name).stem}.log")
+def step(experiment: Experiment, name: str) -> Step:
+    return Step(experiment, experiment.records / name)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def prepared(experiment: Experiment, calls: Calls, tmp_path: Path, template: Pat
         shutil.copytree(template, tmp_path, dirs_exist_ok=True)
         return experiment
     records.refresh(experiment)
-    step(experiment, commands.convert(experiment, 1), "raw.json").convert()
-    step(experiment, commands.fingerprint(experiment, 1), "fingerprint.json").fingerprint()
-    step(experiment, commands.split(experiment, 1), "splits/fold_0.json").split()
+    step(experiment, "raw.json").convert()
+    step(experiment, "fingerprint.json").fingerprint()
+    step(experiment, "splits/fold_0.json").split()
     for model in experiment.models:
         name = f"{model.plans}__3d_fullres.json"
-        step(experiment, commands.plan(experiment, model.plans), f"plans/{name}").plan(model.plans, "3d_fullres")
+        step(experiment, f"plans/{name}").plan(model.plans, "3d_fullres")
         preprocess(experiment, model.plans)
     calls()
     for folder in ("work", "nn"):
@@ -59,14 +59,12 @@ def prepared(experiment: Experiment, calls: Calls, tmp_path: Path, template: Pat
 
 
 def preprocess(experiment: Experiment, plans: str) -> None:
-    command = commands.preprocess(experiment, plans, "3d_fullres", 1)
-    step(experiment, command, f"preprocessed/{plans}__3d_fullres.json").preprocess(plans, "3d_fullres")
+    step(experiment, f"preprocessed/{plans}__3d_fullres.json").preprocess(plans, "3d_fullres")
 
 
 def train(experiment: Experiment, model: int = 0, fold: int = 0) -> None:
     which = experiment.models[model]
-    command = commands.train(experiment, which, fold)
-    step(experiment, command, f"train/{which.name}/fold_{fold}.json").train(which, fold, 0)
+    step(experiment, f"train/{which.name}/fold_{fold}.json").train(which, fold, 0)
 
 
 def write_zip(path: Path) -> None:
@@ -77,17 +75,17 @@ def write_zip(path: Path) -> None:
 
 class TestPreparation:
     def test_is_done_once(self, prepared: Experiment, calls: Calls) -> None:
-        step(prepared, commands.convert(prepared, 1), "raw.json").convert()
-        step(prepared, commands.fingerprint(prepared, 1), "fingerprint.json").fingerprint()
-        step(prepared, commands.split(prepared, 1), "splits/fold_0.json").split()
+        step(prepared, "raw.json").convert()
+        step(prepared, "fingerprint.json").fingerprint()
+        step(prepared, "splits/fold_0.json").split()
         preprocess(prepared, "nnUNetPlans")
         assert calls() == []
 
     def test_a_changed_data_set_is_looked_at_anew(self, prepared: Experiment, calls: Calls) -> None:
         (prepared.raw / "labelsTr" / "a.nii.gz").write_text("corrected")
         records.refresh(prepared)
-        step(prepared, commands.fingerprint(prepared, 1), "fingerprint.json").fingerprint()
-        step(prepared, commands.split(prepared, 1), "splits/fold_0.json").split()
+        step(prepared, "fingerprint.json").fingerprint()
+        step(prepared, "splits/fold_0.json").split()
         preprocess(prepared, "nnUNetPlans")
         made = calls()
         assert [call.split()[0] for call in made] == [
@@ -126,7 +124,7 @@ class TestPreparation:
         (prepared.raw / "labelsTr" / "a.nii.gz").write_text("corrected")
         records.refresh(prepared)
         monkeypatch.setenv("FAIL", "nnUNetv2_extract_fingerprint")
-        fingerprint = step(prepared, commands.fingerprint(prepared, 1), "fingerprint.json").fingerprint
+        fingerprint = step(prepared, "fingerprint.json").fingerprint
         with pytest.raises(StepError, match="exit code 1"):
             fingerprint()
         monkeypatch.delenv("FAIL")
@@ -156,9 +154,9 @@ class TestPreparation:
 
         def make() -> None:
             if what == "splits":
-                step(prepared, commands.split(prepared, 1), "splits/fold_0.json").split()
+                step(prepared, "splits/fold_0.json").split()
             else:
-                step(prepared, commands.plan(prepared, "nnUNetPlans"), "p.json").plan("nnUNetPlans", "3d_fullres")
+                step(prepared, "p.json").plan("nnUNetPlans", "3d_fullres")
 
         with hold(prepared.fold_lock(prepared.models[0], 1)), pytest.raises(StepError, match="is trained by process"):
             make()
@@ -182,25 +180,25 @@ class TestPreparation:
 
     def test_plans_and_splits_made_by_hand_are_kept(self, experiment: Experiment, calls: Calls) -> None:
         records.refresh(experiment)
-        step(experiment, commands.convert(experiment, 1), "raw.json").convert()
+        step(experiment, "raw.json").convert()
         experiment.preprocessed.mkdir(parents=True)
         splits = [{"train": ["a"], "val": ["b", "c", "d"]}, {"train": ["b"], "val": ["a"]}]
         (experiment.preprocessed / "splits_final.json").write_text(json.dumps(splits))
         plans = {"configurations": {"mine": {"data_identifier": "x", "inherits_from": "3d_fullres"}, "3d_fullres": {}}}
         (experiment.preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
         calls()
-        step(experiment, commands.split(experiment, 1), "splits/fold_0.json").split()
-        step(experiment, commands.plan(experiment, "nnUNetPlans"), "plans/p.json").plan("nnUNetPlans", "mine")
+        step(experiment, "splits/fold_0.json").split()
+        step(experiment, "plans/p.json").plan("nnUNetPlans", "mine")
         assert calls() == []
         assert try_read_json(records.split_record(experiment, 0))["validation"] == ["b", "c", "d"]
         with pytest.raises(StepError, match="no configuration other; it has mine, 3d_fullres"):
-            step(experiment, commands.plan(experiment, "nnUNetPlans"), "plans/p.json").plan("nnUNetPlans", "other")
+            step(experiment, "plans/p.json").plan("nnUNetPlans", "other")
 
     def test_splits_with_too_few_folds_are_refused(self, prepared: Experiment) -> None:
         (prepared.preprocessed / "workflow" / "splits.json").unlink()
         (prepared.preprocessed / "splits_final.json").write_text('[{"train": ["a"], "val": ["b"]}]')
         with pytest.raises(StepError, match="make up the others at random"):
-            step(prepared, commands.split(prepared, 1), "splits/fold_0.json").split()
+            step(prepared, "splits/fold_0.json").split()
 
 
 class TestTrain:
@@ -356,15 +354,13 @@ def _state_of(pid: int) -> str:
 class TestPredict:
     def predict(self, experiment: Experiment, part: int) -> None:
         model = experiment.models[0]
-        folder = str(experiment.predictions(f".{model.name}_part_{part}"))
-        command = commands.predict(experiment, model, part, folder, 1)
-        step(experiment, command, f"predict/{model.name}/part_{part}.json").predict(model, part, 0)
+        step(experiment, f"predict/{model.name}/part_{part}.json").predict(model, part, 0)
 
     @pytest.fixture
     def trained(self, prepared: Experiment) -> Experiment:
         for fold in (0, 1):
             train(prepared, fold=fold)
-        step(prepared, [], "test.json").test_cases()
+        step(prepared, "test.json").test_cases()
         return prepared
 
     def test_parts_make_one_folder(self, trained: Experiment) -> None:
@@ -397,13 +393,9 @@ class TestPredict:
     def test_ensembles_and_reports_are_made_once_and_follow_what_they_are_made_of(
         self, trained: Experiment, calls: Calls
     ) -> None:
-        members = trained.ensembles[0]
-
         def make() -> list[str]:
-            command = commands.ensemble(trained, members, str(trained.predictions(".stock+ours")), 1)
-            step(trained, command, "ensemble/stock+ours.json").ensemble()
-            command = commands.compare_test(trained, str(trained.work / "report" / "test"), 1)
-            step(trained, command, "compare/test.json").compare()
+            step(trained, "ensemble/stock+ours.json").ensemble()
+            step(trained, "compare/test.json").compare()
             return [call.split()[0] for call in calls()]
 
         for part in (0, 1):
@@ -433,9 +425,8 @@ class TestPredict:
         records.refresh(experiment)
 
         def make() -> list[str]:
-            model = experiment.models[0]
-            step(experiment, commands.postprocess(experiment, model, 1), "postprocess/stock.json").postprocess()
-            step(experiment, commands.package(experiment, model), "package/stock.json").package()
+            step(experiment, "postprocess/stock.json").postprocess()
+            step(experiment, "package/stock.json").package()
             return [" ".join(call.split()[:2]) for call in calls()]
 
         calls()
@@ -481,17 +472,20 @@ class TestPredict:
 
 
 class TestErrors:
-    def main(self, experiment: Experiment, content: dict, tmp_path: Path, *, log: Path) -> int:
+    @pytest.fixture(autouse=True)
+    def _failing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(commands, "convert", lambda experiment, processes: ["false"])
+
+    def main(self, experiment: Experiment, content: dict, tmp_path: Path) -> int:
         noted = tmp_path / "experiment.json"
         noted.write_text(json.dumps({"base": str(tmp_path), "content": content}))
-        record = experiment.records / "raw.json"
-        return main([str(noted), "convert", "--record", str(record), "--log", str(log), "--", "false"])
+        return main([str(noted), "convert", "--record", str(experiment.records / "raw.json")])
 
     def test_one_of_the_users_is_a_line(
         self, experiment: Experiment, content: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        log = tmp_path / "logs" / "convert.log"
-        assert self.main(experiment, content, tmp_path, log=log) == 1
+        log = experiment.logs / "raw.log"
+        assert self.main(experiment, content, tmp_path) == 1
         assert capsys.readouterr().err.splitlines()[-1].startswith("[workflow] error: false ended with exit code 1")
         assert log.read_text().splitlines()[-1].startswith("[workflow] failed: false ended with exit code 1")
 
@@ -503,16 +497,17 @@ class TestErrors:
 
         monkeypatch.setattr(Step, "convert", convert)
         with pytest.raises(ValueError, match="ours"):
-            self.main(experiment, content, tmp_path, log=tmp_path / "log")
+            self.main(experiment, content, tmp_path)
         # for nnunet-conres workflow --status
-        assert (tmp_path / "log").read_text() == "[workflow] failed: ValueError: ours\n"
+        assert (experiment.logs / "raw.log").read_text() == "[workflow] failed: ValueError: ours\n"
 
     def test_a_log_that_cannot_be_written_is_named(
         self, experiment: Experiment, content: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        (tmp_path / "logs").touch()
-        assert self.main(experiment, content, tmp_path, log=tmp_path / "logs" / "convert.log") == 1
-        assert f"[workflow] error: {tmp_path / 'logs'}" in capsys.readouterr().err
+        experiment.work.mkdir()
+        experiment.logs.touch()
+        assert self.main(experiment, content, tmp_path) == 1
+        assert f"[workflow] error: {experiment.logs}" in capsys.readouterr().err
 
     def test_a_full_disk_names_the_record_and_leaves_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,8 @@ import pytest
 
 from nnunet_conres import cli
 from nnunet_conres.locks import hold
-from nnunet_conres.workflow.config import parse_config
+from nnunet_conres.workflow import commands
+from nnunet_conres.workflow.config import parse_config, read_config
 from nnunet_conres.workflow.launch import job_name
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install 'nnunet-conres[workflow]'")
@@ -354,8 +355,11 @@ class TestWithStandIns:
             assert f"gpu={number}" in found
             assert "nodes=1" in found
             assert f"--gpus {number} " in job
-            assert ("-num_gpus 2" in job) == (number == 2)
-            assert "-device cuda" in job
+        experiment = read_config(config)
+        for model in experiment.models:
+            command = " ".join(commands.train(experiment, model, 0))
+            assert ("-num_gpus 2" in command) == (model.name == "ours")
+            assert "-device cuda" in command
         assert all("gpu=1" in resources_of(job) for job in jobs["predict"])
         # where there are too few, nothing is begun
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

@@ -6,14 +6,11 @@ rule convert:
         RECORDS / "options" / "data.json",
     output:
         RECORDS / "raw.json",
-    params:
-        log=LOGS / "convert.log",
-        command=as_it_is(commands.convert(EXPERIMENT, threads_of("convert")) if EXPERIMENT.brats else []),
     threads: threads_of("convert")
     resources:
         **needs("convert"),
     shell:
-        "{STEP} convert --record {output:q} --log {params.log:q} -- {params.command}"
+        "{STEP} convert --record {output:q} --threads {threads}"
 
 
 rule fingerprint:
@@ -21,14 +18,11 @@ rule fingerprint:
         RECORDS / "raw.json",
     output:
         RECORDS / "fingerprint.json",
-    params:
-        log=LOGS / "fingerprint.log",
-        command=as_it_is(commands.fingerprint(EXPERIMENT, threads_of("fingerprint"))),
     threads: threads_of("fingerprint")
     resources:
         **needs("fingerprint"),
     shell:
-        "{STEP} fingerprint --record {output:q} --log {params.log:q} -- {params.command}"
+        "{STEP} fingerprint --record {output:q} --threads {threads}"
 
 
 # Before any fold starts: nnU-Net's trainings would all try to write the file.
@@ -38,14 +32,11 @@ rule split:
         RECORDS / "options" / "splits.json",
     output:
         [RECORDS / "splits" / f"fold_{fold}.json" for fold in FOLDS],
-    params:
-        log=LOGS / "split.log",
-        command=as_it_is(commands.split(EXPERIMENT, threads_of("split"))),
     threads: threads_of("split")
     resources:
         **needs("split"),
     shell:
-        "{STEP} split --record {output[0]:q} --log {params.log:q} -- {params.command}"
+        "{STEP} split --record {output[0]:q} --threads {threads}"
 
 
 def stock_plans(wildcards):
@@ -63,16 +54,12 @@ rule plan:
         order_only=ancient(stock_plans),
     output:
         RECORDS / "plans" / "{plans}__{configuration}.json",
-    params:
-        log=lambda wildcards: LOGS / "plan" / f"{wildcards.plans}__{wildcards.configuration}.log",
-        command=lambda wildcards: commands.as_text(commands.plan(EXPERIMENT, wildcards.plans)),
     priority: 10
     threads: threads_of("plan")
     resources:
         **needs("plan"),
     shell:
-        "{STEP} plan --plans {wildcards.plans} --configuration {wildcards.configuration} --record {output:q} "
-        "--log {params.log:q} -- {params.command}"
+        "{STEP} plan --plans {wildcards.plans} --configuration {wildcards.configuration} --record {output:q}"
 
 
 rule preprocess:
@@ -81,15 +68,10 @@ rule preprocess:
         RECORDS / "plans" / "{plans}__{configuration}.json",
     output:
         RECORDS / "preprocessed" / "{plans}__{configuration}.json",
-    params:
-        log=lambda wildcards: LOGS / "preprocess" / f"{wildcards.plans}__{wildcards.configuration}.log",
-        command=lambda wildcards, threads: commands.as_text(
-            commands.preprocess(EXPERIMENT, wildcards.plans, wildcards.configuration, threads)
-        ),
     priority: 10
     threads: threads_of("preprocess")
     resources:
         **needs("preprocess"),
     shell:
         "{STEP} preprocess --plans {wildcards.plans} --configuration {wildcards.configuration} --record {output:q} "
-        "--log {params.log:q} -- {params.command}"
+        "--threads {threads}"

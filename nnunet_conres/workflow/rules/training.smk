@@ -27,15 +27,12 @@ rule memory:
         lambda wildcards: prepared(wildcards, "plans"),
     output:
         RECORDS / "memory" / "{model}.json",
-    params:
-        log=lambda wildcards: LOGS / "memory" / f"{wildcards.model}.log",
-        command=lambda wildcards: commands.as_text(commands.memory(EXPERIMENT, MODELS[wildcards.model])),
     priority: 10
     threads: threads_of("memory")
     resources:
         **needs("memory"),
     shell:
-        "{STEP} memory --record {output:q} --log {params.log:q} -- {params.command}"
+        "{STEP} memory --record {output:q}"
 
 
 rule train:
@@ -47,15 +44,9 @@ rule train:
         memory=ancient(RECORDS / "memory" / "{model}.json"),
     output:
         RECORDS / "train" / "{model}" / "fold_{fold}.json",
-    params:
-        log=lambda wildcards: LOGS / "train" / f"{wildcards.model}" / f"fold_{wildcards.fold}.log",
-        command=lambda wildcards: commands.as_text(
-            commands.train(EXPERIMENT, MODELS[wildcards.model], int(wildcards.fold))
-        ),
     threads: needs_training("threads")
     retries: resources.training_retries(EXPERIMENT)
     resources:
         **{name: needs_training(name) for name in resources.names_of_training(EXPERIMENT)},
     shell:
-        "{STEP} train --model {wildcards.model} --fold {wildcards.fold} --gpus {resources.gpu} --record {output:q} "
-        "--log {params.log:q} -- {params.command}"
+        "{STEP} train --model {wildcards.model} --fold {wildcards.fold} --gpus {resources.gpu} --record {output:q}"

@@ -4,6 +4,7 @@ import base64
 import io
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ class TestPage:
         comparison = make_comparison(names, with_ensemble=True)
         for metric in METRICS.values():
             if metric.key not in {of["key"] for of in comparison["metrics"]}:
-                comparison["metrics"].append(metric.as_json() | {"better": None})
+                comparison["metrics"].append(asdict(metric) | {"better": None})
         page = open_page(write_report(comparison, [], tmp_path / "report.html"), width=1280)
         wide = "(boxes) => boxes.filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.ariaLabel)"
         assert page.locator(".scroll").evaluate_all(wide) == []
