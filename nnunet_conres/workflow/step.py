@@ -535,7 +535,8 @@ class Step:
         folder, partial = experiment.predictions(name), experiment.predictions(f".{name}")
         members = next(members for members in experiment.ensembles if ensemble_name(members) == name)
         command = commands.ensemble(experiment, members, str(partial), self.threads)
-        made_of = [command, self._contents(f"predict/{member}/part_*.json" for member in members)]
+        of_what = [f"predict/{member}/part_*.json" for member in members]
+        made_of = [_whatever_processes(command), self._contents(of_what)]
         with hold(partial.with_name(f"{partial.name}.lock")) as descriptor:
             if self._is_done(folder / ".made.json", made_of):
                 return
@@ -548,7 +549,7 @@ class Step:
         name = self.record.stem
         file = self.experiment.postprocessing(name)
         command = commands.postprocess(self.experiment, self.experiment.model(name), self.threads)
-        made_of = [command, self._contents([f"train/{name}/fold_*.json"])]
+        made_of = [_whatever_processes(command), self._contents([f"train/{name}/fold_*.json"])]
         stamp = file.with_name(f".{file.name}")
         # without a dot, as the command's own lock has it
         with hold(file.with_name(f"{file.stem}.lock")) as descriptor:
@@ -583,7 +584,7 @@ class Step:
         else:
             compare, of_what = commands.compare_test, ["predict/*/*.json", "ensemble/*.json", "test.json"]
         command = compare(self.experiment, str(folder), self.threads)
-        made_of = [command, self._contents([*of_what, "postprocess/*.json"])]
+        made_of = [_whatever_processes(command), self._contents([*of_what, "postprocess/*.json"])]
         stamp = folder / ".made.json"
         with hold(folder.with_name(f"{folder.name}.lock")) as descriptor:
             if self._is_done(stamp, made_of):
@@ -645,6 +646,12 @@ def _logs(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("training_log_*.txt"))
 
 
+def _whatever_processes(command: Sequence[str]) -> list[str]:
+    """A command without its number of processes, which changes no result."""
+    position = command.index("-np")
+    return [*command[:position], *command[position + 2 :]]
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -672,7 +679,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--configuration")
     parser.add_argument("--gpus", type=int, default=0)
     arguments = parser.parse_args(argv)
-    experiment = read_experiment(arguments.experiment)
+    try:
+        experiment = read_experiment(arguments.experiment)
+    except InputError as error:
+        print(f"{MARK} error: {error}", file=sys.stderr)
+        return 1
     # as the configuration has it, not as this process happened to inherit it
     os.environ.update(experiment.environment)
     os.environ[CHECKPOINT_VARIABLE] = f"{experiment.checkpoint_minutes:g}"
