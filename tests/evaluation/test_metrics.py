@@ -168,7 +168,6 @@ class TestMetrics:
             ("dice", 0.12345, {}, "0.123"),
             ("hd95", 2.0, {}, "2.00 mm"),
             ("hd95", 2.0, {"unit": False}, "2.00"),
-            ("volume_error", 1.234, {"sign": True}, "+1.23 ml"),
             ("volume_error", -0.001, {}, "0.00 ml"),
             ("volume_error", -0.001, {"decimals": 3}, "-0.001 ml"),
             ("lesions_found", 3.0, {}, "3"),
