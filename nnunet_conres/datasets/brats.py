@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 from nnunet_conres.datasets.brats_check import Findings, check_case
 from nnunet_conres.datasets.brats_find import Case, Missing, collection, find_cases
@@ -111,7 +112,8 @@ def convert_brats(
             the input. Lists all that was found.
     """
     selection, scheme_errors = select_schemes(schemes)
-    errors = [*id_errors(dataset_id, dataset_name), *scheme_errors]
+    errors = list(_argument_errors(dataset_id, dataset_name, mode, image_mode, missing, processes))
+    errors += scheme_errors
     raw = folder_from_environment(RAW) if raw_folder is None else Path(raw_folder)
     if raw is None:
         errors.append(not_set(RAW))
@@ -128,7 +130,7 @@ def convert_brats(
         missing=missing,
     )
     errors += [*found.foreign_errors, *found.errors]
-    findings = list(map_cases(check_case, found.cases, processes, "Checking", progress))
+    findings = list(map_cases(check_case, found.cases, max(1, processes), "Checking", progress))
     bad = {where: tuple(messages) for where, messages in found.bad.items()}
     kept: list[tuple[Case, Findings]] = []
     for case, finding in zip(found.cases, findings, strict=True):
@@ -172,6 +174,21 @@ def convert_brats(
         warnings=tuple(warnings),
         skipped=bad,
     )
+
+
+def _argument_errors(
+    dataset_id: int, dataset_name: str, mode: str, image_mode: str, missing: str, processes: int
+) -> Iterator[str]:
+    yield from id_errors(dataset_id, dataset_name)
+    for what, value, known in (
+        ("mode", mode, get_args(Mode)),
+        ("image mode", image_mode, get_args(ImageMode)),
+        ("treatment of missing modalities", missing, get_args(Missing)),
+    ):
+        if value not in known:
+            yield f"The {what} is {value!r}; expected {' or '.join(known)}."
+    if processes < 1:
+        yield f"The number of processes is {processes}; expected 1 or more."
 
 
 def _write(

@@ -117,7 +117,7 @@ def export_brats(
     # Resolved: a link to an empty folder is not replaced, but what it leads to.
     folder, output = Path(predictions_folder), Path(output_folder).resolve()
     challenge, selection, errors = one_scheme(scheme)
-    errors += _argument_errors(challenge, et_min_voxels)
+    errors += _argument_errors(challenge, et_min_voxels, processes)
     errors += being_written(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         errors.append(f"{output} exists already and is not an empty folder; remove it, or choose another -o.")
@@ -146,7 +146,7 @@ def export_brats(
     jobs = [
         Prediction(path, table, tissues, challenge, references.get(stem(path)), et_min_voxels, None) for path in paths
     ]
-    checked = list(map_cases(export_case, jobs, processes, "Checking", progress))
+    checked = list(map_cases(export_case, jobs, max(1, processes), "Checking", progress))
     errors += [error for result in checked for error in result.errors]
     if errors:
         raise ExportError(errors)
@@ -233,7 +233,7 @@ def one_scheme(name: str) -> tuple[Scheme | None, Selection, list[str]]:
     return (None if errors else selection.allowed[0]), selection, errors
 
 
-def _argument_errors(scheme: Scheme | None, et_min_voxels: int) -> Iterator[str]:
+def _argument_errors(scheme: Scheme | None, et_min_voxels: int, processes: int) -> Iterator[str]:
     if et_min_voxels < 0:
         yield f"--et-min-voxels is {et_min_voxels}; expected 0 or more."
     elif et_min_voxels and scheme is not None and not scheme.less_enhancing:
@@ -241,6 +241,8 @@ def _argument_errors(scheme: Scheme | None, et_min_voxels: int) -> Iterator[str]
             f"--et-min-voxels is {et_min_voxels}, but {scheme.called} does not say what takes the place of enhancing "
             f"tumour (less_enhancing); leave the option out."
         )
+    if processes < 1:
+        yield f"The number of processes is {processes}; expected 1 or more."
 
 
 def _name_errors(folder: Path, paths: Sequence[Path], scheme: Scheme | None, selection: Selection) -> Iterator[str]:

@@ -210,6 +210,8 @@ def sparsify(
     errors += target_errors(raw, target_id, target_name, option="-o", may_have_been_used=False)
     if axis not in ("slice", 0, 1, 2):
         errors.append(f"The axis is {axis!r}; expected slice, 0, 1 or 2.")
+    if processes < 1:
+        errors.append(f"The number of processes is {processes}; expected 1 or more.")
 
     dataset_json, found = read_dataset_json(source_folder)
     errors += found
@@ -227,7 +229,7 @@ def sparsify(
         except InputError as error:
             errors += error.errors
     jobs = [(case, reader, allowed) for case in cases if reader is not None and allowed]
-    looks = list(map_cases(look_at_case, jobs, processes, "Checking", progress))
+    looks = list(map_cases(look_at_case, jobs, max(1, processes), "Checking", progress))
     errors += [message for look in looks for message in look.errors]
     if errors or reader is None:
         raise InputError(errors)

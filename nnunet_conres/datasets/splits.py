@@ -32,6 +32,8 @@ from nnunet_conres.text import aligned, first_few
 
 Balance = Literal["both", "grade", "volume", "none"]
 
+BALANCES: Final[tuple[Balance, ...]] = ("both", "grade", "volume", "none")
+
 DEFAULT_FOLDS: Final = 5
 
 DEFAULT_SEED: Final = 12345
@@ -145,7 +147,7 @@ def split(
         InputError: Something is wrong with the data set, the files or the arguments. Lists all that was found.
     """
     folder = find_dataset(dataset)
-    errors = list(_argument_errors(folds, seed))
+    errors = list(_argument_errors(folds, balance, seed, processes))
     preprocessed = folder_from_environment(PREPROCESSED)
     if preprocessed is None:
         errors.append(not_set(PREPROCESSED))
@@ -176,7 +178,7 @@ def split(
     inexact: dict[str, float] = {}
     if reader is not None:
         jobs = [_Measure(case, reader, dataset_json["labels"].get("ignore")) for case in cases]
-        for case, result in zip(cases, map_cases(_measure, jobs, processes, "Volumes", progress), strict=True):
+        for case, result in zip(cases, map_cases(_measure, jobs, max(1, processes), "Volumes", progress), strict=True):
             if isinstance(result, str):
                 errors.append(result)
                 continue
@@ -334,7 +336,13 @@ def _shares(values: Sequence[float]) -> NDArray[np.float64]:
 def _exchange(shares: NDArray[np.float64], part: NDArray[np.int64], parts: int) -> NDArray[np.int64]:
     """Swap groups between parts, or move one, as long as the sums of all parts come closer to each other.
 
-    `shares` (groups, quantities) is what a group adds to the sums, `part` (groups,) where it is; no part gets empty.
+    Args:
+        shares: (groups, quantities), what every group adds to the sums.
+        part: (groups,), the part in which every group is.
+        parts: Number of parts; none of them gets empty.
+
+    Returns:
+        The part in which every group is then.
     """
     part = part.copy()
     sums = np.stack([shares[part == number].sum(axis=0) for number in range(parts)])
@@ -400,11 +408,15 @@ def _fold(ids: Sequence[str], held_out: set[str]) -> Fold:
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _argument_errors(folds: int, seed: int) -> Iterator[str]:
+def _argument_errors(folds: int, balance: str, seed: int, processes: int) -> Iterator[str]:
     if folds < 2:
         yield f"The number of folds is {folds}; expected 2 or more. For a single one give --validation FILE."
+    if balance not in BALANCES:
+        yield f"To be balanced is {balance!r}; expected one of {', '.join(BALANCES)}."
     if not 0 <= seed < 2**32:
         yield f"The seed is {seed}; expected 0 to {2**32 - 1}."
+    if processes < 1:
+        yield f"The number of processes is {processes}; expected 1 or more."
 
 
 def _too_few_errors(cases: Mapping[str, CaseFacts], folds: int, balance: str) -> Iterator[str]:
@@ -553,7 +565,14 @@ def _read_splits(path: Path) -> Any:
 
 
 def _other_trainings(results: Path, folds: Sequence[Fold], before: Any, ending: str) -> Iterator[str]:
-    """A message for every trained fold that held out other cases than the new splits say; `before` are the old ones."""
+    """A message for every trained fold that held out other cases than the new splits say.
+
+    Args:
+        results: The data set's folder of trained models.
+        folds: The new splits.
+        before: The splits that the file held until now, None if there was none.
+        ending: Of the data set's files.
+    """
     models = [model for model in visible(results) if model.name.count("__") >= 2] if results.is_dir() else []
     for fold_folder in [folder for model in models if model.is_dir() for folder in visible(model)]:
         if not fold_folder.name.startswith("fold_"):

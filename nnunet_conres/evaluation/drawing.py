@@ -71,4 +71,6 @@ def _pack(found: Found, case: str) -> dict[str, Any]:
         label_values(content["labels"]),
         spacings[0],
     )
+    if errors := volumes.errors():
+        raise ValueError(" ".join(errors))
     return pack_case(volumes)

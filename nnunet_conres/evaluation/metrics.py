@@ -247,11 +247,15 @@ def measure(
     Returns:
         A value for every metric that is measured without a challenge's rules; NaN where there is none.
 
+    Raises:
+        ValueError: Shapes or spacing do not fit each other.
+
     Source:
         Maier-Hein et al., "Metrics reloaded", Nature Methods 2024 (Dice, IoU, HD95, surface Dice); LaBella et al. and
         Moawad et al., BraTS 2023 (lesions, empty masks).
     """
     options = options or MetricOptions()
+    _check(reference, prediction, spacing, ignored)
     diagonal = math.hypot(*(reference.shape[axis] * spacing[axis] for axis in _axes(reference.shape)))
     if ignored is not None and ignored.any():
         reference, prediction = reference & ~ignored, prediction & ~ignored
@@ -278,6 +282,28 @@ class _Pair:
     ignored: NDArray[np.bool_] | None  # what is not annotated
     spacing: tuple[float, ...]
     flat: bool  # the image is a slice
+
+
+def _check(
+    reference: NDArray[np.bool_],
+    prediction: NDArray[np.bool_],
+    spacing: Sequence[float],
+    ignored: NDArray[np.bool_] | None,
+) -> None:
+    errors = []
+    for name, mask in (("reference", reference), ("prediction", prediction), ("ignored mask", ignored)):
+        if mask is None:
+            continue
+        if mask.dtype != np.bool_:
+            errors.append(f"The {name} has values of type {mask.dtype}; expected True and False.")
+        if mask.shape != reference.shape:
+            errors.append(f"The {name} has shape {mask.shape}; expected {reference.shape} like the reference.")
+    if reference.ndim not in (2, 3) or not reference.size:
+        errors.append(f"The reference has shape {reference.shape}; expected two or three axes with voxels in them.")
+    if len(spacing) != reference.ndim or not all(math.isfinite(step) and step > 0 for step in spacing):
+        errors.append(f"The spacing is {tuple(spacing)}; expected {reference.ndim} lengths above 0 mm.")
+    if errors:
+        raise ValueError("\n".join(errors))
 
 
 def _axes(shape: Sequence[int]) -> list[int]:

@@ -155,6 +155,10 @@ def write_residual_maps(
     errors += output_errors(Path(output_folder), paths)
     if axis not in ("slice", 0, 1, 2):
         errors.append(f"The axis is {axis!r}; expected slice, 0, 1 or 2.")
+    if kind not in (None, "image", "labels"):
+        errors.append(f"The kind is {kind!r}; expected image or labels.")
+    if intensities not in ("zscore", "raw"):
+        errors.append(f"The intensities are {intensities!r}; expected zscore or raw.")
     looks = [look_at_file(path, kind) for path in tqdm(paths, desc="Checking", unit="file", disable=not progress)]
     errors += [error for look in looks for error in look.errors]
     readable = [look for look in looks if not look.errors]

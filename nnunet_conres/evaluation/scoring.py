@@ -81,7 +81,7 @@ def score_cases(
     """Score predictions, each label or region of dataset.json by all metrics, or a challenge's regions by its rules.
 
     Args:
-        jobs: The predictions, at least one; no two of the same model and case.
+        jobs: The predictions; no two of the same model and case.
         dataset_json: Content of the data set's dataset.json: its labels or regions, its ignore label, and how nnU-Net
             reads its files.
         options: Conventions; BraTS's by default.
@@ -95,13 +95,18 @@ def score_cases(
         The scores, models and cases in the order of the jobs, regions in that of dataset.json.
 
     Raises:
-        InputError: Files cannot be read, do not fit each other or hold labels that dataset.json does not name; all
-            errors are listed together.
+        InputError: Files are missing, cannot be read, do not fit each other or hold labels that dataset.json does not
+            name; all errors are listed together, missing files before any is read.
     """
     options = options or MetricOptions()
+    errors = _job_errors(jobs)
+    if processes < 1:
+        errors.append(f"processes is {processes}; expected 1 or more.")
     scheme = _scheme(dataset_json, options)
     if MEAN in scheme.regions:
-        raise InputError([f"A label is called {MEAN!r}, as the mean over all labels is; give it another name."])
+        errors.append(f"A label is called {MEAN!r}, as the mean over all labels is; give it another name.")
+    if errors:
+        raise InputError(errors)
     kept = Cache(None if cache_folder is None else Path(cache_folder))
     references = [job.reference for job in jobs]
     name = reader or reader_for(dataset_json, references).__name__
@@ -119,7 +124,6 @@ def score_cases(
         scored = map_cases(_score, tasks, processes, "Scoring", progress)
         outcomes |= {task.key: outcome for task, outcome in zip(tasks, scored, strict=True)}
     values: dict[str, dict[str, CaseScores]] = {}
-    errors: list[str] = []
     cached = 0
     displaced: list[Path] = []
     for key, job in zip(keys, jobs, strict=True):
@@ -141,12 +145,19 @@ def score_cases(
 
 @dataclass(frozen=True)
 class _Scheme:
-    """Labels of a data set."""
+    """Labels of a data set.
+
+    Attributes:
+        regions: Label values of every label or region, by name.
+        allowed: All label values that dataset.json names, but the ignore label.
+        ignore: The ignore label, if there is one.
+        missing: Regions that a challenge's rules score, and that cannot be.
+    """
 
     regions: Mapping[str, tuple[int, ...]]
-    allowed: tuple[int, ...]  # all values that dataset.json names, but the ignore label
+    allowed: tuple[int, ...]
     ignore: int | None
-    missing: tuple[str, ...] = ()  # regions that a challenge's rules score, and the data set does not tell apart
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,17 @@ class _Outcome:
     cached: bool = False
     errors: tuple[str, ...] = ()
     displaced: bool = False
+
+
+def _job_errors(jobs: Sequence[ScoringJob]) -> list[str]:
+    errors = [] if jobs else ["There is no prediction to score; expected one or more."]
+    seen = set()
+    for job in jobs:
+        if (job.model, job.case_id) in seen:
+            errors.append(f"{job.prediction} is one prediction too many of case {job.case_id} by {job.model}.")
+        seen.add((job.model, job.case_id))
+    missing = dict.fromkeys(path for job in jobs for path in (job.reference, job.prediction) if not path.is_file())
+    return errors + [f"{path} does not exist; expected a label file." for path in missing]
 
 
 def _scheme(dataset_json: Mapping[str, Any], options: MetricOptions) -> _Scheme:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_conres.evaluation.metrics import METRICS, Metric
 from nnunet_conres.evaluation.scoring import MEAN
+from nnunet_conres.text import first_few
 
 # Raised where a change gives other numbers: what was kept from run to run is then computed again.
 STATISTICS_VERSION: Final = 1
@@ -106,8 +107,7 @@ def compare_paired(
     """Compare models with a baseline, metric by metric and region by region.
 
     Args:
-        values: Scores by model, case, region and metric, as `Scores.values` of `score_cases`: the same cases and
-            regions of every model.
+        values: Scores by model, case, region and metric, as `Scores.values` of `score_cases`.
         baseline: The model that the others are compared with.
         models: Which ones; all others by default.
         regions: Labels or regions; all of the baseline by default, "mean" among them.
@@ -122,16 +122,26 @@ def compare_paired(
     Returns:
         The comparisons: by metric, then region, then model.
 
+    Raises:
+        ValueError: Models were scored on different cases or regions, or a name is not among them.
+
     Source:
         Wilcoxon, Biometrics Bulletin 1945; Holm, Scandinavian Journal of Statistics 1979; Efron, Journal of the
         American Statistical Association 1987 (BCa intervals); Kerby, Comprehensive Psychology 2014 (rank-biserial).
     """
     others = [name for name in values if name != baseline] if models is None else list(models)
+    errors = list(_name_errors(values, [baseline, *others], confidence, samples))
+    if errors:
+        raise ValueError("\n".join(errors))
     first = next(iter(values[baseline].values()))
     chosen_regions = list(first) if regions is None else list(regions)
     measured = next(iter(first.values()))
     compared = [m.key for m in definitions.values() if m.better != "none" and m.key in measured]
     chosen_metrics = compared if metrics is None else list(metrics)
+    errors = list(_case_errors(values, baseline, others, chosen_regions, chosen_metrics, groups, definitions))
+    if errors:
+        raise ValueError("\n".join(errors))
+
     pairs = [
         _pair(values, model, baseline, region, definitions[key], groups)
         for key in chosen_metrics
@@ -279,9 +289,15 @@ def _bootstrap(
     samples: int,
     seed: int,
 ) -> list[Interval]:
-    """Intervals of a statistic of series with a column per unit that is drawn; those of one length are drawn together.
+    """Intervals of a statistic; series of one length are drawn together.
 
-    The statistic takes series (S, rows, units) and how often each drawing has a unit (D, units), and gives (S, D).
+    Args:
+        series: What belongs to a unit that is drawn, one column per unit.
+        statistic: Of such series (S, rows, units) in drawings (D, units), which say how often a unit was drawn; (S, D).
+        method: As SciPy calls it.
+        confidence: Between 0 and 1.
+        samples: Drawings.
+        seed: Of the drawings.
     """
     from scipy.stats import bootstrap
 
@@ -364,14 +380,23 @@ def _medians(series: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[
 
 @dataclass(frozen=True)
 class _Pair:
-    """A model and the baseline, in one metric and region."""
+    """A model and the baseline, in one metric and region.
+
+    Attributes:
+        model: The model.
+        baseline: What it is compared with.
+        region: Label or region.
+        metric: The metric.
+        means: Of the model and of the baseline, for every case or group (groups, 2).
+        left_out: Cases in which one of the two has no value.
+    """
 
     model: str
     baseline: str
     region: str
     metric: Metric
-    means: NDArray[np.float64]  # of both, for every case or group (groups, 2)
-    left_out: tuple[str, ...]  # cases in which one of the two has no value
+    means: NDArray[np.float64]
+    left_out: tuple[str, ...]
 
     @property
     def differences(self) -> NDArray[np.float64]:
@@ -520,3 +545,56 @@ def _amount(metric: Metric, difference: float, decimals: int) -> str:
 
 def _p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+
+
+# --- what is compared -----------------------------------------------------------------------------------------------
+
+
+def _name_errors(values: Mapping[str, Any], models: Sequence[str], confidence: float, samples: int) -> Iterator[str]:
+    for name in dict.fromkeys(models):
+        if name not in values:
+            yield f"{name!r} is not among the models scored; expected one of {', '.join(values)}."
+        elif not values[name]:
+            yield f"{name!r} has no case scored; expected one or more."
+    if len(set(models)) < len(models):
+        yield f"A model is named twice among {', '.join(models)}; expected the baseline and others, once each."
+    if not 0 < confidence < 1:
+        yield f"confidence is {confidence}; expected a number between 0 and 1."
+    if samples < 1:
+        yield f"samples is {samples}; expected 1 or more."
+
+
+def _case_errors(
+    values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]],
+    baseline: str,
+    models: Sequence[str],
+    regions: Sequence[str],
+    metrics: Sequence[str],
+    groups: Mapping[str, str] | None,
+    definitions: Mapping[str, Metric],
+) -> Iterator[str]:
+    for key in metrics:
+        if key not in definitions:
+            yield f"{key!r} is no metric; expected some of {', '.join(definitions)}."
+        elif definitions[key].better == "none":
+            yield f"{key!r} cannot be compared: no value of it is better than another."
+    cases = set(values[baseline])
+    for model in models:
+        for here, there, which in (
+            (baseline, model, cases - set(values[model])),
+            (model, baseline, set(values[model]) - cases),
+        ):
+            if which:
+                yield (
+                    f"{len(which)} case{'' if len(which) == 1 else 's'} of {here} {'is' if len(which) == 1 else 'are'} "
+                    f"not among those of {there}: {first_few(sorted(which))}; expected the same cases of both."
+                )
+    for model in (baseline, *models):
+        for region in regions:
+            without = [case for case, scores in values[model].items() if region not in scores]
+            if without:
+                yield f"{model} has no score of {region!r} for {first_few(without)}; expected it for all cases."
+    if groups is not None:
+        without = sorted(cases - set(groups))
+        if without:
+            yield f"No group is named for {first_few(without)}; expected one for every case."

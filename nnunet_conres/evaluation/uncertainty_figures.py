@@ -55,10 +55,16 @@ def uncertainty_figure(
 
     Returns:
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
+
+    Raises:
+        ValueError: Shapes do not fit each other.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
+    for name, volume in (("entropy", entropy), ("disagreement", disagreement), ("image", image)):
+        if volume is not None and volume.shape != segmentation.shape:
+            raise ValueError(f"The {name} has shape {volume.shape}; expected {segmentation.shape} like the labels.")
     unsure = (entropy > 0.1).astype(np.uint8)
     slices = slices_to_show(segmentation, regions) if segmentation.any() else slices_to_show(unsure, {"unsure": (1,)})
     shown = (segmentation > 0).astype(np.uint8) | unsure if image is None else image

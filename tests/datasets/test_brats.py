@@ -723,8 +723,8 @@ class TestErrors:
         (raw / "Dataset501_Other").mkdir()
         monkeypatch.setattr(brats, "find_cases", None)
         monkeypatch.setattr(brats, "check_case", None)
-        errors = errors_of(source, dataset_name="my data")
-        assert [("data set name" in error, "taken by" in error) for error in errors] == [(True, False), (False, True)]
+        errors = errors_of(source, image_mode="symlink")
+        assert [("image mode" in error, "taken by" in error) for error in errors] == [(True, False), (False, True)]
 
     def test_a_mistyped_raw_folder_is_not_made(self, source: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_case(source, "a")
@@ -779,8 +779,11 @@ class TestErrors:
         ("arguments", "message"),
         [
             ({"schemes": ("1999",)}, "scheme is 1999. Expected auto or any of 2018, 2021, 2023"),
+            ({"mode": "voxels"}, "mode is 'voxels'; expected regions or labels"),
             ({"schemes": ("auto", "2018")}, "cannot be combined"),
             ({"dataset_name": "my data"}, "'my data'"),
+            ({"image_mode": "symlink"}, "'symlink'"),
+            ({"processes": 0}, "processes is 0"),
         ],
     )
     def test_arguments(self, source: Path, raw: Path, arguments: dict[str, Any], message: str) -> None:

@@ -298,8 +298,9 @@ sys.exit(cli.main(sys.argv[1:]))
         ):
             assert part in text
 
-    def test_unknown_scheme(self, predictions: Path) -> None:
-        assert any("scheme is 1999" in error for error in errors_of(predictions, "1999"))
+    @pytest.mark.parametrize(("arguments", "message"), [({"processes": 0}, "processes is 0"), ({}, "scheme is 1999")])
+    def test_arguments(self, predictions: Path, arguments: dict[str, Any], message: str) -> None:
+        assert any(message in error for error in errors_of(predictions, "2018" if arguments else "1999", **arguments))
 
     def test_nothing_to_export(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()

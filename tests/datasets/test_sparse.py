@@ -409,11 +409,12 @@ class TestBadInput:
         (source / "labelsTr/case_0.nii.gz").unlink()
         (source / "imagesTr/case_1_0001.nii.gz").unlink()
         write_volume(source / "labelsTr/case_2.nii.gz", np.full(SHAPE, 5, np.uint8))
-        errors = errors_of(SlabRule(fraction=2.0), axis=3, target_name="a b")
+        errors = errors_of(SlabRule(fraction=2.0), axis=3, target_name="a b", processes=0)
         for part in (
             "The fraction is 2;",
             "The axis is 3; expected slice, 0, 1 or 2",
             "The data set name is 'a b'",
+            "The number of processes is 0",
             "labelsTr/case_0.nii.gz is missing",
             "imagesTr/case_1_0001.nii.gz is missing",
             "labelsTr/case_2.nii.gz has labels that dataset.json does not name: 5; expected 0, 1, 2",

@@ -456,3 +456,7 @@ class TestMeasure:
         measure(reference, prediction, (1, 1, 1), ignored=ignored)
         for array, copy in zip((reference, prediction, ignored), copies, strict=True):
             np.testing.assert_array_equal(array, copy)
+
+    def test_all_errors_at_once(self) -> None:
+        with pytest.raises(ValueError, match=r"(?s)prediction has values of type uint8.*shape \(3, 4, 4\).*spacing"):
+            measure(np.zeros((4, 4, 4), bool), np.zeros((3, 4, 4), np.uint8), (1, 1))  # type: ignore[arg-type]

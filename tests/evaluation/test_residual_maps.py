@@ -265,7 +265,10 @@ class TestErrors:
 
     def test_arguments(self, tmp_path: Path) -> None:
         source = save(tmp_path / "in" / "a.nii.gz", some_image())
-        assert "The axis is 3" in errors_of(source, tmp_path / "out", axis=3)
+        text = errors_of(source, tmp_path / "out", axis=3, kind="video", intensities="log")
+        assert "The axis is 3" in text
+        assert "The kind is 'video'" in text
+        assert "The intensities are 'log'" in text
 
     def test_image_taken_for_labels(self, tmp_path: Path) -> None:
         source = save(tmp_path / "in" / "a.nii.gz", some_image())

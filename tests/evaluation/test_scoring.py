@@ -148,6 +148,15 @@ class TestScoreCases:
 
 
 class TestErrors:
+    def test_missing_and_twice(self, tmp_path: Path) -> None:
+        job = make_jobs(tmp_path, 1)[0]
+        gone = [ScoringJob(m, "x", tmp_path / "no.nii.gz", tmp_path / f"no{m}.nii.gz") for m in "AB"]
+        with pytest.raises(InputError, match="expected a label file") as caught:
+            score([job, job, *gone], processes=0)
+        lines = caught.value.errors
+        assert len(lines) == 5  # once too many, a reference and two predictions that are missing, and the processes
+        assert "one prediction too many of case case_0 by A" in lines[0]
+
     def test_all_that_do_not_fit_at_once(self, tmp_path: Path) -> None:
         good = np.ones((6, 7, 8), np.uint8)
         with_nan = good.astype(np.float32)
@@ -198,6 +207,10 @@ class TestErrors:
     def test_dataset_json(self, tmp_path: Path, content: dict[str, Any], message: str) -> None:
         with pytest.raises(InputError, match=message):
             score(make_jobs(tmp_path, 1), content)
+
+    def test_nothing_to_score(self) -> None:
+        with pytest.raises(InputError, match="no prediction to score"):
+            score([])
 
     def test_a_cache_that_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "c").write_text("")

@@ -412,3 +412,31 @@ class TestComparePaired:
         cases = {f"c{n}": {"tumour": dict.fromkeys(METRICS, 0.5)} for n in range(2)}
         found = compare_paired({"base": cases, "own": cases}, "base")
         assert [c.metric for c in found] == [key for key in METRICS if not key.endswith(("_volume", "_sd"))]
+
+    def test_different_cases_are_refused(self) -> None:
+        values = scores({"base": [0.1, 0.2, 0.3], "own": [0.1, 0.2]})
+        values["own"]["other"] = values["own"].pop("case_0")
+        with pytest.raises(ValueError, match="the same cases of both") as caught:
+            compare_paired(values, "base", metrics=["dice"])
+        assert "2 cases of base are not among those of own: case_0, case_2" in str(caught.value)
+        assert "1 case of own is not among those of base: other" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("baseline", "keywords", "message"),
+        [
+            ("no", {}, "'no' is not among the models"),
+            ("base", {"models": ["no"]}, "'no' is not among the models"),
+            ("base", {"models": ["base"]}, "named twice"),
+            ("base", {"regions": ["no"]}, "no score of 'no'"),
+            ("base", {"metrics": ["no"]}, "'no' is no metric"),
+            ("base", {"metrics": ["true_volume"]}, "'true_volume' is no metric"),
+            ("base", {"metrics": ["reference_volume"]}, "cannot be compared"),
+            ("base", {"groups": {"case_0": "a"}}, "No group is named for case_1"),
+            ("base", {"confidence": 95}, "between 0 and 1"),
+            ("base", {"samples": 0}, "samples is 0"),
+        ],
+    )
+    def test_errors(self, baseline: str, keywords: dict[str, Any], message: str) -> None:
+        values = scores({"base": [0.1, 0.2], "own": [0.1, 0.2]})
+        with pytest.raises(ValueError, match=message):
+            compare_paired(values, baseline, **{"metrics": ["dice"], **keywords})

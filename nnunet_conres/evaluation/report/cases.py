@@ -54,6 +54,30 @@ class CaseVolumes:
     regions: Mapping[str, Sequence[int]]
     spacing: Sequence[float] = (1.0, 1.0, 1.0)
 
+    def errors(self) -> list[str]:
+        """What keeps these volumes from being shown, in sentences; empty if nothing does."""
+        if self.images.ndim != 4 or 0 in self.images.shape:
+            return [f"The images of {self.case_id} have shape {self.images.shape}; expected (C, z, y, x), none 0."]
+        found = []
+        if len(self.channels) != len(self.images):
+            found.append(f"{self.case_id} has {len(self.images)} channels, but {len(self.channels)} names of channels.")
+        labels = {f"prediction of {key}": prediction for key, prediction in self.predictions.items()}
+        if self.reference is not None:
+            labels["reference"] = self.reference
+        for name, label_map in labels.items():
+            if label_map.shape != self.images.shape[1:]:
+                found.append(
+                    f"The {name} of {self.case_id} has shape {label_map.shape}; expected {self.images.shape[1:]} like "
+                    "the images."
+                )
+        if not labels:
+            found.append(f"{self.case_id} has neither a reference nor a prediction; expected one at least.")
+        if not self.regions:
+            found.append(f"{self.case_id} names no regions; expected at least one, with its label values.")
+        if len(self.spacing) != 3 or not all(np.isfinite(size) and size > 0 for size in self.spacing):
+            found.append(f"The spacing of {self.case_id} is {tuple(self.spacing)}; expected three positive numbers.")
+        return found
+
 
 def pack_case(case: CaseVolumes, slices_per_case: int = 64) -> dict[str, Any]:
     """Turn volumes into what the page's viewer reads.
@@ -73,19 +97,16 @@ def pack_case(case: CaseVolumes, slices_per_case: int = 64) -> dict[str, Any]:
         eight regions each, by "reference" or the model's key. Pictures are data URLs.
 
     Raises:
-        ValueError: Label maps do not fit the images; all are named.
+        ValueError: The volumes do not fit each other; all errors are named.
     """
+    errors = case.errors()
+    if slices_per_case < 1:
+        errors.append(f"slices_per_case is {slices_per_case}; expected 1 or more.")
+    if errors:
+        raise ValueError("\n".join(errors))
     label_maps = dict(case.predictions)
     if case.reference is not None:
         label_maps = {"reference": case.reference, **label_maps}
-    shape = case.images.shape[1:]
-    errors = [
-        f"The labels of {case.case_id}, {name}, have shape {label_map.shape}; expected {shape} like the images."
-        for name, label_map in label_maps.items()
-        if label_map.shape != shape
-    ]
-    if errors:
-        raise ValueError(" ".join(errors))
     membership = {
         key: np.stack([np.isin(label_map, list(values)) for values in case.regions.values()])
         for key, label_map in label_maps.items()

@@ -248,13 +248,21 @@ def summary_note(values: Sequence[float], decimals: int) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Where values lie along an axis."""
+    """Where values lie along an axis.
 
-    low: float  # value at the start
+    Attributes:
+        low: Value at the start.
+        high: Value at the end.
+        start: Of the axis, in units of the drawing.
+        end: Likewise.
+        threshold: Size up to which it is even, and beyond which logarithmic; None for even throughout.
+    """
+
+    low: float
     high: float
-    start: float  # of the axis, in units of the drawing
+    start: float
     end: float
-    threshold: float | None = None  # size up to which it is even, and beyond which logarithmic; None: even throughout
+    threshold: float | None = None
 
     def __call__(self, values: Any) -> NDArray[np.float64]:
         low, high = self._even(np.array([self.low, self.high]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from string import Template
 from typing import Any, Final
 
@@ -16,17 +16,77 @@ from nnunet_conres.evaluation.report.text import escape, script_data
 REPORT_FORMAT: Final = 1
 """Of report.json."""
 
+# What the page cannot do without.
+_DICTIONARIES: Final = ("dataset", "summary")
+_LISTS: Final = ("regions", "metrics", "models", "comparisons", "conclusions", "warnings", "cases", "disagreements")
+
 
 def report_page(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]] = ()) -> str:
     """A comparison of models as one HTML page.
 
     Args:
-        comparison: The content of report.json. NaN and infinities are taken for None.
+        comparison: The content of report.json, format 1. Any number in it may be None, and NaN and infinities are
+            taken for None.
         pictures: Cases to look at slice by slice, as `pack_case` makes them, in the order to show them in.
 
     Returns:
         The page.
+
+    Raises:
+        ValueError: The comparison lacks something or contradicts itself, or pictures do not belong to it.
     """
+    if errors := list(_errors(comparison)):
+        raise ValueError("\n".join(["The comparison cannot be shown:", *errors]))
+    if errors := list(_picture_errors(comparison, pictures)):
+        raise ValueError("\n".join(["The cases cannot be shown:", *errors]))
+    return _page(comparison, pictures)
+
+
+def _errors(comparison: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that keeps a comparison from being shown."""
+    if comparison.get("format") != REPORT_FORMAT:
+        yield f"'format' is {comparison.get('format')!r}; expected {REPORT_FORMAT}."
+    wrong = {key: "a dictionary" for key in _DICTIONARIES if not isinstance(comparison.get(key), Mapping)}
+    wrong |= {key: "a list" for key in _LISTS if not isinstance(comparison.get(key), list | tuple)}
+    yield from (f"{key!r} is {type(comparison.get(key)).__name__}; expected {kind}." for key, kind in wrong.items())
+    if wrong:
+        return
+    for name in ("regions", "metrics", "models", "cases"):
+        if not comparison[name]:
+            yield f"{name!r} is empty; expected one or more."
+    for name, needed in (
+        ("metrics", {"key", "name", "decimals"}),
+        ("models", {"key", "name"}),
+        ("cases", {"id", "scores"}),
+        ("comparisons", {"model", "region", "metric"}),
+        ("disagreements", {"id"}),
+    ):
+        for place, entry in enumerate(comparison[name]):
+            if missing := sorted(needed - set(entry)):
+                yield f"{name}[{place}] has no {', '.join(missing)}."
+    for name, key in (("metrics", "key"), ("models", "key"), ("cases", "id")):
+        keys = [entry.get(key) for entry in comparison[name]]
+        for twice in sorted({str(found) for found in keys if keys.count(found) > 1}):
+            yield f"{name!r} has {twice!r} more than once; expected unique names."
+    baselines = sum(bool(model.get("baseline")) for model in comparison["models"])
+    if baselines > 1:
+        yield f"{baselines} models are the baseline; expected one at most."
+
+
+def _picture_errors(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Everything that keeps pictures from being shown."""
+    cases = {case["id"] for case in comparison["cases"]}
+    models = {model["key"] for model in comparison["models"]}
+    ids = [picture["id"] for picture in pictures]
+    for picture in pictures:
+        if picture["id"] not in cases:
+            yield f"{picture['id']} has volumes, but is none of the comparison's cases."
+        if unknown := sorted(set(picture["labels"]) - models - {"reference"}):
+            yield f"{picture['id']} has predictions of {', '.join(unknown)}, which are none of its models."
+    yield from (f"{case} has volumes more than once." for case in dict.fromkeys(ids) if ids.count(case) > 1)
+
+
+def _page(comparison: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -> str:
     style, script, page = (asset(name) for name in ("report.css", "report.js", "page.html"))
     parts = [
         ("summary", "Summary", "Summary", sections.summary(comparison)),
@@ -35,7 +95,7 @@ def report_page(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, A
         ("differences", "Differences", "Paired differences", sections.differences(comparison)),
         ("calibration", "Calibration", "Calibration of probabilities", calibration(comparison)),
         ("training", "Training", "Training", sections.training(comparison)),
-        ("disagreements", "Disagreements", "Largest disagreements", sections.viewer(comparison, pictures)),
+        ("disagreements", "Disagreements", "Largest disagreements", sections.viewer(comparison, volumes)),
         ("cases", "Cases", "All cases", sections.cases(comparison)),
         ("about", "Reading", "How to read this", sections.about(comparison)),
     ]
@@ -46,7 +106,7 @@ def report_page(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, A
     )
     links = "".join(f'<a href="#{key}">{link}</a>' for key, link, _, _ in shown)
     data = f'<script type="application/json" id="data">{script_data(sections.data(comparison))}</script>' + "".join(
-        f'<script type="application/json" class="volumes">{script_data(case)}</script>' for case in pictures
+        f'<script type="application/json" class="volumes">{script_data(case)}</script>' for case in volumes
     )
     # No script but the page's own is run, and nothing at all is fetched: pictures are in the page.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")

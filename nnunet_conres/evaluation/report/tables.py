@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from nnunet_conres.evaluation.costs import times_compare
 from nnunet_conres.evaluation.report.charts import colour_of
@@ -21,6 +21,8 @@ from nnunet_conres.evaluation.report.text import (
     significant_digits,
 )
 from nnunet_conres.evaluation.scoring import MEAN
+
+_LEVEL: Final = 0.05
 
 
 def badge(index: int) -> str:
@@ -69,19 +71,34 @@ def mean_decimals(metric: Mapping[str, Any]) -> int:
 
 
 class Significance:
-    """Which differences to the baseline are significant, as the comparison concludes."""
+    """Which differences to the baseline are significant: as the comparison concludes, else by its p after Holm."""
 
     def __init__(self, comparison: Mapping[str, Any]) -> None:
         self._models = comparison["models"]
         self._summary = comparison["summary"]
-        self._conclusions = {
-            (row["model"], row["region"], row["metric"]): row["conclusion"] for row in comparison["comparisons"]
-        }
+        self._rows = {(row["model"], row["region"], row["metric"]): row for row in comparison["comparisons"]}
+
+    def row(self, model: str, region: str, metric: str) -> Mapping[str, Any] | None:
+        """A model's comparison with the baseline, if there is one."""
+        return self._rows.get((model, region, metric))
 
     def of(self, model: str, region: str, metric: Mapping[str, Any]) -> str:
-        """ "better" or "worse" than the baseline, or "" where neither can be concluded."""
-        conclusion = self._conclusions.get((model, region, metric["key"]), "")
-        return conclusion if conclusion in ("better", "worse") else ""
+        """ "better" or "worse" than the baseline, or "" where that is not known or not significant."""
+        row = self.row(model, region, metric["key"])
+        if row is None:
+            return ""
+        if "conclusion" in row:
+            return row["conclusion"] if row["conclusion"] in ("better", "worse") else ""
+        if not is_number(row.get("p_holm")) or row["p_holm"] >= _LEVEL:
+            return ""
+        # Differences of a metric that is best at zero are those of its size: fewer is better.
+        sign = {"higher": 1, "lower": -1, "zero": -1}.get(metric.get("better") or "", 0)
+        difference = next(
+            (row[key] for key in ("mean_difference", "median_difference") if is_number(row.get(key)) and row[key]), 0
+        )
+        if not sign or not difference:
+            return ""
+        return "better" if difference * sign > 0 else "worse"
 
     def best(self, region: str, metric: Mapping[str, Any]) -> str | None:
         """Key of the model with the best mean, if its difference to the baseline is significant; else None.
@@ -271,7 +288,14 @@ def model_table(comparison: Mapping[str, Any]) -> str:
 
 
 def _grid(corner: str, headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], *, turned: bool) -> str:
-    """A table of figures: `corner` says what the rows are, each with its heading and its cells (HTML with the td)."""
+    """A table of figures.
+
+    Args:
+        corner: What the rows are.
+        headings: Of the columns, HTML.
+        rows: Their headings and their cells, HTML with the td.
+        turned: Whether to make columns of the rows.
+    """
     if turned:
         names, columns = zip(*rows, strict=True)
         corner, rows = "", list(zip(headings, zip(*columns, strict=True), strict=True))

@@ -61,11 +61,11 @@ def probability(value: float | None) -> str:
     return "&lt; 0.001" if float(value or 0) < 0.001 else f"{value:.3f}"
 
 
-def significant_digits(value: float | None) -> str:
-    """A number of unknown size in three digits as HTML, without an exponent."""
+def significant_digits(value: float | None, digits: int = 3) -> str:
+    """A number of unknown size as HTML, without an exponent."""
     if value is None or not is_number(value):
         return NONE
-    decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{decimals}f}".replace(",", "\N{NARROW NO-BREAK SPACE}").replace("-", MINUS)
 
 

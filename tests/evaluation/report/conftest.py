@@ -164,7 +164,6 @@ def synthetic_comparison(
                         "wins": sum(gain > 0 for gain in gains),
                         "ties": sum(gain == 0 for gain in gains),
                         "losses": sum(gain < 0 for gain in gains),
-                        "conclusion": ("better" if sum(gains) > 0 else "worse") if metric["key"] == "dice" else "none",
                         "sentence": "",
                     }
                 )

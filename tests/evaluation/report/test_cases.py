@@ -128,6 +128,8 @@ class TestPackCase:
 
     def test_names_all_errors(self) -> None:
         labels = np.zeros((7, 6, 6), int)
-        case = small_case(labels, {"m0": labels[1:], "m1": labels[:, 1:]}, {"any": (1,)})
-        with pytest.raises(ValueError, match=r"m0, have shape \(6, 6, 6\); expected \(7, 6, 6\).*m1, have shape"):
-            pack_case(case)
+        case = small_case(labels, {"m0": labels[1:], "m1": labels[:, 1:]}, {})
+        with pytest.raises(ValueError, match="expected") as error:
+            pack_case(replace(case, channels=("T1", "T2"), spacing=(1.0, 0.0, 1.0)))
+        for message in ("2 names of channels", "prediction of m0", "prediction of m1", "no regions", "spacing of case"):
+            assert message in str(error.value)

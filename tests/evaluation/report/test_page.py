@@ -21,8 +21,11 @@ MakeVolumes = Callable[..., CaseVolumes]
 VOID = {"meta", "link", "input", "br", "hr", "img", "wbr"}
 
 
-def write_report(comparison: dict[str, Any], volumes: Sequence[CaseVolumes], path: Path) -> Path:
-    path.write_text(report_page(comparison, [pack_case(volume) for volume in volumes]), encoding="utf-8")
+def write_report(
+    comparison: dict[str, Any], volumes: Sequence[CaseVolumes], path: Path, *, slices_per_case: int = 64
+) -> Path:
+    page = report_page(comparison, [pack_case(of_case, slices_per_case) for of_case in volumes])
+    path.write_text(page, encoding="utf-8")
     return path
 
 
@@ -122,17 +125,17 @@ class TestContent:
         assert comparison["warnings"][0] in text
 
     @pytest.mark.parametrize(
-        ("conclusion", "better", "bold"),
-        [("better", "higher", True), ("none", "higher", False), ("worse", "higher", False), ("better", "lower", True),
-         ("untested", "higher", False)],
+        ("p", "difference", "better", "bold"),
+        [(0.01, 0.02, "higher", True), (0.2, 0.02, "higher", False), (0.01, -0.02, "higher", False),
+         (0.01, -0.02, "lower", True), (None, 0.02, "higher", False)],
     )  # fmt: skip
     def test_the_best_is_bold_only_if_significant(
-        self, tmp_path: Path, make_small_comparison: Make, conclusion: str, better: str, bold: bool
+        self, tmp_path: Path, make_small_comparison: Make, p: float | None, difference: float, better: str, bold: bool
     ) -> None:
         comparison = make_small_comparison()
         comparison["metrics"] = [comparison["metrics"][0] | {"better": better}]
         for row in comparison["comparisons"]:
-            row["conclusion"] = conclusion
+            row |= {"p_holm": p, "mean_difference": difference, "median_difference": difference}
         means = {"m0": 0.5, "m1": 0.6 if better == "higher" else 0.4}
         for key, mean in means.items():
             for region in comparison["summary"][key].values():
@@ -262,3 +265,43 @@ class TestContent:
         page = Page(write_report(comparison, [], tmp_path / "report.html"))
         (data,) = [json.loads(text) for attributes, text in page.scripts if attributes.get("id") == "data"]
         assert data["scores"]["dice"]["mean"]["m0"][:2] == [0.5, None]
+
+
+class TestErrors:
+    def test_all_are_named_and_nothing_is_written(self, tmp_path: Path, make_small_comparison: Make) -> None:
+        comparison = make_small_comparison() | {"format": 2, "models": "m0", "summary": []}
+        del comparison["cases"]
+        with pytest.raises(ValueError, match="'format' is 2") as error:
+            write_report(comparison, [], tmp_path / "report.html")
+        for key in ("'models' is str", "'summary' is list", "'cases' is NoneType"):
+            assert key in str(error.value)
+        assert not list(tmp_path.iterdir())
+
+    def test_entries_are_looked_at(self, tmp_path: Path, make_small_comparison: Make) -> None:
+        comparison = make_small_comparison()
+        del comparison["metrics"][0]["decimals"]
+        comparison["models"][1]["key"] = "m0"
+        comparison["models"][1]["baseline"] = True
+        comparison["regions"] = []
+        with pytest.raises(ValueError, match="decimals") as error:
+            write_report(comparison, [], tmp_path / "report.html")
+        for message in ("'regions' is empty", "'m0' more than once", "2 models are the baseline"):
+            assert message in str(error.value)
+
+    def test_volumes_must_belong(self, tmp_path: Path, make_small_comparison: Make, make_volumes: MakeVolumes) -> None:
+        volumes = [make_volumes("nowhere"), make_volumes("case_1", ("m0", "other")), make_volumes("case_2")]
+        with pytest.raises(ValueError, match="nowhere has volumes") as error:
+            write_report(make_small_comparison(), [*volumes, volumes[-1]], tmp_path / "report.html")
+        assert "predictions of other" in str(error.value)
+        with pytest.raises(ValueError, match="case_2 has volumes more than once"):
+            write_report(make_small_comparison(), [volumes[-1], volumes[-1]], tmp_path / "report.html")
+        assert not list(tmp_path.iterdir())
+
+    def test_an_old_report_stays_if_a_new_one_fails(
+        self, tmp_path: Path, make_small_comparison: Make, make_volumes: MakeVolumes
+    ) -> None:
+        path = tmp_path / "report.html"
+        path.write_text("old")
+        with pytest.raises(ValueError, match="slices_per_case"):
+            write_report(make_small_comparison(), [make_volumes()], path, slices_per_case=0)
+        assert path.read_text() == "old"
