@@ -591,7 +591,11 @@ class Step:
                 return
             stamp.unlink(missing_ok=True)
             run(command, self.log, keep=[descriptor])
-            self._record([folder / "report.html", folder / "report.json"], made_of, stamp)
+            files = [folder / "report.html", folder / "report.json"]
+            for path in files:
+                if not path.is_file():
+                    raise StepError(f"{path} was not written; see {self.log}")
+            self._record(files, made_of, stamp)
 
     def _contents(self, patterns: Iterable[str]) -> dict[str, Any]:
         """Records of what something is made of, by name."""
