@@ -26,8 +26,9 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from benchmarks import machine
+from benchmarks import epochs, machine
 from benchmarks.arguments import add_turns, positive
+from benchmarks.networks import Task
 from benchmarks.report import as_text, ratio_table, ratios_as_json, table
 from benchmarks.timing import Phases, Ratio, in_turn, totals
 from nnunet_conres.augmentation.loading import DeviceBatches, DrawFirstLoader, finish
@@ -65,6 +66,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also measure how fast so many worker processes deliver batches of 2 (default: not)",
     )
+    parser.add_argument(
+        "--trainers",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="also time epochs of nnUNetv2_train with each, for each number of workers "
+        f"(for example {' '.join(epochs.TRAINERS)}; default: none)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=positive,
+        nargs=3,
+        default=(3, 250, 50),
+        metavar="N",
+        help="epochs, of which the first does not count, their training and their validation iterations "
+        "(default: 3 250 50, of which 250 50 are nnU-Net's)",
+    )
     add_turns(parser, rounds=40, warmup=2)
 
 
@@ -78,9 +96,15 @@ def pipeline(patch: tuple[int, ...]) -> ComposeTransforms:
 
 @contextmanager
 def preprocessed(patch: tuple[int, ...], shape: tuple[int, ...], channels: int, cases: int) -> Iterator[Path]:
-    """A folder with synthetic cases as nnU-Net preprocesses them, for a while."""
+    """nnU-Net's folder of a preprocessed data set with synthetic cases, for a while; yields that of the cases."""
     blocks, chunks = comp_blosc2_params((channels, *shape), patch)
-    with tempfile.TemporaryDirectory() as folder:
+    task = Task(patch, 2, channels, 3, 3)
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root, epochs.DATASET, epochs.data_identifier(task))
+        folder.mkdir(parents=True)
+        dataset = {"labels": REGIONS, "regions_class_order": [1, 2, 3], "file_ending": ".nii.gz"}
+        dataset["channel_names"] = {str(channel): f"channel {channel}" for channel in range(channels)}
+        epochs.write_plans(folder.parent, task, dataset, [f"case_{number}" for number in range(cases)])
         for number in range(cases):
             images, annotation = make_phantom(shape, number)
             image = np.stack([images[channel % len(images)] for channel in range(channels)]).astype(np.float32)
@@ -88,15 +112,9 @@ def preprocessed(patch: tuple[int, ...], shape: tuple[int, ...], channels: int, 
             annotation = annotation.astype(np.int8)[None]
             locations = {region: np.argwhere(np.isin(annotation, region))[::10] for region in ((1, 2, 3), (2, 3), (3,))}
             nnUNetDatasetBlosc2.save_case(
-                image, annotation, {"class_locations": locations}, str(Path(folder, f"case_{number}")), chunks, blocks
+                image, annotation, {"class_locations": locations}, str(folder / f"case_{number}"), chunks, blocks
             )
-        yield Path(folder)
-
-
-def _some(annotation: np.ndarray[Any, Any], region: tuple[int, ...], most: int = 10_000) -> np.ndarray[Any, Any]:
-    """Voxels of a region, as many as nnU-Net keeps for oversampling."""
-    voxels = np.argwhere(np.isin(annotation, region))
-    return voxels[np.random.default_rng(0).permutation(len(voxels))[:most]]
+        yield folder
 
 
 class Turns:
@@ -187,6 +205,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             }
             for workers in arguments.workers
         }
+        trained = epochs.measure(folder.parent.parent, arguments.trainers, arguments.workers, device, arguments.epochs)
     means = {
         name: {phase: float(np.mean([p[phase] for p in phases])) for phase in phases[0]}
         for name, phases in times.items()
@@ -197,6 +216,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     if device.type == "cpu":
         ratios.append(Ratio("loading and augmentation", *_ratio(times, OURS, STOCK), SAMPLE_LIMIT))
+    ratios += epochs.ratios(trained) if trained else []
     return {
         "benchmark": "data",
         "title": f"Patch {patch[0]} x {patch[1]} x {patch[2]}, {arguments.channels} channels, 3 regions, cases of "
@@ -207,6 +227,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": means,
         "megabytes_sent": sent,
         "batches_of_2_per_second": rates,
+        "epochs": trained,
+        "iterations": arguments.epochs[1],
         "ratios": ratios_as_json(ratios),
     }
 
@@ -257,5 +279,7 @@ def as_table(report: dict[str, Any]) -> str:
     if rates:
         rows = [[str(workers), *(f"{found[name]:.2f}" for name in (STOCK, OURS))] for workers, found in rates.items()]
         parts.append(table(["workers", "nnU-Net, batches of 2 a second", "draw first"], rows))
+    if report["epochs"]:
+        parts.append(epochs.as_table(report["epochs"], report["iterations"]))
     cores = f"{os.cpu_count()} cores; augmentation of the last contender on {report['machine']['device']}."
     return as_text(report, *parts, f"{STATED_FOR} {cores}", ratio_table(report["ratios"]))

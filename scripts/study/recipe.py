@@ -21,6 +21,7 @@ from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoM
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 import nnunet_conres.trainers
+from nnunet_conres.trainers.device_augmentation import DeviceAugmentationMixin, wants_device_augmentation
 from nnunet_conres.trainers.precision import CpuPrecisionTrainer
 
 
@@ -52,7 +53,7 @@ class EqualTerms(nnUNetTrainerNoMirroring):
 
     Attributes:
         study: Entries of the run, as in the list of runs.
-        step_seconds: Processor time of each step of this process.
+        step_seconds: Processor time of each step of this process; on a GPU time.
     """
 
     study: Mapping[str, Any]
@@ -97,9 +98,10 @@ class EqualTerms(nnUNetTrainerNoMirroring):
         self.logger.plot_progress_png = lambda folder: None
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        start = time.process_time()
+        clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+        start = clock()
         result = super().train_step(batch)
-        self.step_seconds.append(time.process_time() - start)
+        self.step_seconds.append(clock() - start)
         if not np.isfinite(result["loss"]):
             raise FloatingPointError(f"The loss is {result['loss']} in epoch {self.current_epoch}.")
         return result
@@ -109,8 +111,9 @@ class EqualTerms(nnUNetTrainerNoMirroring):
         self.set_deep_supervision_enabled(False)
         self.network.eval()
         predictor = nnUNetPredictor(tile_step_size=0.75, use_mirroring=False, device=self.device, allow_tqdm=False)
+        network = getattr(self.network, "_orig_mod", self.network)  # not compiled once more, for so few patches
         predictor.manual_initialization(
-            self.network, self.plans_manager, self.configuration_manager, None, self.dataset_json, "", None
+            network, self.plans_manager, self.configuration_manager, None, self.dataset_json, "", None
         )
         folder = Path(self.output_folder, "validation")
         folder.mkdir(exist_ok=True)
@@ -138,7 +141,7 @@ class EqualTerms(nnUNetTrainerNoMirroring):
 
     def _seeded(self, pipeline: BasicTransform, iterations: int) -> BasicTransform:
         # Several processes would all draw the same numbers, and their order is not determined anyway.
-        if get_allowed_n_proc_DA() > 1:
+        if get_allowed_n_proc_DA() > 1 or wants_device_augmentation(self.device):
             return pipeline
         return SeededTransform(pipeline, self.study["seed"], self.current_epoch * iterations * self.batch_size)
 
@@ -152,7 +155,7 @@ def trainer(base: str, study: Mapping[str, Any], name: str = "nnUNetTrainerStudy
         name: Of the class, and so part of the name of the run's folder.
     """
     if base == nnUNetTrainer.__name__:
-        own = CpuPrecisionTrainer
+        own: tuple[type, ...] = (DeviceAugmentationMixin, CpuPrecisionTrainer)
     else:
-        own = forms.TRAINERS.get(base) or getattr(nnunet_conres.trainers, base)
-    return type(name, (EqualTerms, own), {"study": study})
+        own = (forms.TRAINERS.get(base) or getattr(nnunet_conres.trainers, base),)
+    return type(name, (EqualTerms, *own), {"study": study})

@@ -13,10 +13,12 @@ common. A model may have an entry "trainer" (default: nnUNetTrainer), "plans" (n
     batch_size            (default: that of the plans)
     width                 factor on the features of all stages (default: 1)
     settings              attributes of the trainer, set before it is initialised, for example {initial_lr: 0.03}
+    environment           environment variables, for example {nnUNet_conres_fast_step: 0}
 
 All runs, nnU-Net's own trainer among them, train with the same precision, augmentation (nnU-Net's, without mirroring)
-and batches. A run that was interrupted goes on at its last epoch; a run whose entries changed is trained again. A run
-that fails is started once more after the others, and a second failure is a row of the tables.
+and batches. On a GPU they are compiled, and augmentation runs there too. A run that was interrupted goes on at its last
+epoch; a run whose entries changed is trained again. A run that fails is started once more after the others, and a
+second failure is a row of the tables.
 """
 
 from __future__ import annotations
@@ -48,7 +50,14 @@ ATTEMPTS = 2
 EQUAL_TIME = "equal_time"
 ROUNDS = 2
 """How often the time of steps is measured, one model after another."""
-STUDY: dict[str, Any] = {"iterations": 1000, "epochs": 10, "batch_size": None, "width": 1, "settings": {}}
+STUDY: dict[str, Any] = {
+    "iterations": 1000,
+    "epochs": 10,
+    "batch_size": None,
+    "width": 1,
+    "settings": {},
+    "environment": {},
+}
 MODEL: dict[str, Any] = {
     "trainer": STOCK,
     "plans": data_sets.PLANS[0],
@@ -126,6 +135,8 @@ def make_trainer(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, de
 
 def train(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, device: str) -> None:
     """Trains a run, or goes on with it, predicts its validation cases, and writes their scores."""
+    os.environ |= {name: str(value) for name, value in run["study"]["environment"].items()}
+    os.environ["nnUNet_conres_seed"] = str(run["study"]["seed"])
     made = make_trainer(run, data, work, device)
     output = Path(made.output_folder)
     noted = output / "run.json"
@@ -354,6 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("study"), help="folder for all files (default: %(default)s)")
     parser.add_argument("--source", type=Path, help="folder of the raw data sets (default: $nnUNet_raw)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="for preprocessing (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each run on a CPU (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="train no others")
@@ -367,16 +379,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in ("raw", "preprocessed", "results"):
             os.environ[f"nnUNet_{name}"] = str(work / f"nnUNet_{name}")
             (work / f"nnUNet_{name}").mkdir(exist_ok=True)
-        os.environ |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1", "nnUNet_compile": "f"}
-        os.environ["nnUNet_conres_cpu_bf16"] = "0"
+        os.environ |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1"}
+        if parsed.device == "cpu":
+            os.environ |= {"nnUNet_compile": "f", "nnUNet_conres_cpu_bf16": "0"}
         data_sets.check(data, source, work)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     log = work / "logs" / "prepare.log"
-    process = in_child(lambda: data_sets.prepare(data, source.resolve(), work), log)
+    process = in_child(lambda: data_sets.prepare(data, source.resolve(), work, parsed.processes), log)
     if os.waitpid(process, 0)[1]:
         sys.exit(f"error: the data could not be prepared, see {log}")
-    os.environ["nnUNet_n_proc_DA"] = "0"  # a run draws its batches itself, all of them the same
+    # on a CPU a run draws its batches itself; the processes for a GPU draw in a fixed order: all of them the same
+    os.environ["nnUNet_n_proc_DA"] = "0" if parsed.device == "cpu" else "2"
     import recipe  # noqa: F401  (for the children)
     import torch
 

@@ -65,13 +65,14 @@ def check(data: Mapping[str, Any], source: Path, work: Path) -> None:
         raise InputError(f"There is no data set {source / data['source']}; --source says where the raw data sets are.")
 
 
-def prepare(data: Mapping[str, Any], source: Path, work: Path) -> None:
+def prepare(data: Mapping[str, Any], source: Path, work: Path, processes: int = 1) -> None:
     """Makes the data sets, plans, folds and preprocessed cases; goes on where it was interrupted.
 
     Args:
         data: The entry, complete.
         source: Folder of raw data sets.
         work: Folder for all files, nnU-Net's three folders among them.
+        processes: Number of processes.
 
     Raises:
         InputError: If a label lies outside what is kept.
@@ -95,7 +96,7 @@ def prepare(data: Mapping[str, Any], source: Path, work: Path) -> None:
             reduce_raw(source / data["source"], raw / name, data["crop"], data["thin"])
         else:
             sparsify(made["dense"], data["sparse"], SlabRule(every=SPARSE_EVERY), target_name=name[11:])
-        _plan_and_preprocess(name, data)
+        _plan_and_preprocess(name, data, processes)
         for patch in data["patches"] if kind == "dense" else []:
             add_variants(name, PLANS[0], [patch])
         (preprocessed / name / "complete").touch()
@@ -109,7 +110,7 @@ def prepare(data: Mapping[str, Any], source: Path, work: Path) -> None:
     prepared.touch()
 
 
-def _plan_and_preprocess(name: str, data: Mapping[str, Any]) -> None:
+def _plan_and_preprocess(name: str, data: Mapping[str, Any], processes: int) -> None:
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
     from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
         nnUNetPlannerResEncM,
@@ -122,7 +123,7 @@ def _plan_and_preprocess(name: str, data: Mapping[str, Any]) -> None:
     from nnunetv2.paths import nnUNet_preprocessed
 
     number = int(name[7:10])
-    extract_fingerprint_dataset(number, num_processes=1)
+    extract_fingerprint_dataset(number, num_processes=processes)
     for planner in (ExperimentPlanner, nnUNetPlannerResEncM):
         plan_experiment_dataset(number, planner)
     for plans_name in PLANS:
@@ -130,7 +131,7 @@ def _plan_and_preprocess(name: str, data: Mapping[str, Any]) -> None:
         file.write_text(
             json.dumps(reduce_plans(json.loads(file.read_text()), data["patch"], data["features"]), indent=1)
         )
-    preprocess_dataset(number, PLANS[0], ("3d_fullres",), [1])
+    preprocess_dataset(number, PLANS[0], ("3d_fullres",), [processes])
 
 
 def reduce_plans(plans: Mapping[str, Any], patch: Sequence[int] | None, features: int) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from nnunet_conres.augmentation.on_device import DevicePipeline, packed, unpacke
 from nnunet_conres.augmentation.spatial_on_device import SpatialDraws, apply_spatial, is_crop, labels_in, reach
 
 SIZES = [(14, 17, 20), (18, 23)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 MOST_TIES = 1e-4
 
 
@@ -68,6 +69,14 @@ def sample(size: tuple[int, ...], channels: int = 3, labels: tuple[int, ...] = (
 
 def copied(data: dict[str, Any]) -> dict[str, Any]:
     return {name: value.clone() for name, value in data.items()}
+
+
+def on(device: str, data: dict[str, Any]) -> dict[str, Any]:
+    """A sample on another device."""
+    return {
+        name: [one.to(device) for one in value] if isinstance(value, list) else value.to(device)
+        for name, value in data.items()
+    }
 
 
 def reference(transform: BasicTransform, data: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
@@ -117,9 +126,12 @@ TRANSFORMS: dict[str, BasicTransform] = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", SIZES, ids=["3D", "2D"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_equals_batchgenerators(name: str, size: tuple[int, ...]) -> None:
+def test_equals_batchgenerators(name: str, size: tuple[int, ...], device: str) -> None:
+    if device == "cuda" and name.startswith("noise"):
+        pytest.skip("a GPU draws other noise: see test_noise_of_a_gpu")
     transform = TRANSFORMS[name]
     if name == "deep supervision":
         transform = DownsampleSegForDSTransform([[1] * len(size), [0.5] * len(size)])
@@ -133,11 +145,29 @@ def test_equals_batchgenerators(name: str, size: tuple[int, ...]) -> None:
         assert parameters is not None
         theirs = reference(transform, copied(data), parameters)
         ours = pipeline.apply(
-            copied(data), unpacked(packed([parameters])), shape=size, box=[], labels=[], sticks_out=True
+            on(device, copied(data)), unpacked(packed([parameters])), shape=size, box=[], labels=[], sticks_out=True
         )
-        assert_equal(ours, theirs)
+        assert_equal(on("cpu", ours), theirs)
         changed += any(not isinstance(theirs[key], list) and not torch.equal(theirs[key], data[key]) for key in data)
     assert changed or name == "deep supervision"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["noise", "noise by channel"])
+def test_noise_of_a_gpu(name: str) -> None:
+    """Other numbers than batchgeneratorsv2's on the CPU, of the same channels and deviations."""
+    pipeline = DevicePipeline(ComposeTransforms([TRANSFORMS[name]]))
+    for number in range(4):
+        seed(number)
+        data = sample((40, 40, 40))
+        (parameters,) = pipeline.draw(data["image"]).parameters
+        assert parameters is not None
+        theirs = reference(TRANSFORMS[name], copied(data), parameters)
+        there = on("cuda", copied(data))
+        ours = on("cpu", pipeline.apply(there, [parameters], shape=(), box=[], labels=[], sticks_out=True))
+        added, expected = (one["image"] - data["image"] for one in (ours, theirs))
+        torch.testing.assert_close(added.std((1, 2, 3)), expected.std((1, 2, 3)), rtol=0.03, atol=0)
+        assert added.mean((1, 2, 3)).abs().max() < 0.01
 
 
 def one_hot(size: tuple[int, ...]) -> dict[str, Any]:
@@ -145,9 +175,10 @@ def one_hot(size: tuple[int, ...]) -> dict[str, Any]:
     return MoveSegAsOneHotToDataTransform(1, [1, 2, 3])(**data)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", SIZES, ids=["3D", "2D"])
 @pytest.mark.parametrize("number", range(6))
-def test_cascades_transforms_equal_batchgenerators(number: int, size: tuple[int, ...]) -> None:
+def test_cascades_transforms_equal_batchgenerators(number: int, size: tuple[int, ...], device: str) -> None:
     channels = [-3, -2, -1]
     for transform in (
         ApplyRandomBinaryOperatorTransform(list(channels), strel_size=(1, 4), p_per_label=1),
@@ -161,7 +192,8 @@ def test_cascades_transforms_equal_batchgenerators(number: int, size: tuple[int,
         theirs = reference(transform, copied(data), parameters)
         # the other processes' transforms have shuffled their channels since
         np.random.shuffle(transform.channel_idx)
-        ours = pipeline.apply(copied(data), [parameters], shape=size, box=[], labels=[], sticks_out=True)
+        there = on(device, copied(data))
+        ours = on("cpu", pipeline.apply(there, [parameters], shape=size, box=[], labels=[], sticks_out=True))
         assert_equal(ours, theirs)
         assert not torch.equal(ours["image"], data["image"])
 
@@ -231,7 +263,7 @@ def make_spatial(name: str, patch: tuple[int, ...]) -> SpatialTransform:
 
 
 def compare_spatial(
-    transform: SpatialTransform, initial: tuple[int, ...], labels: tuple[int, ...], number: int
+    transform: SpatialTransform, initial: tuple[int, ...], labels: tuple[int, ...], number: int, device: str = "cpu"
 ) -> tuple[int, int]:
     """Voxels of labels that differ, and all of them. Ours sees nothing beyond what it said that it reaches."""
     seed(number)
@@ -246,13 +278,14 @@ def compare_spatial(
     read = {name: value[where].clone() for name, value in data.items()}
     ours = apply_spatial(
         transform,
-        dict(read),
+        on(device, read),
         parameters,
         shape=initial,
         box=box,
         labels=labels_in(read["segmentation"].numpy()),
         sticks_out=any(low < a or high > b for (low, high), (a, b) in zip(region, box, strict=True)),
     )
+    ours = on("cpu", ours)
     if is_crop(parameters):
         assert torch.equal(ours["image"], theirs["image"])
         assert torch.equal(ours["segmentation"], theirs["segmentation"])
@@ -261,9 +294,10 @@ def compare_spatial(
     return int((ours["segmentation"] != theirs["segmentation"]).sum()), ours["segmentation"].numel()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("labels", [(0, 1), (-1, 0, 1, 2, 3, 4, 9)], ids=len)
 @pytest.mark.parametrize("name", [*SPATIAL, *BSPLINES])
-def test_spatial_equals_batchgenerators(name: str, labels: tuple[int, ...]) -> None:
+def test_spatial_equals_batchgenerators(name: str, labels: tuple[int, ...], device: str) -> None:
     """Initial patches larger than nnU-Net's, its own, and too small for what is drawn."""
     different = total = 0
     for number, (patch, initial) in enumerate(
@@ -275,7 +309,7 @@ def test_spatial_equals_batchgenerators(name: str, labels: tuple[int, ...]) -> N
             ((20, 30), (20, 29)),
         ]
     ):
-        voxels = compare_spatial(make_spatial(name, patch), initial, labels, number)
+        voxels = compare_spatial(make_spatial(name, patch), initial, labels, number, device)
         different, total = different + voxels[0], total + voxels[1]
     assert different / total < MOST_TIES, f"{different} of {total} labels differ"
 
