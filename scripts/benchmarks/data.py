@@ -263,7 +263,7 @@ def _delivery(
     if on_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    source._finish()
+    (source._finish if made is source else made.close)()
     return batches / seconds
 
 
