@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from benchmark import main
-from benchmarks import plans, step
+from benchmarks import epochs, plans, step
 from benchmarks.convolutions import ConvolutionsAlone, record, training_flops
 from benchmarks.networks import NETWORKS, Task, build, make_batch, stock_plans
 from benchmarks.timing import BenchmarkError, Ratio, in_turn, totals
@@ -357,3 +357,36 @@ class TestData:
         assert report["megabytes_sent"]["nnU-Net, loading and augmentation"] == pytest.approx(finished)
         assert report["machine"]["device"] == "cpu"
         assert report["machine"]["cores"] == os.cpu_count()
+
+    @pytest.mark.slow
+    def test_trains_whole_epochs(self, tmp_path: Path) -> None:
+        sizes = ["--patch", "16", "16", "16", "--shape", "24", "28", "26", "--channels", "1", "--cases", "4"]
+        trained = ["--workers", "1", "--trainers", "nnUNetTrainer", "nnUNetTrainerMuon", "--epochs", "2", "2", "1"]
+        report = measure(tmp_path, "data", *sizes, "--rounds", "2", "--warmup", "0", *trained)
+        assert [(entry["trainer"], len(entry["epochs"])) for entry in report["epochs"]] == [
+            ("nnUNetTrainer", 1),
+            ("nnUNetTrainerMuon", 1),
+        ]
+        assert all(entry["epochs"][0] > 0 and entry["busy"] is None for entry in report["epochs"])
+
+    @pytest.mark.slow
+    def test_a_failed_training_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(BenchmarkError, match="training of nnUNetTrainer with 1 workers failed"):
+            epochs.measure(tmp_path, ["nnUNetTrainer"], [1], CPU, (2, 1, 1))
+
+
+def test_epochs_are_compared_with_stocks_with_most_workers() -> None:
+    def entry(trainer: str, workers: int, seconds: float) -> dict[str, Any]:
+        return {"trainer": trainer, "workers": workers, "epochs": [seconds, seconds]}
+
+    found = [entry("nnUNetTrainer", 4, 90.0), entry("nnUNetTrainer", 12, 40.0), entry("nnUNetTrainerMuon", 4, 10.0)]
+    ratios = epochs.ratios(found)
+    assert [(ratio.measured, ratio.at_most) for ratio in ratios] == [(90 / 40, None), (10 / 40, 0.35)]
+    assert epochs.ratios(found[2:]) == []
+
+
+def test_utilisation_is_that_between_two_times() -> None:
+    utilisation = epochs.Utilisation(CPU)
+    utilisation._found = [(1.0, 0.1), (2.0, 0.5), (3.0, 0.7), (4.0, 0.0)]
+    assert utilisation.share(2, 3) == pytest.approx(0.6)
+    assert utilisation.share(5, 6) is None
