@@ -8,8 +8,8 @@ Without them, the peak of a training step (4 channels, batch 2, 128 x 128 x 128,
 ConResNet for the residual of the sigmoid and 8 % for the attention, 66 % of ConResNetPaper for the group norm, and for
 the instance norm of layout.py 6 % of ResidualMapUNet and 12 % of UNet3D.
 
-Nothing that ``forward`` returns was changed in place or went through an operation that returns its input, as ``to`` may:
-compiled by PyTorch 2.11, such a function has no gradient.
+No ``forward`` returns a tensor that was changed in place, or the result of an operation that may return its input, as
+``to`` does: compiled by PyTorch 2.11, such a function has no gradient.
 """
 
 from __future__ import annotations
