@@ -30,7 +30,7 @@ from benchmarks import epochs, machine
 from benchmarks.arguments import add_turns, positive
 from benchmarks.networks import Task
 from benchmarks.report import as_text, ratio_table, ratios_as_json, table
-from benchmarks.timing import Phases, Ratio, in_turn, totals
+from benchmarks.timing import BenchmarkError, Phases, Ratio, in_turn, totals
 from nnunet_conres.augmentation.loading import DeviceBatches, DrawFirstLoader, finish
 from nnunet_conres.augmentation.on_device import DevicePipeline
 from nnunet_conres.datasets.phantom import make_phantom
@@ -169,6 +169,10 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures loading and augmentation and returns the report."""
+    if arguments.trainers and not arguments.workers:
+        raise BenchmarkError("--trainers needs --workers: epochs are timed for each number of worker processes.")
+    if arguments.epochs[0] < 2:
+        raise BenchmarkError("--epochs must begin with 2 or more: the first epoch does not count.")
     device, patch = arguments.device, tuple(arguments.patch)
     about = machine.describe(device)
     initial = [int(extent) for extent in get_patch_size(patch, ROTATION, ROTATION, ROTATION, (0.85, 1.25))]

@@ -163,5 +163,13 @@ def as_table(found: Sequence[Mapping[str, Any]], iterations: int) -> str:
         peaks = [f"{entry[key] / 2**20:.0f}" for key in ("peak_bytes", "reserved_bytes")]
         numbers = [f"{seconds:.1f}", f"{1000 * seconds / iterations:.0f}", busy, *peaks]
         rows.append([entry["trainer"], str(entry["workers"]), *numbers])
-    head = ["", "workers", "epoch, s", "an iteration, ms", "GPU busy", "peak MiB", "reserved MiB"]
+    head = [
+        "",
+        "workers",
+        "epoch, s",
+        "an iteration, ms",
+        f"GPU busy (at least {100 * LEAST_BUSY:.0f} %)",
+        "peak MiB",
+        "reserved MiB",
+    ]
     return table(head, rows)

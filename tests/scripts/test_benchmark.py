@@ -358,6 +358,14 @@ class TestData:
         assert report["machine"]["device"] == "cpu"
         assert report["machine"]["cores"] == os.cpu_count()
 
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [(["--trainers", "nnUNetTrainer"], "needs --workers"), (["--epochs", "1", "2", "1"], "2 or more")],
+    )
+    def test_epochs_that_could_not_be_timed(self, arguments: list[str], reason: str) -> None:
+        with pytest.raises(SystemExit, match=reason):
+            main(["data", *arguments])
+
     @pytest.mark.slow
     def test_trains_whole_epochs(self, tmp_path: Path) -> None:
         sizes = ["--patch", "16", "16", "16", "--shape", "24", "28", "26", "--channels", "1", "--cases", "4"]
