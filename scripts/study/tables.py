@@ -101,11 +101,12 @@ def pair_rows(scores: Scores, questions: Mapping[str, Any]) -> list[dict[str, An
                 runs, others = scores.get((data, model)), scores.get((data, against))
                 if runs is None or others is None:
                     continue
+                lengths = " / ".join(str(of[0]["run"]["study"]["iterations"]) for of in (runs, others))
                 regions = next((list(case) for run in runs for case in run["cases"].values()), ["mean"])
                 for region in ["mean", *(region for region in regions if region != "mean")]:
                     for metric, unit in METRICS.items():
                         row = {"question": question, "data": data, "model": model, "against": against}
-                        row |= {"region": region, "metric": metric}
+                        row |= {"iterations": lengths, "region": region, "metric": metric}
                         rows.append(row | _tested(unit * differences(runs, others, region, metric), metric))
     primary = [row for row in rows if row["region"] == "mean" and row["metric"] == "dice"]
     # A pair of two questions is one test.
@@ -170,19 +171,20 @@ def _p(value: float | None) -> str:
 def pairs_table(rows: Sequence[Mapping[str, Any]], structures: bool) -> str:
     """The rows of a question in Markdown."""
     by = {(*_pair(row), row["region"], row["metric"]): row for row in rows}
+    regions = defaultdict(set)
+    for row in rows:
+        regions[row["data"]].add(row["region"])
     lines = []
     for row in rows:
-        if row["metric"] != "dice" or (row["region"] != "mean" and not structures):
+        by_class = structures and len(regions[row["data"]]) > 2  # the mean of one class is that class
+        if row["metric"] != "dice" or (row["region"] != "mean" and not by_class):
             continue
-        ends, middle, hd95 = (
-            by[(*_pair(row), row["region"], metric)] for metric in ("dice_ends", "dice_middle", "hd95")
-        )
+        ends, middle = (by[(*_pair(row), row["region"], metric)] for metric in ("dice_ends", "dice_middle"))
         where = row["data"] if row["region"] == "mean" else f"..., {row['region']}"
-        cells = [where, f"`{row['model']}`", f"`{row['against']}`", _points(row), _p(row["p_holm"])]
-        cells += [f"{row['better']} of {row['patients']}", _points(ends), _points(middle), _points(hd95)]
-        lines.append(cells)
-    header = ["data", "model", "against", "points of Dice", "p (Holm)", "better in"]
-    return markdown_table([*header, "at the ends", "in the middle", "HD95, mm"], lines)
+        cells = [where, f"`{row['model']}`", f"`{row['against']}`", row["iterations"], _points(row), _p(row["p_holm"])]
+        lines.append([*cells, f"{row['better']} of {row['patients']}", _points(ends), _points(middle)])
+    header = ["data", "model", "against", "iterations", "points of Dice", "p (Holm)", "better in"]
+    return markdown_table([*header, "at the ends", "in the middle"], lines)
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -196,7 +198,7 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
     rows = [row for row in rows if row["region"] == "mean" and row["difference"] is not None]
     chosen = [row for row in rows if row["metric"] == "dice"]
     order = [_pair(row) for row in chosen]
-    figure = Figure((7, 1.2 + 0.3 * len(chosen)), layout="constrained")
+    figure = Figure((7, 1.5 + 0.3 * len(chosen)), layout="constrained")
     axes = figure.subplots()
     for name, marker, shift in (("dice", "o", 0), ("dice_ends", "<", 0.2), ("dice_middle", "s", 0.35)):
         found = [row for row in rows if row["metric"] == name]
@@ -211,7 +213,7 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="points of Dice, 95 % interval over patients", title=title)
     if chosen:
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(file, dpi=120)
 
 
