@@ -1,12 +1,13 @@
-"""Draws the pictures in docs/images from synthetic cases.
+"""Draws the pictures in docs/images.
 
-python scripts/figures.py                                  residual.png, network.png, deformation.png
-python scripts/figures.py --quickstart FOLDER -device cpu  result.png, from the work folder of a finished quickstart
+python scripts/figures.py                            all others, from synthetic cases
+python scripts/figures.py --models NNUNET CONRESNET  result.png, from trained models of the hippocampus data
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -167,58 +168,66 @@ def deformation_figure(seed: int = 3) -> Figure:
     return figure
 
 
-def result_figure(work: Path, device: str) -> Figure:
-    """One slice of the quickstart's first held-out case: what goes in, what comes out, and the ground truth."""
+def result_figure(baseline: Path, conresnet: Path, device: str) -> Figure:
+    """A slice of a real case: image, ground truth, both predictions of fold 0, and ConResNet's residual maps.
+
+    Args:
+        baseline: Model folder of nnU-Net's own trainer on the hippocampus data, with a validated fold 0.
+        conresnet: Model folder of ConResNet on the same data.
+        device: Where the residual maps are predicted.
+
+    Returns:
+        The validation case in which the baseline's Dice is the median, in the slice with the largest hippocampus.
+    """
     from nnunet_conres.evaluation.residual_predictions import ResidualPredictor, write_predicted_residuals
 
-    dataset = work / "nnUNet_raw" / "Dataset501_BraTS"
-    reference = sorted((dataset / "labelsTs").glob("*.nii.gz"))[0]
-    case = reference.name.removesuffix(".nii.gz")
-    baseline, conresnet = "nnUNetTrainerMuonQuickstart", "nnUNetTrainerConResNetQuickstart"
-    model = work / "nnUNet_results" / dataset.name / f"{conresnet}__nnUNetPlans__3d_fullres"
+    raw = Path(os.environ["nnUNet_raw"], baseline.parent.name)
+    scores = {}
+    for folder in (baseline, conresnet):
+        summary = json.loads((folder / "fold_0" / "validation" / "summary.json").read_text())
+        scores[folder] = {
+            Path(case["prediction_file"]).name: float(np.mean([of["Dice"] for of in case["metrics"].values()]))
+            for case in summary["metric_per_case"]
+        }
+    by_dice = sorted(scores[baseline], key=scores[baseline].__getitem__)
+    name = by_dice[len(by_dice) // 2]
+    case = name.removesuffix(".nii.gz")
 
     def read(path: Path) -> np.ndarray:
         return np.asarray(nibabel.load(path).dataobj).T  # slices first
 
-    with tempfile.TemporaryDirectory() as temporary:
-        images = Path(temporary, "images")
-        images.mkdir()
-        for path in (dataset / "imagesTs").glob(f"{case}_*.nii.gz"):
-            (images / path.name).symlink_to(path)
-        maps = Path(temporary, "maps")
-        write_predicted_residuals(images, maps, ResidualPredictor(model, [0], device=device))
-        predicted = sorted(maps.glob("*_predicted_residual_*.nii.gz"))
+    with tempfile.TemporaryDirectory() as maps:
+        source = raw / "imagesTr" / f"{case}_0000.nii.gz"
+        write_predicted_residuals(source, Path(maps), ResidualPredictor(conresnet, [0], device=device))
+        predicted = sorted(Path(maps).glob("*_predicted_residual_*.nii.gz"))
         residual = np.max([read(path) for path in predicted], axis=0)
-    image = read(dataset / "imagesTs" / f"{case}_0000.nii.gz")
-    truth = read(reference)
-    panels = {
-        "ground truth": truth,
-        "nnU-Net with Muon": read(work / "predictions" / baseline / reference.name),
-        "ConResNet": read(work / "predictions" / conresnet / reference.name),
-    }
-    k = int(np.isin(truth, (2, 3)).sum((1, 2)).argmax())
+        image = read(source)
+    truth = read(raw / "labelsTr" / name)
+    panels = {"ground truth": truth}
+    for title, folder in (("nnU-Net", baseline), ("ConResNet", conresnet)):
+        labels = read(folder / "fold_0" / "validation" / name)
+        panels[f"{title}, Dice {100 * scores[folder][name]:.1f} %"] = labels
+    k = int((truth > 0).sum((1, 2)).argmax())
 
-    figure = Figure(figsize=(12, 2.7), layout="constrained")
+    figure = Figure(figsize=(12, 3.7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 5)
-    # nnU-Net's labels of brats-convert
-    regions = zip(("whole tumour", "core", "enhancing"), ((1, 2, 3), (2, 3), (3,)), REGIONS, strict=True)
-    shown = [(name, members, colour) for name, members, (_, _, colour) in regions]
+    shown = (("anterior", 1, COLOURS[0]), ("posterior", 2, COLOURS[1]))
     for axis in axes[:4]:
         axis.imshow(image[k], cmap="gray")
-    axes[0].set_title("image (FLAIR)")
+    axes[0].set_title("image (T1)")
     for axis, (title, labels) in zip(axes[1:4], panels.items(), strict=True):
         axis.set_title(title)
-        # outer regions wider, so that they stay visible where outlines coincide
-        for (_, members, colour), width in zip(shown, (1.4, 2.8, 1.0), strict=True):
-            axis.contour(np.isin(labels[k], members), levels=[0.5], colors=[colour], linewidths=width)
-    for name, _, colour in shown:
-        axes[0].plot([], [], color=colour, label=name)
-    axes[0].legend(loc="lower left", fontsize="x-small", framealpha=0.9)
+        for _, label, colour in shown:
+            axis.contour(labels[k] == label, levels=[0.5], colors=[colour], linewidths=1.8)
+    for title, _, colour in shown:
+        axes[0].plot([], [], color=colour, label=title)
+    axes[0].legend(loc="lower left", fontsize="small", framealpha=0.9)
     axes[4].imshow(residual[k], cmap="magma", vmin=0, vmax=1)
     axes[4].set_title("predicted residual")
     for axis in axes:
         axis.set(xticks=[], yticks=[])
+    print(f"{case}, slice {k + 1} of {len(truth)}")
     return figure
 
 
@@ -256,16 +265,15 @@ def fold_figure(seed: int = 8, folds: int = 5) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quickstart", metavar="FOLDER", type=Path, help="work folder of a finished quickstart")
+    parser.add_argument(
+        "--models", metavar="FOLDER", type=Path, nargs=2, help="model folders of nnU-Net and ConResNet with a fold 0"
+    )
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: %(default)s")
     arguments = parser.parse_args()
     IMAGES.mkdir(parents=True, exist_ok=True)
-    if arguments.quickstart is not None:
-        # the trainers of the quickstart's models, and what they take from its script
-        os.environ["nnUNet_extTrainer"] = str(Path(__file__).with_name("quickstart_trainers"))
-        os.environ.setdefault("QUICKSTART_ITERATIONS", "15")
+    if arguments.models is not None:
         path = IMAGES / "result.png"
-        result_figure(arguments.quickstart.resolve(), arguments.device).savefig(path, dpi=100)
+        result_figure(*arguments.models, arguments.device).savefig(path, dpi=100)
         print(path)
         return
     figures = {
