@@ -1,7 +1,7 @@
 """ConResNet, V-Net and 3D U-Net for nnU-Net v2, as trainers that nnU-Net finds by itself.
 
-Importing this package imports nothing heavy, so that `nnunet-conres --help` and `info` answer at once; the networks and
-the names below are loaded on first use.
+Importing this package imports nothing heavy, so `nnunet-conres --help` and `info` respond at once. The networks and the
+functions named below are imported on first use.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which ids of cases are safe: they become names of files, parts of commands, and lines of reports."""
+"""Checks of case ids, which become file names, parts of commands, and lines of reports."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _MOST_SHOWN: Final = 5
 
 
 def why_unsafe(case_id: str) -> str:
-    """Why a case must not have this id, as the end of a sentence; empty for an id that is safe.
+    """Return why a case must not have this id, as the end of a sentence; empty for a safe id.
 
-    An id may end in `_0000` as nnU-Net's names of images do: nnU-Net takes only the last such part of an image's name
-    for its channel.
+    An id may end in `_0000` like nnU-Net's image names, because nnU-Net takes only the last such part of an image name
+    as the channel.
     """
     if not case_id:
         return "is empty"
@@ -39,13 +39,13 @@ def why_unsafe(case_id: str) -> str:
 
 
 def unsafe_ids(case_ids: Iterable[str], where: object) -> list[str]:
-    """A message about every kind of id that must not be used; none if all are safe.
+    """Return one message per kind of unsafe id; none if all ids are safe.
 
-    To be asked wherever ids come from, before anything is named after them.
+    Call it wherever ids are read, before anything is named after them.
 
     Args:
-        case_ids: From the names of files, dataset.json, splits or a list.
-        where: The file or folder that has them.
+        case_ids: Ids from file names, dataset.json, splits or a list.
+        where: The file or folder that contains the ids.
     """
     bad: dict[str, list[str]] = {}
     for case_id in case_ids:

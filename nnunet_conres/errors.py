@@ -1,4 +1,4 @@
-"""The one error that the command line shows without a traceback."""
+"""`InputError`, the error that the command line shows without a traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_OF_A_KIND: Final = 5
 
 _NO_PERMISSION: Final = "Give yourself the permission, or choose another place."
 _NO_SPACE: Final = "Free some space, or choose another place; then run the command again."
-# What a user can do about the errors of a file system. Other numbers, such as EBADF, are errors of a program.
+# Advice for file system errors that the user can fix. Other error numbers, such as EBADF, are programming errors.
 _ADVICE: Final = {
     errno.ENOENT: "Check the name, and that its folder exists.",
     errno.ENOTDIR: "Check the name: one of its folders is a file.",
@@ -35,18 +35,18 @@ _ADVICE: Final = {
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer processes.",
     errno.ENFILE: "Raise the limit of open files (ulimit -n), or use fewer processes.",
 }
-# What the system raises without a file's name, and only where something is written.
+# Write errors, which the operating system raises without a file name.
 _OF_WRITING: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
-    """An input, a setting or the environment does not allow what was asked for, and the user can change that.
+    """An error that the user can fix, in an input, a setting or the environment.
 
-    Everything else that is raised is an error of this package and keeps its traceback.
+    All other exceptions are bugs of this package and keep their traceback.
 
     Args:
-        errors: The message, or a list of errors that were found together before anything was written. Each names the
-            file or value, says what was expected and what to do.
+        errors: One message, or a list of errors that were found together before anything was written. Each message
+            names the file or value, what was expected, and what to do.
 
     Attributes:
         errors: One message per error.
@@ -63,30 +63,31 @@ class InputError(ValueError):
         super().__init__(f"Nothing was written: {len(errors)} {noun} found.\n{lines}")
 
     def naming(self, known: os.PathLike[str], *, instead_of: os.PathLike[str]) -> InputError:
-        """The same error with a path that the user knows in place of a temporary one.
+        """Return this error with a temporary path replaced by the path that the user knows.
 
         Args:
-            known: What the user asked for.
-            instead_of: What is named so far.
+            known: The path that the user asked for.
+            instead_of: The temporary path in the messages.
         """
         errors = tuple(error.replace(os.fspath(instead_of), os.fspath(known)) for error in self.errors)
         return type(self)(errors[0] if str(self) == self.errors[0] else errors)
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str | tuple[str, ...]]]:
-        # worker processes send it back; BaseException would call the class with the finished message
+        # Worker processes pickle the error. BaseException would call the class with the formatted message.
         return type(self), (self.errors[0] if str(self) == self.errors[0] else self.errors,)
 
 
 def grouped(messages: Sequence[str]) -> list[str]:
-    """Messages by kind, the first few of each kind and how many more there are: a thousand lines help nobody.
+    """Group messages by kind, so that a thousand errors stay readable.
 
-    Two are of one kind if they differ only in words with digits or slashes: files, ids and numbers.
+    Show the first few messages of each kind and the number of the others. Two messages are of the same kind if they
+    differ only in words with digits or slashes: files, ids and numbers.
 
     Args:
-        messages: One for every error.
+        messages: One per error.
 
     Returns:
-        The lines to show; the messages themselves where there are few.
+        The lines to show; the messages themselves if there are few.
     """
     kinds: dict[str, list[str]] = {}
     for message in messages:
@@ -105,24 +106,25 @@ def grouped(messages: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns errors of the file system into an `InputError` that names the file and says what to do.
+    """Convert file system errors to an `InputError` that names the file and says what to do.
 
-    For the lines that touch a file, not for more: within it an OSError counts as the user's.
+    Wrap only the lines that access a file, because an OSError inside is taken for a user error.
 
     Args:
-        path: The file or folder, named where the operating system names none.
+        path: The file or folder. The message names it if the operating system names none.
 
     Raises:
-        InputError: The file system refused, as with a missing file, a missing permission or a full disk.
+        InputError: The file system refused, for example because of a missing file, a missing permission or a full
+            disk.
     """
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # libraries raise it for what a file holds: gzip, nibabel
+        if error.errno is None:  # raised by gzip and nibabel for invalid file content
             raise InputError(f"{os.fspath(path)}: {' '.join(str(error).split())}") from error
         if error.errno not in _ADVICE:
             raise
-        # Of two, such as a copy's source and target, the second is the one that could not be written.
+        # If the error names two files, such as source and target of a copy, the second could not be written.
         found = error.filename if error.filename2 is None or error.errno == errno.ENOENT else error.filename2
         named = os.fsdecode(found) if isinstance(found, (str, bytes)) else os.fspath(path)
         raise InputError(f"{named}: {os.strerror(error.errno)}. {_ADVICE[error.errno]}") from error
@@ -130,10 +132,11 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing_errors(target: str | os.PathLike[str]) -> Iterator[None]:
-    """As `file_errors`, for library code that reads and writes: its other errors pass.
+    """Convert file system errors of library code as `file_errors` does; its other errors pass through.
 
     Args:
-        target: What it writes, named where a write failed and the operating system names no file.
+        target: The output file or folder. The message names it if a write failed and the operating system names no
+            file.
 
     Raises:
         InputError: The file system refused.

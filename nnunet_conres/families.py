@@ -1,8 +1,9 @@
-"""The families of networks: everything that goes by a network's name, in one place. Imports nothing heavy.
+"""The registry of network families. Imports nothing heavy.
 
-Planners, the choices of ``-a``, the trainers that nnU-Net finds and their training lengths, the names that a workflow
-knows and the networks that the shared tests run are derived from `FAMILIES`. Another family is an entry here and three
-modules that its key names: ``architectures``, ``plans`` and ``trainers`` (docs/how-to/family.md).
+Everything that needs a list of networks is derived from `FAMILIES`: the planners, the choices of ``-a``, the trainers
+that nnU-Net finds and their training lengths, the names that a workflow accepts, and the networks in the shared tests.
+To add a family, add an entry here and a module named after its key in ``architectures``, ``plans`` and ``trainers``
+(docs/how-to/family.md).
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from nnunet_conres.text import did_you_mean
 TRAINING_LENGTHS: Final[Mapping[str, int]] = {
     f"{epochs}epoch{'s' if epochs > 1 else ''}": epochs for epochs in (1, 5, 10, 20, 50, 100, 250, 500, 2000)
 }
-"""Endings of the names of trainers with another number of epochs."""
+"""Suffixes of trainer names for other numbers of epochs."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A network and what belongs to it.
+    """A network with its trainers and planner.
 
     Attributes:
-        key: What ``plan -a`` calls it. Its trainers are in ``nnunet_conres.trainers.KEY``. Its entry of plans is made
-            by ``architecture`` in ``nnunet_conres.plans.KEY``, the paper's form by ``paper_architecture`` there.
-        title: What messages call the network.
-        trainers: Names of its trainers, with a few words on each: both fit on a line of 80 characters. The first one is
-            for the plans of its planner.
-        networks: Where its classes are, that of the planner's plans first; none for the network that plans name.
+        key: Name of the family for ``plan -a``. Its trainers are in ``nnunet_conres.trainers.KEY``. In
+            ``nnunet_conres.plans.KEY``, ``architecture`` builds its entry of plans, and ``paper_architecture`` that of
+            the paper's form.
+        title: Name of the network in messages.
+        trainers: Names of its trainers, each with a short description; both fit on a line of 80 characters. The first
+            trainer is the one for the plans of its planner.
+        networks: Import paths of its classes, the one in the planner's plans first; empty for the network that the
+            plans name.
         name: Part of the names of its plans and its planner; "" if it has no planner.
     """
 
@@ -46,27 +49,27 @@ class Family:
 
     @property
     def plans_name(self) -> str:
-        """Name of its plans where none is asked for."""
+        """Default name of its plans."""
         return f"nnUNet{self.name}Plans"
 
     @property
     def planner_name(self) -> str:
-        """What plans note as their planner."""
+        """Name of its planner in the plans."""
         return f"{self.name}Planner"
 
     @property
     def trainer_name(self) -> str:
-        """The trainer to train its plans with."""
+        """The trainer for its plans."""
         return next(iter(self.trainers))
 
     @property
     def with_lengths(self) -> list[str]:
-        """Those of its trainers that come with every training length: the first, and the one under nnU-Net's recipe."""
+        """The trainers that exist in every training length: the first one, and its variant with nnU-Net's recipe."""
         return [name for name in self.trainers if name in (self.trainer_name, f"{self.trainer_name}_SGD")]
 
     @property
     def plans(self) -> Any:
-        """The module that makes its entry of plans."""
+        """The module that builds its entry of plans."""
         return import_module(f"nnunet_conres.plans.{self.key}")
 
 
@@ -132,7 +135,7 @@ FAMILIES: Final = (
 )
 
 PLANNED: Final = {family.key: family for family in FAMILIES if family.name}
-"""Families that have a planner, by what ``-a`` calls them."""
+"""Families that have a planner, by their key, the choices of ``-a``."""
 
 LENGTHS: Final = {
     f"{trainer}_{ending}": (trainer, epochs)
@@ -140,7 +143,7 @@ LENGTHS: Final = {
     for trainer in family.with_lengths
     for ending, epochs in TRAINING_LENGTHS.items()
 }
-"""Trainers that differ from another in their number of epochs only: the other's name, and the number."""
+"""Trainers that differ from a base trainer only in the number of epochs: name of the base trainer, and the number."""
 
 TRAINERS: Final[Mapping[str, str]] = {
     trainer: description for family in FAMILIES for trainer, description in family.trainers.items()
@@ -148,27 +151,27 @@ TRAINERS: Final[Mapping[str, str]] = {
     name: f"{trainer} for {epochs} epoch" + ("s" if epochs > 1 else ", to try the pipeline")
     for name, (trainer, epochs) in LENGTHS.items()
 }
-"""What ``-tr`` can be, with a line on each."""
+"""Trainer names for ``-tr``, each with a one-line description."""
 
 
 def no_trainer(name: str) -> str:
-    """The message for a trainer that neither nnU-Net nor this package has."""
+    """Return the message for a trainer that neither nnU-Net nor this package has."""
     near = did_you_mean(name, [*TRAINERS, *stock_trainers()])
     return f"There is no trainer {name}{near} nnunet-conres info lists the trainers of this package."
 
 
 def load(path: str) -> Any:
-    """A class or function of this package.
+    """Import a class or function of this package.
 
     Args:
-        path: Where it is, such as "nnunet_conres.architectures.vnet.VNet".
+        path: Import path, such as "nnunet_conres.architectures.vnet.VNet".
     """
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)
 
 
 def load_trainer(name: str) -> Any:
-    """The class of a trainer.
+    """Return the class of a trainer.
 
     Args:
         name: One of `TRAINERS`.
@@ -180,17 +183,17 @@ def load_trainer(name: str) -> Any:
 
 
 def find_trainer(name: str) -> Any:
-    """The trainer that nnU-Net's commands find under a name.
+    """Return the trainer class that nnU-Net's commands find under a name.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no trainer of this name.
     """
     if name in TRAINERS:
         return load_trainer(name)
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net says where it looks
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints where it searches
             return recursive_find_trainer_class_by_name(name)
     except (RuntimeError, ImportError) as error:
         raise InputError(no_trainer(name)) from error

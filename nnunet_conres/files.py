@@ -1,4 +1,4 @@
-"""JSON, TOML, CSV, and files that are found whole or not at all."""
+"""JSON, TOML and CSV files, and atomic writes."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ else:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name for what is to get the name of a file or folder when it is complete: hidden, another one each time.
+    """Return a temporary path beside a file or folder: hidden, and different at each call.
 
-    It has the path's ending, because some writers choose the format by it.
+    It keeps the suffix of the path, because some writers choose the format by it.
     """
     return path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}{path.suffix}")
 
 
 def is_temporary(path: Path, of: Path | None = None) -> bool:
-    """Whether a file or folder has a name of `temporary_beside`: of this path, or of any by default."""
+    """Return whether a name comes from `temporary_beside`: for the path ``of``, or for any path by default."""
     stem, ending = (".+", r"(\.[^.]+)?") if of is None else (re.escape(of.stem), re.escape(of.suffix))
     return re.fullmatch(rf"\.{stem}\.partial-[0-9a-f]{{8}}{ending}", path.name) is not None
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside a file, which gets the file's name when the block ends without an error.
+    """Write a file atomically: a temporary file is renamed to it if the block ends without an error.
 
     Args:
-        path: The file; one that exists is replaced.
+        path: The file; an existing file is replaced.
 
     Yields:
-        Where to write, with the file's ending.
+        The temporary path to write to, with the same suffix.
 
     Raises:
-        InputError: The file system refused: the disk is full, or the folder can't be written to.
+        InputError: The file system refused, for example because the disk is full or the folder is not writable.
     """
     partial = temporary_beside(path)
     try:
@@ -66,13 +66,13 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def failed_write(path: Path, size: int) -> InputError:
-    """The error of a file that a library could not write: many say neither which file nor why.
+    """Return the error for a file that a library failed to write.
 
-    To know why, a file of that size is written beside it.
+    Many libraries report neither the file nor the reason. To find the reason, write a file of the same size beside it.
 
     Args:
         path: The file.
-        size: Bytes that were to be written.
+        size: Size of the file in bytes.
     """
     attempt = temporary_beside(path)
     block = os.urandom(2**20)
@@ -91,33 +91,35 @@ def failed_write(path: Path, size: int) -> InputError:
     finally:
         attempt.unlink(missing_ok=True)
     free = shutil.disk_usage(path.parent).free
-    return InputError(f"{path} could not be written whole. The disk has {free / 2**20:.0f} MiB left. Check the disk.")
+    return InputError(
+        f"{path} could not be written completely. The disk has {free / 2**20:.0f} MiB left. Check the disk."
+    )
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
-    """Write a JSON file; whoever looks finds it whole or not at all.
+    """Write a JSON file atomically.
 
     Args:
-        path: The file; one that exists is replaced.
-        content: What it holds.
-        indent: Of the lines; None for a single one, which takes a fifth of the time.
+        path: The file; an existing file is replaced.
+        content: The content.
+        indent: Indentation; None for a single line, which takes a fifth of the time.
     """
     with written_whole(path) as partial:
         partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file, None as an empty cell; whoever looks finds it whole or not at all."""
+    """Write a CSV file atomically, None as an empty cell."""
     with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 
 def write_if_changed(path: Path, content: Any, *, sort: bool = True) -> bool:
-    """Write a JSON file, and its folder, unless it holds the same content already.
+    """Write a JSON file atomically, and create its folder, unless it has the same content already.
 
     Args:
         path: The file.
-        content: What it holds.
+        content: The content.
         sort: Whether to sort the keys of objects.
 
     Returns:
@@ -139,7 +141,7 @@ def write_if_changed(path: Path, content: Any, *, sort: bool = True) -> bool:
 
 
 def try_read_json(path: Path) -> Any:
-    """A JSON file's content, None if it is missing or truncated."""
+    """Return the content of a JSON file, None if it cannot be read or is not valid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -147,10 +149,10 @@ def try_read_json(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content.
+    """Return the content of a JSON file.
 
     Raises:
-        InputError: It cannot be read, or is no JSON object.
+        InputError: It cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -164,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file's content.
+    """Return the content of a TOML file.
 
     Raises:
         InputError: It cannot be read, or is not valid TOML.
@@ -173,13 +175,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:  # of the encoding, or of TOML
+    except ValueError as error:  # wrong encoding, or invalid TOML
         raise InputError(f"{path} is not valid TOML: {error}.") from error
 
 
 def without_nan(content: Any) -> Any:
-    """A copy of JSON-like content in which NumPy's numbers are Python's, and NaN and infinities are None."""
-    if type(content) is float:  # most are
+    """Return a copy of JSON-like content with Python numbers for NumPy numbers, and None for NaN and infinities."""
+    if type(content) is float:  # first, because most values are
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):
         return {str(key): without_nan(value) for key, value in content.items()}

@@ -1,4 +1,4 @@
-"""Folders: what is in them, and how they are written: by one process at a time, and never in part."""
+"""Listing folders, and writing them: by one process at a time, and either completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from nnunet_conres.locks import Holder, LockedError, hold, holder
 
 _LOCK: Final = ".lock"
 
-# --- what is in a folder ----------------------------------------------------------------------------------------------
+# --- content of a folder ----------------------------------------------------------------------------------------------
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file or folder is hidden: `.DS_Store`, and the `._NAME` that macOS leaves beside NAME."""
+    """Return whether a file or folder is hidden, such as `.DS_Store`, or the `._NAME` that macOS adds beside NAME."""
     return path.name.startswith(".")
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder and is not hidden, sorted by name.
+    """Return the files and folders in a folder that are not hidden, sorted by name.
 
     Raises:
         InputError: The folder is missing, is a file or may not be read.
@@ -34,12 +34,12 @@ def visible(folder: Path) -> list[Path]:
 
 
 def list_files(folder: Path, endings: str | tuple[str, ...] = "", *, ignore_case: bool = False) -> list[Path]:
-    """The files of a folder, not of its subfolders, sorted by name; hidden ones are passed over.
+    """Return the files of a folder that are not hidden, without those of its subfolders, sorted by name.
 
     Args:
         folder: The folder.
-        endings: What a file's name ends in, or several endings of which it has one; every file by default.
-        ignore_case: Whether `.NII` is as good as `.nii`; the endings are in lower case then.
+        endings: File name ending, or several alternatives; every file by default.
+        ignore_case: Whether `.NII` matches `.nii`; the endings must be in lower case then.
 
     Raises:
         InputError: The folder is missing, is a file or may not be read.
@@ -56,43 +56,43 @@ def list_files(folder: Path, endings: str | tuple[str, ...] = "", *, ignore_case
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, lock: Path | None = None) -> Iterator[Path]:
-    """Write a folder that appears under its name when everything is in it, or not at all.
+    """Write a folder that appears under its name once it is complete, or not at all.
 
-    One process at a time writes a target: a second one is refused as long as the first one lives, on other nodes of a
-    cluster too. What killed processes left of the target is removed.
+    Only one process at a time writes a target. A second one is refused while the first one runs, also on other nodes of
+    a cluster. Leftovers of killed processes are removed.
 
     Args:
-        target: The new folder. It does not exist, or is empty; folders above it are made.
-        lock: File that excludes other writers, `lock_of(target)` by default. Removed afterwards.
+        target: The new folder. It must be missing or empty; its parent folders are created.
+        lock: Lock file that excludes other writers, `lock_of(target)` by default. Removed afterwards.
 
     Yields:
-        An empty folder beside the target, to write to. It is renamed at the end, and removed if anything is raised.
+        An empty folder beside the target, to write to. It is renamed at the end, and removed on any exception.
 
     Raises:
         InputError: Another process writes the target, or the file system refuses.
     """
     with file_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    target = Path(os.path.abspath(target))  # "." has no name to write under
+    target = Path(os.path.abspath(target))  # "." has no name to derive others from
     with _only_writer(target, lock or lock_of(target)):
         clear_leftovers(target.parent, target)
         with partial_folder(target) as partial:
             yield partial
             with file_errors(target):
                 with contextlib.suppress(FileNotFoundError):
-                    target.rmdir()  # an empty one; not every system replaces it
+                    target.rmdir()  # an empty folder; not every system replaces it on renaming
                 partial.rename(target)
 
 
 @contextlib.contextmanager
 def partial_folder(target: Path) -> Iterator[Path]:
-    """A folder for what is not complete yet, beside the file or folder that it is to become.
+    """Create a temporary folder for incomplete content, beside the final file or folder.
 
     Args:
-        target: The file or folder, which errors name instead.
+        target: The final file or folder. Errors name it instead of the temporary folder.
 
     Yields:
-        An empty folder, which is gone when the block ends.
+        An empty folder. When the block ends, it is removed unless it was renamed.
 
     Raises:
         InputError: The file system refuses.
@@ -109,11 +109,11 @@ def partial_folder(target: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(folder: Path, of: Path | None = None) -> None:
-    """Remove what killed processes left under temporary names.
+    """Remove temporary files and folders that killed processes left.
 
     Args:
-        folder: Where; it may be missing. Nobody else writes now what is removed.
-        of: The file or folder that was to be written; any by default.
+        folder: The folder to clear; may be missing. No running process may be writing these temporary files.
+        of: The file or folder that was being written; any by default.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         if not is_temporary(path, of):
@@ -126,12 +126,13 @@ def clear_leftovers(folder: Path, of: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def writing(folder: Path, *, lock: str = _LOCK) -> Iterator[None]:
-    """Write files to a folder that may hold others, as the only process that does.
+    """Hold a folder's lock while files are written to it. The folder may contain other files.
 
     Args:
-        folder: Made if need be, and removed again if nothing was written. What killed processes left is removed.
-        lock: Name of the file in it that excludes other writers; another name where only one of its files is written,
-            and others may be written meanwhile.
+        folder: Created if missing, and removed again if nothing was written. With the default lock, leftovers of killed
+            processes are removed.
+        lock: Name of the lock file in the folder. Use another name to write a single file while other processes may
+            write other files.
 
     Raises:
         InputError: Another process writes there, or the file system refuses.
@@ -145,17 +146,17 @@ def writing(folder: Path, *, lock: str = _LOCK) -> Iterator[None]:
                 clear_leftovers(folder)
             yield
     finally:
-        with contextlib.suppress(OSError):  # it is not empty
+        with contextlib.suppress(OSError):  # not empty
             for empty in made:
                 empty.rmdir()
 
 
 @contextlib.contextmanager
 def one_at_a_time(target: Path) -> Iterator[None]:
-    """Wait until no other process writes a file or folder.
+    """Hold the lock of a file or folder; wait while another process writes it.
 
     Args:
-        target: The file or folder; the one above it is made if need be.
+        target: The file or folder; its parent folder is created if missing.
 
     Raises:
         InputError: The file system refuses.
@@ -167,19 +168,21 @@ def one_at_a_time(target: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # While it is held: nobody else can have taken it.
+            # Removed while it is held, so that no other process can have taken it.
             with contextlib.suppress(OSError):
                 lock.unlink()
 
 
 def lock_of(target: Path) -> Path:
-    """The file that excludes other writers of a new folder: beside it, under a hidden name."""
+    """Return the lock file that excludes other writers of a target: beside it, under a hidden name."""
     absolute = Path(os.path.abspath(target))
     return absolute.with_name(f".{absolute.name}.lock")
 
 
 def being_written(target: Path, lock: Path | None = None) -> Iterator[str]:
-    """A message if another process writes a new folder now: so that a second one is refused before it checks its input.
+    """Yield a message if another process is writing a new folder.
+
+    So a second process is refused before it checks its input.
 
     Args:
         target: The new folder.
@@ -191,21 +194,21 @@ def being_written(target: Path, lock: Path | None = None) -> Iterator[str]:
 
 
 def _is_being_written(target: Path, who: Holder) -> str:
-    """The message for a second writer, also of something else that the same lock excludes."""
+    """Return the message for a second writer; the holder may be writing another target under the same lock."""
     written = who.target or str(target)
     other_name = ", or choose another name" if written == str(target) else ""
     return f"{written} is being written by {who}. Wait until it has ended{other_name}."
 
 
 def check_complete(folder: Path, names: Iterable[str]) -> None:
-    """Check that files that were written are there, before their folder gets its name.
+    """Check that all written files exist, before their folder gets its final name.
 
     Args:
         folder: The folder.
-        names: Of the files, with the folders below it that hold them.
+        names: Paths of the files, relative to the folder.
 
     Raises:
-        InputError: Some are missing.
+        InputError: Some files are missing.
     """
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -226,6 +229,6 @@ def _only_writer(target: Path, lock: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # While it is held: nobody else can have taken it.
+            # Removed while it is held, so that no other process can have taken it.
             with contextlib.suppress(OSError):
                 lock.unlink()

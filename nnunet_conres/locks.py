@@ -1,8 +1,8 @@
-"""Locks between processes, on one machine and across the nodes of a cluster, which outlive no process.
+"""Locks between processes, on one machine and across the nodes of a cluster. No lock outlives its process.
 
-A lock is one that the operating system holds on a file (``flock``) and gives back when the last process that inherited
-it ends, however that happens. Some network file systems keep such locks to one node. So the file also says who holds
-it, and the holder touches it all the time: what another node has touched lately counts as held.
+A lock is an operating system lock on a file (``flock``). The system releases it when the last process that inherited it
+ends, for whatever reason. On some network file systems such locks work only within one node. So the file also names the
+holder, and the holder touches it regularly: a file that another node touched recently counts as locked.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 HEARTBEAT_SECONDS: Final = 30.0
-# What a node may be late with its touch, clocks that differ included, before its lock counts as abandoned.
+# A lock counts as abandoned if its file was not touched for this long. Allows for clocks that differ between nodes.
 STALE_SECONDS: Final = 600.0
-# A lock's file has about 100.
+# A lock file has about 100 characters.
 _MOST_CHARACTERS: Final = 10_000
 JOB_VARIABLE: Final = "SLURM_JOB_ID"
 
 
 class LockedError(InputError):
-    """A lock is held by somebody else."""
+    """Another process holds the lock."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """The process that holds a lock.
 
     Attributes:
-        host: Name of the machine.
-        pid: Process on it.
-        job: SLURM's job id; empty outside of SLURM.
-        since: When it was taken, seconds since 1970.
-        target: What the holder writes, if the lock is for writing.
+        host: Host name.
+        pid: Process id on that host.
+        job: SLURM job id; empty outside of SLURM.
+        since: Time at which the lock was taken, in seconds since 1970.
+        target: Path that the holder writes, if the lock is for writing.
     """
 
     host: str
@@ -65,7 +65,7 @@ class Holder:
 
 
 def holder(path: Path) -> Holder | None:
-    """Who holds a lock now; None if nobody does, or whoever took it last is gone.
+    """Return the current holder of a lock; None if the lock is free, or its last holder is gone.
 
     Raises:
         InputError: The file system refuses.
@@ -73,7 +73,7 @@ def holder(path: Path) -> Holder | None:
     with file_errors(path):
         try:
             with path.open() as file:
-                # Shared: two that only look must not see each other. It needs no right to write.
+                # Shared, so that two processes that only look do not see each other. Needs no write permission.
                 free = _flock(file, shared=True)
                 if free is False:
                     return _read(path) or Holder(host="unknown", pid=0)
@@ -85,28 +85,28 @@ def holder(path: Path) -> Holder | None:
 
 @contextlib.contextmanager
 def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0, target: str = "") -> Iterator[int]:
-    """Holds a lock.
+    """Hold a lock.
 
     Args:
-        path: The lock's file; made where it is not there, with its folder. It stays afterwards, empty, unless the
-            holder removes it.
-        wait: Whether to wait for a lock that is held.
-        poll_seconds: How often to look.
-        target: What is written under the lock, for the message to others.
+        path: The lock file; created if missing, with its folder. It stays afterwards, empty, unless the holder removes
+            it.
+        wait: Whether to wait while another process holds the lock.
+        poll_seconds: Time between two attempts.
+        target: Path that is written under the lock, for messages in other processes.
 
     Yields:
-        The file descriptor, for processes that are to hold the lock as long as they live (``pass_fds``).
+        The file descriptor, for child processes that hold the lock as long as they run (``pass_fds``).
 
     Raises:
-        LockedError: It is held and not to be waited for.
-        InputError: The file is a symbolic link, or is not one of a lock; or the file system refuses.
+        LockedError: Another process holds the lock, and ``wait`` is False.
+        InputError: The file is a symbolic link or not a lock file, or the file system refuses.
     """
     with file_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     is_reported = False
     with contextlib.ExitStack() as stack:
         while not _take(file := stack.enter_context(_open(path)), path):
-            stack.close()  # its holder may remove the file
+            stack.close()  # reopened for each attempt: the holder may remove the file
             message = f"{path} is held by {holder(path) or 'another process'}"
             if not wait:
                 raise LockedError(f"{message}.")
@@ -119,7 +119,7 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0, target: st
         try:
             with file_errors(target or path):
                 _write(file, json.dumps(asdict(me)))
-        except InputError:  # a full disk: an empty file would stay in the user's folder
+        except InputError:  # full disk: an empty file would stay in the user's folder
             path.unlink(missing_ok=True)
             raise
         done = threading.Event()
@@ -135,15 +135,18 @@ def hold(path: Path, *, wait: bool = True, poll_seconds: float = 5.0, target: st
 
 @contextlib.contextmanager
 def hold_some(paths: list[Path], number: int, *, poll_seconds: float = 2.0) -> Iterator[tuple[list[int], list[int]]]:
-    """Holds a number of locks out of several, whichever are free.
+    """Hold a number of locks out of several, whichever are free. Wait until there are enough.
 
     Args:
-        paths: The locks' files.
-        number: How many to hold.
-        poll_seconds: How often to look.
+        paths: The lock files.
+        number: Number of locks to hold.
+        poll_seconds: Time between two attempts.
 
     Yields:
         Positions of the locks among ``paths``, and their file descriptors.
+
+    Raises:
+        InputError: There are fewer locks than ``number``.
     """
     if number > len(paths):
         raise InputError(f"{number} GPUs were asked for, but there are {len(paths)} here.")
@@ -161,20 +164,23 @@ def hold_some(paths: list[Path], number: int, *, poll_seconds: float = 2.0) -> I
 
 
 def private_folder(path: Path) -> Path:
-    """A folder in a place that all users write to, such as /tmp, which only this user can use.
+    """Create a folder that only this user can access, in a place that all users write to, such as /tmp.
 
     Args:
-        path: The folder; made where it is not there.
+        path: The folder; created if missing.
+
+    Returns:
+        The folder.
 
     Raises:
-        InputError: It is a symbolic link or a file, or belongs to somebody else.
+        InputError: It is a symbolic link or a file, or belongs to another user.
     """
     with file_errors(path):
         path.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
             raise InputError(
-                f"{path} is not a folder of your own: others could change what is in it. Remove it, or set TMPDIR to "
+                f"{path} is not a folder, or belongs to another user. Remove it, or set TMPDIR to "
                 f"a folder that only you can write to."
             )
         if stat.S_IMODE(found.st_mode) != 0o700:
@@ -183,17 +189,17 @@ def private_folder(path: Path) -> Path:
 
 
 def _open(path: Path) -> IO[str]:
-    """Opens a lock's file without following a symbolic link, which somebody else may have put there."""
+    """Open a lock file without following a symbolic link, which another user may have put there."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     with file_errors(path):
         return os.fdopen(os.open(path, flags, 0o666), "r+", errors="replace")
 
 
 def _check_is_lock(file: IO[str], path: Path) -> None:
-    """Refuses a file that holds something else, which would be lost."""
+    """Refuse a file with other content, which would be lost."""
     text = file.read(_MOST_CHARACTERS)
     if text.strip() and _holder_in(text) is None:
-        raise InputError(f"{path} is not the file of a lock: it holds something else. Rename or remove it.")
+        raise InputError(f"{path} is not a lock file: it has other content. Rename or remove it.")
 
 
 def _take(file: IO[str], path: Path) -> bool:
@@ -204,7 +210,7 @@ def _take(file: IO[str], path: Path) -> bool:
         is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         is_current = False
-    # A file that its holder has removed meanwhile excludes nobody.
+    # A file that its holder has removed meanwhile excludes no other process.
     if not is_current or _noted(path, without_flock=free is None) is not None:
         _unlock(file)
         return False
@@ -212,7 +218,7 @@ def _take(file: IO[str], path: Path) -> bool:
 
 
 def _noted(path: Path, *, without_flock: bool) -> Holder | None:
-    """Who holds a lock by what its file says: another node, or any process where the file system has no such locks."""
+    """Return the holder that a lock file names: on another node, or on any node where ``flock`` is not available."""
     who = _read(path)
     if who is None or _is_gone(who, path):
         return None
@@ -222,7 +228,7 @@ def _noted(path: Path, *, without_flock: bool) -> Holder | None:
 
 
 def _flock(file: IO[str], *, shared: bool) -> bool | None:
-    """Take the operating system's lock; whether it was free, None where the file system or the system has none."""
+    """Take the ``flock``. Return whether it was free; None if the file system or operating system has none."""
     if fcntl is None:
         return None
     try:
@@ -244,7 +250,7 @@ def _unlock(file: IO[str]) -> None:
 
 def _is_alive(pid: int) -> bool:
     if os.name != "posix":
-        return True  # asking would end it
+        return True  # os.kill would end the process there
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -255,7 +261,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _is_gone(who: Holder, path: Path) -> bool:
-    """Whether a holder on another node is gone: its job has ended, or it has not touched the lock for long."""
+    """Return whether a holder is gone: its job has ended, or it has not touched the file for `STALE_SECONDS`."""
     if who.job and shutil.which("squeue"):
         asked = subprocess.run(
             ["squeue", "--noheader", "--format=%T", "--jobs", who.job], capture_output=True, text=True, check=False
@@ -281,7 +287,7 @@ def _holder_in(text: str) -> Holder | None:
 
 
 def _write(file: IO[str], text: str) -> None:
-    # Without a buffer: what a full disk did not take would be written again when the file is closed.
+    # Unbuffered: a buffer that a full disk refused would be written again when the file is closed.
     descriptor, left = file.fileno(), text.encode()
     os.ftruncate(descriptor, 0)
     os.lseek(descriptor, 0, os.SEEK_SET)

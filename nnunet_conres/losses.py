@@ -1,4 +1,4 @@
-"""Objectives: inter-slice residual maps beside nnU-Net's segmentation loss, V-Net's Dice, 3D U-Net's cross-entropy."""
+"""Losses: inter-slice residual maps beside nnU-Net's segmentation loss, V-Net's Dice, 3D U-Net's cross-entropy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 from nnunet_conres.residuals import LabelOrRegion, label_residual, residual_pyramid
 
-# Weight of the residual maps in the objective, relative to the segmentation's.
+# Weight of the residual-map loss in the objective, relative to the segmentation loss.
 RESIDUAL_WEIGHT = 0.5
 # The paper sums its three scales 1 : 0.5 : 0.5; this weight undoes their normalisation to a sum of 1.
 PAPER_RESIDUAL_WEIGHT = 2.0
 
 
 def residual_scale_weights(n_scales: int) -> list[float]:
-    """Weights 1, 1/2, 1/2, ... of the residual maps from finest to coarsest, normalised to a sum of 1.
+    """Return the weights 1, 1/2, 1/2, ... of the residual maps from finest to coarsest, normalised to a sum of 1.
 
     Source: Zhang et al. 2021, section III-E (full, half and quarter resolution).
     """
@@ -28,16 +28,16 @@ def residual_scale_weights(n_scales: int) -> list[float]:
 class ResidualMapLoss(nn.Module):
     """Binary cross-entropy with logits between residual maps and the inter-slice residual of the annotation.
 
-    The rare positive class of every channel is weighted by log(N / (P + 1)), with P positive among N defined voxels of
-    the whole batch, at each scale for itself. Scales are weighted 1, 1/2, 1/2, ..., normalised.
+    The rare positive class of every channel is weighted by log(N / (P + 1)), with P positive voxels among N defined
+    voxels of the whole batch, separately at each scale. Scales are weighted 1, 1/2, 1/2, ..., normalised.
 
-    Where processes train together (``ddp``), P and N are summed over all of them, so that the average of their
-    gradients is the gradient of one process on the joined batch.
+    In distributed training (``ddp``), P and N are summed over all processes, so that the average of their gradients is
+    the gradient of one process on the joined batch.
 
     Args:
-        classes: Foreground labels of a label map, or None when targets are regions.
-        ignore_label: Label of unannotated voxels, None where everything is annotated. For region targets any value but
-            None says that their last channel marks such voxels.
+        classes: Foreground labels of a label map, or None if targets are regions.
+        ignore_label: Label of unannotated voxels, None if everything is annotated. For region targets any value but
+            None means that their last channel marks unannotated voxels.
         slice_axis: Spatial axis along which slices follow each other.
         ddp: Whether to reduce counts over the processes of the default group.
 
@@ -59,7 +59,7 @@ class ResidualMapLoss(nn.Module):
         self.ddp = ddp
 
     def forward(self, residual_logits: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the loss.
+        """Compute the loss.
 
         Args:
             residual_logits: Residual maps, finest first, shape (B, C, x, y, z) each, at full or lower resolution, with
@@ -71,7 +71,7 @@ class ResidualMapLoss(nn.Module):
             which a residual is defined.
 
         Raises:
-            ValueError: If the maps have another number of channels than there are classes or regions.
+            ValueError: If the number of channels of the maps is not the number of classes or regions.
         """
         with torch.no_grad():
             residual, mask = self.residual_of(target)
@@ -92,7 +92,7 @@ class ResidualMapLoss(nn.Module):
                     f"{scale_target.shape[1]} classes or regions."
                 )
             defined, positive = count[0].clamp(min=1), count[1:]
-            # Negative where nearly all voxels are positive; a weight must not be.
+            # The logarithm is negative if nearly all voxels are positive; a weight must not be negative.
             positive_weight = torch.log(defined / (positive + 1)).clamp(min=0)
             summed = F.binary_cross_entropy_with_logits(
                 logits.float(),
@@ -105,12 +105,12 @@ class ResidualMapLoss(nn.Module):
         return loss, counts[0, 0]
 
     def residual_of(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The residual of an annotation and where it is defined, as of ``label_residual``."""
+        """Return the residual of an annotation and the mask of defined voxels, see ``label_residual``."""
         return label_residual(target, classes=self.classes, ignore_label=self.ignore_label, slice_axis=self.slice_axis)
 
     @staticmethod
     def _counts(residual: Tensor, mask: Tensor | None) -> Tensor:
-        """Number of defined voxels, then the positive ones of every channel; float32, shape (1 + C,)."""
+        """Count defined voxels, then the positive voxels of every channel; float32, shape (1 + C,)."""
         dims = (0, *range(2, residual.ndim))
         positive = residual.sum(dims, dtype=torch.float32)
         if mask is None:
@@ -125,16 +125,16 @@ class ConResLoss(nn.Module):
 
     Args:
         segmentation: Takes the lists of segmentation logits and targets, largest first; `SegmentationLoss` around
-            nnU-Net's own.
+            nnU-Net's own loss.
         residual: Takes residual maps and the full-resolution target.
-        n_segmentation_outputs: How many of the network's outputs, from the front, are segmentation logits.
+        n_segmentation_outputs: Number of segmentation logits, which come first in the network's outputs.
         residual_weight: Weight of the residual part.
 
     Attributes:
-        parts: After a call, its parts by name, detached: ``segmentation``, and ``residual`` before weighting, NaN where
-            no residual is defined in the whole batch.
-        has_residuals: False where the annotation defines no residual at all, whatever batches seem to say: that part is
-            then NaN among the parts and adds nothing.
+        parts: Parts of the objective in the last call, by name, detached: ``segmentation``, and ``residual`` before
+            weighting, which is NaN if no residual is defined in the whole batch.
+        has_residuals: False if no annotation defines a residual, even if a batch seems to define one. The residual part
+            is then NaN in ``parts`` and adds nothing to the objective.
 
     Source: Zhang et al. 2021, section III-E.
     """
@@ -155,11 +155,11 @@ class ConResLoss(nn.Module):
         self.has_residuals = True
 
     def forward(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Computes the objective.
+        """Compute the objective.
 
         Args:
-            outputs: What a network with residual maps returns with ``residual_outputs``: segmentation logits, as many
-                as targets, then residual maps.
+            outputs: Outputs of a network with ``residual_outputs``: as many segmentation logits as targets, then
+                residual maps.
             targets: Annotations at the plans' scales, full resolution first.
 
         Returns:
@@ -172,15 +172,15 @@ class ConResLoss(nn.Module):
             "residual": torch.where((defined > 0) & self.has_residuals, residual.detach(), torch.nan),
         }
         if not self.has_residuals:
-            residual = 0 * residual  # and no gradients but zeros, which every parameter has to have on several GPUs
+            residual = 0 * residual  # keeps zero gradients: on several GPUs every parameter must have a gradient
         return segmentation + self.residual_weight * residual
 
 
 class SegmentationLoss(nn.Module):
-    """A loss on logits in float32, with targets at the logits' sizes.
+    """A loss on float32 logits, with targets resized to the logits.
 
     Args:
-        loss: Takes logits and target, or the lists of them where nnU-Net's ``DeepSupervisionWrapper`` is around it.
+        loss: Takes logits and target, or lists of them if it is wrapped in nnU-Net's ``DeepSupervisionWrapper``.
     """
 
     def __init__(self, loss: nn.Module) -> None:
@@ -188,16 +188,16 @@ class SegmentationLoss(nn.Module):
         self.loss = loss
 
     def forward(self, outputs: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor]) -> Tensor:
-        """Computes the loss.
+        """Compute the loss.
 
         Args:
             outputs: Logits (B, C, X, Y, Z), or with deep supervision a list of them, full resolution first.
-            targets: Annotation, or a list of as many, at the plans' scales.
+            targets: Annotation, or a list of the same length, at the plans' scales.
 
         Returns:
-            What the loss returns, a scalar.
+            The loss, a scalar.
         """
-        # Half-precision logits are small beside the features; float32 keeps sums over a patch exact enough.
+        # float32 keeps sums over a patch exact enough. It costs little, because logits are small beside the features.
         if isinstance(outputs, Tensor):
             return self.loss(outputs.float(), targets)
         logits = [output.float() for output in outputs]
@@ -209,14 +209,17 @@ class SegmentationLoss(nn.Module):
 
 
 def _shrink_labels(target: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest-neighbour shrinking, for strides that don't divide the patch: nnU-Net rounds other than convolutions."""
+    """Shrink labels by nearest neighbour.
+
+    Needed if strides don't divide the patch, because nnU-Net rounds sizes differently from convolutions.
+    """
     return F.interpolate(target.float(), size=tuple(size), mode="nearest-exact").to(target.dtype)
 
 
 def _split_target(target: Tensor, regions: bool, ignore_label: int | None) -> tuple[Tensor, Tensor | None]:
-    """The annotation without its ignore label, and where it is annotated (B, 1, ...), None where it is everywhere.
+    """Return the annotation without its ignore label, and the mask of annotated voxels (B, 1, ...), None for all.
 
-    Labels stay one channel, (B, 1, ...) int64, unannotated voxels becoming background; regions become (B, R, ...)
+    Labels stay one channel, (B, 1, ...) int64, and unannotated voxels become background. Regions become (B, R, ...)
     float32.
     """
     if regions:
@@ -232,13 +235,13 @@ def _split_target(target: Tensor, regions: bool, ignore_label: int | None) -> tu
 class SquaredDiceLoss(nn.Module):
     """V-Net's objective: minus the Dice coefficient with squared denominators, 2 sum(p g) / (sum(p^2) + sum(g^2)).
 
-    It is taken for every volume of the batch and every foreground class or region by itself, over annotated voxels,
-    then averaged. A class that neither prediction nor annotation has counts as 1.
+    It is computed separately for every volume of the batch and every foreground class or region, over annotated voxels,
+    then averaged. A class that is absent from both prediction and annotation counts as 1.
 
     Args:
         regions: Whether targets are regions (a sigmoid each) rather than labels (a softmax over all).
-        ignore_label: Label of unannotated voxels, None where everything is annotated. For region targets any value but
-            None says that their last channel marks such voxels.
+        ignore_label: Label of unannotated voxels, None if everything is annotated. For region targets any value but
+            None means that their last channel marks unannotated voxels.
         smooth: Added to numerator and denominator, so that neither is 0.
 
     Source: Milletari et al. 2016, section 3.
@@ -251,7 +254,7 @@ class SquaredDiceLoss(nn.Module):
         self.smooth = smooth
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Computes the loss, a scalar from -1 (perfect) to 0.
+        """Compute the loss, a scalar from -1 (perfect) to 0.
 
         Args:
             logits: (B, C, X, Y, Z), with labels the background first.
@@ -267,20 +270,21 @@ class SquaredDiceLoss(nn.Module):
             probabilities, truth = probabilities * annotated, truth * annotated
         axes = tuple(range(2, logits.ndim))
         overlap = (probabilities * truth).sum(axes)
-        squares = probabilities.square().sum(axes) + truth.sum(axes)  # of 0 and 1, the square is the number itself
+        squares = probabilities.square().sum(axes) + truth.sum(axes)  # 0 and 1 equal their squares
         return -((2 * overlap + self.smooth) / (squares + self.smooth)).mean()
 
 
 class VoxelWeightedCrossEntropyLoss(nn.Module):
     """3D U-Net's objective: cross-entropy with a weight for every voxel, 0 where nothing is annotated.
 
-    The sum over voxels is divided by the sum of their weights. Where processes train together (``ddp``) that sum is
-    taken over all of them, so that the average of their gradients is the gradient of one process on the joined batch.
+    The sum over voxels is divided by the sum of their weights. In distributed training (``ddp``), the weights are
+    summed over all processes, so that the average of their gradients is the gradient of one process on the joined
+    batch.
 
     Args:
         regions: Whether targets are regions (a sigmoid each, their mean is taken) rather than labels (a softmax).
-        ignore_label: Label of unannotated voxels, None where everything is annotated. For region targets any value but
-            None says that their last channel marks such voxels.
+        ignore_label: Label of unannotated voxels, None if everything is annotated. For region targets any value but
+            None means that their last channel marks unannotated voxels.
         background_weight: Weight of voxels annotated as background.
         foreground_weight: Weight of voxels of any other label, or of any region.
         ddp: Whether to reduce the weights over the processes of the default group.
@@ -312,7 +316,7 @@ class VoxelWeightedCrossEntropyLoss(nn.Module):
         self.ddp = ddp
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Computes the loss, a scalar >= 0 (0 where nothing is annotated).
+        """Compute the loss, a scalar >= 0 (0 if nothing is annotated).
 
         Args:
             logits: (B, C, X, Y, Z), with labels the background first.
@@ -332,5 +336,5 @@ class VoxelWeightedCrossEntropyLoss(nn.Module):
         if self.ddp:
             distributed.all_reduce(total)
             world_size = distributed.get_world_size()
-        # not clamped to something tiny: gradients that a GradScaler has scaled up would overflow, and inf * 0 is NaN
+        # Not clamped to a tiny value: gradients that a GradScaler has scaled up would overflow, and inf * 0 is NaN.
         return (entropy * weights).sum() * world_size / torch.where(total > 0, total, 1)

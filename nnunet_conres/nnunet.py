@@ -1,4 +1,4 @@
-"""nnU-Net's folders, names of data sets and models, and what is in its JSON files."""
+"""nnU-Net's folders, names of data sets and models, and the content of its JSON files."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ FOLDER_VARIABLES: Final = tuple(_HOLDS)
 RAW, PREPROCESSED, RESULTS = FOLDER_VARIABLES
 
 SPLITS_FILE: Final = "splits_final.json"
-"""In a data set's preprocessed folder."""
+"""Name of the file with the splits in the preprocessed folder of a data set."""
 
 NO_PLANS: Final = ("dataset", "dataset_fingerprint", "splits_final")
-"""Names of JSON files there that hold no plans."""
+"""Names of JSON files in that folder that are not plans."""
 
 CHECKPOINTS: Final = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
-"""Of a fold, in the order in which --c goes on from them."""
+"""Checkpoints of a fold, in the order in which --c prefers them."""
 
 
 def folder_from_environment(variable: str) -> Path | None:
-    """The folder that one of nnU-Net's environment variables names, None where it is not set."""
+    """Return the folder that one of nnU-Net's environment variables names, None if it is not set."""
     value = os.environ.get(variable)
     return Path(value) if value else None
 
 
 def not_set(variable: str) -> str:
-    """The message for one of nnU-Net's environment variables that names no folder."""
+    """Return the message for one of nnU-Net's environment variables that is not set."""
     return f"The environment variable {variable} is not set; set it to the folder of nnU-Net's {_HOLDS[variable]}."
 
 
 def required_folder(variable: str) -> Path:
-    """The folder that one of nnU-Net's environment variables names.
+    """Return the folder that one of nnU-Net's environment variables names.
 
     Raises:
-        InputError: It is not set.
+        InputError: The variable is not set.
     """
     folder = folder_from_environment(variable)
     if folder is None:
@@ -58,14 +58,14 @@ def required_folder(variable: str) -> Path:
 
 
 def dataset_names() -> list[str]:
-    """Names of all data sets in nnU-Net's folders, raw, preprocessed or among the results."""
+    """Return the names of all data sets in nnU-Net's folders: raw, preprocessed or results."""
     folders = filter(None, map(folder_from_environment, FOLDER_VARIABLES))
     found = (path for folder in folders if folder.is_dir() for path in folder.glob("Dataset[0-9][0-9][0-9]_*"))
     return sorted({path.name for path in found if path.is_dir()})
 
 
 def plans_names(folder: Path) -> list[str]:
-    """Names of the plans in the preprocessed folder of a data set."""
+    """Return the names of the plans in the preprocessed folder of a data set."""
     return sorted(
         path.stem
         for path in folder.glob("*.json")
@@ -74,7 +74,7 @@ def plans_names(folder: Path) -> list[str]:
 
 
 def no_dataset(dataset: int | str) -> str:
-    """The message for a data set that is not there."""
+    """Return the message for a data set that does not exist."""
     known = dataset_names()
     wanted = f"Dataset{int(dataset):03d}" if str(dataset).isdigit() else str(dataset)
     listed = f"There are {first_few(known, 10)}." if known else "There is none in nnU-Net's folders."
@@ -82,7 +82,7 @@ def no_dataset(dataset: int | str) -> str:
 
 
 def stock_trainers() -> list[str]:
-    """Names of nnU-Net's own trainers, from its source: importing them all takes seconds."""
+    """Return the names of nnU-Net's own trainers, read from its source: importing them all takes seconds."""
     package = find_spec("nnunetv2")
     names: list[str] = []
     for root in (package and package.submodule_search_locations) or ():
@@ -92,10 +92,12 @@ def stock_trainers() -> list[str]:
 
 
 def switch_from_environment(variable: str) -> bool | None:
-    """What an environment variable of this package switches: 0 off, 1 on; None where it is not set.
+    """Return the value of an on/off environment variable, None if it is not set.
+
+    0, false and f mean off; 1, true and t mean on.
 
     Raises:
-        InputError: It is neither.
+        InputError: It has any other value.
     """
     text = os.environ.get(variable, "").strip().lower()
     if text not in ("", "0", "false", "f", "1", "true", "t"):
@@ -104,23 +106,23 @@ def switch_from_environment(variable: str) -> bool | None:
 
 
 def dataset_name_of(dataset: int | str) -> str:
-    """Whole name of a data set that nnU-Net finds by its number or name, raw, preprocessed or among the results.
+    """Return the full name of a data set that nnU-Net finds by number or name: raw, preprocessed or results.
 
     Raises:
-        InputError: There is none, or more than one.
+        InputError: There is no such data set, or more than one.
     """
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     try:
         return str(maybe_convert_to_dataset_name(dataset))
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).split(". ")[0]  # after it nnU-Net lists its folders
+        reason = str(error).split(". ")[0]  # nnU-Net lists its folders after it
         raise InputError([reason + "." if reason.startswith("More than one") else no_dataset(dataset)]) from error
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as nnU-Net names it.
+    """A model, by the names that identify it in nnU-Net.
 
     Attributes:
         trainer: Name of the trainer's class.
@@ -134,28 +136,28 @@ class Model:
 
     @classmethod
     def of_folder(cls: type[_Model], folder: Path) -> _Model | None:
-        """The model of a folder that has nnU-Net's name and plans.json; None for another folder."""
+        """Return the model of a folder with nnU-Net's form of name and plans.json; None for any other folder."""
         parts = folder.resolve().name.split("__")
         return cls(*parts) if len(parts) == 3 and (folder / "plans.json").is_file() else None
 
     @property
     def folder_name(self) -> str:
-        """Name of its folder among the results of a data set."""
+        """Name of its folder in the results of a data set."""
         return f"{self.trainer}__{self.plans}__{self.configuration}"
 
     def folder(self, dataset_name: str) -> Path | None:
-        """Its folder in nnUNet_results, None if that is not set."""
+        """Return its folder in nnUNet_results, None if that variable is not set."""
         results = folder_from_environment(RESULTS)
         return None if results is None else results / dataset_name / self.folder_name
 
     def training_command(self, dataset_name: str, fold: int | str, *options: str) -> tuple[str, ...]:
-        """The command that trains a fold."""
+        """Return the command that trains a fold."""
         named = (dataset_name, self.configuration, str(fold), "-tr", self.trainer, "-p", self.plans)
         return ("nnUNetv2_train", *named, *options)
 
 
 def default_device() -> str:
-    """The device to train and predict on here: cuda, mps or cpu."""
+    """Return the device for training and prediction on this machine: cuda, mps or cpu."""
     import torch
 
     if torch.cuda.is_available():
@@ -164,7 +166,7 @@ def default_device() -> str:
 
 
 def device_option() -> str:
-    """What a suggested command of nnU-Net needs on this machine: nothing where there is its default, a CUDA device."""
+    """Return the device option for suggested nnU-Net commands; empty if this machine has nnU-Net's default, CUDA."""
     device = default_device()
     return "" if device == "cuda" else f" -device {device}"
 
@@ -173,13 +175,13 @@ def device_option() -> str:
 
 
 def label_values(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Label values of every label or region but background and ignore, by name, in the file's order.
+    """Return the values of every label or region except background and ignore, by name, in the file's order.
 
     Args:
         labels: The entry ``labels`` of dataset.json.
 
     Raises:
-        TypeError, ValueError, AttributeError: It is none.
+        TypeError, ValueError, AttributeError: The entry is not valid.
     """
     return {
         str(name): tuple(int(value) for value in (values if isinstance(values, (list, tuple)) else (values,)))
@@ -189,7 +191,7 @@ def label_values(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def ignore_label(labels: Mapping[str, Any]) -> int | None:
-    """The label of voxels that are not annotated, None where there is none.
+    """Return the label of unannotated voxels, None if there is none.
 
     Args:
         labels: The entry ``labels`` of dataset.json.
@@ -198,10 +200,10 @@ def ignore_label(labels: Mapping[str, Any]) -> int | None:
 
 
 def resolved_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A configuration of plans with what it inherits.
+    """Return a configuration of plans, including the entries that it inherits.
 
     Raises:
-        KeyError: The plans have none of that name, or not the one that it inherits from.
+        KeyError: The plans lack this configuration, or one that it inherits from.
     """
     own = dict(plans["configurations"][name])
     parent = own.pop("inherits_from", None)
@@ -209,16 +211,18 @@ def resolved_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any
 
 
 def architecture_errors(plans_file: Path) -> list[str]:
-    """What a model's plans name as network or layer that is none, and would be called when the network is built.
+    """Check that a model's plans name nothing but network modules as network and layers.
+
+    Anything else that they name would be called when the network is built.
 
     Args:
-        plans_file: The plans.json of a model, which other people may have made.
+        plans_file: The plans.json of a model, possibly from an untrusted source.
 
     Returns:
-        A message for every such name.
+        A message for every name of something that is not a network module.
 
     Raises:
-        InputError: The file cannot be read, or holds no plans.
+        InputError: The file cannot be read, or does not contain plans.
     """
     import pydoc
 

@@ -1,4 +1,4 @@
-"""Optimisers: Muon, SGD whose steps for hidden matrices are orthogonal matrices."""
+"""The Muon optimiser: SGD whose steps for hidden matrices are orthogonal matrices."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
 _EPSILON = 1e-7
 MUON_LR = 0.03
-# Times the learning rate that is 3e-5 per step, as in nnU-Net, where 0.01 and a momentum of 0.99 act like a rate of 1.
+# Times the learning rate, weights decay by 3e-5 per step. This is as in nnU-Net, where a learning rate of 0.01 with a
+# momentum of 0.99 acts like a rate of 1.
 MUON_WEIGHT_DECAY = 1e-3
 ADAM_LR_FACTOR = 0.1
 _CAPTURE_DEVICES = {"cuda"}
 _STEPS_BEFORE_CAPTURE = 3
 
-# Parameter groups, and of each those parameters that have gradients.
+# Parameter groups, each with its parameters that have gradients.
 _Groups: TypeAlias = "list[tuple[dict[str, Any], list[Tensor]]]"
 
-# nnU-Net's name for all layers that make a network's outputs; it leaves these out of pretrained weights.
+# nnU-Net's name for all output layers, which it does not load from pretrained weights.
 _HEADS = "seg_layers"
-# Embeddings of patches as tokens, and what maps tokens to the output: Adam's, with everything in them.
+# Modules that embed patches as tokens, and that map tokens to the output. Adam takes all their parameters.
 _BLOCKS = "dynamic_network_architectures.building_blocks."
 _EMBEDDINGS = (
     (_BLOCKS + "patch_encode_decode", "PatchEmbed"),
@@ -51,31 +52,31 @@ _TOKENS = {
 class Muon(Optimizer):
     """Muon for matrices, Adam for all other parameters.
 
-    The gradient of a convolution is dominated by few directions. Muon replaces the step that SGD with Nesterov momentum
-    would take by the nearest (semi-)orthogonal matrix, so that the weights change in all directions at the same pace,
-    however large the gradient.
+    The gradient of a convolution is dominated by a few directions. Muon replaces the step of SGD with Nesterov momentum
+    by the nearest (semi-)orthogonal matrix, so that the weights change in all directions at the same pace, however
+    large the gradient.
 
     A step with a gradient that is not finite (NaN, Inf, or a norm beyond the range of float32) changes neither
-    parameters nor state. That is decided on the device, without waiting for it.
+    parameters nor state. This is decided on the device, without waiting for it.
 
-    A step consists of hundreds of small operations. Where ``capture`` is on, a GPU gets them as one CUDA graph; where
-    that fails, the reason is given once as a warning, and steps are taken one operation at a time.
+    A step consists of hundreds of small operations. With ``capture``, a GPU runs them as one CUDA graph. If the capture
+    fails, a single warning gives the reason, and steps run one operation at a time.
 
     Args:
-        groups: Parameter groups as for any optimiser of PyTorch, or parameters; all on one device. A group with
-            ``orthogonal`` true holds matrices: parameters of two dimensions or more, (outputs, inputs, ...) where all
-            but the first are taken together, or (inputs, outputs, ...) if ``transposed`` is true as well. Adam takes
-            the others.
+        groups: Parameters, or parameter groups as in other optimisers of PyTorch; all on one device. Muon takes groups
+            with ``orthogonal`` true. Their parameters have at least two dimensions, (outputs, inputs, ...), or
+            (inputs, outputs, ...) if ``transposed`` is true as well; all dimensions but the first are flattened. Adam
+            takes the other groups.
         lr: Learning rate of the matrices: a step changes all singular directions of a matrix by
-            lr * sqrt(max(1, n / m)), with n the number of outputs and m that of inputs; kernel positions are inputs
-            of convolutions and outputs of transposed convolutions. Adam's is ``lr * lr_factor`` of the group, so that
-            one schedule is enough for all.
-        momentum: Share of the earlier steps in Muon's, in [0, 1).
-        weight_decay: By how much parameters shrink, relative to their size and the group's learning rate.
-        betas: Adam's shares of the earlier gradients and squared gradients, in [0, 1).
+            lr * sqrt(max(1, n / m)), with n the number of outputs and m the number of inputs. Kernel positions count as
+            inputs of convolutions, and as outputs of transposed convolutions. Adam's learning rate is ``lr`` times the
+            group's ``lr_factor``, so that one schedule serves all groups.
+        momentum: Muon's momentum, in [0, 1).
+        weight_decay: Decay of parameters per step, relative to their size and the group's learning rate.
+        betas: Adam's decay rates of gradients and squared gradients, in [0, 1).
         eps: Added to Adam's denominator, above 0.
-        capture: Whether steps on a GPU are captured in a CUDA graph from the fourth on. It keeps copies of the
-            gradients and of what a step needs on the way, about four times the size of the parameters.
+        capture: Whether to capture steps on a GPU in a CUDA graph, from the fourth step on. The graph keeps copies of
+            the gradients and of intermediate results, about four times the size of the parameters.
 
     Raises:
         ValueError: If a number is out of range or not finite, or a parameter of an orthogonal group has fewer than two
@@ -104,7 +105,7 @@ class Muon(Optimizer):
             "eps": eps,
             "orthogonal": False,
             "transposed": False,
-            "steps": 0,  # for Adam's corrections; among the groups' entries, as it is saved with these
+            "steps": 0,  # for Adam's bias corrections; in the groups, so that it is saved with them
         }
         super().__init__(groups, defaults)
         self._capture = capture
@@ -112,11 +113,11 @@ class Muon(Optimizer):
         self._captured: _CapturedStep | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as PyTorch's optimisers do; also called for each group that the constructor gets."""
+        """Add a group, as in PyTorch's optimisers. The constructor calls this for each of its groups."""
         values = self.defaults | param_group
         for name in ("lr", "lr_factor", "momentum", "weight_decay", "betas", "eps"):
             numbers = values[name] if name == "betas" else (values[name],)
-            if any(isinstance(number, bool) for number in numbers):  # Python counts with them
+            if any(isinstance(number, bool) for number in numbers):  # which Python takes for 0 or 1
                 raise ValueError(f"Expected {name} to be a number, got {values[name]}.")
         for name in ("lr", "lr_factor", "weight_decay"):
             if not 0 <= values[name] < math.inf:  # NaN is in no range
@@ -134,7 +135,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes a step. Returns what ``closure`` does, which computes the loss and its gradients; None without."""
+        """Take a step. Return the result of ``closure``, which computes the loss and its gradients; None without it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -148,9 +149,9 @@ class Muon(Optimizer):
         return loss
 
     def _update(self, groups: _Groups, gradients: list[list[Tensor]], rates: Sequence[float | Tensor]) -> None:
-        """Takes the step: operations of the device only, without asking it for values."""
-        # The sum is NaN or Inf if one of the norms is. What follows is masked with that instead of being left out, so
-        # that the CPU need not wait for a GPU.
+        """Take the step, with operations on the device only and without reading values from it."""
+        # The sum is NaN or Inf if one of the norms is. The updates below are masked with it instead of skipped, so that
+        # the CPU need not wait for a GPU.
         norms = torch._foreach_norm([gradient for ours in gradients for gradient in ours])
         is_finite = torch.stack(norms).sum().isfinite()
         matrices: list[tuple[dict[str, Any], list[Tensor], list[Tensor], float | Tensor]] = []
@@ -174,7 +175,7 @@ class Muon(Optimizer):
             torch._foreach_mul_(buffers, torch.where(is_finite, group["momentum"], 1.0))
             torch._foreach_add_(buffers, steps)
             torch._foreach_add_(steps, buffers, alpha=group["momentum"])
-            # those of one shape in one go: a GPU would wait for each
+            # Parameters of one shape form a batch: a GPU would wait for the launch of each.
             for numbers in _alike(parameters):
                 is_last = _is_channels_last(parameters[numbers[0]])
                 matrices.append(torch.stack([_as_matrix(steps[number], is_last) for number in numbers]))
@@ -217,16 +218,16 @@ class Muon(Optimizer):
         torch._foreach_add_(parameters, steps)
 
     def _replay(self, groups: _Groups) -> bool:
-        """Takes the step from its graph, which is captured first where there is none that fits; False where not."""
+        """Take the step with a CUDA graph, and capture one first if none fits. Return whether the step was taken."""
         if groups[0][1][0].device.type not in _CAPTURE_DEVICES or torch.compiler.is_compiling():
             return False
         has_state = all(self.state.get(parameter) for _, parameters in groups for parameter in parameters)
-        if self._steps_before_capture > 0 or not has_state:  # state and libraries are made ready in such a step
+        if self._steps_before_capture > 0 or not has_state:  # these steps initialise state and libraries
             self._steps_before_capture -= 1
             return False
         key = self._key(groups)
         if self._captured is None or self._captured.key != key:
-            self._captured = None  # its memory first
+            self._captured = None  # frees its memory first
             try:
                 self._captured = _CapturedStep(key, groups, self._update)
             except RuntimeError as error:
@@ -238,7 +239,7 @@ class Muon(Optimizer):
         return True
 
     def _key(self, groups: _Groups) -> list[Any]:
-        """All that a graph has fixed: where tensors are, and the numbers of groups but the learning rate."""
+        """Return everything that a graph fixes: addresses of tensors, and all settings but the learning rate."""
         key: list[Any] = []
         for group, parameters in groups:
             values = {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
@@ -260,12 +261,12 @@ class Muon(Optimizer):
 
 
 class _CapturedStep:
-    """A step as a CUDA graph. Gradients and rates, which change from step to step, are copied to where it reads them.
+    """A step as a CUDA graph. Each replay first copies gradients and learning rates to the tensors that it reads.
 
     Args:
-        key: What the graph has fixed.
-        groups: Parameter groups with those parameters that have gradients.
-        update: Takes the step, of groups, gradients and rates.
+        key: Everything that the graph fixes.
+        groups: Parameter groups, each with its parameters that have gradients.
+        update: Takes the step, given groups, gradients and learning rates.
     """
 
     def __init__(self, key: list[Any], groups: _Groups, update: Callable[..., None]) -> None:
@@ -276,14 +277,14 @@ class _CapturedStep:
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream(device)
         try:
-            # other threads, which pin memory for example, may go on with their work meanwhile
+            # With thread_local, other threads may use CUDA meanwhile, for example to pin memory.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 update(groups, self._gradients, self._rates.unbind())
         finally:
-            torch.cuda.set_stream(stream)  # which PyTorch does not where a capture fails
+            torch.cuda.set_stream(stream)  # which PyTorch does not do if a capture fails
 
     def replay(self, groups: _Groups) -> None:
-        """Takes a step with the gradients and learning rates that the groups have now."""
+        """Take a step with the current gradients and learning rates of the groups."""
         to = [gradient for ours in self._gradients for gradient in ours]
         torch._foreach_copy_(to, [gradient for _, parameters in groups for gradient in _gradients(parameters)])
         for number, (group, _) in enumerate(groups):
@@ -300,12 +301,12 @@ def _is_channels_last(parameter: Tensor) -> bool:
 
 
 def _as_matrix(tensor: Tensor, is_channels_last: bool) -> Tensor:
-    """(outputs, inputs), the inputs in the order in which they lie in memory, on which no step depends."""
+    """Flatten to (outputs, inputs). Inputs keep their order in memory, which does not change the step."""
     return (tensor.movedim(1, -1) if is_channels_last else tensor).flatten(1)
 
 
 def _like(parameter: Tensor, matrix: Tensor) -> Tensor:
-    """Undoes ``_as_matrix``."""
+    """Undo ``_as_matrix``."""
     if not _is_channels_last(parameter):
         return matrix.view(parameter.shape)
     return matrix.view(parameter.movedim(1, -1).shape).movedim(-1, 1)
@@ -316,7 +317,7 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _alike(parameters: list[Tensor]) -> list[list[int]]:
-    """Where in the list those of each shape and layout are."""
+    """Group the indices of the parameters by shape and memory layout."""
     found: dict[tuple[torch.Size, bool], list[int]] = {}
     for number, parameter in enumerate(parameters):
         found.setdefault((parameter.shape, _is_channels_last(parameter)), []).append(number)
@@ -324,25 +325,25 @@ def _alike(parameters: list[Tensor]) -> list[list[int]]:
 
 
 def orthogonalize(batches: Sequence[Tensor]) -> list[Tensor]:
-    """About the nearest (semi-)orthogonal matrices: U V^T of the singular value decomposition U S V^T.
+    """Return approximately the nearest (semi-)orthogonal matrices, U V^T of the singular value decomposition U S V^T.
 
-    Newton-Schulz multiplies by polynomials of X X^T only. These commute, so that all rounds are done on that matrix,
-    which is small where X is wide, and X itself is multiplied once. Of a network's many shapes few have different
-    numbers of rows: the rounds, two dozen small operations that a GPU waits for, are done once for each of these.
+    Newton-Schulz multiplies by polynomials of X X^T only. These commute, so all rounds work on that matrix, which is
+    small where X is wide, and X itself is multiplied once. A network has many shapes, but few different numbers of
+    rows. So the rounds, two dozen small operations that a GPU waits for, run once for each number of rows.
 
-    The price is precision: singular values are squared, and what is rounded away in X X^T grows by a factor of 485^2 in
-    five rounds. So products are computed in float32 whatever autocast, TF32 or bfloat16 is allowed elsewhere.
+    The price is precision: singular values are squared, and rounding errors of X X^T grow by a factor of 485^2 in five
+    rounds. So products are computed in float32, even if autocast, TF32 or bfloat16 is allowed elsewhere.
 
     Args:
-        batches: (B, n, m) each, finite, all on one device.
+        batches: Tensors of shape (B, n, m), finite, all on one device.
 
     Returns:
-        Of each batch (B, n, m), in float32, with the same singular vectors. Singular values of 0.0015 times the
-        Frobenius norm or more become 0.68 to 1.203, smaller ones at most 485 times what they are relative to the norm,
-        with an error of up to 2e-3. About 0 where the norm is below 1e-7.
+        A tensor of shape (B, n, m) for each batch, in float32, with the same singular vectors. Singular values of at
+        least 0.0015 times the Frobenius norm become 0.68 to 1.203. Smaller ones become at most 485 times their ratio to
+        the norm, with an error of up to 2e-3. Matrices with a norm below 1e-7 become about 0.
     """
     wide = [batch.mT if batch.shape[1] > batch.shape[2] else batch for batch in batches]
-    kind = batches[0].device.type  # older versions of PyTorch have no autocast elsewhere
+    kind = batches[0].device.type  # older versions of PyTorch have no autocast on other devices
     no_autocast = torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext()
     with no_autocast, _full_float32():
         wide = [batch.float() for batch in wide]
@@ -363,7 +364,7 @@ def orthogonalize(batches: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """No TF32 and no bfloat16 in products of float32 matrices, on GPUs and CPUs; changes nothing where none is allowed.
+    """Forbid TF32 and bfloat16 in products of float32 matrices, on GPUs and CPUs. Set nothing if neither is allowed.
 
     PyTorch's settings are read before they are set, so that torch.compile can trace the usual case.
     """
@@ -379,7 +380,7 @@ def _full_float32() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(precision)
         return
-    # torch.get_float32_matmul_precision raises an error there where both kinds of settings were used
+    # In these versions, torch.get_float32_matmul_precision raises an error if both kinds of settings were used.
     kinds = (backends.cuda.matmul, backends.mkldnn.matmul)
     lowered = [(kind, kind.fp32_precision) for kind in kinds if kind.fp32_precision not in ("none", "ieee")]
     try:
@@ -393,7 +394,7 @@ def _full_float32() -> Iterator[None]:
 
 
 def _newton_schulz(gram: Tensor) -> Tensor:
-    """What matrices X of norm 1 have to be multiplied by, given all X X^T (B, n, n)."""
+    """Return the factors that orthogonalise matrices X of norm 1, given all X X^T, (B, n, n)."""
     a, b, c = _COEFFICIENTS
     factor = None
     for _ in range(_ROUNDS):
@@ -406,23 +407,23 @@ def _newton_schulz(gram: Tensor) -> Tensor:
 
 
 def muon_of(network: nn.Module, lr: float, weight_decay: float, capture: bool = False) -> Muon:
-    """The optimiser of a network: Muon for its hidden matrices, Adam for embeddings, output layers, norms and biases.
+    """Return Muon for the hidden matrices of a network, with Adam for embeddings, output layers, norms and biases.
 
-    Hidden matrices are the weights of convolutions, transposed convolutions and linear layers, a U-Net's first
-    convolution included, but for those in
+    Hidden matrices are the weights of convolutions, transposed convolutions and linear layers, including a U-Net's
+    first convolution, except in
 
-    - output layers: what nnU-Net calls ``seg_layers``, and Primus's ``PatchDecode``;
-    - Primus's embeddings of patches.
+    - output layers: nnU-Net's ``seg_layers``, and Primus's ``PatchDecode``;
+    - Primus's patch embeddings.
 
     Args:
-        network: PlainConvUNet, ResidualEncoderUNet, Primus, one of this package's, or another that is built of the same
+        network: PlainConvUNet, ResidualEncoderUNet, Primus, a network of this package, or another one with the same
             kinds of layers; bare or in a wrapper such as DistributedDataParallel.
         lr: Muon's learning rate; Adam's is a tenth of it.
-        weight_decay: Of the hidden matrices.
+        weight_decay: Weight decay of the hidden matrices.
         capture: See `Muon`.
 
     Raises:
-        InputError: If it is unclear what a parameter is, or which layers make the output.
+        InputError: If the role of a parameter is unclear, or the output layers are not found.
     """
     matrices, transposed, others = _sorted_parameters(network)
     groups = [
@@ -434,7 +435,7 @@ def muon_of(network: nn.Module, lr: float, weight_decay: float, capture: bool = 
 
 
 def _sorted_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Hidden matrices (outputs, inputs, ...), hidden matrices (inputs, outputs, ...), and all other parameters."""
+    """Return hidden matrices (outputs, inputs, ...), hidden matrices (inputs, outputs, ...), and other parameters."""
     decoders = _loaded(_DECODERS)
     not_hidden = (*_loaded(_EMBEDDINGS), *decoders)
     tokens = {name: _loaded(classes) for name, classes in _TOKENS.items()}
@@ -443,7 +444,7 @@ def _sorted_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.
     unknown: list[str] = []
     outside: list[str] = []
     has_output = False
-    # a parameter that is used in two places is in all of them; only one that is hidden in all of them is Muon's
+    # A parameter that several modules share is visited in each of them. Muon takes it only if it is hidden in all.
     for name, module in network.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         has_output |= isinstance(module, decoders) or _HEADS in name.split(".")
@@ -461,7 +462,7 @@ def _sorted_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.
                 shape = "x".join(map(str, parameter.shape))
                 unknown.append(f"{prefix}{key} ({shape}, of {type(module).__name__})")
     what = f"of {type(network).__name__}"
-    advice = "Train it with another optimiser, or give nnunet_conres.optimizers.Muon groups of your own."
+    advice = "Train it with another optimiser, or pass parameter groups to nnunet_conres.optimizers.Muon."
     if unknown:
         raise InputError(
             f"Muon can't tell whether these parameters {what} are hidden matrices: {', '.join(unknown)}. Expected "
@@ -481,6 +482,6 @@ def _sorted_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.
 
 
 def _loaded(classes: Iterable[tuple[str, str]]) -> tuple[type, ...]:
-    """Those classes whose modules were imported: a network can't contain others, and importing Primus takes seconds."""
+    """Return the classes whose modules are imported: a network has no others, and importing Primus takes seconds."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in classes)
     return tuple(one for one in found if isinstance(one, type))

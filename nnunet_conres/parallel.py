@@ -1,4 +1,4 @@
-"""Work over cases in several processes."""
+"""Processing of cases in parallel processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 def map_cases(
     function: Callable[[_Item], _Result], items: Sequence[_Item], processes: int, title: str, progress: bool
 ) -> Iterator[_Result]:
-    """Results of a function for all items, in the items' order, with a progress bar."""
+    """Yield the results of a function for all items, in the order of the items, with a progress bar."""
     from tqdm import tqdm
 
     bar = tqdm(total=len(items), desc=title, unit="case", disable=not progress or not items)
@@ -54,7 +54,7 @@ def map_cases(
 def try_cases(
     function: Callable[[_Item], _Result], items: Sequence[_Item], processes: int, title: str, progress: bool
 ) -> Iterator[_Result | InputError]:
-    """As `map_cases`, with the error in place of the result of an item whose files are not as they should be."""
+    """As `map_cases`, but yield the `InputError` of an item in place of its result."""
     return map_cases(partial(_result_or_error, function), items, processes, title, progress)
 
 
@@ -68,7 +68,7 @@ def _result_or_error(function: Callable[[_Item], _Result], item: _Item) -> _Resu
 def map_all_cases(
     function: Callable[[_Item], _Result], items: Sequence[_Item], processes: int, title: str, progress: bool
 ) -> list[_Result]:
-    """As `map_cases`, with the errors of all items raised together.
+    """As `map_cases`, but return a list, and raise the errors of all items together.
 
     Raises:
         InputError: The function raised it for some items; each error is listed once.
@@ -86,7 +86,7 @@ def map_all_cases(
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends a worker whose parent was killed; otherwise it would wait for work, and hold memory, for ever."""
+    """End a worker whose parent was killed; otherwise it would wait for work, and keep its memory, for ever."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""nnU-Net's predictor of a trained model, whose folder is checked before anything in it is run."""
+"""nnU-Net's predictor for a trained model. The model folder is checked before any code in it can run."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def load_predictor(
     step_size: float = 0.5,
     progress: bool = True,
 ) -> nnUNetPredictor:
-    """nnU-Net's predictor with a trained model.
+    """Return nnU-Net's predictor with a trained model.
 
     Args:
-        folder: nnU-Net's folder of the model, with plans.json, dataset.json and a folder for each fold.
+        folder: nnU-Net's model folder, with plans.json, dataset.json and a folder for each fold.
         folds: Folds whose predictions are averaged.
-        checkpoint: Name of the file in a fold's folder.
+        checkpoint: File name in the folders of the folds.
         device: One of `DEVICES`.
-        mirroring: Whether predictions of mirrored images are averaged, where the model was trained for it.
-        step_size: Of the sliding window, in patches: above 0, at most 1.
+        mirroring: Whether to average predictions of mirrored images, if the model was trained with mirroring.
+        step_size: Step of the sliding window as a fraction of the patch: above 0, at most 1.
         progress: Whether to show a progress bar over the tiles of a case.
 
     Raises:
-        InputError: There is no such model, it holds more than plain values and tensors, or it cannot be loaded.
+        InputError: There is no such model, it contains more than plain values and tensors, or it cannot be loaded.
     """
     errors = [*model_errors(folder, folds, checkpoint), *settings_errors(device, step_size)]
     if errors:
         raise InputError(errors)
     errors += architecture_errors(folder / "plans.json")
     for fold in folds:
-        try:  # nnU-Net's own loading runs what is in a checkpoint
+        try:  # nnU-Net's own loading would run code in a checkpoint
             read_checkpoint(folder / f"fold_{fold}" / checkpoint)
         except InputError as error:
             errors.append(str(error))
@@ -61,8 +61,8 @@ def load_predictor(
 
     if not is_active():  # Python was started without the start-up file
         os.environ[VARIABLE] = os.pathsep.join([*folders(), TRAINER_FOLDER])
-    # nnU-Net prints which of its variables are not set, where it looks for the trainer, and that it turns off an option
-    # that nobody turned on.
+    # nnU-Net prints which of its variables are not set, where it searches for the trainer, and that it turns off an
+    # option that is not on.
     with contextlib.redirect_stdout(io.StringIO()):
         import torch
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -82,36 +82,36 @@ def load_predictor(
 
 
 def predict_logits(predictor: nnUNetPredictor, data: torch.Tensor, where: object) -> torch.Tensor:
-    """Logits of a preprocessed image.
+    """Return the logits of a preprocessed image.
 
-    nnU-Net stops at infinite logits, but makes background of NaN.
+    nnU-Net stops at infinite logits, but turns NaN into background.
 
     Args:
-        predictor: What `load_predictor` returned.
-        data: The image (C, z, y, x).
-        where: The image's file or folder, for messages.
+        predictor: The predictor from `load_predictor`.
+        data: The image, (C, z, y, x).
+        where: The file or folder of the image, for messages.
 
     Returns:
-        Logits (classes or regions, z, y, x), on the CPU.
+        Logits, (classes or regions, z, y, x), on the CPU.
 
     Raises:
-        InputError: Some are NaN or infinite.
+        InputError: Some logits are NaN or infinite.
     """
     logits: torch.Tensor = predictor.predict_logits_from_preprocessed_data(data).cpu()
     if not logits.isfinite().all():
         raise InputError(
-            f"{where}: the model predicts NaN. Try -device cpu, which computes with 32 bits; if that does not help, "
-            f"choose another checkpoint: this one is of a training that failed."
+            f"{where}: the model predicts NaN. Try -device cpu, which computes in float32. If that does not help, "
+            f"choose another checkpoint: the training of this one failed."
         )
     return logits
 
 
 def model_errors(folder: Path, folds: Sequence[int | str], checkpoint: str) -> Iterator[str]:
-    """What a trained model's folder lacks, one message each."""
+    """Yield a message for each missing part of a model folder."""
     missing = [name for name in ("plans.json", "dataset.json") if not (folder / name).is_file()]
     if missing:
         yield (
-            f"{folder} is no trained model: it has no {' and no '.join(missing)}. Expected nnU-Net's folder "
+            f"{folder} is not a trained model: it has no {' and no '.join(missing)}. Expected nnU-Net's folder "
             f"TRAINER__PLANS__CONFIGURATION."
         )
         return
@@ -121,19 +121,19 @@ def model_errors(folder: Path, folds: Sequence[int | str], checkpoint: str) -> I
         path = folder / f"fold_{fold}" / checkpoint
         if not path.is_file():
             others = sorted(other.name for other in path.parent.glob("checkpoint_*.pth"))
-            have = f"only {', '.join(others)}; choose with -chk" if others else "nor any other checkpoint"
+            have = f"only {', '.join(others)}; choose with -chk" if others else "and there is no other checkpoint"
             yield f"{path} does not exist, {have}."
 
 
 def trained_folds(folder: Path, checkpoint: str = DEFAULT_CHECKPOINT) -> tuple[int | str, ...]:
-    """The folds of a model that have a checkpoint; that of all cases only where there is no other, as nnU-Net does."""
+    """Return the folds of a model that have a checkpoint; fold ``all`` only if there is no other, as in nnU-Net."""
     names = [path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}")]
     folds = tuple(sorted(int(name) for name in names if name.isdecimal()))
     return folds or (("all",) if "all" in names else ())
 
 
 def settings_errors(device: str, step_size: float) -> Iterator[str]:
-    """A message if the device is none, or not there, or the sliding window's step makes no sense."""
+    """Yield a message for a device that is unknown or not available, and for a step size that is out of range."""
     import torch
 
     if device not in DEVICES:

@@ -1,8 +1,8 @@
-"""Errors in nnU-Net's commands that the user can correct: one line on stderr and exit code 1, without a traceback.
+"""User errors in nnU-Net's commands: one line on stderr and exit code 1, without a traceback.
 
-nnU-Net's commands catch nothing. So looking up a trainer of this package, or one that nnU-Net does not know, sets
-Python's hook for uncaught errors. It shows our own refusals, and those of nnU-Net's errors that a mistyped name or a
-forgotten option causes.
+nnU-Net's commands catch no exceptions. So the lookup of a trainer of this package, or of one that nnU-Net does not
+know, sets Python's hook for uncaught exceptions. The hook shows the errors of this package, and errors of nnU-Net that
+a mistyped name or a forgotten option causes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nnunet_conres.families import no_trainer
 from nnunet_conres.nnunet import PREPROCESSED, dataset_names, folder_from_environment, no_dataset, plans_names
 from nnunet_conres.text import did_you_mean, no_device
 
-# What torch says where there is no such device; the first one with a build for the CPU only.
+# Messages of torch for a missing device; the first one comes from a build for the CPU only.
 _NO_DEVICE: Final = re.compile(
     r"not compiled with (CUDA)|no NVIDIA driver|No (CUDA) GPUs|Cannot access accelerator|(MPS) backend is not|"
     r"not linked with support for (mps)"
@@ -31,13 +31,13 @@ _DATASET: Final = re.compile(r"Could not find a dataset with the ID (\d+)\.")
 _CONFIGURATION: Final = re.compile(
     r"(?:The|Requested) configuration (\S+) (?:does not exist in the plans|not found in plans).*\[(.*)\]"
 )
-# The end of what torch shows of an error in one of the processes of a training on several GPUs.
+# The end of torch's message for an error in one process of a training on several GPUs.
 _OF_A_PROCESS: Final = re.compile(rf"^{InputError.__module__}\.{InputError.__name__}: (.+)\Z", re.MULTILINE | re.DOTALL)
 _OTHER_NETWORK: Final = "The checkpoint belongs to another network"
 
 
 def show_in_one_line() -> None:
-    """Sets the hook in a command of nnU-Net, and in no other program. Errors of programs keep their traceback."""
+    """Set the hook in nnU-Net's commands, and in no other program. Programming errors keep their traceback."""
     before = sys.excepthook
     if getattr(before, "shows_refusals", False) or not Path(sys.argv[0]).name.startswith("nnUNetv2_"):
         return
@@ -48,7 +48,7 @@ def show_in_one_line() -> None:
             before(kind, error, traceback)
         else:
             for worker in multiprocessing.active_children():
-                if worker.daemon:  # it would end with an error when nobody takes its results any more
+                if worker.daemon:  # otherwise it fails when its results are no longer read
                     worker.kill()
             print(f"nnunet-conres: error: {message}", file=sys.stderr)
 
@@ -57,7 +57,7 @@ def show_in_one_line() -> None:
 
 
 def message_of(error: BaseException) -> str | None:
-    """What to tell the user of an error; None for an error of a program."""
+    """Return the message for the user; None for a programming error."""
     text = str(error)
     if isinstance(error, InputError) or (isinstance(error, RuntimeError) and text.startswith(_OTHER_NETWORK)):
         return text
@@ -87,7 +87,7 @@ def message_of(error: BaseException) -> str | None:
 
 
 def _missing_plans(file: Path) -> str | None:
-    """The message for plans that nnU-Net does not find among its preprocessed data."""
+    """Return the message for missing plans in nnU-Net's preprocessed data; None for any other file."""
     preprocessed = folder_from_environment(PREPROCESSED)
     if preprocessed is None or file.suffix != ".json" or file.parent.parent != preprocessed:
         return None

@@ -1,8 +1,8 @@
 """The inter-slice residual of images, feature maps and label maps.
 
 For a volume ``v`` with slices ``v[0] ... v[D-1]`` along the slice axis the inter-slice residual is ``r[0] = 0`` and
-``r[k] = |v[k] - v[k-1]|``. Of a binary mask it is 1 where the mask changes from one slice to the next: the borders of
-objects, and most of all where their shape changes fastest.
+``r[k] = |v[k] - v[k-1]|``. For a binary mask it is 1 where the mask changes from one slice to the next: at the borders
+of objects, and most of all where their shape changes fastest.
 
 Source: Zhang et al., "Inter-slice Context Residual Learning for 3D Medical Image Segmentation", IEEE TMI 2021,
 arXiv 2011.14155, section III.
@@ -23,7 +23,7 @@ LabelOrRegion: TypeAlias = "int | Sequence[int]"
 
 
 def _slice_dimension(tensor: Tensor, slice_axis: int) -> int:
-    """Turns a spatial axis (0, 1, 2 or -1, ...) of a (B, C, X, Y, Z) tensor into the tensor's dimension."""
+    """Convert a spatial axis (0, 1, 2 or -1, ...) of a (B, C, X, Y, Z) tensor to a tensor dimension."""
     spatial_axes = tensor.ndim - 2
     if not -spatial_axes <= slice_axis < spatial_axes:
         raise ValueError(
@@ -34,18 +34,18 @@ def _slice_dimension(tensor: Tensor, slice_axis: int) -> int:
 
 
 def inter_slice_residual(volume: Tensor, slice_axis: int = 0) -> Tensor:
-    """Absolute difference of every slice to the previous one; 0 in the first slice.
+    """Return the absolute difference of every slice to the previous one; 0 in the first slice.
 
     Differentiable for floating-point input, and traced by ``torch.compile`` without a graph break.
 
     Args:
-        volume: Images, feature maps or masks, shape (B, C, *spatial), on any device; floating, boolean, or integer with
-            differences that the type can hold.
+        volume: Images, feature maps or masks, shape (B, C, *spatial), on any device; floating point, boolean, or
+            an integer type that can hold the differences.
         slice_axis: Spatial axis along which slices follow each other; 0 is the first axis of an nnU-Net patch, the one
             with the largest spacing.
 
     Returns:
-        Tensor of the shape, dtype and device of ``volume``. Values are >= 0; of a boolean mask, True where it changes.
+        Tensor of the shape, dtype and device of ``volume``. Values are >= 0; for a boolean mask, True where it changes.
 
     Raises:
         ValueError: If ``volume`` has no such spatial axis.
@@ -68,7 +68,7 @@ def inter_slice_residual(volume: Tensor, slice_axis: int = 0) -> Tensor:
     if volume.dtype == torch.bool:
         difference = current ^ previous
     else:
-        # unsigned integers would wrap below zero, small ones beyond their range
+        # Unsigned integers would wrap below zero, and small signed ones would overflow.
         wide = torch.int64 if volume.dtype.itemsize > 2 else torch.int32
         difference = (current.to(wide) - previous.to(wide)).abs()
     residual.narrow(dim, 1, depth - 1).copy_(difference)
@@ -76,12 +76,12 @@ def inter_slice_residual(volume: Tensor, slice_axis: int = 0) -> Tensor:
 
 
 def residual_mask(annotated: Tensor, slice_axis: int = 0) -> Tensor:
-    """Where the residual of a partly annotated label map is defined: where both slices are annotated.
+    """Return where the residual of a partly annotated label map is defined: where both slices are annotated.
 
-    In the first slice it is defined nowhere, since there is no previous slice to be annotated.
+    It is undefined in the first slice, which has no previous slice.
 
     Args:
-        annotated: True where a voxel carries an annotation, boolean, shape (B, 1, *spatial).
+        annotated: True for annotated voxels, boolean, shape (B, 1, *spatial).
         slice_axis: Spatial axis along which slices follow each other.
 
     Returns:
@@ -100,10 +100,12 @@ def residual_mask(annotated: Tensor, slice_axis: int = 0) -> Tensor:
 
 
 def has_neighbours(annotated: np.ndarray, slice_axis: int = 0) -> bool:
-    """Whether a voxel and the one before it along the slice axis are annotated anywhere: else no residual is defined.
+    """Return whether any voxel and the voxel before it along the slice axis are both annotated.
+
+    Otherwise no residual is defined.
 
     Args:
-        annotated: True where a voxel carries an annotation, boolean, any number of axes.
+        annotated: True for annotated voxels, boolean, any number of axes.
         slice_axis: Axis along which slices follow each other.
     """
     first_to_last = np.moveaxis(annotated, slice_axis, 0)
@@ -117,24 +119,24 @@ def label_residual(
     ignore_label: int | None = None,
     slice_axis: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Inter-slice residual of an annotation, one binary channel per foreground class or region.
+    """Return the inter-slice residual of an annotation, one binary channel per foreground class or region.
 
-    Takes both forms in which nnU-Net hands targets to a loss: label maps (one integer channel) and regions (one 0/1
-    channel per region, the ignore label being one more channel at the end). Where everything is annotated the residual
-    of the first slice is 0 by definition.
+    Takes both formats of targets in nnU-Net's losses: label maps (one integer channel) and regions (one 0/1 channel per
+    region, plus a last channel for the ignore label). If everything is annotated, the residual of the first slice is 0
+    by definition.
 
     Args:
         target: Label map, shape (B, 1, *spatial), any integer or floating dtype, when ``classes`` is given; otherwise
             regions, shape (B, R, *spatial) or (B, R + 1, *spatial) with the ignore label last, bool or 0/1.
-        classes: Foreground labels, or regions as sequences of labels. None when the channels of ``target`` are regions
+        classes: Foreground labels, or regions as sequences of labels. None if the channels of ``target`` are regions
             already.
-        ignore_label: Label of unannotated voxels; for region targets any value but None says that the last channel
-            marks them. None where everything is annotated.
+        ignore_label: Label of unannotated voxels, None if everything is annotated. For region targets any value but
+            None means that the last channel marks unannotated voxels.
         slice_axis: Spatial axis along which slices follow each other.
 
     Returns:
         The residual, boolean, shape (B, number of classes or regions, *spatial), False where undefined, and the mask of
-        defined voxels, boolean, shape (B, 1, *spatial), or None where everything is annotated.
+        defined voxels, boolean, shape (B, 1, *spatial), or None if everything is annotated.
 
     Raises:
         ValueError: If a label map has more than one channel, or the slice axis is out of range.
@@ -160,8 +162,8 @@ def label_residual(
 
 
 def _belongs_to(labels: Tensor, members: LabelOrRegion) -> Tensor:
-    """Boolean mask of the voxels that carry one of the given labels; a loop of == keeps it free of graph breaks."""
-    # a single label may be a NumPy integer, as nnU-Net's label manager has them
+    """Return a boolean mask of the voxels with one of the given labels; the loop of comparisons avoids graph breaks."""
+    # A single label may be a NumPy integer, as in nnU-Net's label manager.
     first, *others = members if isinstance(members, Sequence) else [members]
     mask = torch.eq(labels, first)
     for label in others:
@@ -170,20 +172,21 @@ def _belongs_to(labels: Tensor, members: LabelOrRegion) -> Tensor:
 
 
 def max_pool_to(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """Shrinks a binary volume by maximum: a coarse voxel is set if any voxel it covers is.
+    """Shrink a binary volume by max pooling: a coarse voxel is set if any voxel it covers is set.
 
-    Nearest-neighbour shrinking, as nnU-Net does it with label maps, would lose most of a border that is one voxel wide.
+    Nearest-neighbour shrinking, which nnU-Net uses for label maps, would lose most of a border that is one voxel wide.
 
     Args:
         mask: Binary volume, bool or 0/1, shape (B, C, X, Y, Z).
-        size: Wanted spatial size (x, y, z), each between 1 and that of ``mask``. Sizes that a convolution with strides
-            of 1 or 2 produces, ceil(X / stride), are pooled over the blocks of voxels that it strides over.
+        size: Target spatial size (x, y, z), along each axis from 1 to the size of ``mask``. Sizes that a convolution
+            with strides of 1 or 2 produces, ceil(X / stride), are pooled over the same blocks of voxels as in that
+            convolution.
 
     Returns:
         Tensor of shape (B, C, *size), same dtype as ``mask``.
 
     Raises:
-        ValueError: If a wanted size is larger than the volume.
+        ValueError: If a target size is below 1 or larger than the volume.
     """
     size = list(size)
     full = list(mask.shape[2:])
@@ -191,7 +194,7 @@ def max_pool_to(mask: Tensor, size: Sequence[int]) -> Tensor:
         return mask
     if len(size) != len(full) or any(not 0 < s <= f for s, f in zip(size, full, strict=True)):
         raise ValueError(f"Cannot shrink a volume of size {full} to {size}: it must not be larger, nor empty.")
-    # bfloat16 holds 0 and 1 exactly and is half of what float32 would move through memory
+    # bfloat16 represents 0 and 1 exactly and needs half the memory traffic of float32.
     floating = mask if mask.is_floating_point() else mask.to(torch.bfloat16)
     window = [-(-f // s) for f, s in zip(full, size, strict=True)]
     if all(-(-f // w) == s for f, w, s in zip(full, window, size, strict=True)):
@@ -204,22 +207,23 @@ def max_pool_to(mask: Tensor, size: Sequence[int]) -> Tensor:
 def residual_pyramid(
     residual: Tensor, mask: Tensor | None, sizes: Sequence[Sequence[int]]
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Max-pooled copies of a full-resolution residual target, one per wanted size.
+    """Return max-pooled copies of a full-resolution residual target, one per size.
 
-    A coarse voxel is defined where at least one voxel it covers is; its target is the maximum over those. Each size is
-    pooled from the next finer one, as strided convolutions follow each other, so that odd sizes stay aligned with the
-    feature maps; the maximum of maxima is that of the full-resolution residual.
+    A coarse voxel is defined if at least one voxel it covers is defined; its target is the maximum over the defined
+    ones. Each size is pooled from the next finer one, like the feature maps of consecutive strided convolutions, so
+    that odd sizes stay aligned with them. The result equals pooling the full-resolution residual directly, because a
+    maximum of maxima is the maximum.
 
     Args:
         residual: Binary residual at full resolution, shape (B, C, X, Y, Z), False where undefined.
         mask: Where it is defined, shape (B, 1, X, Y, Z), or None for everywhere.
-        sizes: Wanted spatial sizes, none larger than the one before; equal sizes share one tensor.
+        sizes: Target spatial sizes, none larger than the one before; equal sizes share one tensor.
 
     Returns:
         Pairs (residual, mask) in the order of ``sizes``.
 
     Raises:
-        ValueError: If a wanted size is larger than the one before, or than the volume.
+        ValueError: If a target size is larger than the one before, or than the volume.
     """
     levels = []
     for size in sizes:

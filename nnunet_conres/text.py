@@ -1,4 +1,4 @@
-"""Text for a person."""
+"""Text for messages and reports."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int | None = None) -> list[str]:
-    """Lines of a table whose columns are as wide as their widest cell.
+    """Return the lines of a table whose columns are as wide as their widest cell.
 
     Args:
-        rows: At least one; all of one length.
-        left: How many columns have their cells at the left, all by default; the others have them at the right, as
-            numbers do.
+        rows: At least one row; all of the same length.
+        left: Number of left-aligned columns, all by default; the others are right-aligned, as for numbers.
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     sides = [left is None or column < left for column in range(len(widths))]
@@ -26,29 +25,29 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int | None = None) -> list[s
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
+    """Return a Markdown table; all columns but the first are numbers."""
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def number_text(value: float) -> str:
-    """A number in six digits, or in nine if it is not an integer but would look like one: 0.99999998."""
+    """Format a number with six digits, or with nine if six would round it to an integer, such as 0.99999998."""
     short = f"{value:g}"
     return short if float(short) == value or not float(short).is_integer() else f"{value:.9g}"
 
 
 def format_shape(extents: Sequence[int]) -> str:
-    """A patch or a shape: 80 x 160 x 160."""
+    """Format a patch size or a shape, such as 80 x 160 x 160."""
     return " x ".join(str(extent) for extent in extents)
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:
-    """The first names of a list, and how many there are beyond."""
+    """Join the first names of a list, and append the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def duration(seconds: float) -> str:
-    """A time in the two units a person would use: 45 s, 3 min 20 s, 2 h 5 min."""
+    """Format a duration in at most two units, such as 45 s, 3 min 20 s or 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -58,23 +57,23 @@ def duration(seconds: float) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the nearest known one as a question, or a full stop."""
+    """Return the end of a sentence about an unknown name: a question with the nearest known name, or a full stop."""
     by_lower = {one.lower(): one for one in known}
     near = difflib.get_close_matches(name.lower(), by_lower, 1)
     return f"; did you mean {by_lower[near[0]]}?" if near else "."
 
 
 def no_device(kind: str, verb: str = "run") -> str:
-    """The message for a device that is not there.
+    """Return the message for a device that is not available.
 
     Args:
         kind: cuda or mps.
-        verb: What was to be done on it.
+        verb: What the user wanted to do on the device, such as train.
     """
     return f"There is no {kind.upper()} device here that torch can use. To {verb} on the CPU add: -device cpu"
 
 
 def short_message(error: BaseException) -> str:
-    """The last line of an error's message: ITK puts its source file before it, and the reason at the end."""
+    """Return the last line of an error message: ITK names its source file first, and the reason at the end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__).rstrip(".")

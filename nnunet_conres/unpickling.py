@@ -1,7 +1,7 @@
-"""Reads pickles that other people may have made, without running what is in them.
+"""Reading untrusted pickles without running code in them.
 
-nnU-Net keeps the properties of images in ``.pkl`` files, and PyTorch the structure of a checkpoint in a pickle.
-``pickle.load`` calls whatever function such a file names.
+nnU-Net stores image properties in ``.pkl`` files, and PyTorch stores the structure of a checkpoint in a pickle.
+``pickle.load`` calls any function that such a file names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _NotAllowed(pickle.UnpicklingError):
 
 
 class _ValuesUnpickler(pickle.Unpickler):
-    """Builds dictionaries, lists, tuples, sets, text, numbers, None, and NumPy's arrays and numbers."""
+    """Unpickler for dictionaries, lists, tuples, sets, text, numbers, None, and NumPy arrays and numbers."""
 
     def find_class(self, module: str, name: str) -> Any:
         import numpy as np
@@ -47,7 +47,7 @@ class _ValuesUnpickler(pickle.Unpickler):
 
 
 class _CheckpointUnpickler(_ValuesUnpickler):
-    """Builds what a checkpoint holds beside its tensors; None stands for each tensor."""
+    """Unpickler for a checkpoint without its tensors; None replaces each tensor."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch._utils" and name in _TENSOR_FUNCTIONS:
@@ -63,18 +63,18 @@ class _CheckpointUnpickler(_ValuesUnpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> None:
-        """The memory of a tensor stays in the file."""
+        """Leave the storage of a tensor in the file."""
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How pickles of protocol 0 to 2 keep bytes."""
+    """Convert text to bytes: pickles of protocol 0 to 2 store bytes as Latin-1 text."""
     if encoding != "latin1":
         raise _NotAllowed(f"text in {encoding}")
     return text.encode("latin1")
 
 
 def _no_bytes() -> bytes:
-    """Likewise, where there are none."""
+    """Return empty bytes, which pickles of protocol 0 to 2 store as a call of ``bytes``."""
     return b""
 
 
@@ -87,16 +87,16 @@ def _device(*parts: Any) -> str:
 
 
 def read_pickle(path: Path) -> Any:
-    """Reads a pickle of plain values, such as the properties of an image that nnU-Net keeps.
+    """Read a pickle of plain values, such as nnU-Net's properties of an image.
 
     Args:
         path: The file.
 
     Returns:
-        Dictionaries, lists, tuples, sets, text, numbers, None, and NumPy's arrays and numbers.
+        Dictionaries, lists, tuples, sets, text, numbers, None, and NumPy arrays and numbers.
 
     Raises:
-        InputError: The file cannot be read, is damaged, or holds anything else. Nothing of it was called.
+        InputError: The file cannot be read, is damaged, or contains anything else. None of its code was run.
     """
     try:
         with path.open("rb") as file:
@@ -106,30 +106,30 @@ def read_pickle(path: Path) -> Any:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads what a checkpoint of PyTorch holds beside its tensors, without PyTorch.
+    """Read a PyTorch checkpoint without its tensors, and without PyTorch.
 
     Args:
         path: The file, as ``torch.save`` writes it.
 
     Returns:
-        The content; None stands for each tensor, a string for each device and data type.
+        The content; None replaces each tensor, a string each device and data type.
 
     Raises:
-        InputError: The file cannot be read, is damaged, or holds more than tensors and the values that `read_pickle`
-            reads. Nothing of it was called.
+        InputError: The file cannot be read, is damaged, or contains more than tensors and the values that `read_pickle`
+            reads. None of its code was run.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            # PyTorch looks names up without regard to their case, and takes the first; a TorchScript holds code
+            # PyTorch ignores the case of names and takes the first match. A TorchScript file contains code.
             names = [name.lower().rpartition("/")[2] for name in archive.namelist()]
             if names.count("data.pkl") != 1 or "constants.pkl" in names:
-                raise InputError(f"{path} is no checkpoint: it has to hold one data.pkl, and no code.")
+                raise InputError(f"{path} is not a checkpoint: expected one data.pkl, and no code.")
             with archive.open(archive.namelist()[names.index("data.pkl")]) as file:
                 content = _load(_CheckpointUnpickler, file, path)
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as a checkpoint: {error}.") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}; expected a dictionary.")
+        raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}; expected a dictionary.")
     return content
 
 

@@ -1,22 +1,21 @@
 # shellcheck shell=bash
-# Creates, or brings up to date, the virtual environment that a script of this project runs in. To be sourced.
+# Creates or updates the virtual environment that a script of this project runs in. To be sourced.
 #
 #   . "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 #   setup_environment VENV_DIR [EXTRAS] [extras-only]
 #
-# VENV_DIR  folder of the environment; a relative one is meant relative to the repository's root, so that every script
-#           works from any folder
+# VENV_DIR  folder of the environment; a relative path is relative to the repository's root, so that every script works
+#           from any folder
 # EXTRAS    extras of pyproject.toml to install beside the package, comma separated ("dev"); none by default
-# extras-only  installs the package and one extra, without what the package itself needs (PyTorch, nnU-Net)
+# extras-only  installs the package and one extra, without the package's own requirements (PyTorch, nnU-Net)
 #
 # Afterwards VENV_PYTHON is the environment's interpreter, its commands (nnUNetv2_train, nnunet-conres, ...) come first
-# in PATH, and REPOSITORY_ROOT is the root of the checkout. The package is installed in editable form: the scripts run
-# the code that lies in the checkout, also after it was edited or pulled, and no change of a source file costs a new
-# installation. One is made only when something that shapes it changed: pyproject.toml, the start-up files, the version,
-# the interpreter or the extras.
+# in PATH, and REPOSITORY_ROOT is the root of the checkout. The package is installed in editable mode: scripts run the
+# current code of the checkout, and a changed source file needs no new installation. The package is installed again only
+# if something that affects it changed: pyproject.toml, the start-up files, the version, the interpreter or the extras.
 #
 # Returns 1, with the reason on stderr, if there is no suitable Python or the installation failed. It can be interrupted
-# at any point and run again: an environment that was not completed is built anew.
+# at any point and run again: an incomplete environment is rebuilt.
 #
 # PYTHON=/path/to/python chooses the interpreter. pip is configured as always (pip.conf, PIP_* variables), for example
 # to take PyTorch from another index.
@@ -24,7 +23,7 @@
 REPOSITORY_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
 export REPOSITORY_ROOT
 
-# Prints the comment at the head of the script, and ends it, if its first argument asks for that.
+# Prints the head comment of the script and exits, if the first argument is -h or --help.
 help_if_asked() {
     case "$1" in
         -h | --help)
@@ -40,8 +39,8 @@ _environment_error() {
     [ "$#" -eq 0 ] || printf '       %s\n' "$@" >&2
 }
 
-# Fails where the interpreter is too old or cannot make a virtual environment. Running it is the only reliable test: a
-# version manager's shim exists also for versions that are not there.
+# Fails if the interpreter is too old or cannot make a virtual environment. Runs it, since a version manager's shim can
+# also exist for a version that is not installed.
 _is_suitable_python() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 &&
         "$1" -c 'import ensurepip, venv' >/dev/null 2>&1
@@ -70,7 +69,7 @@ _find_python() {
     return 1
 }
 
-# Prints what decides whether an existing environment still fits: where it is, and a hash of what shapes it.
+# Prints the stamp that shows whether an existing environment still fits: its location, and a hash of what affects it.
 _environment_stamp() {
     "$1" - "$REPOSITORY_ROOT" "$2" "$3" <<'PYTHON_CODE'
 import hashlib
@@ -104,7 +103,7 @@ setup_environment() {
         return 1
     fi
     stamp_file="$venv/nnunet-conres-environment"
-    # Beside the environment and not in it, because rebuilding the environment deletes everything in it.
+    # Beside the environment, because rebuilding deletes everything in it.
     incomplete="$venv.incomplete"
 
     if [ ! -e "$incomplete" ] && [ -e "$stamp_file" ] && [ "$(cat "$stamp_file")" = "$stamp" ]; then
@@ -114,7 +113,7 @@ setup_environment() {
     place="$(printf '%s\n' "$stamp" | head -n 1)"
     if [ -e "$incomplete" ] || [ ! -e "$stamp_file" ] || [ "$(head -n 1 "$stamp_file")" != "$place" ] ||
         ! _enter_environment "$venv"; then
-        # Only what this function made is ever deleted.
+        # Only environments that this function made are ever deleted.
         if [ ! -e "$incomplete" ] && [ ! -e "$stamp_file" ] && [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
             _environment_error "$venv exists, but was not made by this script; move it away or remove it."
             return 1
@@ -178,6 +177,6 @@ _enter_environment() {
         *) PATH="$bin:$PATH" ;;
     esac
     export VENV_PYTHON VIRTUAL_ENV PATH
-    # Either would have the environment's interpreter import another one's packages.
+    # Either variable would make the environment's interpreter import packages of another one.
     unset PYTHONHOME PYTHONPATH
 }

@@ -1,8 +1,8 @@
-"""Measures how fast training steps, predictions and augmentation are, how much memory steps take, and what fits.
+"""Benchmark training steps, predictions, augmentation, memory, planning, conversion and comparison.
 
-Contenders take turns within one run, after rounds to warm up, so that whatever else the machine does hits all of them.
-Printed are the machine, medians, and ratios beside what they should be at most; -o writes all of it as JSON.
-docs/benchmarks.md tells how to read it.
+Where times are compared, contenders take turns within one run, after warm-up rounds, so that other load on the machine
+affects all of them alike. Prints the machine, medians, and ratios beside their limits; -o writes all of it as JSON.
+docs/benchmarks.md explains the output.
 
     python scripts/benchmark.py step --threads 2 --precision float32 bfloat16
     python scripts/benchmark.py step --device cuda --compile
@@ -37,7 +37,7 @@ SUBCOMMANDS = {
     "brats": brats,
     "compare": compare,
 }
-# one thread, as a worker process that augments has
+# one thread, as in a worker process for augmentation
 THREADS = {"bspline": 1, "data": 1}
 
 

@@ -1,7 +1,8 @@
-"""What BraTS 2021 costs by the workflow's example, with ResidualMaps in place of ConResNet: GPU hours, storage, queue.
+"""Estimate the costs of BraTS 2021 for the workflow's example, with ResidualMaps in place of ConResNet.
 
-Operations and parameters are counted, on tensors without data, of the plans that the planners make for BraTS-like data
-at 8 GiB. The speed of the GPU is assumed: every hour that is printed is inversely proportional to --tflops.
+Prints GPU hours, storage and read rate. Operations and parameters are counted on tensors without data, from the plans
+that the planners make for BraTS-like data at 8 GiB. The speed of the GPU is assumed: every printed hour is inversely
+proportional to --tflops.
 
     python scripts/costs.py
     python scripts/costs.py --tflops 15 --cases 12510
@@ -32,27 +33,28 @@ TARGET_GIB = 8
 EPOCHS, TRAINING_BATCHES, VALIDATION_BATCHES = 1000, 250, 50
 CHANNELS, REGIONS = 4, 3
 FOLDS = 5
-# A forward and a backward pass are taken for three forward ones.
+# A training step is assumed to cost as much as three forward passes.
 STEP = 3
-# Bytes: preprocessed images and labels are written as float32 and int8, probabilities as float32.
+# Bytes per value: preprocessed images and labels are stored as float32 and int8, probabilities as float32.
 FLOAT, LABEL = 4, 1
-# A case as BraTS has it, in which probabilities are written.
+# Voxels of an original BraTS case; probabilities are stored in this size.
 CASE_VOXELS = 240 * 240 * 155
-# Of Adam there is none: nnU-Net keeps weights and momentum, both float32; final or latest, and best.
+# Bytes per parameter: float32 weights and momentum. Adam's second moment is neglected: Muon leaves few parameters to
+# Adam. Two checkpoints per fold: final or latest, and best.
 CHECKPOINT_BYTES, CHECKPOINTS = 8, 2
 
 
 @dataclass(frozen=True)
 class Counted:
-    """A network as it was planned.
+    """A planned network with its operations and parameters.
 
     Attributes:
-        name: Of the model.
-        patch: In voxels.
-        batch: Patches.
-        flops: Of a forward pass of a batch.
-        parameters: Their number.
-        slowness: Time per operation in that of nnU-Net's U-Net; measured for ResidualMaps on a CPU, 1 elsewhere.
+        name: Name of the model.
+        patch: Patch size in voxels.
+        batch: Patches per batch.
+        flops: FLOPs of a forward pass of one batch.
+        parameters: Number of parameters.
+        slowness: Time per operation relative to nnU-Net's U-Net; measured for ResidualMaps on a CPU, 1 for the others.
     """
 
     name: str
@@ -68,7 +70,7 @@ class Counted:
 
 
 def count() -> Iterator[Counted]:
-    """Plans and counts four models."""
+    """Plan four models and count their operations and parameters."""
     data = DATA_SETS["brats"]
     planners = {
         "nnU-Net": (ExperimentPlanner, 1.0),
@@ -103,13 +105,13 @@ def count() -> Iterator[Counted]:
 
 
 def report(models: list[Counted], tflops: float, cases: int, cores: int) -> Iterator[str]:
-    """Markdown.
+    """Yield the report in Markdown.
 
     Args:
         models: The models.
         tflops: TFLOP/s that a GPU is assumed to sustain.
-        cases: For training.
-        cores: That preprocess.
+        cases: Number of training cases.
+        cores: Number of cores for preprocessing.
     """
     yield f"Every hour below rests on an assumed {tflops:g} TFLOP/s, sustained.\n"
     head = ["", "patch", "batch", "TFLOP forward", "million parameters", "TFLOP per epoch", "s per epoch"]
@@ -163,7 +165,7 @@ def main() -> None:
     )
     parser.add_argument("--tflops", type=float, default=30.0, help="assumed speed of a GPU (default: %(default)s)")
     parser.add_argument("--cases", type=int, default=1251, help="for training (default: %(default)s)")
-    parser.add_argument("--cores", type=int, default=8, help="that preprocess (default: %(default)s)")
+    parser.add_argument("--cores", type=int, default=8, help="for preprocessing (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.tflops <= 0 or arguments.cases < FOLDS or arguments.cores < 1:
         parser.error(f"expected --tflops above 0, --cases of {FOLDS} or more, and --cores of 1 or more")

@@ -19,6 +19,6 @@ fi
 
 setup_environment .venv-docs docs extras-only
 cd "$REPOSITORY_ROOT"
-# Material for MkDocs announces its successor at every start.
+# Without it, Material for MkDocs announces its successor at every start.
 export NO_MKDOCS_2_WARNING=1
 exec "$VENV_PYTHON" -m mkdocs "$command" --strict "$@"

@@ -1,7 +1,7 @@
-"""MkDocs hooks of the documentation site: navigation from the folders of docs, and pages made from other sources.
+"""MkDocs hooks of the documentation site: navigation from the folders of docs, and generated pages.
 
-Generated are the command-line reference, from the argparse parser, and changelog and contributing guide, from the files
-in the repository's root. Needs neither PyTorch nor nnU-Net.
+The command-line reference is generated from the argparse parser; the changelog and the contributing guide are generated
+from the files in the repository's root. Needs neither PyTorch nor nnU-Net.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Builds the navigation from what lies in docs."""
+    """Build the navigation from the pages in docs."""
     docs = Path(config.docs_dir)
     navigation: list[object] = [{"Home": "index.md"}, {"Tutorial": "tutorial.md"}]
     for title, (folder, order) in SECTIONS.items():
@@ -68,7 +68,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the generated pages."""
+    """Add the generated pages."""
     from mkdocs.structure.files import File
 
     pages = {COMMAND_LINE: command_line_reference()}
@@ -80,7 +80,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def as_page(text: str) -> str:
-    """A file of the repository's root as a page of docs: its links start there."""
+    """Return a file of the repository's root as a page of docs, with links relative to docs."""
     in_docs = {source: name for name, source in FROM_ROOT.items()}
 
     def moved(link: re.Match[str]) -> str:
@@ -91,7 +91,7 @@ def as_page(text: str) -> str:
 
 
 def command_line_reference() -> str:
-    """Every subcommand with what its --help prints, as Markdown."""
+    """Return every subcommand with its --help text, as Markdown."""
     sys.path.insert(0, str(ROOT))
     from nnunet_conres.cli import build_parser
 
@@ -111,7 +111,7 @@ def command_line_reference() -> str:
 
 
 def command_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Parsers of all subcommands, theirs included."""
+    """Yield the parsers of all subcommands, nested ones included."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for subparser in action.choices.values():

@@ -1,4 +1,4 @@
-"""Writes docs/tutorial.ipynb from docs/tutorial.md, for a GPU on Colab: python scripts/notebook.py"""
+"""Write docs/tutorial.ipynb from docs/tutorial.md, for a GPU on Colab: python scripts/notebook.py"""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def notebook(markdown: str) -> str:
-    """The notebook of a page: its prose as text, its shell commands as cells, its printed output left out."""
+    """Convert a page to a notebook: prose becomes text, shell commands become cells, printed output is left out."""
     cells = []
     for part in re.split(r"^(```\w+\n.*?^```\n)", markdown, flags=re.DOTALL | re.MULTILINE):
         block = re.fullmatch(r"```(\w+)\n(.*?)```\n", part, re.DOTALL)
         if block is None:
-            # Pictures and pages are beside the page, not beside a notebook elsewhere.
+            # Relative links and pictures would not work outside docs.
             text = re.sub(r"^!\[.*?\]\(.*?\)\n", "", part, flags=re.MULTILINE | re.DOTALL)
             text = re.sub(r"\[([^\]]*)\]\((?!http)[^)]*\)", r"\1", text).strip()
             if text:
@@ -36,7 +36,7 @@ def _commands(block: str) -> str:
     if block.startswith("pip install"):
         return "# From PyPI, once released; until then upload a wheel and install that.\n%pip install nnunet-conres"
     if block.startswith("export"):
-        # A shell's variables end with its cell.
+        # Shell variables do not outlive their cell.
         lines = ["import os", ""]
         for name, value in re.findall(r"^export (\w+)=(\S+)", block, re.MULTILINE):
             value = "cuda" if name == "DEVICE" else value

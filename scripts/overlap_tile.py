@@ -1,8 +1,8 @@
-"""Measures what overlapping tiles are good for: error against distance from the borders between tiles.
+"""Measure the effect of overlapping tiles: error against distance from the borders between tiles.
 
 A trained model predicts the same images without overlap, and with nnU-Net's half-overlapping tiles with and without
-Gaussian weights. All is done by nnU-Net's own predictor, in preprocessed space, without mirroring. Writes
-overlap_tile.png and overlap_tile.json. docs/explanation/overlap_tile.md tells what the figure shows.
+Gaussian weights. All predictions use nnU-Net's own predictor, in preprocessed space, without mirroring. Writes
+overlap_tile.png and overlap_tile.json. docs/explanation/overlap_tile.md explains the figure.
 
     python scripts/overlap_tile.py -m MODEL -i IMAGES -ref LABELS -o OUT -f 0 -splits SPLITS_JSON -tile 24 24 24
 """
@@ -38,14 +38,14 @@ BASELINE = "half overlap, Gaussian"
 
 @dataclass
 class Mode:
-    """A way to predict, and what it got wrong.
+    """A prediction mode and its errors.
 
     Attributes:
         tile: Size of a tile in voxels.
-        step: Step from tile to tile, in tiles.
-        gaussian: Whether tiles are weighted.
+        step: Step from tile to tile, as a fraction of a tile.
+        gaussian: Whether tiles have Gaussian weights.
         tiles: Number of tiles per case.
-        wrong: Wrong voxels at every distance, per case.
+        wrong: Number of wrong voxels at every distance, per case.
     """
 
     tile: tuple[int, ...]
@@ -80,10 +80,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def find_cases(arguments: argparse.Namespace) -> dict[str, tuple[list[str], str]]:
-    """Image files and label map of the cases to predict, by case.
+    """Return image files and label map of the cases to predict, by case.
 
     Raises:
-        ValueError: Files are missing; all errors are named.
+        ValueError: Files are missing; the message lists all of them.
     """
     model = arguments.m
     needed = [model / name for name in ("plans.json", "dataset.json", f"fold_{arguments.f}/{arguments.chk}")]
@@ -98,9 +98,7 @@ def find_cases(arguments: argparse.Namespace) -> dict[str, tuple[list[str], str]
     else:
         splits = json.loads(arguments.splits.read_text(encoding="utf-8"))
         if not (arguments.f.isdigit() and int(arguments.f) < len(splits)):
-            raise ValueError(
-                f"{arguments.splits} holds no cases out of fold {arguments.f}; it has {len(splits)} folds."
-            )
+            raise ValueError(f"{arguments.splits} has no fold {arguments.f}; it has {len(splits)} folds.")
         names = sorted(splits[int(arguments.f)]["val"])
     cases = {}
     for name in names[: arguments.n]:
@@ -127,14 +125,14 @@ def measure(
     tile: tuple[int, ...],
     band: float,
 ) -> dict[str, Any]:
-    """Predict all cases in all modes; the modes get their errors.
+    """Predict all cases in all modes, and add the errors to the modes.
 
     Args:
-        predictor: With a trained model.
+        predictor: Predictor with a trained model.
         cases: Image files and label map, by case.
-        modes: What to predict, by name.
-        tile: Size of the tiles whose borders distances are measured from.
-        band: Voxels this near the object count.
+        modes: Prediction modes, by name.
+        tile: Size of the tiles; distances are measured from their borders.
+        band: Voxels at most this far from the object are counted.
 
     Returns:
         Voxels per case and distance, image sizes, and the share of the object outside the predicted range.
@@ -145,7 +143,7 @@ def measure(
     voxels, shapes, lost, present = [], [], 0, 0
     for images, label in tqdm(cases.values(), desc="Predicting", unit="case"):
         image, reference, _ = preprocessor.run_case(images, label, plans, configuration, predictor.dataset_json)
-        # Negative marks what nnU-Net takes for the outside of the body.
+        # nnU-Net labels voxels outside its nonzero mask -1.
         reference = np.maximum(reference[0], 0)
         known = np.ones(reference.shape, bool) if ignored is None else reference != ignored
         foreground = (reference > 0) & known
@@ -172,7 +170,7 @@ def measure(
 
 
 def as_table(result: dict[str, Any]) -> str:
-    """Errors in per cent, and what they exceed the baseline by in percentage points, as a Markdown table."""
+    """Format errors in per cent, and their differences from the baseline in percentage points, as a Markdown table."""
     shown = [distance for distance in (0, 1, 2, 4) if distance < len(result["voxels"]) and result["voxels"][distance]]
     heads = ["", "tiles per case", "error", "less baseline", *(f"at {d}" for d in shown), "less baseline at 0"]
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
@@ -232,7 +230,7 @@ def main() -> None:
     weights = compute_gaussian(tile, value_scaling_factor=10, device=torch.device("cpu"))[centre].double().numpy() / 10
     size = " x ".join(map(str, tile))
     title = f"{predictor.trainer_name}, tile {size}, {len(cases)} cases, intervals of 95 % over cases"
-    # Another tile has nothing to do with the borders of this one, and would set the scale.
+    # A mode with another tile size has other borders, and its curve would set the scale.
     compared = {name: curve for name, curve in excess.items() if modes[name].tile == tile}
     figure = tile_figure(errors, compared, voxels.sum(0), weights=weights, baseline=BASELINE, title=title)
 

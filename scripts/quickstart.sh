@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything once, from nothing to a report, on synthetic brain tumors: see usage below.
+# Runs everything once, from installation to report, on synthetic brain tumors: see usage below.
 
 set -euo pipefail
 
@@ -30,12 +30,12 @@ DATASET_ID=501
 DATASET=Dataset501_BraTS
 CONFIGURATION=3d_fullres
 FOLD=0
-# In scripts/quickstart_trainers; all train in the same precision. Names are those of the report.
+# The trainers are in scripts/quickstart_trainers; all use the same precision. The report uses these names.
 TRAINERS=(nnUNetTrainerQuickstart nnUNetTrainerMuonQuickstart nnUNetTrainerConResNetQuickstart)
 NAMES=("nnU-Net" "nnU-Net with Muon" "ConResNet")
 STEPS=9
 
-# Both sizes are as large as a head, 192 x 192 x 144 mm; the patch is the whole image in the small one.
+# In both sizes, images cover a head, about 192 x 192 x 144 mm. In the small size, the patch is the whole image.
 choose_size() {
     SIZE="${SIZE:-$([ "$DEVICE" = cuda ] && echo gpu || echo small)}"
     case "$SIZE" in
@@ -97,7 +97,7 @@ read_arguments() {
                     --workdir) WORK="$2" ;;
                     --device) DEVICE="$2" ;;
                     --size) SIZE="$2" ;;
-                    # Where _environment.sh looks for it.
+                    # _environment.sh reads this variable.
                     --python) export PYTHON="$2" ;;
                 esac
                 shift
@@ -122,7 +122,7 @@ read_arguments() {
     WORK="${WORK:-$PROJECT/quickstart}"
 }
 
-# Sets the folder's paths. Refuses a folder with other things in it, since steps delete what an earlier try left.
+# Sets the paths of the work folder. Refuses a folder with other contents, since steps delete leftovers of earlier runs.
 enter_work_folder() {
     local marker=".nnunet-conres-quickstart"
     mkdir -p "$WORK" || fail "cannot create the work folder $WORK."
@@ -137,7 +137,7 @@ enter_work_folder() {
     REPORT="$WORK/report"
     LOGS="$WORK/logs"
     STAMPS="$WORK/steps_done"
-    # Only for this script and what it starts; the caller's own folders stay what they are.
+    # Only for this script and its child processes; the caller's variables stay unchanged.
     export nnUNet_raw="$WORK/nnUNet_raw"
     export nnUNet_preprocessed="$WORK/nnUNet_preprocessed"
     export nnUNet_results="$WORK/nnUNet_results"
@@ -151,8 +151,8 @@ enter_work_folder() {
     printf 'Work folder: %s\n' "$WORK"
 }
 
-# A second quickstart would delete what the first one works with. The file holds the process; that of a process that has
-# ended does not count.
+# A second quickstart would delete files that the first one uses. The lock file contains the process id; a process that
+# has ended does not count.
 lock_work_folder() {
     local lock="$WORK/.lock" owner
     while ! (set -o noclobber && echo "$$" >"$lock") 2>/dev/null; do
@@ -191,7 +191,7 @@ print("cuda" * cuda, "mps" * mps, "cpu", os.cpu_count() or 1)')" || fail "PyTorc
         *) fail "--device $DEVICE: PyTorch finds no such device here." "Use --device $1, or leave the option out." ;;
     esac
 
-    # nnU-Net starts 8 and 12 workers otherwise, which on two cores are slower than two. On a CPU the training itself
+    # nnU-Net's defaults are 8 and 12 workers, which are slower than two on two cores. On a CPU, the training itself
     # needs the cores.
     export nnUNet_def_n_proc=2 nnUNet_n_proc_DA=1
     if [ "$DEVICE" != cpu ] && [ "$cores" -gt 2 ]; then
@@ -204,7 +204,7 @@ print("cuda" * cuda, "mps" * mps, "cpu", os.cpu_count() or 1)')" || fail "PyTorc
     export PYTHONUNBUFFERED=1
 }
 
-# Every step below removes what an earlier, interrupted try of it may have left, except for the training, which goes on.
+# Every step below removes the leftovers of an interrupted run, except for the training, which resumes.
 
 make_phantoms() {
     rm -rf "$BRATS"
@@ -221,7 +221,7 @@ plan_and_preprocess() {
     nnUNetv2_plan_and_preprocess -d "$DATASET_ID" -c "$CONFIGURATION" --verify_dataset_integrity -npfp 2 -np 2
 }
 
-# model_folder TRAINER: where nnU-Net puts what it trains.
+# model_folder TRAINER: the folder of the trained model.
 model_folder() {
     printf '%s\n' "$nnUNet_results/$DATASET/$1__nnUNetPlans__$CONFIGURATION"
 }
@@ -241,7 +241,7 @@ train() {
     nnUNetv2_train "$DATASET_ID" "$CONFIGURATION" "$FOLD" -tr "$trainer" -device "$DEVICE"
 }
 
-# predictions TRAINER: where those of a model go.
+# predictions TRAINER: the folder for the predictions of a model.
 predictions() {
     printf '%s\n' "$WORK/predictions/$1"
 }
@@ -271,19 +271,19 @@ heading() {
     printf '\n[%s/%s] %s\n' "$1" "$STEPS" "$2"
 }
 
-# step NUMBER NAME TITLE FUNCTION ARGUMENTS: runs the function unless an earlier run finished it, its output in a log.
+# step NUMBER NAME TITLE FUNCTION ARGUMENTS: runs the function unless an earlier run finished it; logs its output.
 step() {
     local number="$1" name="$2" title="$3" began=$SECONDS status=0
     shift 3
     local log="$LOGS/$number-$name.log" stamp="$STAMPS/$number-$name" ticker=""
     heading "${number#0}" "$title"
-    # The stamp holds what the results depend on: with other cases or another trainer all is done anew.
+    # The stamp contains everything the results depend on: with other cases or trainers, all steps run again.
     local recipe="${CASES[*]} $ITERATIONS $DATASET $CONFIGURATION $FOLD ${TRAINERS[*]}"
     if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$recipe" ]; then
         printf '    done before\n'
         return
     fi
-    # Later steps used this one's earlier results. Numbers have two digits.
+    # Later steps used the earlier results of this step, so they run again. Numbers have two digits, to compare as text.
     local later
     for later in "$STAMPS"/*; do
         [ "$(basename "$later")" \< "$number" ] || rm -f "$later"
@@ -312,8 +312,8 @@ step() {
     printf '    %s (log: %s)\n' "$(duration $((SECONDS - began)))" "$log"
 }
 
-# show_progress BEGAN LOG: the time and, of a training, the progress line in its log; for as long as the script lives.
-# On a terminal every second in the same line, elsewhere a line every 30 seconds.
+# show_progress BEGAN LOG: prints the elapsed time and, for a training, the progress line in its log, until the script
+# ends. On a terminal it updates one line every second, elsewhere it prints a line every 30 seconds.
 show_progress() {
     local line width tick=0 every=30
     [ ! -t 1 ] || every=1

@@ -1,7 +1,7 @@
-"""Checks an installed nnunet-conres, without the checkout: python scripts/smoke.py
+"""Check an installed nnunet-conres, without a checkout: python scripts/smoke.py
 
-The commands start, nnU-Net finds a trainer, synthetic cases become a data set, and networks take a training step. Takes
-about a minute on a CPU; writes to a temporary folder only.
+Checks that the commands start, nnU-Net finds a trainer, synthetic cases become a data set, and networks compute outputs
+and finite gradients. Takes about a minute on a CPU; writes to a temporary folder only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# The installed package, not the one beside this script.
+# Import the installed package, not one in this script's folder.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 
@@ -63,7 +63,7 @@ def check_networks() -> None:
         assert output.shape == (1, 3, 16, 32, 32), output.shape
         output.square().mean().backward()
         assert all(weight.grad is None or weight.grad.isfinite().all() for weight in network.parameters())
-        print(type(network).__name__, "takes a step")
+        print(type(network).__name__, "gives outputs and finite gradients")
 
 
 def main() -> None:

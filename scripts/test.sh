@@ -7,8 +7,8 @@
 #
 # With pytest arguments, for example a file or -k NAME, only pytest runs. One test process per core, with one thread
 # each; -n 0 as a pytest argument runs all tests in one process. The environment is .venv-test in the repository's root;
-# the first run creates it (see _environment.sh for what can be chosen). Tests that open a report in Chromium are
-# skipped where there is none; on Debian, root has it installed first.
+# the first run creates it (_environment.sh describes the options). Tests that open a report in Chromium are skipped
+# without it; on Debian, the script installs it first if run as root.
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
@@ -23,7 +23,7 @@ fi
 setup_environment .venv-test dev
 cd "$REPOSITORY_ROOT"
 
-# Some tests open a report in a browser. Where there is none and none can be installed they are skipped, and say so.
+# Some tests open a report in a browser. They are skipped with a message if there is none and none can be installed.
 if ! command -v chromium >/dev/null 2>&1 && ! command -v chromium-browser >/dev/null 2>&1 &&
     ! command -v google-chrome >/dev/null 2>&1 &&
     [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
@@ -35,10 +35,10 @@ if ! command -v chromium >/dev/null 2>&1 && ! command -v chromium-browser >/dev/
     ) >/dev/null 2>&1 || printf 'It could not be installed: the tests that need it are skipped.\n' >&2
 fi
 
-# One test process per core: small networks on one thread each, and few worker processes, use all cores best.
+# With one test process per core, one thread each and few worker processes use the cores best.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}"
 export nnUNet_n_proc_DA="${nnUNet_n_proc_DA:-1}" nnUNet_def_n_proc="${nnUNet_def_n_proc:-1}"
-# No window, and nothing to draw on, on a server.
+# A server has no display.
 export MPLBACKEND=Agg
 
 if [ "$#" -eq 0 ]; then
@@ -49,6 +49,6 @@ fi
 if "$run_all"; then
     set -- -m "" "$@"
 fi
-# Each process starts with a contiguous part of the tests, so that fixtures of a file are made once; who is done first
-# takes over some of the others' tests.
+# Each process starts with a contiguous part of the tests, so that fixtures of a file are set up once; idle processes
+# take over tests from others.
 "$VENV_PYTHON" -m pytest -n logical --maxprocesses 8 --dist worksteal "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real SLURM for the workflow, on this machine: see usage below.
+# Runs the workflow with a real SLURM on this machine: see usage below.
 
 set -euo pipefail
 
@@ -49,7 +49,7 @@ main() {
     kill_a_training &
     local killer=$!
     STARTED+=("$killer")
-    # not in the foreground: signals to this script would wait for its end
+    # in the background: in the foreground, signals to this script would wait until it ends
     workflow >"$WORK/workflow.log" 2>&1 &
     RUNNING=$!
     wait "$RUNNING" || status=$?
@@ -130,7 +130,7 @@ install_slurm() {
     } >"$WORK/apt.log" 2>&1 || fail "the installation failed; see $WORK/apt.log"
 }
 
-# Sockets have short names at most: those of the daemons lie in a separate folder.
+# Socket paths have a length limit, so the daemons' sockets lie in a separate folder with a short path.
 start_cluster() {
     heading "A cluster of this machine"
     local host cluster="$WORK/cluster" cores memory
@@ -174,12 +174,12 @@ KillWait=10
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores RealMemory=$memory State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=24:00:00 State=UP
 CONF
-    # Jobs lose the variable SLURM_CONF on their way: SLURM has to find the file by itself.
+    # Jobs do not inherit SLURM_CONF, so SLURM has to find the file in its default location.
     [ ! -e /etc/slurm/slurm.conf ] || fail "/etc/slurm/slurm.conf exists: this machine is part of a cluster already."
     mkdir -p /etc/slurm
     ln -s "$cluster/slurm.conf" /etc/slurm/slurm.conf
     LINKED=yes
-    # --force: a folder above that others may write to would only be a warning
+    # --force turns the error about a parent folder that others can write to into a warning
     munged --force --foreground --key-file="$RUN/munge.key" --socket="$RUN/munge.socket" --pid-file="$RUN/munged.pid" \
         --seed-file="$RUN/munge.seed" --log-file="$RUN/munged.log" --num-threads=2 >"$cluster/munged.out" 2>&1 &
     STARTED+=("$!")
@@ -188,8 +188,8 @@ CONF
     STARTED+=("$!")
     slurmd -D -N "$host" >"$cluster/slurmd.out" 2>&1 &
     STARTED+=("$!")
-    # This cluster keeps no accounts. Where scontrol takes 10 s to answer once, as on a busy machine, the plugin asks sacct
-    # for states instead, and loses sight of all jobs when that fails.
+    # This cluster has no accounting. If scontrol takes 10 s to answer once, as on a busy machine, the plugin asks sacct
+    # for job states instead, and loses all jobs if that fails. This stand-in answers from squeue.
     mkdir -p "$WORK/bin"
     cat >"$WORK/bin/sacct" <<'STAND_IN'
 #!/bin/sh
@@ -219,7 +219,7 @@ make_experiment() {
     heading "Synthetic cases and a configuration"
     mkdir -p "$WORK/trainers"
     nnunet-conres phantom -o "$WORK/phantoms" -n 6 --held-out 2 --shape 24 24 20 --spacing 7 7 7
-    # Long enough an epoch to be killed in the middle of it.
+    # An epoch is long enough to be killed in the middle.
     cat >"$WORK/trainers/short_trainers.py" <<PYTHON_CODE
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -267,7 +267,7 @@ workflow() {
         --slurm-init-seconds-before-status-checks 5 --seconds-between-status-checks 5 --latency-wait 30 --jobs 20 "$@"
 }
 
-# Ends the first training of ConResNet that is in the middle of its epoch, after a checkpoint.
+# Cancels the first training of ConResNet that is in the middle of its epoch and has a checkpoint.
 kill_a_training() {
     local until=$((SECONDS + 1500)) lock fold job
     while [ "$SECONDS" -lt "$until" ]; do
@@ -275,14 +275,14 @@ kill_a_training() {
             fold="$(basename "$lock" .lock)"
             if [ -s "$lock" ] && [ -e "$(dirname "$lock")/../$fold/checkpoint_latest.pth" ]; then
                 job="$(sed -n 's/.*"job": "\([0-9]*\)".*/\1/p' "$lock")"
-                # some iterations on
+                # let some iterations pass
                 sleep 2
                 if [ -n "$job" ] && [ -s "$lock" ] && scancel "$job"; then
                     {
                         printf '%s job %s %s\n' "$(date '+%F %T')" "$job" "$fold"
                         tail -n 2 "$(dirname "$lock")/../$fold"/training_log_*.txt
                     } >"$WORK/killed.txt"
-                    # as it stands when it has ended, before Snakemake has noticed
+                    # the status after the job has ended, before Snakemake notices
                     wait_for 30 flock --nonblock "$lock" true || true
                     nnunet-conres workflow "$WORK/experiment.yaml" --status >"$WORK/status_after_kill.txt" || true
                     return 0
@@ -307,8 +307,8 @@ check_recovery() {
     log="$WORK/experiment/logs/train/ConResNet/$fold.log"
     [ "$(squeue --noheader --states=all --jobs="$job" --format=%T)" = CANCELLED ] || fail "job $job was not cancelled."
     grep --no-filename -h 'Continuing this epoch after iteration' "$log" ||
-        fail "$fold was not gone on with from its checkpoint; see $log"
-    grep '^\[workflow\].* nnUNetv2_train .*--c$' "$log" || fail "$fold was not taken up with --c; see $log"
+        fail "$fold did not resume from its checkpoint; see $log"
+    grep '^\[workflow\].* nnUNetv2_train .*--c$' "$log" || fail "$fold was not restarted with --c; see $log"
     [ "$(grep -c '^Epoch 0\|: Epoch 0 *$' "$log")" -eq 2 ] || fail "epoch 0 should have been entered twice; see $log"
 }
 
@@ -325,7 +325,7 @@ check_all_is_done() {
     grep 'Nothing to be done' "$WORK/second.log" || fail "the second run did something; see $WORK/second.log"
 }
 
-# The commands as the logs have them, without the second attempt of the training that was killed, in other folders.
+# Runs the commands from the logs, except for the second attempt of the killed training, in other folders.
 run_sequentially() {
     heading "The same commands one after another"
     local command began number=0 all sequential_seconds sequential="$WORK/sequential"
@@ -359,12 +359,12 @@ run_sequentially() {
 clean_up() {
     local status=$? pid
     set +e
-    # Snakemake first, which is a child of the shell that runs the function, and cancels its jobs
+    # first Snakemake, a child of the shell that runs the function; it cancels its jobs
     if [ -n "${RUNNING:-}" ]; then
         pkill -P "$RUNNING"
         wait "$RUNNING"
     fi
-    # then what is left of jobs, which slurmd's processes hold
+    # then the remaining jobs, which slurmd's processes hold
     if [ "${#STARTED[@]}" -gt 1 ]; then
         scancel --user=root >/dev/null 2>&1
         sleep 2

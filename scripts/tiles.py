@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: distinct for people with any colour vision.
+# Okabe and Ito's colours, distinct for people with any colour vision.
 _COLOURS: Final = ("#D55E00", "#E69F00", "#0072B2", "#000000", "#009E73", "#CC79A7")
 _MARKERS: Final = "osD^vP"
 
-# Distances that fewer of the voxels have are left out of the figure: a point there would show a handful of voxels.
+# The figure leaves out distances with a smaller share of the voxels: their points would show a handful of voxels.
 _SHOWN_SHARE: Final = 0.01
 
 
@@ -26,7 +26,7 @@ class Curve:
     """A rate per distance with its confidence interval.
 
     Attributes:
-        rate: (distances,), of the voxels of all cases together; NaN where there are none.
+        rate: (distances,), over the voxels of all cases together; NaN where there are none.
         low: (distances,), lower end of the interval.
         high: (distances,), upper end of the interval.
     """
@@ -36,7 +36,7 @@ class Curve:
     high: NDArray[np.float64]
 
     def as_json(self) -> dict[str, list[float | None]]:
-        """Lists of numbers, null where there is none."""
+        """Return lists of numbers, with null for NaN."""
         return {
             name: [None if np.isnan(value) else float(value) for value in getattr(self, name)]
             for name in ("rate", "low", "high")
@@ -44,11 +44,11 @@ class Curve:
 
 
 def whole_tiles(shape: Sequence[int], tile: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """The range around an image's centre that tiles fill without a remainder.
+    """Return the range around an image's centre that tiles fill without a remainder.
 
-    nnU-Net spreads tiles evenly over an image, so that tiles meant to lie side by side still overlap where an image is
-    not a multiple of the tile. In this range they do not. It takes as many tiles as leave out at most a quarter of a
-    tile along each axis.
+    nnU-Net spreads tiles evenly over an image, so tiles that should lie side by side still overlap if the image is not
+    a multiple of the tile. In this range they do not overlap. Along each axis, the range leaves out at most a quarter
+    of a tile.
 
     Args:
         shape: Size of the image in voxels.
@@ -69,7 +69,7 @@ def take_range(voxels: NDArray[Any], ranges: Sequence[tuple[int, int]], fill: fl
     """Crop or pad an array to ranges of its last axes.
 
     Args:
-        voxels: The array; axes before those that have ranges stay as they are.
+        voxels: The array; leading axes without a range stay as they are.
         ranges: Start and stop per axis, which may lie outside.
         fill: Value outside the array.
 
@@ -89,26 +89,26 @@ def take_range(voxels: NDArray[Any], ranges: Sequence[tuple[int, int]], fill: fl
 def internal_border_distance(
     shape: Sequence[int], tile: Sequence[int], starts: Sequence[Sequence[int]]
 ) -> NDArray[np.float64]:
-    """How many voxels of context lie between each voxel and the nearest face at which its tile ends within the image.
+    """Return the number of voxels between each voxel and the nearest face of its tile that lies within the image.
 
-    Faces of a tile at the border of the image do not count: nothing that the network could see lies beyond them. Where
-    tiles overlap, the one in which the voxel lies deepest counts.
+    Faces of a tile at the border of the image do not count, since the network could see nothing beyond them. Where
+    tiles overlap, the tile in which the voxel lies deepest counts.
 
     Args:
         shape: Size of the image in voxels.
         tile: Size of a tile in voxels, as many axes.
-        starts: First voxel of the tiles along each axis, as nnU-Net's `compute_steps_for_sliding_window` gives them;
+        starts: First voxel of the tiles along each axis, from nnU-Net's `compute_steps_for_sliding_window`;
             there is a tile for every combination.
 
     Returns:
         Array of the given shape: 0 for a voxel that touches such a face, infinite where a tile has none.
 
     Raises:
-        ValueError: A tile reaches out of the image, or the tiles leave voxels out.
+        ValueError: A tile extends beyond the image, or voxels lie in no tile.
     """
     per_axis = []
     for axis, (size, length, positions) in enumerate(zip(shape, tile, starts, strict=True)):
-        # Tiles are all combinations of positions, so the deepest one can be found along every axis by itself.
+        # There is a tile for every combination of positions, so the deepest one can be found for each axis separately.
         deepest = np.full(size, -1.0)
         for start in positions:
             if start < 0 or start + length > size:
@@ -135,9 +135,9 @@ def count_by_distance(
 
     Args:
         wrong: Whether a voxel is wrong.
-        distance: Of every voxel, as `internal_border_distance` gives it.
+        distance: Distance of every voxel, from `internal_border_distance`.
         counted: Whether a voxel counts.
-        length: Distances to count, from 0; voxels farther away are left out.
+        length: Number of distances to count, from 0; voxels farther away are left out.
 
     Returns:
         Wrong voxels and all voxels, each (length,).
@@ -150,20 +150,20 @@ def count_by_distance(
 def bootstrap_rate(
     wrong: NDArray[Any], total: NDArray[Any], *, samples: int = 5000, confidence: float = 0.95, seed: int = 0
 ) -> Curve:
-    """Rate of the voxels of all cases together, with a percentile interval from drawing cases with replacement.
+    """Return the rate over the voxels of all cases, with a percentile interval from drawing cases with replacement.
 
     Voxels of one case are not independent of each other; cases are.
 
     Args:
-        wrong: (cases, distances), how many voxels are wrong. The difference of two such counts over the same voxels
-            gives the paired difference of their rates.
-        total: (cases, distances), how many voxels there are.
-        samples: Drawings.
-        confidence: Of the interval, between 0 and 1.
-        seed: Of the drawings; the same for the same result.
+        wrong: (cases, distances), number of wrong voxels. The difference of two such counts over the same voxels gives
+            the paired difference of their rates.
+        total: (cases, distances), number of voxels.
+        samples: Number of draws.
+        confidence: Confidence level of the interval, between 0 and 1.
+        seed: Seed of the draws.
 
     Returns:
-        The rate per distance.
+        The rate per distance and its interval.
     """
     cases = wrong.shape[0]
     draws = np.random.default_rng(seed).multinomial(cases, np.full(cases, 1 / cases), size=samples)
@@ -185,18 +185,18 @@ def tile_figure(
     baseline: str,
     title: str = "",
 ) -> Figure:
-    """Draw how tiles are weighted, the error against the distance, and what it exceeds the baseline by.
+    """Draw the weights of tiles, the error against the distance, and its difference from the baseline.
 
     Args:
-        errors: Error rate of every way to predict, by name, in the order of drawing.
-        excess: Error rate less the baseline's at the same voxels, of the ways to compare with it, by name.
+        errors: Error rate of every prediction mode, by name, in the order of drawing.
+        excess: Error rate minus the baseline's at the same voxels, of the modes to compare with it, by name.
         voxels: (distances,), voxels at each distance.
         weights: (length,), weight of a tile's prediction along one of its axes, 1 at the centre.
-        baseline: Name of the way that the others are compared with.
-        title: Shown on top.
+        baseline: Name of the mode that the others are compared with.
+        title: Title of the figure.
 
     Returns:
-        The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
+        The figure; `savefig` writes it. pyplot does not know it, so it need not be closed.
     """
     from matplotlib.figure import Figure
 
@@ -233,7 +233,7 @@ def tile_figure(
 
 
 def _draw_weights(axis: Any, weights: NDArray[np.float64]) -> None:
-    """Half-overlapping tiles along one axis: the share that each of them has in the prediction of a voxel."""
+    """Draw half-overlapping tiles along one axis: the share of each tile in the prediction of a voxel."""
     length = len(weights)
     step = length // 2
     starts = [step * number for number in range(5)]
@@ -243,7 +243,7 @@ def _draw_weights(axis: Any, weights: NDArray[np.float64]) -> None:
     shares = stacked / stacked.sum(0)
     position = np.arange(stacked.shape[1]) + 0.5
     for row, start in enumerate(starts):
-        # The tiles that would lie there without overlap in one colour, those between them in another.
+        # One colour for the tiles that also exist without overlap, another for the tiles between them.
         colour = "#0072B2" if row % 2 == 0 else "#56B4E9"
         inside = slice(start, start + length)
         axis.fill_between(position[inside], shares[row, inside], color=colour, alpha=0.35, lw=0)

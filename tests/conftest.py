@@ -23,10 +23,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """The same random numbers for every test, whichever others ran before it."""
+    """Seed random numbers, so that no test depends on the tests before it."""
     random.seed(0)
     np.random.seed(0)
-    # Tests that don't need torch must not wait for its import.
+    # Tests without torch must not wait for its import.
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
@@ -38,9 +38,9 @@ def repository_root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Function that gives a folder of that name; what makes its content runs once for all processes of pytest-xdist.
+    """Function that returns a folder by name. Its content is made once for all processes of pytest-xdist.
 
-    The folder is for reading: tests that change something copy it first.
+    The folder is read-only: tests that change something copy it first.
     """
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -61,7 +61,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Ca
 
 @pytest.fixture
 def limited_files() -> Callable[[int], contextlib.AbstractContextManager[None]]:
-    """Function whose context lets no file grow beyond so many bytes, as `ulimit -f` does."""
+    """Function whose context limits the size of files in bytes, as `ulimit -f` does."""
     resource = pytest.importorskip("resource")
 
     @contextlib.contextmanager
@@ -77,7 +77,7 @@ def limited_files() -> Callable[[int], contextlib.AbstractContextManager[None]]:
 
 
 class _ThreadPools:
-    """A context of multiprocessing whose pools are threads."""
+    """A multiprocessing context whose pools use threads."""
 
     def __init__(self, method: str | None = None) -> None:
         self._context = _get_context(method)
@@ -91,9 +91,9 @@ _get_context = multiprocessing.get_context
 
 @pytest.fixture(scope="session")
 def keep_nnunet_small() -> Callable[[pytest.MonkeyPatch], None]:
-    """Function that makes nnU-Net's work fit tiny data: threads for processes, few intensities for a fingerprint.
+    """Function that adapts nnU-Net to tiny data: threads instead of processes, few intensities for a fingerprint.
 
-    Each process would import torch first, and nnU-Net draws 100,000,000 intensities from however few voxels there are.
+    Each process would import torch first, and nnU-Net draws 100,000,000 intensities, however few voxels there are.
     """
 
     def keep(patch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    """Of a constructor, but for channels, classes and what a stage is made of."""
+    """Return constructor arguments, except for channels, classes, and convolutions or blocks per stage."""
     from torch import nn
 
     return {
@@ -28,7 +28,7 @@ def plain_unet(
     features: Sequence[int] = (4, 8),
     convolutions: int = 1,
 ) -> dict[str, Any]:
-    """nnU-Net's U-Net as plans describe it under ``architecture``."""
+    """Return nnU-Net's U-Net as plans describe it under ``architecture``."""
     n_stages = len(strides)
     return {
         "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",

@@ -1,4 +1,4 @@
-"""Ids that would leave a folder, or be taken for something else."""
+"""Ids that would point outside a folder or be mistaken for something else."""
 
 import pytest
 

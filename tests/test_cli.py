@@ -56,7 +56,7 @@ class TestInfo:
         assert read["trainers"] == TRAINERS
 
     def test_answers_in_half_a_second(self, repository_root: Path) -> None:
-        # The best of some, in time of the processor: what else the machine is doing does not count.
+        # Minimum processor time over several runs, so that other work of the machine does not count.
         seconds = []
         for _ in range(3):
             begin = os.times()
@@ -126,7 +126,7 @@ class TestErrors:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 class TestOutput:
-    """Programs that read or keep the output may end or be full."""
+    """The reader of the output may end early, and the file for the output may not fit on the disk."""
 
     def run(self, arguments: str, reader: str, folder: Path) -> subprocess.CompletedProcess[str]:
         command = f"{sys.executable} -m nnunet_conres.cli {arguments} {reader}; exit ${{PIPESTATUS[0]}}"

@@ -1,6 +1,6 @@
-"""What README and docs say about commands, trainers, variables, files and links, against the code.
+"""Commands, trainers, variables, files and links in README and docs, against the code.
 
-`scripts/docs.sh` checks the links between the pages of docs; here are those of the files in the repository's root.
+`scripts/docs.sh` checks the links between the pages of docs. This module checks those in files of the root folder.
 """
 
 import argparse
@@ -38,7 +38,7 @@ GENERATED = {f"docs/{page}" for page in (docs_site.COMMAND_LINE, *docs_site.FROM
 
 
 def shell_lines(text: str) -> Iterator[str]:
-    """Lines of the code blocks that are typed into a shell, continued ones joined."""
+    """Yield the lines of shell code blocks, with continued lines joined."""
     for language, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         if language in ("bash", "sh"):
             yield from re.sub(r"\\\n\s*", " ", block).splitlines()
@@ -47,7 +47,7 @@ def shell_lines(text: str) -> Iterator[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Arguments of every `nnunet-conres`; variables of the shell become 1, which is a number and a name."""
+    """Yield the arguments of every `nnunet-conres`. Shell variables become 1, which is valid as a number and a name."""
     for line in shell_lines(text):
         words = shlex.split(re.sub(r"\$\{?\w+\}?", "1", line.replace("$DEVICE", "cpu")), comments=True)
         if words[:1] == ["nnunet-conres"]:
@@ -57,7 +57,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 def parse(arguments: list[str]) -> None:
     parsed, others = build_parser().parse_known_args(arguments)
-    # the workflow passes what it does not know to Snakemake
+    # the workflow passes unknown arguments to Snakemake
     assert not others or arguments[0] == "workflow", f"nnunet-conres {shlex.join(arguments)}: unknown {others}"
     assert parsed.handler
 
@@ -115,7 +115,7 @@ def test_named_trainers_exist() -> None:
         known = nnunets | {*TRAINERS} | set(re.findall(r"^class (nnUNetTrainer\w*)", text, re.MULTILINE))
         if page.name == "results.md":
             known.add("nnUNetTrainerConResNetStream")  # a former name
-        # without plans and configuration, as in the name of a model's folder
+        # names of model folders also contain plans and configuration, which are cut off
         assert {name.partition("__")[0] for name in re.findall(r"nnUNetTrainer\w*", text)} <= known, page
 
 
@@ -138,7 +138,7 @@ def test_named_scripts_and_tests_exist() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors that GitHub gives the headings of a page."""
+    """Return the anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -165,7 +165,7 @@ def test_the_navigation_names_no_page_twice() -> None:
 
 
 def test_the_notebook_is_that_of_the_tutorial() -> None:
-    """Otherwise: python scripts/notebook.py"""
+    """If this fails, run: python scripts/notebook.py"""
     nbformat = pytest.importorskip("nbformat")
     text = (ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8")
     assert text == notebook.notebook((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))

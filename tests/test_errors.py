@@ -28,7 +28,7 @@ def test_a_list_is_counted():
 
 
 def attempt(do: Callable[[], object], path: Path) -> str:
-    """The message of what goes wrong."""
+    """Return the message of the error that the call raises."""
     with pytest.raises(InputError) as caught, file_errors(path):
         do()
     return str(caught.value)
@@ -82,7 +82,7 @@ class TestGrouped:
     def test_many_of_a_kind_are_counted(self) -> None:
         missing = [f"/a/case_{number}.nii is missing; a case needs it." for number in range(170)]
         wrong = [f"/a/case_{number}.nii has size 3 x {number}; expected 3 x 3." for number in range(6)]
-        # The kinds come mixed, as they are found case by case.
+        # The kinds are mixed, because errors are found case by case.
         lines = grouped([*missing[:2], *wrong, *missing[2:], "The id is 0."])
         assert lines == [
             *missing[:5],
@@ -102,7 +102,7 @@ class TestGrouped:
 
 
 class TestWritingErrors:
-    """Around the code of others, which reads and writes."""
+    """For third-party code that reads and writes files."""
 
     @pytest.mark.parametrize(
         ("error", "message"),

@@ -1,4 +1,4 @@
-"""Folders that appear whole, written by one process at a time."""
+"""Atomic writes of folders, by one process at a time."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import pytest
 from nnunet_conres.errors import InputError, file_errors
 from nnunet_conres.folders import being_written, check_complete, list_files, new_folder, visible, writing
 
-# Writes a folder, and waits in it before it ends.
+# Writes into a folder, and waits for input before it finishes the folder.
 WRITE = """
 import sys, time
 from pathlib import Path

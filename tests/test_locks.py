@@ -37,7 +37,7 @@ def start(path: Path, *arguments: str) -> tuple[subprocess.Popen, int]:
 
 
 def elsewhere(path: Path, age: float = 0.0, job: str = "") -> None:
-    """As a holder on another node leaves it, on a file system that keeps locks to a node."""
+    """Write a lock file like a holder on another node, on a file system whose locks work only within a node."""
     path.write_text(json.dumps({"host": "node7", "pid": 5, "job": job, "since": 0.0}))
     os.utime(path, (time.time() - age, time.time() - age))
 
@@ -91,7 +91,7 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
 
 
 class TestFilesOfOthers:
-    """A lock's file must not lead to another file, which would be emptied."""
+    """The path of a lock may be a link or another file, which must not be emptied."""
 
     @pytest.fixture
     def thesis(self, tmp_path: Path) -> Path:
@@ -109,7 +109,7 @@ class TestFilesOfOthers:
     @pytest.mark.parametrize("content", [b"years of work", b'{"a": 1}', b"\xff\x00", b"[]"])
     def test_a_file_that_holds_something_else_is_refused(self, thesis: Path, content: bytes) -> None:
         thesis.write_bytes(content)
-        with pytest.raises(InputError, match="is not the file of a lock"), hold(thesis):
+        with pytest.raises(InputError, match="is not a lock file"), hold(thesis):
             pass
         assert thesis.read_bytes() == content
 
@@ -143,7 +143,7 @@ class TestPrivateFolder:
     def test_one_of_somebody_else_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "gpus").mkdir(mode=0o700)
         os.chown(tmp_path / "gpus", 12345, 12345)
-        with pytest.raises(InputError, match="not a folder of your own"):
+        with pytest.raises(InputError, match="belongs to another user"):
             private_folder(tmp_path / "gpus")
 
 

@@ -29,7 +29,7 @@ PATCH = (6, 8, 8)
 
 
 def loop_residual_loss(logits: list[np.ndarray], regions: np.ndarray) -> float:
-    """The residual loss from its definition, voxel by voxel, for fully annotated regions (B, C, X, Y, Z)."""
+    """Compute the residual loss from its definition, voxel by voxel, for fully annotated regions (B, C, X, Y, Z)."""
     residual = np.zeros(regions.shape, dtype=bool)
     residual[:, :, 1:] = regions[:, :, 1:] != regions[:, :, :-1]
     scale_weights = np.array([1.0] + [0.5] * (len(logits) - 1))
@@ -52,7 +52,7 @@ def loop_residual_loss(logits: list[np.ndarray], regions: np.ndarray) -> float:
 
 
 def blob_regions(batch: int = 2) -> torch.Tensor:
-    """Nested boxes that change from slice to slice, (B, 2, X, Y, Z)."""
+    """Return nested boxes that change from slice to slice, (B, 2, X, Y, Z)."""
     regions = torch.zeros(batch, 2, *PATCH, dtype=torch.bool)
     for b in range(batch):
         regions[b, 0, 1 : 4 + b, 2:7, 1:6] = True
@@ -61,7 +61,7 @@ def blob_regions(batch: int = 2) -> torch.Tensor:
 
 
 def segmentation_loss(regions: bool, n_scales: int, ignore: bool = False, **dice: bool) -> nn.Module:
-    """nnU-Net's own loss, as its trainer builds it and ours wrap it."""
+    """Return nnU-Net's loss as its trainer builds it and our trainers wrap it."""
     dice_kwargs = {"batch_dice": False, "smooth": 1e-5, "ddp": False} | dice
     if regions:
         loss = DC_and_BCE_loss(
@@ -129,7 +129,7 @@ class TestResidualMapLoss:
 
 class TestConResLoss:
     def outputs(self, channels: int, patch: tuple[int, ...] = PATCH) -> list[torch.Tensor]:
-        """Segmentation logits of all channels, then residual maps of two classes or regions."""
+        """Return segmentation logits of all channels, then residual maps of two classes or regions."""
         coarse = tuple(-(-extent // 2) for extent in patch)
         sizes = [(channels, *patch), (channels, *coarse), (2, *patch), (2, *coarse)]
         return [torch.randn(2, *size, requires_grad=True) for size in sizes]
@@ -168,7 +168,7 @@ class TestConResLoss:
         assert math.isnan(objective.parts["residual"].item()) == undefined
 
     def test_targets_of_strides_that_do_not_divide_the_patch(self) -> None:
-        """nnU-Net rounds the target's size to the nearest even number, a convolution rounds up."""
+        """nnU-Net rounds the target's size half to even, but a convolution rounds up."""
         patch = (5, 7, 9)
         target = torch.rand(2, 2, *patch) > 0.5
         targets = [target, torch.zeros(2, 2, 2, 4, 4, dtype=torch.bool)]
@@ -187,7 +187,10 @@ class TestConResLoss:
 
 
 def targets_and_logits(regions: bool, ignore: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two labels or two nested regions, the second case without the second; with or without unannotated slices."""
+    """Return a target of two labels or nested regions, and logits. The second case lacks the second label or region.
+
+    With `ignore`, every other slice is unannotated.
+    """
     labels = torch.randint(0, 3, (2, 1, *PATCH), dtype=torch.int16)
     labels[1][labels[1] == 2] = 0
     if ignore:
@@ -259,7 +262,7 @@ class TestPaperLosses:
         ):
             logits.grad = None
             value = loss(logits, target)
-            (65536 * value).backward()  # as a GradScaler on a GPU begins
+            (65536 * value).backward()  # initial scale of a GradScaler on a GPU
             assert torch.isfinite(value)
             assert torch.isfinite(logits.grad).all()
             assert not ignore or (logits.grad == 0).all()
@@ -268,7 +271,7 @@ class TestPaperLosses:
 @pytest.mark.parametrize("regions", [False, True])
 @pytest.mark.parametrize("kind", ["nnU-Net", "V-Net", "3D U-Net", "ConResNet"])
 def test_unannotated_voxels_get_no_gradient_at_all(regions: bool, kind: str) -> None:
-    """Exactly none: sparse annotation rests on it."""
+    """Gradients must be exactly 0, because sparse annotation relies on it."""
     target, logits = targets_and_logits(regions, ignore=True)
     nnunet = segmentation_loss(regions, 1, ignore=True)
     losses = {
@@ -277,7 +280,7 @@ def test_unannotated_voxels_get_no_gradient_at_all(regions: bool, kind: str) -> 
         "3D U-Net": SegmentationLoss(DeepSupervisionWrapper(VoxelWeightedCrossEntropyLoss(regions, 3), [1.0])),
     }
     if kind == "ConResNet":
-        # two annotated slices that follow each other, so that a residual is defined somewhere
+        # two neighbouring annotated slices, so that a residual is defined somewhere
         target[:, :, 3] = target[:, :, 4] = target[:, :, 1]
         residual_logits = torch.randn(len(logits), 2, *logits.shape[2:], requires_grad=True)
         residual = ResidualMapLoss(classes=None if regions else [1, 2], ignore_label=3)
@@ -324,7 +327,7 @@ def _small_network() -> ConResNet:
 def _batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     target = blob_regions(4)
-    # ranks see different shares of foreground
+    # the ranks get different shares of foreground
     target[2:] = False
     target[2, 0, 2:4, 1:3, 1:3] = True
     return torch.randn(4, 1, *PATCH, generator=generator), target
@@ -339,19 +342,19 @@ def _gradients(network: nn.Module, images: torch.Tensor, target: torch.Tensor, d
 
 
 def _residual_gradients(ddp: bool, rank: int | None = None) -> list[torch.Tensor]:
-    """Gradients of the residual part alone, for label maps of which the ranks have annotated unequal shares."""
+    """Return gradients of the residual part alone, with unequal shares of annotated voxels per rank."""
     labels = torch.randint(0, 3, (4, 1, *PATCH), generator=torch.Generator().manual_seed(7), dtype=torch.int16)
     labels[1::2, :, 2:] = 3
     maps = [torch.randn(4, 2, *PATCH, generator=torch.Generator().manual_seed(8)) for _ in range(2)]
     share = slice(None) if rank is None else slice(rank, None, 2)
-    scale = torch.ones(2, requires_grad=True)  # stands for a network: one parameter that all voxels share
+    scale = torch.ones(2, requires_grad=True)  # stands for a network: one factor per channel that all voxels share
     loss = ResidualMapLoss(classes=[1, 2], ignore_label=3, ddp=ddp)
     loss([one[share] * scale.view(1, 2, 1, 1, 1) for one in maps], labels[share])[0].backward()
     return [scale.grad]
 
 
 def _sparse_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Label maps of which the ranks have annotated unequal shares."""
+    """Return images and label maps with unequal shares of annotated voxels per rank."""
     generator = torch.Generator().manual_seed(9)
     labels = torch.randint(0, 2, (4, 1, *PATCH), generator=generator, dtype=torch.int16)
     labels[1::2, :, 1:] = 3
@@ -385,7 +388,7 @@ def _ddp_worker(rank: int, port: int, result: str) -> None:
     # the default of DistributedDataParallel: a parameter without gradient is an error
     network = nn.parallel.DistributedDataParallel(_small_network())
     images, target = _batch()
-    for _ in range(2):  # an unused parameter shows in the second step
+    for _ in range(2):  # an unused parameter raises an error in the second step
         network.zero_grad()
         gradients = _gradients(network, images[rank::2], target[rank::2], ddp=True)
     partial = _residual_gradients(ddp=True, rank=rank)[0]

@@ -27,7 +27,7 @@ from tests.small_networks import arguments
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
-    """As the source has it: five rounds on the whole matrix, here in double precision."""
+    """Run five iterations on the whole matrix as in the source, but in double precision."""
     x = matrix.double()
     x = x / x.norm()
     for _ in range(5):
@@ -49,7 +49,7 @@ class TestOrthogonalize:
     def test_singular_values_become_about_1_and_vectors_stay(self) -> None:
         matrix = torch.randn(24, 60, generator=torch.Generator().manual_seed(1))
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-        found = orthogonalize([1e-6 * matrix[None]])[0][0]  # whatever the size
+        found = orthogonalize([1e-6 * matrix[None]])[0][0]  # the norm must not matter
         assert ((torch.linalg.svdvals(found) > 0.65) & (torch.linalg.svdvals(found) < 1.25)).all()
         in_their_axes = u.mT @ found @ v.mT
         off_diagonal = in_their_axes - torch.diag(in_their_axes.diagonal())
@@ -63,7 +63,7 @@ class TestOrthogonalize:
         torch.testing.assert_close(found.double(), newton_schulz(matrix), rtol=0, atol=1e-3)
 
     def test_in_single_precision_whatever_the_trainer_has(self) -> None:
-        """A step under bfloat16 autocast was unstable: half the digits are gone where singular values are squared."""
+        """Steps under bfloat16 autocast were unstable: squaring the singular values loses half of the digits."""
         matrices = torch.randn(1, 32, 100, generator=torch.Generator().manual_seed(3))
         with torch.autocast("cpu", torch.bfloat16):
             (found,) = orthogonalize([matrices])
@@ -74,7 +74,7 @@ class TestOrthogonalize:
         assert torch.equal(found, torch.zeros(1, 4, 9))
 
     def test_batches_do_not_mix(self) -> None:
-        """Some have the same number of rows, as they are or transposed, and are calculated with together."""
+        """Some have the same number of rows, possibly after transposition, and are computed together."""
         generator = torch.Generator().manual_seed(4)
         shapes = [(2, 8, 30), (1, 12, 12), (3, 8, 9), (1, 40, 8), (2, 12, 50)]
         batches = [10.0**number * torch.randn(*shape, generator=generator) for number, shape in enumerate(shapes)]
@@ -126,13 +126,13 @@ ADVERSARIAL: dict[str, Callable[[], Tensor]] = {
 
 
 def to_tf32(value: Tensor) -> Tensor:
-    """Rounds float32 to ten bits of mantissa, as a GPU does with the operands of a product under TF32."""
+    """Round float32 to ten bits of mantissa, as a GPU does with the operands of a product under TF32."""
     bits = value.contiguous().view(torch.int32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 class LowPrecision(TorchDispatchMode):
-    """A device that rounds the operands of products where PyTorch's settings allow it: for all, a GPU's or a CPU's."""
+    """A device that rounds the operands of matrix products if PyTorch's ``setting`` for CUDA or MKL-DNN allows it."""
 
     def __init__(self, setting: Any) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class LowPrecision(TorchDispatchMode):
 
 @pytest.fixture
 def precision_settings() -> Iterator[Any]:
-    """PyTorch's settings for products of float32 matrices, as they were before afterwards."""
+    """PyTorch's settings for products of float32 matrices. The defaults are restored after the test."""
     backends: Any = torch.backends
     if not hasattr(backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this PyTorch has no settings per device")
@@ -164,7 +164,7 @@ def precision_settings() -> Iterator[Any]:
 
 
 class TestPrecision:
-    """What singular values become, where they are hard to get right: against the SVD in double precision."""
+    """Singular values of difficult matrices, against the SVD in double precision."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("name", ADVERSARIAL)
@@ -177,7 +177,7 @@ class TestPrecision:
         for _ in range(5):
             expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
         assert torch.linalg.matrix_norm(found - (u * expected) @ v, 2) < 2e-3
-        # the range that is documented, by axis of the matrix
+        # the documented range, for each singular vector
         in_their_axes = (u.mT @ found @ v.mT).diagonal()
         assert in_their_axes[relative > 0.0015].numel() == 0 or in_their_axes[relative > 0.0015].min() > 0.68 - 1e-3
         assert in_their_axes.max() < 1.203 + 1e-3
@@ -185,7 +185,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("name", ["one dominant direction, 1e-3", "rank 1", "seven decades, tall"])
     def test_rounding_to_tf32_would_spoil_it(self, name: str, precision_settings: Any) -> None:
-        """And the emulation shows it: the guard's tests below would fail without the guard."""
+        """The emulation shows the rounding, so the tests below would fail if products were not guarded against it."""
         from nnunet_conres import optimizers
 
         matrix = ADVERSARIAL[name]()
@@ -272,7 +272,7 @@ class TestPrecision:
 
     def test_older_versions_of_pytorch(self, precision_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         class Old:
-            """Without ``fp32_precision``."""
+            """Settings without ``fp32_precision``."""
 
         inside: list[str] = []
         norm = torch.linalg.matrix_norm
@@ -303,7 +303,7 @@ def same_parameters(shape: tuple[int, ...]) -> tuple[nn.Parameter, nn.Parameter]
 
 
 def assert_same_steps(one: torch.optim.Optimizer, other: torch.optim.Optimizer, atol: float = 1e-6) -> None:
-    """Takes four steps with each, for their one parameter."""
+    """Check that four steps of both optimisers give the same result. Each has one parameter."""
     (ours,), (theirs,) = (optimizer.param_groups[0]["params"] for optimizer in (one, other))
     generator = torch.Generator().manual_seed(1)
     before = ours.detach().clone()
@@ -319,10 +319,10 @@ def assert_same_steps(one: torch.optim.Optimizer, other: torch.optim.Optimizer, 
 class TestMuon:
     @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (12, 12)])
     def test_is_pytorchs(self, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Hyper-parameters are the same, its ``adjust_lr_fn`` is the default, "original".
+        """The same steps as torch.optim.Muon, with its default for ``adjust_lr_fn``, "original".
 
-        Its buffer is an average, (1 - momentum) times ours; steps are scaled to norm 1 before anything else. It
-        calculates in bfloat16; here it is kept in the precision of the parameters.
+        Its momentum buffer is an average, (1 - momentum) times ours. This has no effect, because steps are scaled to
+        norm 1 first. It computes in bfloat16, which the test replaces by the precision of the parameters.
         """
         if not hasattr(torch.optim, "Muon"):
             pytest.skip("this PyTorch has no Muon")
@@ -334,7 +334,7 @@ class TestMuon:
         )
 
     def test_is_pytorchs_in_bfloat16(self) -> None:
-        """As its users get it: three significant digits in five rounds."""
+        """Against PyTorch's unchanged Muon, whose five iterations in bfloat16 have three significant digits."""
         if not hasattr(torch.optim, "Muon"):
             pytest.skip("this PyTorch has no Muon")
         ours, theirs = same_parameters((8, 40))
@@ -346,7 +346,7 @@ class TestMuon:
 
     @pytest.mark.parametrize("shape", [(8, 4, 3, 3, 3), (40, 2, 1, 1, 1), (16, 16, 1, 3, 3), (64, 2, 3, 3)])
     def test_is_timms_for_convolutions(self, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-        """With Jordan's coefficients and learning rate; its defaults are others. In float32 instead of bfloat16."""
+        """With Jordan's coefficients and learning rate, which are not timm's defaults, and float32 for bfloat16."""
         timm = pytest.importorskip("timm.optim.muon")
         in_float32 = functools.partial(timm.zeropower_via_newtonschulz, dtype=torch.float32)
         monkeypatch.setattr(timm, "zeropower_via_newtonschulz", in_float32)
@@ -482,7 +482,7 @@ class TestMuon:
 
 
 class RecordedGraph(TorchDispatchMode):
-    """A CUDA graph on a CPU: what is captured is not executed; a replay reads and writes the same memory again."""
+    """A CUDA graph on a CPU. Captured operations have no effect. A replay reads and writes the same memory again."""
 
     made: ClassVar[list[RecordedGraph]] = []
 
@@ -517,7 +517,7 @@ class RecordedGraph(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RecordedGraph]:
-    """Captures on the CPU; gives the graphs."""
+    """Capture graphs on the CPU. Return the list of graphs."""
     monkeypatch.setattr("nnunet_conres.optimizers._CAPTURE_DEVICES", {"cpu"})
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", RecordedGraph.capture)
@@ -542,7 +542,7 @@ def small_network(channels_last: bool = False) -> nn.ModuleDict:
 
 
 class TestCapture:
-    """Steps replayed from a graph are those taken one operation at a time."""
+    """Steps replayed from a graph equal those taken one operation at a time."""
 
     def test_same_steps(self, recorded: list[RecordedGraph]) -> None:
         networks = [small_network(), small_network(channels_last=True)]
@@ -553,7 +553,7 @@ class TestCapture:
         for number in range(12):
             gradients = [torch.randn(one.shape, generator=generator) for one in networks[0].parameters()]
             if number == 6:
-                gradients[2][0] = float("inf")  # the scaler leaves this step out
+                gradients[2][0] = float("inf")  # the scaler skips this step
             for which, (network, optimizer, scaler) in enumerate(zip(networks, optimizers, scalers, strict=True)):
                 PolyLRScheduler(optimizer, 0.1, 12).step(number)
                 if number == 8:
@@ -570,7 +570,7 @@ class TestCapture:
             states = [optimizer.state_dict() for optimizer in optimizers]
             torch.testing.assert_close(*(list(network.parameters()) for network in networks), rtol=0, atol=1e-6)
             n_graphs.append(len(recorded))
-        # three steps first, and three after it was resumed; another momentum needs another graph
+        # three steps before the first capture, also after resuming; a changed momentum needs a new graph
         assert n_graphs == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2]
         assert networks[1]["up"].weight.is_contiguous(memory_format=torch.channels_last_3d)
 
@@ -632,7 +632,7 @@ class TestCapture:
 
 
 class TestTransposedConvolutions:
-    """With kernel = stride, a voxel x of all inputs becomes a block of k voxels of all outputs: y = W^T x."""
+    """With kernel = stride, the input channels x of a voxel become a block of k voxels of all outputs: y = W^T x."""
 
     @pytest.mark.parametrize("shape", [(8, 4, 2, 2, 2), (8, 8, 1, 2, 2), (24, 4, 1, 1, 2), (6, 2, 2, 2)])
     def test_step_is_that_of_the_linear_map(self, shape: tuple[int, ...]) -> None:
@@ -652,7 +652,7 @@ class TestTransposedConvolutions:
             optimizer.step()
         changes = (ours.detach() - before).flatten(1).mT
         expected = linear.detach() - before.flatten(1).mT
-        assert (changes - expected).norm() < 0.02 * expected.norm()  # theirs is in bfloat16
+        assert (changes - expected).norm() < 0.02 * expected.norm()  # PyTorch computes in bfloat16
 
     @pytest.mark.parametrize(
         "layer",
@@ -668,7 +668,7 @@ class TestTransposedConvolutions:
         ids=str,
     )
     def test_output_changes_by_the_learning_rate(self, layer: nn.Conv3d | nn.ConvTranspose3d) -> None:
-        """In root mean square, for inputs of 1, whatever the kind of convolution and the number of channels."""
+        """The root mean square of the change, for inputs of unit variance, for all convolutions and channel counts."""
         torch.manual_seed(0)
         nn.init.zeros_(layer.weight)
         layer.weight.grad = torch.randn_like(layer.weight)
@@ -696,7 +696,7 @@ class TestGradientsThatAreNotFinite:
     @pytest.mark.parametrize("number", [0, 1, 2])
     @pytest.mark.parametrize("n_before", [0, 2])
     def test_step_changes_nothing(self, value: float, number: int, n_before: int) -> None:
-        """And those that come next are what they would have been without it."""
+        """The steps after it are also the same as without it."""
         (ours, one), (theirs, other) = self.made(), self.made()
         generator = torch.Generator().manual_seed(1)
         for turn in range(5):
@@ -718,7 +718,7 @@ class TestGradientsThatAreNotFinite:
         assert equal_values(one.state_dict(), other.state_dict())
 
     def test_after_clipping_as_nnunet_does(self) -> None:
-        """Which makes NaN of all gradients where one is NaN."""
+        """Clipping turns all gradients into NaN if one is NaN."""
         parameters, optimizer = self.made()
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
@@ -730,7 +730,7 @@ class TestGradientsThatAreNotFinite:
         assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
 
     def test_gradients_stay_as_they_are(self) -> None:
-        """For those who look at them afterwards."""
+        """Other code may read the gradients after the step."""
         parameters, optimizer = self.made()
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, float("inf"))
@@ -738,7 +738,7 @@ class TestGradientsThatAreNotFinite:
         assert all(parameter.grad is not None and parameter.grad.isinf().all() for parameter in parameters)
 
     def test_device_is_not_waited_for(self) -> None:
-        """Tensors without values raise an error where one is asked for."""
+        """Fake tensors, which have no values, raise an error if the step reads a value."""
         from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
         with FakeTensorMode():
@@ -781,7 +781,7 @@ def test_step_under_torch_compile(precision_settings: Any) -> None:
 
 
 def equal_values(one: Any, other: Any) -> bool:
-    """Whether nested dictionaries and lists hold the same numbers."""
+    """Return whether nested dictionaries and lists have the same numbers."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(equal_values(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
@@ -831,7 +831,7 @@ def primus(name: str) -> nn.Module:
 RESIDUAL_ENCODER = r"encoder\.(stem|stages)\..*\.conv\.weight"
 
 
-# network; names of the matrices, of the transposed ones; number of either
+# network, name patterns of the matrices and of the transposed matrices, number of each
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, str, int, int]] = {
     "PlainConvUNet": (
         lambda: PlainConvUNet(**UNET, **CONVS),
@@ -868,7 +868,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, str, int, int]] = {
         lambda: VNet(**UNET, **CONVS),
         r"encoder\..*\.conv\.weight|decoder\.stages\..*\.conv\.weight",
         r"decoder\.up\.\d\.conv\.weight",
-        12,  # and two that lower the resolution
+        12,  # as in PlainConvUNet, and two that lower the resolution
         2,
     ),
     "UNet3D": (
@@ -882,7 +882,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, str, int, int]] = {
         lambda: ConResNet(**UNET, **BLOCKS),
         rf"{RESIDUAL_ENCODER}|decoder\.stages\..*\.weight",
         r"decoder\.(segmentation|residual)_up\.\d\.weight",
-        19,  # four per context residual module, but for the projection of the second, which has the channels
+        19,  # four per context residual module, but no projection in the second, which has the right channels
         3,
     ),
     "ConResNet with a shared encoder": (
@@ -932,7 +932,7 @@ class TestWhichParameters:
 
     def test_of_a_wrapped_network(self) -> None:
         network = primus("Primus")
-        wrapped = nn.ModuleDict({"module": network})  # as DistributedDataParallel has it
+        wrapped = nn.ModuleDict({"module": network})  # as by DistributedDataParallel
         groups = [muon_of(one, 0.1, 0).param_groups for one in (network, wrapped)]
         for one, other in zip(*groups, strict=True):
             assert [id(parameter) for parameter in one["params"]] == [id(parameter) for parameter in other["params"]]
@@ -945,7 +945,7 @@ class TestWhichParameters:
         assert any(parameter is conv.weight for parameter in others["params"])
 
     def test_unknown_parameters_are_refused(self) -> None:
-        """All at once: a bare one, an attention of three matrices in one, groups, and a parametrisation."""
+        """All together: a bare parameter, attention with three matrices in one, groups, and a parametrisation."""
         network = PlainConvUNet(**UNET, **CONVS)
         network.register_parameter("queries", nn.Parameter(torch.ones(1, 3, 4)))
         network.add_module("attention", nn.MultiheadAttention(4, 2))

@@ -1,4 +1,4 @@
-"""What is built and what an installation of it does, in virtual environments with nothing else in them."""
+"""Built distributions, and their installation in empty virtual environments."""
 
 import email
 import os
@@ -33,7 +33,7 @@ def wheel(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def editable_wheel(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `pip install --editable` has built, and then installs."""
+    """Build the wheel that `pip install --editable` builds and installs."""
     folder = tmp_path_factory.mktemp("editable")
     code = "import sys; from hatchling.build import build_editable; build_editable(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(folder)], cwd=repository_root, check=True, capture_output=True)
@@ -104,7 +104,7 @@ class Environment:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
         self.folder = folder
         self.bin = folder / ("Scripts" if os.name == "nt" else "bin")
-        # pip would remove the folder of the packages, too, with the last of them.
+        # With the last package, pip would also remove the folder of the packages.
         site_packages = self.python("-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
         Path(site_packages, "another_package.py").touch()
 
@@ -147,7 +147,7 @@ class TestInstallation:
         assert environment.python("-c", REPORT, **{VARIABLE: "/mine"}) == os.pathsep.join(["/mine", folder])
         assert environment.python("-c", REPORT, **{VARIABLE: folder}) == folder
 
-        # as nnU-Net's search does, and whatever else makes Python write compiled files
+        # imports, also by nnU-Net's search, make Python write compiled files
         search = f"import sys; sys.path.insert(0, {folder!r}); import nnunet_conres_trainers"
         environment.python("-c", search + ", nnunet_conres.cli, nnunet_conres.registration.info")
 

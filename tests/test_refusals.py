@@ -1,4 +1,4 @@
-"""What the user sees of an error in one of nnU-Net's commands."""
+"""Messages that the user sees for errors in nnU-Net's commands."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def message(error: pytest.ExceptionInfo[BaseException]) -> str | None:
 
 
 class TestMessages:
-    """Of errors that nnU-Net and torch raise themselves: another release's wording would show here."""
+    """For errors that nnU-Net and torch raise. The tests fail if another release changes the wording."""
 
     def test_an_unknown_trainer(self) -> None:
         with pytest.raises(RuntimeError) as error:
@@ -121,7 +121,7 @@ def test_the_hook_shows_a_line_and_leaves_other_errors_alone(tmp_path: Path) -> 
     refused, failed = run("InputError('what and why')"), run("ValueError('ours')")
     elsewhere = run("InputError('what and why')", "python")
     assert (refused.returncode, refused.stderr) == (1, "nnunet-conres: error: what and why\n")
-    assert elsewhere.stderr.startswith("Traceback")  # somebody's own program
+    assert elsewhere.stderr.startswith("Traceback")  # another program
     assert failed.returncode == 1
     assert failed.stderr.startswith("Traceback")
     assert message_of(InputError("what and why")) == "what and why"

@@ -104,7 +104,7 @@ class TestLabelResidual:
     def test_ignore_label_is_defined_only_between_annotated_slices(self) -> None:
         target = random_labels(1, 1, 6, 4, 4, n_labels=3)
         target[0, 0, 2] = 3  # a slice without annotation
-        target[0, 0, 4, 1, 1] = 3  # a voxel without
+        target[0, 0, 4, 1, 1] = 3  # a voxel without annotation
         residual, mask = label_residual(target, classes=[1, 2], ignore_label=3)
         annotated = target.numpy()[0, 0] != 3
         for k, y, x in np.ndindex(6, 4, 4):

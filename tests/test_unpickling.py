@@ -1,4 +1,4 @@
-"""Pickles of plain values are read as `pickle` and PyTorch read them; all others are refused, and nothing is called."""
+"""Pickles of plain values are read as by `pickle` and PyTorch. All others are refused before they call anything."""
 
 import os
 import pickle
@@ -29,7 +29,7 @@ PROPERTIES: dict[str, Any] = {
 
 
 class Touch:
-    """Makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,7 +54,7 @@ class TestPickle:
     @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
     def test_values_of_every_protocol(self, tmp_path: Path, protocol: int) -> None:
         path = tmp_path / "case.pkl"
-        # older protocols name a builtin function to make bytes
+        # older protocols call a builtin function to make bytes
         path.write_bytes(pickle.dumps(PROPERTIES, protocol))
         assert same(read_pickle(path), pickle.loads(path.read_bytes()))
 
@@ -111,7 +111,7 @@ class TestPickle:
 
 
 def checkpoint() -> dict[str, Any]:
-    """What nnU-Net's save_checkpoint writes."""
+    """Return a checkpoint as written by nnU-Net's save_checkpoint."""
     network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3), torch.nn.BatchNorm3d(2))
     optimizer = Muon(network.parameters(), 0.03)
     network(torch.ones(1, 1, 4, 4, 4)).sum().backward()

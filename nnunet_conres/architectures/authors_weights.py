@@ -12,8 +12,8 @@ from torch import Tensor
 from nnunet_conres.architectures.conresnet_paper import FEATURES, ConResNetPaper
 from nnunet_conres.architectures.network import listing
 
-# How the authors' names map to ours. Their module holds layers that no output depends on; those are listed by name, so
-# that anything else unknown is an error.
+# The authors' names and ours. Their module has layers that no output depends on. These are listed by name, so that any
+# other unknown name is an error.
 _AUTHORS_CONV = {"gn_seg": "segmentation.norm", "conv_seg": "segmentation.conv", "conv_res": "feature_residual"} | {
     "gn_res1": "merge.norm",
     "conv_res1": "merge.conv",
@@ -31,7 +31,7 @@ _AUTHORS_UNUSED = re.compile(
 
 
 def _authors_modules() -> dict[str, str]:
-    """Names of the authors' modules (without .weight and .bias) and of ours."""
+    """Return our module names by the authors' module names, without .weight and .bias."""
     names = {
         "conv_4_32.0": "encoder.stem",
         "fusionConv.0": "encoder.fusion.norm",
@@ -57,20 +57,21 @@ def _authors_modules() -> dict[str, str]:
 def from_authors_state_dict(
     state_dict: Mapping[str, Tensor] | str | os.PathLike[str], residual_outputs: bool = False
 ) -> ConResNetPaper:
-    """Builds the paper topology from a checkpoint of the authors' published code.
+    """Build the paper topology from a checkpoint of the authors' published code.
 
     Args:
-        state_dict: State dictionary of the authors' network, or the path of a file that holds one (read with
-            ``torch.load(weights_only=True)``, so that it cannot run code). Keys may carry a ``module.`` prefix. Layers
+        state_dict: State dictionary of the authors' network, or the path of a file that contains one (read with
+            ``torch.load(weights_only=True)``, so that it cannot run code). Keys may have a ``module.`` prefix. Layers
             that no output of the authors' network depends on are left out.
         residual_outputs: Passed on to ``ConResNetPaper``.
 
     Returns:
-        The network in evaluation mode and in the checkpoint's floating type; the same function as the authors'.
+        The network in evaluation mode and in the checkpoint's floating-point type. It computes the same function as the
+        authors' network.
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If a file holds anything but tensors, or entries are missing, unknown or of the wrong shape; the
+        ValueError: If a file contains anything but tensors, or entries are missing, unknown or of the wrong shape; the
             message names them.
 
     Example:
@@ -81,7 +82,7 @@ def from_authors_state_dict(
             state_dict = torch.load(state_dict, map_location="cpu", weights_only=True)
         except OSError:
             raise
-        except Exception as error:  # whatever a reader of pickles may raise for bytes that are none
+        except Exception as error:  # an unpickler may raise anything for invalid bytes
             raise ValueError(
                 f"{state_dict} is not a state dictionary that can be read safely (torch.load with weights_only=True). "
                 f"Expected a file written with torch.save(network.state_dict(), ...)."
@@ -99,14 +100,14 @@ def from_authors_state_dict(
         module, _, parameter = name.rpartition(".")
         known = module in modules and parameter in ("weight", "bias") and isinstance(tensor, Tensor)
         ours = f"{modules[module]}.{parameter}" if known else ""
-        if known and ours not in renamed:  # with and without the prefix would be one entry too many
+        if known and ours not in renamed:  # a name with and without the prefix is a duplicate
             renamed[ours] = tensor
         else:
             unexpected.append(full_name)
 
     problems = [listing("of the checkpoint are not known", unexpected, most=10)]
     stem, head = renamed.get("encoder.stem.weight"), renamed.get("decoder.seg_layers.segmentation.0.weight")
-    # The shapes of stem and head say how many channels and classes there are.
+    # The shapes of stem and head determine the numbers of channels and classes.
     network = ConResNetPaper(
         input_channels=stem.shape[1] if stem is not None and stem.ndim == 5 else 4,
         num_classes=head.shape[0] if head is not None and head.ndim == 5 else 3,

@@ -25,7 +25,7 @@ class WeightStandardizedConv3d(nn.Conv3d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolves (B, C, X, Y, Z) with the standardised filters."""
+        """Convolve (B, C, X, Y, Z) with the standardised filters."""
         dims = list(range(1, self.weight.ndim))
         centred = self.weight - self.weight.mean(dims, keepdim=True)
         # several times faster than torch.var on a CPU
@@ -35,30 +35,30 @@ class WeightStandardizedConv3d(nn.Conv3d):
 
 
 class CeilAvgPool3d(AvgPool3d):
-    """Average pooling that makes ceil(n / stride) voxels of n, as a strided convolution does.
+    """Average pooling of n voxels to ceil(n / stride), as in a strided convolution.
 
-    What is missing in the last window is repeated from the border. (``ceil_mode`` would do, but code that torch.compile
-    generates for it on a CPU has wrong gradients where the size is odd; seen with PyTorch 2.15.)
+    The border fills up the last window. (``ceil_mode`` would do, but code that torch.compile generates for it on a CPU
+    has wrong gradients if the size is odd; seen with PyTorch 2.15.)
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Pools (B, C, X, Y, Z)."""
+        """Pool (B, C, X, Y, Z)."""
         return super().forward(pad_to_multiple(input, triple(self.kernel_size)))
 
 
 class CeilMaxPool3d(nn.MaxPool3d):
-    """Max pooling that makes ceil(n / stride) voxels of n, as a strided convolution does."""
+    """Max pooling of n voxels to ceil(n / stride), as in a strided convolution."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Pools (B, C, X, Y, Z)."""
+        """Pool (B, C, X, Y, Z)."""
         return super().forward(pad_to_multiple(input, triple(self.kernel_size)))
 
 
 class CeilStridedConv3d(nn.Conv3d):
-    """Convolution whose kernel is as large as its stride, which makes ceil(n / stride) voxels of n.
+    """Convolution of n voxels to ceil(n / stride), with a kernel as large as its stride.
 
-    Every voxel is seen once; what is missing in the last window is repeated from the border. Its counterpart on the way
-    up is a transposed convolution of the same kernel and stride.
+    Every voxel is used once, and the border fills up the last window. Its counterpart in the decoder is a transposed
+    convolution of the same kernel and stride.
 
     Args:
         in_channels: Channels of the input.
@@ -74,7 +74,7 @@ class CeilStridedConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, step, step, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Maps (B, C_in, X, Y, Z) to (B, C_out, ceil(X / sx), ceil(Y / sy), ceil(Z / sz))."""
+        """Map (B, C_in, X, Y, Z) to (B, C_out, ceil(X / sx), ceil(Y / sy), ceil(Z / sz))."""
         return super().forward(pad_to_multiple(input, self.stride))
 
 
@@ -102,7 +102,7 @@ class PreActivationConv(nn.Module):
         self.conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C_in, X, Y, Z) to (B, C_out, X', Y', Z')."""
+        """Map (B, C_in, X, Y, Z) to (B, C_out, X', Y', Z')."""
         for module in (self.norm, self.nonlin, self.dropout):
             if module is not None:
                 x = module(x)
@@ -118,14 +118,14 @@ class PreActivationBlock(nn.Module):
         self.conv2 = conv2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, X, Y, Z) to the same shape."""
+        """Map (B, C, X, Y, Z) to the same shape."""
         return x + self.conv2(self.conv1(x))
 
 
 class Heads(nn.Module):
     """All layers whose shape depends on the number of classes, of a network with residual maps.
 
-    They must be known as ``seg_layers``: nnU-Net leaves out what is called so when it loads pretrained weights.
+    The attribute must be called ``seg_layers``, because nnU-Net skips this name when it loads pretrained weights.
 
     Args:
         segmentation: 1x1x1 convolutions to the classes.
@@ -139,9 +139,10 @@ class Heads(nn.Module):
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Trilinear resizing with aligned corners of (B, C, X, Y, Z) to the spatial size (x, y, z); itself if it fits.
+    """Resize (B, C, X, Y, Z) to the spatial size (x, y, z), trilinear with aligned corners; no change if it fits.
 
-    As products with interpolation matrices, one per axis: faster than PyTorch's kernels, above all backward.
+    Uses products with interpolation matrices, one per axis, which are faster than PyTorch's kernels, above all in
+    backward.
     """
     is_channels_last = x.stride(1) == 1
     y = x.movedim(1, -1) if is_channels_last else x
@@ -161,20 +162,20 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _interpolation(extent: int, new: int, like: Tensor) -> Tensor:
-    """Linear interpolation of ``extent`` numbers to ``new`` as a matrix, (new, extent)."""
+    """Return the matrix, (new, extent), that interpolates ``extent`` numbers linearly to ``new`` numbers."""
     wide: dict[str, Any] = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     positions = torch.linspace(0, extent - 1, new, **wide)
     matrix = (1 - (positions[:, None] - torch.arange(extent, **wide)).abs()).clamp(min=0)
-    # multiples of what the type resolves between 0.5 and 1, so that the two weights of a voxel still sum to 1
+    # Round to multiples of the dtype's resolution between 0.5 and 1, so that the two weights of a voxel sum to 1.
     step = torch.finfo(like.dtype).eps / 2
     return (matrix / step).round().mul(step).to(like.dtype)
 
 
 def crop(x: Tensor, size: Sequence[int]) -> Tensor:
-    """View of the first (x, y, z) voxels of (B, C, X, Y, Z).
+    """Return a view of the first (x, y, z) voxels of (B, C, X, Y, Z).
 
-    A strided convolution with "same" padding makes ceil(n / s) voxels of n, its transposed counterpart makes s times
-    as many of those: up to s - 1 too many where n is odd.
+    A strided convolution with "same" padding turns n voxels into ceil(n / s), and its transposed counterpart turns
+    these into s times as many: up to s - 1 too many if s does not divide n.
     """
     for dim, extent in enumerate(size, start=2):
         if x.shape[dim] != extent:
@@ -183,8 +184,8 @@ def crop(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def pad_to_multiple(x: Tensor, divisor: Sequence[int]) -> Tensor:
-    """Repeats the last voxels of (B, C, X, Y, Z) until every axis is divisible; itself if it fits."""
-    # no modulo: PyTorch up to 2.14 at least cannot compile it where sizes vary from call to call
+    """Repeat the last voxels of (B, C, X, Y, Z) until every axis is divisible; no change if it fits."""
+    # No modulo: PyTorch, at least up to 2.14, cannot compile it if sizes vary from call to call.
     missing = [-(-extent // d) * d - extent for extent, d in zip(x.shape[2:], divisor, strict=True)]
     if any(missing):
         x = F.pad(x, [0, missing[2], 0, missing[1], 0, missing[0]], mode="replicate")
@@ -192,11 +193,11 @@ def pad_to_multiple(x: Tensor, divisor: Sequence[int]) -> Tensor:
 
 
 def maybe_checkpoint(enabled: bool, owner: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function; when enabled, what it computes on the way is computed again for backward instead of being kept.
+    """Call a function. If enabled, its intermediate results are recomputed for backward instead of being kept.
 
     Args:
-        enabled: Whether to do so.
-        owner: Holds all modules that the function calls.
+        enabled: Whether to recompute.
+        owner: Module that contains all modules that the function calls.
         function: Takes and returns tensors.
         *args: Its arguments.
 
@@ -204,11 +205,11 @@ def maybe_checkpoint(enabled: bool, owner: nn.Module, function: Callable[..., An
     """
     if not (enabled and torch.is_grad_enabled()):
         return function(*args)
-    if torch.compiler.is_compiling():  # there each tensor is kept as long as it is needed, and statistics change once
+    if torch.compiler.is_compiling():  # it frees each tensor after its last use, and statistics change once
         return checkpoint(function, *args, use_reentrant=False)
     norms = [module for module in owner.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    # Stopping early, at the last tensor that is needed, is done by an exception. Where our own autograd functions raise
-    # it, its frames are garbage that holds on to large tensors until Python collects it.
+    # PyTorch stops early, at the last tensor that is needed, by raising an exception. If it is raised within our own
+    # autograd functions, its frames keep large tensors in memory until Python's garbage collection.
     with set_checkpoint_early_stop(False):
         return checkpoint(
             function,
@@ -220,7 +221,7 @@ def maybe_checkpoint(enabled: bool, owner: nn.Module, function: Callable[..., An
 
 @contextlib.contextmanager
 def _unchanged_running_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Within, batch norms see the same batch a second time, which must not count twice."""
+    """Keep running statistics unchanged: batch norms see the same batch again, which must not count twice."""
     before = [(norm.momentum, _batches(norm).clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
@@ -233,15 +234,15 @@ def _unchanged_running_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]
 
 
 def _batches(norm: _BatchNorm) -> Tensor:
-    assert norm.num_batches_tracked is not None  # where running statistics are
+    assert norm.num_batches_tracked is not None  # set if there are running statistics
     return norm.num_batches_tracked
 
 
 def triple(value: int | Sequence[int]) -> list[int]:
-    """One number for the three spatial axes, or three of them, as a list.
+    """Convert one number for the three spatial axes, or three numbers, to a list.
 
     Raises:
-        ValueError: If a sequence has not three entries.
+        ValueError: If a sequence does not have three entries.
     """
     values = [value] * 3 if isinstance(value, int) else [int(v) for v in value]
     if len(values) != 3:
@@ -250,7 +251,7 @@ def triple(value: int | Sequence[int]) -> list[int]:
 
 
 def per_stage(name: str, value: Any, n_stages: int) -> list[Any]:
-    """One value for all stages, or a list with one for each, as a list.
+    """Convert one value for all stages, or a list with one value per stage, to a list.
 
     Raises:
         ValueError: If a list has another length.
@@ -262,12 +263,12 @@ def per_stage(name: str, value: Any, n_stages: int) -> list[Any]:
 
 
 def strided_size(size: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """Spatial size after a strided convolution with "same" padding."""
+    """Return the spatial size after a strided convolution with "same" padding."""
     return [-(-extent // step) for extent, step in zip(size, stride, strict=True)]
 
 
 def stage_sizes(size: Sequence[int], strides: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Spatial size at every stage, each after its stride, for a spatial input size (x, y, z)."""
+    """Return the spatial size at every stage, each after its stride, for a spatial input size (x, y, z)."""
     sizes, current = [], list(size)
     for stride in strides:
         current = strided_size(current, stride)

@@ -1,4 +1,4 @@
-"""ConResNet in the stages, features, kernels and strides that nnU-Net's plans hold, made of nnU-Net's building blocks.
+"""ConResNet with the stages, features, kernels and strides of nnU-Net's plans, built from nnU-Net's building blocks.
 
 Two decoders run side by side, one for the segmentation and one for its inter-slice residual; `conresnet_paper` has the
 topology of the authors' published code.
@@ -31,13 +31,13 @@ from nnunet_conres.residuals import inter_slice_residual
 
 
 class ConResNetDecoder(ContextResidualDecoder):
-    """Transposed convolutions with the plans' strides and concatenated skips, as in nnU-Net's U-Net.
+    """Decoder with transposed convolutions of the plans' strides and concatenated skips, as in nnU-Net's U-Net.
 
-    The residual stream starts from the image residual, averaged down to the coarsest level, or, with a shared encoder,
-    from the residual's own features, whose skips are then added on every level.
+    The residual stream starts from the image residual, averaged down to the coarsest level. With a shared encoder it
+    starts from the encoder features of the image residual, whose skips are added on every level.
 
     Args:
-        encoder: The encoder, whose features, kernels, strides, norm and nonlinearity the decoder takes over.
+        encoder: The encoder, whose features, kernels, strides, norm and nonlinearity the decoder uses.
         input_channels: Number of image channels.
         num_classes: Number of output channels of the segmentation heads.
         residual_classes: Number of output channels of the residual heads.
@@ -126,7 +126,7 @@ class ConResNet(ResidualMapsMixin, PlansNetwork):
     The residual stream of that decoder acts on the segmentation's features as attention, at every level.
 
     Args:
-        ...: Those of nnU-Net's plans, see `PlansNetwork`.
+        ...: Arguments of nnU-Net's plans, see `PlansNetwork`.
         n_blocks_per_stage: Residual blocks (two convolutions each) per encoder stage, one number or one per stage.
         n_conv_per_stage_decoder: Convolutions of the segmentation stream per decoder level, one number or a list.
         residual_outputs: Whether residual maps are returned too; can be switched later at the attribute of this name.
@@ -186,7 +186,7 @@ class ConResNet(ResidualMapsMixin, PlansNetwork):
         )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Computes logits.
+        """Compute logits.
 
         Args:
             x: Images, shape (B, input_channels, X, Y, Z).
@@ -206,6 +206,6 @@ class ConResNet(ResidualMapsMixin, PlansNetwork):
         return self.decoder([image for image, _ in features], features[-1][1], [residual for _, residual in features])
 
     def summary(self) -> str:
-        """The topology in a few words, for messages."""
+        """Describe the topology in a few words, for messages."""
         encoder = "shared encoder" if self.shared_encoder else "image encoder"
         return f"ConResNet, {super().summary()}, {encoder}"

@@ -28,17 +28,17 @@ from nnunet_conres.residuals import inter_slice_residual
 FEATURES = (32, 64, 128, 256)
 KERNEL_SIZES = ((3, 3, 3),) * 4
 STRIDES = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
-DIVISOR = 8  # three halvings; the authors' graph is defined for patches that all three divide
+DIVISOR = 8  # three halvings; the authors' network is defined only for divisible patches
 _BLOCKS = (1, 2, 2, 4)  # the last two blocks of the last stage are dilated
 _GROUPS = 8
 _BOTTLENECK = 128
 _DECODER_FEATURES = (64, 32, 32)  # at quarter, half and full resolution
-# Beyond it, variances of the group norms would overflow float32.
+# Beyond this value, variances of the group norms would overflow float32.
 _LARGEST_INTENSITY = 1e12
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int = 3, **kwargs: Any) -> WeightStandardizedConv3d:
-    """Weight-standardised convolution without bias that keeps the size at stride 1."""
+    """Build a weight-standardised convolution without bias that keeps the size at stride 1."""
     padding = kwargs.get("dilation", 1) * (kernel_size - 1) // 2
     return WeightStandardizedConv3d(in_channels, out_channels, kernel_size, padding=padding, bias=False, **kwargs)
 
@@ -46,7 +46,7 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int = 3, **kwargs: A
 def _preactivation(
     in_channels: int, out_channels: int, dropout: nn.Module | None = None, **kwargs: Any
 ) -> PreActivationConv:
-    """Group norm, ReLU, (dropout,) weight-standardised 3x3x3 convolution."""
+    """Build group norm, ReLU, (dropout,) weight-standardised 3x3x3 convolution."""
     return PreActivationConv(
         _conv(in_channels, out_channels, **kwargs),
         norm=GroupNormReLU(_GROUPS, in_channels, eps=1e-5),
@@ -82,15 +82,16 @@ class PaperEncoder(StagesAfterStem, nn.Module):
         self.fusion = _preactivation(FEATURES[-1], _BOTTLENECK, dropout=nn.Dropout3d(0.1))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps images (B, C, X, Y, Z) to features at full, half and quarter resolution (32, 64 and 128 channels), and
-        the bottleneck at an eighth (128 channels).
+        """Map images (B, C, X, Y, Z) to the features of all resolutions, highest first.
+
+        Full, half and quarter resolution have 32, 64 and 128 channels, the bottleneck at an eighth has 128.
         """
         *skips, lowest = super().forward(x)
         return [*skips, self.fusion(lowest)]
 
 
 class PaperDecoder(ContextResidualDecoder):
-    """Trilinear, corner-aligned resizing of both streams, and skips that are added to the segmentation stream.
+    """Decoder with trilinear, corner-aligned resizing of both streams, and skips added to the segmentation stream.
 
     The residual stream starts from the image residual, resized to quarter resolution. The heads are plain convolutions
     with bias, unlike all other convolutions of this network.
@@ -102,7 +103,7 @@ class PaperDecoder(ContextResidualDecoder):
         slice_axis: Spatial axis along which slices follow each other.
         deep_supervision: Whether the segmentation is returned in a list (of one).
         residual_outputs: Whether the residual heads are computed and returned.
-        checkpointing: Whether what a level computes is computed again for backward instead of being kept.
+        checkpointing: Whether levels are recomputed for backward instead of being kept.
     """
 
     def __init__(
@@ -158,18 +159,17 @@ class ConResNetPaper(ResidualMapsMixin, PlansNetwork):
     Args:
         input_channels: Number of image channels, 4 in the paper.
         num_classes: Number of output channels of the segmentation, 3 in the paper (one per region).
-        deep_supervision: Whether the segmentation is returned in a list, whose one entry is of full size; can be
-            switched later at ``decoder.deep_supervision``.
+        deep_supervision: Whether the segmentation is returned in a list, with one entry of full size; can be switched
+            later at ``decoder.deep_supervision``.
         residual_outputs: Whether residual maps are returned too; can be switched later at the attribute of this name.
         background_class: Whether the first class is the background, which has no residual map.
         slice_axis: Spatial axis along which slices follow each other, 0 (in nnU-Net), 1 or 2.
-        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
-            ``"decoder"``, or the ``"full"`` network. For memory; changes no result.
-        strides: The network's own, `STRIDES`; nnU-Net's trainers read the scales of deep supervision from this entry of
-            plans.
+        checkpointing: What is recomputed for backward instead of being kept: ``"none"``, the levels of the
+            ``"decoder"``, or the ``"full"`` network. Saves memory, and changes no result.
+        strides: Must be `STRIDES`. nnU-Net's trainers read the scales of deep supervision from this entry of plans.
 
     Raises:
-        ValueError: If an argument is out of range, or other strides are asked for.
+        ValueError: If an argument is out of range, or ``strides`` are not `STRIDES`.
 
     Source: Zhang et al. 2021, section III-D, as the authors' code computes it.
     """
@@ -206,7 +206,7 @@ class ConResNetPaper(ResidualMapsMixin, PlansNetwork):
         )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Computes logits.
+        """Compute logits.
 
         Args:
             x: Images, shape (B, input_channels, X, Y, Z).
@@ -223,5 +223,5 @@ class ConResNetPaper(ResidualMapsMixin, PlansNetwork):
         return self.decoder(self.encoder(x), inter_slice_residual(x, self.slice_axis))
 
     def summary(self) -> str:
-        """The topology in a few words, for messages."""
+        """Describe the topology in a few words, for messages."""
         return "ConResNetPaper, the paper's topology"

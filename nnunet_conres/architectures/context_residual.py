@@ -1,4 +1,4 @@
-"""The context residual module, and the two decoders that are made of it; what both forms of ConResNet share.
+"""The context residual module and the two decoders built from it, which both forms of ConResNet share.
 
 Source: Zhang et al., "Inter-slice Context Residual Learning for 3D Medical Image Segmentation", IEEE TMI 2021,
 arXiv 2011.14155.
@@ -25,8 +25,8 @@ class ContextResidualModule(nn.Module):
     Args:
         segmentation: Maps the segmentation stream (with its skip) to F.
         feature_residual: 1x1x1 convolution that keeps the channels of F.
-        project: Maps the residual stream to the channels of F, or None where it has them.
-        merge: Maps S + G to S.
+        project: Maps the residual stream to the channels of F, or None if it has them already.
+        merge: Maps the sum of the projected residual stream and G to S.
         slice_axis: Spatial axis along which slices follow each other.
 
     Source: Zhang et al. 2021, section III-C and figure 3.
@@ -48,33 +48,33 @@ class ContextResidualModule(nn.Module):
         self.slice_axis = slice_axis
 
     def forward(self, segmentation: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes and returns the two streams, (B, C, X, Y, Z) each, of one spatial size."""
+        """Map the two streams to the two streams that go on, (B, C, X, Y, Z) each, of one spatial size."""
         features = self.segmentation(segmentation)
         if self.project is not None:
             residual = self.project(residual)
-        # one expression: a name would keep the sum alive
+        # One expression, because a variable would keep the sum in memory.
         residual = self.merge(residual + self.feature_residual(residual_of_sigmoid(features, self.slice_axis)))
         return attend(features, residual), residual
 
     @staticmethod
     def attention(residual: Tensor) -> Tensor:
-        """What the features were multiplied with, given the residual stream that ``forward`` returned; 1 to 2."""
+        """Return the factors of the features, 1 to 2, given the residual stream that ``forward`` returned."""
         return 1 + torch.sigmoid(residual)
 
 
 class ContextResidualDecoder(nn.Module):
     """Both decoders: context residual modules from the coarsest resolution to full size, and the heads.
 
-    Subclasses say in ``upsample`` how the streams reach the next resolution.
+    Subclasses define in ``upsample`` how the streams reach the next resolution.
 
     Args:
         stages: Context residual modules, coarsest first.
         segmentation_heads: 1x1x1 convolutions to the classes; for all stages, or only for the last ones.
         residual_heads: 1x1x1 convolutions to the classes that have a residual map, one per stage.
-        deep_supervision: Whether all segmentation heads are computed, or only that of full size.
+        deep_supervision: Whether all segmentation heads are computed, or only the one of full size.
         residual_outputs: Whether the residual heads are computed and returned.
         full_size_residuals: Whether residual maps are resized to full size.
-        checkpointing: Whether what a level computes is computed again for backward instead of being kept.
+        checkpointing: Whether levels are recomputed for backward instead of being kept.
     """
 
     def __init__(
@@ -98,22 +98,22 @@ class ContextResidualDecoder(nn.Module):
     def upsample(
         self, level: int, segmentation: Tensor, residual: Tensor, skip: Tensor, residual_skip: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Brings both streams to the resolution of ``skip`` and merges the skips into them."""
+        """Bring both streams to the resolution of ``skip`` and merge the skips into them."""
         raise NotImplementedError
 
     def forward(
         self, skips: Sequence[Tensor], residual: Tensor, residual_skips: Sequence[Tensor] | None = None
     ) -> Tensor | list[Tensor]:
-        """Decodes.
+        """Compute logits from the features of the encoder.
 
         Args:
             skips: Encoder features of the image, full resolution first, bottleneck last.
-            residual: What the residual stream starts from: image residual or encoder features of it.
-            residual_skips: Encoder features of the image residual, ordered as ``skips``, where a shared encoder
-                computed them.
+            residual: Start of the residual stream: the image residual, or encoder features of it.
+            residual_skips: Encoder features of the image residual, ordered as ``skips``, if a shared encoder computed
+                them.
 
         Returns:
-            Logits as described at ``ConResNet.forward``.
+            Logits, see ``ConResNet.forward``.
         """
         last = len(self.stages) - 1
         first_head = len(self.stages) - len(self.seg_layers.segmentation)
@@ -145,6 +145,6 @@ class ContextResidualDecoder(nn.Module):
     def _residual_map(self, head: nn.Module, residual: Tensor, full_size: torch.Size) -> Tensor:
         if not self.full_size_residuals:
             return head(residual)
-        # A 1x1x1 convolution and trilinear resizing commute but for rounding: the weights of the interpolation sum to
-        # 1, so that the bias survives it. On the small map the head takes a fraction of the memory.
+        # A 1x1x1 convolution and trilinear resizing commute except for rounding: the weights of the interpolation sum
+        # to 1, so that the bias stays the same. On the small map the head takes a fraction of the memory.
         return resize(head(residual), full_size)

@@ -1,6 +1,6 @@
-"""Encoder and decoder of networks that go down by one layer and up by one layer per level, with concatenated skips.
+"""Encoder and decoder with one layer down and one layer up per level, and concatenated skips.
 
-What the levels consist of is the network's own matter (see vnet.py, unet3d.py); how they are connected is here.
+Each network defines its own levels (see vnet.py, unet3d.py); this module connects them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class StagesAfterStem:
     """Forward pass of an encoder that consists of a ``stem`` and ``stages``, each at a lower resolution.
 
     Attributes:
-        checkpointing: Whether stages are computed again for backward instead of being kept.
+        checkpointing: Whether stages are recomputed for backward instead of being kept.
     """
 
     checkpointing: bool
@@ -27,7 +27,7 @@ class StagesAfterStem:
     stages: nn.ModuleList | nn.Sequential
 
     def forward(self: Any, x: Tensor) -> list[Tensor]:
-        """Maps images (B, C, X, Y, Z) to the features of all stages, highest resolution first."""
+        """Map images (B, C, X, Y, Z) to the features of all stages, highest resolution first."""
         features = []
         for stage in range(len(self.stages)):
             x = maybe_checkpoint(self.checkpointing, self, self._stage, stage, x)
@@ -39,12 +39,12 @@ class StagesAfterStem:
 
 
 class Encoder(nn.Module):
-    """A stage at every resolution, and a layer between each and the next that lowers it.
+    """A stage at every resolution, and a downsampling layer between consecutive stages.
 
     Args:
         stages: One module per resolution, highest first.
-        down: What leads from a stage to the next, one module fewer.
-        checkpointing: Whether stages are computed again for backward instead of being kept.
+        down: Modules that lead from a stage to the next, one fewer than ``stages``.
+        checkpointing: Whether stages are recomputed for backward instead of being kept.
     """
 
     def __init__(self, stages: Sequence[nn.Module], down: Sequence[nn.Module], checkpointing: bool = False) -> None:
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         self.checkpointing = checkpointing
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps images (B, C, X, Y, Z) to the features of all stages, highest resolution first."""
+        """Map images (B, C, X, Y, Z) to the features of all stages, highest resolution first."""
         features = [maybe_checkpoint(self.checkpointing, self.stages[0], self.stages[0], x)]
         for stage in range(1, len(self.stages)):
             features.append(maybe_checkpoint(self.checkpointing, self, self._stage, stage, features[-1]))
@@ -65,14 +65,14 @@ class Encoder(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """Up to the next resolution, concatenation with the encoder's features there, a stage; at every level.
+    """At every level: upsampling to the next resolution, concatenation with the encoder's features, a stage.
 
     Args:
         up: Modules that raise the resolution, lowest first.
-        stages: Modules that take the raised features and the encoder's, in this order along the channels.
+        stages: Modules that take the upsampled features and the encoder's, concatenated in this order.
         deep_supervision: Whether the segmentation heads of all levels are evaluated; can be switched later at the
             attribute of this name.
-        checkpointing: Whether levels are computed again for backward instead of being kept.
+        checkpointing: Whether levels are recomputed for backward instead of being kept.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class UNetDecoder(nn.Module):
         self.checkpointing = checkpointing
 
     def levels(self, features: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Computes one level after the other, lowest resolution first.
+        """Compute one level after the other, lowest resolution first.
 
         Args:
-            features: Of all stages of the encoder, highest resolution first.
+            features: Features of all stages of the encoder, highest resolution first.
         """
         x = features[-1]
         for level in range(len(self.stages)):
@@ -123,15 +123,15 @@ class SegmentationDecoder(UNetDecoder):
         checkpointing: bool = False,
     ) -> None:
         super().__init__(up, stages, deep_supervision, checkpointing)
-        # what depends on the number of classes is called seg_layers: -pretrained_weights leaves it out
+        # Called seg_layers, so that -pretrained_weights skips the layers that depend on the number of classes.
         self.seg_layers = nn.ModuleList(heads)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """Computes logits from the features of all stages, highest resolution first.
+        """Compute logits from the features of all stages, highest resolution first.
 
         Returns:
-            Logits at full resolution, (B, num_classes, X, Y, Z); with ``deep_supervision`` a list of them, those of all
-            heads, largest first.
+            Logits at full resolution, (B, num_classes, X, Y, Z); with ``deep_supervision`` a list with the logits of
+            all heads, largest first.
         """
         logits: list[Tensor] = []
         first_head = len(self.stages) - len(self.seg_layers)
@@ -143,13 +143,13 @@ class SegmentationDecoder(UNetDecoder):
 
 
 class EncoderDecoder(PlansNetwork):
-    """A network of these two; subclasses fill in ``encoder`` and ``decoder``."""
+    """A network with an encoder and a decoder. Subclasses set ``encoder`` and ``decoder``."""
 
     encoder: nn.Module
     decoder: UNetDecoder
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Computes logits.
+        """Compute logits.
 
         Args:
             x: Images, shape (B, input_channels, X, Y, Z).

@@ -1,7 +1,7 @@
 """Channels-last networks on a GPU: the layout in which cuDNN's 3D convolutions are fastest, and norms that keep it.
 
-PyTorch's instance norm and group norm make contiguous copies on CUDA, so that the layout would be changed twice for
-each of them. Written out in plain operations the compiler fuses them with what surrounds them and keeps the layout.
+PyTorch's instance norm and group norm make contiguous copies on CUDA, so that each of them would change the layout
+twice. Here they are written in plain operations, which the compiler fuses with those around them, keeping the layout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _DEVICES = {"cuda"}
 
 
 def wants_channels_last(x: Tensor) -> bool:
-    """Whether networks from `fast` compute channels-last: compiled on a GPU, and where they predict one patch there.
+    """Return whether networks from `fast` compute channels-last: compiled on a GPU, or predicting a single patch there.
 
     Training that is not compiled stays contiguous: PyTorch's own norms are faster there.
 
@@ -30,12 +30,12 @@ def wants_channels_last(x: Tensor) -> bool:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether images or features are those of a network that computes channels-last."""
+    """Return whether images or features belong to a network that computes channels-last."""
     return wants_channels_last(x) and x.stride(1) == 1
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """A copy of (B, C, X, Y, Z) whose channels lie next to each other, so that convolutions take it for channels-last.
+    """Copy (B, C, X, Y, Z) so that its channels are adjacent in memory, and convolutions take it for channels-last.
 
     (``contiguous`` would leave images of one channel as they are, which convolutions take for contiguous.)
     """
@@ -43,17 +43,17 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 
 class _ChannelsLast:
-    """Forward pass of a network that converts images to its layout once, at the entrance."""
+    """Forward pass of a network that converts images to channels-last once, at its input."""
 
     def forward(self: Any, x: Tensor) -> Any:
-        """As of the network."""
-        # group norm has no channels-last kernel: where it is not compiled, it would convert every time
+        """Compute the outputs of the network."""
+        # Group norm has no channels-last kernel: if it is not compiled, it would convert the layout every time.
         if not wants_channels_last(x) or (self.has_group_norm and not torch.compiler.is_compiling()):
             return super().forward(x)  # type: ignore[misc]
         logits = super().forward(to_channels_last(x))  # type: ignore[misc]
         return _Exit.apply(logits) if isinstance(logits, Tensor) else [_Exit.apply(one) for one in logits]
 
-    def __reduce__(self) -> Any:  # pickle does not find a class that is made at run time
+    def __reduce__(self) -> Any:  # pickle does not find a class that is created at run time
         return _empty, (type(self).__bases__[1],), self.__dict__
 
 
@@ -75,16 +75,16 @@ def _channels_last_class(network: type[nn.Module]) -> type[nn.Module]:
 
 
 def _empty(network: type[nn.Module]) -> nn.Module:
-    """A channels-last network before unpickling fills it."""
+    """Create an empty channels-last network, which unpickling fills."""
     made = _channels_last_class(network)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
 def fast(network: nn.Module) -> nn.Module:
-    """Makes a network channels-last on a GPU, in place; its function and the names of its state stay as they are.
+    """Make a network channels-last on a GPU, in place. Its function and the names in its state stay the same.
 
     Args:
-        network: One of this package's or of nnU-Net's, on any device.
+        network: A network of this package or of nnU-Net, on any device.
 
     Returns:
         The same network.
@@ -98,10 +98,10 @@ def fast(network: nn.Module) -> nn.Module:
 
 
 def weights_to_channels_last(network: nn.Module) -> None:
-    """Stores weights of 3D convolutions on a GPU as compiled code takes them; the parameters stay the same objects.
+    """Convert weights of 3D convolutions on a GPU to the layout of compiled code; the parameters stay the same objects.
 
     Args:
-        network: A network from `fast`, bare or in wrappers, on the device where it is trained. Weights of others stay.
+        network: A network from `fast`, bare or in wrappers, on its training device. Other networks stay as they are.
     """
     parts = (module for module in network.modules() if isinstance(module, _ChannelsLast))
     for parameter in (parameter for part in parts for parameter in part.parameters()):
@@ -110,9 +110,9 @@ def weights_to_channels_last(network: nn.Module) -> None:
 
 
 def with_channels_last_weights(network: nn.Module) -> nn.Module:
-    """A network with its weights as of ``weights_to_channels_last``; DistributedDataParallel is wrapped around it anew.
+    """Convert weights with ``weights_to_channels_last``, and renew a DistributedDataParallel wrapper.
 
-    The memory in which that sums gradients has the layout that the weights had when it was made.
+    The wrapper sums gradients in memory with the layout that the weights had when it was created.
     """
     weights_to_channels_last(network)
     if isinstance(network, DistributedDataParallel):
@@ -121,15 +121,15 @@ def with_channels_last_weights(network: nn.Module) -> nn.Module:
 
 
 def normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """Mean 0 and variance 1 along some dimensions, in plain operations.
+    """Normalise to mean 0 and variance 1 along some dimensions, in plain operations.
 
     Args:
-        x: Floating.
-        dims: The dimensions that mean and variance are taken over.
+        x: Floating-point tensor.
+        dims: Dimensions over which mean and variance are computed.
         eps: Added to the variance.
 
     Returns:
-        Tensor of the same shape, in float32 where ``x`` has 16 bits.
+        Tensor of the same shape, in float32 if ``x`` has 16 bits.
     """
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     variance, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
@@ -137,7 +137,7 @@ def normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
 
 
 def scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Multiplies every channel of (B, C, X, Y, Z) by its weight and adds its bias; either may be absent."""
+    """Multiply every channel of (B, C, X, Y, Z) by its weight and add its bias; either may be absent."""
     shape = (-1, *[1] * (x.ndim - 2))
     if weight is not None:
         x = x * weight.to(x.dtype).view(shape)
@@ -145,15 +145,15 @@ def scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Te
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
-    """Instance norm in the form that is fastest where it runs, and whose output may be changed in place at no cost.
+    """Instance norm in the fastest form for each device, whose output may be changed in place at no cost.
 
     PyTorch computes it as a batch norm of a reshaped tensor, so that its output is a view. In backward, an operation
     that changed a view in place, as nnU-Net's nonlinearities and residual blocks do, copies the gradient twice. Here
-    the output is no view for autograd: nothing else refers to the tensor that it would be a view of.
+    the output is not a view for autograd. This is safe, because nothing else refers to the base tensor of the view.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Maps (B, C, X, Y, Z) to the same shape."""
+        """Map (B, C, X, Y, Z) to the same shape."""
         if wants_channels_last(input) and not self.track_running_stats and input[0, 0].numel() > 1:
             if torch.compiler.is_compiling():
                 normal = normalize(input, (2, 3, 4), self.eps)
@@ -165,9 +165,9 @@ class InstanceNorm3d(nn.InstanceNorm3d):
 
 
 class AvgPool3d(nn.AvgPool3d):
-    """Average pooling that keeps a network channels-last, which PyTorch's does not."""
+    """Average pooling that keeps a network channels-last; PyTorch's does not."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Pools (B, C, X, Y, Z)."""
+        """Pool (B, C, X, Y, Z)."""
         output = super().forward(input)
         return to_channels_last(output) if is_channels_last(input) else output

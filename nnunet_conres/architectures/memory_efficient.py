@@ -1,15 +1,15 @@
-"""Operations between convolutions that keep no more for backward than the convolutions keep anyway.
+"""Operations between convolutions that keep no more tensors for backward than the convolutions keep anyway.
 
 Autograd would keep the intermediate results of ``|sigmoid(F)[k] - sigmoid(F)[k - 1]|`` and ``F * (1 + sigmoid(S))``,
 four tensors as large as F at every level. F is kept once in any case, S by the layers that follow, and the sigmoid is
-cheap to compute again. Of a group norm under mixed precision it would keep copies in float32.
+cheap to compute again. For a group norm under mixed precision, autograd would keep copies in float32.
 
-Without them, the peak of a training step (4 channels, batch 2, 128 x 128 x 128, float16 on CUDA) is higher by: 11 % of
-ConResNet for the residual of the sigmoid and 8 % for the attention, 66 % of ConResNetPaper for the group norm, and for
-the instance norm of layout.py 6 % of ResidualMapUNet and 12 % of UNet3D.
+Without these operations, the peak memory of a training step (4 channels, batch 2, 128 x 128 x 128, float16 on CUDA) is
+higher: for ConResNet by 11 % (residual of the sigmoid) and 8 % (attention), and for ConResNetPaper by 66 % (group
+norm). Without the instance norm of layout.py it is higher by 6 % for ResidualMapUNet and by 12 % for UNet3D.
 
-No ``forward`` returns a tensor that was changed in place, or the result of an operation that may return its input, as
-``to`` does: compiled by PyTorch 2.11, such a function has no gradient.
+No ``forward`` returns a tensor that was changed in place, or the result of an operation that may return its input, such
+as ``to``: compiled by PyTorch 2.11, such a function has no gradient.
 """
 
 from __future__ import annotations
@@ -86,23 +86,24 @@ class _GroupNormReLU(torch.autograd.Function):
 
 
 def _norm_dtype(x: Tensor) -> torch.dtype:
-    """The type that autocast gives a group norm: on a GPU float32, on a CPU (bfloat16) that of its input."""
+    """Return the dtype of a group norm under autocast: on a GPU float32, on a CPU (bfloat16) that of its input."""
     return torch.float32 if x.dtype == torch.float16 or (x.is_cuda and x.dtype == torch.bfloat16) else x.dtype
 
 
 def _as_norm_takes(parameter: Tensor, x: Tensor) -> Tensor:
-    # beside bfloat16 on a CPU scale and shift may be in float32, and then the statistics are too
+    # With bfloat16 on a CPU, scale and shift may be float32, and then the statistics are too.
     return parameter if x.dtype == torch.bfloat16 else parameter.to(x.dtype)
 
 
 class GroupNormReLU(nn.GroupNorm):
     """Group norm, then ReLU. Takes the arguments of ``nn.GroupNorm``, with scale and shift.
 
-    Gives what the two give, in the type of the input: mixed precision computes in float32, but keeps nothing of it.
+    The output is that of the two layers, in the dtype of the input: mixed precision computes in float32, but keeps no
+    features in float32.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Maps (B, C, X, Y, Z) to the same shape."""
+        """Map (B, C, X, Y, Z) to the same shape."""
         if is_channels_last(input) and torch.compiler.is_compiling():
             normal = normalize(input.unflatten(1, (self.num_groups, -1)), (2, 3, 4, 5), self.eps).flatten(1, 2)
             return scale_and_shift(normal, self.weight, self.bias).relu().to(input.dtype)
@@ -110,7 +111,7 @@ class GroupNormReLU(nn.GroupNorm):
 
 
 def residual_of_sigmoid(features: Tensor, slice_axis: int) -> Tensor:
-    """``inter_slice_residual(torch.sigmoid(features), slice_axis)``, keeping only ``features`` for backward.
+    """Compute ``inter_slice_residual(torch.sigmoid(features), slice_axis)``, keeping only ``features`` for backward.
 
     Args:
         features: (B, C, X, Y, Z), floating.
@@ -123,7 +124,7 @@ def residual_of_sigmoid(features: Tensor, slice_axis: int) -> Tensor:
 
 
 def attend(features: Tensor, residual: Tensor) -> Tensor:
-    """``features * (1 + torch.sigmoid(residual))``, keeping only the two for backward.
+    """Compute ``features * (1 + torch.sigmoid(residual))``, keeping only the two inputs for backward.
 
     Args:
         features: (B, C, X, Y, Z), floating.

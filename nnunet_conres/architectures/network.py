@@ -1,4 +1,4 @@
-"""What all networks of this package share: checks of their arguments, and errors that explain a checkpoint."""
+"""Base classes of all networks: checks of their arguments, and errors that explain a checkpoint that does not fit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ CHECKPOINTINGS = ("none", "decoder", "full")
 
 
 class PlansNetwork(nn.Module):
-    """A network that a plans file alone can instantiate.
+    """A network that can be built from a plans file alone.
 
-    Constructors take these arguments, which nnU-Net writes in plans for its U-Nets:
+    Constructors take these arguments, which nnU-Net writes into plans for its U-Nets:
 
     - ``input_channels``, ``num_classes``: image channels, and classes (labels with background, or regions);
-    - those below, and ``n_conv_per_stage_decoder``: convolutions per decoder level, lowest resolution first, one number
-      or one per level; the encoder's number is the network's own;
+    - the arguments below, and ``n_conv_per_stage_decoder``: convolutions per decoder level, lowest resolution first,
+      one number or one per level; the argument for the encoder differs between networks;
     - ``conv_bias``: whether convolutions have a bias;
     - ``norm_op``, ``dropout_op``, ``nonlin``: classes, or None, with ``norm_op_kwargs`` and so on for their arguments;
     - ``deep_supervision``: whether logits are returned at all of the plans' scales; can be switched later at
@@ -32,16 +32,16 @@ class PlansNetwork(nn.Module):
         features_per_stage: Channels of every stage, one number or one per stage.
         conv_op: Must be ``torch.nn.Conv3d``.
         kernel_sizes: Odd kernel sizes, one number or (kx, ky, kz) per stage.
-        strides: Strides, one number or (sx, sy, sz) per stage; those of the first stage are 1.
-        checkpointing: What is computed again for backward instead of being kept: ``"none"``, the levels of the
+        strides: Strides, one number or (sx, sy, sz) per stage; the first stage must have strides of 1.
+        checkpointing: What is recomputed for backward instead of being kept: ``"none"``, the levels of the
             ``"decoder"``, or the ``"full"`` network, encoder stages as well.
 
     Attributes:
         features: Channels, one number per stage.
         kernel_sizes: [kx, ky, kz] per stage.
         strides: [sx, sy, sz] per stage.
-        fixed_stages: Strides and kernel sizes of a network that plans can't give others; None for all others.
-        has_auxiliary_heads: Whether it puts out a segmentation at every scale unless plans say ``auxiliary_heads``.
+        fixed_stages: Strides and kernel sizes, if plans can't change them; otherwise None.
+        has_auxiliary_heads: Whether it outputs a segmentation at every scale, if plans have no ``auxiliary_heads``.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -86,11 +86,11 @@ class PlansNetwork(nn.Module):
             )
 
     def summary(self) -> str:
-        """The topology in a few words, for messages."""
+        """Describe the topology in a few words, for messages."""
         return f"features {self.features}, kernels {self.kernel_sizes}, strides {self.strides}"
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in ``nn.Module``; an error says that the checkpoint belongs to another topology, and how they differ.
+        """Load as in ``nn.Module``. For a checkpoint of another topology, the error names the differences.
 
         Raises:
             RuntimeError: If ``strict`` and names or shapes differ.
@@ -122,7 +122,7 @@ class ResidualMapsMixin:
     """A network that can return residual maps beside the segmentation.
 
     Attributes:
-        decoder: Holds the switches ``deep_supervision`` and ``residual_outputs``.
+        decoder: Has the switches ``deep_supervision`` and ``residual_outputs``.
     """
 
     decoder: nn.Module
@@ -138,28 +138,28 @@ class ResidualMapsMixin:
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """Initialises one module: He normal as in nnU-Net.
+        """Initialise one module: He normal as in nnU-Net.
 
-        nnU-Net's residual networks let their blocks start as the identity. Here all layers learn from the first step:
-        in trials the first foreground appeared sooner.
+        In nnU-Net's residual networks, blocks start as the identity. Here all layers learn from the first step: in
+        experiments, foreground was predicted sooner.
         """
         InitWeights_He(1e-2)(module)
 
 
 def residual_classes(num_classes: int, background_class: bool) -> int:
-    """Number of classes that have a residual map: all but the background.
+    """Return the number of classes that have a residual map: all but the background.
 
     Raises:
-        ValueError: If none is left.
+        ValueError: If no class is left.
     """
     count = num_classes - background_class
     if count < 1:
-        raise ValueError(f"Without the background, {num_classes} classes leave none for residual maps.")
+        raise ValueError(f"{num_classes} classes with the background leave none for residual maps.")
     return count
 
 
 def spatial_axis(value: int) -> int:
-    """The slice axis.
+    """Check a slice axis, and return it.
 
     Raises:
         ValueError: If it is not 0, 1 or 2.
@@ -170,20 +170,20 @@ def spatial_axis(value: int) -> int:
 
 
 def positive(name: str, values: Sequence[int]) -> None:
-    """Refuses numbers of channels, convolutions and the like below 1.
+    """Check that numbers of channels, convolutions and the like are 1 or more.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If one is below 1.
     """
     if any(value < 1 for value in values):
         raise ValueError(f"{name} must be 1 or more, got {list(values)}.")
 
 
 def counts_per_stage(name: str, value: int | Sequence[int], n_stages: int) -> list[int]:
-    """One number of convolutions for all stages, or one for each, as a list.
+    """Convert one number of convolutions for all stages, or one per stage, to a list.
 
     Raises:
-        ValueError: If there are too many or too few, or one is below 1.
+        ValueError: If the list has the wrong length, or a number is below 1.
     """
     counts = per_stage(name, value, n_stages)
     positive(name, counts)
@@ -191,7 +191,7 @@ def counts_per_stage(name: str, value: int | Sequence[int], n_stages: int) -> li
 
 
 def listing(what: str, names: Sequence[str], most: int = 3) -> str:
-    """A sentence with the first names, or nothing where there are none."""
+    """Return a sentence with the first names, empty if there are none."""
     if not names:
         return ""
     more = f", ... {len(names) - most} more" if len(names) > most else ""

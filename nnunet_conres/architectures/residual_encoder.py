@@ -17,7 +17,7 @@ from nnunet_conres.architectures.network import PlansNetwork, counts_per_stage
 
 
 class AnySizeResidualEncoder(StagesAfterStem, ResidualEncoder):
-    """nnU-Net's residual encoder, for odd sizes as well, and with checkpointing. Takes its arguments."""
+    """nnU-Net's residual encoder, also for odd sizes, and with checkpointing. Takes the same arguments."""
 
     def __init__(self, *args: Any, checkpointing: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, return_skips=True)
@@ -36,14 +36,14 @@ def residual_encoder(
     n_blocks_per_stage: int | Sequence[int],
     layers: Sequence[Any],
 ) -> AnySizeResidualEncoder:
-    """The encoder of a network, with the stages, kernels, strides and checkpointing that the network has checked.
+    """Build the encoder of a network from the stages, kernels, strides and checkpointing that the network has checked.
 
     Args:
         network: The network.
         input_channels: Number of image channels.
         conv_op: ``torch.nn.Conv3d``.
         n_blocks_per_stage: Residual blocks per stage.
-        layers: Bias, norm, dropout and nonlinearity, in the order in which plans have them.
+        layers: Bias, norm, dropout and nonlinearity, in the order of the plans.
 
     Raises:
         ValueError: If ``n_blocks_per_stage`` doesn't fit the network's stages.
@@ -63,10 +63,10 @@ def residual_encoder(
 
 
 def decoder_level(encoder: ResidualEncoder, level: int, n_conv: int) -> tuple[nn.Module, nn.Module]:
-    """What a decoder level of nnU-Net's U-Net consists of.
+    """Build the two modules of a decoder level of nnU-Net's U-Net.
 
     Args:
-        encoder: The encoder, whose kernels, strides, norm and nonlinearity the level takes over.
+        encoder: The encoder, whose kernels, strides, norm and nonlinearity the level uses.
         level: 0 for the level above the bottleneck.
         n_conv: Number of convolutions after the concatenation with the skip.
 
@@ -94,7 +94,7 @@ def decoder_level(encoder: ResidualEncoder, level: int, n_conv: int) -> tuple[nn
 
 
 def transposed_convolution(encoder: ResidualEncoder, level: int) -> nn.Module:
-    """What raises the resolution at a decoder level, 0 for the one above the bottleneck."""
+    """Build the transposed convolution of a decoder level, 0 for the level above the bottleneck."""
     below, features = encoder.output_channels[-(level + 1)], encoder.output_channels[-(level + 2)]
     stride = encoder.strides[-(level + 1)]
     return get_matching_convtransp(conv_op=encoder.conv_op)(below, features, stride, stride, bias=encoder.conv_bias)

@@ -26,12 +26,12 @@ class ResidualMapDecoder(UNetDecoder):
 
     Args:
         up: Modules that raise the resolution, lowest first.
-        stages: Modules that take the raised features and the encoder's, in this order along the channels.
+        stages: Modules that take the upsampled features and the encoder's, concatenated in this order.
         segmentation_heads: 1x1x1 convolutions to the classes, one per level, lowest resolution first.
         residual_heads: 1x1x1 convolutions to the classes that have a residual map, one per level.
         deep_supervision: Whether all segmentation heads are evaluated; can be switched later at the attribute.
         residual_outputs: Whether the residual heads are evaluated; can be switched later at the attribute.
-        checkpointing: Whether levels are computed again for backward instead of being kept.
+        checkpointing: Whether levels are recomputed for backward instead of being kept.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class ResidualMapDecoder(UNetDecoder):
         self.residual_outputs = residual_outputs
 
     def forward(self, features: Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """Computes logits from the features of all stages, highest resolution first.
+        """Compute logits from the features of all stages, highest resolution first.
 
         Returns:
-            As of ``ConResNet.forward``.
+            Logits, see ``ConResNet.forward``.
         """
         segmentation_maps: list[Tensor] = []
         residual_maps: list[Tensor] = []
@@ -67,10 +67,10 @@ class ResidualMapDecoder(UNetDecoder):
 
 
 class ResidualMapUNet(ResidualMapsMixin, EncoderDecoder):
-    """nnU-Net's residual encoder U-Net, with residual maps predicted beside the segmentation, in ConResNet's order.
+    """nnU-Net's residual encoder U-Net, with residual maps beside the segmentation. Outputs are ordered as ConResNet's.
 
     Args:
-        ...: Those of nnU-Net's plans, see `PlansNetwork`.
+        ...: Arguments of nnU-Net's plans, see `PlansNetwork`.
         n_blocks_per_stage: Residual blocks (two convolutions each) per encoder stage, one number or one per stage.
         residual_outputs: Whether residual maps are returned too; can be switched later at the attribute of this name.
         background_class: Whether the first class is the background, which has no residual map.
@@ -125,5 +125,5 @@ class ResidualMapUNet(ResidualMapsMixin, EncoderDecoder):
         )
 
     def summary(self) -> str:
-        """The topology in a few words, for messages."""
+        """Describe the topology in a few words, for messages."""
         return f"ResidualMapUNet, {super().summary()}"

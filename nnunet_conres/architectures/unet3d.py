@@ -26,7 +26,7 @@ PAPER_FEATURES = (64, 128, 256, 512)
 
 
 def paper_arguments() -> dict[str, Any]:
-    """The constructor arguments of the paper's network that are no defaults, but for channels and classes."""
+    """Return the constructor arguments of the paper's network that are not defaults, except channels and classes."""
     n_stages = len(PAPER_FEATURES)
     return {
         "n_stages": n_stages,
@@ -48,13 +48,14 @@ def paper_arguments() -> dict[str, Any]:
 class UNet3D(EncoderDecoder):
     """Encoder-decoder of convolution pairs whose channels double before the resolution is lowered.
 
-    The first convolutions of a stage keep the channels that come from above, its last one makes them ``features``: a
-    representation is never squeezed in space and channels at once. (The first stage, which has images above it, makes
-    half of its features first.) Transposed convolutions keep the channels, and have no bias.
+    All convolutions of a stage but the last keep the channels of the stage above. The last one outputs the features of
+    the stage, so that a representation is never reduced in space and channels at once. (In the first stage, whose input
+    is the image, all but the last output half of the features.) Transposed convolutions keep the channels, and have no
+    bias.
 
     Args:
-        ...: Those of nnU-Net's plans, see `PlansNetwork`.
-        features_per_stage: Channels that leave every stage, one number or one per stage.
+        ...: Arguments of nnU-Net's plans, see `PlansNetwork`.
+        features_per_stage: Output channels of every stage, one number or one per stage.
         n_conv_per_stage: Convolutions per encoder stage.
         conv_bias: Whether convolutions have a bias (transposed ones have none).
         downsampling: ``"strided_conv"``, a convolution as large as its stride, or ``"max_pool"``, as in the paper.
@@ -130,7 +131,7 @@ class UNet3D(EncoderDecoder):
 
     @classmethod
     def paper(cls, input_channels: int, num_classes: int, **kwargs: Any) -> UNet3D:
-        """The paper's network, with padded convolutions.
+        """Build the paper's network, with padded convolutions.
 
         Args:
             input_channels: Number of image channels, 3 in the paper.
@@ -144,10 +145,10 @@ class UNet3D(EncoderDecoder):
         return cls(input_channels=input_channels, num_classes=num_classes, **(paper_arguments() | kwargs))
 
     def summary(self) -> str:
-        """The topology in a few words, for messages."""
+        """Describe the topology in a few words, for messages."""
         return f"{super().summary()}, {self.downsampling}"
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """Initialises one module as nnU-Net does: He normal."""
+        """Initialise one module as nnU-Net does: He normal."""
         InitWeights_He(1e-2)(module)

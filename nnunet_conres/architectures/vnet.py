@@ -24,17 +24,17 @@ PAPER_FEATURES = (16, 32, 64, 128, 256)
 PAPER_CONVOLUTIONS = (1, 2, 3, 3, 3)
 PAPER_DIVISOR = 16  # four halvings
 
-# torch.nn.PReLU's slope at the start, for He's initialisation
+# initial slope of torch.nn.PReLU, for He initialisation
 _PRELU_SLOPE = 0.25
 
 
 def convolutions_per_stage(n_stages: int) -> list[int]:
-    """The paper's 1, 2, 3, 3, 3 convolutions, for any number of stages."""
+    """Return the paper's 1, 2, 3, 3, 3 convolutions, for any number of stages."""
     return [min(stage + 1, max(PAPER_CONVOLUTIONS)) for stage in range(n_stages)]
 
 
 def paper_arguments() -> dict[str, Any]:
-    """The constructor arguments of the paper's network that are no defaults, but for channels and classes."""
+    """Return the constructor arguments of the paper's network that are not defaults, except channels and classes."""
     n_stages = len(PAPER_FEATURES)
     return {
         "n_stages": n_stages,
@@ -50,25 +50,25 @@ def paper_arguments() -> dict[str, Any]:
 
 
 class RepeatChannels(nn.Module):
-    """Repeats the channels of (B, C, X, Y, Z) a number of times, without copying where there is one."""
+    """Repeats the channels of (B, C, X, Y, Z) a number of times, without copying if there is only one channel."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
         self.times = times
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, X, Y, Z) to (B, times * C, X, Y, Z)."""
+        """Map (B, C, X, Y, Z) to (B, times * C, X, Y, Z)."""
         if x.shape[1] == 1:
             return x.expand(-1, self.times, -1, -1, -1)
         return x.repeat(1, self.times, 1, 1, 1)
 
 
 class ResidualStage(nn.Module):
-    """Convolutions whose last output has the stage's input added before its nonlinearity.
+    """Convolutions, with the stage's input added to their output before the last nonlinearity.
 
     Args:
         convolutions: Applied one after the other; the last one without nonlinearity.
-        shortcut: What brings the input to the channels of the output.
+        shortcut: Maps the input to the channels of the output.
         nonlin: Applied to the sum, or None.
 
     Source: Milletari et al. 2016, section 2.
@@ -81,12 +81,12 @@ class ResidualStage(nn.Module):
         self.nonlin = nn.Identity() if nonlin is None else nonlin
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C_in, X, Y, Z) to (B, C_out, X, Y, Z)."""
+        """Map (B, C_in, X, Y, Z) to (B, C_out, X, Y, Z)."""
         return self.nonlin(self.convolutions(x) + self.shortcut(x))
 
 
 class ResolutionChange(nn.Module):
-    """A strided or transposed convolution, then norm and nonlinearity where there are any."""
+    """A strided or transposed convolution, then norm and nonlinearity if there are any."""
 
     def __init__(self, conv: nn.Module, norm: nn.Module | None, nonlin: nn.Module | None) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class ResolutionChange(nn.Module):
         self.nonlin = nonlin
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C_in, X, Y, Z) to (B, C_out, X', Y', Z')."""
+        """Map (B, C_in, X, Y, Z) to (B, C_out, X', Y', Z')."""
         x = self.conv(x)
         for module in (self.norm, self.nonlin):
             if module is not None:
@@ -106,12 +106,12 @@ class ResolutionChange(nn.Module):
 class VNet(EncoderDecoder):
     """Residual encoder-decoder whose resolution changes by convolutions of kernel and stride 2.
 
-    A stage's channels double at the strided convolution that leads to it. On the way up, transposed convolutions make
-    the channels of the skip, and the stage works on both: twice the encoder's channels at that resolution. PReLU has a
-    slope for each channel.
+    The strided convolution before a stage changes the channels to those of the stage. In the decoder, a transposed
+    convolution outputs as many channels as the skip has, and the stage takes both: twice the encoder's channels at that
+    resolution. PReLU has a slope for each channel.
 
     Args:
-        ...: Those of nnU-Net's plans, see `PlansNetwork`.
+        ...: Arguments of nnU-Net's plans, see `PlansNetwork`.
         features_per_stage: Channels of every encoder stage, one number or one per stage.
         n_conv_per_stage: Convolutions per encoder stage. None: 1, 2, 3, 3, 3, ...
         n_conv_per_stage_decoder: Convolutions per decoder level, lowest resolution first. None: as many as the
@@ -222,7 +222,7 @@ class VNet(EncoderDecoder):
 
     @classmethod
     def paper(cls, input_channels: int, num_classes: int, **kwargs: Any) -> VNet:
-        """The paper's network: 5x5x5 convolutions, 16 to 256 channels, no norm.
+        """Build the paper's network: 5x5x5 convolutions, 16 to 256 channels, no norm.
 
         Args:
             input_channels: Number of image channels, 1 in the paper.
@@ -233,7 +233,7 @@ class VNet(EncoderDecoder):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """Initialises one module: He normal for PReLU; residual stages with a norm start as their shortcut."""
+        """Initialise one module: He normal for PReLU; residual stages with a norm start as their shortcut."""
         InitWeights_He(_PRELU_SLOPE)(module)
         if isinstance(module, ResidualStage):
             norm = getattr(module.convolutions[-1], "norm", None)

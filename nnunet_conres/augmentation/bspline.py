@@ -1,11 +1,10 @@
 """Cubic B-spline free-form deformation, composed with rotation and scaling into one resampling.
 
-A free-form deformation samples the image at ``x + u(x)`` for a voxel at ``x``, where ``u`` is the cubic B-spline with a
-coarse lattice of control points, each of which carries a displacement. Two properties of the spline make it nearly free
-of cost. It is separable: evaluating it on a whole patch is one small matrix product per axis. And it reproduces linear
-functions: with its control points' own positions as coefficients it returns ``x`` itself. So rotation, scaling, shift
-and the units of ``grid_sample`` are applied to the few control points, and the sampling grid of the patch comes out of
-one evaluation.
+A free-form deformation samples the image at ``x + u(x)`` for a voxel at ``x``, where ``u`` is a cubic B-spline with a
+coarse lattice of control points, each with a displacement. Two properties of the spline make it nearly free of cost. It
+is separable: evaluating it on a whole patch is one small matrix product per axis. And it reproduces linear functions:
+with the positions of the control points as coefficients it returns ``x`` itself. So rotation, scaling, shift and the
+units of ``grid_sample`` are applied to the few control points, and one evaluation gives the sampling grid of the patch.
 
 Coordinates are voxels relative to the centre of the patch: voxel i of n lies at ``i - (n - 1) / 2``.
 
@@ -31,8 +30,8 @@ from torch import Tensor
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-# A fold-free deformation leaves every voxel at least this fraction of its volume. Above 0, since the determinant is
-# looked at on a lattice and dips a little between its points.
+# A fold-free deformation leaves every voxel at least this fraction of its volume. Above 0, because the determinant is
+# checked on a lattice and is slightly lower between its points.
 MIN_DETERMINANT = 0.1
 # Points per control-point spacing of that lattice, and the factor by which a folding deformation is damped per step.
 _POINTS_PER_CELL = 4
@@ -43,7 +42,7 @@ _REPLACED = ("p_synchronize_def_scale_across_axes", "align_corners")
 
 
 def cubic_bspline(t: npt.ArrayLike) -> FloatArray:
-    """The cubic B-spline.
+    """Evaluate the cubic B-spline.
 
     Args:
         t: Distance to the control point in units of the control-point spacing, any shape.
@@ -60,7 +59,7 @@ def cubic_bspline(t: npt.ArrayLike) -> FloatArray:
 
 
 def cubic_bspline_derivative(t: npt.ArrayLike) -> FloatArray:
-    """First derivative of the cubic B-spline.
+    """Evaluate the first derivative of the cubic B-spline.
 
     Args:
         t: Distance to the control point in units of the control-point spacing, any shape.
@@ -76,7 +75,7 @@ def cubic_bspline_derivative(t: npt.ArrayLike) -> FloatArray:
 
 
 def _per_axis(name: str, value: float | Sequence[float], dim: int) -> tuple[float, ...]:
-    """One number for all axes, or one for each, as a tuple."""
+    """Convert one number for all axes, or one per axis, to a tuple."""
     values = (value,) * dim if np.ndim(value) == 0 else tuple(value)  # type: ignore[arg-type, unused-ignore]
     if len(values) != dim:
         raise ValueError(f"{name} must be one number or have {dim} entries, one per axis of the patch; got {value!r}.")
@@ -84,10 +83,10 @@ def _per_axis(name: str, value: float | Sequence[float], dim: int) -> tuple[floa
 
 
 def _evaluate(coefficients: Tensor, bases: Sequence[FloatArray]) -> Tensor:
-    """Sum over control points of (K_0, ..., K_d, C) coefficients, weighted by one (n, K) basis matrix per axis."""
+    """Sum (K_0, ..., K_d, C) coefficients over the control points, weighted by one (n, K) basis matrix per axis."""
     field = coefficients
-    # Last axis first: the intermediate results stay small, the first axis makes one large product, and what comes out
-    # is contiguous in the order that grid_sample reads.
+    # Last axis first: the intermediate results stay small, the first axis makes one large product, and the result is
+    # contiguous in the order that grid_sample reads.
     for axis in reversed(range(len(bases))):
         basis = torch.from_numpy(bases[axis]).to(field)
         leading, trailing = field.shape[:axis], field.shape[axis + 1 :]
@@ -97,7 +96,7 @@ def _evaluate(coefficients: Tensor, bases: Sequence[FloatArray]) -> Tensor:
 
 
 def _determinant(matrices: Tensor) -> Tensor:
-    """Determinant of (..., 2, 2) or (..., 3, 3) matrices; written out, LAPACK takes ten times as long for this many."""
+    """Compute determinants of (..., 2, 2) or (..., 3, 3) matrices, ten times as fast as LAPACK for this many."""
     m = matrices.unbind(-1)
     if len(m) == 2:
         return m[0][..., 0] * m[1][..., 1] - m[0][..., 1] * m[1][..., 0]
@@ -107,10 +106,11 @@ def _determinant(matrices: Tensor) -> Tensor:
 class BSplineGrid:
     """The lattice of control points of a cubic B-spline over a patch.
 
-    A mesh of cells covers the patch from the outer border of its first voxel to that of its last, about its centre; the
-    spline needs one more control point before and two after the corners of the mesh, so that there are cells + 3 per
-    axis. With ``grid_size`` the mesh ends where the patch does, as SimpleITK's with that TransformDomainMeshSize does;
-    with ``grid_spacing`` it is as many cells as cover the patch, and sticks out evenly on both sides.
+    A mesh of cells, centred on the patch, covers it from the outer border of its first voxel to that of its last. Along
+    each axis the mesh has cells + 1 corners, and the spline needs one more control point on both sides of these, which
+    makes cells + 3. With ``grid_size`` the mesh ends where the patch ends, as in SimpleITK with this value as
+    TransformDomainMeshSize. With ``grid_spacing`` it has as many cells as cover the patch, and extends evenly beyond
+    both sides.
 
     Args:
         size: Size of the patch in voxels, two or three axes.
@@ -161,30 +161,30 @@ class BSplineGrid:
         self._bases = [self._basis(axis, self._voxels(axis)) for axis in range(dim)]
 
     def _voxels(self, axis: int) -> FloatArray:
-        """Centres of the patch's voxels along an axis."""
+        """Return the centres of the patch's voxels along an axis."""
         n = self.size[axis]
         return np.arange(n) - (n - 1) / 2
 
     def _control_positions(self, axis: int) -> FloatArray:
-        """Positions of the control points along an axis; the second lies at the first corner of the mesh."""
+        """Return the positions of the control points along an axis; the second is the first corner of the mesh."""
         return (np.arange(self.shape[axis]) - 1 - self.cells[axis] / 2) * self.spacing[axis]
 
     def _basis(self, axis: int, positions: FloatArray, derivative: bool = False) -> FloatArray:
-        """Weight of every control point at every position along an axis, shape (positions, control points)."""
+        """Return the weight of every control point at every position along an axis, (positions, control points)."""
         t = (positions[:, None] - self._control_positions(axis)) / self.spacing[axis]
         return cubic_bspline_derivative(t) / self.spacing[axis] if derivative else cubic_bspline(t)
 
     def positions(self) -> Tensor:
-        """Positions of the control points in voxels from the centre of the patch, float64, shape (*shape, dim)."""
+        """Return the positions of the control points in voxels from the patch centre, float64, (*shape, dim)."""
         axes = [torch.from_numpy(self._control_positions(axis)) for axis in range(len(self.size))]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
     def evaluate(self, control_points: Tensor) -> Tensor:
-        """The spline at every voxel of the patch.
+        """Evaluate the spline at every voxel of the patch.
 
         Args:
-            control_points: Coefficients, shape (*shape, C): displacements in voxels give the displacement field in
-                voxels, their sum with ``positions()`` where each voxel is sampled from.
+            control_points: Coefficients, shape (*shape, C). Displacements in voxels give the displacement field in
+                voxels; their sum with ``positions()`` gives the position from which each voxel is sampled.
 
         Returns:
             Tensor of shape (*size, C), contiguous, same dtype.
@@ -196,12 +196,12 @@ class BSplineGrid:
         return _evaluate(control_points, self._bases)
 
     def mean(self, control_points: Tensor) -> Tensor:
-        """Mean of the spline over the voxels of the patch, shape (C,); no voxel is evaluated for it."""
+        """Compute the mean of the spline over the voxels of the patch, shape (C,), without evaluating the voxels."""
         self._check(control_points)
         return _evaluate(control_points, [basis.mean(0, keepdims=True) for basis in self._bases]).reshape(-1)
 
     def jacobian_determinant(self, displacements: Tensor) -> Tensor:
-        """Determinant of the Jacobian of x -> x + u(x) at every voxel, from the derivative of the spline.
+        """Compute the Jacobian determinant of x -> x + u(x) at every voxel, from the derivative of the spline.
 
         It is the factor by which the deformation changes the volume of what it samples: 1 without deformation, <= 0
         where it folds.
@@ -219,12 +219,12 @@ class BSplineGrid:
         return _determinant(identity + self._gradient(displacements, [self._voxels(a) for a in range(len(self.size))]))
 
     def without_folds(self, displacements: Tensor, minimum: float = MIN_DETERMINANT) -> Tensor:
-        """Displacements damped as a whole until the deformation does not fold.
+        """Damp all displacements together until the deformation does not fold.
 
         They shrink in steps of 5 % until the Jacobian determinant is at least ``minimum`` on a lattice of four points
-        per control-point spacing (or at every voxel, where that is fewer points). Deformations that already are above
-        it stay as they are. (Keeping each displacement below 0.4 times the spacing would guarantee it without looking,
-        but forbids most of what does not fold.)
+        per control-point spacing (or at every voxel, if that is fewer points). Deformations that fulfil this already
+        stay as they are. (A limit of 0.4 spacings for each displacement would guarantee it without a check, but forbids
+        most deformations that do not fold.)
 
         Args:
             displacements: Displacements of the control points in voxels, shape (*shape, dim).
@@ -249,13 +249,13 @@ class BSplineGrid:
         return displacements * factor
 
     def _lattice(self, axis: int) -> FloatArray:
-        """Where ``without_folds`` looks: evenly from the first to the last voxel."""
+        """Return the points that ``without_folds`` checks along an axis, evenly from the first to the last voxel."""
         voxels = self._voxels(axis)
         points = math.ceil(self.size[axis] / self.spacing[axis] * _POINTS_PER_CELL) + 1
         return voxels if points >= len(voxels) else np.linspace(voxels[0], voxels[-1], points)
 
     def _gradient(self, displacements: Tensor, points: Sequence[FloatArray]) -> Tensor:
-        """Derivative of every component of the displacement along every axis, shape (*points, component, axis)."""
+        """Compute the derivative of every displacement component along every axis, (*points, component, axis)."""
         self._check(displacements, len(self.size))
         columns = []
         for along in range(len(self.size)):
@@ -275,36 +275,37 @@ class BSplineGrid:
 class BSplineSpatialTransform(SpatialTransform):
     """batchgeneratorsv2's SpatialTransform with a B-spline deformation in place of its elastic one.
 
-    Deforms first, then scales, then rotates, all in one resampling; image, segmentation and regression target share
-    the draw and the grid. With ``p_deformation=0`` it draws the same rotations, scalings and crops as SpatialTransform
-    from the same seed. Where nothing was drawn the patch is cropped, not resampled.
+    Deforms first, then scales, then rotates, all in one resampling. Image, segmentation and regression target share
+    the parameters and the grid. With ``p_deformation=0`` it draws the same rotations, scalings and crops as
+    SpatialTransform from the same seed. If nothing was drawn, the patch is cropped, not resampled.
 
-    For nnU-Net's dummy-2D augmentation hand in the two axes of the plane (patch size, spacing or grid size, sigma), as
-    nnU-Net does with the patch size: all slices get the same deformation within their plane.
+    For nnU-Net's dummy-2D augmentation pass the values of the two in-plane axes (patch size, spacing or grid size,
+    sigma), as nnU-Net does with the patch size: all slices get the same deformation within their plane.
 
     Args:
-        patch_size: Size of the patch that comes out, in voxels, two or three axes.
-        patch_center_dist_from_border: Distance in voxels that a random centre keeps from the border of the image, one
-            number or one per axis.
-        random_crop: Draws the centre of the patch; otherwise it is that of the image.
+        patch_size: Size of the output patch in voxels, two or three axes.
+        patch_center_dist_from_border: Minimum distance in voxels between a random centre and the border of the image,
+            one number or one per axis.
+        random_crop: Whether to draw the centre of the patch; otherwise it is the centre of the image.
         p_deformation: Probability of a deformation, 0..1.
         grid_spacing: Distance between control points in voxels, > 0, one number or one per axis.
         grid_size: Cells of the control-point mesh across the patch, >= 1, one number or one per axis (V-Net: 2). Either
             this or ``grid_spacing``.
         sigma: Standard deviation of the normally distributed displacements of the control points in voxels, >= 0, one
-            number or one per axis; 0 leaves an axis alone. Displacements of voxels are smaller, about a third of it in
-            3D and half of it in 2D, since each averages over control points nearby.
-        fold_free: Damps displacements that would fold the patch, see ``BSplineGrid.without_folds``.
+            number or one per axis; 0 leaves an axis undeformed. Displacements of voxels are smaller, about a third of
+            sigma in 3D and half of it in 2D, because each is an average over control points nearby.
+        fold_free: Whether to damp displacements that would fold the patch, see ``BSplineGrid.without_folds``.
         p_rotation, rotation, p_rot_per_axis, p_scaling, scaling, p_synchronize_scaling_across_axes,
             bg_style_seg_sampling, mode_seg, border_mode_seg, mode_image, padding_mode_image, padding_value_seg,
             padding_value_image: As in SpatialTransform; angles in radians, scalings > 1 make objects smaller,
             ``"reflection"`` mirrors at the border of the image.
-        center_deformation: Subtracts the mean displacement of the patch, as SpatialTransform does, so that the
-            deformation does not shift the patch as a whole.
-        others: Any other argument of SpatialTransform that is neither elastic nor ``align_corners``, which the grid
-            does not go with.
+        center_deformation: Whether to subtract the mean displacement of the patch, as SpatialTransform does, so that
+            the deformation does not shift the patch as a whole.
+        others: Other arguments of SpatialTransform, except those of its elastic deformation and ``align_corners``,
+            which the grid does not support.
 
     Raises:
+        TypeError: If an unsupported argument of SpatialTransform is given.
         ValueError: If both or neither of ``grid_spacing`` and ``grid_size`` are given, or a value has the wrong length
             or is out of range.
 
@@ -371,10 +372,10 @@ class BSplineSpatialTransform(SpatialTransform):
         self.fold_free = fold_free
 
     def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
-        """Draws affine, displacements and centre, and makes the sampling grid that image and labels share.
+        """Draw affine, displacements and centre, and build the sampling grid that image and labels share.
 
         Returns:
-            ``grid``, float32, shape (*patch_size, dim), in grid_sample's units and axis order, or None where the patch
+            ``grid``, float32, shape (*patch_size, dim), in grid_sample's units and axis order, or None if the patch
             is only cropped; ``center_location_in_pixels``; ``affine``, (dim, dim) array or None;
             ``control_displacements`` in voxels, float64, shape (*control_grid.shape, dim) or None.
 
@@ -392,10 +393,10 @@ class BSplineSpatialTransform(SpatialTransform):
         return parameters | {"grid": grid}
 
     def draw(self, image: Tensor) -> dict[str, Any]:
-        """Draws what ``get_parameters`` draws; the grid is left to whoever makes it.
+        """Draw the parameters of ``get_parameters``, without building the grid.
 
         Args:
-            image: Only its shape is looked at, (C, *spatial).
+            image: The image, (C, *spatial). Only its shape is used.
 
         Returns:
             ``center_location_in_pixels``, ``affine`` and ``control_displacements``, as ``get_parameters``.
@@ -423,13 +424,13 @@ class BSplineSpatialTransform(SpatialTransform):
         }
 
     def control_positions(self, parameters: dict[str, Any]) -> Tensor | None:
-        """Where the control points come to lie, in voxels from the centre of the patch; None where nothing moves.
+        """Return the positions of the moved control points, in voxels from the centre of the patch.
 
         Args:
-            parameters: As drawn.
+            parameters: Parameters from ``draw``.
 
         Returns:
-            Tensor of float64, shape (*control_grid.shape, dim).
+            Tensor of float64, shape (*control_grid.shape, dim); None if nothing moves.
         """
         affine, displacements = parameters["affine"], parameters["control_displacements"]
         if affine is None and displacements is None:
@@ -455,7 +456,7 @@ class BSplineSpatialTransform(SpatialTransform):
         return create_affine_matrix_3d(angles, scales) if dim == 3 else create_affine_matrix_2d(angles[-1], scales)
 
     def _draw_displacements(self) -> Tensor | None:
-        """Displacements of the control points, or None where sigma leaves nothing to deform."""
+        """Draw the displacements of the control points; None if sigma is 0 along all axes."""
         if not any(self.sigma):
             return None
         noise = np.random.normal(size=(*self.control_grid.shape, len(self.sigma)))
@@ -463,7 +464,7 @@ class BSplineSpatialTransform(SpatialTransform):
         if self.fold_free:
             displacements = self.control_grid.without_folds(displacements)
         if self.center_deformation:
-            # of all control points alike: the spline's weights add up to 1 everywhere
+            # From all control points alike: the spline's weights add up to 1 everywhere.
             displacements -= self.control_grid.mean(displacements)
         return displacements
 

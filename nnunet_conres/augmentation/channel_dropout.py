@@ -1,4 +1,4 @@
-"""Leaves out channels of a training patch, as modalities are absent in cases to be predicted."""
+"""Dropout of channels of a training patch, for cases that lack modalities at prediction."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class ChannelDropoutTransform(ImageOnlyTransform):
-    """Sets each channel to 0 with a probability, and never all of them.
+    """Sets each channel to 0 with a probability, but never all of them.
 
-    0 is what nnU-Net's z-score makes of an image that is 0 everywhere, with and without a mask: the channel of an
-    absent modality. So this goes after all changes of grey values, and before the channels of a cascade are added.
+    nnU-Net's z-score maps an image of zeros, the channel of an absent modality, to 0, with and without a mask. So this
+    must come after all intensity transforms, and before the channels of a cascade are added.
 
     Args:
-        p: Probability of each channel, 0..1. Where all would be left out, one that is drawn at random stays.
+        p: Probability of each channel, 0..1. If all channels would be dropped, a random one stays.
 
     Raises:
         ValueError: If p is out of range.
@@ -29,7 +29,7 @@ class ChannelDropoutTransform(ImageOnlyTransform):
         self.p = p
 
     def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
-        """Draws which channels of ``image``, (C, *spatial), are left out.
+        """Draw the channels of ``image``, (C, *spatial), that are dropped.
 
         Returns:
             ``dropped``: their indices, at most C - 1 of them.

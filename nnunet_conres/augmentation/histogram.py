@@ -19,34 +19,35 @@ from batchgeneratorsv2.transforms.base.basic_transform import ImageOnlyTransform
 from torch import Tensor
 
 FloatArray = npt.NDArray[np.floating[Any]]
-# Ascending grey values and what they become.
+# Ascending grey values, and the values they are mapped to.
 GreyMap = tuple[FloatArray, FloatArray]
 
 # Fewer voxels than this say too little about a histogram: a patch with fewer is neither matched nor remembered.
 MIN_VOXELS = 100
-# nnU-Net's label of voxels outside its nonzero mask, and of those that its loader pads with.
+# nnU-Net's label of voxels outside its nonzero mask, and of padding.
 OUTSIDE = -1
-# Entries of the table that a map is looked up in. A search for the right quantile takes ten times as long per voxel.
+# Entries of the lookup table of a map. A search for the right quantile takes ten times as long per voxel.
 _TABLE_SIZE = 2**14
 # Voxels that are mapped at a time on a CPU, few enough for its cache.
 _CHUNK = 2**16
 
 
 class HistogramMatchingTransform(ImageOnlyTransform):
-    """Maps the grey values of a patch such that its quantiles become those of a patch seen earlier.
+    """Maps the grey values of a patch such that its quantiles become those of an earlier patch.
 
-    Per channel the map is monotone and piecewise linear between quantiles; beyond the lowest and the highest it goes on
-    with slope 1. All channels follow the same remembered patch. What is remembered are the patches as they came in.
+    The map of a channel is monotone, and piecewise linear between quantiles. Beyond the lowest and the highest quantile
+    its slope is 1. All channels are matched to the same remembered patch. Patches are remembered as they were before
+    matching.
 
-    Goes first in the pipeline: before nnU-Net's Convert3DTo2DTransform, which turns slices into channels, and before
-    RemoveLabelTansform, which removes the label that says where the image ends. Do not wrap it into a RandomTransform:
-    it would miss the patches it is not called with.
+    Must come first in the pipeline: before nnU-Net's Convert3DTo2DTransform, which turns slices into channels, and
+    before RemoveLabelTransform, which removes the label that marks voxels outside of the image. Do not wrap it in a
+    RandomTransform, or it misses the patches for which it is not called.
 
     Args:
         p: Probability that a patch is matched, 0..1.
         memory: Number of patches to remember, >= 1; the oldest is dropped first.
         n_quantiles: Number of quantiles, evenly spaced from minimum to maximum, >= 2.
-        max_voxels: Number of voxels, drawn at random, that the quantiles are taken from, at least 100.
+        max_voxels: Number of voxels, drawn at random, from which the quantiles are computed, at least 100.
 
     Raises:
         ValueError: If a value is out of range.
@@ -66,19 +67,19 @@ class HistogramMatchingTransform(ImageOnlyTransform):
         self.p = p
         self.n_quantiles = n_quantiles
         self.max_voxels = max_voxels
-        # one array (channels, quantiles) per patch, a channel without a histogram being NaN
+        # One array (channels, quantiles) per patch; NaN for a channel without a histogram.
         self.remembered: deque[FloatArray] = deque(maxlen=memory)
 
     def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
-        """Takes the patch's quantiles, draws a reference among those remembered, then remembers the patch.
+        """Compute the patch's quantiles, draw a reference among the remembered ones, then remember the patch.
 
         Args:
             data_dict: ``image``, float, shape (C, *spatial); ``segmentation``, shape (S, *spatial), whose first channel
-                is -1 where the image is padding or outside nnU-Net's nonzero mask, or none.
+                is -1 in padding or outside nnU-Net's nonzero mask, or none.
 
         Returns:
-            ``maps``: per channel a pair of ascending grey values and what they become, or None for a channel that stays
-            as it is; ``inside``: boolean, shape (*spatial), True for the voxels that take part, or None for all.
+            ``maps``: per channel a pair of ascending grey values and the values they are mapped to, or None for a
+            channel that stays as it is; ``inside``: boolean, shape (*spatial), True for voxels to map, or None for all.
         """
         image = data_dict["image"]
         segmentation = data_dict.get("segmentation")
@@ -106,7 +107,7 @@ class HistogramMatchingTransform(ImageOnlyTransform):
         return result
 
     def _quantiles(self, image: Tensor, inside: Tensor | None) -> FloatArray:
-        """Quantiles per channel, (channels, n_quantiles), from the same voxels in all; NaN where there are none."""
+        """Compute quantiles, (channels, n_quantiles), from the same voxels in all channels; NaN for no histogram."""
         voxels = self._sample(image[0].numel(), inside)
         levels = np.linspace(0, 1, self.n_quantiles)
         table = np.full((len(image), self.n_quantiles), np.nan)
@@ -123,11 +124,11 @@ class HistogramMatchingTransform(ImageOnlyTransform):
         return table
 
     def _sample(self, n: int, inside: Tensor | None) -> Tensor | None:
-        """Indices of at most max_voxels voxels that take part, drawn at random; None for all."""
+        """Draw the indices of at most max_voxels inside voxels at random; None for all."""
         inside = None if inside is None else inside.reshape(-1)
         if n > self.max_voxels:
-            # Draw first and look whether they take part then: to list all that do, as below, takes longer. Few enough
-            # are drawn that drawing one twice does not matter.
+            # Draw first, and check then which voxels are inside: listing all of these, as below, takes longer. So few
+            # are drawn that duplicates do not matter.
             drawn = torch.from_numpy(np.random.randint(n, size=2 * self.max_voxels))
             if inside is not None:
                 drawn = drawn[inside[drawn]]
@@ -142,16 +143,16 @@ class HistogramMatchingTransform(ImageOnlyTransform):
 
 
 def _grey_map(source: FloatArray, target: FloatArray) -> GreyMap | None:
-    """The map from one row of quantiles to another, or None where one of the channels has no histogram."""
+    """Return the map from one row of quantiles to another, or None if one of the channels has no histogram."""
     if np.isnan(source).any() or np.isnan(target).any():
         return None
-    # A grey value that many voxels share holds several quantiles; it becomes the middle of what these become.
+    # A grey value that many voxels share spans several quantiles. It is mapped to the middle of their targets.
     values, first, counts = np.unique(source, return_index=True, return_counts=True)
     return values, (target[first] + target[first + counts - 1]) / 2
 
 
 def _apply(grey_map: GreyMap, image: Tensor, inside: Tensor | None, out: Tensor) -> None:
-    """Writes the mapped image into ``out``; voxels that take no part are copied."""
+    """Write the mapped image to ``out``; voxels that are not inside are copied."""
     values, mapped = grey_map
     # The first and the last piece of the map are computed, not looked up: a single bright voxel may stretch them so far
     # that the others would share a few entries of the table.
@@ -175,7 +176,7 @@ def _apply(grey_map: GreyMap, image: Tensor, inside: Tensor | None, out: Tensor)
         entry = position.int().clamp_(0, _TABLE_SIZE - 1)
         matched = table.index_select(0, entry)
         matched.addcmul_(steps.index_select(0, entry), position.sub_(entry))
-        # how far beyond the table: first with the slope of the outermost piece, then with slope 1
+        # Beyond the table: first the slope of the outermost piece, then slope 1.
         beyond = chunk - clipped
         piece = beyond.clamp(below, above)
         matched.add_(beyond.sub_(piece))

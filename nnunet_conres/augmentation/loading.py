@@ -1,4 +1,4 @@
-"""nnU-Net's loader, which draws first and then loads what the draws need, and the batches that come of it."""
+"""A loader that draws augmentation parameters first and then loads only the voxels they need, and its batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nnunet_conres.augmentation.spatial_on_device import (
 
 Array = np.ndarray[Any, Any]
 Sample = dict[str, Any]
-"""Tensors under ``image`` and ``segmentation``, and plain numbers: what pin_memory and queues know how to handle."""
+"""Tensors under ``image`` and ``segmentation``, and plain values, so that pin_memory and queues can handle it."""
 
 
 class DrawFirstLoader(nnUNetDataLoader):
@@ -43,17 +43,17 @@ class DrawFirstLoader(nnUNetDataLoader):
 
     @classmethod
     def of(cls, loader: nnUNetDataLoader, pipeline: DevicePipeline) -> DrawFirstLoader:
-        """A loader with the settings of another one, whose transforms are those of the pipeline."""
+        """Return a loader with the settings of another one, whose transforms are those of the pipeline."""
         made = cls.__new__(cls)
         made.__dict__.update(vars(loader))
-        # a bound method, of the loader that it was bound to
+        # The copied method is bound to the other loader.
         made.get_do_oversample = getattr(made, loader.get_do_oversample.__name__)
         made.transforms = None
         made.pipeline = pipeline
         return made
 
     def generate_train_batch(self) -> dict[str, Any]:
-        """``samples``, a list with one for each of ``keys``."""
+        """Return ``samples``, a list with one sample for each of ``keys``, and ``keys``."""
         keys = self.get_indices()
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             samples = [self._sample(key, self.get_do_oversample(number)) for number, key in enumerate(keys)]
@@ -82,7 +82,7 @@ class DrawFirstLoader(nnUNetDataLoader):
         box = [(max(low, 0), min(high, extent)) for (low, high), extent in zip(region, shape, strict=True)]
         spatial = pipeline.spatial
         if spatial is not None and pads_like_the_loader(spatial):
-            # along the transform's axes, what is not in the case is left to it
+            # The transform pads beyond the case along its own axes, so nothing is loaded there.
             at_hand, dim = case.inside(box, patch), len(spatial.patch_size)
             box = box if at_hand is None else box[:-dim] + at_hand[-dim:]
         if any(low >= high for low, high in box):
@@ -96,14 +96,14 @@ class DrawFirstLoader(nnUNetDataLoader):
 
 @dataclass(frozen=True)
 class _Case:
-    """A preprocessed case; what is read of it is a copy."""
+    """A preprocessed case. Reading from it returns copies."""
 
     images: Any
     segmentations: Sequence[Any]
     is_2d: bool
 
     def inside(self, box: Sequence[Interval], patch: Sequence[Interval]) -> list[Interval] | None:
-        """The part of a box, given in the patch, that is within the case; None if there is none."""
+        """Return the part of a box, relative to the patch, that is within the case; None if there is none."""
         patch, extents = patch[self.is_2d :], self.images.shape[1 + self.is_2d :]
         found = [
             (max(low, -start), min(high, extent - start))
@@ -112,7 +112,7 @@ class _Case:
         return None if any(low >= high for low, high in found) else found
 
     def read(self, box: Sequence[Interval]) -> tuple[Tensor, Tensor]:
-        """Image and segmentations in a box of the case, filled up as nnU-Net's loader does, in narrow types."""
+        """Read image and segmentations in a box of the case, padded as in nnU-Net's loader, in narrow types."""
         extents = self.images.shape[1:]
         valid = [(max(low, 0), min(high, extent)) for (low, high), extent in zip(box, extents, strict=True)]
         if any(low >= high for low, high in valid):
@@ -128,13 +128,13 @@ class _Case:
 
 
 def _owned(array: Array) -> Array:
-    """The array, or a copy if its memory is a file's."""
+    """Return the array, or a contiguous copy if it does not own its memory, for example because a file does."""
     array = np.asarray(array)
     return array if array.flags.owndata and array.flags.c_contiguous else np.array(array)
 
 
 def _narrow(labels: Array) -> Array:
-    """Labels in 8 bits if they fit, else in nnU-Net's 16."""
+    """Convert labels to 8 bits if they fit, else to nnU-Net's 16."""
     if labels.dtype == np.int8:
         return labels
     fits = labels.dtype.itemsize == 1 and (labels.size == 0 or labels.max() <= np.iinfo(np.int8).max)
@@ -167,12 +167,12 @@ def _sample(
 
 
 def finish(batch: dict[str, Any], pipeline: DevicePipeline, device: torch.device) -> dict[str, Any]:
-    """Augments a batch of `DrawFirstLoader` on a device.
+    """Augment a batch of `DrawFirstLoader` on a device.
 
     Args:
         batch: ``samples`` and ``keys``.
-        pipeline: The loader's.
-        device: Where.
+        pipeline: The loader's pipeline.
+        device: The device.
 
     Returns:
         nnU-Net's batch: ``data``, float32, (B, C, *patch_size); ``target``, a tensor or a list of them; ``keys``.
@@ -195,7 +195,7 @@ def finish(batch: dict[str, Any], pipeline: DevicePipeline, device: torch.device
 
 def _finish_sample(sample: Sample, pipeline: DevicePipeline, device: torch.device) -> tuple[Tensor, Any]:
     segmentation = sample["segmentation"]
-    if isinstance(segmentation, list):  # the worker has been through with it
+    if isinstance(segmentation, list):  # the worker has applied the whole pipeline
         segmentation = [one.to(device, non_blocking=True) for one in segmentation]
     else:
         segmentation = segmentation.to(device, non_blocking=True)
@@ -214,13 +214,13 @@ def _finish_sample(sample: Sample, pipeline: DevicePipeline, device: torch.devic
 class DeviceBatches:
     """Batches of `DrawFirstLoader`, augmented on a device.
 
-    On CUDA a thread prepares one batch while the training step runs on the one before, in a separate stream. On other
-    devices, which a step keeps busy by itself, a batch is made when it is asked for.
+    On CUDA a thread prepares one batch in a separate stream, while the training step runs on the previous batch. Other
+    devices are kept busy by the step, so there a batch is prepared when it is requested.
 
     Args:
-        source: Iterates over batches of samples.
-        pipeline: The loader's.
-        device: Where.
+        source: Iterator over batches of samples.
+        pipeline: The loader's pipeline.
+        device: The device.
         ahead: Whether to prepare a batch ahead; by default on CUDA.
     """
 
@@ -283,7 +283,7 @@ class DeviceBatches:
                     return
 
     def close(self) -> None:
-        """Ends the thread and the worker processes, and frees what was prepared."""
+        """End the thread and the worker processes, and free the prepared batches."""
         if self._thread is not None:
             self._wanted.put(False)
             self._thread.join(timeout=10)
@@ -301,5 +301,5 @@ class DeviceAugmentationError(RuntimeError):
         reason = str(error).strip().splitlines() or [""]
         super().__init__(
             f"Augmentation on {device} failed: {type(error).__name__}: {reason[0]} Set the environment variable "
-            f"nnUNet_conres_device_augmentation=0 to augment on the CPU, as nnU-Net does, and go on with --c."
+            f"nnUNet_conres_device_augmentation=0 to augment on the CPU, as nnU-Net does, and continue with --c."
         )

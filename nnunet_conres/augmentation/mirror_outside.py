@@ -1,4 +1,4 @@
-"""Mirrors image and segmentation into what nnU-Net's loader has filled up beyond the volume."""
+"""Mirroring of image and segmentation beyond the volume, where nnU-Net's loader has padded."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from torch import Tensor
 
 OUTSIDE = -1
-"""Label with which nnU-Net's loader marks what lies beyond the volume."""
+"""Label with which nnU-Net's loader marks voxels beyond the volume."""
 
 
 class MirrorOutsideTransform(BasicTransform):
     """Continues the volume beyond its border by mirroring, where nnU-Net's loader has put zeros and label -1.
 
-    nnU-Net crops every case to the box of its nonzero voxels, so that the box of all labels but -1 in a patch is what
-    the patch has of the volume. (Label -1 within that box, where the image is zero, stays.) The border voxel is
-    repeated, as with SciPy's "reflect" and NumPy's "symmetric". A patch without any voxel of the volume stays as it is.
+    nnU-Net crops every case to the bounding box of its nonzero voxels. So the bounding box of all labels but -1 in a
+    patch is the part of the patch within the volume. (Label -1 within that box, where the image is zero, stays.) The
+    border voxel is repeated, as with SciPy's "reflect" and NumPy's "symmetric". A patch without any voxel of the volume
+    stays as it is.
 
-    Goes first in the pipeline: before nnU-Net's Convert3DTo2DTransform and before label -1 is removed.
+    Must come first in the pipeline: before nnU-Net's Convert3DTo2DTransform and before label -1 is removed.
 
     Source: Çiçek et al. 2016, whose training data are mirrored outside the volume.
     """
 
     def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
-        """Finds the box in ``segmentation``, (C, X, Y, Z), first channel.
+        """Find the box in ``segmentation``, (C, X, Y, Z), first channel.
 
         Returns:
-            ``indices``: for every axis the voxel that each voxel takes its value from, None where it is its own.
+            ``indices``: for every axis the source index of each voxel, or None if the axis stays as it is.
         """
         inside = data_dict["segmentation"][0] != OUTSIDE
         indices: list[Tensor | None] = []

@@ -1,8 +1,8 @@
-"""nnU-Net's augmentation on the training device: parameters drawn by worker processes, transforms applied there.
+"""nnU-Net's augmentation on the training device. Worker processes draw the parameters, the device applies transforms.
 
-Every transform of batchgeneratorsv2 has two parts. ``get_parameters`` draws numbers, for which the shape of the image
-is enough; it is called as it is, so that the distributions are nnU-Net's. ``apply`` changes the images; where it is
-bound to the CPU a function of this module takes its place, for everything else it is called as it is.
+Every transform of batchgeneratorsv2 has two parts. ``get_parameters`` draws random numbers and needs only the shape of
+the image. It is called unchanged, so that the distributions are nnU-Net's. ``apply`` changes the images. If it works
+only on the CPU, a function of this module replaces it; otherwise it is called unchanged.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ from nnunet_conres.augmentation.spatial_on_device import (
 Data = dict[str, Any]
 Parameters = dict[str, Any]
 
-# Scalings by which nnU-Net chooses the initial patch.
+# Range of scalings for which nnU-Net chooses the size of the initial patch.
 _SCALES = (0.85, 1.25)
-# Under this name parameters carry what random numbers of ``apply`` start from.
+# Name of the parameter with the random seed of ``apply``.
 SEED = "seed"
 
 
@@ -74,18 +74,18 @@ def _as_it_is(transform: BasicTransform, data: Data, parameters: Parameters) -> 
 
 
 def _drawn_where_applied(transform: BasicTransform, data: Data, parameters: Parameters) -> Data:
-    """For transforms that draw nothing: their parameters follow from the data."""
+    """Apply a transform that draws nothing: its parameters follow from the data."""
     return transform(**data)
 
 
 def _with_numbers(transform: BasicTransform, data: Data, parameters: Parameters) -> Data:
-    """For transforms that calculate with single entries of a tensor, which is on the CPU."""
+    """Apply a transform that computes with single entries of its parameters, which are tensors on the CPU."""
     numbers = {n: v.tolist() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in parameters.items()}
     return transform.apply(data, **numbers)
 
 
 def add_noise(transform: GaussianNoiseTransform, data: Data, parameters: Parameters) -> Data:
-    """GaussianNoiseTransform with a random generator of the image's device, not PyTorch's global one."""
+    """Apply GaussianNoiseTransform with a random generator on the image's device, not PyTorch's global one."""
     image, channels = data["image"], parameters["apply_idx"].tolist()
     generator = torch.Generator(image.device).manual_seed(parameters[SEED])
     if channels:
@@ -99,7 +99,7 @@ def add_noise(transform: GaussianNoiseTransform, data: Data, parameters: Paramet
 
 
 def blur(transform: GaussianBlurTransform, data: Data, parameters: Parameters) -> Data:
-    """GaussianBlurTransform by sums of shifted images: a convolution on CUDA may round its factors to 10 bits."""
+    """Apply GaussianBlurTransform as sums of shifted images: CUDA may round the factors of a convolution to 10 bits."""
     image = data["image"]
     channels = np.flatnonzero(np.asarray(parameters["apply_to_channel"]))
     for index, channel in enumerate(channels):
@@ -112,7 +112,7 @@ def blur(transform: GaussianBlurTransform, data: Data, parameters: Parameters) -
 
 
 def _blur_along(image: Tensor, axis: int, kernel: Sequence[float]) -> Tensor:
-    """One channel, mirrored at its borders without repeating the outermost voxel."""
+    """Blur one channel along an axis, mirrored at its borders without repeating the outermost voxel."""
     n, half = image.shape[axis], len(kernel) // 2
     if half >= n:
         raise ValueError(
@@ -128,7 +128,7 @@ def _blur_along(image: Tensor, axis: int, kernel: Sequence[float]) -> Tensor:
 
 
 def move_to_image(transform: MoveSegAsOneHotToDataTransform, data: Data, parameters: Parameters) -> Data:
-    """MoveSegAsOneHotToDataTransform, whose own tensor is always on the CPU."""
+    """Apply MoveSegAsOneHotToDataTransform, whose own tensor is always on the CPU."""
     image, segmentation = data["image"], data["segmentation"]
     source = segmentation[transform.source_channel_idx]
     labels = torch.tensor(list(transform.all_labels), device=image.device, dtype=source.dtype)
@@ -141,7 +141,7 @@ def move_to_image(transform: MoveSegAsOneHotToDataTransform, data: Data, paramet
 
 
 def convert_to_regions(transform: ConvertSegmentationToRegionsTransform, data: Data, parameters: Parameters) -> Data:
-    """ConvertSegmentationToRegionsTransform, whose lists of labels are on the CPU."""
+    """Apply ConvertSegmentationToRegionsTransform, whose lists of labels are on the CPU."""
     labels = data["segmentation"][transform.channel_in_seg]
     regions = torch.zeros((len(transform.regions), *labels.shape), dtype=torch.bool, device=labels.device)
     for region, members in zip(regions, transform.regions, strict=True):
@@ -152,14 +152,14 @@ def convert_to_regions(transform: ConvertSegmentationToRegionsTransform, data: D
 
 
 def apply_binary_operators(transform: ApplyRandomBinaryOperatorTransform, data: Data, parameters: Parameters) -> Data:
-    """ApplyRandomBinaryOperatorTransform, whose structuring element is on the CPU."""
+    """Apply ApplyRandomBinaryOperatorTransform, whose structuring element is on the CPU."""
     image = data["image"]
     drawn = zip(parameters["apply_to_channels"], parameters["operators"], parameters["strel_size"], strict=True)
     for channel, operator, size in drawn:
         before = image[channel].bool()
         element = torch.from_numpy((disk if before.ndim == 2 else ball)(size, dtype=bool)).to(image.device)
         after = _BINARY_OPERATORS[operator](before, element)
-        # not indices but masks, here and below: indices would have the device waited for
+        # Masks instead of indices, here and below: for indices the CPU would wait for the device.
         added = after & ~before
         for other in parameters["channels"]:
             if other != channel:
@@ -169,13 +169,13 @@ def apply_binary_operators(transform: ApplyRandomBinaryOperatorTransform, data: 
 
 
 def _dilate(mask: Tensor, element: Tensor) -> Tensor:
-    """Voxels whose neighbourhood, the structuring element, has a voxel of the mask: counted by Fourier transform.
+    """Dilate a mask, by counting its voxels under the structuring element with a Fourier transform.
 
-    batchgeneratorsv2 multiplies the transforms as matrices, which CUDA may round to 10 bits.
+    batchgeneratorsv2 multiplies the Fourier transforms as matrices, which CUDA may round to 10 bits.
     """
     size = [n + k - 1 for n, k in zip(mask.shape, element.shape, strict=True)]
     before = [(k - 1) // 2 for k in element.shape]
-    # correlation: counts at output voxel i the mask under the element that begins at i - before
+    # Correlation: the count at voxel i is over the mask under the element that begins at i - before.
     spectrum = torch.fft.rfftn(mask.float(), s=size) * torch.fft.rfftn(element.float(), s=size).conj()
     counts = torch.fft.irfftn(spectrum, s=size)
     counts = counts.roll(before, tuple(range(mask.ndim)))
@@ -197,7 +197,7 @@ _BINARY_OPERATORS: dict[Callable[..., Tensor], Callable[[Tensor, Tensor], Tensor
 def remove_components(
     transform: RemoveRandomConnectedComponentFromOneHotEncodingTransform, data: Data, parameters: Parameters
 ) -> Data:
-    """RemoveRandomConnectedComponentFromOneHotEncodingTransform; the components are found on the CPU."""
+    """Apply RemoveRandomConnectedComponentFromOneHotEncodingTransform; the components are found on the CPU."""
     image, random = data["image"], np.random.RandomState(parameters[SEED])
     for channel in parameters["apply_to_channels"]:
         labelled, sizes = label_with_component_sizes(image[channel].bool().cpu().numpy())
@@ -214,7 +214,7 @@ def remove_components(
 
 
 def match_histogram(transform: HistogramMatchingTransform, data: Data, parameters: Parameters) -> Data:
-    """HistogramMatchingTransform; which voxels take part is looked up where they are."""
+    """Apply HistogramMatchingTransform; the mask of voxels to map is computed on the device."""
     inside = data["segmentation"][0] != OUTSIDE if data.get("segmentation") is not None else None
     return transform.apply(data, maps=parameters["maps"], inside=inside)
 
@@ -242,7 +242,7 @@ _APPLY: dict[type[BasicTransform], Callable[..., Data]] = {
     SpatialTransform: apply_spatial,
     BSplineSpatialTransform: apply_spatial,
 }
-# What their get_parameters looks at is the image itself, so that they can only come first.
+# Their get_parameters reads the image itself, so they can only come first.
 _LOOK_AT_THE_IMAGE = (HistogramMatchingTransform, MirrorOutsideTransform)
 _SHUFFLE_THEIR_CHANNELS = (
     ApplyRandomBinaryOperatorTransform,
@@ -252,9 +252,9 @@ _DRAW_IN_APPLY = (GaussianNoiseTransform, RemoveRandomConnectedComponentFromOneH
 
 
 def _is_known(transform: BasicTransform) -> bool:
-    """Whether a transform can be drawn without, and applied away from, the CPU's copy of the image."""
+    """Return whether a transform can be split: drawn in a worker process, and applied on the device."""
     if type(transform) is RandomTransform:
-        # a region is chosen for what is always applied; histogram matching must be called with every patch
+        # The region needs a spatial transform that is always applied. Histogram matching must see every patch.
         excluded = (SpatialTransform, *_LOOK_AT_THE_IMAGE)
         return _is_known(transform.transform) and not isinstance(transform.transform, excluded)
     if type(transform) not in _APPLY:
@@ -264,23 +264,23 @@ def _is_known(transform: BasicTransform) -> bool:
     operators = transform.any_of_these if isinstance(transform, ApplyRandomBinaryOperatorTransform) else ()
     if not set(operators) <= set(_BINARY_OPERATORS):
         return False
-    # a function that draws a number may look at the image; nnU-Net's own doesn't
+    # A function that draws a number may read the image; nnU-Net's own, BGContrast, doesn't.
     return all(type(value) is BGContrast or not callable(value) for value in vars(transform).values())
 
 
 def _flat(transforms: Sequence[BasicTransform]) -> list[BasicTransform]:
-    """The transforms, those of nested pipelines among them."""
+    """Return all transforms, including those of nested pipelines."""
     return [t for one in transforms for t in (_flat(one.transforms) if type(one) is ComposeTransforms else [one])]
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What was drawn for one sample.
+    """The random draws for one sample.
 
     Attributes:
-        parameters: For every transform; None where it is not applied.
-        region: The voxels of the initial patch that are read, along each of its axes; None for all.
-        is_crop: Whether the spatial transform only cuts out.
+        parameters: Parameters of every transform; None if it is not applied.
+        region: The voxels of the initial patch that are read, an interval along each axis; None for all.
+        is_crop: Whether the spatial transform only crops.
     """
 
     parameters: list[Parameters | None]
@@ -289,20 +289,20 @@ class Draws:
 
 
 class DevicePipeline:
-    """A pipeline of nnU-Net, in a part for the worker processes and one for the training device.
+    """A pipeline of nnU-Net, split into a part for the worker processes and a part for the training device.
 
-    The worker processes apply everything up to the last transform that is not known to run elsewhere: none in nnU-Net's
-    pipeline and in those of this package.
+    The worker processes apply all transforms up to the last one that is not known to run on the device. nnU-Net's
+    pipeline and those of this package have no such transform.
 
     Args:
-        pipeline: What a trainer's ``get_training_transforms`` or ``get_validation_transforms`` returns.
+        pipeline: The pipeline from a trainer's ``get_training_transforms`` or ``get_validation_transforms``.
 
     Attributes:
         on_cpu: Transforms that the workers apply, in order.
-        unknown: Names of those among them that are the reason.
+        unknown: Names of the transforms among them that can't run on the device.
         on_device: Transforms that follow on the device.
         looks_at_the_image: Whether the first of ``on_device`` draws its parameters from the image.
-        spatial: The spatial transform among ``on_device`` by which the region is chosen, if there is one.
+        spatial: The spatial transform among ``on_device`` that determines the region, if there is one.
     """
 
     def __init__(self, pipeline: BasicTransform) -> None:
@@ -310,7 +310,7 @@ class DevicePipeline:
         unknown = [index for index, transform in enumerate(transforms) if not _is_known(transform)]
         unknown += [i for i, t in enumerate(transforms) if isinstance(t, _LOOK_AT_THE_IMAGE) and i > 0]
         spatial = [i for i, t in enumerate(transforms) if isinstance(t, SpatialTransform)]
-        unknown += spatial[:-1]  # of several the first ones: a region is chosen for one
+        unknown += spatial[:-1]  # all but the last: a region is chosen for only one
         first = max(unknown, default=-1) + 1
         self.on_cpu, self.on_device = transforms[:first], transforms[first:]
         self.unknown = [type(getattr(transforms[i], "transform", transforms[i])).__name__ for i in sorted(set(unknown))]
@@ -321,11 +321,11 @@ class DevicePipeline:
         self._spatial_draws = None if self.spatial is None else SpatialDraws(self.spatial)
 
     def draw(self, image: Tensor, segmentation: Tensor | None = None) -> Draws:
-        """Draws the parameters of all transforms on the device, by their own ``get_parameters``.
+        """Draw the parameters of all transforms on the device, with their own ``get_parameters``.
 
         Args:
-            image: The initial patch, (C, *spatial). Its values matter only if ``looks_at_the_image``, else a tensor
-                that is one number in memory will do.
+            image: The initial patch, (C, *spatial). Its values matter only if ``looks_at_the_image``; otherwise a
+                `stand_in` is enough.
             segmentation: As ``image``.
 
         Returns:
@@ -371,25 +371,25 @@ class DevicePipeline:
         labels: Sequence[int],
         sticks_out: bool,
     ) -> Data:
-        """Applies the transforms on the device to one sample.
+        """Apply the transforms on the device to one sample.
 
         Args:
             data: ``image`` and ``segmentation``, channels first, on their device.
-            parameters: What ``draw`` gave.
-            shape: Of the initial patch.
-            box: What of it ``data`` has, along each axis.
+            parameters: Parameters from ``draw``.
+            shape: Shape of the initial patch.
+            box: The part of the initial patch that ``data`` contains, an interval along each axis.
             labels: All labels of the segmentation, ascending.
             sticks_out: Whether the spatial transform may read beyond the box.
 
         Returns:
-            ``data`` as the pipeline leaves it.
+            ``data`` after the pipeline.
         """
         for transform, drawn in zip(self.on_device, parameters, strict=True):
             if drawn is None:
                 continue
             inner = transform.transform if type(transform) is RandomTransform else transform
             if isinstance(inner, SpatialTransform):
-                axes = slice(-len(inner.patch_size), None)  # with dummy-2D augmentation not the first one
+                axes = slice(-len(inner.patch_size), None)  # without the first one with dummy-2D augmentation
                 data = apply_spatial(
                     inner, data, drawn, shape=shape[axes], box=box[axes], labels=labels, sticks_out=sticks_out
                 )
@@ -399,17 +399,17 @@ class DevicePipeline:
 
 
 def device_memory(patch: Sequence[int], batch_size: int, channels: int, target_bytes: int) -> int:
-    """Bytes that augmentation takes on the device at most, beside the batch that the training step has.
+    """Return the bytes that augmentation needs on the device at most, in addition to the batch of the training step.
 
-    Two batches, of training and validation, wait or are being made, and one sample is worked on, which is largest with
-    the largest rotation and scaling: then it is the whole initial patch. Its images are resampled first, its labels
-    after them.
+    Two batches, of training and validation, are waiting or in preparation, and one sample is being processed. It is
+    largest with the largest rotation and scaling, when it is the whole initial patch. Its image is resampled before its
+    labels.
 
     Args:
-        patch: Voxels along each axis.
-        batch_size: Samples.
-        channels: Of the image.
-        target_bytes: Of the target at full size, per voxel.
+        patch: Patch size in voxels.
+        batch_size: Number of samples.
+        channels: Number of image channels.
+        target_bytes: Bytes per voxel of the target at full size.
     """
     angle = np.pi / (6 if len(patch) == 3 else 2)
     initial = int(np.prod(get_patch_size(list(patch), angle, angle, angle, _SCALES).astype(np.int64)))
@@ -423,7 +423,7 @@ def device_memory(patch: Sequence[int], batch_size: int, channels: int, target_b
 
 
 def stand_in(channels: int, size: Sequence[int]) -> Tensor:
-    """An image of that shape whose memory is one number."""
+    """Return an image of the given shape that takes the memory of one number."""
     return torch.zeros(()).expand(channels, *size)
 
 
@@ -441,17 +441,17 @@ def _draw(transform: BasicTransform, image: Tensor, segmentation: Tensor | None)
 
 
 def packed(parameters: Sequence[Parameters | None]) -> bytes:
-    """Parameters for another process: by value, since every tensor that is shared takes a file descriptor."""
+    """Pickle parameters for another process: by value, because every shared tensor takes a file descriptor."""
     return pickle.dumps(list(parameters), pickle.HIGHEST_PROTOCOL)
 
 
 def unpacked(parameters: bytes) -> list[Parameters | None]:
-    """What was packed."""
+    """Undo ``packed``."""
     return pickle.loads(parameters)
 
 
 def padded(tensor: Tensor, margins: Sequence[tuple[int, int]], value: float) -> Tensor:
-    """A tensor with a border: so many voxels before and after along each of its last axes."""
+    """Pad a tensor along its last axes; ``margins`` are the numbers of voxels (before, after) along each of them."""
     if not any(map(any, margins)):
         return tensor
     return pad(tensor, [n for margin in reversed(margins) for n in margin], value=value)

@@ -1,8 +1,8 @@
 """Spatial transforms in two parts: parameters and the voxels they reach, on the CPU; resampling, on any device.
 
-Positions are voxel indices of the patch that nnU-Net's loader would have cut out of the case (the initial patch), or of
-the box within it that is at hand. What lies outside of the box is padding, which grid_sample and batchgeneratorsv2's
-crop put there themselves.
+Positions are voxel indices in the patch that nnU-Net's loader would have cut out of the case (the initial patch), or in
+the box within it that was loaded. Voxels outside of the box are padding, which grid_sample and batchgeneratorsv2's crop
+add themselves.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
 
 Interval = tuple[int, int]
 
-# nnU-Net's loader fills up with these.
+# Padding values of nnU-Net's loader.
 PADDED_IMAGE, PADDED_LABEL = 0, -1
 # How far rounding in float32 may move a position, in voxels.
 _ROUNDING = 0.01
-# Voxels of labels' indicators that are resampled at a time, if there are as many: 64 MiB.
+# Voxels of label indicators that are resampled at a time, except that it is at least one label: 64 MiB.
 INDICATOR_VOXELS = 2**24
 # batchgeneratorsv2 compares the scores of labels in float16, between 0 and this.
 _FULL_SCORE = 1000
@@ -43,14 +43,14 @@ class SpatialDraws:
 
     def __init__(self, transform: SpatialTransform) -> None:
         self.transform = transform
-        # An elastic field is drawn for every voxel. All else is a matrix, for which the grid of one voxel will do.
+        # An elastic field is drawn for every voxel. All else is a matrix, for which a grid of one voxel is enough.
         self._drawing = copy.copy(transform)
         if transform.p_elastic_deform == 0:
             dim = len(transform.patch_size)
             self._drawing._grid_cache = {tuple(transform.patch_size): torch.zeros((1,) * dim + (dim,))}
 
     def __call__(self, image: Tensor) -> dict[str, Any]:
-        """Parameters for an image, of which only the shape (C, *spatial) is looked at."""
+        """Draw the parameters for an image, of which only the shape (C, *spatial) is used."""
         if isinstance(self.transform, BSplineSpatialTransform):
             return self.transform.draw(image)
         parameters = self._drawing.get_parameters(image=image)
@@ -60,20 +60,20 @@ class SpatialDraws:
 
 
 def is_crop(parameters: dict[str, Any]) -> bool:
-    """Whether the patch is only cut out, without interpolation."""
+    """Return whether the patch is only cropped, without interpolation."""
     return all(parameters.get(name) is None for name in ("grid", "affine", "control_displacements"))
 
 
 def reach(transform: SpatialTransform, parameters: dict[str, Any], shape: Sequence[int]) -> list[Interval]:
-    """The voxels that a transform may read, along each axis, as half-open intervals.
+    """Return the voxels that a transform may read, along each axis, as half-open intervals.
 
     Args:
         transform: The transform.
-        parameters: What ``SpatialDraws`` gave.
-        shape: Of the initial patch, spatial axes.
+        parameters: Parameters from ``SpatialDraws``.
+        shape: Shape of the initial patch, spatial axes.
 
     Returns:
-        Intervals in voxels of the initial patch, which may stick out of it; none is empty.
+        Intervals in voxels of the initial patch, which may extend beyond it; none is empty.
     """
     patch, centre = transform.patch_size, parameters["center_location_in_pixels"]
     if is_crop(parameters):
@@ -88,7 +88,7 @@ def reach(transform: SpatialTransform, parameters: dict[str, Any], shape: Sequen
         ]
     modes = (transform.padding_mode_image, transform.border_mode_seg)
     return [
-        # mirrored at the border: from how far inside is not worth working out
+        # With mirroring at the border take the whole axis: a tighter interval is not worth the effort.
         (min(low, 0), max(high, extent)) if "reflection" in modes and (low < 0 or high > extent) else (low, high)
         for (low, high), extent in zip(intervals, shape, strict=True)
     ]
@@ -97,7 +97,7 @@ def reach(transform: SpatialTransform, parameters: dict[str, Any], shape: Sequen
 def _extremes(
     transform: SpatialTransform, parameters: dict[str, Any], shape: Sequence[int]
 ) -> list[tuple[float, float]]:
-    """Lowest and highest position that is sampled, along each axis."""
+    """Return the lowest and highest sampled position along each axis."""
     grid = parameters.get("grid")
     if grid is not None:
         points = grid.reshape(-1, len(shape)).flip(-1)
@@ -117,12 +117,12 @@ def _extremes(
 
 
 def labels_in(*segmentations: np.ndarray[Any, Any]) -> list[int]:
-    """The labels that occur, ascending."""
+    """Return the labels that occur, ascending."""
     return sorted({int(label) for one in segmentations for label in pd.unique(one.ravel())})
 
 
 def pads_like_the_loader(transform: SpatialTransform) -> bool:
-    """Whether the transform continues image and labels with what nnU-Net's loader fills up with."""
+    """Return whether the transform pads image and labels with the same values as nnU-Net's loader."""
     image = 0 if transform.padding_mode_image == "zeros" else transform.padding_value_image
     labels = 0 if transform.border_mode_seg == "zeros" else transform.padding_value_seg
     return (
@@ -142,15 +142,15 @@ def apply_spatial(
     labels: Sequence[int],
     sticks_out: bool,
 ) -> dict[str, Any]:
-    """Resamples image and segmentation on the device that they are on.
+    """Resample image and segmentation on their device.
 
     Args:
         transform: The transform.
         data: ``image``, (C, *box), and ``segmentation``, (S, *box).
-        parameters: What ``SpatialDraws`` gave.
-        shape: Of the initial patch.
-        box: What there is of it, along each axis.
-        labels: All labels of the segmentation, ascending; more do no harm.
+        parameters: Parameters from ``SpatialDraws``.
+        shape: Shape of the initial patch.
+        box: The part of the initial patch that ``data`` contains, an interval along each axis.
+        labels: All labels of the segmentation, ascending; extra labels do no harm.
         sticks_out: Whether the transform may read beyond the box.
 
     Returns:
@@ -160,7 +160,7 @@ def apply_spatial(
         centre = [math.floor(c) - low for c, (low, _) in zip(parameters["center_location_in_pixels"], box, strict=True)]
         return transform.apply(data, grid=None, center_location_in_pixels=centre)
     grid = local_grid(transform, parameters, shape, box, data["image"].device)
-    # what is resampled is free from here on: the largest tensors of all
+    # Each assignment frees the input, which is among the largest tensors.
     data["image"] = transform._apply_to_image(data["image"], grid=grid)
     data["segmentation"] = resample_labels(transform, data["segmentation"], grid, labels, sticks_out)
     return data
@@ -173,7 +173,7 @@ def local_grid(
     box: Sequence[Interval],
     device: torch.device,
 ) -> Tensor:
-    """The sampling grid for grid_sample on a box of the initial patch, float32, (*patch_size, dim)."""
+    """Return the sampling grid for grid_sample on a box of the initial patch, float32, (*patch_size, dim)."""
     # position p relative to the centre of the initial patch is factor * p + offset in units of the box, -1 to 1
     factors = [2 / (high - low) for low, high in box]
     offsets = [(s - low - high) / (high - low) for s, (low, high) in zip(shape, box, strict=True)]
@@ -187,7 +187,7 @@ def local_grid(
         control_points = transform.control_positions(parameters)
         assert control_points is not None
         control_points = (control_points * torch.tensor(factors) + torch.tensor(constants)).flip(-1)
-        # products of float32 matrices may be rounded to 10 bits on CUDA, as its user likes
+        # CUDA may round products of float32 matrices to 10 bits, depending on the user's settings.
         exact = torch.float32 if device.type == "cpu" else torch.float64
         return transform.control_grid.evaluate(control_points.to(device, exact)).float()
     size, affine = transform.patch_size, parameters["affine"]
@@ -210,12 +210,12 @@ def local_grid(
 def resample_labels(
     transform: SpatialTransform, segmentation: Tensor, grid: Tensor, labels: Sequence[int], sticks_out: bool
 ) -> Tensor:
-    """SpatialTransform's resampling of a segmentation on any device: the label with the highest interpolated score.
+    """Resample a segmentation on any device as SpatialTransform does: the label with the highest score wins.
 
-    All channels, and a few labels at a time, go through one call of grid_sample.
+    A score is the interpolated indicator of a label. One call of grid_sample takes all channels and a few labels.
 
     Args:
-        transform: Says how to interpolate, what lies outside and which label wins a tie.
+        transform: Defines the interpolation, the padding and which label wins a tie.
         segmentation: (S, *box).
         grid: As for grid_sample.
         labels: All labels of the segmentation, ascending.
@@ -244,12 +244,12 @@ def resample_labels(
         return segmentation.new_full((channels, *size), labels[0])
 
     def scores(some: Sequence[int]) -> Tensor:
-        """Of these labels, (label, S, *patch)."""
+        """Return the scores of some labels, (label, S, *patch)."""
         indicators = torch.empty((len(some), *segmentation.shape), device=segmentation.device)
         for indicator, label in zip(indicators, some, strict=True):
             torch.eq(segmentation, label, out=indicator)
             if pads and label == pad_label:
-                indicator.sub_(1)  # 0 is what grid_sample continues with
+                indicator.sub_(1)  # grid_sample pads with 0
         found = sample(indicators.mul_(_FULL_SCORE).flatten(0, 1), transform.mode_seg)
         found = found.unflatten(0, (len(some), channels))
         if pads and pad_label in some:

@@ -1,8 +1,8 @@
-"""The command `nnunet-conres`: parses its arguments and calls what does the work.
+"""The command `nnunet-conres`: parse the arguments and run the subcommand.
 
-A subcommand is a function `add_NAME` that describes its arguments and a function `_NAME` that is called with them and
-returns the exit code; both stand in the module of their room, and `_SUBCOMMANDS` lists them in the order of `--help`.
-What a subcommand needs is imported in its `_NAME`, so that `--help` and `info` answer at once.
+A subcommand consists of a function `add_NAME`, which declares its arguments, and a function `_NAME`, which runs it and
+returns the exit code. Both are in the module of their subject, and `_SUBCOMMANDS` lists them in the order of `--help`.
+`_NAME` imports the modules of its subcommand, so that `--help` and `info` start quickly.
 """
 
 import argparse
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _READER_GONE = 141
-"""The exit code of programs that a closed pipe has ended."""
+"""Exit code of a program that was ended by a closed pipe."""
 
 _INTERRUPTED = 130
-"""The exit code of programs that Ctrl-C has ended."""
+"""Exit code of a program that was ended by Ctrl-C."""
 
 _EXAMPLES = {
     "info": "nnunet-conres info",
@@ -61,7 +61,7 @@ _EXAMPLES = {
     "postprocess fit": "nnunet-conres postprocess fit -d 501 -tr nnUNetTrainerConResNet -o postprocessing.json",
     "postprocess apply": "nnunet-conres postprocess apply -i PREDICTIONS -o OUT --postprocessing postprocessing.json",
 }
-"""The command that the help of each subcommand begins with."""
+"""Example command at the beginning of each subcommand's help."""
 
 _SUBCOMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     registration.add_info,
@@ -96,9 +96,9 @@ class _Subparser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command.
+    """Build the parser of the whole command.
 
-    Of what it returns, `handler` is the function to call, and `subparser` the parser that speaks for the subcommand.
+    In the parsed arguments, `handler` is the function to call, and `subparser` the parser of the subcommand.
     """
     parser = argparse.ArgumentParser(
         prog="nnunet-conres",
@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _accept_both_spellings(parser: argparse.ArgumentParser) -> None:
-    """Takes --two_words, as nnU-Net spells its options, for --two-words, and the other way round."""
+    """Accept --two_words, nnU-Net's spelling of options, for --two-words, and the other way round."""
     known = parser._option_string_actions
     for name, action in [*known.items()]:
         for other in (name.replace("_", "-"), "--" + name[2:].replace("-", "_")):
@@ -127,14 +127,14 @@ def _accept_both_spellings(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
+    """Run the command.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit code: what the subcommand returns, or 2 for an error that the user can do something about, which is
-        then shown in a line on stderr, without a traceback. What is wrong with this package keeps its traceback.
+        The exit code of the subcommand; 2 for an error that the user can correct, which is shown on stderr without a
+        traceback; 130 after Ctrl-C; 141 if the reader of the output ended. Errors in this package keep their traceback.
     """
     before = sys.stdout
     output = _Output(before)
@@ -172,10 +172,10 @@ def _show(error: InputError) -> int:
 
 
 class _Output:
-    """The standard output, whose errors are known from all others: a reader that has ended, or a full disk.
+    """Standard output that records its errors (a closed pipe or a full disk), to tell them from all other errors.
 
     Attributes:
-        error: What went wrong last.
+        error: The last error, None if there was none.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -199,12 +199,12 @@ class _Output:
             raise
 
     def end(self) -> bool:
-        """Writes what is left; whether all was written that somebody reads."""
+        """Flush the output. Return whether all of it was written; output into a closed pipe counts as written."""
         with contextlib.suppress(OSError):
             self.flush()
         if self.error is None:
             return True
-        # or Python would try again when it ends, and show a traceback
+        # Otherwise Python would flush again at exit and show a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
         try:
             with file_errors("standard output"):

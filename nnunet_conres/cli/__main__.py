@@ -1,4 +1,4 @@
-"""`python -m nnunet_conres.cli`, where the command is not on the path."""
+"""Run the command with `python -m nnunet_conres.cli` if it is not on the path."""
 
 import sys
 

@@ -1,16 +1,16 @@
-"""What several subcommands need of their arguments."""
+"""Parsing and defaults of arguments that several subcommands share."""
 
 import argparse
 import os
 
 from nnunet_conres.errors import InputError
 
-# nnU-Net's, for the number of processes where a command does not say.
+# nnU-Net's variable for the default number of processes.
 PROCESSES_VARIABLE = "nnUNet_def_n_proc"
 
 
 def number_of_processes(given: int | None) -> int:
-    """Number of processes, nnU-Net's own default where the command does not say."""
+    """Return the number of processes; by default nnU-Net's own default."""
     if given is not None:
         if given < 1:
             raise InputError(f"-np is {given}; expected a number of processes, 1 or more.")

@@ -1,4 +1,4 @@
-"""Arguments of the commands around BraTS."""
+"""Arguments of the commands for BraTS."""
 
 import argparse
 import shlex
@@ -207,7 +207,7 @@ def add_predict_brats(subparsers: "Subparsers") -> None:
 
 
 def _add_challenge(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `package` hands on to `predict-brats`."""
+    """Add the arguments that `package` passes on to `predict-brats`."""
     parser.add_argument(
         "--scheme", metavar="SCHEME", help=f"the challenge: {_SCHEMES} (default: that of the model's data set)"
     )

@@ -76,8 +76,8 @@ def add_compare(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--group",
         metavar="REGEX",
-        help="cases in which its first group, or all that it matches, is the same count as one in statistics, as time "
-        "points of a patient do (default: the patients of BraTS's ids since 2023; none for other ids)",
+        help="cases with the same match (of its first group, if any) count as one in statistics, such as the time "
+        "points of a patient (default: the patients of BraTS's ids since 2023; none for other ids)",
     )
     parser.add_argument(
         "--postprocessing",
@@ -101,7 +101,7 @@ def add_compare(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--empty",
         choices=("brats", "nan"),
-        help="what a region counts that reference, prediction or both lack: as in BraTS, or nothing, as in nnU-Net "
+        help="score of a region that is missing in reference, prediction or both: as in BraTS, or none, as in nnU-Net "
         "(default: brats)",
     )
     parser.add_argument(
@@ -148,7 +148,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         given = {"--reference": arguments.reference, "-djfile": arguments.djfile, "-i": arguments.i}
         unused = [option for option, value in {**given, "--model": arguments.model}.items() if value]
         if unused:
-            raise InputError(f"{', '.join(unused)}: for --predictions only; with -d nnU-Net's folders tell.")
+            raise InputError(f"{', '.join(unused)}: for --predictions only; with -d nnU-Net's folders have them.")
         from nnunet_conres.evaluation.predictions import parse_model_names
         from nnunet_conres.nnunet import dataset_name_of
 
@@ -186,7 +186,7 @@ def _metric_options(arguments: argparse.Namespace) -> "MetricOptions":
         return MetricOptions(**given)
     unused = [f"--{name}" for name in given if name != "tolerance" or like]
     if unused:
-        raise InputError(f"{', '.join(unused)}: given by --rules {arguments.rules}{' as the tool has it' * like}.")
+        raise InputError(f"{', '.join(unused)}: set by --rules {arguments.rules}{', as in the tool' * like}.")
     return MetricOptions(**given, rules=read_rules(arguments.rules), like_brats_evaluation=like)
 
 

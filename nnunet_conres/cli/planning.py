@@ -1,4 +1,4 @@
-"""Arguments of the commands around plans and memory."""
+"""Arguments of the commands for plans and memory."""
 
 import argparse
 import contextlib
@@ -193,7 +193,7 @@ def add_memory(subparsers: "Subparsers") -> None:
 def _memory(arguments: argparse.Namespace) -> int:
     from nnunet_conres.planning.memory_report import report_memory
 
-    # nnU-Net has things to say of old plans, which must not get among the JSON
+    # nnU-Net prints messages about old plans, which must not mix with the JSON output.
     with contextlib.redirect_stdout(sys.stderr):
         report = report_memory(
             arguments.d,

@@ -14,8 +14,8 @@ def add_postprocess(subparsers: "Subparsers") -> None:
         "postprocess",
         help="choose post-processing by validation predictions, and apply it",
         description="fit chooses for each region: the smallest component to keep, whether to fill holes, the smallest "
-        "volume in all, and the threshold of probabilities, by what the folds of a model held out. apply does it "
-        "to a folder of predictions.",
+        "volume in all, and the threshold of probabilities, on the held-out cases of a model's folds. apply "
+        "post-processes a folder of predictions.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_fit(commands)
@@ -26,9 +26,9 @@ def _add_fit(commands: "Subparsers") -> None:
     parser = commands.add_parser(
         "fit",
         help="choose by the validation predictions of a model",
-        description="The values for the cases of a fold come from the other folds, so that the gain is that on cases "
-        "which had no part in the choice. A step is kept where the 95 % interval of its gain is above zero, and left "
-        "off elsewhere. Thresholds are tried if all folds have probabilities (nnUNetv2_train ... --val --npz).",
+        description="The values for the cases of a fold come from the other folds, so that the gain is measured on "
+        "cases without influence on the choice. A step is kept where the 95 % interval of its gain is above zero, and "
+        "left off elsewhere. Thresholds are tried if all folds have probabilities (nnUNetv2_train ... --val --npz).",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id")
     parser.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainer", help="trainer (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Arguments of the command that shows what changes from slice to slice."""
+"""Arguments of `nnunet-conres residuals`."""
 
 import argparse
 import sys

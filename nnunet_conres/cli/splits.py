@@ -1,4 +1,4 @@
-"""Arguments of the command that divides a data set into folds."""
+"""Arguments of `nnunet-conres split`."""
 
 import argparse
 import sys

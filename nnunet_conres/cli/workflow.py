@@ -40,7 +40,7 @@ def add_workflow(subparsers: "Subparsers") -> None:
         default="local",
         help="local, slurm, or a Snakemake profile's folder (default: local)",
     )
-    # What is not known here is passed on to Snakemake (see `main`).
+    # Unknown options are passed on to Snakemake (see `main`).
     parser.set_defaults(handler=_workflow, options=[])
 
 
@@ -65,7 +65,7 @@ def _workflow(arguments: argparse.Namespace) -> int:
 
     config = Path(arguments.config)
     if not config.is_file():
-        # such as the 2 of --cores 2 CONFIG.yaml
+        # For example the 2 in --cores 2 CONFIG.yaml.
         raise InputError(f"{arguments.config} is not a file; expected the configuration first, then the options.")
     experiment = read_config(config)
     if arguments.status:

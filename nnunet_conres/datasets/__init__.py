@@ -1,1 +1,1 @@
-"""Data sets: BraTS into nnU-Net's raw format, and synthetic tumour cases to try everything on."""
+"""Data sets: conversion of BraTS to nnU-Net's raw format, splits, sparse annotation, and synthetic tumour cases."""

@@ -1,4 +1,4 @@
-"""BraTS's folders into nnU-Net's raw format, whatever the year: one channel order, one set of labels."""
+"""Convert BraTS folders of any year to nnU-Net's raw format, with one channel order and one set of labels."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class ConversionError(InputError):
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_brats` wrote.
+    """Result of `convert_brats`.
 
     Attributes:
         dataset_folder: The new folder in nnUNet_raw.
         training_ids: Cases in imagesTr and labelsTr.
         test_ids: Cases in imagesTs.
-        test_label_ids: Those of `test_ids` with labels, in labelsTs.
-        schemes: Names of the schemes met.
+        test_label_ids: Cases in imagesTs that have labels, in labelsTs.
+        schemes: Names of the schemes that the cases follow.
         transfers: Number of image files linked, copied, compressed, and split from files with several channels.
-        missing: The channels that are zero images, by the case that lacks them.
-        warnings: What the user should know and nnU-Net does not mind.
-        skipped: Errors by the case or file that was left out for them.
+        missing: Channels written as zero images, by case.
+        warnings: Warnings for the user about problems that nnU-Net does not report.
+        skipped: Errors of the cases and files that were left out, by case or file.
     """
 
     dataset_folder: Path
@@ -79,37 +79,37 @@ def convert_brats(
 ) -> Conversion:
     """Convert BraTS folders to one nnU-Net data set.
 
-    Labelled cases of `input_folders` go to imagesTr and labelsTr, all others to imagesTs, the labels of held-out cases
-    to labelsTs. Everything is checked before anything is written, and the data set gets its name only when complete:
-    whatever interrupts the conversion, the next one starts anew, and clears away what this one left. While one
-    conversion writes, a second one for the same number is refused.
+    Labelled cases of `input_folders` go to imagesTr and labelsTr, all others to imagesTs, and the labels of held-out
+    cases to labelsTs. All input is checked before anything is written. The data set gets its final name only when it is
+    complete. After an interruption, the next conversion removes the incomplete data set and starts again. While a
+    conversion writes, a second one for the same id is refused.
 
     Args:
-        input_folders: Searched with all their subfolders.
-        dataset_id: nnU-Net's number for the data set, 1 to 999.
-        held_out_folders: Like `input_folders`, but none of these cases is trained on.
-        corrected_folders: Searched with all their subfolders for files that take the place of those of the same case
-            and part, as challenges release corrected labels.
-        dataset_name: The part of the data set's name after the number.
-        schemes: Names of the schemes the files may follow, or TOML files that describe further ones; more than one
-            allows a mixture. ("auto",) takes any scheme, but only one.
-        mode: "regions" has nnU-Net predict whole tumour, tumour core and so on, which lie within each other; "labels"
-            the tissues.
-        image_mode: "link" makes hard links where the file system can and copies elsewhere; "copy" always copies. Files
-            that are not yet compressed are compressed in both cases, and those with several channels split.
-        missing: "zero" writes a zero image in place of an absent modality, and says so in cases.json; "refuse" takes no
-            such case. A case without any image is never taken.
-        skip_bad: Whether cases with errors are left out, instead of forbidding the conversion.
+        input_folders: Folders to search, with all subfolders.
+        dataset_id: nnU-Net's id for the data set, 1 to 999.
+        held_out_folders: Like `input_folders`, for cases that are not used for training.
+        corrected_folders: Folders to search, with all subfolders, for corrected files, such as the corrected labels
+            that challenges release. A corrected file replaces the file of the same case and modality (or the labels).
+        dataset_name: Name of the data set after the id.
+        schemes: Names of the schemes that the files may follow, or TOML files that describe other schemes. Several
+            allow a mixture. ("auto",) accepts any scheme, but only one.
+        mode: "regions" makes nnU-Net predict nested regions (whole tumour, tumour core and so on), "labels" the
+            tissues.
+        image_mode: "link" makes hard links where the file system allows them and copies elsewhere; "copy" always
+            copies. In both modes uncompressed files are compressed, and files with several channels are split.
+        missing: "zero" writes a zero image for a missing modality and records it in cases.json; "refuse" rejects such
+            cases. A case without any image is always rejected.
+        skip_bad: Whether to leave out cases with errors instead of refusing the conversion.
         processes: Number of processes, 1 or more.
         raw_folder: nnU-Net's raw folder; by default the value of the environment variable nnUNet_raw.
         progress: Whether to show progress bars on stderr.
 
     Returns:
-        What was written.
+        Description of the new data set.
 
     Raises:
-        ConversionError: Something is wrong with the arguments or the target, which is checked before any file, or with
-            the input. Lists all that was found.
+        ConversionError: An argument or the target is invalid, which is checked before any file is read, or the input
+            has errors. Lists all errors.
     """
     selection, scheme_errors = select_schemes(schemes)
     errors = list(_argument_errors(dataset_id, dataset_name, mode, image_mode, missing, processes))
@@ -120,7 +120,7 @@ def convert_brats(
     else:
         errors += target_errors(raw, dataset_id, dataset_name)
     if errors or raw is None:
-        # Known at once, while reading a thousand cases takes minutes.
+        # Report these errors at once: reading a thousand cases takes minutes.
         raise ConversionError(errors)
     found = find_cases(
         input_folders,
@@ -142,10 +142,10 @@ def convert_brats(
     if not skip_bad:
         errors += [error for messages in bad.values() for error in messages]
         if len(bad) > 5:
-            # All of them, where messages of one kind are cut short: --missing zero takes them.
+            # Repeated messages are shortened, so list all incomplete cases here: --missing zero accepts them.
             incomplete = "".join(f"Without {parts}: {', '.join(ids)}. " for parts, ids in found.incomplete.items())
             errors.append(
-                f"{incomplete}{len(bad)} cases or files have errors, and {len(kept)} cases have none. Correct them, or "
+                f"{incomplete}{len(bad)} cases or files have errors, {len(kept)} cases have none. Correct them, or "
                 f"leave them out with --skip-bad."
             )
     elif bad and not cases:
@@ -157,7 +157,7 @@ def convert_brats(
 
     target = raw / folder_name(dataset_id, dataset_name)
     with new_folder(target, lock=lock_of_dataset(raw, dataset_id)) as partial:
-        # Once more, since another may have been made while this one's files were checked.
+        # Check again: another process may have created the data set while the files were checked.
         errors = list(target_errors(raw, dataset_id, dataset_name, if_busy=False))
         if errors:
             raise ConversionError(errors)
@@ -194,7 +194,7 @@ def _argument_errors(
 def _write(
     folder: Path, name: str, cases: Sequence[Case], mode: Mode, image_mode: ImageMode, processes: int, progress: bool
 ) -> dict[Transfer, int]:
-    """Write the data set to a folder, and check that all of it is there."""
+    """Write the data set to a folder, and check that it is complete."""
     label_set = common_label_set(case.scheme for case in cases)
     assert label_set is not None, "mixtures without one are refused"
     files = [file for case in cases for file in case_files(case)]
@@ -213,7 +213,7 @@ def _write(
 
 
 def _doubts(cases: Sequence[Case], findings: Mapping[str, Findings]) -> Iterator[str]:
-    """What may have been meant otherwise, seen over all cases."""
+    """Yield warnings about possible mistakes that show only over all cases."""
     schemes = list(dict.fromkeys(case.scheme for case in cases))
     for scheme in schemes:
         labelled = [case for case in cases if case.scheme is scheme and case.labels is not None]
@@ -230,7 +230,7 @@ def _doubts(cases: Sequence[Case], findings: Mapping[str, Findings]) -> Iterator
         if lacking:
             yield (
                 f"{scheme.called} has no label for {' or '.join(lacking)}: its cases act as negatives for it. That is "
-                f"right where there can be none, as before surgery, and wrong elsewhere."
+                f"right where it can't occur, as before surgery, and wrong elsewhere."
             )
     labelled_folders = {collection(case) for case in cases if case.trains}
     unlabelled = [case.case_id for case in cases if case.labels is None and collection(case) in labelled_folders]
@@ -238,7 +238,7 @@ def _doubts(cases: Sequence[Case], findings: Mapping[str, Findings]) -> Iterator
         yield f"{first_few(unlabelled)}: no labels, beside cases that have them. Went to imagesTs."
     patients = defaultdict(list)
     for case in cases:
-        # Ids of 2017 to 2020 differ in the year alone where a patient was released again.
+        # Ids of 2017 to 2020 differ only in the year if a patient was released again.
         patients[re.sub(r"^brats\d\d_", "", case.case_id.casefold())].append(case.case_id)
     again = [" and ".join(ids) for ids in patients.values() if len(ids) > 1]
     if again:

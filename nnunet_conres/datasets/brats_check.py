@@ -1,4 +1,4 @@
-"""A BraTS case's files, looked into before anything is written."""
+"""Check the files of BraTS cases before anything is written."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nnunet_conres.images.nifti import Grid, grid_difference, read_grid, read_ni
 
 @dataclass(frozen=True)
 class Findings:
-    """What checking found: errors forbid the conversion of a case, warnings do not.
+    """Result of `check_case`. Errors prevent the conversion of a case, warnings do not.
 
     Attributes:
         errors: One message each.
         warnings: One message each.
-        values: Label values met other than 0.
+        values: Label values in the label file other than 0.
     """
 
     errors: tuple[str, ...] = ()
@@ -33,10 +33,10 @@ class Findings:
 
 
 def check_case(case: Case) -> Findings:
-    """Read all files of a case and report what keeps nnU-Net, or the meaning of the labels, from being right.
+    """Read all files of a case and report problems with files, geometry and labels.
 
     Args:
-        case: The case, complete.
+        case: The complete case.
 
     Returns:
         Errors: a file that is unreadable, truncated or of the wrong dimensions; voxels that are not finite; geometry
@@ -89,7 +89,7 @@ def check_case(case: Case) -> Findings:
 
 
 def _kind_error(voxels: NDArray[Any], channels: int) -> str:
-    """What is wrong with a file's dimensions and kind of voxels, or an empty string."""
+    """Return an error message about a file's dimensions or voxel type, or an empty string."""
     if voxels.dtype.kind not in "iuf":
         return f"has voxels of type {voxels.dtype}; expected one number per voxel."
     if channels == 1 and voxels.ndim != 3:
@@ -102,7 +102,7 @@ def _kind_error(voxels: NDArray[Any], channels: int) -> str:
 def _empty_channels(path: Path, voxels: NDArray[Any], channels: Content) -> Iterator[str]:
     for index, name in enumerate(channels):
         channel = voxels if len(channels) == 1 else voxels[..., index]
-        # Most are found not to be by their middle slice.
+        # The middle slice is enough for most channels that are not empty.
         if not channel[..., channel.shape[2] // 2].any() and not channel.any():
             where = "" if len(channels) == 1 else f" in channel {index}, {name}"
             yield f"{path} is 0 everywhere{where}: the modality is empty."

@@ -1,4 +1,4 @@
-"""nnU-Net's predictions as the BraTS challenges want them: labels, file names, geometry."""
+"""Export nnU-Net's predictions with the labels, file names and geometry that BraTS challenges expect."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class ExportError(InputError):
 
 @dataclass(frozen=True)
 class Export:
-    """What `export_brats` wrote.
+    """Result of `export_brats`.
 
     Attributes:
         folder: The new folder.
-        case_ids: One file each.
-        cleaned: Voxels of enhancing tumour that were replaced, by case.
-        warnings: What the user should know.
+        case_ids: Ids of the cases, one file each.
+        cleaned: Number of enhancing tumour voxels that were replaced, by case.
+        warnings: Warnings for the user.
     """
 
     folder: Path
@@ -53,16 +53,16 @@ class Export:
 
 
 class Prediction(NamedTuple):
-    """A predicted label map on its way to a challenge.
+    """A predicted label map to check or export.
 
     Attributes:
-        path: The file.
-        table: The challenge's label of each of nnU-Net's that has one.
-        known: All of nnU-Net's labels, with their tissues.
-        scheme: The challenge's.
+        path: File of the prediction.
+        table: Maps nnU-Net's labels to the challenge's labels, where the challenge has one.
+        known: Tissue of each of nnU-Net's labels.
+        scheme: Scheme of the challenge.
         reference: An image of the same case, or None.
-        et_min_voxels: Enhancing tumour of fewer voxels is replaced.
-        output: The file to be written, or None to check only.
+        et_min_voxels: Enhancing tumour with fewer voxels is replaced.
+        output: The file to write, or None to check only.
     """
 
     path: Path
@@ -96,25 +96,25 @@ def export_brats(
 
     Args:
         predictions_folder: Label maps as nnU-Net writes them, CASE.nii.gz.
-        output_folder: Must not exist, or be empty; gets its files only when all are whole.
+        output_folder: Must not exist, or be empty. Gets its files only when all are complete.
         scheme: The challenge: a scheme's name, or a TOML file that describes one.
-        dataset_json: dataset.json of the data set that the model was trained on; by default the one that nnU-Net puts
+        dataset_json: dataset.json of the data set that the model was trained on; by default the one that nnU-Net writes
             into the folder with predictions.
-        reference_folder: Searched with subfolders for the cases' images, named as BraTS or nnU-Net names them. Size and
-            geometry of predictions are compared with theirs, and written as in their headers.
-        et_min_voxels: Cases with fewer voxels of enhancing tumour than this get them replaced by necrosis (paediatric
-            cases of 2024: by non-enhancing tumour): such few are mostly wrong, and where there is no enhancing tumour
-            the challenge scores any as 0. 0 replaces none.
+        reference_folder: Folder to search, with subfolders, for the cases' images, named as in BraTS or nnU-Net. Size
+            and geometry of a prediction must match its image; the exported file gets the geometry of the image header.
+        et_min_voxels: In cases with fewer enhancing tumour voxels than this, they are replaced by necrosis (paediatric
+            cases of 2024: by non-enhancing tumour). So few voxels are mostly false positives, and a challenge scores a
+            case without enhancing tumour as 0 if any is predicted. 0 replaces nothing.
         processes: Number of processes, 1 or more.
         progress: Whether to show progress bars on stderr.
 
     Returns:
-        What was written.
+        Description of the exported files.
 
     Raises:
         ExportError: The predictions do not fit the data set or the scheme, or the target is taken. Lists all errors.
     """
-    # Resolved: a link to an empty folder is not replaced, but what it leads to.
+    # Resolve the output: if it is a link to an empty folder, replace the folder and keep the link.
     folder, output = Path(predictions_folder), Path(output_folder).resolve()
     challenge, selection, errors = one_scheme(scheme)
     errors += _argument_errors(challenge, et_min_voxels, processes)
@@ -134,12 +134,12 @@ def export_brats(
     if challenge is None or not tissues:
         raise ExportError(errors)
 
-    # A label whose tissue the challenge lacks may be in the data set, as long as it is in no prediction.
+    # The data set may have labels whose tissue the challenge lacks, as long as no prediction contains them.
     values = {tissue: value for value, tissue in challenge.labels.items()}
     table = {0: 0, **{label: values[tissue] for label, tissue in tissues.items() if tissue in values}}
     missing = [tissue for tissue in values if tissue not in tissues.values()]
     if missing:
-        warnings.append(f"The data set knows no {' or '.join(missing)}, which {challenge.title} asks for.")
+        warnings.append(f"The data set has no label for {' or '.join(missing)}, which {challenge.title} requires.")
     unnamed = [stem(path) for path in paths if not challenge.may_be(stem(path))]
     if unnamed:
         warnings.append(f"{first_few(unnamed)}: not named as the cases of {challenge.called}.")
@@ -160,10 +160,10 @@ def export_brats(
 
 
 def export_case(job: Prediction) -> Result:
-    """Check a prediction, and write it if there is a file to write to.
+    """Check a prediction, and write it if the job has an output file.
 
     Returns:
-        Errors, and how much enhancing tumour was replaced. With errors nothing is written.
+        Errors, and the number of enhancing tumour voxels that were replaced. Nothing is written if there are errors.
     """
     try:
         file = read_nifti(job.path)
@@ -226,7 +226,7 @@ def _label_error(job: Prediction, strange: Mapping[float, int]) -> str:
 
 
 def one_scheme(name: str) -> tuple[Scheme | None, Selection, list[str]]:
-    """The challenge's scheme, None where there is none of this name; all that are known; and what is wrong."""
+    """Return the challenge's scheme, None if there is none of this name; the selection of schemes; and errors."""
     selection, errors = select_schemes([name])
     if selection.auto:
         errors = [f"The scheme is {AUTO}; expected one of {', '.join(SCHEMES)}, or a TOML file that describes another."]
@@ -238,21 +238,22 @@ def _argument_errors(scheme: Scheme | None, et_min_voxels: int, processes: int) 
         yield f"--et-min-voxels is {et_min_voxels}; expected 0 or more."
     elif et_min_voxels and scheme is not None and not scheme.less_enhancing:
         yield (
-            f"--et-min-voxels is {et_min_voxels}, but {scheme.called} does not say what takes the place of enhancing "
-            f"tumour (less_enhancing); leave the option out."
+            f"--et-min-voxels is {et_min_voxels}, but {scheme.called} does not say what replaces small enhancing "
+            f"tumour (less_enhancing). Remove the option."
         )
     if processes < 1:
         yield f"The number of processes is {processes}; expected 1 or more."
 
 
 def _name_errors(folder: Path, paths: Sequence[Path], scheme: Scheme | None, selection: Selection) -> Iterator[str]:
-    """Files that are no case's, or whose name is another challenge's."""
+    """Yield errors about files that are not one case's prediction, or are named as cases of another challenge."""
     ids = [stem(path) for path in paths]
     yield from unsafe_ids(ids, folder)
     doubled = sorted(case_id for case_id, times in Counter(ids).items() if times > 1)
     if doubled:
         yield f"{first_few(doubled)}: more than one file; keep one of each."
-    # Not CASE_0000.nii.gz, as nnU-Net names images: ids may end so. What is no prediction has other values.
+    # nnU-Net's image names, CASE_0000.nii.gz, are no error here: ids may end like this, and images are found by their
+    # values.
     images = [path.name for path in paths if names_image(path, selection.layouts)]
     if images:
         yield f"{first_few(images)}: named as BraTS names images; expected predictions named CASE.nii.gz."
@@ -269,17 +270,17 @@ def _name_errors(folder: Path, paths: Sequence[Path], scheme: Scheme | None, sel
 
 
 def _owners(case_id: str) -> list[str]:
-    """Schemes that a case id may belong to."""
+    """Return the names of the schemes that a case id may belong to."""
     return [name for name, scheme in SCHEMES.items() if scheme.may_be(case_id)]
 
 
 def read_tissues(path: Path, scheme: Scheme | None) -> tuple[dict[int, str], list[str]]:
-    """Tissue of each label of a data set, and a message for every error.
+    """Return the tissue of each label of a data set, and a message for every error.
 
     Args:
         path: The data set's dataset.json.
-        scheme: The challenge, whose label set comes first: one that this package does not know may be described in a
-            file only.
+        scheme: The challenge's scheme. Its label set is tried first: a scheme from a TOML file may have a label set
+            that none of this package's schemes has.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -299,13 +300,13 @@ def read_tissues(path: Path, scheme: Scheme | None) -> tuple[dict[int, str], lis
                 return {label: tissue for tissue, label in label_set.tissues.items()}, []
     return {}, [
         f"{path} has labels {labels} in the order {content.get('regions_class_order')}: not those of brats-convert, so "
-        f"it is unknown which tissue is which. Expected those of one of the schemes {', '.join(SCHEMES)}; for a data "
-        f"set of a scheme in a file, name that file with --scheme."
+        f"their tissues are unknown. Expected those of one of the schemes {', '.join(SCHEMES)}. If a file describes "
+        f"the scheme, pass it with --scheme."
     ]
 
 
 def _same_labels(content: Mapping[str, Any], label_set: LabelSet, mode: Mode) -> bool:
-    """Whether a dataset.json's labels are those of a label set, also as nnU-Net's own scripts write them."""
+    """Return whether a dataset.json has the labels of a label set, also in the spelling of nnU-Net's own scripts."""
     expected = label_set.dataset_json(mode)
     return _normalised(content["labels"]) == _normalised(expected["labels"]) and list(
         content.get("regions_class_order") or []
@@ -322,7 +323,7 @@ def _normalised(labels: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
 def _references(
     folder: str | Path | None, case_ids: Sequence[str], layouts: Sequence[Layout]
 ) -> tuple[dict[str, Path], list[str], list[str]]:
-    """An image of each case, errors, and warnings."""
+    """Return an image of each case, errors, and warnings."""
     if folder is None:
         return {}, [], []
     if not Path(folder).is_dir():

@@ -1,4 +1,4 @@
-"""BraTS cases in folders, by the names of their files alone."""
+"""Find BraTS cases in folders by file name only."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from nnunet_conres.images.nifti import is_nifti, stem
 from nnunet_conres.text import first_few
 
 Missing = Literal["refuse", "zero"]
-"""What happens to cases without one of their modalities: they are refused, or a zero image takes its place."""
+"""Treatment of cases that lack a modality: refuse them, or use a zero image in its place."""
 
 
-# What folders are called whose cases are not to be trained on.
+# Names of folders whose cases are not for training.
 _HELD_OUT: Final = re.compile(
     r"h[eo]ld.?out|validation|(?:^|[^a-z])(?:val|test(?:ing)?)(?:[^a-z]|data|set|cases|$)", re.IGNORECASE
 )
@@ -38,12 +38,12 @@ class Case:
     """The files of one case.
 
     Attributes:
-        case_id: As in the file names, which nnU-Net keeps.
+        case_id: Case id from the file names. nnU-Net uses the same id.
         scheme: The scheme that the files follow.
-        images: One for each of the scheme's image files; None for one that is absent, which at least one is not.
+        images: One path for each of the scheme's image files, None if the file is missing. At least one is present.
         labels: Label file, or None.
         held_out: Whether the case came from a folder of held-out cases.
-        corrected: The parts that came from a folder of corrected files.
+        corrected: Names of the parts, such as t2w or seg, that came from a folder of corrected files.
     """
 
     case_id: str
@@ -60,38 +60,38 @@ class Case:
 
     @property
     def first_image(self) -> Path:
-        """The first image that is there: its grid is the case's."""
+        """The first image present. Its voxel grid is that of the case."""
         return next(image for image in self.images if image is not None)
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The channels that are absent."""
+        """The channels without an image file."""
         pairs = zip(self.images, self.scheme.layout.images, strict=True)
         return tuple(channel for image, channels in pairs if image is None for channel in channels)
 
     @property
     def patient(self) -> str:
-        """The patient that the id names."""
+        """The patient, from the case id."""
         return self.scheme.patient_of(self.case_id)
 
     @property
     def grade(self) -> str | None:
-        """HGG or LGG, where the case lies in a folder that is called so."""
+        """HGG or LGG if the case lies in a folder of that name, else None."""
         grades = [part.upper() for part in self.first_image.parent.parts if part.upper() in ("HGG", "LGG")]
         return grades[-1] if grades else None
 
 
 @dataclass
 class Found:
-    """What `find_cases` found.
+    """Result of `find_cases`.
 
     Attributes:
-        cases: The complete cases, sorted by id, those with ids met more than once among them.
-        errors: What forbids converting any of them.
-        bad: What is wrong with single cases, or with files that belong to none, by what would be left out.
-        foreign: Cases that follow none of the schemes, by the end of a sentence that says why.
-        doubled: Ids met more than once, in lower case.
-        incomplete: Ids of the cases that lack some of their images, by the absent parts, such as t2w.
+        cases: The complete cases, sorted by id, including cases with duplicate ids.
+        errors: Errors that prevent the conversion of all cases.
+        bad: Errors of single cases, or of files without a case, by the case or file that would be left out.
+        foreign: Cases that follow none of the schemes, by reason. A reason is the end of a sentence.
+        doubled: Duplicate ids, in lower case.
+        incomplete: Ids of cases that lack some images, by the missing parts, such as t2w.
     """
 
     cases: list[Case] = field(default_factory=list)
@@ -103,13 +103,13 @@ class Found:
 
     @property
     def foreign_errors(self) -> list[str]:
-        """A message for every reason why cases follow none of the schemes."""
+        """One message for every reason why cases follow none of the schemes."""
         return [f"{first_few(named)}: {reason}." for reason, named in self.foreign.items()]
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the files of a case lie together, and how they are named."""
+    """The folder of a case's files, and the case id and layout of their names."""
 
     held_out: bool
     folder: Path
@@ -128,22 +128,22 @@ def find_cases(
     selection: Selection = ANY,
     missing: Missing = "refuse",
 ) -> Found:
-    """Collect the cases below some folders by their file names, without opening a file.
+    """Collect the cases in folders by their file names, without opening a file.
 
     Args:
-        folders: Searched with all their subfolders; hidden files are passed over.
+        folders: Folders to search, with all subfolders; hidden files are ignored.
         held_out_folders: Like `folders`; their cases are marked as held out.
-        corrected_folders: Like `folders`; each file there takes the place of the one that `folders` or
-            `held_out_folders` have for the same case and part.
+        corrected_folders: Like `folders`; each file replaces the file of the same case and part in `folders` or
+            `held_out_folders`.
         selection: The schemes that files may follow.
-        missing: "zero" takes cases that lack some of their images.
+        missing: "zero" accepts cases that lack some of their images.
 
     Returns:
         Cases and errors.
     """
     found = Found()
     owners: dict[Path, str] = {}
-    # First, as corrected files may lie among the input.
+    # Collect corrected files first, because they may lie in an input folder.
     corrections = _collect(corrected_folders, "corrected", owners, selection, found)
     places = {
         _Place(held_out, *key): files
@@ -205,10 +205,10 @@ def find_cases(
 def _collect(
     roots: Sequence[str | Path], kind: str, owners: dict[Path, str], selection: Selection, found: Found
 ) -> dict[tuple[Path, str, Layout], _Files]:
-    """Files below folders of a kind (corrected, input or held-out), by folder, case id and layout.
+    """Collect the files in folders of one kind (corrected, input or held-out), by folder, case id and layout.
 
-    They are added to the owners of the files seen so far; `found` gets an error for every file without a place, and
-    for folders that are none or of two kinds.
+    `owners` records the kind of every file seen so far. `found` gets an error for every file that fits no naming
+    scheme, every path that is not a readable folder, and files in both input and held-out folders.
     """
     cases: dict[tuple[Path, str, Layout], _Files] = defaultdict(lambda: defaultdict(list))
 
@@ -222,7 +222,7 @@ def _collect(
             continue
         shared = []
         for path in nifti_files(Path(root), unreadable):
-            # One folder inside another, or named twice, is not a second copy of its cases.
+            # A folder that is given twice, or inside another one, does not add its cases a second time.
             itself = path.resolve()
             first = itself not in owners
             owner = owners.setdefault(itself, kind)
@@ -242,8 +242,8 @@ def _collect(
                 cases[_case_folder(named, layout), case_id, layout][content].append(path)
         if shared:
             found.errors.append(
-                f"{first_few(shared)}: among both the input and the held-out folders; leave {root} or what "
-                f"holds it out of one."
+                f"{first_few(shared)}: in both the input and the held-out folders. Give {root}, or the folder that "
+                f"contains it, in one of the two only."
             )
     return cases
 
@@ -251,7 +251,7 @@ def _collect(
 def _correct(
     places: Mapping[_Place, _Files], corrections: Mapping[tuple[Path, str, Layout], _Files], found: Found
 ) -> dict[_Place, list[Content]]:
-    """Put corrected files in the place of others, and tell which.
+    """Replace files in `places` by corrected ones, and return the replaced contents of each case.
 
     A corrected file without a case, or a second one for the same part, is an error.
     """
@@ -262,7 +262,7 @@ def _correct(
         for content, paths in files.items():
             if place is None:
                 found.errors.append(
-                    f"{paths[0]}: no case {case_id} among the input; expected corrected files of the cases there. Add "
+                    f"{paths[0]}: no case {case_id} in the input; expected corrected files of its cases. Add "
                     f"the folder with the case to -i, or move this file out of --corrected."
                 )
             elif len(paths) > 1 or content in corrected[place]:
@@ -274,7 +274,7 @@ def _correct(
 
 
 def _labels_alone(places: Mapping[_Place, _Files], found: Found) -> Iterator[_Place]:
-    """Places that have labels of a case whose images lie elsewhere: an error with a remedy, and not a second case."""
+    """Yield places with only the labels of a case whose images lie elsewhere, and add an error for each to `found`."""
     with_images = {
         (place.case_id, place.layout): place for place, files in places.items() if any(c != LABELS for c in files)
     }
@@ -289,7 +289,7 @@ def _labels_alone(places: Mapping[_Place, _Files], found: Found) -> Iterator[_Pl
 
 
 def _files_beside(places: Mapping[_Place, _Files], selection: Selection, found: Found) -> Iterator[_Place]:
-    """Places with files beside a case whose scheme was named and lacks them: an error, and not a second case."""
+    """Yield places with files next to a case whose allowed scheme has no such files, and add an error for each."""
     layouts = {scheme.layout: scheme for scheme in selection.allowed}
     schemes = {
         (place.held_out, place.folder, place.case_id): layouts[place.layout]
@@ -301,14 +301,14 @@ def _files_beside(places: Mapping[_Place, _Files], selection: Selection, found: 
         if scheme is not None and place.layout not in layouts:
             names = first_few([path.name for paths in files.values() for path in paths])
             found.bad[str(place.folder / place.case_id)].append(
-                f"{place.folder / place.case_id}: {names} beside the files of {scheme.called}, which has no such file. "
+                f"{place.folder / place.case_id}: {names} is not a file of {scheme.called}. "
                 f"Add it to [files] of the scheme, or move it out of the folder."
             )
             yield place
 
 
 def _folder_names(folder: Path, roots: Sequence[Path]) -> tuple[str, ...]:
-    """Names of the folders that hold a folder, from its input folder downwards."""
+    """Return the names of a folder and its parents, from the input folder downwards."""
     itself = folder.resolve()
     for root in roots:
         if itself.is_relative_to(root):
@@ -317,15 +317,15 @@ def _folder_names(folder: Path, roots: Sequence[Path]) -> tuple[str, ...]:
 
 
 def nifti_files(root: Path, on_error: Callable[[OSError], None] | None = None) -> Iterator[Path]:
-    """All NIfTI files below a folder that are not hidden, sorted.
+    """Yield all NIfTI files below a folder that are not hidden, in sorted order.
 
     Args:
         root: The folder.
-        on_error: Called for each folder that cannot be read; by default it is passed over.
+        on_error: Called for each folder that cannot be read; by default such folders are skipped.
     """
     seen = set()
     for folder, subfolders, names in os.walk(root, onerror=on_error, followlinks=True):
-        # A link may lead back to a folder above it.
+        # A symbolic link may lead back to a parent folder.
         if os.path.realpath(folder) in seen:
             subfolders.clear()
             continue
@@ -338,7 +338,7 @@ def nifti_files(root: Path, on_error: Callable[[OSError], None] | None = None) -
 
 
 def image_of(path: Path, layouts: Sequence[Layout] = ANY.layouts) -> str | None:
-    """Id of the case that a file is an image of, by BraTS's names or nnU-Net's, else None."""
+    """Return the case id if a file is named as an image in BraTS or nnU-Net, else None."""
     place = _place(_unwrapped(path), layouts)
     if place is not None:
         _, case_id, content = place
@@ -348,22 +348,22 @@ def image_of(path: Path, layouts: Sequence[Layout] = ANY.layouts) -> str | None:
 
 
 def names_image(path: Path, layouts: Sequence[Layout] = ANY.layouts) -> bool:
-    """Whether a file's name is that of an image in BraTS, such as CASE_flair.nii.gz."""
+    """Return whether a file is named as an image in BraTS, such as CASE_flair.nii.gz."""
     place = _place(_unwrapped(path), layouts)
     return place is not None and place[2] != LABELS and place[1] != stem(path)
 
 
 def collection(case: Case) -> Path:
-    """The folder that holds the case's own folder, or its files where it has none."""
+    """Return the parent of the case's folder, or the folder of its files if no folder is named after the case."""
     folder = _unwrapped(case.first_image).parent
     return folder.parent if folder.name == case.case_id else folder
 
 
 def _unwrapped(path: Path) -> Path:
-    """Where a file would lie if no unpacker had put it into a folder with its name.
+    """Return the path that a file would have without a folder that unpacking added.
 
-    Kaggle's copies of BraTS are unpacked to `CASE_flair.nii/00000057_brain_flair.nii`: a folder that is called as a
-    NIfTI file is and holds that one file, under another name.
+    Kaggle's copies of BraTS unpack to `CASE_flair.nii/00000057_brain_flair.nii`: a folder with the name of a NIfTI
+    file, which contains only this file under another name.
     """
     folder = path.parent
     if not is_nifti(folder):
@@ -373,7 +373,7 @@ def _unwrapped(path: Path) -> Path:
 
 
 def _place(path: Path, layouts: Sequence[Layout]) -> tuple[Layout, str, Content] | None:
-    """Layout, case id and content that a file's name says, or None."""
+    """Return layout, case id and content from a file name, or None if it fits no layout."""
     for layout in layouts:
         split = layout.split(path.parent.name, path.name)
         if split is not None:
@@ -382,7 +382,7 @@ def _place(path: Path, layouts: Sequence[Layout]) -> tuple[Layout, str, Content]
 
 
 def _case_folder(path: Path, layout: Layout) -> Path:
-    """Where the files of a case lie together."""
+    """Return the common folder of a case's files."""
     return path.parent.parent if layout.has_folders else path.parent
 
 
@@ -408,7 +408,7 @@ def _file_errors(
 
 
 def _duplicates(places: Iterable[_Place]) -> Iterator[list[tuple[str, Path]]]:
-    """Ids met more than once, also when they differ in upper and lower case only, as some file systems do not."""
+    """Yield the folders of each duplicate id. Upper and lower case are equal, as in some file systems."""
     folders: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     for place in places:
         folders[place.case_id.casefold()].append((place.case_id, place.folder))
@@ -416,9 +416,9 @@ def _duplicates(places: Iterable[_Place]) -> Iterator[list[tuple[str, Path]]]:
 
 
 def _held_out_errors(cases: Iterable[Case], roots: Sequence[Path]) -> Iterator[str]:
-    """Labelled cases that would be trained on, from a folder within the input whose name says that they are not to be.
+    """Yield an error for labelled cases in a subfolder of the input whose name says that they are not for training.
 
-    As where the input folder is one level too high. Whoever names such a folder itself means it.
+    This happens if the input folder is one level too high. A folder that is itself given as input is accepted.
     """
     inside: dict[Path, list[str]] = defaultdict(list)
     for case in cases:
@@ -443,7 +443,7 @@ def _mixture_errors(met: Sequence[Scheme], selection: Selection) -> Iterator[str
         yield f"The folders mix {listed}, which have different channels. Convert them separately."
     elif len(schemes) > 1 and common_label_set(schemes) is None:
         yield (
-            f"The folders mix {listed}, whose labels do not mean the same tissues: no one set of labels can hold them. "
+            f"The folders mix {listed}, whose labels stand for different tissues and can't be combined. "
             f"Convert them separately."
         )
     elif len(schemes) > 1 and selection.auto:

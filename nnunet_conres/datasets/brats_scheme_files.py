@@ -1,6 +1,6 @@
-"""A scheme, which says what a BraTS challenge calls its files and labels, and the TOML file that describes it.
+"""Schemes, which define the file names and labels of a BraTS challenge, and the TOML files that describe them.
 
-The schemes of this package are such files too, in the folder schemes; docs/how-to/brats.md explains the form.
+The schemes of this package are TOML files in the folder schemes. docs/how-to/brats.md explains the format.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nnunet_conres.files import read_toml
 Mode = Literal["regions", "labels"]
 
 Content = tuple[str, ...]
-"""What a file holds: the channels in it, or `LABELS`."""
+"""Content of a file: its channels, or `LABELS`."""
 
 LABELS: Final[Content] = ("labels",)
 
@@ -29,13 +29,13 @@ _ID: Final = re.compile(r"\{id(?::(.+))?\}")
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Tissues that a data set tells apart, with nnU-Net's consecutive labels, and its regions.
+    """Tissues of a data set with nnU-Net's consecutive labels, and the regions made from them.
 
     Attributes:
-        tissues: nnU-Net's label of each, consecutive from 1, outermost first: written in that order, regions that lie
-            within each other restore the labels.
-        regions: Labels of each region. As many as there are labels; the region at position k is what label k+1 is left
-            of once the regions after it are written over it.
+        tissues: nnU-Net's label of each tissue, consecutive from 1, outermost first. Nested regions that are written in
+            this order restore the labels.
+        regions: Labels of each region. There are as many regions as labels. If the regions are written in order, each
+            over the previous ones, the part that remains of region k (counted from 0) is label k+1.
     """
 
     tissues: Mapping[str, int]
@@ -47,29 +47,29 @@ class LabelSet:
         return tuple(self.tissues.values())
 
     def dataset_json(self, mode: Mode) -> dict[str, Any]:
-        """The part of dataset.json about labels."""
+        """Return the part of dataset.json about labels."""
         if mode == "labels":
             return {"labels": {"background": 0, **self.tissues}}
         regions = {name: labels[0] if len(labels) == 1 else list(labels) for name, labels in self.regions.items()}
         content: dict[str, Any] = {"labels": {"background": 0, **regions}}
-        # To nnU-Net, regions of one label each are labels.
+        # If every region has a single label, nnU-Net treats them as labels.
         if any(len(labels) > 1 for labels in self.regions.values()):
             content["regions_class_order"] = list(self.class_order)
         return content
 
     def contains(self, other: LabelSet) -> bool:
-        """Whether all tissues and regions of another set are in this one, with the same labels."""
+        """Return whether this set has all tissues and regions of another set, with the same labels."""
         return other.tissues.items() <= self.tissues.items() and other.regions.items() <= self.regions.items()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of a case are named.
+    """The names of a case's files.
 
     Attributes:
-        files: Pattern of each file's name without its ending, and what the file holds. `{id}` in a pattern stands for
-            the case id, `{id:REGEX}` for one of that form; a pattern with a folder, such as `imagesTr/{id}`, takes
-            files in folders of that name alone.
+        files: Pattern of each file name without its ending, and the content of the file. `{id}` in a pattern stands for
+            the case id, `{id:REGEX}` for an id of this form. A pattern with a folder, such as `imagesTr/{id}`, matches
+            only files in folders of this name.
     """
 
     files: tuple[tuple[str, Content], ...]
@@ -79,7 +79,7 @@ class Layout:
         return tuple((_expression(pattern), content) for pattern, content in self.files)
 
     def split(self, folder_name: str, file_name: str) -> tuple[str, Content] | None:
-        """Case id and content of a NIfTI file that is named so, else None."""
+        """Return case id and content of a NIfTI file whose name fits the layout, else None."""
         for expression, content in self._expressions:
             match = expression.fullmatch(f"{folder_name}/{file_name}")
             if match is not None:
@@ -98,15 +98,15 @@ class Layout:
 
     @property
     def has_folders(self) -> bool:
-        """Whether files of a case lie in folders by kind."""
+        """Whether the files of a case lie in different folders, such as imagesTr and labelsTr."""
         return any("/" in pattern for pattern, _ in self.files)
 
     def part(self, content: Content) -> str:
-        """The part of a file's name that says what it holds."""
+        """Return the part of a file name that stands for its content, such as t2w."""
         return _ID.sub("", self._pattern(content)).strip("_-./ ")
 
     def expected(self, case_id: str = "CASE", content: Content | None = None) -> str:
-        """Name of a case's file, or of all of them."""
+        """Return the expected name of a case's file with this content, or of all its files."""
         if content is not None:
             return _filled(self._pattern(content), case_id)
         names = [_ID.sub("{id}", pattern) for pattern, _ in self.files]
@@ -125,7 +125,7 @@ def _filled(pattern: str, case_id: str) -> str:
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
-    """The expression for `folder/file` that a pattern stands for."""
+    """Return the regular expression of a pattern, to match `folder/file`."""
     match = _ID.search(pattern)
     assert match is not None, "patterns without an id are refused"
     before, after = re.escape(pattern[: match.start()]), re.escape(pattern[match.end() :])
@@ -138,22 +138,22 @@ class Scheme:
     """The file names and labels of a challenge.
 
     Attributes:
-        name: What `--scheme` calls it; of a file, its name without the ending.
-        title: For messages.
-        layout: How its files are named.
-        ids: Case ids (a regular expression, case ignored) that are taken for this challenge where `--scheme` does not
-            say otherwise. Where several schemes claim an id, only `--scheme` decides. Empty for none.
-        prefix: What the challenge's own ids begin with (a regular expression, case ignored), also those that `ids`
+        name: Name for `--scheme`; for a scheme file, the file name without its ending.
+        title: Title for messages.
+        layout: The names of its files.
+        ids: Regular expression (ignoring case) of the case ids that are assigned to this challenge unless `--scheme`
+            says otherwise. If several schemes claim an id, only `--scheme` decides. Empty for none.
+        prefix: Regular expression (ignoring case) for the beginning of the challenge's ids, including those that `ids`
             leaves to another year.
         labels: Tissue of each label value other than 0, the background.
         label_set: The tissues of those labels, and their regions.
-        other_names: What `--scheme` may call it as well.
-        archives: Regular expressions, searched for, case ignored, in the names of folders that hold cases: those of
-            this challenge's archives.
-        patient: The part of an id, from its beginning, that names the patient (a regular expression, case ignored);
-            empty where every id is another patient.
-        less_enhancing: Tissue that takes the place of enhancing tumour too small to be believed; empty for none.
-        path: The file with the scheme that the user named, None for the package's own.
+        other_names: Other names that `--scheme` accepts.
+        archives: Regular expressions (ignoring case), searched for in the names of folders with cases. A match marks an
+            archive of this challenge.
+        patient: Regular expression (ignoring case) for the beginning of an id that names the patient; empty if every
+            id is a different patient.
+        less_enhancing: Tissue that replaces enhancing tumour that is too small to be plausible; empty for none.
+        path: The user's scheme file, None for the package's own schemes.
     """
 
     name: str
@@ -171,12 +171,12 @@ class Scheme:
 
     @property
     def option(self) -> str:
-        """What to say on the command line for this scheme."""
+        """The command-line option that selects this scheme."""
         return f"--scheme {self.name if self.path is None else self.path}"
 
     @property
     def called(self) -> str:
-        """The scheme, for messages."""
+        """Title and option of the scheme, for messages."""
         return f"{self.title} ({self.option})"
 
     @property
@@ -185,29 +185,29 @@ class Scheme:
         return ", ".join(f"{value} {tissue}" for value, tissue in self.labels.items())
 
     def claims(self, case_id: str) -> bool:
-        """Whether a case is taken for this challenge where nothing else is said."""
+        """Return whether a case is assigned to this challenge by default."""
         return re.fullmatch(self.ids, case_id, re.IGNORECASE) is not None
 
     def may_be(self, case_id: str) -> bool:
-        """Whether an id is named as this challenge names its own."""
+        """Return whether an id begins like the ids of this challenge."""
         return re.match(self.prefix, case_id, re.IGNORECASE) is not None
 
     def owns_folder(self, name: str) -> bool:
-        """Whether a folder is called as one of the challenge's archives."""
+        """Return whether a folder is named like one of the challenge's archives."""
         return any(re.search(pattern, name, re.IGNORECASE) for pattern in self.archives)
 
     def patient_of(self, case_id: str) -> str:
-        """The patient that an id names, by default the id."""
+        """Return the patient from a case id; by default the id itself."""
         match = re.match(self.patient, case_id, re.IGNORECASE) if self.patient else None
         return match[0] if match and match[0] else case_id
 
     def to_nnunet(self) -> dict[int, int]:
-        """nnU-Net's label of each of the challenge's."""
+        """Return nnU-Net's label for each of the challenge's labels."""
         return {0: 0, **{value: self.label_set.tissues[tissue] for value, tissue in self.labels.items()}}
 
 
 def builtin_schemes() -> dict[str, Scheme]:
-    """The package's own schemes by name."""
+    """Return the package's own schemes by name."""
     return {path.stem: _scheme(path.stem, _with_base(path, read_toml(path)), None) for path in _builtin_files()}
 
 
@@ -222,7 +222,7 @@ def read_scheme(path: str | Path) -> Scheme:
         path: A TOML file. Its name without the ending is the scheme's name.
 
     Raises:
-        InputError: It can't be read, or does not describe a scheme. Lists all that is wrong.
+        InputError: The file can't be read, or does not describe a scheme. Lists all errors.
     """
     path = Path(path)
     try:
@@ -238,7 +238,7 @@ def read_scheme(path: str | Path) -> Scheme:
 
 
 def _with_base(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """A file's content, completed by that of the package's scheme which it says it is like."""
+    """Complete a file's content from the package's scheme that its entry `like` names."""
     if "like" not in content:
         return content
     names = [known.stem for known in _builtin_files()]
@@ -247,7 +247,7 @@ def _with_base(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     base = _FOLDER / f"{content['like']}.toml"
     inherited = _with_base(base, read_toml(base))
     own = {key: value for key, value in content.items() if key != "like"}
-    # What belongs to the other challenge alone, and must not be claimed twice.
+    # Do not inherit these entries: they identify the other challenge, and two schemes must not claim them.
     left_out = ("other_names", "archives")
     return {**{key: value for key, value in inherited.items() if key not in left_out}, **own}
 
@@ -259,7 +259,7 @@ _NEEDED: Final = ("title", "prefix", *_TABLES)
 
 
 def _errors(content: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the content of a scheme's file."""
+    """Yield a message for every error in the content of a scheme file."""
     unknown = [key for key in content if key not in (*_TEXTS, *_LISTS, *_TABLES)]
     if unknown:
         known = ", ".join(("like", *_TEXTS, *_LISTS, *_TABLES))
@@ -367,7 +367,7 @@ def _region_errors(regions: Mapping[str, Any], tissues: list[str]) -> Iterator[s
 
 
 def _innermost(regions: Mapping[str, list[str]]) -> dict[str, set[str]]:
-    """What each region has that none of the regions after it has."""
+    """Return the tissues of each region that none of the later regions contains."""
     later: set[str] = set()
     left = {}
     for name, region in reversed(list(regions.items())):
@@ -377,7 +377,7 @@ def _innermost(regions: Mapping[str, list[str]]) -> dict[str, set[str]]:
 
 
 def _scheme(name: str, content: Mapping[str, Any], path: Path | None) -> Scheme:
-    """The scheme that a file's content describes."""
+    """Build a scheme from the content of a file."""
     tissues = {tissue: label for label, (tissue,) in enumerate(_innermost(content["regions"]).values(), start=1)}
     regions = {region: tuple(sorted(tissues[tissue] for tissue in held)) for region, held in content["regions"].items()}
     files = tuple(

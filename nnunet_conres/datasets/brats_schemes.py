@@ -1,4 +1,4 @@
-"""The schemes of the BraTS challenges: which one a case follows, and what its labels become."""
+"""Schemes of the BraTS challenges: choose the scheme of a case, and map its labels to nnU-Net's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nnunet_conres.errors import InputError
 from nnunet_conres.text import did_you_mean, first_few, number_text
 
 AUTO: Final = "auto"
-"""What `--scheme` calls the choice by file names."""
+"""Value of `--scheme` that chooses the scheme by file names."""
 
 SCHEMES: Final[Mapping[str, Scheme]] = builtin_schemes()
 """The package's own schemes, by name."""
@@ -26,9 +26,9 @@ class Selection:
     """The schemes that `--scheme` allows.
 
     Attributes:
-        allowed: The schemes that were named; all of the package's own for auto.
-        known: These, and then the package's own: what files are recognised by.
-        auto: Whether none was named, so that the ids have to tell.
+        allowed: The schemes that the user named; for auto, all of the package's own.
+        known: The allowed schemes, then the package's others. Files are recognised by all of them.
+        auto: Whether the user named no scheme, so that the case ids determine it.
     """
 
     allowed: tuple[Scheme, ...]
@@ -37,12 +37,12 @@ class Selection:
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        """All layouts that are known, those of allowed schemes first."""
+        """All known layouts, those of allowed schemes first."""
         return tuple(dict.fromkeys(scheme.layout for scheme in self.known))
 
     @property
     def options(self) -> str:
-        """What was said on the command line."""
+        """The command-line option that selects the allowed schemes."""
         return " ".join(["--scheme", *(scheme.option.split(" ", 1)[1] for scheme in self.allowed)])
 
 
@@ -50,13 +50,13 @@ ANY: Final = Selection(tuple(SCHEMES.values()), tuple(SCHEMES.values()), auto=Tr
 
 
 def select_schemes(names: Sequence[str]) -> tuple[Selection, list[str]]:
-    """The schemes that `--scheme` names.
+    """Return the schemes that `--scheme` names.
 
     Args:
         names: Names of the package's schemes, TOML files that describe others, or auto alone.
 
     Returns:
-        The schemes, and a message for every name that is none.
+        The schemes, and a message for every invalid name.
     """
     if AUTO in names:
         more = [f"--scheme {AUTO} cannot be combined with others; name all that are allowed, or {AUTO} alone."]
@@ -90,16 +90,16 @@ def select_schemes(names: Sequence[str]) -> tuple[Selection, list[str]]:
 def choose_scheme(
     layout: Layout, case_id: str, selection: Selection, folders: Sequence[str] = ()
 ) -> tuple[Scheme | None, str]:
-    """The scheme of a case, by the layout of its files and its id.
+    """Choose the scheme of a case by the layout of its files and its id.
 
     Args:
-        layout: How its files are named.
-        case_id: Its id.
+        layout: Layout of its file names.
+        case_id: Id of the case.
         selection: The schemes that are allowed.
-        folders: Names of the folders that it lies in. They decide between schemes that were named, and no others.
+        folders: Names of the folders that contain the case. They decide only between schemes that the user named.
 
     Returns:
-        The scheme, and an empty string; or None, and why: the end of a sentence that begins with the case.
+        The scheme and an empty string; or None and the reason, as the end of a sentence that begins with the case.
     """
     of_layout = [scheme for scheme in selection.known if scheme.layout == layout]
     claiming = [scheme for scheme in of_layout if scheme.claims(case_id)]
@@ -111,7 +111,7 @@ def choose_scheme(
 
     named = [scheme for scheme in selection.allowed if scheme.layout == layout]
     fitting = [scheme for scheme in named if scheme in alike or scheme in claiming]
-    # Several years' names for one id: what the id looks like decides, or else the archive.
+    # The user may name several years for one id: then the form of the id decides, or else the archive.
     owning = [scheme for scheme in fitting if any(map(scheme.owns_folder, folders))]
     for options in ([scheme for scheme in fitting if scheme in claiming], fitting, owning):
         if len(options) == 1:
@@ -127,20 +127,20 @@ def choose_scheme(
 
 
 def archive_of_another(scheme: Scheme, folders: Sequence[str], known: Iterable[Scheme]) -> tuple[str, str] | None:
-    """A folder whose name says that it is the archive of another challenge than a case's scheme.
+    """Return a folder whose name marks it as the archive of another challenge than the case's scheme.
 
-    Names of folders never choose a scheme by themselves, but they can contradict one: labels of different years may
-    have the same values for other tissues.
+    Folder names never choose a scheme by themselves, but they can contradict one: different years may use the same
+    label values for different tissues.
 
     Args:
-        scheme: Of the case.
-        folders: Names of the folders that it lies in, from the outermost.
+        scheme: Scheme of the case.
+        folders: Names of the folders that contain the case, outermost first.
         known: All schemes.
 
     Returns:
-        The folder, and the schemes that it is the archive of, for messages; or None.
+        The folder and the schemes of its archive, for messages; or None.
     """
-    # The innermost archive counts, whatever it was unpacked into.
+    # The innermost archive counts: it may have been unpacked into any folder.
     for folder in reversed(folders):
         owners = [other for other in known if other.layout == scheme.layout and other.owns_folder(folder)]
         if owners:
@@ -153,7 +153,7 @@ def _listed(schemes: Iterable[Scheme]) -> str:
 
 
 def common_label_set(schemes: Iterable[Scheme]) -> LabelSet | None:
-    """The label set that holds the tissues of all these schemes, None where they contradict each other."""
+    """Return the label set that contains the tissues of all these schemes, None if they contradict each other."""
     sets = [scheme.label_set for scheme in schemes]
     return next((candidate for candidate in sets if all(candidate.contains(other) for other in sets)), None)
 
@@ -166,7 +166,7 @@ def to_nnunet_labels(labels: NDArray[Any], scheme: Scheme) -> NDArray[np.uint8]:
         scheme: Its scheme.
 
     Returns:
-        Array of the same shape with 0 background and the scheme's label set's labels.
+        Array of the same shape, with 0 for background and the labels of the scheme's label set.
 
     Raises:
         ValueError: A value is not one of the scheme's.
@@ -183,13 +183,13 @@ def map_labels(labels: NDArray[Any], table: Mapping[int, int]) -> NDArray[np.uin
     lookup = bytes(table.get(value, 0) for value in range(256))
     small = labels.astype(np.uint8, copy=False)
     order: Literal["C", "F"] = "F" if small.flags.f_contiguous else "C"
-    # Several times as fast as indexing.
+    # bytes.translate is several times as fast as indexing.
     mapped = small.tobytes(order=order).translate(lookup)
     return np.frombuffer(bytearray(mapped), np.uint8).reshape(labels.shape, order=order)
 
 
 def labels_outside(labels: NDArray[Any], known: Iterable[int]) -> dict[float, int]:
-    """Values that a label map should not have, with their number of voxels."""
+    """Return the values of a label map that are not known, with their number of voxels."""
     strange = np.ones(labels.shape, bool, order="F" if labels.flags.f_contiguous else "C")
     for value in known:
         strange &= labels != value
@@ -200,7 +200,7 @@ def labels_outside(labels: NDArray[Any], known: Iterable[int]) -> dict[float, in
 
 
 def label_message(where: object, strange: Mapping[float, int], scheme: Scheme) -> str:
-    """What is wrong with labels that have values outside their scheme, and which scheme has them."""
+    """Return a message about label values outside a scheme. It names the schemes that have these values."""
     found = first_few([f"{number_text(value)} ({count} voxels)" for value, count in strange.items()])
     others = [
         other.name

@@ -1,4 +1,4 @@
-"""BraTS cases as files of an nnU-Net data set."""
+"""Write BraTS cases as files of an nnU-Net data set."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Transfer = Literal["linked", "copied", "compressed", "split"]
 TRANSFERS: tuple[Transfer, ...] = ("linked", "copied", "compressed", "split")
 
 SCHEMES_ENTRY: Final = "brats_schemes"
-"""In dataset.json: names of the schemes of the cases."""
+"""Entry of dataset.json with the names of the cases' schemes."""
 
 MISSING_ENTRY: Final = "missing_channels"
-"""In dataset.json: the channels that are zero images in some of the training cases; not there if none is."""
+"""Entry of dataset.json with the channels that are zero images in some training cases; absent if there are none."""
 
 CASES_FILE = "cases.json"
-"""Beside dataset.json: what is known of each case that nnU-Net has no place for."""
+"""File next to dataset.json with facts about each case that nnU-Net does not store, such as the grade."""
 
 
 class Job(NamedTuple):
-    """A case to be written, the data set's folder, and how images get there."""
+    """A case to write, the data set's folder, and whether to link or copy images."""
 
     case: Case
     dataset: Path
@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
 
 def case_files(case: Case) -> list[str]:
-    """The files of a case in a data set: the images of all channels, and the labels where it has any."""
+    """Return the relative paths of a case in a data set: the images of all channels, and the labels if it has any."""
     part = "Tr" if case.trains else "Ts"
     files = [f"images{part}/{case.case_id}_{index:04d}.nii.gz" for index in range(len(case.scheme.layout.channels))]
     return files if case.labels is None else [*files, f"labels{part}/{case.case_id}.nii.gz"]
@@ -50,7 +50,7 @@ def write_case(job: Job) -> list[Transfer]:
     """Write a case's images and labels.
 
     Returns:
-        How each image came about that is not one of zeros.
+        How each image was transferred, without zero images.
     """
     case, dataset, mode = job
     targets = [dataset / file for file in case_files(case)]
@@ -66,13 +66,14 @@ def write_case(job: Job) -> list[Transfer]:
             transfers.append(_transfer(source, own[0], mode))
     if case.labels is not None and labels_target is not None:
         labels = to_nnunet_labels(read_nifti(case.labels).labels(), case.scheme)
-        # The image's geometry, equal within tolerance: nnU-Net's own check is stricter than the last bit of a float32.
+        # Use the image's geometry. The geometry of the label file is equal within our tolerance, but nnU-Net's own
+        # check is stricter than the precision of float32.
         write_nifti(labels_target, labels, read_header(case.first_image))
     return transfers
 
 
 def _write_zeros(targets: Sequence[Path], like: Path) -> None:
-    """Write images of zeros on the grid of another."""
+    """Write zero images on the grid of another image."""
     header = read_header(like)
     for target in targets:
         write_nifti(target, np.zeros(header.get_data_shape()[:3], np.uint8), header)
@@ -97,7 +98,7 @@ def _transfer(source: Path, target: Path, mode: ImageMode) -> Transfer:
 
 
 def write_descriptions(dataset: Path, name: str, cases: Sequence[Case], label_set: LabelSet, mode: Mode) -> None:
-    """Write dataset.json, and what is known of each case beside it."""
+    """Write dataset.json, and cases.json with facts about each case."""
     from nnunet_conres import __version__
 
     schemes = list(dict.fromkeys(case.scheme for case in cases))

@@ -1,7 +1,7 @@
-"""Dense volumes for sparsely annotated training cases: annotated voxels as they are, the others predicted.
+"""Densify sparsely annotated training cases: keep annotated voxels and predict all others.
 
-Source: Çiçek et al., 3D U-Net, MICCAI 2016, the semi-automated use: a network trained on the annotated slices of some
-volumes labels all other slices of these very volumes.
+Source: Çiçek et al., 3D U-Net, MICCAI 2016, the semi-automated setup: a network trained on the annotated slices of
+some volumes labels all other slices of the same volumes.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Fold = int | Literal["all"]
 Existing = Literal["refuse", "overwrite", "continue"]
 
 RECORD: Final = "densify.json"
-"""File in the output folder that tells which model made it."""
+"""File in the output folder that records the model and the options of the prediction."""
 
 
 @dataclass(frozen=True)
 class TrainedModel(Model):
-    """A trained nnU-Net model, as nnUNetv2_predict names it.
+    """A trained nnU-Net model, identified as in nnUNetv2_predict.
 
     Attributes:
         folds: Folds whose predictions are averaged.
@@ -56,13 +56,13 @@ class TrainedModel(Model):
 
 @dataclass(frozen=True)
 class Densification:
-    """What `densify` wrote.
+    """Result of `densify`.
 
     Attributes:
-        output_folder: Holds a label file per case, dataset.json and plans.json.
+        output_folder: Folder with a label file per case, dataset.json and plans.json.
         cases: All cases, sorted by id.
-        files: The label file of each, by case id.
-        written: Ids of the cases written now; the others were there already.
+        files: The label file of each case, by id.
+        written: Ids of the cases written by this run; the others existed already.
         dataset_folder: The sparsely annotated data set.
     """
 
@@ -89,33 +89,33 @@ def densify(
     export_processes: int = 3,
     progress: bool = True,
 ) -> Densification:
-    """Predict the training cases of a sparsely annotated data set and keep what is annotated.
+    """Predict the training cases of a sparsely annotated data set and keep the annotated voxels.
 
-    The prediction is nnU-Net's own, the same as nnUNetv2_predict's. Files have the geometry and the format of the
-    annotation, and get their names only when complete.
+    The prediction is the same as that of nnUNetv2_predict. Files have the geometry and the format of the annotation.
+    Each file gets its final name only when it is complete.
 
     Args:
-        dataset: Number or name of a data set in nnUNet_raw with an ignore label.
-        model: What to predict with, trained on that data set.
-        output_folder: Gets a label file per case; created if need be.
+        dataset: Id or name of a data set in nnUNet_raw with an ignore label.
+        model: Model trained on this data set.
+        output_folder: Gets a label file per case; created if it does not exist.
         device: "cuda", "cpu" or "mps".
         mirroring: Whether to average over mirrored images (test-time augmentation).
         step_size: Step of the sliding window in patches, above 0 and at most 1.
-        cross_validation: Predict each case with those folds only that had it in their validation set, which have not
-            seen its annotated slices, instead of with all folds.
-        previous_stage_folder: For a cascade: predictions of the stage before, one per case.
-        reference_folder: If given, must have a label file for each case; for figures drawn afterwards.
-        existing: What to do with an output folder that is not empty: refuse it, overwrite the cases' files, or
-            continue, which leaves complete files of the same model and options as they are.
-        preprocessing_processes: As -npp of nnUNetv2_predict; 0 for none but this one.
-        export_processes: As -nps of nnUNetv2_predict; 0 for none but this one.
+        cross_validation: Predict each case only with the folds that had it in their validation set, instead of with
+            all folds. These folds have not seen its annotated slices.
+        previous_stage_folder: For a cascade: predictions of the previous stage, one per case.
+        reference_folder: If given, must have a label file for each case. Used by figures that are drawn later.
+        existing: Treatment of an output folder that is not empty: refuse it, overwrite the cases' files, or continue,
+            which keeps complete files of the same model and options.
+        preprocessing_processes: As -npp of nnUNetv2_predict; 0 uses the current process.
+        export_processes: As -nps of nnUNetv2_predict; 0 uses the current process.
         progress: Whether to show progress bars on stderr.
 
     Returns:
-        What was written.
+        The files of all cases.
 
     Raises:
-        InputError: Something is wrong with the data set, the model or the arguments. Lists all that was found.
+        InputError: The data set, the model or an argument is invalid. Lists all errors.
     """
     dataset_folder, output = find_dataset(dataset), Path(output_folder)
     name = dataset_folder.name
@@ -163,7 +163,7 @@ def densify(
     if errors:
         raise InputError(errors)
 
-    # Before anything is written, because whatever nnU-Net has against the model comes up there.
+    # Load the models before anything is written: nnU-Net reports problems with a model when it loads it.
     model_folder = model.folder(name)
     assert model_folder is not None
     pending = {
@@ -184,7 +184,7 @@ def densify(
 
     written: list[str] = []
     with writing(output):
-        # Once more, since another run may have written there while this one checked.
+        # Check again: another run may have written to the folder during the checks.
         errors = list(_output_errors(output, dataset_folder, cases, existing, record))
         if errors:
             raise InputError(errors)
@@ -192,8 +192,7 @@ def densify(
         try:
             with file_errors(output):
                 if existing == "overwrite":
-                    # What is left of another model would pass for this one's if this run were interrupted and
-                    # continued.
+                    # If this run were interrupted and continued, files of another model would count as its own.
                     for case in cases:
                         (output / f"{case.case_id}{ending}").unlink(missing_ok=True)
                 write_json(output / RECORD, record)
@@ -215,7 +214,7 @@ def densify(
                 written.append(case_id)
         except BaseException:
             if not written:
-                # As it was, so that the same command can be given again.
+                # Restore the folder, so that the same command can be run again.
                 for path in visible(output):
                     if path.name not in before and path.is_file():
                         path.unlink(missing_ok=True)
@@ -231,10 +230,10 @@ def densify(
 
 
 def merge(labels: NDArray[Any], prediction: NDArray[Any], ignore_label: int) -> NDArray[Any]:
-    """Annotated voxels as they are, all others as predicted.
+    """Keep annotated voxels and take all others from the prediction.
 
     Args:
-        labels: Label map, sparsely annotated.
+        labels: Sparsely annotated label map.
         prediction: Label map of the same shape.
         ignore_label: Value of the voxels that are not annotated.
 
@@ -311,7 +310,7 @@ def _model_errors(model: TrainedModel, name: str, dataset_json: Mapping[str, Any
 def _by_validation_fold(
     model: TrainedModel, name: str, cases: Sequence[TrainingCase]
 ) -> tuple[dict[tuple[Fold, ...], list[TrainingCase]], list[str]]:
-    """The cases grouped by those of the model's folds that have them in their validation set."""
+    """Group the cases by the model's folds that have them in their validation set; also return errors."""
     preprocessed = folder_from_environment(PREPROCESSED)
     if preprocessed is None:
         return {}, [not_set(PREPROCESSED)]
@@ -378,7 +377,7 @@ def _companion_errors(
     previous_stage_folder: str | Path | None,
     reference_folder: str | Path | None,
 ) -> Iterator[str]:
-    """What is wrong with the folders that hold a file per case beside the data set's own."""
+    """Yield a message for every error about previous-stage predictions and references."""
     name = dataset_folder.name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -420,7 +419,7 @@ def _predictor(
 
 @dataclass(frozen=True)
 class _Output:
-    """What one process needs to turn logits into a case's file."""
+    """Arguments of `_write_case`."""
 
     logits: NDArray[Any]
     properties: Mapping[str, Any]
@@ -440,7 +439,7 @@ def _predict_groups(
     preprocessing_processes: int,
     export_processes: int,
 ) -> Iterator[str]:
-    """Predicts groups of cases, each with its predictor, and yields the id of each case that is written."""
+    """Predict each group of cases with its predictor, and yield the id of each case once it is written."""
     import multiprocessing
 
     with contextlib.ExitStack() as stack:
@@ -467,12 +466,12 @@ def _predict_groups(
                 if pool is None:
                     yield _write_case(job)
                     continue
-                # Logits are large: not more of them may wait than the workers soon get to.
+                # Logits are large, so limit the number of cases that wait for a worker.
                 while len(running) >= export_processes + 2:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
                 running.add(pool.submit(_write_case, job))
-            # Off the device, where the next fold's network needs the room.
+            # Free device memory for the next predictor's network.
             predictor.network.cpu()
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -486,7 +485,7 @@ def _preprocessed(
     previous_stage_folder: Path | None,
     processes: int,
 ) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Case id, network input and properties of each case, as nnUNetv2_predict preprocesses them."""
+    """Yield case id, network input and properties of each case, preprocessed as in nnUNetv2_predict."""
     import torch
     from nnunetv2.inference.data_iterators import preprocessing_iterator_fromfiles
     from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
@@ -551,7 +550,7 @@ def _dense_dataset_json(dataset_json: Mapping[str, Any], cases: int) -> dict[str
 
 
 def _checkpoint_times(model: TrainedModel, name: str) -> dict[str, str]:
-    """When each fold's checkpoint was written: a model trained anew under the same name is another one."""
+    """Return when each fold's checkpoint was written, to recognise a model that was retrained under the same name."""
     from datetime import datetime, timezone
 
     folder = model.folder(name)

@@ -1,7 +1,7 @@
-"""The fingerprint of a data set with an ignore label: intensities of voxels that are annotated as foreground.
+"""Fingerprint of a data set with an ignore label: intensities of voxels that are annotated as foreground.
 
-nnU-Net's fingerprint takes unannotated voxels for foreground. It normalises CT images by the intensities of foreground,
-so that a sparsely annotated CT data set would be normalised by those of air.
+nnU-Net's fingerprint counts unannotated voxels as foreground. nnU-Net normalises CT images by the intensities of the
+foreground, so a sparsely annotated CT data set would be normalised by the intensities of air.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from nnunet_conres.parallel import map_cases
 FINGERPRINT: Final = "dataset_fingerprint.json"
 INTENSITIES: Final = "foreground_intensity_properties_per_channel"
 ANNOTATED_ONLY: Final = "ignored_voxels_excluded"
-"""Entry of a fingerprint whose intensities are those of annotated foreground; nnU-Net passes it over."""
+"""Entry of a fingerprint whose intensities are those of annotated foreground only; nnU-Net ignores the entry."""
 SOURCES: Final = "nnunet_conres_sources"
-"""Entry of a fingerprint, and of a preprocessed case's properties: the raw files that it was made from."""
+"""Entry of a fingerprint, and of a preprocessed case's properties, with the raw files that they were computed from."""
 
-_VOXELS = 10_000_000  # of all cases together; nnU-Net takes ten times as many, for the same percentiles
+_VOXELS = 10_000_000  # over all cases; nnU-Net samples ten times as many, for the same percentiles
 
 
 def needs_annotated_intensities(dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> bool:
-    """Whether images are normalised by intensities among which those of unannotated voxels are.
+    """Return whether images are normalised by intensities that include those of unannotated voxels.
 
     Args:
         dataset_json: Content of dataset.json.
@@ -50,7 +50,7 @@ def needs_annotated_intensities(dataset_json: Mapping[str, Any], fingerprint: Ma
 def annotated_intensities(
     dataset_folder: Path, dataset_json: Mapping[str, Any], *, progress: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Statistics of the intensities of annotated foreground voxels, over all training cases.
+    """Compute statistics of the intensities of annotated foreground voxels over all training cases.
 
     Args:
         dataset_folder: Raw data set.
@@ -58,7 +58,7 @@ def annotated_intensities(
         progress: Whether to show a progress bar on stderr.
 
     Returns:
-        For every channel mean, median, std, min, max, percentile_99_5 and percentile_00_5, as in a fingerprint.
+        Per channel: mean, median, std, min, max, percentile_99_5 and percentile_00_5, as in a fingerprint.
 
     Raises:
         InputError: A case can't be found or read, or none has annotated foreground.
@@ -111,7 +111,7 @@ def _statistics(intensities: np.ndarray[Any, Any]) -> dict[str, float]:
 def exclude_ignored_voxels(
     dataset_folder: Path, preprocessed: Path, dataset_json: Mapping[str, Any], *, progress: bool = False
 ) -> str | None:
-    """Replaces the intensities in a fingerprint by those of annotated foreground, where images are normalised by them.
+    """Replace the intensities in a fingerprint by those of annotated foreground, if images are normalised by them.
 
     Args:
         dataset_folder: Raw data set.
@@ -120,7 +120,7 @@ def exclude_ignored_voxels(
         progress: Whether to show a progress bar on stderr.
 
     Returns:
-        What was changed, for a person to read; None if nothing was.
+        Description of the changes for the user; None if nothing was changed.
 
     Raises:
         InputError: A case can't be found or read, or none has annotated foreground.
@@ -145,17 +145,17 @@ def exclude_ignored_voxels(
 
 
 def carry_fingerprint(source: Path, target: Path) -> bool:
-    """Gives a sparsely annotated data set the fingerprint of the dense one that it was made from.
+    """Copy the fingerprint of a dense data set to the sparsely annotated data set made from it.
 
-    Spacings and shapes are those of the images, which are the same. The label files are not: what is noted of the raw
-    files remains.
+    Spacings and shapes are those of the images, which are the same. The label files differ, so the record of the raw
+    files is not copied.
 
     Args:
         source: Folder of the dense data set in nnUNet_preprocessed.
-        target: That of the other, which is made if it is missing.
+        target: Folder of the sparse data set in nnUNet_preprocessed; created if it is missing.
 
     Returns:
-        Whether there is one to carry over, and none there yet.
+        Whether the fingerprint was copied. It is not copied if the source has none or the target has one already.
     """
     if not (source / FINGERPRINT).is_file() or (target / FINGERPRINT).exists():
         return False

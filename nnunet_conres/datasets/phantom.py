@@ -23,7 +23,7 @@ MODALITIES: Final = ("flair", "t1", "t1ce", "t2")
 """File name endings of the four modalities, in the order of `make_phantom`'s channels."""
 
 DEFAULT_SHAPE: Final = (64, 64, 48)
-"""Voxels along x, y, z; with `DEFAULT_SPACING` a field of view of 192 x 192 x 144 mm, about a head's."""
+"""Voxels along x, y, z; with `DEFAULT_SPACING` a field of view of 192 x 192 x 144 mm, about the size of a head."""
 
 DEFAULT_SPACING: Final = (3.0, 3.0, 3.0)
 """Voxel size along x, y, z in mm."""
@@ -39,9 +39,9 @@ _MINIMUM_EDGE: Final = 16
 # One case in four has no enhancing tumour, about the share of low-grade cases in BraTS 2018's training set.
 _LOW_GRADE_EVERY: Final = 4
 
-# Mean intensity per tissue and modality, in scanner units, in the order of MODALITIES. What matters is who is brighter
-# than whom in which modality: oedema and cerebrospinal fluid are both bright on T2 but only oedema is on FLAIR, vessels
-# are as bright as enhancing tumour on T1ce, necrosis looks like fluid on T1 and T1ce.
+# Mean intensity per tissue and modality, in scanner units, in the order of MODALITIES. The order of brightness within
+# each modality matters: oedema and cerebrospinal fluid are both bright on T2, but only oedema is bright on FLAIR;
+# vessels are as bright as enhancing tumour on T1ce; necrosis looks like fluid on T1 and T1ce.
 _TISSUE_INTENSITY: Final[dict[str, tuple[float, float, float, float]]] = {
     "white": (200.0, 340.0, 345.0, 290.0),
     "grey": (235.0, 270.0, 280.0, 390.0),
@@ -57,7 +57,7 @@ _TISSUE_INTENSITY: Final[dict[str, tuple[float, float, float, float]]] = {
 
 @dataclass(frozen=True)
 class PhantomSet:
-    """Where `write_brats_phantoms` put its cases.
+    """Folders and case ids written by `write_brats_phantoms`.
 
     Attributes:
         training: Folder with `HGG` and `LGG`, one folder per labelled training case in each.
@@ -77,12 +77,12 @@ def make_phantom(
 ) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
     """Make one skull-stripped head with one or two tumour-like lesions.
 
-    Everything is laid out relative to the field of view, so that the same seed gives a similar head at any resolution
-    (not the same one: the voxel noise differs).
+    All structures are placed relative to the field of view, so the same seed gives a similar head at any resolution.
+    The heads are not identical, because the voxel noise differs.
 
     Args:
         shape: Voxels along (z, y, x), each at least 16.
-        seed: Anything `numpy.random.default_rng` takes; the same seed gives the same voxels.
+        seed: Any seed that `numpy.random.default_rng` accepts; the same seed gives the same voxels.
         grade: "HGG" has a necrotic core in an enhancing rim with oedema around it; "LGG" has a solid core that does not
             enhance, and no label 4.
 
@@ -115,14 +115,14 @@ def write_brats_phantoms(
     spacing: Sequence[float] = DEFAULT_SPACING,
     seed: int = 0,
 ) -> PhantomSet:
-    """Write labelled phantom cases as BraTS 2018 lays out its training data.
+    """Write labelled synthetic cases in the layout of BraTS 2018's training data.
 
-    A case depends on the seed and its own number only, not on how many are written. The fourth, eighth, ... case of
-    either part is low-grade.
+    A case depends only on the seed, its part (training or held out) and its number, not on the number of cases. Every
+    fourth case of a part is low-grade.
 
     Args:
-        output_folder: Gets `training/` and `held_out/`, each with `HGG/` and, where there are such cases, `LGG/`.
-            It does not exist, or is empty.
+        output_folder: Gets `training/` and `held_out/`, each with `HGG/` and, if there are low-grade cases, `LGG/`.
+            Must not exist, or be empty.
         training_cases: Number of cases in `training/`, 0 to 999.
         held_out_cases: Number of cases in `held_out/`, 0 to 999.
         shape: Voxels along (x, y, z), as NIfTI has it, each at least 16.
@@ -171,16 +171,16 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _brain_coordinates(shape: tuple[int, int, int], half_axes: NDArray[np.float64]) -> FloatVolume:
-    """Position of every voxel, (3, z, y, x), in units of the brain's half-axes: its surface is at distance about 1."""
+    """Return voxel positions, (3, z, y, x), in units of the brain's half-axes: its surface is at distance about 1."""
     axes = [((np.arange(n) + 0.5) / n - 0.5) / h for n, h in zip(shape, half_axes, strict=True)]
     return np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
 
 
 def _smooth_noise(position: FloatVolume, period: float, rng: np.random.Generator) -> FloatVolume:
-    """Smooth random field of zero mean and unit variance whose bumps are about `period` brain half-axes wide.
+    """Return a smooth random field of zero mean and unit variance with bumps about `period` brain half-axes wide.
 
-    White noise on a coarse grid, blurred by a Gaussian while it is read off, axis by axis: costs little for any period,
-    looks the same at any resolution, and unlike splines on so few grid points shows no preferred direction.
+    White noise on a coarse grid is interpolated with a Gaussian kernel, axis by axis. This is cheap for any period,
+    looks the same at any resolution, and has no preferred direction, unlike splines on so few grid points.
     """
     lines = [position[0, :, 0, 0], position[1, 0, :, 0], position[2, 0, 0, :]]
     cell = 0.58 * period
@@ -194,12 +194,12 @@ def _smooth_noise(position: FloatVolume, period: float, rng: np.random.Generator
     field = rng.standard_normal([weight.shape[1] for weight in weights], dtype=np.float32)
     for axis, weight in enumerate(weights):
         field = np.moveaxis(np.tensordot(weight, field, axes=(1, axis)), 0, axis)
-    # The squared weights of each axis sum to sqrt(pi), wherever between two grid points a voxel lies.
+    # The squared weights of each axis sum to sqrt(pi) for any voxel position between two grid points.
     return (field / np.pi**0.75).astype(np.float32)
 
 
 def _anatomy(position: FloatVolume, rng: np.random.Generator) -> tuple[dict[str, BoolVolume], BoolVolume]:
-    """Masks of the healthy tissues, and of the brain as a whole."""
+    """Return masks of the healthy tissues, and of the whole brain."""
     z, y, x = position
     radius = np.sqrt((position**2).sum(0)) + 0.03 * _smooth_noise(position, 0.5, rng)
     brain = radius < 1.0
@@ -213,7 +213,7 @@ def _anatomy(position: FloatVolume, rng: np.random.Generator) -> tuple[dict[str,
         nucleus = ((x - side * 0.3) / 0.16) ** 2 + ((y + 0.02) / 0.26) ** 2 + ((z + 0.08) / 0.2) ** 2
         grey |= nucleus < 1.0 + 0.2 * folding
 
-    # The lateral ventricles: a pair of bent tubes beside the midline, each person's a little wider or narrower.
+    # The lateral ventricles: a pair of bent tubes beside the midline, whose width varies between cases.
     width = rng.uniform(0.8, 1.25)
     bend = 0.1 + 0.14 * (y + 0.15) ** 2
     ventricle_distance = np.full_like(x, np.inf)
@@ -223,7 +223,7 @@ def _anatomy(position: FloatVolume, rng: np.random.Generator) -> tuple[dict[str,
         ventricle_distance = np.minimum(ventricle_distance, ventricle)
     ventricles = ventricle_distance < 1.0
 
-    # Bright rims at the ventricles' ends on FLAIR, and vessels on T1ce: what a threshold takes for tumour.
+    # Bright rims at the ventricles' ends on FLAIR, and vessels on T1ce: a threshold would count them as tumour.
     caps = (ventricle_distance < 1.9) & (np.abs(y) > 0.3) & ~ventricles
     vessel = (np.abs(_smooth_noise(position, 0.3, rng)) < 0.10) & (np.abs(_smooth_noise(position, 0.3, rng)) < 0.22)
     vessel &= radius > 0.5
@@ -245,7 +245,7 @@ def _lesions(
     rng: np.random.Generator,
     grade: Grade,
 ) -> NDArray[np.uint8]:
-    """Label map of one lesion, or in three cases of ten of two."""
+    """Return the label map of one lesion or, with probability 0.3, two lesions."""
     labels = np.zeros(brain.shape, np.uint8)
     deep = ndimage.binary_erosion(brain, iterations=max(1, min(brain.shape) // 16))
     candidates = np.flatnonzero(deep & ~tissue["ventricles"])
@@ -260,7 +260,7 @@ def _lesions(
         distance = np.sqrt((offset**2).sum(0)) / core_radius
         distance += 0.19 * _smooth_noise(position, 0.9 * core_radius, rng)
 
-        # Oedema follows white matter: it spares the cortex and ends at the ventricles, and sends out fingers.
+        # Oedema follows white matter: it spares the cortex, ends at the ventricles and has finger-like extensions.
         reach = rng.uniform(1.2, 1.6)
         spread = distance + 0.22 * _smooth_noise(position, 1.3 * core_radius, rng) + 0.25 * tissue["grey"]
         oedema = brain & (spread < reach) & ~tissue["ventricles"]
@@ -284,14 +284,13 @@ def _images(
     rng: np.random.Generator,
     grade: Grade,
 ) -> NDArray[np.int16]:
-    """The four modalities of a labelled head, int16 (4, z, y, x)."""
+    """Return the four modalities of a labelled head, int16 (4, z, y, x)."""
     layers = [(name, tissue[name]) for name in ("grey", "caps", "vessel", "fluid")]
     layers += [("oedema", labels == OEDEMA), ("enhancing", labels == ENHANCING)]
     layers += [("solid" if grade == "LGG" else "necrosis", labels == NECROSIS)]
 
     position = _brain_coordinates((brain.shape[0], brain.shape[1], brain.shape[2]), np.array(_BRAIN_HALF_AXES))
-    # How far a lesion's voxels are on the way to its full contrast: tumours are patchy, and the same patches show in
-    # all modalities.
+    # Fraction of the lesion's full contrast per voxel: tumours are patchy, with the same patches in all modalities.
     patches = np.clip(0.85 + 0.22 * _smooth_noise(position, 0.2, rng), 0.35, 1.25)
     lesion = labels > 0
 
@@ -304,7 +303,7 @@ def _images(
         for name, mask in layers[4:]:
             image[mask] = _TISSUE_INTENSITY[name][channel]
         image = np.where(lesion, normal + patches * (image - normal), normal)
-        # Partial volume at every border, then what a scanner adds: texture, a smooth bias field, noise.
+        # Blur for partial volume at borders, then add texture, a smooth bias field and noise.
         image = ndimage.gaussian_filter(image, 0.55)
         image *= 1.0 + 0.05 * _smooth_noise(position, 0.15, rng)
         image *= np.exp(0.07 * _smooth_noise(position, 1.2, rng))
@@ -313,7 +312,7 @@ def _images(
             image + noise_level * rng.standard_normal(brain.shape, dtype=np.float32),
             noise_level * rng.standard_normal(brain.shape, dtype=np.float32),
         )
-        # Every scanner has its own gain.
+        # The gain differs between scanners and images.
         image *= rng.uniform(0.75, 1.3)
         images[channel] = np.where(brain, np.clip(np.rint(image), 1, np.iinfo(np.int16).max), 0).astype(np.int16)
     return images
@@ -333,7 +332,7 @@ def _write_case(
 
 
 def _write_nifti(path: Path, array: NDArray[Any], spacing: Sequence[float]) -> None:
-    """Write a (z, y, x) array with BraTS's geometry: axes to the left and the back, the last row at y = 0."""
+    """Write a (z, y, x) array with BraTS's geometry: x to the left, y to the back, the last row at y = 0."""
     affine = np.diag([-float(spacing[0]), -float(spacing[1]), float(spacing[2]), 1.0])
     affine[1, 3] = (array.shape[1] - 1) * float(spacing[1])
     write_nifti(path, array.T, header_of(affine))

@@ -1,4 +1,4 @@
-"""nnU-Net's folder of raw data sets: which ids are taken, and which files a case has."""
+"""nnU-Net's raw data sets: folders, ids that are taken, and the files of each case."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TrainingCase:
     """The files of one training case.
 
     Attributes:
-        case_id: As nnU-Net knows it.
+        case_id: nnU-Net's id of the case.
         images: One file per channel, in order.
         labels: The label file.
     """
@@ -38,12 +38,12 @@ class TrainingCase:
 
 
 def folder_name(dataset_id: int, dataset_name: str) -> str:
-    """Name of a data set's folder, from its number and the part after it."""
+    """Return the folder name of a data set from its id and the name after the id."""
     return f"Dataset{dataset_id:03d}_{dataset_name}"
 
 
 def id_errors(dataset_id: int, dataset_name: str) -> Iterator[str]:
-    """What is wrong with the number and the name of a data set to be made."""
+    """Yield a message for every error in the id and the name of a new data set."""
     if not 1 <= dataset_id <= 999:
         yield f"The data set id is {dataset_id}; expected 1 to 999 (nnU-Net's own are below 500)."
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", dataset_name):
@@ -59,16 +59,16 @@ def target_errors(
     may_have_been_used: bool = True,
     if_busy: bool = True,
 ) -> Iterator[str]:
-    """What stands in the way of a new data set.
+    """Yield a message for everything that prevents the creation of a data set.
 
     Args:
         raw: nnU-Net's raw folder.
-        dataset_id: Number of the new data set.
-        dataset_name: The part of its name after the number.
-        option: The option that chooses the number, for messages.
-        may_have_been_used: Whether preprocessed data and results of a data set of the very same name are no error:
-            they are none where the same data are made once more.
-        if_busy: Whether it is one that another process makes it now.
+        dataset_id: Id of the new data set.
+        dataset_name: Name of the new data set after the id.
+        option: The command-line option that sets the id, for messages.
+        may_have_been_used: Whether to allow preprocessed data and results of a data set with the same id and name, as
+            when the same data are converted again.
+        if_busy: Whether to report that another process is creating the data set.
     """
     target = folder_name(dataset_id, dataset_name)
     if not raw.exists():
@@ -79,7 +79,7 @@ def target_errors(
         yield from being_written(raw / target, lock_of_dataset(raw, dataset_id))
     if (raw / target).exists():
         yield f"{raw / target} exists already; remove it, or choose another {option}."
-    # nnU-Net takes the number for the data set and stops when two names share it, also among its results.
+    # nnU-Net finds data sets by id and stops if two names share an id, also among preprocessed data and results.
     others = [folder for name in FOLDER_VARIABLES[1:] if (folder := folder_from_environment(name)) is not None]
     for folder in (raw, *others):
         for taken in visible(folder) if folder.is_dir() else ():
@@ -92,21 +92,21 @@ def target_errors(
 
 
 def lock_of_dataset(raw: Path, dataset_id: int) -> Path:
-    """The file that excludes others while a data set is made, also those that make one of the same number."""
+    """Return the lock file for the creation of a data set. Data sets with the same id share it."""
     return raw / f".Dataset{dataset_id:03d}.lock"
 
 
 def find_dataset(dataset: int | str) -> Path:
-    """The folder of a raw data set.
+    """Return the folder of a raw data set.
 
     Args:
-        dataset: Its number or its whole name, as nnU-Net's commands take them.
+        dataset: Id or full name of the data set, as in nnU-Net's commands.
 
     Returns:
-        The folder in nnUNet_raw, with a dataset.json in it.
+        The folder in nnUNet_raw. It contains a dataset.json.
 
     Raises:
-        InputError: There is none, or more than one.
+        InputError: There is no such data set, or more than one.
     """
     raw = required_folder(RAW)
     name = dataset_name_of(dataset)
@@ -121,7 +121,7 @@ def find_dataset(dataset: int | str) -> Path:
 
 
 def find_training_cases(dataset_folder: Path, dataset_json: Mapping[str, Any]) -> tuple[list[TrainingCase], list[str]]:
-    """The training cases as nnU-Net finds them: listed in dataset.json, or by the names in imagesTr and labelsTr.
+    """Find the training cases as nnU-Net does: as listed in dataset.json, or by file name in imagesTr and labelsTr.
 
     Args:
         dataset_folder: Folder of the raw data set.
@@ -207,7 +207,7 @@ def _listed_cases(
 
 
 def read_dataset_json(dataset_folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """Content of a raw data set's dataset.json, None if it is not one, and a message for every error."""
+    """Read a raw data set's dataset.json. Return its content, None if it is invalid, and a message for every error."""
     path = dataset_folder / "dataset.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -219,7 +219,7 @@ def read_dataset_json(dataset_folder: Path) -> tuple[dict[str, Any] | None, list
     if not isinstance(content["labels"], dict):
         return None, [f"{path} has labels {content['labels']!r}; expected their names, each with its value."]
     ending = content["file_ending"]
-    # Names of files are made with it.
+    # File names are built from it.
     if not isinstance(ending, str) or not re.fullmatch(r"(\.[A-Za-z0-9_-]+)+", ending):
         return None, [f"{path} has the file_ending {ending!r}; expected one such as .nii.gz."]
     return content, []
@@ -227,13 +227,13 @@ def read_dataset_json(dataset_folder: Path) -> tuple[dict[str, Any] | None, list
 
 @dataclass(frozen=True)
 class CaseLook:
-    """What a look into a case's files showed.
+    """Shape, spacing and errors of a case's files.
 
     Attributes:
-        case_id: The case.
+        case_id: Id of the case.
         shape: Number of voxels along the three axes.
-        spacing: Voxel size along them, mm, of the images: those are what nnU-Net plans with.
-        errors: A message for every error; shape and spacing are zeros where the files cannot be read.
+        spacing: Voxel size of the images along these axes, mm. nnU-Net's planner uses the spacing of the images.
+        errors: A message for every error. Shape and spacing are zero if the files cannot be read.
     """
 
     case_id: str
@@ -246,10 +246,10 @@ def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
     """Read a case's images and labels, and check the labels' values and shape.
 
     Args:
-        job: The case, nnU-Net's reader for it, and the label values that may occur.
+        job: The case, nnU-Net's reader for it, and the allowed label values.
 
     Returns:
-        Shape and spacing, and what is wrong.
+        Shape, spacing and errors.
     """
     case, reader, allowed = job
     try:
@@ -265,7 +265,7 @@ def look_at_case(job: tuple[TrainingCase, type, Sequence[int]]) -> CaseLook:
 
 
 def errors_in_files(job: tuple[TrainingCase, type]) -> tuple[str, ...]:
-    """A message for every file of a case that nnU-Net can't train on, or would read otherwise than it is meant.
+    """Return a message for every file of a case that nnU-Net can't train on or would misread.
 
     Args:
         job: The case, and nnU-Net's reader for it.
@@ -288,20 +288,20 @@ def errors_in_files(job: tuple[TrainingCase, type]) -> tuple[str, ...]:
 
 
 def inexact_labels(reader: type, value: float) -> str:
-    """What nnU-Net does with labels that it reads a little off an integer, the end of a message.
+    """Return the end of a message about labels that nnU-Net reads as values slightly off an integer.
 
     Args:
         reader: nnU-Net's reader.
-        value: One of them.
+        value: One of these values.
     """
     return (
-        f"nnU-Net's {reader.__name__} reads as {number_text(value)} and the like; its training cuts the fraction off. "
+        f"nnU-Net's {reader.__name__} reads as fractions such as {number_text(value)}; its training truncates them. "
         f"Write the labels as integers, without a scale factor."
     )
 
 
 def link_or_copy(source: Path, target: Path) -> Literal["linked", "copied"]:
-    """Make a hard link where the file system can, else a copy.
+    """Make a hard link if the file system allows it, else a copy.
 
     Returns:
         "linked" or "copied".
@@ -309,7 +309,7 @@ def link_or_copy(source: Path, target: Path) -> Literal["linked", "copied"]:
     import shutil
 
     try:
-        # Resolved, because a hard link to a symbolic link would be a second symbolic link.
+        # Resolve first: a hard link to a symbolic link would be another symbolic link.
         os.link(source.resolve(), target)
     except OSError:
         # Another drive, a file system without links, or another owner's file.

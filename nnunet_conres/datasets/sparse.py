@@ -1,7 +1,7 @@
-"""Sparse annotation: a data set in which only some slices keep their labels, as if nobody had outlined the others.
+"""Sparse annotation: make a data set in which only some slices keep their labels.
 
-Source: Çiçek et al., 3D U-Net, MICCAI 2016, which trains on volumes with few annotated slices. There the slices are
-single ones; here they come in slabs of neighbours, because a difference between slices needs two that are annotated.
+Source: Çiçek et al., 3D U-Net, MICCAI 2016, which trains on volumes with few annotated slices. They annotate single
+slices. Here slices are annotated in slabs of neighbours, because an inter-slice residual needs two annotated slices.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from nnunet_conres.text import first_few, short_message
 Axis = Literal["slice", 0, 1, 2]
 
 SIDECAR: Final = "sparse_annotation.json"
-"""File in the new data set's folder that tells which slices are annotated."""
+"""File in the new data set's folder that lists the annotated slices."""
 
 IGNORE: Final = "ignore"
-"""What dataset.json calls the label of voxels that nobody annotated."""
+"""Name of the ignore label in dataset.json, the label of voxels that are not annotated."""
 
 DEFAULT_SLAB: Final = 2
 
 
 @dataclass(frozen=True)
 class SlabRule:
-    """Which slices of a case are annotated. Exactly one of `every`, `slices` and `fraction` is given.
+    """Rule that selects the annotated slices of a case. Exactly one of `every`, `slices` and `fraction` is given.
 
-    The slices depend on the rule, the case's id and its number of slices and on nothing else: neither on the other
-    cases, nor on the order in which they come.
+    The selection depends only on the rule, the case id and the number of slices. It does not depend on other cases or
+    on their order.
 
     Attributes:
-        every: One slab in each so many slices, the first one at a place drawn for the case; more than `slab`.
-        slices: Exactly so many slices per case, or all of a case that has no more; `slab` or more. They make
-            slices // slab slabs; where that leaves a remainder, the first slabs are a slice thicker.
-        fraction: About this share of a case's slices, above 0 and below 1, rounded to whole slabs, at least one.
+        every: Annotate one slab in every N slices; more than `slab`. The first slab has a random position per case.
+        slices: Annotate exactly N slices per case, or all slices of a case with N or fewer; `slab` or more. They form
+            slices // slab slabs. If there is a remainder, the first slabs are one slice thicker.
+        fraction: Approximate fraction of a case's slices, above 0 and below 1, rounded to whole slabs, at least one.
         slab: Number of neighbouring slices that are annotated together, 1 or more.
-        seed: Another seed, 0 or more, draws other places.
+        seed: Seed of the random positions, 0 or more.
     """
 
     every: int | None = None
@@ -70,7 +70,7 @@ class SlabRule:
     seed: int = 0
 
     def errors(self) -> Iterator[str]:
-        """What is wrong with the rule itself, whatever the cases."""
+        """Yield a message for every error in the rule itself, independent of the cases."""
         given = [name for name in ("every", "slices", "fraction") if getattr(self, name) is not None]
         if len(given) != 1:
             yield f"{', '.join(given) or 'None'} given; expected exactly one of every, slices and fraction."
@@ -80,26 +80,26 @@ class SlabRule:
             yield f"The seed is {self.seed}; expected 0 or more."
         if self.every is not None and self.every <= max(1, self.slab):
             yield (
-                f"One slab of {self.slab} in every {self.every} slices leaves no slice out; expected more than "
+                f"One slab of {self.slab} in every {self.every} slices annotates all slices; expected more than "
                 f"{max(1, self.slab)} for every, or a thinner slab."
             )
         if self.slices is not None and self.slices < max(1, self.slab):
             yield (
-                f"{self.slices} slices per case do not make a slab of {self.slab}; expected {max(1, self.slab)} or "
+                f"{self.slices} slices per case are fewer than a slab of {self.slab}; expected {max(1, self.slab)} or "
                 f"more, or a thinner slab."
             )
         if self.fraction is not None and not 0 < self.fraction < 1:
             yield f"The fraction is {self.fraction:g}; expected above 0 and below 1."
 
     def annotated_slices(self, case_id: str, depth: int) -> tuple[int, ...]:
-        """The slices of a case that are annotated.
+        """Return the annotated slices of a case.
 
         Args:
             case_id: The case's id.
             depth: Number of its slices, 1 or more.
 
         Returns:
-            Indices in ascending order: one slab at least, or all slices where there are no more than a slab has.
+            Slice indices in ascending order: at least one slab, or all slices if the case has no more than one slab.
 
         Raises:
             ValueError: The rule is not valid.
@@ -110,8 +110,8 @@ class SlabRule:
         if depth <= self.slab:
             return tuple(range(depth))
         if self.every is not None:
-            # Whole slabs only. Between two lie every - slab slices, before the first and after the last fewer than
-            # every.
+            # Whole slabs only. Gaps between slabs have every - slab slices; the gaps before the first and after the
+            # last slab have fewer than every.
             first = self._draw(case_id, 0, min(self.every, depth - self.slab + 1))
             starts = range(first, depth - self.slab + 1, self.every)
             return tuple(start + offset for start in starts for offset in range(self.slab))
@@ -125,12 +125,12 @@ class SlabRule:
         return tuple(self._spread(case_id, depth, total, slabs))
 
     def _spread(self, case_id: str, depth: int, total: int, slabs: int) -> Iterator[int]:
-        """Slabs one after the other, each at a place drawn from its share of the slices that are left over."""
+        """Yield the slices of `slabs` slabs, each at a random position in its share of the unannotated slices."""
         places = depth - total + 1
         before = 0
         for number in range(slabs):
             low, high = number * places // slabs, (number + 1) * places // slabs
-            # From the middle half of it, so that gaps stay alike.
+            # Draw from the middle half of the share, so that the gaps have similar sizes.
             margin = (high - low) // 4
             start = before + low + margin + self._draw(case_id, number, max(1, high - low - 2 * margin))
             thickness = total // slabs + (number < total % slabs)
@@ -138,24 +138,24 @@ class SlabRule:
             before += thickness
 
     def _draw(self, case_id: str, number: int, below: int) -> int:
-        # Taken from a hash instead of a generator: the same with every version of Python and NumPy.
+        # A hash instead of a random generator gives the same result with every version of Python and NumPy.
         digest = hashlib.sha256(f"{self.seed}/{number}/{case_id}".encode()).digest()
         return int.from_bytes(digest[:8], "big") % below
 
 
 @dataclass(frozen=True)
 class Sparsification:
-    """What `sparsify` wrote.
+    """Result of `sparsify`.
 
     Attributes:
         dataset_folder: The new folder in nnUNet_raw.
-        axis: Axis of the slices, in arrays as nnU-Net's reader gives them.
-        axis_reason: Why that one.
+        axis: Slice axis in arrays returned by nnU-Net's reader.
+        axis_reason: Why this axis was chosen.
         annotated: Annotated slices per case.
-        depths: Number of all slices per case.
-        ignore_label: Label value of all other voxels.
+        depths: Total number of slices per case.
+        ignore_label: Label value of voxels outside the annotated slices.
         transfers: Number of files linked and copied.
-        warnings: What the user should know and nnU-Net does not mind.
+        warnings: Warnings for the user about problems that nnU-Net does not report.
     """
 
     dataset_folder: Path
@@ -180,27 +180,27 @@ def sparsify(
 ) -> Sparsification:
     """Make a data set whose training cases are annotated on some slices only; all other voxels have the ignore label.
 
-    Images, imagesTs and labelsTs are those of the source, as hard links where the file system allows. Everything is
-    checked before anything is written, and the data set gets its name only when complete. Where the source has a
-    fingerprint in nnUNet_preprocessed, it becomes the new data set's: nnU-Net would take one among the intensities of
-    unannotated voxels.
+    Images, imagesTs and labelsTs are taken from the source, as hard links where the file system allows them. All input
+    is checked before anything is written, and the data set gets its final name only when it is complete. If the source
+    has a fingerprint in nnUNet_preprocessed, the new data set reuses it: a fingerprint computed by nnU-Net would
+    include the intensities of unannotated voxels.
 
     Args:
-        source: Number or name of a data set in nnUNet_raw that is labelled throughout.
-        target_id: nnU-Net's number for the new data set, 1 to 999.
-        rule: Which slices keep their labels.
-        target_name: The part of the new data set's name after the number; the source's with Sparse appended by default.
-        axis: Axis of the slices in arrays as nnU-Net's reader gives them, for SimpleITK's and nibabel's z, y, x.
-            "slice" is the axis that nnU-Net's planner brings to the front: the one of the largest median spacing, the
-            first of several.
+        source: Id or name of a data set in nnUNet_raw without ignore label.
+        target_id: nnU-Net's id for the new data set, 1 to 999.
+        rule: Selects the slices that keep their labels.
+        target_name: Name of the new data set after the id; by default the source's name with Sparse appended.
+        axis: Slice axis in arrays returned by nnU-Net's reader (z, y, x for SimpleITK's and nibabel's readers).
+            "slice" is the axis that nnU-Net's planner moves to the front: the axis with the largest median spacing, the
+            first one if several are equal.
         processes: Number of processes, 1 or more.
         progress: Whether to show progress bars on stderr.
 
     Returns:
-        What was written.
+        Description of the new data set.
 
     Raises:
-        InputError: Something is wrong with the source, the target or the arguments. Lists all that was found.
+        InputError: The source, the target or an argument is invalid. Lists all errors.
     """
     source_folder = find_dataset(source)
     raw = source_folder.parent
@@ -221,7 +221,7 @@ def sparsify(
     errors += found
     cases, found = find_training_cases(source_folder, dataset_json)
     errors += found
-    # Faulty arguments do not keep the files from being looked at: whoever has to repair both learns of both at once.
+    # Check the files even if arguments are invalid, so that one run reports all errors.
     reader: type | None = None
     if cases:
         try:
@@ -246,7 +246,7 @@ def sparsify(
     target = raw / folder_name(target_id, target_name)
     transfers: dict[str, int] = {"linked": 0, "copied": 0}
     with new_folder(target, lock=lock_of_dataset(raw, target_id)) as partial:
-        # Once more, since another may have been made while the files were checked.
+        # Check again: another process may have created the data set while the files were checked.
         errors = list(target_errors(raw, target_id, target_name, option="-o", may_have_been_used=False, if_busy=False))
         if errors:
             raise InputError(errors)
@@ -287,21 +287,21 @@ def sparsify(
 
 
 def slice_axis(spacings: Sequence[Sequence[float]]) -> int:
-    """The axis that nnU-Net's planner brings to the front.
+    """Return the axis that nnU-Net's planner moves to the front.
 
     Args:
         spacings: Voxel size along the three axes of each case, mm.
 
     Returns:
-        Axis of the largest median spacing; the first of several.
+        Axis with the largest median spacing; the first one if several are equal.
     """
-    # ExperimentPlanner.determine_transpose. For very anisotropic data it lowers the largest value, but not below the
-    # others.
+    # As in ExperimentPlanner.determine_transpose. For very anisotropic data the planner lowers the largest spacing, but
+    # not below the others, so the axis is the same.
     return int(np.argmax(np.percentile(np.asarray(spacings, dtype=np.float64), 50, axis=0)))
 
 
 def _labels_of(dataset_folder: Path, dataset_json: Mapping[str, Any]) -> tuple[tuple[int, ...], list[str]]:
-    """The label values of a data set without ignore label, and a message for every error."""
+    """Return the label values of a data set without ignore label, and a message for every error."""
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
     path = dataset_folder / "dataset.json"
@@ -322,7 +322,7 @@ def _labels_of(dataset_folder: Path, dataset_json: Mapping[str, Any]) -> tuple[t
 
 @dataclass(frozen=True)
 class _Write:
-    """What one process needs to write one case."""
+    """Arguments of `_write_case`."""
 
     case: TrainingCase
     reader: type
@@ -340,7 +340,7 @@ class _Written:
 
 
 def _files(case: TrainingCase, ending: str) -> list[str]:
-    """The files of a case in the new data set: its images and its labels."""
+    """Return the relative paths of a case's images and labels in the new data set."""
     images = [f"imagesTr/{case.case_id}_{channel:04d}{ending}" for channel in range(len(case.images))]
     return [*images, f"labelsTr/{case.case_id}{ending}"]
 
@@ -349,7 +349,7 @@ def _write_case(write: _Write) -> _Written:
     case, ending = write.case, write.file_ending
     *images, target = (write.dataset_folder / file for file in _files(case, ending))
     transfers = [link_or_copy(source, image) for source, image in zip(case.images, images, strict=True)]
-    # nnU-Net keeps the spacing of TIFF images in a file beside them.
+    # nnU-Net stores the spacing of TIFF images in a JSON file next to them.
     first = case.images[0].name
     spacing_file = case.images[0].with_name(first[: -(len(ending) + len("_0000"))] + ".json")
     if spacing_file.is_file():
@@ -364,13 +364,13 @@ def _write_case(write: _Write) -> _Written:
 
 
 def keep_slices(labels: NDArray[Any], axis: int, annotated: Sequence[int], ignore_label: int) -> NDArray[Any]:
-    """A label map in which all slices but the annotated ones have the ignore label.
+    """Return a label map in which all slices but the annotated ones have the ignore label.
 
     Args:
         labels: Label map with three axes.
         axis: Axis of the slices, 0 to 2.
         annotated: Indices of the slices that keep their labels.
-        ignore_label: What all other voxels get.
+        ignore_label: Value of all other voxels.
 
     Returns:
         A new array of the same shape and type.
@@ -420,7 +420,7 @@ def _warnings(
 
 
 def _sparse_dataset_json(dataset_json: Mapping[str, Any], name: str, ignore_label: int, cases: int) -> dict[str, Any]:
-    # The files of the new data set are found by their names, whatever the source's were called.
+    # Drop the source's list of files: nnU-Net finds the new files by name.
     content = {key: value for key, value in dataset_json.items() if key != "dataset"}
     content["labels"] = {key: value for key, value in content["labels"].items() if key != IGNORE}
     content["labels"][IGNORE] = ignore_label

@@ -1,4 +1,4 @@
-"""Which cases are held out in which fold: patients kept whole, tumour volume and grade spread evenly over the folds."""
+"""Split a data set into folds that keep patients together and balance tumour volume and grade."""
 
 from __future__ import annotations
 
@@ -37,19 +37,20 @@ BALANCES: Final[tuple[Balance, ...]] = ("both", "grade", "volume", "none")
 DEFAULT_FOLDS: Final = 5
 
 DEFAULT_SEED: Final = 12345
-"""nnU-Net's own."""
+"""The seed of nnU-Net's own splits."""
 
 UNKNOWN: Final = "unknown"
-"""Stands for the grade of a case whose grade is not known."""
+"""Grade of a case whose grade is not known."""
 
 # BraTS from 2023 on: challenge, patient, time point, as in BraTS-GLI-00005-100 or BraTS-MEN-RT-0012-1.
 _PATIENT_AND_TIME: Final = re.compile(r"(BraTS-(?:[A-Za-z]+-)+\d+)-\d{1,3}", re.IGNORECASE)
 
-# Of equal sizes against equal volumes and grades: first of all, parts are of one size.
+# Weight of equal sizes relative to equal volumes and grades: equal sizes come first.
 _SIZE_WEIGHT: Final = 10.0
 
-# A bound for what ends by itself, and what is no more than rounding, in squared shares.
+# The exchange of groups ends by itself; this limit is only for safety.
 _MOST_ROUNDS: Final = 100
+# Smaller gains, in squared shares, are only rounding.
 _NEGLIGIBLE: Final = 1e-12
 
 _NOT_A_GRADE: Final = ("", "na", "n/a", "nan", "none", UNKNOWN)
@@ -57,12 +58,12 @@ _NOT_A_GRADE: Final = ("", "na", "n/a", "nan", "none", UNKNOWN)
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What is known of a case.
+    """The facts about a case that decide its fold.
 
     Attributes:
-        case_id: As nnU-Net knows it.
-        group: Cases of one group are never separated.
-        volume: Of everything labelled but ignore, ml.
+        case_id: nnU-Net's id of the case.
+        group: Name of its group. Cases of one group stay in the same fold.
+        volume: Volume of all foreground labels except ignore, ml.
         grade: Such as HGG or LGG, or `UNKNOWN`.
     """
 
@@ -74,32 +75,33 @@ class CaseFacts:
 
 @dataclass(frozen=True)
 class Fold:
-    """One entry of nnU-Net's splits file, each list sorted.
+    """One fold in nnU-Net's splits file. Both lists are sorted.
 
     Attributes:
         training: Ids of the cases to train on.
-        validation: Ids of those held out.
+        validation: Ids of the held-out cases.
     """
 
     training: tuple[str, ...]
     validation: tuple[str, ...]
 
     def as_json(self) -> dict[str, list[str]]:
-        """The entry as nnU-Net reads it."""
+        """Return the entry of the splits file as nnU-Net reads it."""
         return {"train": list(self.training), "val": list(self.validation)}
 
 
 @dataclass(frozen=True)
 class Split:
-    """What `split` wrote.
+    """Result of `split`.
 
     Attributes:
-        path: The file that nnU-Net reads.
-        folds: Its entries.
-        cases: What is known of all cases, by id.
-        other_trainings: A message for every trained fold that held out other cases than the file now says.
-        warnings: What else the user should know.
-        unchanged: Whether the file was there with this very content.
+        path: The splits file that nnU-Net reads.
+        folds: The folds in the file.
+        cases: Facts about all cases, by id.
+        other_trainings: A message for every trained fold whose held-out cases differ from the new folds, or are
+            unknown.
+        warnings: Other warnings for the user.
+        unchanged: Whether the file existed already with the same content.
     """
 
     path: Path
@@ -123,28 +125,29 @@ def split(
     processes: int = 1,
     progress: bool = True,
 ) -> Split:
-    """Write the splits file of a data set to where nnU-Net reads it, before or after planning.
+    """Write the splits file of a data set to the folder where nnU-Net reads it, before or after planning.
 
     Args:
-        dataset: Number or name of a data set in nnUNet_raw.
-        folds: Number of folds, 2 or more. Without meaning where the validation cases are given.
-        balance: What is spread evenly: tumour volume, grade, both (the grade as far as it is known), or none.
-        seed: Another seed, 0 or more, gives other folds, as well balanced.
-        group: Regular expression, searched for in every id; its first group in parentheses, or all that it matches
-            where it has none, names the group. By default, time points of a patient in BraTS 2023 and later make a
-            group, and any other case is one by itself.
-        validation_file: Ids of the cases to hold out, one a line. Makes a single fold of them.
-        grades_file: CSV with a column Grade and a column with the ids. By default grades are those in the
-            data set's cases.json.
-        force: Whether to replace a file that says something else.
+        dataset: Id or name of a data set in nnUNet_raw.
+        folds: Number of folds, 2 or more. Not used if `validation_file` is given.
+        balance: Property to balance over the folds: tumour volume, grade, both (the grade as far as it is known), or
+            none.
+        seed: Random seed, 0 or more. Other seeds give other folds of similar balance.
+        group: Regular expression, searched for in every id. Its first group in parentheses, or the whole match if it
+            has none, names the group of the case. By default the group is the patient: from the data set's cases.json,
+            else from the id in BraTS 2023 and later. Any other case is a group by itself.
+        validation_file: File with the ids of the cases to hold out, one per line. Makes a single fold.
+        grades_file: CSV file with a column Grade and a column of ids. By default grades are read from the data set's
+            cases.json.
+        force: Whether to replace a file with other splits.
         processes: Number of processes, 1 or more.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
-        What was written.
+        The folds and the path of the splits file.
 
     Raises:
-        InputError: Something is wrong with the data set, the files or the arguments. Lists all that was found.
+        InputError: The data set, a file or an argument is invalid. Lists all errors.
     """
     folder = find_dataset(dataset)
     errors = list(_argument_errors(folds, balance, seed, processes))
@@ -207,7 +210,7 @@ def split(
     content = [entry.as_json() for entry in entries]
     results = folder_from_environment(RESULTS)
     ending = str(dataset_json["file_ending"])
-    # From the look at what is there to the replacement: two splits must not both find none.
+    # Hold the lock from reading the old file to replacing it: two runs at once must not both find no file.
     with writing(path.parent, lock=f".{path.name}.lock"):
         before = _read_splits(path)
         trainings = [] if results is None else list(_other_trainings(results / folder.name, entries, before, ending))
@@ -227,20 +230,20 @@ def split(
 
 
 def patient_of(case_id: str) -> str:
-    """The patient that an id names: its time point is left out in the naming of BraTS 2023 and later.
+    """Return the patient from a case id: for ids of BraTS 2023 and later, the id without its time point.
 
     Args:
         case_id: For example BraTS-GLI-00005-100.
 
     Returns:
-        For example BraTS-GLI-00005; any other id as it is.
+        For example BraTS-GLI-00005; any other id is unchanged.
     """
     match = _PATIENT_AND_TIME.fullmatch(case_id)
     return match[1] if match else case_id
 
 
 def compile_group(group: str | None) -> tuple[re.Pattern[str] | None, list[str]]:
-    """The pattern for `group_cases` that --group gives, None where it is not given, and a message if it is none."""
+    """Compile the pattern of --group for `group_cases`: None if it is not given; also a message if it is invalid."""
     if group is None:
         return None, []
     try:
@@ -252,16 +255,16 @@ def compile_group(group: str | None) -> tuple[re.Pattern[str] | None, list[str]]
 def group_cases(
     ids: Sequence[str], pattern: re.Pattern[str] | None = None, patients: Mapping[str, str] | None = None
 ) -> tuple[dict[str, str], list[str]]:
-    """The group of every case.
+    """Return the group of every case.
 
     Args:
-        ids: Of the cases.
-        pattern: Names the group with its first group in parentheses, or with all that it matches where it has none.
-            By default the group is the patient.
-        patients: The patient of cases of which it is known; of others, the id names it.
+        ids: Ids of the cases.
+        pattern: Its first group in parentheses, or the whole match if it has none, names the group. By default the
+            group is the patient.
+        patients: Known patients by case id. For other cases the patient is derived from the id.
 
     Returns:
-        Groups by id, and a message that names all ids without a group.
+        Groups by case id, and a message if ids have no group.
     """
     if pattern is None:
         return {case_id: (patients or {}).get(case_id) or patient_of(case_id) for case_id in ids}, []
@@ -281,19 +284,20 @@ def group_cases(
 
 
 def balanced_parts(cases: Sequence[CaseFacts], folds: int, balance: Balance, seed: int) -> list[set[str]]:
-    """Divide cases into parts of about equal size, groups whole, that are alike in what is to be balanced.
+    """Divide cases into balanced parts of about equal size without splitting groups.
 
-    Groups are dealt out like cards, grade by grade, those with most cases and the largest tumours first. Then groups
-    change places as long as that makes the parts more alike, their sizes above all.
+    First, groups are dealt to the parts like cards, grade by grade; within a grade, groups with the most cases and the
+    largest tumours come first. Then groups are swapped or moved as long as this makes the parts more similar. Equal
+    sizes have the largest weight.
 
     Args:
-        cases: At least as many groups as parts.
+        cases: Cases of at least as many groups as parts.
         folds: Number of parts, 2 or more.
-        balance: What is spread evenly.
-        seed: Decides between divisions that are about equally balanced.
+        balance: Property to balance over the parts.
+        seed: Random seed. It selects among divisions that are about equally balanced.
 
     Returns:
-        Ids of every part.
+        Case ids of every part.
     """
     rng = np.random.default_rng(seed)
     members: dict[str, list[CaseFacts]] = defaultdict(list)
@@ -302,7 +306,7 @@ def balanced_parts(cases: Sequence[CaseFacts], folds: int, balance: Balance, see
     groups = list(members.values())
 
     size = _shares([len(group) for group in groups])
-    # Less the share in the cases: a part with more cases may have more volume, for equal means.
+    # Subtract the share of cases: to have an equal mean volume, a part with more cases needs more volume.
     columns, order = [_SIZE_WEIGHT * size], [size]
     if balance in ("both", "volume"):
         volume = _shares([sum(case.volume for case in group) for group in groups])
@@ -313,7 +317,7 @@ def balanced_parts(cases: Sequence[CaseFacts], folds: int, balance: Balance, see
             share = _shares([sum(case.grade == grade for case in group) for group in groups])
             columns.append(share - size)
             order.append(share)
-    # the last key counts most; what is equal comes in any order, and so do the groups of one round
+    # The last key of lexsort counts most. Ties are in random order, and so are the groups of one round.
     shuffled = rng.permutation(len(groups))
     dealt = shuffled[np.lexsort([-column[shuffled] for column in order])]
     part = np.zeros(len(groups), dtype=np.int64)
@@ -328,21 +332,21 @@ def balanced_parts(cases: Sequence[CaseFacts], folds: int, balance: Balance, see
 
 
 def _shares(values: Sequence[float]) -> NDArray[np.float64]:
-    """Each value as a share of their sum."""
+    """Return each value as a fraction of the sum."""
     array = np.asarray(values, dtype=np.float64)
     return array / (array.sum() or 1.0)
 
 
 def _exchange(shares: NDArray[np.float64], part: NDArray[np.int64], parts: int) -> NDArray[np.int64]:
-    """Swap groups between parts, or move one, as long as the sums of all parts come closer to each other.
+    """Swap groups between parts, or move one, as long as the sums of the parts become more equal.
 
     Args:
-        shares: (groups, quantities), what every group adds to the sums.
-        part: (groups,), the part in which every group is.
-        parts: Number of parts; none of them gets empty.
+        shares: (groups, quantities), contribution of every group to the sums.
+        part: (groups,), the part of every group.
+        parts: Number of parts; none of them becomes empty.
 
     Returns:
-        The part in which every group is then.
+        The new part of every group.
     """
     part = part.copy()
     sums = np.stack([shares[part == number].sum(axis=0) for number in range(parts)])
@@ -350,8 +354,9 @@ def _exchange(shares: NDArray[np.float64], part: NDArray[np.int64], parts: int) 
         changed = False
         for group in range(len(part)):
             own = part[group]
-            # Of the sum of squares over two parts, if the first gains d and the second loses it: 2 d (first - second)
-            # + 2 d^2. In a swap d is the difference of two groups, in a move all of one.
+            # If the first of two parts gains d and the second loses d, their sum of squares changes by
+            # 2 d (first - second) + 2 d^2. Below is half of it. In a swap d is the difference of two groups, in a move
+            # one whole group.
             gain = shares - shares[group]
             swaps = (gain * (sums[own] - sums[part])).sum(axis=1) + (gain**2).sum(axis=1)
             moves = ((sums - sums[own]) * shares[group]).sum(axis=1) + (shares[group] ** 2).sum()
@@ -373,10 +378,10 @@ def _exchange(shares: NDArray[np.float64], part: NDArray[np.int64], parts: int) 
 
 
 def format_table(done: Split) -> str:
-    """Lay the folds out as text: cases, groups, mean volume and grades of the cases held out.
+    """Format the folds as a text table: cases, groups, mean volume and grades of the held-out cases.
 
     Args:
-        done: What `split` wrote.
+        done: Result of `split`.
 
     Returns:
         Lines without a final line break.
@@ -412,7 +417,7 @@ def _argument_errors(folds: int, balance: str, seed: int, processes: int) -> Ite
     if folds < 2:
         yield f"The number of folds is {folds}; expected 2 or more. For a single one give --validation FILE."
     if balance not in BALANCES:
-        yield f"To be balanced is {balance!r}; expected one of {', '.join(BALANCES)}."
+        yield f"The property to balance is {balance!r}; expected one of {', '.join(BALANCES)}."
     if not 0 <= seed < 2**32:
         yield f"The seed is {seed}; expected 0 to {2**32 - 1}."
     if processes < 1:
@@ -443,7 +448,7 @@ def _read_validation(path: Path, cases: Mapping[str, CaseFacts]) -> tuple[set[st
     unknown = [case_id for case_id in dict.fromkeys(listed) if case_id not in cases]
     if unknown:
         errors.append(
-            f"{path} names {len(unknown)} cases that the data set has not: {first_few(unknown, 20)}; expected "
+            f"{path} names {len(unknown)} cases that are not in the data set: {first_few(unknown, 20)}; expected "
             f"ids such as {', '.join(list(cases)[:2])}, without channel and file ending."
         )
     twice = [case_id for case_id, times in Counter(listed).items() if times > 1]
@@ -458,18 +463,18 @@ def _read_validation(path: Path, cases: Mapping[str, CaseFacts]) -> tuple[set[st
     apart = [case.case_id for case in cases.values() if case.group in groups and case.case_id not in held_out]
     if apart and held_out < set(cases):
         errors.append(
-            f"{len(apart)} cases would be trained on that are of the same patient or group as held-out ones: "
-            f"{first_few(apart, 20)}; add them to {path}, or take their relatives out."
+            f"{len(apart)} training cases are of the same patient or group as held-out ones: {first_few(apart, 20)}; "
+            f"add them to {path}, or remove the other cases of their groups from it."
         )
     return held_out, errors
 
 
-# --- what is known of the cases -------------------------------------------------------------------------------------
+# --- facts about the cases ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Measure:
-    """What one process needs to measure one case."""
+    """Arguments of `_measure`."""
 
     case: TrainingCase
     reader: type
@@ -477,7 +482,7 @@ class _Measure:
 
 
 def _measure(job: _Measure) -> tuple[float, float | None] | str:
-    """Labelled volume in ml and a value that is a little off a label, or why they cannot be known."""
+    """Return the labelled volume in ml and a value slightly off a label, if any; or an error message."""
     try:
         labels = read_labels(job.case.labels, job.reader)
     except InputError as error:
@@ -491,7 +496,7 @@ def _measure(job: _Measure) -> tuple[float, float | None] | str:
 def _grades(
     known: Mapping[str, Mapping[str, str]], grades_file: str | Path | None, ids: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Grade of every case, UNKNOWN where it is not known."""
+    """Return the grade of every case, UNKNOWN if it is not known, and a message for every error."""
     if grades_file is not None:
         grades, errors = _read_grades(Path(grades_file), ids)
     else:
@@ -500,7 +505,7 @@ def _grades(
 
 
 def _read_cases_file(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """What a data set's cases.json knows of each case: its grade and its patient."""
+    """Read the grade and the patient of each case from a data set's cases.json."""
     if not path.is_file():
         return {}, []
     try:
@@ -515,7 +520,7 @@ def _read_cases_file(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
 
 
 def _read_grades(path: Path, ids: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Grades from a CSV file such as BraTS's name_mapping.csv, which has a column of ids for every year."""
+    """Read grades from a CSV file such as BraTS's name_mapping.csv, which has a column of ids for every year."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -527,7 +532,7 @@ def _read_grades(path: Path, ids: Sequence[str]) -> tuple[dict[str, str], list[s
     if grade_column is None:
         return {}, [f"{path} has no column Grade, but {', '.join(map(str, columns)) or 'nothing'}."]
     wanted = set(ids)
-    # name_mapping.csv has one column of ids for each year; the one to take is that of this data set
+    # Of the columns of ids, take the one with the most ids of this data set.
     hits = {
         name: sum((row[name] or "").strip() in wanted for row in rows)
         for name in columns
@@ -550,11 +555,11 @@ def _read_grades(path: Path, ids: Sequence[str]) -> tuple[dict[str, str], list[s
     return {case_id: found.pop() for case_id, found in grades.items()}, []
 
 
-# --- what is there already ------------------------------------------------------------------------------------------
+# --- existing splits and trainings ----------------------------------------------------------------------------------
 
 
 def _read_splits(path: Path) -> Any:
-    """The splits that a file holds; None where there is none, or none that can be read."""
+    """Read the splits from a file. Return None if the file does not exist or is not valid."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         for entry in content:
@@ -565,13 +570,13 @@ def _read_splits(path: Path) -> Any:
 
 
 def _other_trainings(results: Path, folds: Sequence[Fold], before: Any, ending: str) -> Iterator[str]:
-    """A message for every trained fold that held out other cases than the new splits say.
+    """Yield a message for every trained fold whose held-out cases differ from the new splits, or are unknown.
 
     Args:
         results: The data set's folder of trained models.
         folds: The new splits.
-        before: The splits that the file held until now, None if there was none.
-        ending: Of the data set's files.
+        before: The previous splits, None if there were none.
+        ending: File ending of the data set.
     """
     models = [model for model in visible(results) if model.name.count("__") >= 2] if results.is_dir() else []
     for fold_folder in [folder for model in models if model.is_dir() for folder in visible(model)]:
@@ -583,14 +588,14 @@ def _other_trainings(results: Path, folds: Sequence[Fold], before: Any, ending: 
         model = f"{fold_folder.parent.name}, fold {number}"
         if int(number) >= len(folds):
             yield (
-                f"{model} in {results} is no fold of the new splits, which have {len(folds)}; nnU-Net would divide its "
-                f"cases at random."
+                f"{model} in {results} is not a fold of the new splits, which have {len(folds)}; nnU-Net would split "
+                f"its cases at random."
             )
             continue
         held_out, source = _held_out(fold_folder, int(number), before, ending)
         new = set(folds[int(number)].validation)
         if held_out is None:
-            yield f"{model} in {results} was trained on splits that are not known: it holds no validation."
+            yield f"{model} in {results} was trained on unknown splits: it has no validation."
         elif held_out != new:
             yield (
                 f"{model} in {results} held out other cases ({source}): {len(held_out)}, of which "
@@ -599,7 +604,7 @@ def _other_trainings(results: Path, folds: Sequence[Fold], before: Any, ending: 
 
 
 def _held_out(fold_folder: Path, number: int, before: Any, ending: str) -> tuple[set[str] | None, str]:
-    """The cases that a trained fold held out, and what tells so."""
+    """Return the cases that a trained fold held out, and the source of this information."""
     validation = fold_folder / "validation"
     try:
         summary = json.loads((validation / "summary.json").read_text(encoding="utf-8"))
@@ -607,7 +612,7 @@ def _held_out(fold_folder: Path, number: int, before: Any, ending: str) -> tuple
         return {name.removesuffix(ending) for name in names}, "validation/summary.json"
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    # A validation that was not finished has fewer files than cases; the old splits are all of them.
+    # An unfinished validation has fewer files than cases. The old splits are complete.
     if before is not None and number < len(before):
         return set(before[number]["val"]), "the splits file until now"
     files = list_files(validation, ending) if validation.is_dir() else []

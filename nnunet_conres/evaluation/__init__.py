@@ -1,1 +1,1 @@
-"""What a person reads after a run: tables of nnU-Net's scores and pictures of its predictions."""
+"""Evaluation of predictions: scores, comparisons of models, post-processing, reports and figures."""

@@ -1,4 +1,4 @@
-"""Results that are kept from run to run, each under a hash of all that it depends on."""
+"""Cache of results between runs. The key of a result is a hash of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _Result = TypeVar("_Result")
 
 
 def key_of(*parts: Any) -> str:
-    """A hash of JSON-like parts, and of this package's version."""
+    """Return a hash of JSON-like parts and of this package's version."""
     return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
 
 
 def content_of(path: Path) -> str:
-    """A hash of a file's content and of its ending: under another one the same bytes may be another image."""
+    """Return a file's ending and a hash of its content: the same bytes with another ending may be another image."""
     with file_errors(path):
         return path.suffix.lower() + hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def state_of(path: Path) -> list[Any]:
-    """Changes when a file is written again; reading gigabytes to be surer would take minutes."""
+    """Return path, size and modification time of a file. Hashing gigabytes would be safer, but takes minutes."""
     with file_errors(path):
         stat = path.stat()
     return [str(path), stat.st_size, stat.st_mtime_ns]
@@ -37,10 +37,10 @@ class Cache:
     """A folder of JSON files, one per result.
 
     Args:
-        folder: Made if need be; None to keep nothing.
+        folder: Created if missing; None to keep nothing.
 
     Raises:
-        InputError: The folder can't be made.
+        InputError: The folder can't be created.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -50,18 +50,18 @@ class Cache:
                 folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> Any:
-        """A result, None where there is none that can be read."""
+        """Return a stored result, or None if there is no readable one."""
         if self.folder is None:
             return None
         return try_read_json(self.folder / f"{key}.json")
 
     def put(self, key: str, content: Any) -> None:
-        """Keep a result. Several processes may write the same one at once."""
+        """Store a result. Several processes may write the same one at once."""
         if self.folder is not None:
             write_json(self.folder / f"{key}.json", content, indent=None)
 
     def kept(self, key: str, make: Callable[[], _Result]) -> _Result:
-        """A result as JSON holds it, made and kept where there is none."""
+        """Return the stored result; compute and store it if there is none. `make` has to return JSON-like content."""
         content: _Result | None = self.get(key)
         if content is None:
             content = make()

@@ -32,7 +32,7 @@ BINS: Final = 15
 """Equal bins of probability, as in Guo et al. 2017."""
 
 BOUNDARY: Final = 2
-"""A voxel is at the boundary if one up to this many voxels away along an axis is on the other side of it."""
+"""A voxel is near the boundary if a voxel at most this many voxels away along an axis is on the other side."""
 
 CALIBRATION_METRICS: Final[Mapping[str, Metric]] = {
     "ece_boundary": Metric(
@@ -54,22 +54,22 @@ CALIBRATION_METRICS: Final[Mapping[str, Metric]] = {
         "Expected calibration error of all annotated voxels; the background far from the region makes it small.",
     ),
 }
-"""The voxels that count, by the error's key."""
+"""Metrics by key; they differ in the voxels that they include."""
 
-# Raised where a change gives other numbers.
+# Raise when a change alters the results.
 _VERSION: Final = 1
-# Voxels that are sorted into bins at a time: what they need stays in the processor's cache.
+# Voxels binned at a time: the arrays of a chunk fit in the processor's cache.
 _CHUNK: Final = 1 << 18
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """How probabilities and truth agree, bin by bin.
+    """Agreement of probabilities and truth, bin by bin.
 
     Attributes:
         voxels: Number of voxels in each bin.
-        probability: Sum of their predicted probabilities.
-        positives: Number of them that are of the region.
+        probability: Sum of the predicted probabilities of these voxels.
+        positives: Number of these voxels that belong to the region.
     """
 
     voxels: NDArray[np.int64]
@@ -83,12 +83,12 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """The expected calibration error, 0 to 1; NaN without a voxel."""
+        """The expected calibration error, 0 to 1; NaN if there are no voxels."""
         total = int(self.voxels.sum())
         return float(np.abs(self.probability - self.positives).sum() / total) if total else math.nan
 
     def as_curve(self) -> dict[str, list[Any]]:
-        """Voxels, mean probability and observed frequency of every bin; None for a bin without voxels."""
+        """Return voxels, mean probability and observed frequency of every bin; None for a bin without voxels."""
         with np.errstate(invalid="ignore"):
             means, frequencies = self.probability / self.voxels, self.positives / self.voxels
         content = {"voxels": self.voxels.tolist(), "probability": means.tolist(), "frequency": frequencies.tolist()}
@@ -98,23 +98,23 @@ class Reliability:
 def reliability(
     probability: NDArray[np.floating[Any]], truth: NDArray[np.bool_], mask: NDArray[np.bool_] | None = None
 ) -> Reliability:
-    """Sort voxels into bins of their predicted probability.
+    """Sort voxels into bins by their predicted probability.
 
     The expected calibration error (ECE) is the mean over the voxels of |mean probability - observed frequency| of their
-    bin, for a region or label by itself: probability is that of the region, 0 to 1, and not that of the most probable
-    class, so that it means the same for labels (softmax) and for regions (sigmoid).
+    bin. It is computed for each region or label separately. The probability is that of the region, 0 to 1, not that of
+    the most probable class, so the ECE means the same for labels (softmax) and regions (sigmoid).
 
     Args:
         probability: Predicted probability of the region, 0 to 1.
-        truth: Whether a voxel is of the region, same shape.
-        mask: Voxels that count, same shape; all by default.
+        truth: Whether a voxel belongs to the region, same shape.
+        mask: Voxels to include, same shape; all by default.
 
     Returns:
-        `BINS` bins of equal width, each with its upper end.
+        `BINS` bins of equal width; each includes its upper edge.
 
     Source:
-        Naeini et al., AAAI 2015 (ECE); Guo et al., ICML 2017 (15 bins); Kull et al., NeurIPS 2019 (each class by
-        itself); Barfoot et al., arXiv:2506.03942 (per image and pooled, for segmentation).
+        Naeini et al., AAAI 2015 (ECE); Guo et al., ICML 2017 (15 bins); Kull et al., NeurIPS 2019 (each class
+        separately); Barfoot et al., arXiv:2506.03942 (per image and pooled, for segmentation).
     """
     if mask is not None:
         probability, truth = probability[mask], truth[mask]
@@ -124,7 +124,7 @@ def reliability(
     total = np.zeros(BINS, np.float64)
     for start in range(0, flat.size, _CHUNK):
         values, of = flat[start : start + _CHUNK], true[start : start + _CHUNK]
-        # Nearly all are background in the first bin, which needs no search.
+        # Nearly all voxels are background and fall into the first bin, which needs no search.
         above = np.flatnonzero(values > edges[0])
         higher, of_higher = values[above], of[above]
         places = np.searchsorted(edges, higher)
@@ -138,16 +138,17 @@ def reliability(
 
 
 def boundary(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The voxels near the boundary of a region, on both sides of it.
+    """Return the voxels near the boundary of a region, on both sides of it.
 
-    Most voxels of an image are background that every model is sure of. They hide how the models differ; errors and
-    doubt are at the boundary.
+    Most voxels of an image are background that every model is sure of. They hide the differences between models: errors
+    and doubt are at the boundary.
 
     Args:
         region: A mask of any number of axes.
 
     Returns:
-        Where one of the `BOUNDARY` voxels before or after along an axis is on the other side; same shape.
+        Mask of the same shape: True where one of the `BOUNDARY` voxels on either side along an axis is across the
+        boundary.
 
     Source:
         Ding et al., "Local temperature scaling for probability calibration", ICCV 2021.
@@ -164,19 +165,19 @@ def boundary(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def measure_calibration(found: Found, cache_folder: Path, reader: str, options: CompareOptions) -> dict[str, Any]:
-    """Calibration of all models that have probabilities, and of the ensembles of such.
+    """Measure the calibration of all models that have probabilities, and of the ensembles of such models.
 
     Args:
-        found: The models, ensembles among them, and what they predicted.
-        cache_folder: Keeps bins from run to run.
+        found: The models, including ensembles, and their predictions.
+        cache_folder: Where to cache bins and statistics.
         reader: Name of nnU-Net's reader for the references.
         options: How to compare.
 
     Returns:
-        What report.json holds.
+        The entry ``calibration`` of report.json.
 
     Raises:
-        InputError: Probabilities can't be read, or do not fit their reference; lists all errors.
+        InputError: Probabilities can't be read or do not fit their reference; lists all errors.
     """
     sources, without = _sources(found)
     bins = _bins(found, sources, Cache(cache_folder), reader, options) if sources else {}
@@ -198,18 +199,18 @@ def measure_calibration(found: Found, cache_folder: Path, reader: str, options: 
     return dict(without_nan(content))
 
 
-# --- what has probabilities -------------------------------------------------------------------------------------------
+# --- files of probabilities -------------------------------------------------------------------------------------------
 
 
 def _sources(found: Found) -> tuple[dict[str, dict[str, tuple[Path, ...]]], list[dict[str, Any]]]:
-    """Files of probabilities by model and case, several for an ensemble; and the models that lack some."""
+    """Return the files of probabilities by model and case, several for an ensemble, and the models that lack some."""
     file_ending = str(found.dataset_json["file_ending"])
     by_key = {model.key: model for model in found.models}
     sources: dict[str, dict[str, tuple[Path, ...]]] = {}
     without = []
     for model in found.models:
         if len(model.members) == 1:
-            continue  # post-processed: other labels, of the same probabilities
+            continue  # post-processed: other labels, same probabilities
         of = {case: tuple(_files(model, by_key, case, file_ending)) for case in found.cases}
         missing = [case for case, files in of.items() if not all(path.is_file() for path in files)]
         if missing:
@@ -225,7 +226,7 @@ def _files(model: Contender, by_key: Mapping[str, Contender], case: str, file_en
 
 
 def _channels_of(found: Found, model: Contender) -> Channels:
-    """In the order of the model's own dataset.json: the comparison's may list the same regions in another one."""
+    """Return a model's channels from its own dataset.json: the comparison's may order the regions differently."""
     settings = found.settings.get(model.members[0] if model.members else model.key)
     own = None if settings is None else settings / "dataset.json"
     return Channels.of_dataset(read_json(own) if own is not None and own.is_file() else found.dataset_json)
@@ -239,7 +240,7 @@ _Bins = dict[str, dict[str, Reliability]]
 
 @dataclass(frozen=True)
 class _Task:
-    """A case of some models."""
+    """A case, to be measured for some models."""
 
     reference: Path
     dataset_json: Mapping[str, Any]
@@ -254,7 +255,7 @@ def _bins(
     reader: str,
     options: CompareOptions,
 ) -> dict[str, dict[str, _Bins]]:
-    """By model and case."""
+    """Return the bins by model and case, from the cache where possible."""
     channels = {model.key: _channels_of(found, model) for model in found.models if model.key in sources}
     regions = {name: list(values) for name, values in Channels.of_dataset(found.dataset_json).regions.items()}
     settings = [_VERSION, regions, ignore_label(found.dataset_json["labels"]), reader]
@@ -267,7 +268,7 @@ def _bins(
     done = {place: bins for place, key in keys.items() if (bins := _of_entry(cache.get(key), list(regions)))}
     tasks = []
     for case in found.cases:
-        # Models whose channels mean the same are read together: a file of an ensemble's member is read once.
+        # Models with the same channels are measured together, so that files of ensemble members are read only once.
         todo = [model for model in sources if (case, model) not in done]
         for place in dict.fromkeys(tuple(channels[model].place.items()) for model in todo):
             group = [model for model in todo if tuple(channels[model].place.items()) == place]
@@ -288,7 +289,7 @@ def _bins(
 
 
 def _measure(task: _Task) -> dict[str, _Bins]:
-    """Bins of a case by model."""
+    """Measure the bins of a case, by model."""
     meaning = task.channels
     paths = list(dict.fromkeys(chain.from_iterable(task.files.values())))
     reference = read_labels(task.reference, reader_for(task.dataset_json, [task.reference])).voxels
@@ -337,7 +338,7 @@ def _as_entry(bins: _Bins) -> dict[str, Any]:
 
 
 def _of_entry(content: Any, regions: Sequence[str]) -> _Bins | None:
-    """What an entry of the cache holds; None if there is none that makes sense."""
+    """Parse an entry of the cache; return None if it is missing or malformed."""
     try:
         bins: _Bins = {name: {} for name in regions}
         for name in regions:
@@ -349,11 +350,11 @@ def _of_entry(content: Any, regions: Sequence[str]) -> _Bins | None:
         return None
 
 
-# --- what they say ---------------------------------------------------------------------------------------------------
+# --- statistics ------------------------------------------------------------------------------------------------------
 
 
 def _errors_of(bins: _Bins) -> dict[str, dict[str, float]]:
-    """A case's errors by region and metric; two or more regions are followed by their mean."""
+    """Return a case's errors by region and metric, followed by their mean if there are two or more regions."""
     errors = {name: {key: of.error for key, of in metrics.items()} for name, metrics in bins.items()}
     if len(errors) < 2:
         return errors
@@ -365,7 +366,7 @@ def _errors_of(bins: _Bins) -> dict[str, dict[str, float]]:
 
 
 def _pooled(cases: Sequence[_Bins]) -> dict[str, Any]:
-    """Error and curve of all cases' voxels together, by region and metric."""
+    """Return error and curve of the voxels of all cases together, by region and metric."""
     pooled: dict[str, Any] = {}
     for name, metrics in cases[0].items():
         for key in metrics:
@@ -378,7 +379,7 @@ def _pooled(cases: Sequence[_Bins]) -> dict[str, Any]:
 def _test(
     values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]], names: Mapping[str, str], found: Found
 ) -> dict[str, Any]:
-    """Means with their intervals, and paired differences to the baseline where that has probabilities."""
+    """Return means with intervals, and paired differences to the baseline if it has probabilities."""
     baseline = found.models[0].key
     comparisons = []
     if baseline in values and len(values) > 1:

@@ -1,4 +1,4 @@
-"""Compares trained models: find, score, test, draw, write, each stage with what the ones before it found."""
+"""Comparison of trained models: find, score, test, draw, write. Each stage uses the results of the earlier ones."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from nnunet_conres.text import aligned, first_few
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found and wrote.
+    """The results of a comparison, and the files that were written.
 
     Attributes:
-        content: What report.json holds.
-        report: report.html.
-        json: report.json.
-        csv: cases.csv.
+        content: Content of report.json.
+        report: Path of report.html.
+        json: Path of report.json.
+        csv: Path of cases.csv.
     """
 
     content: Mapping[str, Any]
@@ -45,7 +45,7 @@ class Comparison:
     csv: Path
 
     def as_text(self) -> str:
-        """The main figures for a person at a terminal."""
+        """Return the main figures, conclusions and warnings as text for a terminal."""
         content = self.content
         region = overall_of(content["regions"])
         timed = times_compare([model["cost"] for model in content["models"]])
@@ -71,15 +71,15 @@ class Comparison:
 
 
 def compare(found: Found, output_folder: str | Path, options: CompareOptions | None = None) -> Comparison:
-    """Compares models, and writes the report.
+    """Compare models and write the report.
 
     Args:
-        found: The models, and what they predicted: what `find_cross_validation` or `find_test_set` returns.
-        output_folder: Where the report goes; made if need be.
+        found: The models and their predictions, from `find_cross_validation` or `find_test_set`.
+        output_folder: Folder of the report; created if missing.
         options: How to compare.
 
     Returns:
-        What was found and written.
+        The results, and the paths of the files.
 
     Raises:
         InputError: Files can't be read or do not fit each other, or the report can't be written.
@@ -120,7 +120,7 @@ def compare(found: Found, output_folder: str | Path, options: CompareOptions | N
 
 
 def _content(found: Found, scores: Scores, findings: Findings, costs: Costs, warnings: Sequence[str]) -> dict[str, Any]:
-    """What report.json holds."""
+    """Return the content of report.json, except for the calibration."""
     content: dict[str, Any] = without_nan(
         {
             "format": REPORT_FORMAT,
@@ -185,9 +185,9 @@ def _displaced(scores: Scores) -> list[str]:
     if not scores.displaced:
         return []
     return [
-        f"By their headers, {first_few([str(path) for path in scores.displaced])} do not lie where the reference does "
-        f"(origin or directions). Voxels were compared one by one all the same: are these predictions of the same "
-        f"images, and not turned?"
+        f"Headers of {first_few([str(path) for path in scores.displaced])} have another origin or orientation than the "
+        f"reference. Voxels were compared by index; check that these are predictions of the same images in the same "
+        f"orientation."
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a model costs, from its plans and from what its trainings logged."""
+"""Cost of a model, from its plans and from the logs of its trainings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from nnunet_conres.nnunet import CHECKPOINTS, Model, architecture_errors, resolv
 from nnunet_conres.text import short_message
 from nnunet_conres.unpickling import read_checkpoint
 
-# What the trainers of this package say besides: an attribute, which nnU-Net writes into debug.json, and a logged line.
+# Trainers of this package also record this attribute, which nnU-Net writes into debug.json, and two log lines.
 _PRECISION_ATTRIBUTE: Final = "training_precision"
-# What the folds of a model should have in common: attributes of Cost, and what many of them are called.
+# Conditions that the folds of a model should share: attributes of Cost, and their plurals for messages.
 _CONDITIONS: Final = {"device": "devices", "precision": "precisions", "optimizer": "optimisers"}
 _CPU_SHARE_LINE: Final = re.compile(r"Share of the CPU cores used: ([\d.]+)")
-# Trainings whose shares of the cores differ by more than this had different company on the machine.
+# A larger difference means that the machine was loaded differently during the trainings.
 _MOST_SHARE_DIFFERENCE: Final = 0.1
-# With less, other work had most of the cores, and how much of it there was decides about the times.
+# Below this share, other work had most of the cores, and its amount determined the times.
 _LEAST_SHARE: Final = 0.5
 _PEAK_MEMORY_LINE: Final = re.compile(r"Peak GPU memory: ([\d.]+) GiB")
 
@@ -39,24 +39,25 @@ _GIGA: Final = 1e9
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model takes. None where it is not known.
+    """Cost of a model. Unknown values are None.
 
     Attributes:
         parameters: Trainable parameters of the network.
-        conv_gflops_per_patch: Floating point operations of all convolutions, 1e9, for one patch forward, as in a
-            prediction; a multiplication and an addition are two.
-        patch_size: Voxels.
+        conv_gflops_per_patch: Floating point operations, in 1e9, of all convolutions in the forward pass of one patch,
+            as in prediction; a multiplication and an addition count as two.
+        patch_size: In voxels.
         batch_size: Patches per step.
-        epochs: Epochs trained; the fewest of the folds.
+        epochs: Epochs trained; the minimum over the folds.
         epoch_seconds: Median over epochs and folds.
         training_seconds: Sum over the epochs, mean over folds, without the final validation.
-        peak_memory_gib: Largest that was logged.
+        peak_memory_gib: Largest value logged.
         prediction_seconds_per_case: Median over the cases of the final validation: sliding window with mirroring on
             preprocessed data.
-        device: Where it was trained.
-        precision: Of training steps.
-        optimizer: Its name and the learning rate that it started with.
-        cpu_share: Of a training on a CPU: how much of its cores' time it got, 0 to 1; median over epochs and folds.
+        device: Device of the training.
+        precision: Precision of the training steps.
+        optimizer: Name of the optimiser and its initial learning rate.
+        cpu_share: For a training on a CPU, the share of the cores' time that it got, 0 to 1; median over epochs and
+            folds.
     """
 
     parameters: int | None = None
@@ -80,12 +81,12 @@ Curves = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Costs:
-    """What is known of the trainings of several models.
+    """Costs and training curves of several models.
 
     Attributes:
-        costs: By the models' keys.
-        curves: Likewise; empty for an ensemble.
-        warnings: What could not be found out, and in what the trainings differ.
+        costs: By model key.
+        curves: By model key; empty for an ensemble.
+        warnings: Values that could not be determined, and differences between the trainings.
     """
 
     costs: Mapping[str, Cost]
@@ -94,11 +95,11 @@ class Costs:
 
 
 def costs_of(models: Sequence[Contender], cache_folder: Path | None = None) -> Costs:
-    """Costs and training curves of models, and what their ensembles cost together.
+    """Collect costs and training curves of models; an ensemble costs the sum of its members.
 
     Args:
-        models: Members come before their ensembles.
-        cache_folder: Keeps what is known of networks from run to run.
+        models: Members precede their ensembles.
+        cache_folder: Where to cache parameters and operations of networks.
     """
     costs: dict[str, Cost] = {}
     curves: dict[str, Curves] = {}
@@ -114,14 +115,14 @@ def costs_of(models: Sequence[Contender], cache_folder: Path | None = None) -> C
 
 
 def model_cost(model: Contender, cache_folder: Path | None = None) -> tuple[Cost, Curves, list[str]]:
-    """Costs and training curves of a trained model.
+    """Collect costs and training curves of a trained model.
 
     Args:
-        model: The model; without a folder nothing is known of it.
-        cache_folder: Keeps what is known of networks from run to run.
+        model: The model. Its cost is unknown if the folder or the nnU-Net name is unknown.
+        cache_folder: Where to cache parameters and operations of networks.
 
     Returns:
-        The cost, the curves, and warnings about what could not be found out.
+        The cost, the curves, and warnings about values that could not be determined.
     """
     if model.folder is None or model.model is None:
         return Cost(), {}, []
@@ -138,7 +139,7 @@ def model_cost(model: Contender, cache_folder: Path | None = None) -> tuple[Cost
         logged, reasons = _logged(folder)
         if logged is None:
             notes.append(
-                " ".join([f"{model.name}, fold {fold}: no checkpoint to read the training's curves from.", *reasons])
+                " ".join([f"{model.name}, fold {fold}: no readable checkpoint, so no training curves.", *reasons])
             )
         else:
             curves[str(fold)] = _curves(logged, _region_names(model.folder))
@@ -171,7 +172,7 @@ def model_cost(model: Contender, cache_folder: Path | None = None) -> tuple[Cost
 
 
 def ensemble_cost(members: Sequence[Cost]) -> Cost:
-    """What the members cost together; None where one is not known."""
+    """Return the sum of the members' costs; a value is None if that of a member is unknown."""
 
     def total(values: Sequence[float | None]) -> Any:
         return None if any(value is None for value in values) else sum(value for value in values if value is not None)
@@ -184,10 +185,10 @@ def ensemble_cost(members: Sequence[Cost]) -> Cost:
 
 
 def unlike_conditions(costs: Mapping[str, Cost]) -> list[str]:
-    """Warnings where models were not trained under the same conditions.
+    """Return warnings about training conditions that differ between models.
 
     Args:
-        costs: By the models' names.
+        costs: By model name.
     """
     warned = []
     for attribute, what in (
@@ -196,29 +197,29 @@ def unlike_conditions(costs: Mapping[str, Cost]) -> list[str]:
         ("device", "device"),
         ("epochs", "number of epochs"),
         ("batch_size", "batch size"),
-        ("patch_size", "patch"),
+        ("patch_size", "patch size"),
     ):
         values = {name: getattr(cost, attribute) for name, cost in costs.items()}
         known = {name: value for name, value in values.items() if value is not None}
         if len(set(known.values())) > 1:
             listed = "; ".join(f"{name}: {_readable(value)}" for name, value in known.items())
-            warned.append(f"The models differ in their {what}, which may matter as much as the network does: {listed}.")
+            warned.append(f"The models differ in their {what}, which may matter as much as the network: {listed}.")
     if not _loads_are_alike([cost.cpu_share for cost in costs.values()]):
         listed = "; ".join(
             f"{name}: {cost.cpu_share:.2f}" for name, cost in costs.items() if cost.cpu_share is not None
         )
         warned.append(
-            f"The machine was busy with other work during some trainings, so their times do not compare. Share of the "
-            f"CPU cores used: {listed}."
+            f"The machine was busy with other work during some trainings, so their times are not comparable. Share of "
+            f"the CPU cores used: {listed}."
         )
     return warned
 
 
 def times_compare(costs: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the times of trainings say something about the models: same device, precision and load of the machine.
+    """Return whether training times are comparable: same device, same precision, machine not busy with other work.
 
     Args:
-        costs: Of the models, as JSON holds them; what is not known counts as equal.
+        costs: Costs of the models, as in report.json; unknown values count as equal.
     """
     known = [{cost.get(key) for cost in costs} - {None} for key in ("device", "precision")]
     return all(len(values) < 2 for values in known) and _loads_are_alike([cost.get("cpu_share") for cost in costs])
@@ -237,14 +238,14 @@ def _readable(value: Any) -> str:
 
 
 def _network_cost(folder: Path, model: Model, name: str, notes: list[str], cache: Cache) -> dict[str, Any]:
-    """Parameters, operations, patch and batch, from the plans that the model was trained with."""
+    """Return parameters, operations, patch size and batch size, from the plans that the model was trained with."""
     known: dict[str, Any] = {}
     try:
         plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
         configuration = resolved_configuration(plans, model.configuration)
         known["patch_size"] = tuple(int(extent) for extent in configuration["patch_size"])
         known["batch_size"] = int(configuration["batch_size"])
-        # Trained again, it may be another network under the same name.
+        # After retraining, another network may have the same name.
         trained = [state_of(path) for path in sorted(folder.glob("fold_*/checkpoint_*.pth"))]
         key = key_of(version("nnunetv2"), version("torch"), asdict(model), plans, dataset_json, trained)
         known |= cache.kept(key, partial(_count, folder, plans, dataset_json, model))
@@ -254,10 +255,10 @@ def _network_cost(folder: Path, model: Model, name: str, notes: list[str], cache
 
 
 def _count(folder: Path, plans_json: dict[str, Any], dataset_json: dict[str, Any], model: Model) -> dict[str, Any]:
-    """Parameters, and operations of a patch, by executing the network without numbers.
+    """Count parameters and operations per patch by running the network on PyTorch's meta device, without data.
 
     Raises:
-        InputError: The plans name as part of a network what is none, and would be called.
+        InputError: The plans name something as a network or layer that is none; building the network would call it.
     """
     if errors := architecture_errors(folder / "plans.json"):
         raise InputError(errors[0])
@@ -290,16 +291,20 @@ def _count(folder: Path, plans_json: dict[str, Any], dataset_json: dict[str, Any
 
 
 def _logged(fold_folder: Path) -> tuple[dict[str, list[Any]] | None, list[str]]:
-    """What nnU-Net's logger keeps in checkpoints, a value per epoch; and why checkpoints that are there have none."""
+    """Read nnU-Net's log, one value per epoch, from the first checkpoint that has a readable one.
+
+    Returns:
+        The log, None if no checkpoint has one; and the reason for every checkpoint that was tried in vain.
+    """
     reasons: list[str] = []
     for name in CHECKPOINTS:
         if (fold_folder / name).is_file():
             try:
                 return dict(read_checkpoint(fold_folder / name)["logging"]), reasons
-            except InputError as error:  # the next may be whole
+            except InputError as error:  # the next one may be readable
                 reasons.append(str(error))
             except (KeyError, TypeError, ValueError):
-                reasons.append(f"{fold_folder / name} holds no log of nnU-Net.")
+                reasons.append(f"{fold_folder / name} contains no training log of nnU-Net.")
     return None, reasons
 
 
@@ -320,17 +325,17 @@ def _curves(logged: Mapping[str, list[Any]], regions: Sequence[str]) -> dict[str
 
 
 def _region_names(folder: Path) -> list[str]:
-    """Names of labels or regions in the order in which nnU-Net logs their Dice."""
+    """Return the names of labels or regions in the order in which nnU-Net logs their Dice."""
     labels = read_json(folder / "dataset.json")["labels"]
     names = [name for name in labels if name not in ("background", "ignore")]
     if any(isinstance(labels[name], list) for name in names):
         return names
-    # the network's channels are sorted by label, whatever the order in the file
+    # The network's channels are sorted by label, whatever the order in the file.
     return sorted(names, key=lambda name: int(labels[name]))
 
 
 def _log_lines(fold_folder: Path) -> list[tuple[datetime, str]]:
-    """All that the trainings of a fold logged, with its time, in the order of the files."""
+    """Return all log lines of a fold's trainings with their times, the oldest file first."""
     lines = []
     for path in sorted(fold_folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -341,7 +346,10 @@ def _log_lines(fold_folder: Path) -> list[tuple[datetime, str]]:
 
 
 def _prediction_seconds(lines: Sequence[tuple[datetime, str]]) -> list[float]:
-    """Seconds between a case's turn in a validation and the next one's; what comes after the last is not prediction."""
+    """Return the seconds from the start of each case of a validation to the start of the next case.
+
+    The last case is left out: the lines after it do not mark the end of a prediction.
+    """
     seconds = []
     for (began, line), (ended, following) in zip(lines, lines[2:], strict=False):
         # "predicting CASE", then a line with its shape, then the next case
@@ -351,7 +359,7 @@ def _prediction_seconds(lines: Sequence[tuple[datetime, str]]) -> list[float]:
 
 
 def _training_conditions(fold_folder: Path) -> dict[str, str]:
-    """What is known of `_CONDITIONS` in a fold; what nnU-Net wrote about the last start of its training."""
+    """Read the known `_CONDITIONS` of a fold from its debug.json, which nnU-Net writes at each start of a training."""
     try:
         debug = read_json(fold_folder / "debug.json")
     except InputError:
@@ -366,7 +374,7 @@ def _training_conditions(fold_folder: Path) -> dict[str, str]:
 
 
 def _optimizer(text: str) -> str | None:
-    """Name and first learning rate of an optimiser as PyTorch prints it."""
+    """Return name and initial learning rate of an optimiser from its text form in PyTorch."""
     name = re.match(r"(\w+) \(", text)
     if name is None:
         return None

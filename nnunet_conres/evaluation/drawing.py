@@ -1,4 +1,4 @@
-"""Fourth stage of a comparison: the cases that the report shows slice by slice."""
+"""Fourth stage of a comparison: pictures of the cases that the report shows slice by slice."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from nnunet_conres.text import first_few, short_message
 
 
 def draw_cases(found: Found, shown: Sequence[str], cache_folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Pictures of images, reference and predictions.
+    """Draw images, reference and predictions.
 
     Args:
-        found: The models, and what they predicted.
+        found: The models and their predictions.
         shown: Ids of the cases.
-        cache_folder: Keeps pictures from run to run.
+        cache_folder: Where to cache the pictures.
 
     Returns:
-        What `pack_case` makes of every case that can be shown, and warnings about the others.
+        The result of `pack_case` for every case that can be shown, and warnings about the others.
     """
     warnings = []
     without = [case for case in shown if case not in found.images]
     if without:
         where = (
-            "they are looked for in imagesTr of the raw data set."
+            "there are none in imagesTr of the raw data set."
             if found.kind == "cross-validation"
-            else "name their folder with -i."
+            else "pass their folder with -i."
         )
-        warnings.append(f"No images to show of {first_few(without)}: {where}")
+        warnings.append(f"No images found for {first_few(without)}: {where}")
     cache = Cache(cache_folder)
     pictures = []
     for case in (case for case in shown if case in found.images):
@@ -42,13 +42,13 @@ def draw_cases(found: Found, shown: Sequence[str], cache_folder: Path) -> tuple[
         try:
             pictures.append(cache.kept(key, partial(_pack, found, case)))
         except ValueError as error:
-            # Scores and statistics are there already: what can't be shown must not cost them.
+            # Scores and statistics are complete: a case that can't be shown must not lose them.
             warnings.append(f"No pictures of {case}: {short_message(error)}.")
     return pictures, warnings
 
 
 def _pack(found: Found, case: str) -> dict[str, Any]:
-    """A case for the viewer.
+    """Pack a case for the viewer.
 
     Raises:
         ValueError: Its files can't be read or do not fit each other.

@@ -1,4 +1,4 @@
-"""Ensembles of any number of models: probabilities averaged, as nnU-Net averages those of two."""
+"""Ensembles of any number of models: the mean of their probabilities, as nnU-Net does for two models."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _SOURCES = "sources.json"
 
 
 def add_ensembles(found: Found, output: Path, options: CompareOptions) -> Found:
-    """Ensembles of all models that have probabilities; what is missing for more becomes a warning.
+    """Add ensembles of all models that have probabilities, and warnings about ensembles that are not possible.
 
     Args:
-        found: The models, and what they predicted.
-        output: The ensembles' label maps go into a folder within it.
+        found: The models and their predictions.
+        output: Folder of the comparison; the label maps go into its folder ``ensembles``.
         options: How to compare.
 
     Returns:
-        The same with the ensembles after the models.
+        `found` with the ensembles after the models.
 
     Raises:
         InputError: The probabilities of a case do not fit each other, or a file can't be read.
@@ -47,7 +47,7 @@ def add_ensembles(found: Found, output: Path, options: CompareOptions) -> Found:
     ]
     if len(found.models) > 1 and len(able) < len(found.models):
         without = [model.name for model in found.models if model not in able]
-        lines = [f"No ensemble with {', '.join(without)}: probabilities are missing. Run these, or add --run:"]
+        lines = [f"No ensemble with {', '.join(without)}: probabilities are missing. Run these commands, or add --run:"]
         for missing in found.missing_probabilities:
             lines.append(missing.remedy if missing.command else missing.as_text)
         warnings.append("\n".join(lines))
@@ -70,7 +70,7 @@ def add_ensembles(found: Found, output: Path, options: CompareOptions) -> Found:
 
 
 def ensemble_members(models: Sequence[Contender]) -> list[tuple[Contender, ...]]:
-    """Which models are put together: all pairs, as nnU-Net does, and all of them."""
+    """Return the members of each ensemble: all pairs, as in nnU-Net, and all models together."""
     members: list[tuple[Contender, ...]] = list(combinations(models, 2))
     if len(models) > 2:
         members.append(tuple(models))
@@ -78,14 +78,15 @@ def ensemble_members(models: Sequence[Contender]) -> list[tuple[Contender, ...]]
 
 
 def settings_differences(models: Sequence[Contender], settings: Mapping[str, Path]) -> list[str]:
-    """What keeps the probabilities of models from being averaged.
+    """Return the reasons why the probabilities of models can't be averaged.
 
     Args:
         models: The models.
-        settings: Folder with the dataset.json and plans.json that a model predicted with, by its key.
+        settings: Folder with the dataset.json and plans.json that each model predicted with, by model key.
 
     Returns:
-        A message for every difference that changes what a number in a file of probabilities stands for.
+        A message for every difference that changes the meaning of the probabilities. If files can't be read, messages
+        about these only.
     """
     read: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     errors = []
@@ -123,16 +124,16 @@ def build_ensemble(
     processes: int = 1,
     progress: bool = True,
 ) -> Contender:
-    """Averages the members' probabilities, each member counting the same, and writes the label maps.
+    """Average the members' probabilities with equal weights, and write the label maps.
 
-    Cases that are there already, made of the same files and not touched since, are not made again.
+    A case is skipped if its label map exists and neither the map nor the members' files have changed since.
 
     Args:
         key: The ensemble's key.
         members: Two models or more, with probabilities for all cases.
         cases: Ids of the cases.
-        output_folder: Where the label maps go.
-        settings_folder: Folder with dataset.json and plans.json, which are the members' own.
+        output_folder: Folder for the label maps.
+        settings_folder: Folder with the dataset.json and plans.json of the members.
         processes: Number of processes.
         progress: Whether to show a progress bar on stderr.
 
@@ -174,7 +175,7 @@ def _files(members: Sequence[Contender], case: str, file_ending: str) -> Iterato
 
 
 def _average_case(job: tuple[list[str], str, str]) -> None:
-    """Writes a case's label map with nnU-Net's own means."""
+    """Average the probabilities of a case, and write its label map with nnU-Net's own functions."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     files, target, settings_folder = job
@@ -186,8 +187,8 @@ def _average_case(job: tuple[list[str], str, str]) -> None:
         probabilities = read_probabilities(Path(file))
         if total is not None and total.shape != probabilities.shape:
             raise InputError(
-                f"{file} has probabilities of shape {probabilities.shape}, {files[0]} of shape {total.shape}: they are "
-                f"not of the same image and labels."
+                f"{file} has probabilities of shape {probabilities.shape}, {files[0]} of shape {total.shape}; "
+                f"expected probabilities of the same image and labels."
             )
         total = probabilities if total is None else total + probabilities
     properties_file = Path(files[0]).with_suffix(".pkl")

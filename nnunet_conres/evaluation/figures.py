@@ -1,4 +1,4 @@
-"""What all pictures of slices are made of: planes, outlines, notes and legends."""
+"""Parts of all figures of slices: planes, outlines, notes and legends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Where several channels could be shown: those that raters outline tumours on. In lower case, with the names of 2023.
+# Channels to prefer: those on which raters outline tumours. In lower case, including the names of BraTS 2023.
 _PREFERRED_CHANNELS: Final = (("flair", "t2f", "t2-flair"), ("t1ce", "t1c", "t1gd", "t1-ce"))
 
 LEGEND_COLUMNS: Final = 5
@@ -29,14 +29,14 @@ LEGEND_COLUMNS: Final = 5
 
 @dataclass(frozen=True)
 class Legend:
-    """What the channels and the labels of a data set are called.
+    """Names of the channels and labels of a data set.
 
     Attributes:
         channels: Names of the channels, in order.
         regions: Label values of every label or region to outline, by name.
-        file_ending: Of all images, as in dataset.json.
-        ignore_label: The label of voxels that are not annotated, None where there is none.
-        reader: Name of nnU-Net's reader for the files, "None" where nnU-Net chooses it by their ending.
+        file_ending: File ending of all images, as in dataset.json.
+        ignore_label: Label of voxels that are not annotated; None if there is none.
+        reader: Name of nnU-Net's reader for the files; "None" if nnU-Net chooses it by the file ending.
     """
 
     channels: tuple[str, ...]
@@ -47,7 +47,7 @@ class Legend:
 
 
 def read_legend(dataset_json: str | Path) -> Legend:
-    """Read from a data set's dataset.json what a figure needs.
+    """Read the names and labels that a figure needs from a dataset.json.
 
     Args:
         dataset_json: The file.
@@ -77,15 +77,15 @@ def slices_to_show(
     reference: NDArray[Any] | None = None,
     number: int = 3,
 ) -> list[int]:
-    """Slices along the first axis with the largest labelled area, kept apart from each other.
+    """Return the slices along the first axis with the largest labelled areas, at a distance from each other.
 
-    Areas of nested regions add up, so that slices through the innermost ones come first.
+    Areas of nested regions add up, so slices through the innermost regions come first.
 
     Args:
         prediction: Label map (z, y, x).
-        regions: Label values that count, by name.
+        regions: Label values of the regions to count, by name.
         reference: Label map of the same shape, counted together with the prediction.
-        number: How many slices at most, 1 or more.
+        number: Maximum number of slices, 1 or more.
 
     Returns:
         Slice indices in ascending order; the middle slice alone if nothing is labelled.
@@ -99,7 +99,7 @@ def slices_to_show(
     occupied = np.flatnonzero(area)
     if not occupied.size:
         return [prediction.shape[0] // 2]
-    # Neighbouring slices look alike: between two shown ones lies at least this share of the labelled range.
+    # Neighbouring slices look alike, so chosen slices are at least this far apart.
     gap = max(1, (int(occupied[-1]) - int(occupied[0]) + 1) // (number + 2))
     chosen: list[int] = []
     while len(chosen) < number and area.any():
@@ -111,7 +111,7 @@ def slices_to_show(
 
 @dataclass(frozen=True)
 class View:
-    """A plane through a volume: at an index of an axis, with two others as rows and columns of the picture."""
+    """A plane through a volume: an index along one axis; the other two are rows and columns of the picture."""
 
     axis: int
     index: int
@@ -124,7 +124,7 @@ class View:
 
 
 def content_box(image: NDArray[Any]) -> list[tuple[int, int]]:
-    """Indices (first, one past the last) along each axis of all that is not background, and a margin around."""
+    """Return the index range (first, one past the last) of all voxels but background along each axis, with a margin."""
     return _box(image != image.flat[0])
 
 
@@ -153,14 +153,14 @@ def show_plane(
     """Draw a plane of a volume.
 
     Args:
-        panel: Where to.
+        panel: Axes to draw on.
         view: The plane.
-        volume: With three axes.
-        values: At both ends of the colour map.
-        limits: Indices (first, one past the last) along each axis of what to show.
+        volume: Three axes.
+        values: Values at the two ends of the colour map.
+        limits: Index range (first, one past the last) to show along each axis.
         spacing: Voxel size along the three axes in mm.
-        reverse: For each axis, whether to show it from its end to its beginning.
-        colour_map: One of Matplotlib's.
+        reverse: Whether to flip each axis.
+        colour_map: Name of a Matplotlib colour map.
     """
     aspect = spacing[view.rows] / spacing[view.columns]
     low, high = values
@@ -175,18 +175,18 @@ def show_plane(
 
 
 def write_note(panel: Axes, text: str) -> None:
-    """Write into the upper left corner."""
+    """Write a note into the upper left corner of a panel."""
     note = panel.text(0.03, 0.97, text, transform=panel.transAxes, va="top", color="white", fontsize=8)
     note.set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.5})
 
 
 def write_legend(figure: Figure, colours: Mapping[str, str], *more: Mapping[str, Any]) -> None:
-    """Write below the panels what colours and lines stand for.
+    """Write a legend of colours and lines below the panels.
 
     Args:
-        figure: Where to.
-        colours: By the names of labels or regions.
-        more: Properties of other lines, `label` among them.
+        figure: The figure.
+        colours: By name of the label or region.
+        more: Properties of further lines, each with a `label`.
     """
     from matplotlib.lines import Line2D
 
@@ -203,7 +203,7 @@ def write_legend(figure: Figure, colours: Mapping[str, str], *more: Mapping[str,
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 120) -> Path:
-    """Write a figure; whoever looks finds it whole or not at all."""
+    """Write a figure atomically."""
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=dpi, facecolor=figure.get_facecolor())
     return path
@@ -219,32 +219,32 @@ def tint(panel: Axes, mask: NDArray[np.bool_], colour: str, opacity: float) -> N
 
 
 def channels_to_show(names: Sequence[str], count: int) -> list[int]:
-    """Which of so many channels to show, by their names: FLAIR and contrast-enhanced T1, else the first."""
+    """Return which of the first `count` channels to show, by name: FLAIR and contrast-enhanced T1, else the first."""
     lower = [name.lower() for name in names[:count]]
     found = [next((lower.index(name) for name in synonyms if name in lower), -1) for synonyms in _PREFERRED_CHANNELS]
     return [channel for channel in found if channel >= 0] or [0]
 
 
 def grey_window(image: NDArray[Any]) -> tuple[float, float]:
-    """Intensities to show as black and white, from the voxels other than the background's."""
+    """Return the intensities to show as black and white, without counting voxels of the background."""
     values = image[image != image.flat[0]]
     if not values.size:
         return 0.0, 1.0
     low, middle, high = (float(value) for value in np.percentile(values, (0.5, 50, 99.7)))
-    # Black as the background where that is dark, even if interpolation has left a few voxels darker still.
+    # A dark background is shown black, even if interpolation has left a few voxels darker still.
     background = float(image.flat[0])
     low = max(low, background) if background < middle else low
     return low, max(high, low + 1e-6)
 
 
 def content_range(images: NDArray[Any]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and columns (first, one past the last) of all slices that are not background, and a margin around them."""
+    """Return the rows and columns (first, one past the last) of all voxels but background, with a margin."""
     rows, columns = _box((images != images[:, :1, :1, :1]).any(axis=(0, 1)))
     return rows, columns
 
 
 def value_range(values: NDArray[Any]) -> tuple[float, float]:
-    """Values to show darkest and brightest."""
+    """Return the values to show darkest and brightest."""
     if not values.size:
         return 0.0, 1.0
     low, high = (float(value) for value in np.percentile(values, (0.5, 99.7)))
@@ -252,14 +252,14 @@ def value_range(values: NDArray[Any]) -> tuple[float, float]:
 
 
 def draw_outline(panel: Axes, mask: NDArray[np.bool_], colour: str, width: float, *, dashed: bool) -> None:
-    """Draw the border of a mask along the voxels' edges, where it is, not smoothed."""
+    """Draw the outline of a mask along voxel edges, without smoothing."""
     segments = _border(mask)
     if not segments:
         return
     from matplotlib.collections import LineCollection
 
     if dashed:
-        # Dark between the dashes, to stand out from bright tissue and from a solid line below.
+        # Black between the dashes makes them stand out from bright tissue and from a solid line below.
         panel.add_collection(LineCollection(segments, colors="black", linewidths=width, capstyle="butt"))
         panel.add_collection(LineCollection(segments, colors=colour, linewidths=width, linestyles=[(0, (4, 3))]))
     else:
@@ -267,9 +267,9 @@ def draw_outline(panel: Axes, mask: NDArray[np.bool_], colour: str, width: float
 
 
 def _border(mask: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
-    """Closed paths (points, 2) in x, y around a mask (y, x), along voxel edges."""
+    """Return closed paths (points, 2) in x, y around a mask (y, x), along voxel edges."""
     padded = np.pad(mask, 1)
-    # Every edge between a voxel inside and one outside, directed with the inside on its right, by its starting corner.
+    # Directed edges between inside and outside voxels, by starting corner; the inside is on the right of each edge.
     edges: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     inside = padded[1:-1, 1:-1]
@@ -301,7 +301,7 @@ def _border(mask: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
 
 
 def dice_text(prediction: NDArray[Any], reference: NDArray[Any], regions: Mapping[str, Sequence[int]]) -> str:
-    """Dice of every label or region."""
+    """Return the Dice of up to six labels or regions as text."""
     scores = []
     for name, values in regions.items():
         score = dice(np.isin(reference, values), np.isin(prediction, values), empty=math.nan)

@@ -1,4 +1,4 @@
-"""First stage of a comparison: what is compared, with its predictions, references and images, complete and checked."""
+"""First stage of a comparison: find predictions, references and images of the models, and check them."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from nnunet_conres.text import first_few
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """How models are compared.
+    """Options of a comparison.
 
     Attributes:
-        intersection: Whether to compare on the common cases where models have different ones.
-        ensembles: Whether to average probabilities and compare that as further models.
+        intersection: Whether to compare on the common cases if the models have different ones.
+        ensembles: Whether to add ensembles, which average the probabilities of models.
         calibration: Whether to measure the calibration of models that have probabilities.
-        run: Whether to run the commands that make what is missing.
-        device: Device of those commands; None for cuda where there is a GPU, else cpu.
+        run: Whether to run the commands that make missing predictions and probabilities.
+        device: Device of those commands; None for cuda if there is a GPU, else cpu.
         metrics: Conventions of the metrics.
-        group_pattern: Regular expression that finds in a case's id what it is grouped by, where cases are not
-            independent; None for the patients of BraTS's ids since 2023.
-        postprocessing: What `nnunet-conres postprocess fit` wrote, to compare each model with itself post-processed:
-            one file for all models, or files by the models' names.
-        processes: Cases scored at once.
+        group_pattern: Regular expression that finds the group in a case id, for cases that are not independent; None
+            for the patients in BraTS ids since 2023.
+        postprocessing: Files written by `nnunet-conres postprocess fit`, to compare each model with its post-processed
+            version: one file for all models, or files by model name.
+        processes: Number of cases scored in parallel.
         progress: Whether to show progress bars on stderr.
     """
 
@@ -62,7 +62,7 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class Found:
-    """What is compared: checked and complete.
+    """The models, cases and files of a comparison, checked and complete.
 
     Attributes:
         kind: "cross-validation" or "test".
@@ -71,12 +71,13 @@ class Found:
         models: The models, the baseline first.
         cases: Ids of the cases.
         references: True label map by case.
-        images: Image files by case, one per channel; without the cases that have none.
-        settings: Folder with the dataset.json and plans.json that a model predicted with, by its key.
-        groups: Group of every case; None where each case is its own.
-        missing_probabilities: What makes the probabilities that an ensemble lacks.
-        left_out: Cases that have a reference or a prediction, and are not compared.
-        warnings: What has been found already.
+        images: Image files by case, one per channel; cases without images are absent.
+        settings: Folder with the dataset.json and plans.json that each model predicted with, by model key.
+        groups: Group of every case; None if every case is its own group.
+        missing_probabilities: Missing probabilities that ensembles need, with the commands that make them.
+        left_out: Ids of cases that are not compared although a model predicted them or should have, or, in a test set,
+            although they have a reference.
+        warnings: Warnings of the search.
     """
 
     kind: str
@@ -94,7 +95,7 @@ class Found:
 
     @property
     def folds(self) -> list[int]:
-        """The folds that held the compared cases out, in the first model."""
+        """The folds of the first model that held out the compared cases."""
         folds = {self.models[0].predictions[case].fold for case in self.cases}
         return sorted(fold for fold in folds if fold is not None)
 
@@ -102,16 +103,16 @@ class Found:
 def find_cross_validation(
     dataset_name: str, names: Sequence[NamedModel], folds: Sequence[int], options: CompareOptions
 ) -> Found:
-    """The predictions of models for the cases that their folds held out.
+    """Find the predictions of models for the cases that their folds held out.
 
     Args:
-        dataset_name: Whole name of the data set.
+        dataset_name: Full name of the data set.
         names: The models, the baseline first.
-        folds: Folds that every model has to have.
+        folds: Folds that every model must have.
         options: How to compare.
 
     Raises:
-        InputError: Something is missing or does not fit; lists all that was found, with the commands that help.
+        InputError: Something is missing or inconsistent; lists all errors, with the commands that help.
     """
 
     def search(device: str) -> Search:
@@ -120,7 +121,9 @@ def find_cross_validation(
     found = _search_or_make(search, options, len(names))
     references = _reference_folder(dataset_name)
     if references is None:
-        raise InputError([f"{dataset_name} has neither labelsTr in nnUNet_raw nor gt_segmentations in preprocessed."])
+        raise InputError(
+            f"{dataset_name} has no references: no labelsTr in nnUNet_raw, no gt_segmentations in nnUNet_preprocessed."
+        )
     settings = {model.key: model.folder for model in found.models if model.folder is not None}
     dataset_json = read_json(settings[found.models[0].key] / "dataset.json")
     images = raw_images(dataset_name)
@@ -136,18 +139,18 @@ def find_test_set(
     images: str | Path | None = None,
     model_folders: Mapping[str, str | Path] | None = None,
 ) -> Found:
-    """Folders of predictions of the same images.
+    """Find predictions of the same images in folders, one per model.
 
     Args:
-        predictions: Folder by the model's name, the baseline first.
+        predictions: Folder by model name, the baseline first.
         references: Folder with the true label maps.
         dataset_json: The data set's dataset.json.
         options: How to compare.
         images: Folder with the images, named as nnU-Net names them, for the pictures of the report.
-        model_folders: Trained model folder by the models' names, for costs and curves.
+        model_folders: Trained model folder by model name, for costs and curves.
 
     Raises:
-        InputError: Something is missing or does not fit; lists all that was found.
+        InputError: Something is missing or inconsistent; lists all errors.
     """
     content = read_json(Path(dataset_json))
     if "file_ending" not in content:
@@ -174,7 +177,7 @@ def find_test_set(
 
 
 def available_device(*, certain: bool) -> str:
-    """cuda or cpu; PyTorch knows for certain, but takes seconds to import."""
+    """Return cuda or cpu. With `certain`, ask PyTorch, which takes seconds to import."""
     if certain:
         import torch
 
@@ -183,10 +186,10 @@ def available_device(*, certain: bool) -> str:
 
 
 def _search_or_make(search: Callable[[str], Search], options: CompareOptions, number: int) -> Search:
-    """So many models; commands that make what is missing are run where that is wanted.
+    """Search the predictions of `number` models; with `options.run`, run the commands that make missing files.
 
     Raises:
-        InputError: They are not complete, or a command failed.
+        InputError: Predictions are missing or inconsistent, or a command failed.
     """
     device = options.device or available_device(certain=options.run)
     found = search(device)
@@ -196,8 +199,8 @@ def _search_or_make(search: Callable[[str], Search], options: CompareOptions, nu
         if unknown:
             raise InputError(
                 [
-                    f"--run does not know the whole command: name the model's folder with --model, run it yourself, or "
-                    f"leave --run out and do without the ensemble. {missing.as_text}"
+                    f"--run cannot complete this command: pass the model's folder with --model, run the command "
+                    f"yourself, or omit --run and go without the ensemble. {missing.as_text}"
                     if missing.command
                     else missing.as_text
                     for missing in unknown
@@ -208,7 +211,9 @@ def _search_or_make(search: Callable[[str], Search], options: CompareOptions, nu
             try:
                 code = subprocess.run(missing.command, check=False).returncode
             except FileNotFoundError as error:
-                raise InputError(f"{missing.command[0]} is not installed here; run it where nnU-Net is.") from error
+                raise InputError(
+                    f"{missing.command[0]} is not installed here. Run this in an environment with nnU-Net."
+                ) from error
             if code != 0:
                 raise InputError(f"The command failed with exit code {code}: {missing.remedy}")
         if todo:
@@ -256,7 +261,7 @@ def _settle(
         unpredicted = sorted(set(references) - predicted)
         left_out |= set(unpredicted)
         if unpredicted:
-            warnings.append(f"No model predicted {first_few(unpredicted)}, for which there is a reference.")
+            warnings.append(f"{first_few(unpredicted)}: there is a reference, but no model predicted it.")
     return Found(
         kind,
         dataset_name,
@@ -290,8 +295,8 @@ def _other_labels(
         path = settings[model.key] / "dataset.json"
         if path.is_file() and read_json(path).get("labels") != dataset_json.get("labels"):
             yield (
-                f"{model.name} was trained with the labels {read_json(path).get('labels')}, but the comparison is in "
-                f"{dataset_json.get('labels')}: their scores are not those of the same thing."
+                f"{model.name} was trained with the labels {read_json(path).get('labels')}, but the comparison uses "
+                f"{dataset_json.get('labels')}. Their scores cannot be compared."
             )
 
 
@@ -304,7 +309,7 @@ def _reference_folder(dataset_name: str) -> Path | None:
 
 
 def raw_images(dataset_name: str) -> dict[str, list[Path]]:
-    """Files of the training images of a data set in nnUNet_raw by case, one per channel; none where it is not there."""
+    """Return the training images of a data set in nnUNet_raw by case, one file per channel; empty if not there."""
     raw = folder_from_environment(RAW)
     if raw is None or not (raw / dataset_name / "imagesTr").is_dir():
         return {}
@@ -316,7 +321,7 @@ def raw_images(dataset_name: str) -> dict[str, list[Path]]:
 
 
 def images_by_case(folder: Path, file_ending: str) -> dict[str, list[Path]]:
-    """Image files of a folder by case, one per channel, which are named as for nnU-Net."""
+    """Return the images of a folder by case, one file per channel. Files not named as for nnU-Net are skipped."""
     cases: dict[str, list[Path]] = {}
     for path in list_files(folder, file_ending):
         stem = path.name.removesuffix(file_ending)

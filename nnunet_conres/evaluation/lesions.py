@@ -1,4 +1,4 @@
-"""Scores of a case by the rules of a challenge: whole regions, and lesion by lesion."""
+"""Scores of a case by the rules of a challenge, per region and per lesion."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ Mask = NDArray[np.bool_]
 Numbered = NDArray[np.int32]
 """Number of the lesion that each voxel belongs to, 0 for none."""
 
-# A sum of Dice decides which lesions are compared; a further pair adds this much, so that none is left out for nothing.
+# Extra cost of a pair without overlap: of several matchings with the same sum of Dice, the one with most overlapping
+# pairs is chosen.
 _PAIR: Final = 1e-6
 
 
@@ -40,20 +41,20 @@ def challenge_scores(
     tolerance: float = 1.0,
     like_brats_evaluation: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Scores of a predicted label map by a challenge's rules.
+    """Score a predicted label map by the rules of a challenge.
 
     Args:
         reference: The true labels (z, y, x).
         prediction: The predicted labels, same shape.
         spacing: Voxel size along the axes, mm.
-        rules: The challenge's.
-        regions: Label values by the challenge's region; more than are scored where lesions of others join them.
-        tolerance: Of the surface Dice, mm.
+        rules: Rules of the challenge.
+        regions: Label values by the challenge's region names. Includes unscored regions that join lesions of others.
+        tolerance: Tolerance of the surface Dice, mm.
         like_brats_evaluation: Whether to compute what the organisers' tool of 2026 prints, where it differs from the
             rules.
 
     Returns:
-        By scored region, then by metric's key; NaN where there is no value.
+        Scores by scored region, then by metric key; NaN for an undefined score.
     """
     shape = reference.shape
     masks = [{name: np.isin(labels, values) for name, values in regions.items()} for labels in (reference, prediction)]
@@ -93,9 +94,9 @@ class Lesions:
     """Lesions of a region.
 
     Attributes:
-        numbers: Of each voxel of the region.
-        reach: The same, of the voxels that the dilation of a lesion holds.
-        count: Highest number.
+        numbers: Lesion number of each voxel of the region, 0 elsewhere.
+        reach: Lesion number of each voxel in the dilation of a lesion, 0 elsewhere.
+        count: Highest lesion number.
     """
 
     numbers: Numbered
@@ -104,7 +105,7 @@ class Lesions:
 
 
 def number_lesions(masks: Mapping[str, Mask], rules: Rules) -> dict[str, Lesions]:
-    """The lesions of each region: what grows together by the dilation, and what the rules join besides."""
+    """Number the lesions of each region. Parts whose dilations touch are one lesion; the rules may join more."""
     found = {
         region: grown_together(mask, rules.dilation.get(region, _dilation(rules))) for region, mask in masks.items()
     }
@@ -112,7 +113,11 @@ def number_lesions(masks: Mapping[str, Mask], rules: Rules) -> dict[str, Lesions
 
 
 def number_predicted(masks: Mapping[str, Mask], rules: Rules, spacing: Sequence[float]) -> dict[str, Lesions]:
-    """The predicted lesions of each region: components, or as those of the truth, without the smallest."""
+    """Number the predicted lesions of each region.
+
+    By default these are the connected components. With `rules.group_predictions`, they are grouped like the true
+    lesions, and the smallest are removed.
+    """
     from scipy.ndimage import generate_binary_structure, label
 
     if not rules.group_predictions:
@@ -133,26 +138,26 @@ def number_predicted(masks: Mapping[str, Mask], rules: Rules, spacing: Sequence[
 
 
 def _dilation(rules: Rules) -> int:
-    """Of a region that is not scored, and only joins the lesions of another."""
+    """Return the dilation of a region that is not scored and only joins the lesions of another."""
     return min(rules.dilation.values())
 
 
 def grown_together(mask: Mask, dilation: int) -> Lesions:
-    """Components of a dilated mask, which are the dilations of the lesions in them."""
+    """Number the connected components of a dilated mask; each is the dilation of one lesion."""
     from scipy.ndimage import binary_dilation, generate_binary_structure, label
 
     axes = mask.ndim
-    # Without the neighbours at the corners: 18 of 26.
+    # Without the corner neighbours: 18 of 26.
     ball = generate_binary_structure(axes, axes - 1)
     dilated = binary_dilation(mask, ball, iterations=dilation) if dilation else mask
-    # Numbered along x first, as the published code does, which reads x, y, z: it matters where one lesion joins two.
+    # Numbered along x first, like the published code, which reads x, y, z: the order matters where a lesion joins two.
     numbers, count = label(dilated.T, generate_binary_structure(axes, axes), output=np.int32)
     reach = np.ascontiguousarray(numbers.T)
     return Lesions(np.where(mask, reach, 0).astype(np.int32), reach, count)
 
 
 def _joined(found: Mapping[str, Lesions], rules: Rules) -> dict[str, Lesions]:
-    """The same, with lesions joined that touch the same lesion of another region."""
+    """Join the lesions of a region that touch the same lesion of another region, as the rules say."""
     joined = dict(found)
     for region, others in rules.joined_by.items():
         for other in others:
@@ -162,7 +167,7 @@ def _joined(found: Mapping[str, Lesions], rules: Rules) -> dict[str, Lesions]:
 
 
 def _join(lesions: Lesions, other: Numbered) -> Lesions:
-    """Lesions that touch the same one of another region become one; one that touches several goes by the first."""
+    """Join lesions that touch the same lesion of another region. If one touches several, the lowest number counts."""
     table = np.arange(lesions.count + 1, dtype=np.int32)
     first: dict[int, int] = {}
     for number, touched in sorted(_touching(lesions.numbers, other)):
@@ -173,7 +178,7 @@ def _join(lesions: Lesions, other: Numbered) -> Lesions:
 
 
 def _touching(one: Numbered, other: Numbered) -> set[tuple[int, int]]:
-    """Numbers of lesions that have voxels next to each other (18 neighbours)."""
+    """Return pairs of numbers of lesions that overlap or have adjacent voxels (18 neighbours)."""
     pairs: set[tuple[int, int]] = set()
     for step in np.ndindex(*(3,) * one.ndim):
         offset = np.array(step) - 1
@@ -188,12 +193,12 @@ def _touching(one: Numbered, other: Numbered) -> set[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Meetings:
-    """Which lesions and predicted ones meet.
+    """True and predicted lesions that meet: the predicted one overlaps the dilation of the true one.
 
     Attributes:
-        counted: Numbers of the lesions that count.
-        matched: By number of a counted lesion, those of the predicted ones in its reach; without those that meet none.
-        false: How many predicted ones meet no lesion.
+        counted: Numbers of the true lesions that count.
+        matched: Numbers of the predicted lesions that meet a counted lesion, by its number; missed ones are absent.
+        false: Number of predicted lesions that meet no true lesion.
     """
 
     counted: list[int]
@@ -202,12 +207,12 @@ class Meetings:
 
 
 def meetings_within_reach(lesions: Lesions, parts: Numbered, smallest: float) -> Meetings:
-    """Find which predicted lesions lie in the reach of a lesion; one may lie in that of several.
+    """Find the predicted lesions within the dilation of each true lesion. One may lie within several dilations.
 
     Args:
-        lesions: The true ones.
-        parts: The predicted ones.
-        smallest: Lesions of up to so many voxels do not count. What meets one of them is not false, though.
+        lesions: The true lesions.
+        parts: Numbers of the predicted lesions, by voxel.
+        smallest: True lesions up to this many voxels do not count, but predicted lesions that meet them are not false.
     """
     volume = np.bincount(lesions.numbers.ravel(), minlength=lesions.count + 1)
     volume[0] = 0
@@ -246,7 +251,7 @@ def _by_dilation(
     dice, share, hd95 = (
         (math.fsum(column) / len(rows) for column in zip(*rows, strict=True)) if rows else (1.0, 1.0, 0.0)
     )
-    remaining = parts > 0  # without the smallest, where these are removed
+    remaining = parts > 0  # without the smallest lesions, if the rules remove them
     if not reference.any() and not remaining.any():
         whole = (1.0, 1.0, 0.0)
     elif reference.any() and remaining.any():
@@ -270,13 +275,13 @@ def _by_dilation(
 def _surface_scores(
     reference: Mask, prediction: Mask, spacing: Sequence[float], tolerance: float
 ) -> tuple[float, float, float]:
-    """Dice, surface Dice and HD95."""
+    """Return Dice, surface Dice and HD95."""
     share = border_share(border_distances(reference, prediction, spacing), _including(tolerance))
     return dice(reference, prediction), share, surface_hd95(reference, prediction, spacing)
 
 
 def _including(tolerance: float) -> float:
-    """A tolerance that includes distances equal to it, also after rounding: 3 x 0.1 mm is more than 0.3 mm."""
+    """Return a tolerance that includes distances equal to it despite rounding: 3 x 0.1 mm is more than 0.3 mm."""
     return tolerance * (1 + 1e-9)
 
 
@@ -285,12 +290,12 @@ def _including(tolerance: float) -> float:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Lesions and predicted lesions, each matched with at most one of the other kind.
+    """True and predicted lesions, matched one to one.
 
     Attributes:
-        matched: Of each pair: mm³ of the lesion, Dice, surface Dice, HD95 in mm.
-        missed: mm³ of each lesion without a match.
-        false: mm³ of each predicted lesion without a match.
+        matched: For each pair, volume of the true lesion in mm³, Dice, surface Dice and HD95 in mm.
+        missed: Volume of each true lesion without a match, mm³.
+        false: Volume of each predicted lesion without a match, mm³.
     """
 
     matched: Sequence[tuple[float, float, float, float]]
@@ -301,7 +306,7 @@ class _Pairs:
 def _match(
     reference: Mask, prediction: Mask, spacing: Sequence[float], distance_spacing: Sequence[float], tolerance: float
 ) -> _Pairs:
-    """Match lesions one to one, so that the sum of their Dice is highest, and compare those that are matched."""
+    """Match lesions one to one so that the sum of their Dice is highest, and score the matched pairs."""
     from scipy.ndimage import find_objects, generate_binary_structure, label
     from scipy.optimize import linear_sum_assignment
 
@@ -321,7 +326,7 @@ def _match(
     matched = []
     for row, column in pairs:
         where = around([boxes[row], predicted_boxes[column]])
-        # Where tolerance and voxel size are the same number, distances have to be that number, too.
+        # If the tolerance equals the voxel size, a distance of one voxel has to equal it exactly.
         distances = exact_border_distances(lesions[where] == row + 1, parts[where] == column + 1, distance_spacing)
         matched.append(
             (
@@ -350,7 +355,7 @@ def _whole(
 
 
 def _counts(prefix: str, found: int, missed: int, false: int) -> dict[str, float]:
-    """Numbers of lesions, precision, recall and F1."""
+    """Return numbers of lesions, precision, recall and F1."""
     return {
         f"{prefix}lesions_found": found,
         f"{prefix}lesions_missed": missed,
@@ -364,7 +369,7 @@ def _counts(prefix: str, found: int, missed: int, false: int) -> dict[str, float
 def _lesion_means(
     prefix: str, matched: Sequence[tuple[float, float, float, float]], others: int, penalty: float
 ) -> Iterator[tuple[str, float]]:
-    """Means and standard deviations of what is matched, and of so many others that count 0 or the penalty."""
+    """Yield means and standard deviations over the matched pairs and `others` lesions that score 0 or the penalty."""
     for column, (key, worst) in enumerate((("dice", 0.0), ("surface_dice", 0.0), ("hd95", penalty)), start=1):
         values = np.array([pair[column] for pair in matched] + [worst] * others)
         yield f"{prefix}lesion_{key}", float(values.mean()) if values.size else math.nan
@@ -374,7 +379,7 @@ def _lesion_means(
 def _one_to_one(
     reference: Mask, prediction: Mask, spacing: Sequence[float], rules: Rules, tolerance: float
 ) -> dict[str, float]:
-    """By the rules: a missed or false lesion counts 0, or the penalty, among those of its size; all in true mm."""
+    """Score by the rules: a missed or false lesion counts 0, or the penalty, among those of its size; lengths in mm."""
     assert rules.penalty is not None, "the diagonal is a penalty of rules with dilation"
     tolerance = _including(tolerance)
     pairs = _match(reference, prediction, spacing, spacing, tolerance)
@@ -399,11 +404,12 @@ def _one_to_one(
 def _like_brats_evaluation(
     reference: Mask, prediction: Mask, spacing: Sequence[float], rules: Rules, tolerance: float
 ) -> dict[str, float]:
-    """What brats-evaluation 0.0.10 prints, where it differs from the rules, too; the tolerance is its own.
+    """Score as brats-evaluation 0.0.10 does, including where it differs from the rules. Ignores `tolerance`.
 
-    Whole regions are compared as if voxels were 1 mm, with a tolerance of 0.5. Lesions are compared with the voxel
-    sizes of x, y, z along z, y, x, and with the smallest of these for a tolerance. Their means leave out what is missed
-    and false; those of large lesions leave out none, and count false ones of any size.
+    The tool compares whole regions as if voxels were 1 mm, with a tolerance of 0.5. It compares lesions with the voxel
+    sizes of x, y, z along z, y, x, and with the smallest voxel size as the tolerance. Its means over all lesions leave
+    out missed and false ones. Its means over large or small lesions include missed ones of that size and false ones of
+    any size.
     """
     del tolerance
     assert rules.penalty is not None, "the diagonal is a penalty of rules with dilation"
@@ -428,7 +434,7 @@ def _like_brats_evaluation(
             else:
                 good = sum(pair[1] >= rules.found_from_dice for pair in matched)
                 counts = _counts(prefix, good, lost + len(matched) - good, false)
-                # It prints 0 where nothing was found, whatever there was to be found.
+                # The tool prints 0 where a ratio is undefined.
                 counts |= {key: 0.0 for key, value in counts.items() if math.isnan(value)}
                 means = dict(_lesion_means(prefix, matched, lost + false, rules.penalty))
             scores |= counts | means

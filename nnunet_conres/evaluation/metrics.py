@@ -1,4 +1,4 @@
-"""Metrics of a predicted mask against its reference: overlap, surface distance, volume and lesions, in true units.
+"""Metrics of a predicted mask against its reference: overlap, surface, volume and lesions, in physical units.
 
 `docs/reference/metrics.md` states the convention and the source of each.
 """
@@ -19,7 +19,7 @@ from nnunet_conres.evaluation.lesions import grown_together
 from nnunet_conres.evaluation.rules import Rules
 from nnunet_conres.evaluation.surfaces import around, box_of
 
-# Raised whenever a metric changes its value, so that scores of before are not taken from a cache.
+# Raise when the value of a metric changes, so that older scores are not read from a cache.
 METRIC_VERSION: Final = 1
 
 Better = Literal["higher", "lower", "zero", "none"]
@@ -27,17 +27,17 @@ Better = Literal["higher", "lower", "zero", "none"]
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric is called and how it is read.
+    """Names and meaning of a metric.
 
     Attributes:
-        key: Its name in scores, tables and JSON.
-        name: Its name for people.
-        phrase: What is compared, within a sentence.
+        key: Name in scores, tables and JSON.
+        name: Display name.
+        phrase: Name of the compared value within a sentence.
         unit: "mm", "ml", "%", or empty for a fraction of 1 or a count.
-        better: Which values are better: "higher", "lower", those nearer to "zero", or "none" where the number only
+        better: Which values are better: "higher", "lower", those nearer to "zero", or "none" if the value only
             describes the case.
         decimals: Digits to show after the decimal point; 0 for a count.
-        description: What it says, in a line.
+        description: Meaning, in one line.
     """
 
     key: str
@@ -50,31 +50,31 @@ class Metric:
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a higher value as `compared` gives it is the better one."""
+        """Whether a higher value of `compared` is better."""
         return self.better == "higher"
 
     def compared(self, value: float) -> float:
-        """The value to compare models by: without its sign where the best is zero."""
+        """Return the value to compare models by: without its sign if zero is best."""
         return abs(value) if self.better == "zero" else value
 
     def text(self, value: float, *, decimals: int | None = None, unit: bool = True) -> str:
-        """The value for people: rounded, with its unit; "-" if it is NaN.
+        """Format a value for people: rounded, with its unit; "-" if it is NaN.
 
         Args:
             value: In the metric's unit.
-            decimals: Digits after the decimal point, if others than the metric's.
+            decimals: Digits after the decimal point, if not the metric's.
             unit: Whether to write the unit.
         """
         if math.isnan(value):
             return "-"
         digits = self.decimals if decimals is None else decimals
-        # Adding zero makes the "-0.000" that rounding leaves a "0.000".
+        # Rounding may leave "-0.000"; adding zero makes it "0.000".
         number = f"{round(value, digits) + 0.0:.{digits}f}"
         return f"{number} {self.unit}" if unit and self.unit else number
 
 
 def _of_sizes() -> Iterator[Metric]:
-    """Metrics of challenges that match lesions one to one: of all lesions, of large and of small ones."""
+    """Yield the metrics of challenges that match lesions one to one: of all, of large and of small lesions."""
     for size in ("", "large ", "small "):
         prefix, lesions = size.replace(" ", "_"), f"{size}lesions"
         name = lesions.capitalize()
@@ -104,17 +104,17 @@ def _of_sizes() -> Iterator[Metric]:
 
 _DESCRIPTIONS: Final = {
     "dice": "Overlap of the two volumes, 0 to 1.",
-    "iou": "Common volume as a share of the volume of both together, 0 to 1.",
+    "iou": "Intersection divided by union, 0 to 1.",
     "hd95": "95 % of each surface lies at most this far from the other.",
     "surface_dice": "Share of the two surfaces that lies within the tolerance of the other, 0 to 1.",
-    "volume_error": "Predicted volume less the true one.",
-    "relative_volume_error": "Predicted volume less the true one, in percent of the true one.",
+    "volume_error": "Predicted minus true volume.",
+    "relative_volume_error": "Predicted minus true volume, in percent of the true volume.",
     "lesion_dice": "Mean Dice of the lesions, where missed and falsely found ones count as 0.",
     "lesion_hd95": "Mean HD95 of the lesions, where missed and falsely found ones count as the penalty.",
     "lesion_surface_dice": "Mean surface Dice of the lesions, where missed and falsely found ones count as 0.",
-    "lesions_found": "True lesions that a predicted one meets.",
-    "lesions_missed": "True lesions that no predicted one meets.",
-    "lesions_false": "Predicted lesions that meet no true one.",
+    "lesions_found": "True lesions matched by a predicted lesion.",
+    "lesions_missed": "True lesions without a matching predicted lesion.",
+    "lesions_false": "Predicted lesions without a matching true lesion.",
     "reference_volume": "Volume of the reference.",
     "predicted_volume": "Volume of the prediction.",
 }
@@ -145,19 +145,19 @@ METRICS: Final[Mapping[str, Metric]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class MetricOptions:
-    """Conventions that a data set may need others for.
+    """Conventions of the metrics, which may depend on the data set.
 
     Attributes:
-        tolerance: Of the surface Dice, mm: how far a surface may be off and still count as right.
-        empty: What a case counts that has no voxel in the reference, the prediction or both: "brats", as the BraTS
-            challenge has it (both empty: perfect; one: Dice 0 and the penalty in mm), or "nan": NaN wherever
-            nothing is there to be measured, as nnU-Net has it.
-        penalty: Distance in mm that a missed or falsely found mask or lesion counts. None for the diagonal of the
-            image: 373.1 mm for an image of BraTS, where the challenge takes 374.
-        lesion_dilation: True lesions with up to twice this many voxels between them count as one; a predicted one up
-            to this many voxels away meets a true one. BraTS 2023 takes 3 for gliomas and 1 for metastases.
+        tolerance: Tolerance of the surface Dice, mm: a surface at most this far off counts as correct.
+        empty: Scores of a case whose reference, prediction or both have no voxel: "brats", as in the BraTS challenge
+            (both empty: perfect; one: Dice 0 and the penalty in mm), or "nan", as in nnU-Net: NaN where a value is
+            undefined.
+        penalty: Distance in mm that a missed or false mask or lesion counts. None for the diagonal of the image:
+            373.1 mm for an image of BraTS, where the challenge takes 374.
+        lesion_dilation: True lesions with up to twice this many voxels between them count as one. A predicted lesion
+            matches a true one up to this many voxels away. BraTS 2023 takes 3 for gliomas and 1 for metastases.
         lesion_volume: True lesions up to this many mm³ are ignored. BraTS 2023 takes 50 for gliomas, 2 for metastases.
-        rules: Those of a challenge, which then say all of the above but the tolerance.
+        rules: Rules of a challenge. They replace all of the above except the tolerance.
         like_brats_evaluation: Whether to compute what the organisers' tool prints, where it differs from the rules.
     """
 
@@ -204,7 +204,7 @@ class MetricOptions:
 
 
 _OWN: Final = ("iou", "volume_error", "relative_volume_error")
-"""What no challenge scores."""
+"""Metrics that no challenge scores."""
 
 _MEASURED: Final = (
     "dice",
@@ -232,7 +232,7 @@ def measure(
     ignored: NDArray[np.bool_] | None = None,
     lesions: bool = True,
 ) -> dict[str, float]:
-    """All metrics of a predicted mask.
+    """Measure all metrics of a predicted mask.
 
     Args:
         reference: The true mask, two or three axes. Axes of one voxel are left out: a slice has an outline, not a
@@ -242,10 +242,10 @@ def measure(
         options: Conventions; BraTS's by default.
         ignored: Voxels that are not annotated, same shape: they belong to neither mask, and a surface towards them
             does not count.
-        lesions: Whether lesions are measured too, which takes minutes for a mask in thousands of pieces.
+        lesions: Whether to measure lesions too, which takes minutes for a mask in thousands of pieces.
 
     Returns:
-        A value for every metric that is measured without a challenge's rules; NaN where there is none.
+        The value of every metric that needs no challenge's rules; NaN if undefined.
 
     Raises:
         ValueError: Shapes or spacing do not fit each other.
@@ -263,7 +263,7 @@ def measure(
         ignored = None
     pair = _crop(reference, prediction, ignored, tuple(spacing), margin=max(1, options.lesion_dilation))
     penalty = diagonal if options.penalty is None else options.penalty
-    # In the order of the table, whatever the order of computing.
+    # In the order of the table, not of the computation.
     found = {**_overlap(pair, options), **_surfaces(pair, options, penalty)}
     if lesions:
         found |= _lesions(pair, options, penalty)
@@ -275,11 +275,11 @@ def measure(
 
 @dataclass(frozen=True)
 class _Pair:
-    """The part of both masks where something is, without axes of one voxel."""
+    """Both masks, cropped to the box that holds them and a margin, without axes of one voxel."""
 
     reference: NDArray[np.bool_]
     prediction: NDArray[np.bool_]
-    ignored: NDArray[np.bool_] | None  # what is not annotated
+    ignored: NDArray[np.bool_] | None  # voxels that are not annotated
     spacing: tuple[float, ...]
     flat: bool  # the image is a slice
 
@@ -307,7 +307,7 @@ def _check(
 
 
 def _axes(shape: Sequence[int]) -> list[int]:
-    """Axes of more than one voxel; all, if there are fewer than two."""
+    """Return the axes of more than one voxel; all axes if there are fewer than two such."""
     axes = [axis for axis, size in enumerate(shape) if size > 1]
     return axes if len(axes) > 1 else list(range(len(shape)))
 
@@ -337,12 +337,12 @@ def _overlap(pair: _Pair, options: MetricOptions) -> dict[str, float]:
     true, predicted = int(pair.reference.sum()), int(pair.prediction.sum())
     common = int((pair.reference & pair.prediction).sum())
     perfect = _if_both_empty(1.0, options)
-    # nnU-Net makes up the thickness of a slice, so a slice has none here.
+    # nnU-Net sets an arbitrary thickness for a slice, so a slice has no volume here.
     millilitres = math.nan if pair.flat else math.prod(pair.spacing) / 1000
     if true:
         relative = 100 * (predicted - true) / true
     else:
-        # No share of nothing: infinitely much would be too much.
+        # Relative to an empty reference the error would be infinite, and so would any mean with it.
         relative = math.nan if predicted else _if_both_empty(0.0, options)
     return {
         "dice": 2 * common / (true + predicted) if true + predicted else perfect,
@@ -373,9 +373,9 @@ def _surfaces(pair: _Pair, options: MetricOptions, penalty: float) -> dict[str, 
         return {"hd95": _if_one_empty(penalty, options), "surface_dice": 0.0}
     there, back = _surface_distances(pair)
     if not there.size or not back.size:
-        # All that is annotated is inside.
+        # A mask that borders only on ignored voxels has no surface.
         return {"hd95": math.nan, "surface_dice": math.nan}
-    # The tolerance includes distances equal to it, also after rounding: 3 x 0.1 mm is more than 0.3 mm.
+    # Include distances equal to the tolerance despite rounding: 3 x 0.1 mm is more than 0.3 mm.
     tolerance = options.tolerance * (1 + 1e-9)
     within = int((there <= tolerance).sum()) + int((back <= tolerance).sum())
     return {"hd95": _hd95(there, back), "surface_dice": within / (there.size + back.size)}
@@ -386,7 +386,7 @@ def _hd95(there: NDArray[np.float64], back: NDArray[np.float64]) -> float:
 
 
 def _surface_distances(pair: _Pair) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Distance in mm of every voxel of each mask's surface from the other's: reference to prediction, and back."""
+    """Return the distance in mm of every surface voxel to the other surface: reference to prediction, and back."""
     from scipy.spatial import KDTree
 
     surfaces = [
@@ -395,17 +395,17 @@ def _surface_distances(pair: _Pair) -> tuple[NDArray[np.float64], NDArray[np.flo
     ]
     if not all(len(points) for points in surfaces):
         return np.empty(0), np.empty(0)
-    # A distance map would need the whole box, and a stray voxel far away makes that as large as the image.
+    # A distance map would cover the whole box, and a stray voxel far away makes that as large as the image.
     there, _ = KDTree(surfaces[1]).query(surfaces[0])
     back, _ = KDTree(surfaces[0]).query(surfaces[1])
     return there, back
 
 
 def _surface(mask: NDArray[np.bool_], ignored: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-    """Voxels of a mask that share a face with one that is not of it, or with the border of the image."""
+    """Return the voxels of a mask that share a face with a voxel outside it, or with the border of the image."""
     from scipy.ndimage import binary_erosion
 
-    # Beyond an ignored voxel the mask may go on: no surface there.
+    # The mask may continue into ignored voxels, so there is no surface towards them.
     return mask & ~binary_erosion(mask if ignored is None else mask | ignored)
 
 
@@ -415,8 +415,8 @@ def _surface(mask: NDArray[np.bool_], ignored: NDArray[np.bool_] | None) -> NDAr
 def _lesions(pair: _Pair, options: MetricOptions, penalty: float) -> dict[str, float]:
     from scipy.ndimage import find_objects, generate_binary_structure, label
 
-    # A component of the dilated mask is exactly the dilation of the lesion within it, so it tells both which parts
-    # belong together and what lies near enough to be found.
+    # Each component of the dilated mask is the dilation of one lesion. It shows which parts belong together, and which
+    # predictions are close enough to count as found.
     grown = grown_together(pair.reference, options.lesion_dilation)
     near, lesions = grown.reach, grown.count
     axes = pair.reference.ndim

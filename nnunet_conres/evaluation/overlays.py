@@ -1,4 +1,4 @@
-"""Pictures of a case's slices with its reference and its prediction."""
+"""Figures of a case's slices with outlines of the reference and the prediction."""
 
 from __future__ import annotations
 
@@ -43,11 +43,13 @@ def overlay_figure(
     title: str = "",
     number_of_slices: int = 3,
 ) -> Figure:
-    """Draw the slices that show most, once per channel, with outlines of reference (solid) and prediction (dashed).
+    """Draw the slices with most labels, one row per channel, with outlines of the labels.
+
+    Reference outlines are solid, prediction outlines are dashed.
 
     Args:
-        images: (C, z, y, x), any intensities. FLAIR and contrast-enhanced T1 are shown where the channel names tell
-            them, else the first channel.
+        images: (C, z, y, x), any intensities. FLAIR and contrast-enhanced T1 are shown if the channel names identify
+            them, otherwise the first channel.
         prediction: Label map (z, y, x).
         regions: Label values of every label or region to outline, by name, the outermost first.
         reference: Label map (z, y, x), if there is one.
@@ -60,7 +62,7 @@ def overlay_figure(
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
 
     Raises:
-        ValueError: Shapes do not fit each other.
+        ValueError: The shapes do not match.
     """
     from matplotlib.figure import Figure
 
@@ -95,12 +97,12 @@ def overlay_figure(
             )
             panel.set_axis_off()
             for name, values in regions.items():
-                # Inner regions often share a border with outer ones: thinner, they leave an edge of both to be seen.
+                # Inner and outer regions often share a border. Thinner inner outlines keep both visible.
                 within = sum(set(other) < set(values) for other in regions.values())
                 if reference is not None:
                     line_width = 1.6 + 0.8 * min(within, 3)
                     draw_outline(panel, np.isin(reference[z], values), colours[name], line_width, dashed=False)
-                # Thin, so that on a solid outline of the same colour both are seen.
+                # Thin, so that a solid outline of the same colour stays visible below it.
                 line_width = 1.3 if reference is None else 0.9
                 draw_outline(panel, np.isin(prediction[z], values), colours[name], line_width, dashed=True)
             panel.set_xlim(left_column - 0.5, right_column - 0.5)
@@ -126,9 +128,9 @@ def write_overlays(
     """Write one overlay figure per predicted case.
 
     Args:
-        image_folder: Images as nnU-Net names them, CASE_0000 and so on.
+        image_folder: Images with nnU-Net's names, CASE_0000 and so on.
         prediction_folder: Label maps named after the cases.
-        output_folder: Gets CASE.png for every prediction; created if need be.
+        output_folder: Receives CASE.png for every prediction; created if necessary.
         legend: Names and labels of the data set.
         reference_folder: Label maps named after the cases, if there are any.
         progress: Whether to show a progress bar on stderr.
@@ -137,8 +139,8 @@ def write_overlays(
         The files written.
 
     Raises:
-        InputError: Files are missing, can't be read or do not fit each other. All missing ones are named before
-            anything is written; the others are named after all cases that can be drawn have been.
+        InputError: Files are missing, can't be read or do not match. Missing files are reported before anything is
+            written, other errors after all valid cases are drawn.
     """
     from tqdm import tqdm
 

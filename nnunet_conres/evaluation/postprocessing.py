@@ -1,7 +1,7 @@
-"""Post-processing of label maps: small components, holes, small regions and thresholds, as a JSON file says.
+"""Post-processing of label maps: thresholds, small components, holes and small regions, configured by a JSON file.
 
-`nnunet-conres postprocess fit` writes the file from what the folds of a model held out; `load_postprocessing` reads
-it, and `Postprocessing.apply` carries it out.
+`nnunet-conres postprocess fit` fits it to the validation predictions of a model's folds and writes the file,
+`load_postprocessing` reads it, and `Postprocessing.apply` applies it to a label map.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from nnunet_conres.evaluation.probabilities import Channels
 from nnunet_conres.files import read_json
 
 FORMAT: Final = 1
-"""Of the JSON file."""
+"""Format version of the JSON file."""
 
 NEUTRAL: Final = 0.5
-"""The threshold of nnU-Net's own label maps."""
+"""nnU-Net's threshold."""
 
 
 @dataclass(frozen=True)
 class RegionSteps:
-    """What is done to one label or region; by default nothing.
+    """Post-processing steps of one label or region. The defaults change nothing.
 
     Attributes:
-        threshold: Probability above which a voxel belongs to it; nnU-Net's 0.5 changes nothing. Of labels, which
-            compete, the odds against it: at 0.7 a label needs 7/3 of the probability that it needed.
-        smallest_component: Components (26 neighbours) of less than so many mm³ are removed.
-        fill_holes: Whether to fill what it encloses, unless that belongs to something else than what lies around it.
-        smallest_total: If there are less than so many mm³ in all, it becomes what lies around it: a region the one that
-            it lies in, as enhancing tumour becomes tumour core.
+        threshold: Probability above which a voxel belongs to the region. nnU-Net's 0.5 changes nothing. Labels exclude
+            each other, so the threshold sets the odds against a label: at 0.7 it needs 7/3 times the probability that
+            it needs at 0.5.
+        smallest_component: Components (26 neighbours) smaller than this volume (mm³) are removed.
+        fill_holes: Whether to fill holes. Voxels of a hole are filled if they are background or belong to a region that
+            contains this one.
+        smallest_total: If the total volume is smaller than this (mm³), the region is replaced by the surrounding label:
+            enhancing tumour by the rest of the tumour core, for example.
     """
 
     threshold: float = NEUTRAL
@@ -46,7 +48,7 @@ class RegionSteps:
 
     @property
     def errors(self) -> list[str]:
-        """What no step can be."""
+        """A message for every invalid value."""
         found = []
         if not 0 < self.threshold < 1:
             found.append(f"threshold is {self.threshold}; expected a number between 0 and 1.")
@@ -59,13 +61,14 @@ class RegionSteps:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Labels of a data set, as far as post-processing needs them.
+    """The labels of a data set that post-processing needs.
 
     Attributes:
         regions: Label values of each label or region, in the order of dataset.json.
-        painted: The label that each is written as.
-        around: The label of what lies around it: of the smallest region that holds it, else 0.
-        has_regions: Whether they are regions, which nnU-Net predicts each by itself.
+        painted: By label or region, the label value that its voxels get in a label map.
+        around: By label or region, the label value that replaces removed voxels: that of the smallest region that
+            contains it, or 0 if there is none.
+        has_regions: Whether the data set has regions, which nnU-Net predicts independently of each other.
     """
 
     regions: Mapping[str, tuple[int, ...]]
@@ -75,14 +78,14 @@ class Scheme:
 
     @classmethod
     def of(cls, dataset_json: Mapping[str, Any], less: Mapping[str, str] | None = None) -> Scheme:
-        """The labels that a dataset.json says.
+        """Return the labels that a dataset.json defines.
 
         Args:
-            dataset_json: Its content.
-            less: By a label's name, that of the label which takes its place where too little of it is predicted.
+            dataset_json: Content of the dataset.json.
+            less: By label name, the name of the label that replaces it. Overrides `around`.
 
         Raises:
-            InputError: It has no labels.
+            InputError: The dataset.json has no usable labels.
         """
         channels = Channels.of_dataset(dataset_json)
         regions = channels.regions
@@ -97,11 +100,11 @@ class Scheme:
         return cls(regions, painted, around, not channels.exclusive)
 
     def labels_of(self, probabilities: NDArray[np.floating], thresholds: Mapping[str, float]) -> NDArray[np.integer]:
-        """The label map of probabilities, as nnU-Net makes it, with other thresholds.
+        """Compute a label map from probabilities as nnU-Net does, with other thresholds.
 
         Args:
             probabilities: (C, z, y, x), as nnU-Net saves them: of regions, or of the background and all labels.
-            thresholds: By label or region; nnU-Net's for the others.
+            thresholds: By label or region. The others keep nnU-Net's threshold.
         """
         names = list(self.regions)
         if self.has_regions:
@@ -115,7 +118,7 @@ class Scheme:
         by_value = dict(zip(values, range(len(values)), strict=True))
         channels = [by_value[value] for value in sorted(values)]
         odds = np.array([1.0, *((1 - t) / t for t in (thresholds.get(name, NEUTRAL) for name in names))], np.float32)
-        # nnU-Net's channels are in the order of the labels' values, and the first of equal ones counts.
+        # As in nnU-Net, channels are ordered by label value, and the first of equal probabilities wins.
         weighted = probabilities * odds[channels].reshape(-1, *(1,) * (probabilities.ndim - 1))
         return np.asarray(sorted(values), np.int32)[weighted.argmax(0)]
 
@@ -130,12 +133,13 @@ def _check_channels(probabilities: NDArray[np.floating], expected: int, of_what:
 
 @dataclass(frozen=True)
 class Postprocessing:
-    """What is done to the label maps of a model.
+    """The post-processing of a model's label maps.
 
     Attributes:
         scheme: Labels of the data set.
-        steps: By label or region; nothing is done to the others.
-        folds: The same for each fold, from what the other folds held out: what a fold's own validation is scored with.
+        steps: Steps by label or region. The others are left unchanged.
+        folds: Steps by fold, chosen on the validation cases of the other folds. A fold's own validation cases are
+            post-processed with them.
         source: The file that it was read from, for messages.
     """
 
@@ -146,16 +150,16 @@ class Postprocessing:
 
     @property
     def needs_probabilities(self) -> bool:
-        """Whether label maps alone do not suffice."""
+        """Whether a step sets a threshold, which needs probabilities."""
         return any(steps.threshold != NEUTRAL for steps in self.steps.values())
 
     @property
     def does_nothing(self) -> bool:
-        """Whether everything was found to be better left as it is."""
+        """Whether all steps are off."""
         return all(steps == RegionSteps() for steps in self.steps.values())
 
     def of_fold(self, fold: int | None) -> Postprocessing:
-        """What suits the cases that a fold held out; all of it for a fold that was not there, and for a test set."""
+        """Return the post-processing of a fold's validation cases; `self` for an unknown fold and for a test set."""
         if fold is None or fold not in self.folds:
             return self
         return Postprocessing(self.scheme, self.folds[fold], source=self.source)
@@ -169,15 +173,15 @@ class Postprocessing:
         """Post-process a label map.
 
         Args:
-            labels: (z, y, x), with the data set's values.
-            probabilities: (C, z, y, x), as nnU-Net saves them. Needed where a threshold is set, else without meaning.
+            labels: (z, y, x), with the data set's label values.
+            probabilities: (C, z, y, x), as nnU-Net saves them. Needed if a threshold is set, otherwise ignored.
             spacing: Voxel size along the axes, mm.
 
         Returns:
             A new label map of the same type.
 
         Raises:
-            InputError: Probabilities are needed, or do not fit.
+            InputError: Probabilities are needed but missing, or do not match the labels.
         """
         result = labels.copy()
         thresholds = {name: steps.threshold for name, steps in self.steps.items() if steps.threshold != NEUTRAL}
@@ -193,7 +197,7 @@ class Postprocessing:
                 )
             result = self.scheme.labels_of(probabilities, thresholds).astype(labels.dtype)
         cubic = math.prod(spacing)
-        # From the outermost: what is removed from a region is gone from those in it, too.
+        # Outermost regions first: voxels removed from a region are removed from the regions inside it too.
         for name in sorted(self.steps, key=lambda name: -len(self.scheme.regions[name])):
             steps, values = self.steps[name], self.scheme.regions[name]
             around, painted = self.scheme.around[name], self.scheme.painted[name]
@@ -209,12 +213,12 @@ class Postprocessing:
         return result
 
     def _holding(self, name: str) -> list[int]:
-        """Labels of all regions that hold a region."""
+        """Return the label values of all regions that contain a region."""
         values = set(self.scheme.regions[name])
         return sorted({value for other in self.scheme.regions.values() if values < set(other) for value in other})
 
     def as_json(self) -> dict[str, Any]:
-        """The part of the file that `load_postprocessing` reads, but for the labels."""
+        """Return the entries of the file that `load_postprocessing` reads, except for the labels."""
         return {
             "format": FORMAT,
             "steps": {name: asdict(steps) for name, steps in self.steps.items()},
@@ -226,18 +230,18 @@ class Postprocessing:
 
 
 def _small_components(mask: NDArray[np.bool_], voxels: float) -> NDArray[np.bool_]:
-    """The components (26 neighbours) of less than so many voxels."""
+    """Return the mask of all components (26 neighbours) with fewer voxels than given."""
     from scipy.ndimage import generate_binary_structure, label
 
     numbers, _ = label(mask, generate_binary_structure(mask.ndim, mask.ndim))
-    # 3 x 0.1 mm is more than 0.3 mm.
+    # The tolerance allows for rounding: in floating point, 3 * 0.1 > 0.3.
     small = np.bincount(numbers.ravel()) < voxels * (1 - 1e-9)
     small[0] = False
     return small[numbers]
 
 
 def _holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """What a mask encloses (6 neighbours); in an image of one slice, within that slice."""
+    """Return the holes of a mask (6 neighbours); of an image with one slice, the holes within that slice."""
     from scipy.ndimage import binary_fill_holes
 
     flat = mask[0] if mask.shape[0] == 1 else mask
@@ -245,19 +249,19 @@ def _holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def load_postprocessing(path: str | Path) -> Postprocessing:
-    """Read what `nnunet-conres postprocess fit` wrote.
+    """Read a JSON file that `nnunet-conres postprocess fit` wrote.
 
     Args:
         path: The JSON file.
 
     Raises:
-        InputError: It can't be read, or is another file. Lists all that is wrong.
+        InputError: The file can't be read, or is not such a file. Lists all errors.
     """
     path = Path(path)
     content = read_json(path)
     if content.get("format") != FORMAT or "steps" not in content or "dataset_json" not in content:
         raise InputError(
-            f"{path} is no post-processing of format {FORMAT}; expected what nnunet-conres postprocess fit writes."
+            f"{path} is not a post-processing of format {FORMAT}; expected a file of nnunet-conres postprocess fit."
         )
     try:
         scheme = Scheme.of(content["dataset_json"], content.get("less"))
@@ -277,22 +281,22 @@ def load_postprocessing(path: str | Path) -> Postprocessing:
         raise InputError(f"{path} is damaged: {error}. Fit it again with nnunet-conres postprocess fit.") from error
     unknown = sorted({name for of_fold in every for name in of_fold} - set(scheme.regions))
     if unknown:
-        errors.append(f"{path} has steps of {', '.join(unknown)}, which its labels lack; fit it again.")
+        errors.append(f"{path} has steps of {', '.join(unknown)}, which its labels do not have; fit it again.")
     if errors:
         raise InputError(list(dict.fromkeys(errors)))
     return Postprocessing(scheme, steps, folds, path)
 
 
 def check_labels(postprocessing: Postprocessing, dataset_json: Mapping[str, Any], where: object) -> None:
-    """Check that a post-processing is of a data set's labels.
+    """Check that a post-processing was fitted to a data set's labels.
 
     Args:
-        postprocessing: It.
+        postprocessing: The post-processing.
         dataset_json: Content of the data set's dataset.json.
-        where: The file, for messages.
+        where: The dataset.json or data set, for messages.
 
     Raises:
-        InputError: It was fitted to other labels.
+        InputError: The post-processing was fitted to other labels.
     """
     ours, theirs = postprocessing.scheme, Scheme.of(dataset_json)
     if (dict(ours.regions), dict(ours.painted)) != (dict(theirs.regions), dict(theirs.painted)):

@@ -1,4 +1,4 @@
-"""Post-processes files of label maps: those of a folder, or those of the models of a comparison."""
+"""Post-processing of label map files: of a folder, or of the models of a comparison."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from nnunet_conres.folders import being_written, check_complete, clear_leftovers
 from nnunet_conres.images.volumes import read_labels, reader_for, write_labels
 from nnunet_conres.parallel import map_all_cases
 
-# Beside predictions, for the commands that come after.
+# Files that are copied to the output folder, because later commands need them next to the predictions.
 _KEPT: Final = ("dataset.json", "plans.json")
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What `apply_to_folder` wrote.
+    """Result of `apply_to_folder`.
 
     Attributes:
         folder: The new folder.
-        changed: Number of voxels that were changed, by case.
+        changed: Number of changed voxels, by case.
     """
 
     folder: Path
@@ -60,14 +60,14 @@ def apply_to_folder(
     """Post-process the label maps of a folder.
 
     Args:
-        predictions: What nnUNetv2_predict wrote, with probabilities if the file sets thresholds.
-        output: Must not exist, or be empty; gets its files only when all are whole.
-        postprocessing_file: What `fit_postprocessing` wrote.
-        processes: Cases at once.
+        predictions: Output folder of nnUNetv2_predict, with probabilities if the post-processing sets thresholds.
+        output: Must not exist, or be empty. It appears only when all files are complete.
+        postprocessing_file: Output of `fit_postprocessing`.
+        processes: Number of cases processed in parallel.
         progress: Whether to show a progress bar on stderr.
 
     Raises:
-        InputError: Files are missing, can't be read or do not fit; lists all that was found.
+        InputError: Files are missing, can't be read or do not match. Lists all errors.
     """
     folder, target = Path(predictions), Path(output).resolve()
     postprocessing = load_postprocessing(postprocessing_file)
@@ -82,8 +82,8 @@ def apply_to_folder(
     errors += unsafe_ids([path.name.removesuffix(file_ending) for path in paths], folder)
     if paths and not (folder / "dataset.json").is_file():
         errors.append(
-            f"{folder} has no dataset.json, so it is unknown which label is which; nnU-Net puts that of the data set "
-            f"beside its predictions. Copy it there."
+            f"{folder} has no dataset.json, so the meaning of its labels is unknown. nnU-Net writes the data set's "
+            f"dataset.json beside its predictions; copy it there."
         )
     elif paths:
         try:
@@ -110,21 +110,21 @@ def apply_to_folder(
 
 
 def add_postprocessed(found: Found, output: Path, options: CompareOptions) -> Found:
-    """Each model of a comparison once more, post-processed.
+    """Add a post-processed copy of each model to a comparison.
 
-    A case that a fold held out is post-processed with the values that the other folds chose, so that the comparison is
-    fair to what it is compared with.
+    A validation case of a fold is post-processed with the values chosen on the other folds, so that the comparison is
+    not biased in favour of the post-processed models.
 
     Args:
-        found: The models, and what they predicted.
-        output: Label maps go into a folder within it.
+        found: The models and their predictions.
+        output: Output folder of the comparison. Label maps are written to its sub-folder postprocessed.
         options: How to compare.
 
     Returns:
-        The same with the post-processed models after the others.
+        `found` with the post-processed models after the others.
 
     Raises:
-        InputError: The file can't be read, is of other labels, or needs probabilities that are missing.
+        InputError: The file can't be read, was fitted to other labels, or needs probabilities that are missing.
     """
     if options.postprocessing is None:
         return found
@@ -144,7 +144,7 @@ def add_postprocessed(found: Found, output: Path, options: CompareOptions) -> Fo
             continue
         postprocessing = rules[model.name]
         if postprocessing.does_nothing:
-            found.warnings.append(f"{postprocessing.source} leaves all steps off: {model.name} is compared as it is.")
+            found.warnings.append(f"{postprocessing.source} has no active step: {model.name} is compared without.")
             continue
         folder = output / "postprocessed" / model.key
         with file_errors(folder):
@@ -166,7 +166,7 @@ def add_postprocessed(found: Found, output: Path, options: CompareOptions) -> Fo
 def _rules_by_name(
     given: Path | Mapping[str, Path], names: Sequence[str], dataset_json: Mapping[str, Any]
 ) -> tuple[dict[str, Postprocessing], list[str]]:
-    """The post-processing of each model that has one, and what is wrong."""
+    """Return the post-processing of each model that has one, and a message for every error."""
     files = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
     errors = [
         f"--postprocessing names {name}, which is not compared; expected some of {', '.join(names)}."
@@ -202,7 +202,7 @@ def _run(jobs: Sequence[_Job], processes: int, title: str, progress: bool) -> di
 
 
 def _one(job: _Job) -> int:
-    """Writes a label map; returns the number of voxels that were changed."""
+    """Write a post-processed label map and return the number of changed voxels."""
     allowed = sorted({0, *(value for values in job.postprocessing.scheme.regions.values() for value in values)})
     labels = read_labels(job.prediction.labels, job.reader, allowed)
     probabilities = read_probabilities(job.probabilities) if job.postprocessing.needs_probabilities else None

@@ -1,8 +1,8 @@
-"""Chooses the post-processing of a model by what its folds held out, for each fold by the other folds.
+"""Choice of a model's post-processing on its validation predictions, cross-validated over the folds.
 
-What is good for the cases that it was chosen on need not be good for others. So the value for a fold's cases comes from
-the cases of the other folds, and the gain is measured on cases that had no part in the choice. A step whose gain is not
-clearly above zero is left off.
+A value may suit only the cases that it was chosen on. So the value for a fold's cases is chosen on the cases of the
+other folds, and the gain is measured on cases that were not used for the choice. A step is off unless the whole 95 %
+interval of its gain is above zero.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CANDIDATES: Final[Mapping[str, tuple[Any, ...]]] = {
     "fill_holes": (True,),
     "smallest_total": (25.0, 50.0, 100.0, 250.0, 500.0, 1000.0),
 }
-"""Values of each step that are tried, mm³ or probabilities, from the weakest on where there is an order."""
+"""Values to try for each step: probabilities for thresholds, mm³ for volumes. Volumes ascend, weakest step first."""
 
 _NAMES: Final = {
     "threshold": "threshold",
@@ -53,19 +53,19 @@ _LEAVE_OFF: Final = None
 
 @dataclass(frozen=True)
 class Evidence:
-    """What speaks for a step, or against it.
+    """Evidence for or against a step.
 
     Attributes:
         region: The label or region.
         step: Name of the field of `RegionSteps`.
-        chosen: The value that is best on all cases; None to leave it off.
-        by_fold: The same for each fold, by the cases of the other folds.
-        means: Mean score by value, over all cases; that of leaving it off is called "off".
-        gain: Mean gain on cases that had no part in the choice.
-        interval: Of the gain, 95 %.
-        better: In how many cases the score rises.
-        worse: In how many it falls.
-        kept: Whether the step is done: the whole interval is above zero.
+        chosen: The best value on all cases; None if the step is best left off.
+        by_fold: For each fold, the best value on the cases of the other folds; None if the step is best left off.
+        means: Mean score over all cases, by value. The key "off" stands for no step.
+        gain: Mean gain on cases that were not used for the choice.
+        interval: 95 % interval of the gain.
+        better: Number of cases whose score rises.
+        worse: Number of cases whose score falls.
+        kept: Whether the step is used.
     """
 
     region: str
@@ -80,19 +80,19 @@ class Evidence:
 
     @property
     def kept(self) -> bool:
-        """Whether the step is done: there is a value, and the whole interval of the gain is above zero."""
+        """Whether the step is used: a value was chosen, and the whole interval of the gain is above zero."""
         return self.chosen is not _LEAVE_OFF and self.interval.low > 0
 
 
 @dataclass(frozen=True)
 class Together:
-    """What all kept steps do to a region, each case with the values of the other folds.
+    """Effect of all kept steps on a region. Each case is post-processed with the values chosen on the other folds.
 
     Attributes:
         region: The label or region.
         before: Mean score without post-processing.
-        after: With it.
-        interval: Of the gain, 95 %.
+        after: Mean score with post-processing.
+        interval: 95 % interval of the gain.
     """
 
     region: str
@@ -103,15 +103,15 @@ class Together:
 
 @dataclass(frozen=True)
 class Fit:
-    """What `fit_postprocessing` found and wrote.
+    """Result of `fit_postprocessing`.
 
     Attributes:
         path: The JSON file.
-        postprocessing: What is done.
-        evidence: Of every step of every region.
-        together: Of every region.
-        metric: What was scored.
-        notes: What was not tried, and why.
+        postprocessing: The chosen post-processing.
+        evidence: Evidence for every step of every region.
+        together: Effect of all kept steps, for every region.
+        metric: Name of the score.
+        notes: Why no thresholds were tried, if so, and which regions lose by all kept steps.
     """
 
     path: Path
@@ -122,7 +122,7 @@ class Fit:
     notes: Sequence[str]
 
     def as_text(self) -> str:
-        """The tables for a person at a terminal."""
+        """Format the tables for a terminal."""
         rows = [("", "step", "best value", "by fold", f"gain in {self.metric}", "95 % interval", "better/worse", "")]
         for one in self.evidence:
             rows.append(
@@ -145,7 +145,7 @@ class Fit:
             together.append((region.region, *numbers, _interval_text(region.interval)))
         lines += ["", *aligned(together), "", *self.notes]
         if self.postprocessing.does_nothing:
-            lines.append("Nothing is gained for certain: the post-processing is left off.")
+            lines.append("No step has a certain gain: the post-processing is left off.")
         return "\n".join([*lines, str(self.path)])
 
 
@@ -166,20 +166,21 @@ def _interval_text(interval: Interval) -> str:
 def fit_postprocessing(
     found: Found, output: str | Path, *, rules: Rules | None = None, processes: int = 1, progress: bool = True
 ) -> Fit:
-    """Choose the post-processing of a model, and write it.
+    """Choose the post-processing of a model, and write it to a file.
 
     Args:
-        found: The validation predictions of one model: what `find_cross_validation` returns.
-        output: The JSON file to write; one that exists is replaced.
-        rules: Those of a challenge: then the lesion-wise Dice by its rules is scored, else the Dice of each region.
-        processes: Cases scored at once.
+        found: The validation predictions of one model, from `find_cross_validation`.
+        output: The JSON file to write; an existing one is replaced.
+        rules: Rules of a challenge. If given, the score is the lesion-wise Dice by these rules, otherwise the Dice of
+            each region.
+        processes: Number of cases scored in parallel.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
-        What was found and written.
+        The chosen post-processing with its evidence.
 
     Raises:
-        InputError: There are fewer than two folds, or files can't be read or do not fit each other.
+        InputError: There are fewer than two folds, or files can't be read or do not match.
     """
     output, model = Path(output), found.models[0]
     if len(found.folds) < 2:
@@ -204,7 +205,7 @@ def fit_postprocessing(
         probabilities = one.probabilities(file_ending) if with_probabilities else None
         jobs.append(_Job(case, found.references[case], one.labels, probabilities, scheme, scorer, reader, ignore))
     results = dict(zip(found.cases, map_all_cases(_try, jobs, processes, "Trying", progress), strict=True))
-    folds = {case: fold for case in found.cases if (fold := model.predictions[case].fold) is not None}  # all of them
+    folds = {case: fold for case in found.cases if (fold := model.predictions[case].fold) is not None}  # never None
     groups = dict(found.groups or {case: case for case in found.cases})
     evidence = [
         _evidence(region, step, {case: result[region][step] for case, result in results.items()}, folds, groups)
@@ -239,22 +240,27 @@ def fit_postprocessing(
 
 
 def notes_on_losses(together: Sequence[Together]) -> list[str]:
-    """A note on the regions that lose by all kept steps: steps are judged by their own region alone.
+    """Return a note on the regions whose score falls when all kept steps are applied; empty if there are none.
+
+    A step is judged by the score of its own region only, but it can change other regions too.
 
     Args:
-        together: Of every region.
+        together: Effect of all kept steps, for every region.
     """
     lost = [one.region for one in together if one.interval.high < 0]
     if not lost:
         return []
     return [
-        f"All kept steps together lower the score of {', '.join(lost)} for certain, because steps of one region change "
-        f"others too: weigh this loss against the gains in the last table."
+        f"All kept steps together lower the score of {', '.join(lost)}, because steps of one region change others too. "
+        f"Compare this loss with the gains in the last table."
     ]
 
 
 def _less(dataset_json: Mapping[str, Any]) -> dict[str, str]:
-    """Of labels, what takes the place of enhancing tumour too small to be believed; regions tell by themselves."""
+    """Return the label that replaces enhancing tumour where its volume is implausibly small.
+
+    Empty for regions: their replacement follows from their nesting (`Scheme.around`).
+    """
     values = Scheme.of(dataset_json)
     if values.has_regions:
         return {}
@@ -296,9 +302,9 @@ def _content(fit: Fit, found: Found, less: Mapping[str, str], rules: Rules | Non
 
 @dataclass(frozen=True)
 class _Scorer:
-    """Scores a region: by its Dice, or by the lesion-wise Dice of a challenge; 1 where both label maps lack it.
+    """Score of a region: its Dice, or a challenge's lesion-wise Dice; 1 if neither label map has the region.
 
-    The rules of 2026 give no score there, with which it would gain nothing to remove a false lesion from such a case.
+    The rules of 2026 give no score for such a case. Removing a false lesion from it would then gain nothing.
     """
 
     labels: Mapping[str, tuple[int, ...]]
@@ -362,7 +368,7 @@ def _score(job: _Job, region: str, reference: NDArray[Any], labels: NDArray[Any]
 
 
 def _try(job: _Job) -> dict[str, dict[str, dict[Any, float]]]:
-    """Scores by region, step, and value, None where it is left off."""
+    """Score every value of every step; return the scores by region, step and value. None stands for no step."""
     reference, labels, probabilities, spacing = _read(job)
     scores: dict[str, dict[str, dict[Any, float]]] = {}
     for region in job.scheme.regions:
@@ -386,7 +392,7 @@ def _try(job: _Job) -> dict[str, dict[str, dict[Any, float]]]:
 
 
 def _apply(job: _Job) -> dict[str, float]:
-    """Scores by region, post-processed."""
+    """Post-process a case and return its scores by region."""
     assert job.postprocessing is not None
     reference, labels, probabilities, spacing = _read(job)
     changed = job.postprocessing.apply(labels, probabilities, spacing)
@@ -405,7 +411,7 @@ def _evidence(
 ) -> Evidence:
     by_fold = {}
     for fold in sorted(set(folds.values())):
-        # Nor other images of its patients, if these are in other folds.
+        # Leave out the patients of the held-out cases too: their other images may be in other folds.
         held_out = {groups[case] for case, of_case in folds.items() if of_case == fold}
         by_fold[fold] = best_value([of for case, of in scores.items() if groups[case] not in held_out])
     gains = [of[by_fold[folds[case]]] - of[_LEAVE_OFF] for case, of in scores.items()]
@@ -427,10 +433,10 @@ def _evidence(
 
 
 def best_value(scores: Sequence[Mapping[Any, float]]) -> Any:
-    """The value with the highest gain; of equal ones the first, which changes least.
+    """Return the value with the highest gain, None for no step; of equal values the first, which changes least.
 
     Args:
-        scores: Of each case, by value; None stands for leaving it off, and comes first.
+        scores: Scores of each case, by value. The first value is None, which stands for no step.
     """
     best, highest = _LEAVE_OFF, 0.0
     for value in scores[0] if scores else ():

@@ -1,4 +1,4 @@
-"""Where the predictions of models are: of a cross-validation, or in folders of a test set."""
+"""Search for the predictions of models: of a cross-validation, or in folders of a test set."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from nnunet_conres.nnunet import (
 from nnunet_conres.text import did_you_mean, first_few
 
 PROBABILITIES_ENDING: Final = ".npz"
-# What nnU-Net writes into folders of predictions besides.
+# Files that nnU-Net writes next to predictions or into a model's folder.
 _DATASET_JSON, _PLANS_JSON, _SUMMARY = "dataset.json", "plans.json", "summary.json"
-# Stand in commands for what the user knows.
+# Placeholders in commands for paths that only the user knows.
 _UNKNOWN_IMAGES, _UNKNOWN_MODEL = "IMAGES", "MODEL_FOLDER"
 
 
 @dataclass(frozen=True)
 class NamedModel(Model):
-    """A model that the user may have given another name.
+    """A model that may have a name given by the user.
 
     Attributes:
-        label: What the user calls it, None where the user did not say.
+        label: The user's name for the model, or None.
     """
 
     label: str | None = field(default=None, compare=False)
@@ -46,12 +46,12 @@ class NamedModel(Model):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model predicted for a case.
+    """A model's prediction of a case.
 
     Attributes:
         case_id: The case.
-        labels: Label map.
-        fold: The fold that held the case out; None for a test set.
+        labels: File of the label map.
+        fold: The fold whose validation predicted the case; None for a test set.
     """
 
     case_id: str
@@ -59,22 +59,23 @@ class Prediction:
     fold: int | None = None
 
     def probabilities(self, file_ending: str) -> Path:
-        """Where nnU-Net puts the probabilities, if it was asked to keep them."""
+        """Return the path where nnU-Net writes the probabilities if asked to. The file may not exist."""
         return self.labels.with_name(self.labels.name.removesuffix(file_ending) + PROBABILITIES_ENDING)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model, or an ensemble of models, with its predictions.
+    """A model, a post-processed model or an ensemble of models, with its predictions.
 
     Attributes:
-        key: Short name for files and JSON: m0, m1, ...; e0, e1, ... for ensembles.
-        name: For people.
+        key: Short name for files and JSON: m0, m1, ... for models, e0, e1, ... for ensembles, p0, p1, ... for
+            post-processed models.
+        name: Display name.
         predictions: By case id, sorted.
-        folder: The trained model's folder, with plans.json and folds; None where nobody said.
-        model: What nnU-Net calls it, None where nobody said.
-        folds: Folds whose predictions these are.
-        members: Keys of the members of an ensemble.
+        folder: The trained model's folder, with plans.json and folds; None if unknown.
+        model: nnU-Net's names of the model; None if unknown.
+        folds: The folds that made the predictions.
+        members: Keys of an ensemble's members, or of the model that was post-processed; empty for a single model.
     """
 
     key: str
@@ -88,13 +89,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that is not there, and what makes it.
+    """Missing predictions or probabilities, and how to make them.
 
     Attributes:
         what: What is missing, a sentence.
-        command: The command of nnU-Net that makes it, as a list of arguments; empty where no command alone does.
-        instead: What to do where there is no command, a sentence.
-        cases: The cases that lack it, where these are only some of a fold.
+        command: The nnU-Net command that makes them, as a list of arguments; empty if no single command does.
+        instead: What to do if there is no command, a sentence.
+        cases: The cases affected, if only some cases of a fold are.
     """
 
     what: str
@@ -104,30 +105,30 @@ class Missing:
 
     @property
     def remedy(self) -> str:
-        """The command, as a shell takes it, or what to do instead."""
+        """The command, quoted for a shell, or what to do instead."""
         return shlex.join(self.command) if self.command else self.instead
 
     @property
     def as_text(self) -> str:
-        """What is missing and what makes it."""
+        """What is missing and how to make it."""
         return f"{self.what} Run: {self.remedy}" if self.command else f"{self.what} {self.remedy}"
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a command that can be run as it is."""
+        """Whether there is a command without placeholders, which can be run as it is."""
         return bool(self.command) and _UNKNOWN_IMAGES not in self.command and _UNKNOWN_MODEL not in self.command
 
 
 @dataclass
 class Search:
-    """What a search for predictions found.
+    """Result of a search for predictions.
 
     Attributes:
-        models: The complete ones.
-        errors: What forbids a comparison.
-        missing: Predictions that a command makes; forbids a comparison too.
-        gaps: Single predictions that a command makes; without them only the common cases can be compared.
-        missing_probabilities: Probabilities that a command makes; forbids ensembles only.
+        models: The complete models.
+        errors: Errors that prevent a comparison.
+        missing: Folds without usable validation predictions; they prevent a comparison too.
+        gaps: Missing predictions of single cases; without them only the common cases can be compared.
+        missing_probabilities: Missing probabilities; only ensembles, calibration and thresholds need them.
     """
 
     models: list[Contender] = field(default_factory=list)
@@ -143,12 +144,12 @@ class Search:
 def parse_model_names(
     trainers: Sequence[str], plans: Sequence[str], configurations: Sequence[str]
 ) -> tuple[list[NamedModel], list[str]]:
-    """The models that a command line names.
+    """Parse the models named on a command line.
 
     Args:
-        trainers: TRAINER, TRAINER:PLANS or TRAINER:PLANS:CONFIGURATION each, all with NAME= before it or not.
-        plans: Names of plans for trainers that name none: one for all, or one for each trainer.
-        configurations: Likewise.
+        trainers: TRAINER, TRAINER:PLANS or TRAINER:PLANS:CONFIGURATION each, optionally with NAME= before it.
+        plans: Plans of the trainers that name none: one for all, or one for each trainer.
+        configurations: Configurations, likewise.
 
     Returns:
         The models in the order of the trainers, and a message for every error.
@@ -171,7 +172,7 @@ def parse_model_names(
         names.append(NamedModel(trainer, own_plans, own_configuration, label or None))
     doubled = {name.folder_name for name in names if names.count(name) > 1}
     if not doubled:
-        # also where one is called as another's trainer
+        # a name given by the user may equal another model's trainer
         shown = display_names(names)
         doubled = {name for name in shown if shown.count(name) > 1}
     errors += [f"{name} is named twice; expected every model once." for name in sorted(doubled)]
@@ -179,7 +180,7 @@ def parse_model_names(
 
 
 def display_names(names: Sequence[NamedModel]) -> list[str]:
-    """What to call the models: as the user does, else the trainer, with plans and configuration where models differ."""
+    """Return display names: the user's, else the trainer, with plans and configuration where these differ."""
     several_plans = len({name.plans for name in names}) > 1
     several_configurations = len({name.configuration for name in names}) > 1
     shown = []
@@ -197,16 +198,16 @@ def display_names(names: Sequence[NamedModel]) -> list[str]:
 def search_cross_validation(
     dataset_name: str, names: Sequence[NamedModel], folds: Sequence[int], *, device: str
 ) -> Search:
-    """The validation predictions of trained models.
+    """Find the validation predictions of trained models.
 
     Args:
-        dataset_name: Whole name of the data set.
+        dataset_name: Full name of the data set.
         names: The models, the baseline first.
-        folds: Folds, all of which every model needs.
-        device: For the commands that are named where something is missing.
+        folds: Folds that every model needs.
+        device: Device for the suggested commands that make missing predictions.
 
     Returns:
-        The models; a model with an error is left out.
+        The models, without those that have an error.
     """
     found = Search()
     results = folder_from_environment(RESULTS)
@@ -250,7 +251,7 @@ def search_cross_validation(
 
 
 def _other_trainer(name: str, models: Path) -> str:
-    """The question for a trainer that nobody has but that is called almost as one that somebody has; else nothing."""
+    """Return a "did you mean" for an unknown trainer name close to a known one; empty for any other name."""
     trained = [model.trainer for folder in models.glob("*__*__*") if (model := Model.of_folder(folder))]
     known = [*trained, *TRAINERS, *stock_trainers()]
     near = did_you_mean(name, known)
@@ -259,13 +260,13 @@ def _other_trainer(name: str, models: Path) -> str:
 
 @dataclass(frozen=True)
 class _Fold:
-    """One training of a model."""
+    """A trained fold of a model."""
 
     name: str  # for messages
     number: int
-    model: Path
-    train: tuple[str, ...]  # the command
-    plans_file: Path | None  # among the preprocessed data; None where nobody said where those are
+    model: Path  # the model's folder
+    train: tuple[str, ...]  # the training command
+    plans_file: Path | None  # in nnUNet_preprocessed; None if that is not set
 
     @property
     def folder(self) -> Path:
@@ -273,11 +274,16 @@ class _Fold:
 
     @property
     def checkpoint(self) -> Path:
-        """What nnU-Net's --val loads."""
+        """The checkpoint that nnU-Net's --val loads."""
         return self.folder / "checkpoint_final.pth"
 
     def missing(self, what: str, listed: Collection[str] | None) -> Missing:
-        """What makes validation predictions; `listed` are the cases that the fold is known to have held out."""
+        """Say how to make the fold's validation predictions.
+
+        Args:
+            what: What is missing, a sentence.
+            listed: The fold's validation cases according to its summary.json; None if unknown.
+        """
         if not self.checkpoint.is_file():
             train = shlex.join((*self.train, "--npz"))
             return Missing(
@@ -302,12 +308,12 @@ class _Fold:
 
     @property
     def validate(self) -> str:
-        """The command that makes validation predictions, as a shell takes it."""
+        """The command that makes validation predictions, quoted for a shell."""
         return shlex.join((*self.train, "--val", "--npz"))
 
 
 def _held_out(fold: _Fold, file_ending: str | None, found: Search) -> dict[str, Prediction] | None:
-    """The predictions of a fold's validation, None where it can't be compared; adds what is missing to `found`."""
+    """Return the validation predictions of a fold, None if it can't be compared; add errors and gaps to `found`."""
     validation = fold.folder / "validation"
     if not fold.checkpoint.is_file() and not validation.is_dir():
         found.errors.append(
@@ -341,7 +347,7 @@ def _held_out(fold: _Fold, file_ending: str | None, found: Search) -> dict[str, 
             Missing(
                 f"{fold.name} has no complete validation: {validation} has {', '.join(unlisted)}, which its "
                 f"summary.json does not list.",
-                instead=f"Move away what the fold did not hold out. If it did, run: {fold.validate}",
+                instead=f"Move away cases that the fold did not hold out. If it held them out, run: {fold.validate}",
             )
         )
         return None
@@ -355,17 +361,17 @@ def _held_out(fold: _Fold, file_ending: str | None, found: Search) -> dict[str, 
 
 
 def _listed_cases(summary: Path, file_ending: str) -> list[str] | None:
-    """The cases that nnU-Net's validation predicted; None where it did not come to the end."""
+    """Return the cases that nnU-Net's validation predicted; None if the validation did not finish."""
     try:
         files = [str(case["prediction_file"]) for case in read_json(summary)["metric_per_case"]]
     except (InputError, KeyError, TypeError):
         return None
-    # which may come from another operating system
+    # the paths may come from another operating system
     return [PureWindowsPath(file).name.removesuffix(file_ending) for file in files]
 
 
 def _cases_of_split(splits_file: Path, fold: int) -> list[str] | None:
-    """The cases that a fold holds out by nnU-Net's file; None where it does not say."""
+    """Return the validation cases of a fold in nnU-Net's splits file; None if the file does not list them."""
     try:
         return [str(case) for case in json.loads(splits_file.read_text(encoding="utf-8"))[fold]["val"]]
     except (OSError, ValueError, LookupError, TypeError):
@@ -378,22 +384,22 @@ def _cases_of_split(splits_file: Path, fold: int) -> list[str] | None:
 def search_test_set(
     folders: Mapping[str, Path], model_folders: Mapping[str, Path], file_ending: str, *, device: str
 ) -> Search:
-    """Predictions in folders, as nnUNetv2_predict writes them.
+    """Find predictions in folders that nnUNetv2_predict wrote.
 
     Args:
-        folders: Folder of predictions by the model's name, the baseline first.
-        model_folders: Trained model folder by the same names, where known: for costs, curves, and for the command that
-            makes missing probabilities.
-        file_ending: Of the predictions, as in dataset.json.
-        device: For the commands that are named where something is missing.
+        folders: Folder of predictions by model name, the baseline first.
+        model_folders: Folder of the trained model by the same names, if known: for costs, training curves, and the
+            command that makes missing probabilities.
+        file_ending: File ending of the predictions, as in dataset.json.
+        device: Device for the suggested commands that make missing probabilities.
 
     Returns:
-        The models; a model with an error is left out.
+        The models, without those that have an error.
     """
     found = Search()
     for name in model_folders:
         if name not in folders:
-            found.errors.append(f"--model {name}=... names no model of --predictions; expected {', '.join(folders)}.")
+            found.errors.append(f"--model {name}=...: expected a name of --predictions: {', '.join(folders)}.")
     for number, (name, folder) in enumerate(folders.items()):
         if not folder.is_dir():
             found.errors.append(f"{folder} is not a folder; expected the predictions of {name}.")
@@ -429,7 +435,7 @@ def _trained_folds(folder: Path) -> tuple[int | str, ...]:
 
 
 def _predict_command(folder: Path, trained: Path | None, folds: Sequence[int | str], device: str) -> tuple[str, ...]:
-    """What predicts the folder again with probabilities, as far as it can be known."""
+    """Return the command that predicts the folder again with probabilities; unknown paths are placeholders."""
     images = _UNKNOWN_IMAGES
     try:
         written = json.loads((folder / "predict_from_raw_data_args.json").read_text(encoding="utf-8"))
@@ -450,12 +456,12 @@ def _predict_command(folder: Path, trained: Path | None, folds: Sequence[int | s
 def same_cases(
     models: Sequence[Contender], references: Sequence[str], *, intersection: bool
 ) -> tuple[list[str], list[str]]:
-    """The cases that all models are compared on.
+    """Return the cases that all models are compared on.
 
     Args:
         models: The models.
         references: Ids of all cases with a reference.
-        intersection: Whether to compare on the common cases where models have different ones.
+        intersection: Whether to compare on the common cases if the models have different ones.
 
     Returns:
         The case ids, sorted, and a message for every error.
@@ -469,8 +475,7 @@ def same_cases(
             without = [other.name for other in models if any(case not in other.predictions for case in extra)]
             errors.append(
                 f"{model.name} has predictions of {first_few(extra)}, but {', '.join(without)} has not. A comparison "
-                f"needs the same "
-                f"cases; make the missing predictions, or compare on the common cases with --intersection."
+                f"needs the same cases; predict the missing ones, or compare on the common cases with --intersection."
             )
         folds = {model.predictions[case].fold for case in extra} - {None}
         if extra and folds and not intersection:
@@ -497,7 +502,7 @@ def same_cases(
 
 
 def other_splits(models: Sequence[Contender]) -> list[str]:
-    """Names of the models that held cases out in other folds than the first model did."""
+    """Return the names of the models that predicted common cases in other folds than the first model."""
     return [model.name for model in models[1:] if _in_other_folds(models[0], model)]
 
 
@@ -522,7 +527,12 @@ def _file_ending(folder: Path, errors: list[str]) -> str | None:
 
 
 def iterate_missing(found: Search, *, probabilities: bool) -> Iterator[Missing]:
-    """All that commands have to make before the comparison, each command once."""
+    """Yield everything that is missing for a comparison, each command once.
+
+    Args:
+        found: Result of the search.
+        probabilities: Whether probabilities are needed.
+    """
     seen: set[tuple[str, ...] | str] = set()
     for missing in (*found.missing, *found.gaps, *(found.missing_probabilities if probabilities else ())):
         if (key := missing.command or missing.what) not in seen:

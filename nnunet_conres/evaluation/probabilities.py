@@ -1,4 +1,4 @@
-"""nnU-Net's files of probabilities: what their channels stand for, read one channel at a time."""
+"""Reader of nnU-Net's probability files, one channel at a time, and the meaning of their channels."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from nnunet_conres.nnunet import label_values
 from nnunet_conres.text import format_shape, short_message
 
 _MEMBER: Final = "probabilities.npy"
-# Resampling and 32-bit numbers may leave a probability this far outside 0 to 1.
+# Resampling and 32-bit rounding may move a probability this far outside 0 to 1.
 _ROUNDING: Final = 1e-3
 
 
 @dataclass(frozen=True)
 class Channels:
-    """What the channels of a file of probabilities stand for.
+    """The meaning of the channels of a probability file.
 
     Attributes:
         count: Number of channels.
-        exclusive: Whether they are labels, of which a voxel has one (softmax, the background first); else regions, each
-            for itself (sigmoid).
+        exclusive: Whether the channels are mutually exclusive labels (softmax, background first); otherwise they are
+            independent regions (sigmoid).
         regions: Label values of every label or region by name, without the background.
         place: Channel of every label or region by name.
-        painted: The label that each channel becomes in a segmentation, in the order of painting.
+        painted: The label value that each channel gets in a segmentation, in channel order. Of regions, later channels
+            overwrite earlier ones.
     """
 
     count: int
@@ -43,16 +44,16 @@ class Channels:
 
     @classmethod
     def of_dataset(cls, dataset_json: Mapping[str, Any]) -> Channels:
-        """The channels that nnU-Net writes for a data set.
+        """Return the channels that nnU-Net writes for a data set.
 
         Args:
             dataset_json: Content of the dataset.json that the model was trained with.
 
         Raises:
-            InputError: It has no usable labels.
+            InputError: The dataset.json has no usable labels.
 
         Source:
-            nnU-Net's LabelManager: regions if any entry has two labels or more, else labels in ascending order.
+            nnU-Net's LabelManager: regions if any entry has two or more labels, otherwise labels in ascending order.
         """
         try:
             regions = label_values(dataset_json["labels"])
@@ -74,7 +75,7 @@ class Channels:
             ) from error
 
     def shape_errors(self, path: Path, shape: Sequence[int], voxels: Sequence[int], like: Path) -> Iterator[str]:
-        """A message if a file's probabilities do not belong to these channels, or to an image of that shape."""
+        """Yield a message if the shape of a file's probabilities does not match these channels and the image."""
         if tuple(shape) != (self.count, *voxels):
             what = f"{self.count} {'labels with the background' if self.exclusive else 'regions'}"
             yield (
@@ -84,7 +85,7 @@ class Channels:
 
 
 def read_shape(path: Path) -> tuple[int, ...]:
-    """Shape (C, z, y, x) of a file's probabilities; reads no voxel.
+    """Read the shape (C, z, y, x) of a file's probabilities from its header; no voxel is read.
 
     Raises:
         InputError: The file can't be read as nnU-Net's probabilities.
@@ -97,10 +98,10 @@ def read_shape(path: Path) -> tuple[int, ...]:
 
 
 def iterate_channels(path: Path) -> Iterator[NDArray[np.float32]]:
-    """The channels (z, y, x) of a file of probabilities, one after the other, so that no more is in memory.
+    """Read the channels (z, y, x) of a probability file one by one, so that only one is in memory.
 
-    Axes are those that nnU-Net's reader gives the segmentation beside the file; both cover the whole image, what was
-    cropped away included.
+    The axes are those of the segmentation next to the file as nnU-Net's reader returns it. Both cover the whole image,
+    including the part that was cropped away before prediction.
 
     Args:
         path: The .npz file that nnU-Net writes with --npz or --save_probabilities.
@@ -109,12 +110,12 @@ def iterate_channels(path: Path) -> Iterator[NDArray[np.float32]]:
         Probabilities, 0 to 1.
 
     Raises:
-        InputError: The file can't be read, or holds something else than probabilities.
+        InputError: The file can't be read, or its values are not probabilities.
     """
     try:
         with zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as stream:
             shape, fortran_order, dtype = _header(stream)
-            if fortran_order:  # a single channel whose axes nnU-Net has turned, for example
+            if fortran_order:  # for example, a single channel whose axes nnU-Net has transposed
                 whole = np.frombuffer(stream.read(), dtype).reshape(shape, order="F")
                 for channel in whole:
                     yield _checked(path, channel)
@@ -132,7 +133,11 @@ def iterate_channels(path: Path) -> Iterator[NDArray[np.float32]]:
 
 
 def read_probabilities(path: Path) -> NDArray[np.float32]:
-    """All channels (C, z, y, x) of a file of probabilities; raises what `iterate_channels` does."""
+    """Read all channels (C, z, y, x) of a probability file.
+
+    Raises:
+        InputError: As for `iterate_channels`.
+    """
     return np.stack(list(iterate_channels(path)))
 
 
@@ -147,7 +152,7 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 def _checked(path: Path, channel: NDArray[Any]) -> NDArray[np.float32]:
     low, high = float(channel.min()), float(channel.max())
-    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN is neither
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # also true for NaN
         raise InputError(
             f"{path} has values from {low:g} to {high:g}; expected probabilities, 0 to 1. Predict the case again."
         )
@@ -160,14 +165,14 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 class Painter:
-    """Makes the segmentation that nnU-Net makes, of channels that come one after the other.
+    """Computes nnU-Net's segmentation from channels that are added one by one.
 
     Args:
-        meaning: What the channels stand for.
+        meaning: Meaning of the channels.
 
     Attributes:
         labels: Label map (z, y, x).
-        best: Highest probability of a label so far (z, y, x); of exclusive channels only.
+        best: Highest probability of a label so far (z, y, x); only for exclusive channels.
     """
 
     def __init__(self, meaning: Channels) -> None:
@@ -177,7 +182,7 @@ class Painter:
         self.best: NDArray[np.float32] = np.empty(0, np.float32)
 
     def add(self, channel: NDArray[np.float32]) -> None:
-        """The next channel (z, y, x)."""
+        """Add the next channel (z, y, x)."""
         label = self._meaning.painted[self._next]
         if self._next == 0:
             self.labels = np.zeros(channel.shape, np.uint8 if max(self._meaning.painted) < 256 else np.uint16)

@@ -1,4 +1,4 @@
-"""Pictures of slices with their inter-slice residual beside them, and its mean over the slices."""
+"""Figures of slices next to their inter-slice residual, with the mean residual of every slice as a curve."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PANEL: Final = 2.4  # inches
 _CURVE: Final = 1.6
 _SLICES: Final = 3
 
-# Of maps of numbers: black where there is nothing.
+# Colour map of residual and attention maps: the lowest value is black.
 _MAP_COLOURS: Final = "magma"
 
 
@@ -41,8 +41,8 @@ class Slicing:
     Attributes:
         axis: Axis of the slices.
         spacing: Voxel size along the three axes in mm.
-        reverse: For each axis, whether to show it from its end to its beginning.
-        title: Of the picture.
+        reverse: For each axis, whether to show it reversed.
+        title: Title of the figure.
     """
 
     axis: int = 0
@@ -56,17 +56,17 @@ _ALONG_Z: Final = Slicing()
 
 @dataclass(frozen=True)
 class Column:
-    """What one column of the picture shows, slice by slice.
+    """Content of one column of the figure, which shows one slice per row.
 
     Attributes:
-        title: Shown on top.
-        volume: With three axes; drawn in shades of the colour map.
+        title: Title above the column.
+        volume: Volume with three axes, drawn with the colour map.
         limits: Values at both ends of the colour map.
-        colour_map: One of Matplotlib's.
-        tinted: Masks to lay over, by the name of the label or region.
-        outlined: Masks to draw the outlines of.
-        dashed: Masks to draw the dashed outlines of.
-        offset: -1 to show the slice before.
+        colour_map: Name of a Matplotlib colour map.
+        tinted: Masks drawn as a transparent overlay, by label or region.
+        outlined: Masks drawn as solid outlines, by label or region.
+        dashed: Masks drawn as dashed outlines, by label or region.
+        offset: -1 to show the previous slice.
     """
 
     title: str
@@ -81,12 +81,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Curve:
-    """The mean of a residual over the slices.
+    """The mean residual of every slice, as a curve.
 
     Attributes:
-        name: Shown in the legend, unless empty.
+        name: Name in the legend; empty for no entry.
         values: One per slice.
-        colour: Of the line.
+        colour: Colour of the line.
         style: Matplotlib's line style.
     """
 
@@ -104,14 +104,14 @@ def image_residual_figure(
     *,
     unit: str = "standard deviations",
 ) -> Figure:
-    """Draw slices of an image, the slices before them, and what has changed.
+    """Draw slices of an image, the previous slices, and the residual between them.
 
     Args:
         image: Any intensities, axes z, y, x.
-        residual: Of the same shape.
+        residual: Residual, same shape.
         means: Mean residual of every slice.
         slicing: How slices are taken and shown.
-        unit: Of the residual.
+        unit: Unit of the residual.
 
     Returns:
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
@@ -144,11 +144,11 @@ def label_residual_figure(
     *,
     regions: Mapping[str, Sequence[int]],
 ) -> Figure:
-    """Draw slices of a label map, the slices before them, and the residual of every label or region.
+    """Draw slices of a label map, the previous slices, and the residual of every label or region.
 
     Args:
         labels: Label map, axes z, y, x.
-        residuals: Masks of the same shape, by name.
+        residuals: Residual masks of the same shape, by name.
         means: Mean residual of every slice, by name.
         regions: Label values by name.
         slicing: How slices are taken and shown.
@@ -187,17 +187,17 @@ def predicted_residual_figure(
     of_reference: Mapping[str, NDArray[np.bool_]] | None = None,
     channels: Sequence[str] = (),
 ) -> Figure:
-    """Draw what a network takes for the residual, beside that of its segmentation and, if it is known, the true one.
+    """Draw a network's predicted residual next to the residuals of its segmentation and of the reference, if known.
 
     Args:
-        images: One per channel, axes z, y, x; one of them is shown, with the outlines of the labels.
-        prediction: Label map of the same shape.
-        predicted: Predicted residuals, 0 to 1, by name; shown is the largest at every voxel.
-        attention: 0 to 2; None where there is none.
+        images: One per channel, axes z, y, x. One of them is shown, with the outlines of the labels.
+        prediction: Predicted label map, same shape.
+        predicted: Predicted residuals, 0 to 1, by name. The figure shows their maximum at every voxel.
+        attention: Attention map, 1 to 2; None if the network has no attention.
         of_prediction: Residual of the predicted labels, by name.
         regions: Label values by name.
-        reference: True label map, if there is one.
-        of_reference: Its residual, by name.
+        reference: Reference label map, if there is one.
+        of_reference: Residual of the reference labels, by name.
         channels: Names of the channels.
         slicing: How slices are taken and shown.
 
@@ -240,7 +240,7 @@ def predicted_residual_figure(
 
 
 def slices_of(residuals: Mapping[str, NDArray[np.bool_]], axis: int) -> list[int]:
-    """The slices with the largest residual, kept apart from each other; never the first, which has none."""
+    """Return the slices with the largest residual, spaced apart; never the first slice, which has no residual."""
     total = np.logical_or.reduce(list(residuals.values())).astype(np.uint8)
     slices = slices_to_show(np.moveaxis(total, axis, 0), {"residual": (1,)}, number=_SLICES)
     return [max(1, index) for index in slices]
@@ -256,16 +256,16 @@ def draw(
     unit: str,
     names: Sequence[str] = (),
 ) -> Figure:
-    """Draw slices in rows, what there is to show of each in columns, and curves over all slices below.
+    """Draw one row per slice, with the given columns, and the curves over all slices below.
 
     Args:
         columns: From left to right.
-        slices: Indices along the axis, from top to bottom.
-        curves: To draw below.
-        limits: Indices (first, one past the last) along each axis of what to show.
+        slices: Slice indices along the axis, from top to bottom.
+        curves: Curves below the slices.
+        limits: Indices (first, one past the last) of the part to show, along each axis.
         slicing: How slices are taken and shown.
-        unit: Of the curves.
-        names: Of labels and regions, the outermost first, for the colours.
+        unit: Unit of the curves.
+        names: Labels or regions, the outermost first, which determine the colours.
 
     Returns:
         The figure.
@@ -352,12 +352,12 @@ def _draw_curves(plot: Axes, curves: Sequence[Curve], slices: Sequence[int], axi
 
 
 def mean_per_slice(residual: NDArray[Any], axis: int) -> tuple[float, ...]:
-    """Mean over all voxels of each slice."""
+    """Return the mean over all voxels of each slice."""
     means = residual.mean(axis=tuple({0, 1, 2} - {axis}), dtype=np.float64)
     return tuple(float(value) for value in means)
 
 
 def _high_end(residual: NDArray[Any]) -> float:
-    """The value that is shown brightest: few voxels are above it."""
+    """Return the value to show brightest: the 98th percentile of the positive values."""
     positive = residual[residual > 0]
     return float(np.percentile(positive, 98)) if positive.size else 1.0

@@ -1,4 +1,4 @@
-"""The inter-slice residual of image, label and prediction files, as NIfTI in their own geometry and as pictures."""
+"""Inter-slice residuals of image, label and prediction files, as NIfTI in the file's geometry and as figures."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ Kind = Literal["image", "labels"]
 Intensities = Literal["zscore", "raw"]
 
 ENDINGS: Final = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".gipl", ".gipl.gz")
-"""Of files that are looked for in a folder: those with a geometry, which SimpleITK reads."""
+"""File endings that are searched for in a folder: formats with a geometry that SimpleITK reads."""
 
 RECORD: Final = "residuals.json"
-"""File in the output folder that lists what was written."""
+"""File in the output folder that lists the written files."""
 
-# More values than labels are likely to have, and fewer than an image has.
+# Label maps are unlikely to have more distinct values, and images have more.
 _MOST_LABELS: Final = 32
 _LARGEST_LABEL: Final = 255
 
-# nnU-Net normalises within the non-zero voxels where cropping to them leaves less than this share of the volume.
+# nnU-Net normalises within the non-zero voxels if cropping to them leaves less than this share of the volume.
 _MASKED_NORMALISATION_BELOW: Final = 0.75
 
 
 @dataclass(frozen=True)
 class FileLook:
-    """What a look into a file showed.
+    """Properties of a file, found by reading it.
 
     Attributes:
         path: The file.
-        reader: nnU-Net's reader that reads it.
+        reader: nnU-Net's reader for the file.
         kind: Image or labels.
         shape: Number of voxels along the axes of nnU-Net's arrays: z, y, x.
-        spacing: Voxel size along them, mm.
+        spacing: Voxel size along these axes, mm.
         values: The values of a label file, ascending.
-        errors: A message for every error; the rest then means nothing.
+        errors: A message for every error. If there are any, the other attributes have no meaning.
     """
 
     path: Path
@@ -74,13 +74,13 @@ class FileLook:
 
 @dataclass(frozen=True)
 class FileResiduals:
-    """What was written for one file.
+    """The files written for one input file.
 
     Attributes:
-        source: The file.
-        kind: What it was taken for.
-        maps: The residual of every label or region by name; of an image the only one, named residual.
-        figure: The picture.
+        source: The input file.
+        kind: Image or labels.
+        maps: Residual map of every label or region, by name. An image has one map, named residual.
+        figure: The figure.
         means: Mean residual of every slice, by the names of `maps`.
     """
 
@@ -91,7 +91,7 @@ class FileResiduals:
     means: Mapping[str, tuple[float, ...]]
 
     def as_json(self) -> dict[str, Any]:
-        """For programs; paths are names in the output folder."""
+        """Return the entry of `RECORD`; paths are file names in the output folder."""
         return {
             "source": str(self.source),
             "kind": self.kind,
@@ -103,13 +103,13 @@ class FileResiduals:
 
 @dataclass(frozen=True)
 class ResidualMaps:
-    """What `write_residual_maps` wrote.
+    """Result of `write_residual_maps`.
 
     Attributes:
         axis: Axis of the slices in nnU-Net's arrays.
-        axis_reason: Why that one.
-        files: What was written, file by file.
-        warnings: What the user should know.
+        axis_reason: Why this axis was chosen.
+        files: The written files, by input file.
+        warnings: Messages for the user.
     """
 
     axis: int
@@ -128,26 +128,26 @@ def write_residual_maps(
     dataset_json: str | Path | None = None,
     progress: bool = True,
 ) -> ResidualMaps:
-    """Write the inter-slice residual of files: NIfTI in the geometry of each, and a picture.
+    """Write the inter-slice residual of each file, as NIfTI in the file's geometry and as a figure.
 
     Args:
-        source: An image or label file, or a folder of such: a BraTS case, imagesTr, labelsTr, predictions.
-        output_folder: Gets NAME_residual.nii.gz of images (float32), NAME_residual_REGION.nii.gz of labels (0 or 1),
-            NAME_residual.png, and `RECORD`; created if need be.
-        axis: Axis of the slices in arrays as nnU-Net's readers give them: z, y, x. "slice" is the one that nnU-Net
-            would bring to the front if the files were its data set: that of the largest median spacing, the first of
-            several.
-        kind: What the files are; by default the name of their folder or else their values tell.
-        intensities: Of images: "zscore", normalised as nnU-Net does by default, in standard deviations; or "raw".
-        dataset_json: For the names of labels and regions; by default the one beside a file or up to two folders above.
-            Without one every label is by itself.
+        source: An image or label file, or a folder of them: a BraTS case, imagesTr, labelsTr, predictions.
+        output_folder: Receives NAME_residual.nii.gz for images (float32), NAME_residual_REGION.nii.gz for labels (0 or
+            1), NAME_residual.png, and `RECORD`; created if necessary.
+        axis: Axis of the slices in the arrays that nnU-Net's readers return: z, y, x. "slice" chooses the axis that
+            nnU-Net would move to the front if the files were its data set: the one with the largest median spacing,
+            the first of several.
+        kind: Image or labels. By default the folder name determines it, otherwise the values do.
+        intensities: For images: "zscore", normalised as nnU-Net does by default, in standard deviations; or "raw".
+        dataset_json: dataset.json with the names of labels and regions. By default the one next to a file or up to two
+            folders above. Without one, every label has a separate residual.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
-        What was written.
+        The written files.
 
     Raises:
-        InputError: Something is wrong with the files or the arguments. Lists all that was found.
+        InputError: Files or arguments are invalid. Lists all errors.
     """
     from tqdm import tqdm
 
@@ -186,7 +186,7 @@ def write_residual_maps(
                 regions, ignore_label = regions_of(look.values, legends[look.path])
                 done.append(_write_label_residuals(look, output, chosen, regions, ignore_label))
                 if not any(any(values) for values in done[-1].means.values()):
-                    warnings.append(f"{look.path} has no residual: nothing is labelled that ends between slices.")
+                    warnings.append(f"{look.path} has no residual: its labels do not change between slices.")
         spacing = ", ".join(f"{value:g}" for value in np.median([look.spacing for look in looks], axis=0))
         result = ResidualMaps(
             axis=chosen,
@@ -200,7 +200,7 @@ def write_residual_maps(
 
 
 def residual_of_image(voxels: NDArray[Any], axis: int) -> NDArray[np.float32]:
-    """Absolute difference of every slice to the one before; 0 in the first.
+    """Return the absolute difference of every slice to the previous one; 0 in the first slice.
 
     Args:
         voxels: Three axes, any intensities.
@@ -220,17 +220,17 @@ def residual_of_image(voxels: NDArray[Any], axis: int) -> NDArray[np.float32]:
 def residual_of_labels(
     labels: NDArray[Any], regions: Mapping[str, Sequence[int]], axis: int, ignore_label: int | None = None
 ) -> dict[str, NDArray[np.bool_]]:
-    """Where the mask of each region changes from one slice to the next; nowhere in the first.
+    """Return where the mask of each region differs from the previous slice; False in the first slice.
 
     Args:
         labels: Label map with three axes.
         regions: Label values of every label or region, by name.
         axis: Axis of the slices.
-        ignore_label: Value of voxels that are not annotated: there, and in the next slice, the residual is unknown and
-            given as False.
+        ignore_label: Value of voxels that are not annotated. At such a voxel, and at its neighbour in the next slice,
+            the residual is unknown and set to False.
 
     Returns:
-        Arrays of the same shape by name.
+        Arrays of the same shape, by name.
     """
     import torch
 
@@ -244,10 +244,10 @@ def residual_of_labels(
 
 
 def normalise(voxels: NDArray[Any]) -> NDArray[np.float32]:
-    """Subtract the mean and divide by the standard deviation, as nnU-Net's default does at the image's own spacing.
+    """Subtract the mean and divide by the standard deviation, as nnU-Net does by default, without resampling.
 
-    As there, statistics are those of the part that is left when the background of zeros around is cropped; if less than
-    three quarters are left, those of the non-zero voxels (holes filled), and the background stays 0.
+    As in nnU-Net, the statistics are computed after cropping to the non-zero region. If this leaves less than three
+    quarters of the volume, they are those of the non-zero voxels (holes filled), and the background stays 0.
 
     Args:
         voxels: Three axes, any intensities.
@@ -278,7 +278,7 @@ def normalise(voxels: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def find_files(source: Path) -> tuple[list[Path], list[str]]:
-    """The file itself, or the files of a folder with an ending in `ENDINGS`; and a message for every error."""
+    """Return the file itself, or a folder's files with an ending in `ENDINGS`, and a message for every error."""
     if source.is_file():
         return [source], unsafe_ids([stem(source)], source)
     if not source.is_dir():
@@ -292,7 +292,7 @@ def find_files(source: Path) -> tuple[list[Path], list[str]]:
 
 
 def stem(path: Path) -> str:
-    """A file's name without its ending, .nii.gz being one."""
+    """Return a file's name without its ending; .nii.gz counts as one ending."""
     for ending in sorted(ENDINGS, key=len, reverse=True):
         if path.name.lower().endswith(ending):
             return path.name[: -len(ending)]
@@ -300,7 +300,7 @@ def stem(path: Path) -> str:
 
 
 def output_errors(output: Path, paths: Sequence[Path]) -> Iterator[str]:
-    """What is wrong with an output folder."""
+    """Yield a message if the output folder can't be used."""
     if output.exists() and not output.is_dir():
         yield f"{output} is not a folder; expected one to write to."
     elif any(path.parent.resolve() == output.resolve() for path in paths):
@@ -312,11 +312,12 @@ def look_at_file(path: Path, kind: Kind | None = None, reader: type | None = Non
 
     Args:
         path: The file.
-        kind: What it is taken for; by default the name of its folder or else its values tell.
-        reader: nnU-Net's reader for it; by default the one that a dataset.json near it names, or one that can read it.
+        kind: Image or labels. By default the folder name determines it, otherwise the values do.
+        reader: nnU-Net's reader for the file. By default the one that a nearby dataset.json names, or one that can
+            read the file.
 
     Returns:
-        What it is, or what is wrong with it.
+        The file's properties or errors.
     """
     try:
         reader = reader or reader_of_file(path, _dataset_json_of(path))
@@ -344,13 +345,13 @@ def look_at_file(path: Path, kind: Kind | None = None, reader: type | None = Non
     values = _label_values(whole_numbers(voxels, volume.intercept))
     found = kind or _kind(path, values)
     if found == "labels" and values is None:
-        return FileLook(path, errors=(f"{path} is no label file: its values are no integers from 0, or too many.",))
+        return FileLook(path, errors=(f"{path} is not a label file: its values are not integers from 0, or too many.",))
     known = values if found == "labels" and values else ()
     return FileLook(path, reader, found, tuple(voxels.shape[1:]), volume.spacing, known)
 
 
 def _dataset_json_of(path: Path) -> Mapping[str, Any] | None:
-    """Content of the dataset.json near a file, None if there is none that can be read."""
+    """Return the content of the dataset.json near a file; None if there is no readable one."""
     near = dataset_json_near(path)
     try:
         content = None if near is None else json.loads(near.read_text(encoding="utf-8"))
@@ -360,7 +361,7 @@ def _dataset_json_of(path: Path) -> Mapping[str, Any] | None:
 
 
 def _label_values(voxels: NDArray[Any]) -> tuple[int, ...] | None:
-    """The values of what may be labels; None of what can't."""
+    """Return the distinct values if they may be labels, otherwise None."""
     values = np.unique(voxels)
     if len(values) > _MOST_LABELS or values[0] < 0 or values[-1] > _LARGEST_LABEL or (values % 1 != 0).any():
         return None
@@ -373,12 +374,12 @@ def _kind(path: Path, values: tuple[int, ...] | None) -> Kind:
         return "image"
     if folder.startswith("labels"):
         return "labels"
-    # one value throughout may be either; nnU-Net's images end in the number of the channel
+    # a volume with a single value may be either; the names of nnU-Net's images end in the channel number
     return "image" if len(values) < 2 and re.search(r"_\d{4}$", stem(path)) else "labels"
 
 
 def slice_errors(look: FileLook, axis: int) -> Iterator[str]:
-    """What keeps a file from having a residual along an axis."""
+    """Yield a message if a file has too few slices along an axis for a residual."""
     if look.shape[axis] < 2:
         yield (
             f"{look.path} has a single slice along axis {axis} (shape {look.shape}), and a residual is between two; "
@@ -387,7 +388,7 @@ def slice_errors(look: FileLook, axis: int) -> Iterator[str]:
 
 
 def file_parts(names: Iterable[str]) -> dict[str, str]:
-    """Regions' names in a form that file names can have, each another, also where upper and lower case are the same."""
+    """Return a part of a file name for each region name. The parts are unique, ignoring case."""
     parts: dict[str, str] = {}
     for name in names:
         part = re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
@@ -398,7 +399,7 @@ def file_parts(names: Iterable[str]) -> dict[str, str]:
 
 
 def _legend_of(look: FileLook, dataset_json: str | Path | None) -> tuple[Legend | None, list[str], list[str]]:
-    """Names for a label file's values, errors and warnings."""
+    """Return the names of a label file's values, errors and warnings."""
     path = Path(dataset_json) if dataset_json is not None else dataset_json_near(look.path)
     if path is None:
         return None, [], []
@@ -413,11 +414,11 @@ def _legend_of(look: FileLook, dataset_json: str | Path | None) -> tuple[Legend 
     problem = f"{look.path} has labels that {path} does not name: {first_few(strange)}"
     if dataset_json is not None:
         return None, [f"{problem}; give the dataset.json that it belongs to."], []
-    return None, [], [f"{problem}. Every label is taken by itself; for regions name the right file with -djfile."]
+    return None, [], [f"{problem}. Each label gets a residual; for regions, pass the right file with -djfile."]
 
 
 def regions_of(values: Sequence[int], legend: Legend | None) -> tuple[dict[str, tuple[int, ...]], int | None]:
-    """The labels or regions to take the residual of, by name, and the ignore label."""
+    """Return the labels or regions to compute residuals of, by name, and the ignore label."""
     if legend is not None:
         return dict(legend.regions), legend.ignore_label
     return {f"label_{value}": (value,) for value in values if value} or {"label_1": (1,)}, None

@@ -1,4 +1,4 @@
-"""What a trained network predicts beside the segmentation, residual maps and attention, in the case's geometry."""
+"""Residual maps and attention that a trained network predicts besides the segmentation, in the case's geometry."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from nnunet_conres.images.volumes import read_labels, read_volume, reversed_axes
 from nnunet_conres.predictor import DEFAULT_CHECKPOINT, load_predictor
 from nnunet_conres.text import first_few
 
-# Outside of the part of the image that the network sees nothing is attended to more than anything else.
+# The neutral value, for the part of the image that is cropped away before prediction.
 _NO_ATTENTION: Final = 1.0
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model predicts of a case; axes z, y, x, as large as the case's image.
+    """A model's prediction of a case: arrays with axes z, y, x and the shape of the case's image.
 
     Attributes:
         segmentation: Label map.
         residuals: Predicted residual of every label or region by name, float32, 0 to 1.
-        attention: What the segmentation features were multiplied with, mean over the channels, float32, 1
-            to 2. None where the network has no attention.
+        attention: The factor that the segmentation features were multiplied with, mean over the channels, float32, 1
+            to 2. None if the network has no attention.
     """
 
     segmentation: NDArray[Any]
@@ -61,16 +61,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class CaseResiduals:
-    """What was written for one case.
+    """The files written for one case.
 
     Attributes:
         case_id: The case.
         segmentation: The predicted label map.
-        attention: The attention map; None where the network has no attention.
+        attention: The attention map; None if the network has no attention.
         predicted: Predicted residual of every label or region, by name.
         of_prediction: Residual of the predicted labels, by name.
         of_reference: Residual of the reference labels, by name; empty without a reference.
-        figure: The picture.
+        figure: The figure.
     """
 
     case_id: str
@@ -82,7 +82,7 @@ class CaseResiduals:
     figure: Path
 
     def as_json(self) -> dict[str, Any]:
-        """For programs; paths are names in the output folder."""
+        """Return the entry of `RECORD`; paths are file names in the output folder."""
 
         def names(paths: Mapping[str, Path]) -> dict[str, str]:
             return {name: path.name for name, path in paths.items()}
@@ -102,7 +102,7 @@ class ResidualNetwork(nn.Module):
     """A network that returns segmentation, residual maps and attention of one level as a single tensor.
 
     Args:
-        network: A network with residual maps; it is switched to return them.
+        network: A network with residual maps. Its residual outputs are switched on, its deep supervision off.
         level: Decoder level, 0 for full resolution, 1 for the next coarser one.
 
     Attributes:
@@ -118,7 +118,7 @@ class ResidualNetwork(nn.Module):
         self.has_attention = hasattr(network.decoder.stages[-(level + 1)], "attention")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (B, C, X, Y, Z) to (B, N + M + 1, X, Y, Z), or N + M channels without attention.
+        """Map images (B, C, X, Y, Z) to (B, N + M + 1, X, Y, Z), or N + M channels without attention.
 
         The channels are the N logits of the segmentation, the M logits of the residual maps, and the attention.
         """
@@ -138,34 +138,34 @@ class ResidualNetwork(nn.Module):
             return x
         if getattr(self.network.decoder, "full_size_residuals", False):
             return resize(x, size)  # as the network itself does
-        # a coarse voxel lies in the middle of the voxels that it was made of, also where the last ones are missing
+        # A coarse voxel is centred on the fine voxels it covers, even where the image ends before the last of them.
         factors = np.prod(self.network.strides[: self.level + 1], axis=0)
         return crop(F.interpolate(x, scale_factor=tuple(map(float, factors)), mode="trilinear"), size)
 
 
 class ResidualPredictor:
-    """A trained network with residual maps, loaded and run by nnU-Net's own predictor.
+    """A trained network with residual maps, loaded and run by nnU-Net's predictor.
 
-    Sliding window with nnU-Net's weights, without mirroring: a residual is the difference to the slice before, not to
-    the next one, so that mirrored predictions do not agree.
+    Uses a sliding window with nnU-Net's weights, but no mirroring. The residual is the difference to the previous
+    slice, not to the next one, so the residuals of mirrored images do not match.
 
     Args:
-        model_folder: nnU-Net's folder of a trained model, with plans.json, dataset.json and fold_0.
+        model_folder: nnU-Net's folder of a trained model, with plans.json, dataset.json and the folders of its folds.
         folds: Folds whose predictions are averaged.
-        checkpoint: Name of the file in a fold's folder.
-        level: Decoder level of residual maps and attention, 0 for full resolution.
+        checkpoint: Name of the checkpoint file in a fold's folder.
+        level: Decoder level of the residual maps and the attention, 0 for full resolution.
         device: cuda, cpu or mps.
-        step_size: Of the sliding window, in patches.
+        step_size: Step size of the sliding window, as a share of the patch size.
         progress: Whether to show a progress bar over the tiles of a case.
 
     Attributes:
         regions: Label values of every label or region, by name, in the order of the network's channels.
-        slice_axis: Axis of the slices, in arrays as the model's reader gives them.
-        reader: That reader.
+        slice_axis: Axis of the slices in the arrays that the model's reader returns.
+        reader: The model's reader.
         has_attention: Whether the network has an attention.
 
     Raises:
-        InputError: There is no such model, or it predicts no residual maps.
+        InputError: There is no such model, or it is not supported, for example because it predicts no residual maps.
     """
 
     def __init__(
@@ -213,8 +213,8 @@ class ResidualPredictor:
             images: One file per channel, in order.
 
         Returns:
-            Maps of the size of the image. Where the image was cropped away before prediction, the residual is 0 and
-            the attention 1.
+            Maps with the shape of the image. In the part that was cropped away before prediction, the residual is 0
+            and the attention 1.
         """
         from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
@@ -238,15 +238,15 @@ class ResidualPredictor:
         residuals = {name: self._put_back(one, properties, 0.0) for name, one in zip(self.regions, likely, strict=True)}
         attention = None
         if self.has_attention:
-            # interpolation leaves the range by rounding only
+            # The clip removes rounding errors of the interpolation only.
             attention = self._put_back(np.clip(maps[-1], 1, 2), properties, _NO_ATTENTION)
         return Prediction(segmentation, residuals, attention)
 
     def _sliding_window(self, data: Tensor) -> Tensor:
-        """Segmentation logits, residual logits and attention at the size of the preprocessed image.
+        """Return segmentation logits, residual logits and attention at the size of the preprocessed image.
 
-        nnU-Net's tiles and weights, but added up in single precision: nnU-Net's half precision has no digits left for
-        the small weights at a tile's corners. That rarely changes which label is largest, but it shows in maps.
+        The tiles and weights are nnU-Net's, but the sum is in single precision. In nnU-Net's half precision the small
+        weights at a tile's corners are lost. This rarely changes the predicted label, but it is visible in the maps.
         """
         from acvl_utils.cropping_and_padding.padding import pad_nd_image
         from nnunetv2.inference.sliding_window_prediction import compute_gaussian
@@ -267,7 +267,7 @@ class ResidualPredictor:
             for parameters in predictor.list_of_parameters:
                 self._network.load_state_dict(parameters)
                 for tile in tiles:
-                    # as nnU-Net does: mixed precision on a GPU, and only there
+                    # As in nnU-Net, mixed precision is used on a GPU only.
                     with torch.autocast("cuda", enabled=device.type == "cuda"):
                         maps = wrapped(padded[tile][None].to(device))[0]
                     if total is None:
@@ -279,7 +279,7 @@ class ResidualPredictor:
         return (total / weight)[(slice(None), *inside[1:])]
 
     def _put_back(self, values: NDArray[Any], properties: Mapping[str, Any], outside: float) -> NDArray[np.float32]:
-        """Undo cropping and the exchange of axes."""
+        """Undo the cropping and the transposition; voxels outside the crop get the value `outside`."""
         full = np.full(properties["shape_before_cropping"], outside, dtype=np.float32)
         full[tuple(slice(first, last) for first, last in properties["bbox_used_for_cropping"])] = values
         return np.ascontiguousarray(full.transpose(self._predictor.plans_manager.transpose_backward))
@@ -293,23 +293,23 @@ def write_predicted_residuals(
     reference: str | Path | None = None,
     progress: bool = True,
 ) -> list[CaseResiduals]:
-    """Write what a model predicts of cases beside the segmentation, next to the residual of what is there.
+    """Write a model's predicted residual maps and attention, and the residuals of its segmentation and the reference.
 
     Args:
-        source: A folder of images named as for nnU-Net, CASE_0000 and so on, or one of the files of a case.
-        output_folder: Gets CASE_predicted_residual_REGION.nii.gz (0 to 1), of a network with attention
-            CASE_attention.nii.gz (1 to 2), CASE_segmentation.nii.gz and the residual of it,
-            CASE_segmentation_residual_REGION.nii.gz (0 or 1), with a reference CASE_reference_residual_REGION.nii.gz,
-            all in the geometry of the case, and CASE_residual.png.
+        source: A folder of images with nnU-Net's names, CASE_0000 and so on, or one of the files of a case.
+        output_folder: Receives, all in the geometry of the case, CASE_predicted_residual_REGION.nii.gz (0 to 1),
+            CASE_attention.nii.gz (1 to 2) if the network has attention, CASE_segmentation.nii.gz and its residual
+            CASE_segmentation_residual_REGION.nii.gz (0 or 1), CASE_reference_residual_REGION.nii.gz if there is a
+            reference; and CASE_residual.png and `RECORD`.
         predictor: The model.
-        reference: A label file, or a folder of such named after the cases, if there are any.
+        reference: A label file, or a folder of label files named after the cases, if there are any.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
-        What was written, case by case.
+        The written files, by case.
 
     Raises:
-        InputError: Something is wrong with the files. Lists all that was found.
+        InputError: Files are missing or invalid. Lists all errors.
     """
     from tqdm import tqdm
 
@@ -386,12 +386,12 @@ def _write_case(
 
 
 def find_cases(source: Path, ending: str, channels: int) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
-    """The images of every case by its id, complete ones only, and a message for every error.
+    """Find the images of all complete cases; return them by case id, with a message for every error.
 
     Args:
         source: A folder of images named CASE_0000 and so on, or one such file.
-        ending: Of the files.
-        channels: How many files a case has.
+        ending: File ending of the images.
+        channels: Number of files per case.
     """
     expected = f"images named as nnU-Net wants them, CASE_0000{ending} and so on"
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
@@ -457,8 +457,8 @@ def _network_errors(folder: Path, network: nn.Module, predictor: Any, level: int
     if not isinstance(network, ResidualMapsMixin):
         yield (
             f"{folder} was trained with {predictor.trainer_name}, whose {type(network).__name__} predicts no residual "
-            f"maps; expected a ConResNet or a ResidualMapUNet. The residual of its predictions: leave --model out, and "
-            f"give them with -i."
+            f"maps; expected a ConResNet or a ResidualMapUNet. For the residual of its predictions, omit --model and "
+            f"pass them with -i."
         )
         return
     levels = len(network.decoder.stages)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
-"""The rules by which challenges score, one TOML file each in the folder challenges, and the regions that they score.
+"""Scoring rules of challenges and the regions that they score.
 
-`docs/reference/challenge-rules.md` states the rules and the source of each.
+Each challenge has a TOML file in the folder challenges. `docs/reference/challenge-rules.md` states the rules and their
+sources.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ TISSUES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "GTV": ("gross_tumor_volume",),
     }
 )
-"""Tissues of each region that a challenge scores, as far as the challenge has them."""
+"""Tissues of each region that challenges score. A challenge may have only some of them."""
 
-# What data sets call these regions, in lower case with underscores.
+# Names of these regions in data sets, in lower case with underscores.
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "ET": ("et", "enhancing", "enhancing_tumor", "enhancing_tumour"),
     "NETC": ("netc", "ncr", "net", "necrosis", "necrotic_core", "nonenhancing", "nonenhancing_tumor", "non_enhancing"),
@@ -52,23 +53,24 @@ class Rules:
     """How a challenge scores a case.
 
     Attributes:
-        name: Year and task, as the user named it.
-        title: For people.
-        sources: Where it is published.
-        matching: "dilation": lesions that nearly touch are one, and all that comes near a lesion is compared with it;
-            "one-to-one": each lesion with at most one predicted one, so that the sum of their Dice is highest.
-        regions: What is scored, by the challenge's names.
-        penalty: mm that a missed or falsely found region or lesion counts; None for the diagonal of the image in
+        name: Year and task, such as 2024-GLI; the user's choice if the challenge has several names.
+        title: Display name.
+        sources: Where the rules are published.
+        matching: "dilation": lesions that nearly touch count as one, and a lesion is compared with all predicted
+            components near it. "one-to-one": each lesion is matched with at most one predicted lesion, so that the sum
+            of the Dice values is highest.
+        regions: The scored regions, by the challenge's names.
+        penalty: Distance in mm that a missed or false region or lesion counts; None for the diagonal of the image in
             voxels.
         dilation: Voxels by which each region is dilated.
-        smallest_volume: True lesions of each region up to this many mm³ are ignored.
-        group_predictions: Whether predicted components that nearly touch are one, too, and what the smallest of these,
-            which are removed, are measured in: "voxels", "mm3", or empty for neither.
-        joined_by: By region, those whose lesions join what touches them.
-        count_false: Whether falsely found lesions count.
-        large_volume: mm³ from which a lesion is large; None where sizes are not told apart.
-        found_from_dice: Lesions of a size count as found from this Dice on.
-        table: The table of brats-evaluation that the challenge's server makes, "seg" or "mets"; empty if none.
+        smallest_volume: True lesions of each region up to this volume (mm³) are ignored.
+        group_predictions: "voxels" or "mm3" if predicted components that nearly touch count as one too and the
+            smallest of these are removed: the unit in which `smallest_volume` limits their size. Empty for neither.
+        joined_by: By region, the regions whose lesions join the lesions that touch them.
+        count_false: Whether false lesions count.
+        large_volume: Volume (mm³) from which a lesion is large; None if lesions are not scored by size.
+        found_from_dice: Lowest Dice from which a large or small lesion counts as found.
+        table: The brats-evaluation table of the challenge's server, "seg" or "mets"; empty if none.
     """
 
     name: str
@@ -88,13 +90,13 @@ class Rules:
 
     @property
     def masks(self) -> tuple[str, ...]:
-        """The regions that are needed to score: those that are scored, and those that join their lesions."""
+        """The regions that scoring needs: the scored regions, and those that join their lesions."""
         return tuple(dict.fromkeys((*self.regions, *(other for others in self.joined_by.values() for other in others))))
 
 
 @cache
 def known_rules() -> Mapping[str, Path]:
-    """The file of each challenge that there are rules of, by all names, sorted."""
+    """Return the TOML file of each challenge with rules, by all names of the challenge, sorted."""
     found: dict[str, Path] = {}
     for path in _FOLDER.glob("*.toml"):
         if path != _UNKNOWN:
@@ -103,13 +105,13 @@ def known_rules() -> Mapping[str, Path]:
 
 
 def read_rules(name: str) -> Rules:
-    """The rules of a challenge.
+    """Read the rules of a challenge.
 
     Args:
         name: Year and task, such as 2024-GLI; upper or lower case.
 
     Raises:
-        InputError: There are none of this name; says which there are.
+        InputError: There are no rules of this name. The message lists the known names.
     """
     found = next((known for known in known_rules() if known.lower() == name.lower()), None)
     if found is None:
@@ -143,7 +145,7 @@ def _by_region(value: Any, regions: Sequence[str]) -> dict[str, Any]:
 
 
 def rules_text(options: Mapping[str, Any]) -> str:
-    """Which rules scores were taken by, a sentence.
+    """Return a sentence about the rules that scores were computed by.
 
     Args:
         options: The entry ``options`` of report.json, with rules.
@@ -160,11 +162,11 @@ def rules_text(options: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class RegionLabels:
-    """Label values of the regions that rules need, in a data set.
+    """Label values in a data set of the regions that rules need.
 
     Attributes:
-        labels: By region. Those of `Rules.masks` that the data set has.
-        missing: Regions that the rules score, and the data set does not tell apart.
+        labels: By region, for the regions of `Rules.masks` that the data set has.
+        missing: Scored regions that the data set's labels do not distinguish.
     """
 
     labels: Mapping[str, tuple[int, ...]]
@@ -174,18 +176,18 @@ class RegionLabels:
 def labels_of_regions(rules: Rules, labels: Mapping[str, Any]) -> RegionLabels:
     """Find the labels of a challenge's regions in a data set.
 
-    The tissue of each label follows from the labels and regions that have names of BraTS: where there are a whole
-    tumour, a tumour core and an enhancing tumour, the rest is oedema and necrosis.
+    The tissue of each label follows from the labels and regions with BraTS names. With a whole tumour, a tumour core
+    and an enhancing tumour, for example, the remaining labels are oedema and necrosis.
 
     Args:
-        rules: The challenge's.
+        rules: The challenge's rules.
         labels: The entry ``labels`` of dataset.json.
 
     Raises:
-        InputError: The data set has none of the regions; lists the names that are understood.
+        InputError: The data set has none of the regions. The message lists the names that are understood.
     """
     values = label_values(labels)
-    # Only some challenges tell cysts apart; in the others they are part of what does not enhance.
+    # Only some challenges have cysts as a separate region; in the others they are part of the non-enhancing tumour.
     tissues = {
         tissue
         for region in rules.masks
@@ -208,7 +210,7 @@ def labels_of_regions(rules: Rules, labels: Mapping[str, Any]) -> RegionLabels:
     }
     regions: dict[str, tuple[int, ...]] = {}
     for region in rules.masks:
-        # All that a label may be lies in the region, or nothing of it does; else nobody knows.
+        # A region is known if every label's possible tissues are all inside it or all outside it.
         inside = {value: may_be <= set(TISSUES[region]) for value, may_be in fitting.items() if may_be}
         if all(inside[value] or not fitting[value] & set(TISSUES[region]) for value in inside):
             regions[region] = tuple(value for value, is_inside in inside.items() if is_inside)

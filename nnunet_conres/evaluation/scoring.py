@@ -1,4 +1,4 @@
-"""Second stage of a comparison: scores of label files against their references, kept from run to run."""
+"""Second stage of a comparison: scores of label files against their references, cached between runs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from nnunet_conres.images.volumes import Labels, affine_of, read_labels, reader_
 from nnunet_conres.nnunet import ignore_label, label_values
 from nnunet_conres.parallel import map_cases
 
-# The mean over the labels or regions of a case stands beside them under this name.
+# Key of the mean over the labels or regions of a case, next to their own keys.
 MEAN: Final = "mean"
 
-# By region, then by metric's key.
+# By region, then by metric key.
 CaseScores = dict[str, dict[str, float]]
 
 
@@ -35,9 +35,9 @@ class ScoringJob:
     """A prediction to score.
 
     Attributes:
-        model: Name of the model that made it.
+        model: Name or key of the model that made the prediction.
         case_id: The case.
-        reference: File of the true labels.
+        reference: File of the reference labels.
         prediction: File of the predicted labels.
     """
 
@@ -52,13 +52,13 @@ class Scores:
     """Scores of all cases.
 
     Attributes:
-        values: Of every metric, by model, case, label or region, and metric's key; NaN where there is none. Two or
-            more regions are followed by their mean, called "mean", of volume errors without their sign.
-        options: The conventions they were taken with.
-        cached: How many predictions were scored before.
-        displaced: Predictions that by their header do not lie where their reference does. Voxels are compared one by
-            one all the same, as nnU-Net does.
-        missing_regions: Regions that a challenge's rules score, and the data set does not tell apart.
+        values: By model, case, label or region, and metric key; NaN if undefined. If there are two or more regions,
+            their mean follows under the key "mean"; for volume errors it is the mean of absolute values.
+        options: Conventions that the scores were computed with.
+        cached: Number of predictions whose scores were found in the cache.
+        displaced: Predictions whose header places them elsewhere than their reference. Voxels are compared one by one
+            nevertheless, as in nnU-Net.
+        missing_regions: Regions that a challenge's rules score, but the data set's labels do not distinguish.
     """
 
     values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
@@ -78,25 +78,25 @@ def score_cases(
     processes: int = 1,
     progress: bool = True,
 ) -> Scores:
-    """Score predictions, each label or region of dataset.json by all metrics, or a challenge's regions by its rules.
+    """Score predictions: the labels or regions of dataset.json by all metrics, or a challenge's regions by its rules.
 
     Args:
-        jobs: The predictions; no two of the same model and case.
+        jobs: The predictions; one per model and case.
         dataset_json: Content of the data set's dataset.json: its labels or regions, its ignore label, and how nnU-Net
             reads its files.
         options: Conventions; BraTS's by default.
-        cache_folder: Keeps the scores of every pair of files, by the content of both, and is created if need be: who
-            starts again after a stop, or with one more model, waits for what is new only. None to keep nothing.
-        reader: Name of nnU-Net's reader for the files, where it is known; finding out takes as long as reading a file.
-        processes: Files scored at once.
+        cache_folder: Folder that caches the scores of every pair of files by their content; created if necessary. A
+            restart, or a run with another model, computes only new scores. None for no cache.
+        reader: Name of nnU-Net's reader for the files, if known. Determining it takes as long as reading a file.
+        processes: Number of predictions scored in parallel.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
-        The scores, models and cases in the order of the jobs, regions in that of dataset.json.
+        The scores. Models and cases are in the order of the jobs, regions in the order of dataset.json.
 
     Raises:
-        InputError: Files are missing, cannot be read, do not fit each other or hold labels that dataset.json does not
-            name; all errors are listed together, missing files before any is read.
+        InputError: Files are missing, cannot be read, do not match, or contain labels that dataset.json does not name.
+            Lists all errors; missing files are reported before any file is read.
     """
     options = options or MetricOptions()
     errors = _job_errors(jobs)
@@ -110,13 +110,13 @@ def score_cases(
     kept = Cache(None if cache_folder is None else Path(cache_folder))
     references = [job.reference for job in jobs]
     name = reader or reader_for(dataset_json, references).__name__
-    hashed = cache(content_of)  # a reference is that of several models
+    hashed = cache(content_of)  # models share the references
     keys = [
         str(number) if kept.folder is None else _key(job, scheme, options, name, hashed)
         for number, job in enumerate(jobs)
     ]
     outcomes = {key: outcome for key in keys if (outcome := _of_entry(kept.get(key), scheme, options)) is not None}
-    # Two models may have made the very same prediction.
+    # Identical predictions of two models have the same key and are scored once.
     todo = {key: job for key, job in zip(reversed(keys), reversed(jobs), strict=True) if key not in outcomes}
     if todo:
         found = reader_for(dataset_json, references)
@@ -129,13 +129,13 @@ def score_cases(
     for key, job in zip(keys, jobs, strict=True):
         outcome = outcomes[key]
         if outcome.errors and job is not todo[key]:
-            outcome = _score(_Task(job, scheme, options, found, kept, key))  # the message names another file
+            outcome = _score(_Task(job, scheme, options, found, kept, key))  # to name this file, not its copy
         errors += outcome.errors
         cached += outcome.cached
         displaced += [job.prediction] if outcome.displaced else []
         values.setdefault(job.model, {})[job.case_id] = outcome.scores
     if errors:
-        # An error of a reference is found once for every model.
+        # Every model reports the errors of a reference again.
         raise InputError("\n".join(dict.fromkeys(errors)))
     return Scores(values, options, cached, tuple(displaced), scheme.missing)
 
@@ -148,10 +148,10 @@ class _Scheme:
     """Labels of a data set.
 
     Attributes:
-        regions: Label values of every label or region, by name.
-        allowed: All label values that dataset.json names, but the ignore label.
+        regions: Label values of every label or region to score, by name.
+        allowed: All label values that dataset.json names, except the ignore label.
         ignore: The ignore label, if there is one.
-        missing: Regions that a challenge's rules score, and that cannot be.
+        missing: Regions that a challenge's rules score, but the data set's labels do not distinguish.
     """
 
     regions: Mapping[str, tuple[int, ...]]
@@ -162,7 +162,7 @@ class _Scheme:
 
 @dataclass(frozen=True)
 class _Task:
-    """What a process needs to score a prediction."""
+    """Everything that a worker process needs to score a prediction."""
 
     job: ScoringJob
     scheme: _Scheme
@@ -174,7 +174,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Scores of a prediction, or what stood in the way."""
+    """Scores of a prediction, or the errors that prevented them."""
 
     scores: CaseScores
     cached: bool = False
@@ -187,7 +187,7 @@ def _job_errors(jobs: Sequence[ScoringJob]) -> list[str]:
     seen = set()
     for job in jobs:
         if (job.model, job.case_id) in seen:
-            errors.append(f"{job.prediction} is one prediction too many of case {job.case_id} by {job.model}.")
+            errors.append(f"{job.prediction} is a second prediction of case {job.case_id} by {job.model}.")
         seen.add((job.model, job.case_id))
     missing = dict.fromkeys(path for job in jobs for path in (job.reference, job.prediction) if not path.is_file())
     return errors + [f"{path} does not exist; expected a label file." for path in missing]
@@ -248,7 +248,7 @@ def _scores(
         tolerance=options.tolerance,
         like_brats_evaluation=options.like_brats_evaluation,
     )
-    # An infinite distance is none to compute with, and JSON has no way to write it.
+    # Infinite distances would break the statistics, and JSON can't represent them.
     return {
         region: {key: values[key] if math.isfinite(values[key]) else math.nan for key in options.measured}
         for region, values in found.items()
@@ -258,20 +258,20 @@ def _scores(
 def read_pair(
     reference_file: Path, prediction_file: Path, reader: type, allowed: Sequence[int], ignore: int | None
 ) -> tuple[NDArray[Any], NDArray[Any], tuple[float, ...], bool]:
-    """A reference and a prediction of the same image.
+    """Read a reference and a prediction of the same image.
 
     Args:
-        reference_file: The true labels.
+        reference_file: The reference labels.
         prediction_file: The predicted labels.
-        reader: nnU-Net's, for both.
-        allowed: Label values that may be in both.
-        ignore: A label value that the reference may have besides.
+        reader: nnU-Net's reader for both files.
+        allowed: Label values that both may contain.
+        ignore: Another label value that the reference may contain.
 
     Returns:
-        Both label maps, voxel size, and whether one lies elsewhere by its header.
+        Both label maps, the voxel size, and whether the header places the prediction elsewhere than the reference.
 
     Raises:
-        InputError: A file can't be read, or the two do not fit each other.
+        InputError: A file can't be read, or the two do not match.
     """
     read: list[Labels] = []
     errors: list[str] = []
@@ -288,7 +288,7 @@ def read_pair(
             f"{prediction_file} has shape {prediction.voxels.shape}; expected {reference.voxels.shape} like "
             f"{reference_file}."
         )
-    # As far apart as nnU-Net allows an image and its labels to be.
+    # The tolerance that nnU-Net has for an image and its labels.
     if not np.allclose(reference.spacing, prediction.spacing):
         raise InputError(
             f"{prediction_file} has voxels of {_lengths(prediction.spacing)} mm; expected "
@@ -298,11 +298,11 @@ def read_pair(
 
 
 def _displaced(reference: Labels, prediction: Labels) -> bool:
-    """Whether a prediction lies elsewhere than its reference by its header."""
+    """Return whether the header places a prediction elsewhere than its reference."""
     there, here = affine_of(reference.properties), affine_of(prediction.properties)
     if there is None or here is None:
         return False
-    # Tenths of a voxel come from rounding in headers; what matters is another origin, or another direction.
+    # Differences up to 0.1 (origins in mm, directions as unit vectors) come from rounding in headers.
     axes = [affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) for affine in (there, here)]
     return not (
         np.allclose(axes[0], axes[1], rtol=1e-4, atol=0.1)
@@ -315,12 +315,12 @@ def _lengths(spacing: Sequence[float]) -> str:
 
 
 def _with_mean(scores: CaseScores) -> CaseScores:
-    """The scores and, of two or more regions, their mean; regions without a value are left out of it."""
+    """Add the mean of two or more regions to their scores; regions without a value are left out of the mean."""
     if len(scores) < 2:
         return scores
     mean = {}
     for key in next(iter(scores.values())):
-        # A volume too large here does not make up for one too small there.
+        # Absolute volume errors: one region's excess must not cancel another's deficit.
         known = [METRICS[key].compared(region[key]) for region in scores.values() if not math.isnan(region[key])]
         mean[key] = math.fsum(known) / len(known) if known else math.nan
     return {**scores, MEAN: mean}
@@ -330,15 +330,15 @@ def _with_mean(scores: CaseScores) -> CaseScores:
 
 
 def reader_name(dataset_json: Mapping[str, Any], references: Sequence[Path], cache_folder: Path) -> str:
-    """Name of nnU-Net's reader for the files of a data set.
+    """Return the name of nnU-Net's reader for the files of a data set.
 
     Args:
         dataset_json: Content of dataset.json.
-        references: Files; nnU-Net chooses by the first that it can read.
-        cache_folder: Keeps the answer.
+        references: Files. nnU-Net chooses the reader by the first file that it can read.
+        cache_folder: Folder that caches the name.
 
     Raises:
-        InputError: None can read any of the files.
+        InputError: No reader can read any of the files.
     """
     entries = [dataset_json.get(name) for name in ("overwrite_image_reader_writer", "file_ending")]
     key = key_of(version("nnunetv2"), entries, content_of(references[0]))
@@ -346,7 +346,7 @@ def reader_name(dataset_json: Mapping[str, Any], references: Sequence[Path], cac
 
 
 def _key(job: ScoringJob, scheme: _Scheme, options: MetricOptions, reader: str, hashed: Callable[[Path], str]) -> str:
-    """Hash of all that the scores depend on."""
+    """Return a hash of everything that the scores depend on."""
     conventions = {
         "metrics": METRIC_VERSION,
         "options": asdict(options),
@@ -359,7 +359,7 @@ def _key(job: ScoringJob, scheme: _Scheme, options: MetricOptions, reader: str, 
 
 
 def _of_entry(content: Any, scheme: _Scheme, options: MetricOptions) -> _Outcome | None:
-    """What an entry of the cache holds; None if there is none that makes sense."""
+    """Return the scores of a cache entry; None if there is no valid entry."""
     try:
         regions = content["scores"]
         wanted = scheme.regions if options.rules is None else options.rules.regions

@@ -1,4 +1,4 @@
-"""Pictures of a case of which only some slices are annotated, and of its completed labels."""
+"""Figures of sparsely annotated cases and their completed labels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# A veil of a colour that no image has.
+# Overlay colour, which does not occur in grey images.
 _NOT_ANNOTATED: Final = "#1D2B4A"
 
 
@@ -51,28 +51,29 @@ def sparse_annotation_figure(
     reverse: Sequence[bool] = (False, False, False),
     title: str = "",
 ) -> Figure:
-    """Draw which slices are annotated, what a network makes of them and, if it is known, the truth, side by side.
+    """Draw the sparse annotation, the completed labels and, if known, the ground truth side by side.
 
-    The rows are a cut across the slices, where the annotated ones are bands; the slice that is farthest from an
-    annotated one, of those with foreground; and the annotated slice with most foreground.
+    The rows are a cut across the slices, in which annotated slices are bands; the slice with foreground that is
+    farthest from all annotated slices; and the annotated slice with most foreground.
 
     Args:
         image: One channel with three axes, any intensities.
-        sparse: Label map of the same shape, as annotated.
-        dense: Label map of the same shape, the annotation completed.
+        sparse: Sparsely annotated label map, same shape.
+        dense: Completed label map, same shape.
         ignore_label: Value in `sparse` of voxels that are not annotated.
         regions: Label values of every label or region to show, by name, the outermost first.
-        truth: Label map of the same shape, if there is one.
+        truth: Ground truth, same shape, if there is one.
         axis: Axis of the slices.
         spacing: Voxel size along the three axes in mm.
-        reverse: For each axis, whether to show it from its end to its beginning.
-        title: Shown on top, with the Dice of every region below if there is a truth: of what is not annotated.
+        reverse: For each axis, whether to show it reversed.
+        title: Shown on top. If there is a ground truth, the Dice of every region over the voxels that are not annotated
+            follows below.
 
     Returns:
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
 
     Raises:
-        ValueError: Shapes do not fit each other.
+        ValueError: The shapes do not match.
     """
     from matplotlib.figure import Figure
 
@@ -88,7 +89,7 @@ def sparse_annotation_figure(
     foreground = np.isin(reference, sorted({value for values in regions.values() for value in values}))
     known = sparse != ignore_label
     annotated = np.flatnonzero(known.any(axis=(across, along)))
-    # Of the two cuts across the slices, the one that shows more.
+    # Of the two cuts across the slices, show the one with more foreground.
     cuts = [
         View(cut, _busiest(foreground, cut, np.arange(image.shape[cut])), axis, other)
         for cut, other in ((across, along), (along, across))
@@ -123,7 +124,7 @@ def sparse_annotation_figure(
             for region, values in regions.items():
                 mask = np.isin(view.of(labels), values)
                 tint(panel, mask, colours[region], 0.4)
-                # Around bands of a voxel or two there would be nothing but outline.
+                # Outlines would cover annotated bands that are only one or two voxels wide.
                 if name != "annotated" or view.axis == axis:
                     draw_outline(panel, mask, colours[region], 1.2, dashed=False)
             if view.axis != axis:
@@ -155,11 +156,11 @@ class SparseCase:
     """The files of one case for `write_sparse_annotation_figures`.
 
     Attributes:
-        case_id: Names the picture.
+        case_id: The case, which gives the figure its file name.
         images: One file per channel.
-        sparse: Labels as annotated.
-        dense: Labels completed.
-        truth: Labels of all voxels, if there are any.
+        sparse: Sparsely annotated labels.
+        dense: Completed labels.
+        truth: Ground truth, if there is one.
     """
 
     case_id: str
@@ -172,19 +173,19 @@ class SparseCase:
 def write_sparse_annotation_figures(
     cases: Sequence[SparseCase], output_folder: str | Path, *, dataset_json: str | Path, progress: bool = True
 ) -> list[Path]:
-    """Write a picture per case with annotation, completed labels and truth side by side.
+    """Write a figure per case with annotation, completed labels and ground truth side by side.
 
     Args:
         cases: The cases to draw.
-        output_folder: Gets CASE.png for every case; created if need be.
-        dataset_json: The sparsely annotated data set's, for names and for the ignore label.
+        output_folder: Receives CASE.png for every case; created if necessary.
+        dataset_json: dataset.json of the sparsely annotated data set, for names and the ignore label.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
         The files written.
 
     Raises:
-        InputError: The files of a case can't be read or do not fit each other, or dataset.json has no ignore label.
+        InputError: The files of a case can't be read or do not match, or dataset.json has no ignore label.
     """
     from tqdm import tqdm
 
@@ -223,7 +224,7 @@ def write_sparse_annotation_figures(
 
 
 def _busiest(foreground: NDArray[np.bool_], axis: int, indices: NDArray[np.intp]) -> int:
-    """That of some slices with most foreground; the middle one of them if there is none."""
+    """Return the given slice with most foreground; the middle one if none has foreground."""
     area = foreground.sum(axis=tuple({0, 1, 2} - {axis}))[indices]
     return int(indices[np.argmax(area)] if area.any() else indices[len(indices) // 2])
 
@@ -231,7 +232,7 @@ def _busiest(foreground: NDArray[np.bool_], axis: int, indices: NDArray[np.intp]
 def _slices_of_interest(
     foreground: NDArray[np.bool_], axis: int, annotated: NDArray[np.intp]
 ) -> tuple[int | None, int | None]:
-    """A slice far from all annotated ones, and an annotated one; None where there is none."""
+    """Return a slice far from all annotated slices, and an annotated slice; None if there is none."""
     present = _busiest(foreground, axis, annotated) if annotated.size else None
     missing = np.setdiff1d(np.arange(foreground.shape[axis]), annotated)
     if not missing.size:
@@ -245,13 +246,13 @@ def _slices_of_interest(
 
 
 def _annotated_axis(known: NDArray[np.bool_]) -> int:
-    """The axis with the smallest share of slices in which anything is annotated; the first of several."""
+    """Return the axis with the smallest share of annotated slices; the first of several."""
     shares = [known.any(axis=tuple({0, 1, 2} - {axis})).mean() for axis in range(3)]
     return int(np.argmin(shares))
 
 
 def _mark_slices(panel: Axes, rows: NDArray[np.intp]) -> None:
-    """White bars at both sides of a cut, beside the annotated slices."""
+    """Draw white bars at both sides of a cut, next to the annotated slices."""
     sides = panel.get_xlim()
     segments = [[(side, row - 0.5), (side, row + 0.5)] for row in rows for side in sides]
     from matplotlib.collections import LineCollection

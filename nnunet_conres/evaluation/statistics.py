@@ -1,4 +1,4 @@
-"""Paired comparison of models with a baseline: differences, intervals, tests, and what may be concluded."""
+"""Paired comparison of models with a baseline: differences, confidence intervals, tests and conclusions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nnunet_conres.evaluation.metrics import METRICS, Metric
 from nnunet_conres.evaluation.scoring import MEAN
 from nnunet_conres.text import first_few
 
-# Raised where a change gives other numbers: what was kept from run to run is then computed again.
+# Increased by every change that alters results. This invalidates the cache.
 STATISTICS_VERSION: Final = 1
 
-# Fewer differences than these cannot give a two-sided p below 0.05, whatever they are: 2 / 2**5 = 0.0625.
+# Fewer differences can't give a two-sided p below 0.05: the smallest p of five is 2 / 2**5 = 0.0625.
 FEWEST_FOR_TEST: Final = 6
 
-# Differences are rounded to so many decimals: what is left below is rounding of the computer, and no win or loss.
+# Decimals of differences. Smaller differences are floating-point rounding errors, not wins or losses.
 _DECIMALS: Final = 9
 
 Conclusion = Literal["better", "worse", "none", "mixed", "equal", "untested"]
@@ -29,7 +29,7 @@ Conclusion = Literal["better", "worse", "none", "mixed", "equal", "untested"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval; NaN at both ends where there is none."""
+    """A confidence interval; both ends are NaN if it is undefined."""
 
     low: float
     high: float
@@ -37,34 +37,36 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """A model's scores less the baseline's over the same cases, by one metric, for one label or region.
+    """Comparison of a model with the baseline over the same cases, by one metric, for one label or region.
 
-    Differences are the model's less the baseline's, of absolute values where zero is best (volume errors).
+    Differences are the model's value minus the baseline's. Metrics that are best at zero (volume errors) are compared
+    by their absolute values.
 
     Attributes:
         model: The model.
-        baseline: What it is compared with.
+        baseline: The baseline.
         region: Label or region, or "mean".
         metric: Key of the metric.
-        count: Differences compared: one per case, or per group if groups are given.
-        left_out: Cases in which one of the two has no value.
+        count: Number of differences: one per case, or one per group if groups are given.
+        left_out: Cases in which the model or the baseline has no value.
         model_mean: Mean of the model.
         baseline_mean: Mean of the baseline over the same cases.
         mean_difference: In the metric's unit.
-        mean_interval: Of the mean difference.
+        mean_interval: Confidence interval of the mean difference.
         median_difference: In the metric's unit.
-        median_interval: Of the median difference.
-        p_value: Of the Wilcoxon signed-rank test, two-sided; NaN if there are too few differences.
-        p_corrected: The same after Holm's correction over all models and regions of this metric.
+        median_interval: Confidence interval of the median difference.
+        p_value: Two-sided p of the Wilcoxon signed-rank test; NaN if there are too few differences.
+        p_corrected: p after Holm's correction over all models and regions of this metric.
         effect: Matched-pairs rank-biserial correlation, from -1 (worse in every case) to 1 (better in every case).
-        wins: In how many the model is better.
-        ties: In how many they are equal.
-        losses: In how many the model is worse.
-        confidence: Of the intervals; p_corrected is judged against 1 less this.
-        grouped: Whether the differences are those of groups.
-        conclusion: "better" or "worse"; "none" if neither can be concluded; "mixed" if test and mean contradict each
-            other; "equal" if there is no difference in any case; "untested" if there are too few.
-        sentence: What may be concluded, in plain words.
+        wins: Number of cases or groups in which the model is better.
+        ties: Number of cases or groups in which both are equal.
+        losses: Number of cases or groups in which the model is worse.
+        confidence: Confidence level of the intervals. A p_corrected below 1 - confidence is significant.
+        grouped: Whether there is one difference per group.
+        conclusion: "better" or "worse"; "none" if the test is not significant; "mixed" if the test is significant, but
+            the interval of the mean does not confirm it; "equal" if no case has a difference; "untested" if there are
+            too few differences.
+        sentence: The conclusion as a sentence.
     """
 
     model: str
@@ -107,23 +109,23 @@ def compare_paired(
     """Compare models with a baseline, metric by metric and region by region.
 
     Args:
-        values: Scores by model, case, region and metric, as `Scores.values` of `score_cases`.
+        values: Scores by model, case, region and metric, as in `Scores.values`.
         baseline: The model that the others are compared with.
-        models: Which ones; all others by default.
-        regions: Labels or regions; all of the baseline by default, "mean" among them.
-        metrics: Keys; by default all measured ones of `definitions` of which some values are better than others.
-        groups: Group of every case, if cases are not independent, such as the patient that it is a time point of.
-            Differences are averaged within a group first, and count as one.
-        definitions: The metrics that the values are of, by their keys.
-        confidence: Of the intervals, and 1 less the level of the test.
-        samples: Drawings of the bootstrap.
-        seed: Of the drawings; the same for the same result, whatever else is compared.
+        models: Models to compare with the baseline; all others by default.
+        regions: Labels or regions; by default all regions of the baseline, including "mean".
+        metrics: Keys of metrics; by default all measured metrics in `definitions` that have a better direction.
+        groups: Group of every case, if cases are not independent: the patient, for example, if there are several time
+            points. Differences are averaged within each group, which then counts once.
+        definitions: The metrics of the values, by key.
+        confidence: Confidence level of the intervals; the significance level of the test is 1 - confidence.
+        samples: Number of bootstrap samples.
+        seed: Seed of the bootstrap. The same seed gives the same result, independent of the other comparisons.
 
     Returns:
-        The comparisons: by metric, then region, then model.
+        The comparisons, ordered by metric, then region, then model.
 
     Raises:
-        ValueError: Models were scored on different cases or regions, or a name is not among them.
+        ValueError: Models were scored on different cases or regions, or a name is unknown.
 
     Source:
         Wilcoxon, Biometrics Bulletin 1945; Holm, Scandinavian Journal of Statistics 1979; Efron, Journal of the
@@ -170,14 +172,14 @@ def compare_paired(
 
 
 def wilcoxon(differences: NDArray[np.float64]) -> float:
-    """Two-sided p of the Wilcoxon signed-rank test.
+    """Compute the two-sided p of the Wilcoxon signed-rank test.
 
     Args:
-        differences: Paired differences; zeros are left out, as Wilcoxon did.
+        differences: Paired differences; zeros are left out, as in Wilcoxon's test.
 
     Returns:
-        p: exact for up to 50 differences if no two have the same size, and for up to 13 if some have; of the normal
-        approximation beyond. 1 if all differences are zero.
+        The p value; 1 if all differences are zero. It is exact for up to 50 differences without ties in their absolute
+        values and for up to 13 with ties; beyond, it is that of the normal approximation.
     """
     from scipy.stats import wilcoxon as signed_rank
 
@@ -188,13 +190,13 @@ def wilcoxon(differences: NDArray[np.float64]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction of the p of a family of tests.
+    """Apply Holm's correction to the p values of a family of tests.
 
     Args:
-        p_values: One per test; NaN for a comparison that was not tested, which is none of the family.
+        p_values: One per comparison; NaN for a comparison that was not tested and does not belong to the family.
 
     Returns:
-        The corrected p in the same order, at most 1.
+        The corrected p values in the same order, at most 1.
     """
     corrected = [math.nan] * len(p_values)
     tested = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
@@ -206,14 +208,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def rank_biserial(differences: NDArray[np.float64]) -> float:
-    """Matched-pairs rank-biserial correlation.
+    """Compute the matched-pairs rank-biserial correlation.
 
     Args:
         differences: Paired differences; zeros are left out.
 
     Returns:
-        Rank sum of the positive differences less that of the negative ones, as a share of both: from -1 (all are
-        negative) to 1 (all are positive), 0 if all are zero.
+        Rank sum of the positive differences minus that of the negative ones, divided by the total rank sum: from -1
+        (all are negative) to 1 (all are positive), 0 if all are zero.
     """
     from scipy.stats import rankdata
 
@@ -232,25 +234,26 @@ def mean_intervals(
     samples: int = 10000,
     seed: int = 0,
 ) -> list[Interval]:
-    """Bias-corrected and accelerated (BCa) bootstrap intervals of means.
+    """Compute bias-corrected and accelerated (BCa) bootstrap intervals of means.
 
     Args:
-        series: Values of which there is a mean each, none NaN.
-        groups: For each series the group of every value, if values of one are not independent: groups are drawn, with
-            all their values.
-        confidence: Between 0 and 1.
-        samples: Drawings.
-        seed: Of the drawings of each series; the same for the same result.
+        series: One series of values per mean, without NaN.
+        groups: For each series, the group of every value, if the values of a group are not independent. The bootstrap
+            then samples groups with all their values.
+        confidence: Confidence level, between 0 and 1.
+        samples: Number of bootstrap samples.
+        seed: Seed of the bootstrap of each series.
 
     Returns:
-        An interval for each series; NaN for fewer than two values or groups, a single point if all are the same.
+        One interval per series; NaN for fewer than two values or groups, a single point if all values or group means
+        are equal.
     """
     data = [_sums_and_sizes(*pair) for pair in zip(series, groups or [None] * len(series), strict=True)]
     return _bootstrap(data, _means, "BCa", confidence, samples, seed)
 
 
 def _sums_and_sizes(values: Sequence[float] | NDArray[np.float64], groups: Sequence[str] | None) -> NDArray[np.float64]:
-    """Sum and number of the values of each group (2, groups)."""
+    """Return the sum and the number of the values of each group, shape (2, groups)."""
     if groups is None:
         return np.stack([np.asarray(values, np.float64), np.ones(len(values))])
     members: dict[str, list[float]] = defaultdict(list)
@@ -266,12 +269,12 @@ def median_intervals(
     samples: int = 10000,
     seed: int = 0,
 ) -> list[Interval]:
-    """Percentile bootstrap intervals of medians, for which the acceleration that BCa needs is not defined.
+    """Compute percentile bootstrap intervals of medians, for which the acceleration of BCa is not defined.
 
     Args:
         series: As for `mean_intervals`.
-        confidence: Between 0 and 1.
-        samples: Drawings.
+        confidence: Confidence level, between 0 and 1.
+        samples: Number of bootstrap samples.
         seed: As for `mean_intervals`.
 
     Returns:
@@ -289,15 +292,16 @@ def _bootstrap(
     samples: int,
     seed: int,
 ) -> list[Interval]:
-    """Intervals of a statistic; series of one length are drawn together.
+    """Compute bootstrap intervals of a statistic. Series of the same length share their samples.
 
     Args:
-        series: What belongs to a unit that is drawn, one column per unit.
-        statistic: Of such series (S, rows, units) in drawings (D, units), which say how often a unit was drawn; (S, D).
-        method: As SciPy calls it.
-        confidence: Between 0 and 1.
-        samples: Drawings.
-        seed: Of the drawings.
+        series: Arrays (rows, units); units are resampled, and all numbers of a unit are in its column.
+        statistic: Function of series (S, rows, units) and samples (D, units), which contain how often each unit was
+            drawn. Returns (S, D).
+        method: SciPy's name of the method.
+        confidence: Confidence level, between 0 and 1.
+        samples: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
     """
     from scipy.stats import bootstrap
 
@@ -306,7 +310,7 @@ def _bootstrap(
     for number, data in enumerate(series):
         if data.shape[1] < 2:
             continue
-        # Also where units are of different sizes, as groups are.
+        # Compare the statistic of each unit, not the columns: groups can have different sizes but equal means.
         alone = statistic(data[np.newaxis], np.eye(data.shape[1], dtype=np.int32))[0]
         if np.ptp(alone) == 0:
             intervals[number] = Interval(float(alone[0]), float(alone[0]))
@@ -326,7 +330,7 @@ def _bootstrap(
             of_drawings,
             confidence_level=confidence,
             n_resamples=samples,
-            # A few MB at a time.
+            # Limits memory to a few MB.
             batch=max(1, 1_000_000 // length),
             method=method,
             random_state=np.random.default_rng(seed),
@@ -337,7 +341,7 @@ def _bootstrap(
 
 
 def _counts(drawn: NDArray[np.intp], length: int) -> NDArray[np.int32]:
-    """How often each unit was drawn (D, units), from the units that were drawn (D, any number)."""
+    """Count how often each unit was drawn, shape (D, units), from the indices of the drawn units, shape (D, any)."""
     rows = np.arange(len(drawn))[:, np.newaxis] * length
     return np.bincount((rows + drawn).ravel(), minlength=len(drawn) * length).reshape(-1, length).astype(np.int32)
 
@@ -345,7 +349,7 @@ def _counts(drawn: NDArray[np.intp], length: int) -> NDArray[np.int32]:
 def _means(series: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[np.float64]:
     totals = (series.reshape(-1, series.shape[-1]) @ counts.T.astype(np.float64)).reshape(*series.shape[:2], -1)
     means = totals[:, 0] / totals[:, 1]
-    # Equal means have to be equal numbers, whatever the order in which they were summed up.
+    # Round, so that equal means are equal numbers regardless of the order of summation.
     scale = np.abs(series[:, 0]).max(axis=1, keepdims=True)
     scale[scale == 0] = 1
     return np.asarray(np.round(means / scale, 12) * scale, np.float64)
@@ -353,7 +357,7 @@ def _means(series: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[np
 
 def _medians(series: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[np.float64]:
     units = counts.shape[1]
-    # The median of a drawing has a rank near the middle: eight standard deviations to both sides are looked at.
+    # The median of a sample has a rank near the middle: only eight standard deviations to both sides are searched.
     reach = 4 * math.isqrt(units) + 4
     start, stop = max(0, units // 2 - reach), units // 2 + reach
     middle = (int(counts[0].sum()) - 1) / 2
@@ -369,7 +373,7 @@ def _medians(series: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[
         drawn += drawn_before
         if (drawn_before > middle).any() or (drawn[-1] <= middle).any():
             near, drawn = ranks, np.cumsum(columns[ranks], axis=0, dtype=columns.dtype)
-        # A value is the k-th if fewer than k + 1 were drawn up to the one before it.
+        # The k-th value of a sample (from 0) is the first at which more than k draws have accumulated.
         low, high = (values[near[(drawn <= place).sum(axis=0)]] for place in (math.floor(middle), math.ceil(middle)))
         found.append((low + high) / 2)
     return np.array(found)
@@ -380,15 +384,15 @@ def _medians(series: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[
 
 @dataclass(frozen=True)
 class _Pair:
-    """A model and the baseline, in one metric and region.
+    """Values of a model and the baseline in one metric and region.
 
     Attributes:
         model: The model.
-        baseline: What it is compared with.
+        baseline: The baseline.
         region: Label or region.
         metric: The metric.
-        means: Of the model and of the baseline, for every case or group (groups, 2).
-        left_out: Cases in which one of the two has no value.
+        means: Mean of the model and of the baseline for every case or group, shape (groups, 2).
+        left_out: Cases in which the model or the baseline has no value.
     """
 
     model: str
@@ -400,7 +404,7 @@ class _Pair:
 
     @property
     def differences(self) -> NDArray[np.float64]:
-        """The model's less the baseline's."""
+        """The model's values minus the baseline's."""
         found: NDArray[np.float64] = np.round(self.means[:, 0] - self.means[:, 1], _DECIMALS)
         return found
 
@@ -426,7 +430,7 @@ def _pair(
 
 
 def _compare(pair: _Pair, mean: Interval, median: Interval, *, confidence: float, grouped: bool) -> PairedComparison:
-    """All numbers of a comparison; the correction and the conclusion are still to come."""
+    """Compute all numbers of a comparison, except for the corrected p and the conclusion."""
     differences = pair.differences
     # Positive where the model is better.
     gains = differences if pair.metric.higher_is_better else -differences
@@ -471,7 +475,7 @@ def _conclusion(comparison: PairedComparison, metric: Metric) -> Conclusion:
         return "none"
     higher_is_better = metric.higher_is_better
     interval = comparison.mean_interval
-    # The test weighs ranks, the mean the differences themselves: one large failure can outweigh many small gains.
+    # The test uses ranks, the mean the differences themselves: one large failure can outweigh many small gains.
     if interval.low > 0 and (comparison.effect > 0) == higher_is_better:
         return "better" if higher_is_better else "worse"
     if interval.high < 0 and (comparison.effect < 0) == higher_is_better:
@@ -499,7 +503,7 @@ def _sentence(comparison: PairedComparison, metric: Metric) -> str:
     if difference == 0:
         sentence = f"{on}, {what} is on average the same as {comparison.baseline}'s"
     if difference < 0:
-        # "Lower by 2 mm (1 to 3)": a minus is for what goes the other way.
+        # As in "lower by 2 mm (1 to 3)": a minus sign marks the opposite direction.
         low, high = -high, -low
     ends = (metric.text(end, decimals=decimals, unit=False) for end in (low, high))
     notes = [] if math.isnan(low) else [f"{100 * comparison.confidence:g} % interval {' to '.join(ends)}"]
@@ -526,8 +530,8 @@ def _number_of(count: int, unit: str) -> str:
 
 
 def _decimals(metric: Metric, values: Sequence[float]) -> int:
-    """As many as the metric's, and up to two more where a value would read as zero without being zero."""
-    fewest = metric.decimals or 2  # means of counts are no integers
+    """Return the metric's number of decimals, or up to two more if a non-zero value would be shown as zero."""
+    fewest = metric.decimals or 2  # means of counts are not integers
     for decimals in (fewest, fewest + 1):
         if all(value == 0 or round(value, decimals) != 0 for value in values):
             return decimals
@@ -538,7 +542,7 @@ def _amount(metric: Metric, difference: float, decimals: int) -> str:
     smallest = 10.0**-decimals
     too_small = abs(difference) < smallest / 2
     number = metric.text(smallest if too_small else abs(difference), decimals=decimals, unit=False)
-    # "Lower by 2 %" would be two percent of it.
+    # "Lower by 2 %" would mean a relative difference.
     unit = "percentage points" if metric.unit == "%" else metric.unit
     return f"{'less than ' if too_small else ''}{number}{' ' if unit else ''}{unit}"
 
@@ -575,9 +579,9 @@ def _case_errors(
 ) -> Iterator[str]:
     for key in metrics:
         if key not in definitions:
-            yield f"{key!r} is no metric; expected some of {', '.join(definitions)}."
+            yield f"{key!r} is not a metric; expected some of {', '.join(definitions)}."
         elif definitions[key].better == "none":
-            yield f"{key!r} cannot be compared: no value of it is better than another."
+            yield f"{key!r} cannot be compared: neither high nor low values are better."
     cases = set(values[baseline])
     for model in models:
         for here, there, which in (

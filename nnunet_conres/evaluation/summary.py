@@ -1,4 +1,4 @@
-"""nnU-Net's summary.json as a table with the data set's own names for its labels and regions."""
+"""nnU-Net's summary.json as a table with the data set's names of labels and regions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Key = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of one label or region, of one case or averaged over cases as nnU-Net does it.
+    """Scores of one label or region, for one case or averaged over cases as in nnU-Net.
 
     Attributes:
-        dice: 0 to 1; NaN where neither reference nor prediction has a voxel of it.
+        dice: 0 to 1; NaN if neither reference nor prediction has a voxel of the label or region.
         iou: 0 to 1 or NaN, as `dice`.
         false_positives: Voxels predicted but not in the reference.
         false_negatives: Voxels in the reference but not predicted.
@@ -33,21 +33,21 @@ class Score:
     false_negatives: float
 
     def as_json(self) -> dict[str, float | None]:
-        """JSON has no NaN: None takes its place."""
+        """Return the scores for JSON, with None in place of NaN."""
         scores = {"Dice": self.dice, "IoU": self.iou, "FP": self.false_positives, "FN": self.false_negatives}
         return dict(without_nan(scores))
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What nnU-Net's evaluation found.
+    """Results of nnU-Net's evaluation.
 
     Attributes:
-        source: The file it was read from.
+        source: The file that they were read from.
         mean: Score of every label or region by name, averaged over the cases in which it is not NaN.
-        foreground: Mean of `mean`.
+        foreground: Mean over the labels or regions of `mean`.
         cases: Scores by name for every case.
-        scored: Number of cases in the mean Dice, by name: those in which it is not NaN.
+        scored: By name, the number of cases whose Dice is not NaN, which are those in the mean Dice.
     """
 
     source: Path
@@ -57,7 +57,7 @@ class Summary:
     scored: Mapping[str, int]
 
     def as_json(self) -> dict[str, Any]:
-        """The summary for programs; NaN becomes None."""
+        """Return the summary for JSON, with None in place of NaN."""
         return {
             "source": str(self.source),
             "number_of_cases": len(self.cases),
@@ -73,15 +73,15 @@ def read_summary(summary_file: str | Path, dataset_json: str | Path | None = Non
     """Read nnU-Net's summary.json.
 
     Args:
-        summary_file: What nnUNetv2_evaluate_folder or a training's validation wrote.
-        dataset_json: The data set's dataset.json, for the names. By default the one beside the summary or up to two
-            folders above, where nnU-Net puts it; without one, labels go by their numbers.
+        summary_file: Output of nnUNetv2_evaluate_folder or of a training's validation.
+        dataset_json: The data set's dataset.json, for the names. By default the one next to the summary or up to two
+            folders above, where nnU-Net puts it. Without one, labels are named by their numbers.
 
     Returns:
-        The scores, labels and regions in the order of dataset.json.
+        The scores, with labels and regions in the order of dataset.json.
 
     Raises:
-        InputError: A file cannot be read, or is not what it should be.
+        InputError: A file cannot be read, or is not a valid summary.json or dataset.json.
     """
     source = Path(summary_file)
     content = _load(source)
@@ -105,13 +105,13 @@ def read_summary(summary_file: str | Path, dataset_json: str | Path | None = Non
 
 
 def format_table(summary: Summary) -> str:
-    """Lay a summary out as text: the means, then the Dice of every case.
+    """Format a summary as text: the means, then the Dice of every case.
 
     Args:
         summary: The summary.
 
     Returns:
-        Lines without a final line break. A dash stands for NaN: neither reference nor prediction has such a voxel.
+        Lines without a final line break. A dash stands for NaN: neither reference nor prediction has the label.
     """
     total = len(summary.cases)
     rows: list[tuple[str, ...]] = [("", "Dice", "IoU", "FP voxels", "FN voxels", "cases")]
@@ -149,7 +149,7 @@ def dataset_json_near(summary: Path) -> Path | None:
 
 
 def _names(dataset_json: Path) -> dict[frozenset[int], str]:
-    """Name of every label and region, in the file's order; the label numbers of a region identify it in any order."""
+    """Read the name of every label and region, in the file's order, by the set of its label values."""
     content = _load(dataset_json)
     names: dict[frozenset[int], str] = {}
     try:
@@ -163,7 +163,7 @@ def _names(dataset_json: Path) -> dict[frozenset[int], str]:
 
 
 def _key(text: str) -> Key:
-    """The label or region of a key of summary.json: "3" or "(1, 2, 3)"."""
+    """Parse a label or region key of summary.json: "3" or "(1, 2, 3)"."""
     if text.startswith("("):
         return tuple(int(part) for part in text.strip("()").split(",") if part.strip())
     return int(text)
@@ -193,7 +193,7 @@ def _score(values: Mapping[str, Any]) -> Score:
 
 
 def _case_id(prediction_file: str) -> str:
-    """File name without folder and ending; the summary may come from another operating system."""
+    """Return the file name without folder and ending. The path may come from another operating system."""
     name = PureWindowsPath(prediction_file).name
     return name[: -len(".nii.gz")] if name.endswith(".nii.gz") else name.rpartition(".")[0] or name
 

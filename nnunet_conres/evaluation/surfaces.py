@@ -1,4 +1,4 @@
-"""Overlap of two masks, and distances between their surfaces by the conventions of the challenges' evaluations."""
+"""Overlap of two masks, and distances between their surfaces, with the conventions of the challenges' evaluations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Distances = tuple[NDArray[np.float64], NDArray[np.float64]]
 def border_distances(
     reference: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing: Sequence[float]
 ) -> Distances:
-    """Distances between the border voxels of two masks.
+    """Compute the distances between the border voxels of two masks.
 
     A voxel is on the border if one of its six neighbours is not in the mask, or if it lies at the border of the image.
 
@@ -25,7 +25,8 @@ def border_distances(
         spacing: Voxel size along the axes, mm.
 
     Returns:
-        Of every border voxel of the reference, its distance to the prediction's border, mm; and back.
+        The distance of every border voxel of the reference to the prediction's border, and of every border voxel of the
+        prediction to the reference's border, mm.
     """
     from scipy.ndimage import binary_erosion
     from scipy.spatial import KDTree
@@ -43,9 +44,9 @@ def border_distances(
 def exact_border_distances(
     reference: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing: Sequence[float]
 ) -> Distances:
-    """The same as `border_distances`, to the last bit: neighbours are as far apart as the voxel size says.
+    """Compute the same as `border_distances` without rounding of coordinates: neighbours are exactly a voxel apart.
 
-    Slower where the masks lie far apart, for it needs a distance map of all that lies between.
+    Slower if the masks are far apart, because the distance map covers the space between them.
     """
     from scipy.ndimage import binary_erosion, distance_transform_edt
 
@@ -56,20 +57,20 @@ def exact_border_distances(
 
 
 def pooled_hd95(distances: Distances) -> float:
-    """95th percentile of both directions together, mm."""
+    """Return the 95th percentile of the distances of both directions together, mm."""
     return float(np.percentile(np.concatenate(distances), 95))
 
 
 def border_share(distances: Distances, tolerance: float) -> float:
-    """Mean of the two borders' shares that are no farther than the tolerance (mm) from the other border."""
+    """Return the share of each border within the tolerance (mm) of the other border, averaged over both borders."""
     there, back = (float(np.mean(one_way <= tolerance)) for one_way in distances)
     return (there + back) / 2
 
 
 def surface_hd95(reference: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing: Sequence[float]) -> float:
-    """The larger of the two directed 95th percentiles of surface distances, each piece of surface by its area.
+    """Return the larger of the two directed 95th percentiles of surface distances, weighted by surface area.
 
-    The surface lies between voxels: a piece in every cell of 2x2x2 voxels that has some of the mask, and not all.
+    The surface lies between voxels: there is one piece in every cell of 2x2x2 voxels that is partly in the mask.
 
     Args:
         reference: Three axes.
@@ -77,10 +78,10 @@ def surface_hd95(reference: NDArray[np.bool_], prediction: NDArray[np.bool_], sp
         spacing: Voxel size along the axes, mm.
 
     Returns:
-        In mm; infinite if one mask is empty.
+        Distance in mm; infinite if a mask is empty.
 
     Source:
-        Nikolov et al., JMIR 2021, whose implementation BraTS used from 2023 to 2025.
+        Nikolov et al., JMIR 2021. BraTS used their implementation from 2023 to 2025.
     """
     from scipy.spatial import KDTree
 
@@ -105,7 +106,10 @@ def surface_hd95(reference: NDArray[np.bool_], prediction: NDArray[np.bool_], sp
 
 
 def _codes(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Which corners of each cell of 2x2x2 voxels are in a mask, cells that lie half outside the image included."""
+    """Return which corners of each cell of 2x2x2 voxels are in a mask, one bit each.
+
+    Cells that lie partly outside the image are included.
+    """
     padded = np.pad(mask, 1).astype(np.uint8)
     size = [extent + 1 for extent in mask.shape]
     codes = np.zeros(size, np.uint8)
@@ -117,12 +121,16 @@ def _codes(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 @cache
 def _areas(spacing: tuple[float, ...]) -> NDArray[np.float64]:
-    """Area (mm²) of the surface in a cell, by its code: by marching cubes, through the middles of the cell's edges."""
+    """Return the area (mm²) of the surface in a cell, by the cell's code.
+
+    Marching cubes places the surface through the midpoints of the cell's edges.
+    """
     from skimage.measure import marching_cubes
 
     areas = np.zeros(256)
     for code in range(1, 255):
-        # A cell and its complement have the same surface; where it is ambiguous, few corners are cut off one by one.
+        # A cell and its complement have the same surface. In ambiguous cells, each of the fewer corners is cut off
+        # separately.
         fewer = code if code.bit_count() <= 4 else 255 - code
         corners = np.array([fewer >> bit & 1 for bit in range(8)], np.float64).reshape(2, 2, 2)
         vertices, faces, _, _ = marching_cubes(corners, 0.5, spacing=spacing, method="lorensen")
@@ -133,13 +141,13 @@ def _areas(spacing: tuple[float, ...]) -> NDArray[np.float64]:
 
 
 def dice(one: NDArray[np.bool_], other: NDArray[np.bool_], *, empty: float = 1.0) -> float:
-    """Dice of two masks; `empty` where neither has a voxel."""
+    """Return the Dice of two masks; `empty` if both masks are empty."""
     total = int(one.sum()) + int(other.sum())
     return 2 * int((one & other).sum()) / total if total else empty
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, ...]:
-    """The part of an image that holds a mask, with a margin in voxels; the first voxel where the mask is empty."""
+    """Return the bounding box of a mask with a margin in voxels; the box of the first voxel if the mask is empty."""
     box = []
     for axis in range(mask.ndim):
         at = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
@@ -148,7 +156,7 @@ def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, ...]:
 
 
 def around(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
-    """The box that holds all boxes, and their neighbours."""
+    """Return the bounding box of all boxes with a margin of one voxel."""
     return tuple(
         slice(max(0, min(side.start for side in sides) - 1), max(side.stop for side in sides) + 1)
         for sides in zip(*boxes, strict=True)

@@ -1,4 +1,4 @@
-"""Third stage of a comparison: what the scores of models say: means, differences, tests, and what may be concluded."""
+"""Third stage of a comparison: means, differences, tests and conclusions from the scores of models."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ MOST_DISAGREEMENTS: Final = 10
 
 _MAIN_METRIC: Final = "dice"
 _CONCLUDED_METRICS: Final = ("dice", "hd95")
-# By the rules of a challenge.
+# Used instead with the rules of a challenge.
 _RANKED_METRICS: Final = ("lesion_dice", "lesion_surface_dice")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the scores say, as report.json holds it.
+    """Statistics and conclusions, in the form of report.json.
 
     Attributes:
         regions: Labels or regions.
         summary: Statistics by model, region and metric.
-        comparisons: Of every model with the baseline, by metric and region.
+        comparisons: Comparisons of every model with the baseline, by metric and region.
         conclusions: Sentences.
-        disagreements: The cases in which a single model is farthest from the baseline, and why they are shown.
+        disagreements: The cases in which a single model's Dice differs most from the baseline's, with a sentence each.
     """
 
     regions: Sequence[str]
@@ -56,14 +56,14 @@ def compare_scores(
     groups: Mapping[str, str] | None = None,
     cache_folder: Path | None = None,
 ) -> Findings:
-    """Compare all models with the first one.
+    """Compare all models with the baseline.
 
     Args:
-        scores: Of all models in all cases.
-        names: What people call the models, by their keys, the baseline first.
-        singles: Keys of the models that are no ensembles, the baseline first.
+        scores: Scores of all models in all cases.
+        names: Display names of the models by key, the baseline first.
+        singles: Keys of the models that are neither ensembles nor post-processed, the baseline first.
         groups: Group of every case, if cases are not independent.
-        cache_folder: Keeps the findings from run to run.
+        cache_folder: Folder that caches the findings between runs.
     """
     versions = [STATISTICS_VERSION, version("numpy"), version("scipy")]
     form = [field.name for field in fields(Findings)]
@@ -98,14 +98,17 @@ def _compare(
 
 
 def overall_of(regions: Sequence[str]) -> str:
-    """The row that stands for a case as a whole."""
+    """Return the region key that stands for a case as a whole: the mean, or the only region."""
     return MEAN if len(regions) > 1 else regions[0]
 
 
 def _does_the_ensemble_help(
     scores: Scores, names: Mapping[str, str], singles: Sequence[str], region: str, groups: Mapping[str, str] | None
 ) -> list[str]:
-    """Ensembles against the best single model, where that is not the baseline, which they are compared with anyway."""
+    """Compare ensembles and post-processed models with the best single model.
+
+    Empty if the best single model is the baseline, which they are compared with anyway.
+    """
 
     def mean(key: str) -> float:
         values = [case[region][_MAIN_METRIC] for case in scores.values[key].values()]
@@ -128,18 +131,18 @@ def summarise(
     groups: Mapping[str, str] | None,
     definitions: Mapping[str, Metric] = METRICS,
 ) -> dict[str, Any]:
-    """Statistics by model, region and metric, of the cases that have a value.
+    """Compute statistics by model, region and metric over the cases that have a value.
 
     Args:
-        values: By model, case, region and metric; NaN where there is none.
+        values: Scores by model, case, region and metric; NaN if undefined.
         groups: Group of every case, if cases are not independent.
-        definitions: The metrics that the values are of, by their keys.
+        definitions: The metrics of the values, by key.
     """
     known: dict[tuple[str, str, str], dict[str, float]] = {}
     for key, cases in values.items():
         for region, metrics in next(iter(cases.values())).items():
             for metric in metrics:
-                # without the sign of a volume error: too much here does not make up for too little there
+                # Absolute volume errors: one case's excess must not cancel another's deficit.
                 every = {case: definitions[metric].compared(of[region][metric]) for case, of in cases.items()}
                 known[key, region, metric] = {case: value for case, value in every.items() if not math.isnan(value)}
     series = [np.array(list(of.values()), np.float64) for of in known.values()]
@@ -158,7 +161,7 @@ def summarise(
 
 
 def comparison_row(comparison: PairedComparison, keys: Mapping[str, str]) -> dict[str, Any]:
-    """A comparison as report.json holds it, models by their keys."""
+    """Convert a comparison to a row of report.json, with model keys instead of names."""
     return {
         "baseline": keys[comparison.baseline],
         "model": keys[comparison.model],
@@ -186,7 +189,7 @@ def comparison_row(comparison: PairedComparison, keys: Mapping[str, str]) -> dic
 def _disagreements(
     scores: Scores, names: Mapping[str, str], singles: Sequence[str], region: str
 ) -> list[dict[str, str]]:
-    """The cases in which a single model's Dice is farthest from the baseline's."""
+    """Return the cases in which a single model's Dice differs most from the baseline's."""
     baseline, *others = singles
     rows = []
     for case, regions in scores.values[baseline].items():

@@ -1,4 +1,4 @@
-"""How sure predictions are, and how far models agree: maps, a table and pictures of predicted cases."""
+"""Uncertainty of predictions and agreement between models: maps, a table and figures of predicted cases."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ from nnunet_conres.parallel import try_cases
 from nnunet_conres.text import aligned, first_few, format_shape
 
 TABLE: Final = "uncertainty.json"
-"""File in the output folder that holds all numbers and names the files of every case."""
+"""File in the output folder with all numbers and the file names of every case."""
 
 COLUMNS: Final[Mapping[str, str]] = {
     "volume_ml": "Volume in the segmentation, ml.",
     "entropy": "Mean binary entropy of the region's probability within the segmentation, bits: 0 (sure) to 1.",
     "mutual_information": "Mean of the map of mutual information within the segmentation, 0 to 1.",
-    "disagreement": "Mean share of members within the segmentation whose own segmentation is not of the region.",
+    "disagreement": "Mean share of members that do not assign a voxel of the segmentation to the region.",
     "dice_mean": "Mean Dice over all pairs of members; 1 where no member has the region.",
     "dice_lowest": "The lowest of these.",
     "volume_cv": "Standard deviation of the members' volumes as a share of their mean.",
 }
-"""What the table says of a region of a case. All but the first two compare members, and need two or more."""
+"""Columns of the table, per case and region. All but the first two compare members and need at least two."""
 
 _MOST_LISTED: Final = 10
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Predicted cases with probabilities: checked and complete.
+    """Predicted cases with probabilities, checked and complete.
 
     Attributes:
         members: Names of the folders or models that predicted every case.
-        dataset_json: Content of the dataset.json that they were trained with.
-        probabilities: Files by case, one per member.
+        dataset_json: Content of the dataset.json that the members were trained with.
+        probabilities: Probability files by case, one per member.
         segmentations: The first member's label map by case, which has the image's geometry.
-        images: Image files by case, one per channel; without the cases that have none.
+        images: Image files by case, one per channel; cases without images are absent.
     """
 
     members: tuple[str, ...]
@@ -70,12 +70,12 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """What `write_uncertainty` wrote.
+    """Result of `write_uncertainty`.
 
     Attributes:
-        content: What `TABLE` holds.
-        json: That file.
-        csv: The same numbers, a row per case and region.
+        content: Content of `TABLE`.
+        json: Path of `TABLE`.
+        csv: CSV file with the same numbers, one row per case and region.
     """
 
     content: Mapping[str, Any]
@@ -83,7 +83,7 @@ class Uncertainty:
     csv: Path
 
     def as_text(self) -> str:
-        """The least certain cases for a person at a terminal."""
+        """Format the least certain cases for a terminal."""
         several = len(self.content["members"]) > 1
         regions = list(self.content["regions"])
         key = "dice_mean" if several else "entropy"
@@ -108,15 +108,15 @@ class Uncertainty:
 def find_predicted(
     folders: Sequence[str | Path], *, dataset_json: str | Path | None = None, images: str | Path | None = None
 ) -> Predicted:
-    """Predictions of the same images in several folders, such as those of single folds.
+    """Find predictions of the same images in several folders, such as one folder per fold.
 
     Args:
-        folders: What nnUNetv2_predict wrote with --save_probabilities; one or more.
+        folders: Output folders of nnUNetv2_predict with --save_probabilities; one or more.
         dataset_json: By default the one in or above the first folder.
-        images: Folder with the images, named as for nnU-Net, for the pictures.
+        images: Folder with the images for the figures, with nnU-Net's names.
 
     Raises:
-        InputError: Something is missing or does not fit; lists all that was found.
+        InputError: Files are missing or do not match. Lists all errors.
     """
     paths = [Path(folder) for folder in folders]
     errors = [f"{path} is not a folder; expected predictions of nnU-Net." for path in paths if not path.is_dir()]
@@ -126,7 +126,7 @@ def find_predicted(
     twice = dict.fromkeys(path for path, real in zip(paths, resolved, strict=True) if resolved.count(real) > 1)
     errors += [f"{path} is named twice; expected every folder once." for path in twice]
     settings = [Path(dataset_json)] if dataset_json is not None else []
-    # It is in folders of predictions, and two folders above those of a validation.
+    # dataset.json lies in a folder of predictions, and two folders above a validation folder.
     settings += [near for path in paths if path.is_dir() and (near := dataset_json_near(path / TABLE)) is not None]
     if not settings:
         errors.append(f"{paths[0]} has no dataset.json in or above it; name the data set's with -djfile.")
@@ -145,16 +145,16 @@ def find_predicted(
 
 
 def find_held_out(dataset_name: str, names: Sequence[NamedModel], folds: Sequence[int], *, device: str) -> Predicted:
-    """What models predicted for the cases that their folds held out.
+    """Find the validation predictions of models.
 
     Args:
-        dataset_name: Whole name of the data set.
-        names: The models. One fold of a model predicts a case, so that members are models, not folds.
+        dataset_name: Full name of the data set.
+        names: The models. Only one fold of a model predicts a case, so the members are models, not folds.
         folds: Folds that every model needs.
-        device: For the commands that are named where something is missing.
+        device: Device for the suggested commands that make missing predictions.
 
     Raises:
-        InputError: Something is missing or does not fit; lists all that was found, with the commands that help.
+        InputError: Predictions are missing or do not match. Lists all errors, with the commands that fix them.
     """
     found = search_cross_validation(dataset_name, names, folds, device=device)
     missing = [*found.missing, *found.gaps, *found.missing_probabilities]
@@ -178,7 +178,7 @@ def _settle(
     images: Mapping[str, Sequence[Path]],
     errors: list[str],
 ) -> Predicted:
-    """Check that members predicted the same cases, and that their probabilities mean the same."""
+    """Check that the members predicted the same cases, and that their channels have the same meaning."""
     errors = [*errors, *_settings_errors(settings)]
     if "file_ending" not in dataset_json:
         errors.append(f"{settings[0]} has no file_ending; expected the dataset.json of an nnU-Net data set.")
@@ -220,14 +220,14 @@ def _settle(
 
 
 def _settings_errors(settings: Sequence[Path]) -> list[str]:
-    """What makes a channel stand for something else in another member; the order of the labels counts, too."""
+    """Return a message for every difference in labels that changes the meaning of a channel between members."""
     errors = []
     read = {path: read_json(path) for path in dict.fromkeys(settings)}
     first, *others = read
     for other in others:
         for entry in ("labels", "regions_class_order"):
             ours, theirs = (read[path].get(entry) for path in (first, other))
-            # as text: the order of the labels is that of the channels
+            # Compare as text, because the order of the labels is the order of the channels.
             if json.dumps(ours) != json.dumps(theirs):
                 errors.append(
                     f"{entry} is {theirs} in {other}, and {ours} in {first}; expected the same. Name only predictions "
@@ -241,19 +241,19 @@ def _settings_errors(settings: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Maps:
-    """What the probabilities of one case say, voxel by voxel (z, y, x).
+    """Uncertainty maps (z, y, x) of one case.
 
     Attributes:
         segmentation: Label map of the mean probabilities.
-        members: Each member's own label map.
-        entropy: Of the mean probabilities, 0 (sure) to 1 (all labels, or both answers for each region, are equally
-            probable).
-        mutual_information: Entropy of the mean less the members' mean entropy, on the same scale: what the members
-            disagree about, without what each of them is unsure of. 0 for a single member.
-        disagreement: Share of members whose label is not the segmentation's.
-        region_entropy: Binary entropy of each region, bits, 0 to 1; of regions only.
-        object_entropy: Mean binary entropy of a label or region where the segmentation has it, bits; NaN where it has
-            none.
+        members: Label map of each member.
+        entropy: Entropy of the mean probabilities, from 0 (certain) to 1 (all labels equally probable; for regions,
+            every region has a probability of 0.5).
+        mutual_information: Entropy of the mean minus the members' mean entropy, on the same scale. It measures the
+            disagreement between members without the uncertainty of each member. 0 for a single member.
+        disagreement: Share of members whose label differs from the segmentation.
+        region_entropy: Binary entropy of each region, 0 to 1 bits; only for regions, not for labels.
+        object_entropy: Mean binary entropy of each label or region within the segmentation's label or region, bits; NaN
+            if that is empty.
     """
 
     segmentation: NDArray[Any]
@@ -266,15 +266,15 @@ class Maps:
 
 
 def uncertainty_maps(members: Sequence[Iterable[NDArray[np.float32]]], meaning: Channels) -> Maps:
-    """Entropy and disagreement of the probabilities that several members predict for a case.
+    """Compute entropy and disagreement of the probabilities that several members predict for a case.
 
     Labels exclude each other (softmax): the entropy is -sum p log p over the background and all labels, divided by the
     log of their number. Regions do not (sigmoid): each has a binary entropy, -p log p - (1 - p) log(1 - p), divided by
-    log 2, and the map is their mean, which is the entropy of independent regions as a share of the highest one.
+    log 2. The map is their mean, which is the entropy of independent regions divided by its maximum.
 
     Args:
-        members: For each member its channels (z, y, x) in the file's order, which are taken one by one.
-        meaning: What the channels stand for.
+        members: The channels (z, y, x) of each member in the file's order; they are read one by one.
+        meaning: Meaning of the channels.
 
     Source:
         Gal, "Uncertainty in deep learning", 2016 (predictive entropy, mutual information); Lakshminarayanan et al.,
@@ -299,7 +299,7 @@ def uncertainty_maps(members: Sequence[Iterable[NDArray[np.float32]]], meaning: 
             means[names[place]] = mean
     highest = math.log(meaning.count) if meaning.exclusive else meaning.count * math.log(2)
     entropy: NDArray[np.float32] = np.clip(total / np.float32(highest), 0, 1)
-    # Rounding may leave it below zero.
+    # Rounding may make it negative.
     mutual: NDArray[np.float32] = np.clip((total - of_members / np.float32(len(painters))) / np.float32(highest), 0, 1)
     if len(painters) == 1:
         mutual = np.zeros_like(entropy)
@@ -310,7 +310,7 @@ def uncertainty_maps(members: Sequence[Iterable[NDArray[np.float32]]], meaning: 
     object_entropy = {}
     for name, values in meaning.regions.items():
         within = np.isin(together.labels, values)
-        # Where a label is the segmentation's, its probability is the highest one.
+        # Within the segmentation of a label, the label's probability is the highest one.
         probability = (together.best if meaning.exclusive else means[name])[within].astype(np.float64)
         bits = _information(probability, exclusive=False) / math.log(2)
         object_entropy[name] = float(bits.mean()) if bits.size else math.nan
@@ -329,11 +329,11 @@ def uncertainty_maps(members: Sequence[Iterable[NDArray[np.float32]]], meaning: 
 
 
 def _information(probability: NDArray[Any], exclusive: bool) -> NDArray[Any]:
-    """A channel's part of the entropy, nats: of one of several labels, or of a region and what is not of it."""
+    """Return a channel's contribution to the entropy, nats: -p log p of a label, or a region's binary entropy."""
     from scipy.special import entr
 
     part = np.zeros_like(probability)
-    # Most voxels of an image are cropped away before prediction, and have exactly 0 or 1.
+    # Saves time: most voxels are cropped away before prediction and have a probability of exactly 0 or 1.
     unsure = (probability > 0) & (probability < 1)
     values = probability[unsure]
     part[unsure] = entr(values) if exclusive else entr(values) + entr(1 - values)
@@ -341,16 +341,16 @@ def _information(probability: NDArray[Any], exclusive: bool) -> NDArray[Any]:
 
 
 def region_numbers(maps: Maps, meaning: Channels, spacing: Sequence[float]) -> dict[str, dict[str, float]]:
-    """The columns of the table for every label or region; NaN where there is no number.
+    """Compute the columns of the table for every label or region; NaN if undefined.
 
     Args:
-        maps: Of the case.
-        meaning: What the channels stand for.
+        maps: Maps of the case.
+        meaning: Meaning of the channels.
         spacing: Voxel size, mm.
 
     Source:
-        Roy et al., "Bayesian QuickNAT", NeuroImage 2019 (agreement between samples, and variation of volumes, as
-        measures of quality).
+        Roy et al., "Bayesian QuickNAT", NeuroImage 2019 (agreement between samples and variation of volumes as quality
+        measures).
     """
     numbers = {}
     several = len(maps.members) > 1
@@ -377,7 +377,7 @@ def region_numbers(maps: Maps, meaning: Channels, spacing: Sequence[float]) -> d
 
 @dataclass(frozen=True)
 class _Task:
-    """What a process needs to write a case."""
+    """Everything that a worker process needs to write a case."""
 
     case: str
     probabilities: tuple[Path, ...]
@@ -388,7 +388,7 @@ class _Task:
 
 
 def _write_case(task: _Task) -> dict[str, Any]:
-    """Writes maps and picture; returns the case's entry in the table."""
+    """Write the maps and the figure of a case; return its entry in the table."""
     meaning = Channels.of_dataset(task.dataset_json)
     reader = reader_for(task.dataset_json, [task.segmentation])
     labels = read_labels(task.segmentation, reader)
@@ -433,7 +433,7 @@ def _write_maps(task: _Task, maps: Maps, properties: Mapping[str, Any]) -> dict[
 
 
 def _image_to_show(task: _Task, reader: type) -> tuple[NDArray[Any], str]:
-    """The channel to show, as it stands, and its name."""
+    """Return the image channel to show, in LPS orientation, and its name."""
     from nnunet_conres.evaluation.figures import channels_to_show
 
     names = task.dataset_json.get("channel_names", task.dataset_json.get("modality", {}))
@@ -478,18 +478,19 @@ def _draw(
 def write_uncertainty(
     predicted: Predicted, output_folder: str | Path, *, processes: int = 1, progress: bool = True
 ) -> Uncertainty:
-    """Write maps, pictures and a table of predicted cases.
+    """Write maps, figures and a table of predicted cases.
 
     Args:
-        predicted: What `find_predicted` or `find_held_out` returns.
-        output_folder: Gets CASE_segmentation.nii.gz, CASE_entropy.nii.gz, of regions CASE_entropy_REGION.nii.gz, of two
-            or more members CASE_mutual_information.nii.gz and CASE_disagreement.nii.gz, CASE_uncertainty.png, and
-            uncertainty.json and uncertainty.csv; created if need be.
-        processes: Cases at once.
+        predicted: Result of `find_predicted` or `find_held_out`.
+        output_folder: Receives CASE_segmentation.nii.gz, CASE_entropy.nii.gz, for regions CASE_entropy_REGION.nii.gz,
+            for two or more members CASE_mutual_information.nii.gz and CASE_disagreement.nii.gz, CASE_uncertainty.png,
+            and uncertainty.json and uncertainty.csv; created if necessary.
+        processes: Number of cases processed in parallel.
         progress: Whether to show a progress bar on stderr.
 
     Raises:
-        InputError: Files can't be read or do not fit each other; the other cases are written first.
+        InputError: The output folder contains the predictions, or files can't be read or do not match. In the latter
+            case, all valid cases are written first.
     """
     output = Path(output_folder)
     sources = {path.parent.resolve() for files in predicted.probabilities.values() for path in files}

@@ -1,4 +1,4 @@
-"""Pictures of a case's segmentation, its entropy, and the disagreement of those who predicted it."""
+"""Figures of a case's segmentation, its entropy, and the disagreement between the members that predicted it."""
 
 from __future__ import annotations
 
@@ -40,24 +40,26 @@ def uncertainty_figure(
     title: str = "",
     subtitle: str = "",
 ) -> Figure:
-    """Draw the slices that show most: segmentation, entropy, and disagreement, one below the other.
+    """Draw the slices with most labels: segmentation, entropy and disagreement, one below the other.
+
+    Without any label, the slices with most uncertain voxels are drawn.
 
     Args:
         segmentation: Label map (z, y, x).
         entropy: 0 to 1, same shape.
-        disagreement: 0 to 1, same shape; None where a single member predicted the case.
+        disagreement: 0 to 1, same shape; None if a single member predicted the case.
         regions: Label values of every label or region to outline, by name, the outermost first.
-        image: Intensities, same shape, to outline the segmentation on; without one its labels are filled.
-        channel: The image's name.
+        image: Background image for the outlines of the segmentation, same shape. Without one, labels are filled.
+        channel: Name of the image channel.
         spacing: Voxel size along (z, y, x) in mm.
         title: Shown on top.
-        subtitle: Below it.
+        subtitle: Shown below the title.
 
     Returns:
         The figure; `savefig` writes it. It is not known to pyplot, so there is nothing to close.
 
     Raises:
-        ValueError: Shapes do not fit each other.
+        ValueError: The shapes do not match.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
@@ -91,7 +93,7 @@ def uncertainty_figure(
             mask = np.isin(segmentation[z], values)
             if image is None:
                 tint(panel, mask, colours[name], 0.85)
-            # Inner regions often share a border with outer ones: thinner, they leave an edge of both to be seen.
+            # Inner and outer regions often share a border. Thinner inner outlines keep both visible.
             within = sum(set(other) < set(values) for other in regions.values())
             draw_outline(panel, mask, colours[name], 1.0 + 0.9 * min(within, 3), dashed=False)
         write_note(panel, f"{channel}, slice {z}" if channel else f"slice {z}")

@@ -1,4 +1,4 @@
-"""Last stage of a comparison: the files that people and programs read."""
+"""Last stage of a comparison: writes the report and the tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_conres.errors import file_errors
 from nnunet_conres.files import write_csv, write_json, written_whole
 
-# Columns of brats-evaluation's tables, in their order, and the metric in each.
+# Columns of brats-evaluation's tables, in order, and the metric in each.
 _ALL: Final = {
     "all_instance_tp": "lesions_found",
     "all_instance_fp": "lesions_false",
@@ -60,15 +60,15 @@ _COLUMNS: Final[Mapping[str, Mapping[str, str]]] = {
 
 
 def write_comparison(folder: Path, content: Mapping[str, Any], page: str) -> tuple[Path, Path, Path]:
-    """Write report.html, report.json, cases.csv, and calibration.csv and reliability.csv of models with probabilities.
+    """Write report.html, report.json and cases.csv; with probabilities, calibration.csv and reliability.csv too.
 
     Args:
-        folder: Where they go.
-        content: What report.json holds.
-        page: What report.html holds.
+        folder: Output folder.
+        content: Content of report.json.
+        page: Content of report.html.
 
     Returns:
-        The first three files.
+        Paths of report.html, report.json and cases.csv.
     """
     report, json, cases = folder / "report.html", folder / "report.json", folder / "cases.csv"
     scores = ((case["id"], key, regions) for case in content["cases"] for key, regions in case["scores"].items())
@@ -85,7 +85,13 @@ def _case_rows(
     content: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
 ) -> Iterator[list[Any]]:
-    """Rows of a table of cases, each a case's id, a model's key and the values by region, under a head."""
+    """Yield a header and one row per case, model and region.
+
+    Args:
+        cases: Case id, model key, and values by region and metric.
+        content: Content of report.json.
+        metrics: The metrics, one column each.
+    """
     keys = [metric["key"] for metric in metrics]
     names = {model["key"]: model["name"] for model in content["models"]}
     folds = {case["id"]: case["fold"] for case in content["cases"]}
@@ -96,14 +102,14 @@ def _case_rows(
 
 
 def write_brats_tables(folder: Path, content: Mapping[str, Any], table: str, names: Mapping[str, str]) -> None:
-    """Write each model's scores as the table that brats-evaluation's brats-parse-metrics writes.
+    """Write each model's scores in the table format of brats-evaluation's brats-parse-metrics.
 
     Args:
-        folder: Gets a file MODEL.csv for each model, by its name, with _ for what file names should not have; made if
-            need be.
-        content: What report.json holds, of scores like brats-evaluation's.
+        folder: Receives MODEL.csv for each model, where MODEL is its name with _ in place of special characters;
+            created if necessary.
+        content: Content of report.json, with scores computed like brats-evaluation's.
         table: "seg" or "mets".
-        names: Name of the reference's file, by case.
+        names: File name of the reference, by case.
     """
     with file_errors(folder):
         folder.mkdir(exist_ok=True)
@@ -128,14 +134,14 @@ def write_brats_tables(folder: Path, content: Mapping[str, Any], table: str, nam
 
 
 def _like_the_tool(values: Mapping[str, Any], metric: str) -> float:
-    """A score as the tool prints it: infinite, where no lesion is matched, and there are some."""
+    """Return a score as brats-evaluation prints it: hd95 is infinite if there are lesions, but none is matched."""
     if metric == "lesion_hd95" and not values["lesions_found"] and values["lesions_missed"] + values["lesions_false"]:
         return float("inf")
     return float("nan") if values[metric] is None else values[metric]
 
 
 def _summary(column: tuple[float, ...]) -> tuple[float, float, float]:
-    """Mean, standard deviation and median of the values that there are."""
+    """Return mean, standard deviation and median of the values that are not NaN."""
     values = np.array([value for value in column if not np.isnan(value)], np.float64)
     if not values.size:
         return (float("nan"),) * 3
@@ -145,7 +151,7 @@ def _summary(column: tuple[float, ...]) -> tuple[float, float, float]:
 
 
 def _write_calibration(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write calibration.csv and reliability.csv, or remove those of before where no model has probabilities."""
+    """Write calibration.csv and reliability.csv; remove old ones if no model has probabilities."""
     errors, curves = folder / "calibration.csv", folder / "reliability.csv"
     calibration = content.get("calibration") or {}
     if not calibration.get("pooled"):

@@ -1,1 +1,1 @@
-"""Image and label files, the same for every room: `content` their bytes, `nifti` NIfTI, `volumes` nnU-Net's readers."""
+"""Image and label files: `content` checks their bytes, `nifti` reads NIfTI, `volumes` uses nnU-Net's readers."""

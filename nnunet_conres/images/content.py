@@ -1,4 +1,4 @@
-"""Bytes of image files, checked to the end: ITK, with which nnU-Net reads, puts zeros in place of what is missing."""
+"""Check that image files are complete: ITK, which nnU-Net reads images with, silently fills missing data with zeros."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from nnunet_conres.errors import InputError
 
 _GZIP: Final = b"\x1f\x8b"
 
-# Bytes of a voxel by GIPL's code of its type.
+# Bytes per voxel by GIPL's type code.
 _GIPL_TYPES: Final = {7: 1, 8: 1, 15: 2, 16: 2, 31: 4, 32: 4, 64: 4, 65: 8}
 _GIPL_HEADER: Final = 256
 
 CHECKED: Final = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".gipl.gz", ".tif", ".tiff")
-"""Endings of the formats whose end is verified, by ITK itself or here."""
+"""Endings of the formats whose files are checked for completeness, by ITK or by this module."""
 
 
 class DamagedFileError(InputError):
-    """A file is cut short, or does not match its checksum: only another copy of it helps."""
+    """A file is cut short, or does not match its checksum. Only another copy of the file helps."""
 
 
 def read_content(path: Path) -> tuple[bytes, bool]:
-    """Read a whole file and decompress what is compressed with gzip, whatever its name says.
+    """Read a whole file, and decompress it if it is compressed with gzip, whatever its name says.
 
-    Bytes after the end of the compressed data are left out, as ITK and nibabel do.
+    Bytes after the end of the compressed data are ignored, as in ITK and nibabel.
 
     Args:
         path: The file.
@@ -49,13 +49,13 @@ def read_content(path: Path) -> tuple[bytes, bool]:
     parts = []
     rest = content
     while rest.startswith(_GZIP):
-        # Files may be several gzip streams in a row.
+        # A file may consist of several gzip streams in a row.
         decompressor = zlib.decompressobj(16 + zlib.MAX_WBITS)
         try:
             parts.append(decompressor.decompress(rest))
         except zlib.error as error:
             if parts:
-                break  # two bytes after the end that only look like another stream
+                break  # bytes after the end that only look like another stream
             raise damaged(path, "its compressed data are damaged (they do not match their checksum)") from error
         if not decompressor.eof:
             raise damaged(path, "it is cut short, before the end of its compressed data")
@@ -64,10 +64,10 @@ def read_content(path: Path) -> tuple[bytes, bool]:
 
 
 def check_whole(path: Path) -> None:
-    """Check that a file is not cut short or damaged, where its reader would pass that over.
+    """Check that a file is not cut short or damaged, if its reader would not notice.
 
     Args:
-        path: A file of any of nnU-Net's formats but NIfTI, whose voxels `nifti.read_nifti` counts.
+        path: A file in any of nnU-Net's formats except NIfTI, which `nifti.read_nifti` checks.
 
     Raises:
         DamagedFileError: It is cut short, or does not match its checksum.
@@ -87,22 +87,22 @@ def check_whole(path: Path) -> None:
 
 
 def unreadable(path: Path, reason: str) -> InputError:
-    """The error of a file that can't be read."""
+    """Return the error for a file that can't be read."""
     return InputError(f"{path} cannot be read: {reason}.")
 
 
 def damaged(path: Path, reason: str) -> DamagedFileError:
-    """The error of a file that is not whole."""
+    """Return the error for a file that is incomplete or damaged."""
     return DamagedFileError(f"{path} cannot be read: {reason}.")
 
 
 def too_short(path: Path, size: int, expected: int) -> DamagedFileError:
-    """The error of a file that has fewer bytes than its header says."""
+    """Return the error for a file that has fewer bytes than its header says."""
     return damaged(path, f"it is cut short: {size} bytes, its header says {expected}")
 
 
 def _check_gipl(path: Path, content: bytes) -> None:
-    """ITK reads a GIPL file of any length."""
+    """Check the length of a GIPL file: ITK reads a file of any length."""
     if len(content) < _GIPL_HEADER:
         raise too_short(path, len(content), _GIPL_HEADER)
     # Big-endian: four extents, of which unused ones are 0 or 1, then the type.
@@ -116,7 +116,7 @@ def _check_gipl(path: Path, content: bytes) -> None:
 
 
 def _check_metaimage(path: Path, content: bytes) -> None:
-    """ITK goes on with zeros where compressed voxels are damaged, and calls a file cut short "not found"."""
+    """Check a MetaImage file: ITK reads damaged compressed voxels as zeros, and calls a truncated file "not found"."""
     fields = {}
     at = 0
     while "ElementDataFile" not in fields:
@@ -135,14 +135,14 @@ def _check_metaimage(path: Path, content: bytes) -> None:
     item = sizes.get(fields.get("ElementType", "").removeprefix("MET_").removeprefix("U"))
     extents = fields.get("DimSize", "").split()
     if item is None or not all(extent.isdigit() for extent in extents):
-        return  # colours and the like: ITK counts them
+        return  # colours and other types: ITK checks their length
     expected = at + math.prod(map(int, extents)) * item * int(fields.get("ElementNumberOfChannels") or 1)
     if len(content) < expected:
         raise too_short(path, len(content), expected)
 
 
 def _check_nrrd(path: Path, content: bytes) -> None:
-    """ITK counts the voxels of NRRD files, but does not compare compressed ones with their checksum."""
+    """Check the checksum of compressed voxels in an NRRD file: ITK checks only the number of voxels."""
     # An empty line ends the header.
     ends = [at + len(mark) for mark in (b"\n\n", b"\r\n\r\n") if (at := content.find(mark)) >= 0]
     if not ends:
@@ -170,14 +170,14 @@ def _check_stream(path: Path, compressed: bytes) -> None:
 
 
 def _check_tiff(path: Path) -> None:
-    """tifffile and ITK give the slices that are there when the chain of a file's pages breaks off."""
+    """Check the chain of pages in a TIFF file: if it breaks off, tifffile and ITK silently return fewer slices."""
     import tifffile
 
     try:
         size = path.stat().st_size
         with tifffile.TiffFile(path) as file:
             handle, form = file.filehandle, file.tiff
-            # Page by page: how many tags it has, the tags, and where the next page is; 0 ends the chain.
+            # Each page has its number of tags, the tags, and the offset of the next page; offset 0 ends the chain.
             at, met = form.offsetsize if form.is_bigtiff else 4, set()
             while True:
                 handle.seek(at)

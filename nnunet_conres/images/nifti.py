@@ -1,4 +1,4 @@
-"""NIfTI files: nibabel's headers, the voxels as stored, and the grid on which they lie."""
+"""NIfTI files: headers as nibabel objects, stored voxels, and the voxel grid."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from nnunet_conres.images.content import read_content, too_short, unreadable
 if TYPE_CHECKING:
     import nibabel
 
-# Of the two versions of the format: the size of the header, and of four bytes that say that no extension follows.
+# Header sizes of NIfTI-1 and NIfTI-2. Four bytes after the header say that no extension follows.
 _HEADER_SIZES: Final = (348, 540)
 _NO_EXTENSION: Final = b"\0\0\0\0"
 _VOXELS_AT: Final = _HEADER_SIZES[0] + len(_NO_EXTENSION)
-# For images: about as small as the default, in a third of the time.
+# Compression level of images: about as small as with the default, in a third of the time.
 _COMPRESSION: Final = 4
-# A label is at most this far from the integer that it stands for, however coarse the rounding of its storage.
+# Labels are rounded at most by this much, however coarse the rounding of their storage.
 _FARTHEST: Final = 0.01
 
 
@@ -37,9 +37,9 @@ class Nifti:
     """Content of a NIfTI file.
 
     Attributes:
-        header: Its header.
+        header: Header of the file.
         stored: Voxels as stored, without the header's scaling, (x, y, z, ...), in memory as in the file: x fastest.
-            Axes of length 1 after the third are left out, as ITK does.
+            Trailing axes of length 1 after the third are dropped, as in ITK.
         compressed: Whether the file is compressed, whatever its name says.
     """
 
@@ -54,16 +54,16 @@ class Nifti:
         return (1.0, 0.0) if slope is None else (float(slope), float(intercept or 0.0))
 
     def values(self) -> NDArray[Any]:
-        """Voxels with the header's scaling."""
+        """Return the voxels with the header's scaling."""
         slope, intercept = self.scaling
         return self.stored if (slope, intercept) == (1.0, 0.0) else np.asarray(self.stored * slope + intercept)
 
     def labels(self) -> NDArray[Any]:
-        """Values, of which those within the rounding of their storage of an integer are that integer."""
+        """Return the values, rounded to integers where they differ only by the rounding of their storage."""
         return whole_numbers(self.values(), self.scaling[1])
 
     def not_finite(self) -> int:
-        """Number of voxels that are NaN or infinite."""
+        """Return the number of voxels that are NaN or infinite."""
         if not np.issubdtype(self.stored.dtype, np.inexact):
             return 0
         return int(self.stored.size - np.count_nonzero(np.isfinite(self.stored)))
@@ -73,31 +73,32 @@ def whole_numbers(values: NDArray[Any], intercept: float = 0.0) -> NDArray[Any]:
     """Round labels to the integers that they stand for.
 
     A header's slope and intercept are 32-bit numbers: 50 x 0.02 is 0.99999998, and 32000 x 0.01 - 319 is 0.99999285.
-    Values within the rounding error of `slope x stored + intercept` in 32 bits of an integer become that integer.
+    A value becomes an integer if it differs from it by no more than the 32-bit rounding error of
+    `slope x stored + intercept`.
 
     Args:
-        values: Of any shape and type.
-        intercept: The header's.
+        values: Values of any shape and type.
+        intercept: Intercept of the header.
 
     Returns:
-        The values, those that are not near an integer as they were.
+        The values. Those that are not near an integer are unchanged.
     """
     if values.dtype.kind != "f":
         return values
     nearest = np.rint(values)
-    # The product's error, and the sum's.
+    # Rounding error of the product plus that of the sum.
     tolerance = np.finfo(np.float32).eps * (np.abs(values - intercept) + abs(intercept))
     with np.errstate(invalid="ignore"):
         return np.where(np.abs(values - nearest) <= np.minimum(tolerance, _FARTHEST), nearest, values)
 
 
 def is_nifti(path: Path) -> bool:
-    """Whether a file is called as NIfTI files are, and is not hidden as macOS's `._` files are."""
+    """Return whether a file is named as a NIfTI file, and is not hidden as macOS's `._` files are."""
     return path.name.lower().endswith((".nii", ".nii.gz")) and not path.name.startswith(".")
 
 
 def stem(path: Path) -> str:
-    """File name without .nii or .nii.gz."""
+    """Return the file name without .nii or .nii.gz."""
     name = path.name
     for ending in (".nii.gz", ".nii"):
         if name.lower().endswith(ending):
@@ -108,8 +109,9 @@ def stem(path: Path) -> str:
 def read_nifti(path: Path) -> Nifti:
     """Read a NIfTI file, compressed or not, whatever its name says.
 
-    nibabel reads as many bytes as the header says, so that it finds a file that is cut short, but neither a wrong
-    checksum nor compressed data under a name without .gz. All of that is an error here, or read.
+    nibabel reads as many bytes as the header says. It detects a truncated file, but not a wrong checksum, and does not
+    recognise compressed data under a name without .gz. Here damaged files are errors, and such compressed data are
+    read.
 
     Raises:
         DamagedFileError: The file is cut short, or does not match its checksum.
@@ -130,17 +132,17 @@ def read_nifti(path: Path) -> Nifti:
 
 
 def read_header(path: Path) -> nibabel.Nifti1Header:
-    """Read a NIfTI file's header only. Raises what `read_nifti` does."""
+    """Read only the header of a NIfTI file. Raises the same errors as `read_nifti`."""
     try:
         with gzip.open(path, "rb") if is_compressed(path) else path.open("rb") as stream:
             content = stream.read(_HEADER_SIZES[-1])
     except (OSError, EOFError, zlib.error):
-        content = read_content(path)[0]  # which says what is wrong
+        content = read_content(path)[0]  # raises an error with the reason
     return _header(path, content)
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file's content is compressed with gzip, whatever its name says."""
+    """Return whether a file's content is compressed with gzip, whatever its name says."""
     with path.open("rb") as stream:
         return stream.read(2) == b"\x1f\x8b"
 
@@ -164,19 +166,19 @@ def _header(path: Path, content: bytes) -> nibabel.Nifti1Header:
 
 
 def write_nifti(path: Path, voxels: NDArray[Any], like: nibabel.Nifti1Header) -> None:
-    """Write voxels, unscaled, in the place and orientation that another file's header says, compressed.
+    """Write voxels, unscaled and compressed, with the position and orientation of another file's header.
 
     Args:
-        path: Ends in .nii.gz. It is found whole or not at all.
+        path: The file, which ends in .nii.gz. The write is atomic.
         voxels: (x, y, z).
         like: Header of a file whose first three axes are those of the voxels.
 
     Raises:
-        InputError: The file system did not take it.
+        InputError: The file can't be written.
     """
     import nibabel
 
-    # Of NIfTI-2 too: the older version is what every program reads.
+    # Write NIfTI-1 even if the other header is NIfTI-2: every program reads the older version.
     header = nibabel.Nifti1Header.from_header(like, check=False)
     header.set_data_shape(voxels.shape)
     header.set_data_dtype(voxels.dtype)
@@ -187,7 +189,7 @@ def write_nifti(path: Path, voxels: NDArray[Any], like: nibabel.Nifti1Header) ->
     header["magic"] = b"n+1"
     content = voxels.astype(header.get_data_dtype(), copy=False).tobytes(order="F")
     if voxels.dtype == np.uint8:
-        # Labels: long runs of one value. Half the time of any other way.
+        # Labels have long runs of one value: run-length encoding takes half the time of any other strategy.
         compressor = zlib.compressobj(1, zlib.DEFLATED, 31, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     else:
         compressor = zlib.compressobj(_COMPRESSION, zlib.DEFLATED, 31)
@@ -198,17 +200,17 @@ def write_nifti(path: Path, voxels: NDArray[Any], like: nibabel.Nifti1Header) ->
 
 
 def header_of(affine: NDArray[Any]) -> nibabel.Nifti1Header:
-    """A header that places voxels (x, y, z) by an affine, for `write_nifti`.
+    """Return a header with the affine of voxels (x, y, z), for `write_nifti`.
 
     Args:
-        affine: (4, 4), voxel to mm as nibabel has it: towards the right, the front and the head.
+        affine: (4, 4), voxel to mm as in nibabel: towards the right, the front and the head.
     """
     import nibabel
 
     header = nibabel.Nifti1Header()
     header.set_data_shape((1, 1, 1))
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    # A quaternion can't hold axes that are not at right angles.
+    # A quaternion can't represent axes that are not at right angles.
     header.set_qform(affine, code=1 if np.allclose(axes.T @ axes, np.eye(3), atol=1e-4) else 0)
     header.set_sform(affine, code=1)
     header.set_xyzt_units("mm")
@@ -216,7 +218,7 @@ def header_of(affine: NDArray[Any]) -> nibabel.Nifti1Header:
 
 
 def compress(source: Path, target: Path) -> None:
-    """Compress a file, byte for byte."""
+    """Write a gzip-compressed copy of a file without changing its content."""
     with (
         written_whole(target) as partial,
         gzip.GzipFile(partial, "wb", compresslevel=_COMPRESSION, mtime=0) as stream,
@@ -226,14 +228,14 @@ def compress(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the voxels of a file lie.
+    """Voxel grid of a file.
 
     Attributes:
         size: Number of voxels along x, y, z.
         spacing: mm.
-        origin: mm, as ITK has it.
-        direction: Columns of the direction matrix, row by row.
-        affine: Voxel to mm by the header's sform, else its qform, else neither, as nibabel has it.
+        origin: mm, in ITK's convention.
+        direction: Direction matrix, row by row.
+        affine: Voxel to mm in nibabel's convention, from the header's sform, else its qform, else neither.
     """
 
     size: tuple[int, ...]
@@ -244,7 +246,7 @@ class Grid:
 
 
 def read_grid(path: Path, header: nibabel.Nifti1Header) -> Grid:
-    """Where a file's voxels lie for ITK, with which nnU-Net reads, and by its header.
+    """Return a file's voxel grid as read by ITK, which nnU-Net uses, and the affine from its header.
 
     Raises:
         InputError: ITK refuses the file, for example because its axes are not at right angles.
@@ -272,17 +274,17 @@ def read_grid(path: Path, header: nibabel.Nifti1Header) -> Grid:
 
 
 def grid_difference(first: Grid, second: Grid) -> str:
-    """What differs between two voxel grids beyond the precision of NIfTI's float32, or an empty string.
+    """Return how two voxel grids differ beyond the precision of NIfTI's float32, or an empty string.
 
-    A header tells its geometry twice, and ITK and nibabel choose between the two by different rules; grids are the same
-    if they are for either.
+    A header stores its geometry twice, and ITK and nibabel choose between the two by different rules. Grids count as
+    equal if they are equal in ITK or in nibabel.
     """
     if first.size != second.size:
         return f"size {_numbers(second.size)}, expected {_numbers(first.size)}"
-    # nnU-Net compares spacings with this tolerance and stops at more.
+    # nnU-Net compares spacings with this tolerance and stops if they differ more.
     if not np.allclose(first.spacing, second.spacing, rtol=1e-5, atol=1e-8):
         return f"spacing {_numbers(second.spacing)} mm, expected {_numbers(first.spacing)} mm"
-    # A direction that is stored as a quaternion can come out this far from itself: a tenth of a voxel in a corner.
+    # A direction can change by this much when it is stored as a quaternion: a tenth of a voxel in a corner.
     if np.allclose(first.affine, second.affine, rtol=1e-5, atol=1e-3):
         return ""
     if not np.allclose(first.origin, second.origin, rtol=1e-5, atol=1e-3):
@@ -298,7 +300,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 @contextlib.contextmanager
 def _named_right(path: Path, header: nibabel.Nifti1Header) -> Iterator[Path]:
-    """The file, or its header under a name that says what it is: ITK takes no compressed file for NIfTI without .gz."""
+    """Yield the file, or a temporary copy of its header: ITK can't read compressed NIfTI without .gz in the name."""
     if path.name.lower().endswith(".gz") or not is_compressed(path):
         yield path
         return
@@ -309,13 +311,13 @@ def _named_right(path: Path, header: nibabel.Nifti1Header) -> Iterator[Path]:
 
 
 def check_version(path: Path, header: nibabel.Nifti1Header) -> None:
-    """Raises InputError for NIfTI-2, which ITK does not read."""
+    """Raise InputError for NIfTI-2, which ITK does not read."""
     if header.sizeof_hdr != _HEADER_SIZES[0]:
         raise unreadable(path, "it is NIfTI-2, and SimpleITK reads NIfTI-1 only; convert it")
 
 
 def itk_reason(error: Exception) -> str:
-    """Why ITK does not read a file, for a person."""
+    """Return the reason why ITK can't read a file, for messages."""
     if "orthonormal" in str(error):
         return (
             "its axes are not at right angles, which SimpleITK does not read; nibabel does "

@@ -1,4 +1,4 @@
-"""Images and labels through nnU-Net's own readers and writers, with the checks that these lack."""
+"""Read and write images and labels with nnU-Net's own readers and writers, and with checks that these lack."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nnunet_conres.images.nifti import (
 )
 from nnunet_conres.text import number_text
 
-# Of values that are named in a message.
+# Maximum number of values in a message.
 _NAMED: Final = 5
 
 
@@ -37,9 +37,9 @@ class Volume:
 
     Attributes:
         voxels: (C, z, y, x), float32.
-        properties: What nnU-Net's reader says of it, for the same class's `write_seg`.
+        properties: Properties from nnU-Net's reader, for `write_seg` of the same class.
         not_finite: Number of voxels that are NaN or infinite in the file. ITK reads them as 0 from NIfTI files.
-        intercept: Of the scaling in the file's header.
+        intercept: Intercept of the scaling in the file's header.
     """
 
     voxels: NDArray[np.float32]
@@ -59,9 +59,9 @@ class Labels:
 
     Attributes:
         voxels: (z, y, x), int32.
-        properties: What nnU-Net's reader says of it, for `write_labels`.
-        inexact: A value that nnU-Net reads a little off the label that it stands for, as 0.9999998; None where there is
-            none. nnU-Net's training cuts the fraction off.
+        properties: Properties from nnU-Net's reader, for `write_labels`.
+        inexact: A value that nnU-Net reads slightly off its label, such as 0.9999998; None if there is none. nnU-Net's
+            training cuts off the fraction.
     """
 
     voxels: NDArray[np.int32]
@@ -78,24 +78,24 @@ class Labels:
 
 
 def reader_for(dataset_json: Mapping[str, Any], files: Sequence[Path]) -> type:
-    """nnU-Net's reader and writer for a data set, chosen as nnU-Net does.
+    """Return nnU-Net's reader and writer class for a data set, chosen as nnU-Net does.
 
     Args:
         dataset_json: Content of dataset.json.
-        files: Files of the data set, at least one; nnU-Net takes a class that can read the first. Where none can, the
-            next is asked.
+        files: Files of the data set, at least one. nnU-Net chooses a class that can read the first file; if no class
+            can, the next file is tried.
 
     Returns:
         A subclass of nnU-Net's BaseReaderWriter.
 
     Raises:
-        InputError: None can read any of the files.
+        InputError: No class can read any of the files.
     """
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
     files = list(dict.fromkeys(files))
     for path in files:
-        # What nnU-Net prints about classes that do not fit looks like an error.
+        # Suppress nnU-Net's output about classes that do not fit: it looks like an error.
         with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(RuntimeError):
             return determine_reader_writer_from_dataset_json(dict(dataset_json), str(path), verbose=False)
     for path in files[:1]:
@@ -108,14 +108,14 @@ def reader_for(dataset_json: Mapping[str, Any], files: Sequence[Path]) -> type:
 
 
 def reader_of_file(path: Path, dataset_json: Mapping[str, Any] | None = None) -> type:
-    """nnU-Net's reader for one file.
+    """Return nnU-Net's reader for one file.
 
     Args:
         path: The file.
-        dataset_json: Content of its data set's dataset.json, if it is known: it may name the reader.
+        dataset_json: Content of the data set's dataset.json, if known. It may name the reader.
 
     Returns:
-        The reader that dataset.json names; else SimpleITK's, or nibabel's where SimpleITK can't read the file.
+        The reader that dataset.json names; else SimpleITK's, or nibabel's if SimpleITK can't read the file.
     """
     from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
@@ -134,7 +134,7 @@ def reader_of_file(path: Path, dataset_json: Mapping[str, Any] | None = None) ->
 
 
 def check_image(path: Path, reader: type) -> None:
-    """Check what nnU-Net's reader would pass over in an image file, or refuse without saying why.
+    """Check an image file for errors that nnU-Net's reader would not notice, or would report without a reason.
 
     Args:
         path: The file.
@@ -148,7 +148,7 @@ def check_image(path: Path, reader: type) -> None:
 
 
 def read_volume(path: Path, reader: type) -> Volume:
-    """Read an image file as nnU-Net does, after checking that it is whole.
+    """Read an image file as nnU-Net does, after checking that it is complete.
 
     Args:
         path: The file.
@@ -162,18 +162,18 @@ def read_volume(path: Path, reader: type) -> Volume:
 
 
 def read_labels(path: Path, reader: type, allowed: Iterable[int] | None = None) -> Labels:
-    """Read a label file as nnU-Net does, after checking that it is whole.
+    """Read a label file as nnU-Net does, after checking that it is complete.
 
-    Values within the rounding of their storage of an integer are that label.
+    Values that differ from an integer only by the rounding of their storage become that integer.
 
     Args:
         path: The file.
         reader: A subclass of nnU-Net's BaseReaderWriter.
-        allowed: The labels that may occur; any by default.
+        allowed: Allowed labels; any by default.
 
     Raises:
         DamagedFileError: It is cut short, or does not match its checksum.
-        InputError: It can't be read, has NaN or infinite voxels, more than one channel, or values that are no labels.
+        InputError: It can't be read, has NaN or infinite voxels, more than one channel, or invalid label values.
     """
     volume = _read(path, reader, "read_seg")
     if volume.not_finite:
@@ -181,7 +181,7 @@ def read_labels(path: Path, reader: type, allowed: Iterable[int] | None = None) 
     if volume.voxels.shape[0] != 1:
         raise InputError(f"{path} has {volume.voxels.shape[0]} channels; expected labels in a single one.")
     values = volume.voxels[0]
-    with np.errstate(invalid="ignore"):  # numbers too large for it are found below
+    with np.errstate(invalid="ignore"):  # values too large for int32 are found below
         integers = values.astype(np.int32)
     exact = np.array_equal(integers, values)
     labels = integers if exact else whole_numbers(values, volume.intercept)
@@ -202,14 +202,14 @@ def read_labels(path: Path, reader: type, allowed: Iterable[int] | None = None) 
 
 
 def _values_of(labels: NDArray[Any]) -> NDArray[Any]:
-    """The values of a label map, ascending."""
+    """Return the values of a label map in ascending order."""
     if labels.dtype.kind == "i" and labels.size and labels.min() >= 0 and labels.max() < 1 << 16:
         return np.flatnonzero(np.bincount(labels.ravel()))  # a tenth of the time of np.unique
     return np.unique(labels)
 
 
 def listed(values: NDArray[Any]) -> str:
-    """Numbers for a message, the first few of many."""
+    """Format numbers for a message: the first few, and the number of the others."""
     return ", ".join(number_text(value) for value in values[:_NAMED].tolist()) + (
         f" and {len(values) - _NAMED} more" if len(values) > _NAMED else ""
     )
@@ -224,13 +224,13 @@ def _read(path: Path, reader: type, method: str) -> Volume:
 
 
 def _call(reader: type, method: str, path: Path) -> tuple[NDArray[np.float32], Mapping[str, Any]]:
-    """What one of the reader's methods gives for a file."""
+    """Call one of the reader's methods for a file, and turn its errors into InputError."""
     instance: Any = reader()
     try:
-        # It prints that a TIFF file has no spacing.
+        # Suppress the reader's output about TIFF files without spacing.
         with contextlib.redirect_stdout(io.StringIO()):
             return getattr(instance, method)(str(path) if method == "read_seg" else [str(path)])
-    except Exception as error:  # each of nnU-Net's readers has its own
+    except Exception as error:  # each of nnU-Net's readers raises different errors
         if _uses_itk(reader):
             raise unreadable(path, itk_reason(error)) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -245,10 +245,11 @@ def _uses_itk(reader: type) -> bool:
 
 
 def _check(path: Path, reader: type) -> tuple[int | None, float]:
-    """Check what a reader would pass over.
+    """Check a file for errors that its reader would not notice.
 
     Returns:
-        The number of voxels that are not finite, if the reader would hide them, and the intercept of the scaling.
+        The number of voxels that are not finite, None if the reader does not hide them; and the intercept of the
+        scaling.
     """
     if not path.is_file():
         raise unreadable(path, "there is no such file")
@@ -264,7 +265,7 @@ def _check(path: Path, reader: type) -> tuple[int | None, float]:
         return None, 0.0
     nifti = read_nifti(path)
     named_compressed = path.name.lower().endswith(".gz")
-    # ITK reads a file that is not compressed under any name.
+    # ITK reads an uncompressed file under any name.
     if nifti.compressed != named_compressed and not (itk and named_compressed):
         raise unreadable(path, _misnamed(path, nifti.compressed))
     if itk:
@@ -276,7 +277,7 @@ def _check(path: Path, reader: type) -> tuple[int | None, float]:
 
 
 def _check_name_and_content(path: Path) -> None:
-    """Raises what is wrong with a file that no reader can read, if that can be seen."""
+    """Raise the reason why no reader can read a file, if it can be determined."""
     if not path.is_file():
         raise unreadable(path, "there is no such file")
     if not is_nifti(path):
@@ -294,7 +295,7 @@ def _misnamed(path: Path, compressed: bool) -> str:
 
 
 def _three_axes(voxels: NDArray[Any], properties: Mapping[str, Any]) -> Mapping[str, Any]:
-    """ITK's geometry without a fourth axis of length 1, with which nnU-Net's `write_seg` fails."""
+    """Remove a fourth axis of length 1 from ITK's geometry: nnU-Net's `write_seg` fails with it."""
     stuff = properties.get("sitk_stuff")
     if stuff is None or len(stuff["spacing"]) != 4 or voxels.shape[0] != 1:
         return properties
@@ -307,13 +308,13 @@ def _three_axes(voxels: NDArray[Any], properties: Mapping[str, Any]) -> Mapping[
 
 
 def affine_of(properties: Mapping[str, Any]) -> NDArray[np.float64] | None:
-    """Voxel (x, y, z) to mm towards the right, the front and the head, of an array of nnU-Net's readers.
+    """Return the affine of an image from nnU-Net's readers: voxel (x, y, z) to mm to the right, front and head.
 
     Args:
-        properties: What the reader says of the file.
+        properties: Properties from the reader.
 
     Returns:
-        (4, 4), or None of 2D images and of formats without a geometry.
+        (4, 4), or None for 2D images and formats without a geometry.
     """
     if "nibabel_stuff" in properties:
         stuff = properties["nibabel_stuff"]
@@ -321,7 +322,7 @@ def affine_of(properties: Mapping[str, Any]) -> NDArray[np.float64] | None:
     stuff = properties.get("sitk_stuff")
     if stuff is None or len(stuff["spacing"]) != 3:
         return None
-    # ITK counts towards the left and the back.
+    # ITK's axes point to the left and the back.
     turned = np.diag([-1.0, -1.0, 1.0])
     affine = np.eye(4)
     affine[:3, :3] = turned @ np.reshape(stuff["direction"], (3, 3)) @ np.diag(stuff["spacing"])
@@ -330,11 +331,11 @@ def affine_of(properties: Mapping[str, Any]) -> NDArray[np.float64] | None:
 
 
 def standing(voxels: NDArray[Any], properties: Mapping[str, Any]) -> tuple[NDArray[Any], tuple[float, ...]]:
-    """Turn a volume so that its slices are seen from the feet with the face up.
+    """Reorient a volume so that its slices are seen from the feet with the face up.
 
     Args:
-        voxels: (z, y, x), of nnU-Net's reader.
-        properties: What the reader says of it. Without a geometry the volume stays as it is.
+        voxels: (z, y, x), from nnU-Net's reader.
+        properties: Properties from the reader. A volume without a geometry is unchanged.
 
     Returns:
         The volume in LPS orientation, and its voxel size along (z, y, x) in mm.
@@ -348,7 +349,7 @@ def standing(voxels: NDArray[Any], properties: Mapping[str, Any]) -> tuple[NDArr
 
 
 def read_standing(path: Path, reader: type) -> tuple[NDArray[Any], tuple[float, ...]]:
-    """Voxels (z, y, x) of an image and their spacing, turned so that slices are seen from the feet with the face up."""
+    """Read voxels (z, y, x) and spacing of an image, reoriented as by `standing`."""
     volume = read_volume(path, reader)
     if volume.voxels.shape[0] != 1:
         raise InputError(f"{path} has {volume.voxels.shape[0]} channels; expected one, and a file for each channel.")
@@ -356,18 +357,18 @@ def read_standing(path: Path, reader: type) -> tuple[NDArray[Any], tuple[float, 
 
 
 def read_standing_labels(path: Path, reader: type) -> NDArray[np.int32]:
-    """Labels (z, y, x), turned so that slices are seen from the feet with the face up."""
+    """Read labels (z, y, x), reoriented as by `standing`."""
     labels = read_labels(path, reader)
     return standing(labels.voxels, labels.properties)[0]
 
 
 def reversed_axes(properties: Mapping[str, Any]) -> tuple[bool, ...]:
-    """For each axis of an array of nnU-Net's readers, whether a viewer from the feet, face up, reads it backwards."""
+    """Return which axes of an array from nnU-Net's readers are reversed in a view from the feet, face up."""
     affine = affine_of(properties)
     if affine is None:
         return (False, False, False)
     directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    # Towards the left and the back, and downwards, is how pictures are read.
+    # Pictures are read towards the patient's left, back and feet.
     read = np.array([-1.0, -1.0, -1.0])
     reverse = []
     for direction in directions.T[::-1]:
@@ -379,7 +380,7 @@ def reversed_axes(properties: Mapping[str, Any]) -> tuple[bool, ...]:
 def _turned(
     voxels: NDArray[Any], affine: NDArray[Any], sides: str
 ) -> tuple[NDArray[Any], NDArray[np.float64], list[int]]:
-    """Voxels (x, y, z) with axes towards the sides that three letters stand for, their affine, which axis each was."""
+    """Reorient voxels (x, y, z) to axis codes such as LPS. Return voxels, affine, and each axis's old index."""
     from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
     transform = ornt_transform(io_orientation(affine), axcodes2ornt(sides))
@@ -391,17 +392,16 @@ def _turned(
 
 
 def write_labels(path: Path, labels: NDArray[Any], properties: Mapping[str, Any], writer: type) -> None:
-    """Write labels as nnU-Net does, and read them back: ITK does not say when a disk is full.
+    """Write labels as nnU-Net does, and read them back: ITK does not report a full disk.
 
     Args:
-        path: The file. It is found whole or not at all; for TIFF nnU-Net writes a second one beside it, with the
-            spacing.
+        path: The file. The write is atomic. For TIFF nnU-Net writes a second file next to it, with the spacing.
         labels: (z, y, x).
-        properties: What nnU-Net's reader said of the file whose geometry the labels have.
+        properties: Properties from nnU-Net's reader of the file whose geometry the labels have.
         writer: A subclass of nnU-Net's BaseReaderWriter.
 
     Raises:
-        InputError: The file could not be written whole.
+        InputError: The file could not be written completely.
     """
     instance: Any = writer()
     with partial_folder(path) as folder:
@@ -409,29 +409,30 @@ def write_labels(path: Path, labels: NDArray[Any], properties: Mapping[str, Any]
         try:
             instance.write_seg(labels, str(partial), dict(properties))
             same = np.array_equal(read_labels(partial, writer).voxels, labels)
-        except Exception as error:  # each of nnU-Net's writers has its own
+        except Exception as error:  # each of nnU-Net's writers raises different errors
             raise failed_write(path, labels.nbytes) from error
         if not same:
             raise failed_write(path, labels.nbytes)
-        # The label file last: where it is, the case is complete.
+        # Move the label file last: its existence marks the case as complete.
         for written in sorted(folder.iterdir(), key=lambda written: written.name == path.name):
             with file_errors(path):
                 written.replace(path.with_name(written.name))
 
 
 def write_map(path: Path, voxels: NDArray[Any], properties: Mapping[str, Any]) -> Path:
-    """Write a map of any type of number as NIfTI, in the geometry of the file that it was computed from.
+    """Write a map of any numeric type as NIfTI, with the geometry of the file that it was computed from.
 
     Args:
-        path: Ends in .nii.gz. It is found whole or not at all.
+        path: The file, which ends in .nii.gz. The write is atomic.
         voxels: (z, y, x).
-        properties: What nnU-Net's reader said of that file. Where it turned the image, the map is turned back.
+        properties: Properties from nnU-Net's reader of that file. If the reader reoriented the image, the map gets the
+            file's orientation again.
 
     Returns:
         The path.
 
     Raises:
-        InputError: The file system did not take it.
+        InputError: The file can't be written.
     """
     affine = affine_of(properties)
     assert affine is not None, "files without a geometry are refused"
@@ -444,7 +445,7 @@ def write_map(path: Path, voxels: NDArray[Any], properties: Mapping[str, Any]) -
 
 
 def _sides_of_file(properties: Mapping[str, Any]) -> str | None:
-    """The sides towards which a file's axes go, as three letters, if the reader turned the image."""
+    """Return the axis codes of a file, such as LPS, if the reader reoriented the image, else None."""
     import nibabel
 
     if "original_orientation" in properties.get("sitk_stuff", {}):

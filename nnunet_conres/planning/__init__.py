@@ -1,1 +1,1 @@
-"""Planners, variants of plans, and the memory that a training takes."""
+"""Planners, variants of plans, and estimates of training memory."""

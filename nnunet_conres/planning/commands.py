@@ -1,4 +1,4 @@
-"""What `nnunet-conres plan` and `plan_and_preprocess` do: fingerprint, plans, preprocessed data."""
+"""Implementation of `nnunet-conres plan` and `plan_and_preprocess`: fingerprint, plans, preprocessed data."""
 
 from __future__ import annotations
 
@@ -59,23 +59,23 @@ from nnunet_conres.text import aligned, first_few, format_shape, short_message
 DEFAULT_PREPROCESSOR: Final = "DefaultPreprocessor"
 DEFAULT_FINGERPRINT: Final = "DatasetFingerprintExtractor"
 
-# nnU-Net's own numbers of processes
+# nnU-Net's default numbers of processes
 _PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
 _OTHER_PROCESSES = 4
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What can be asked of a planner.
+    """Options of a planner.
 
     Attributes:
         architecture: A key of PLANNED.
-        gpu_memory_target: What a training step may take, GiB.
-        overwrite_target_spacing: Voxel size of 3d_fullres in mm, three of them in nnU-Net's order of axes; None for
-            what nnU-Net finds.
-        plans_name: Name of the plans; None for the planner's own.
+        gpu_memory_target: Memory limit of a training step, GiB.
+        overwrite_target_spacing: Spacing of 3d_fullres in mm, three values in nnU-Net's axis order; None for the
+            spacing that nnU-Net determines.
+        plans_name: Name of the plans; None for the planner's default.
         preprocessor_name: Name of a class in nnunetv2.preprocessing.
-        verbose: Whether nnU-Net's planner tells what it tries.
+        verbose: Whether nnU-Net's planner prints its search.
     """
 
     architecture: str
@@ -87,11 +87,11 @@ class PlanOptions:
 
     @property
     def resolved_plans_name(self) -> str:
-        """Name of the plans."""
+        """Name of the plans, with the default filled in."""
         return self.plans_name if self.plans_name is not None else PLANNED[self.architecture].plans_name
 
     def errors(self) -> Iterator[str]:
-        """What is wrong with the options themselves, whatever the data set."""
+        """Yield a message for each invalid option, independent of the data set."""
         target = self.gpu_memory_target
         if not (math.isfinite(target) and target > 0):
             yield f"The memory target is {target:g} GiB; expected a number above 0 for -gpu_memory_target."
@@ -113,21 +113,21 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Planned:
-    """Plans of a data set, as they were written.
+    """Plans written for a data set.
 
     Attributes:
         dataset_name: Name of the data set.
-        dataset_id: Its number.
+        dataset_id: Number of the data set.
         plans_name: Name of the plans.
-        plans_file: Where they are.
-        network_name: The network they are for.
-        trainer_name: The trainer to train them with.
-        memory_target: What a training step may take, bytes.
-        configurations: What was planned.
-        preprocessed: What there is of preprocessed data, where they were made.
-        skipped: Configurations that were to be preprocessed and are not in the plans.
-        notes: What else a person should know.
-        next_commands: What to run next.
+        plans_file: Path of the plans file.
+        network_name: The network of the plans.
+        trainer_name: The trainer for these plans.
+        memory_target: Memory limit of a training step, bytes.
+        configurations: The planned configurations.
+        preprocessed: Preprocessed data by configuration; empty if nothing was preprocessed.
+        skipped: Configurations requested for preprocessing that the plans do not have.
+        notes: Further messages for the user.
+        next_commands: The commands to run next.
     """
 
     dataset_name: str
@@ -144,7 +144,7 @@ class Planned:
     next_commands: tuple[str, ...] = ()
 
     def as_text(self) -> str:
-        """The plans for a person to read."""
+        """Return a readable summary of the plans."""
         target = f"{self.memory_target / GIB:g} GiB"
         rows = [("configuration", "patch", "batch", "checkpointing", f"memory of {target}", "data")]
         for planned in self.configurations:
@@ -174,19 +174,19 @@ class Planned:
 
 
 def plan(dataset_ids: Sequence[int], options: PlanOptions, *, progress: bool = True) -> list[Planned]:
-    """Plans data sets whose fingerprints are there, and writes the plans.
+    """Plan data sets that have fingerprints, and write the plans.
 
     Args:
         dataset_ids: Numbers of the data sets.
-        options: What is asked of the planner.
+        options: Options of the planner.
         progress: Whether to show progress bars on stderr.
 
     Returns:
         The plans, in the order of the data sets.
 
     Raises:
-        InputError: Something is wrong with the options or a data set; nothing was written. Lists all that was found.
-            Also if a data set can't be planned for this network and memory.
+        InputError: An option or a data set is invalid; nothing was written. Lists all errors. Also if a data set can't
+            be planned for this network and memory.
     """
     errors = list(options.errors())
     for dataset_id in dataset_ids:
@@ -209,18 +209,18 @@ def plan_and_preprocess(
     preprocess: bool = True,
     progress: bool = True,
 ) -> list[Planned]:
-    """Takes fingerprints where they are missing or outdated, plans, and preprocesses what is missing or outdated.
+    """Extract missing or outdated fingerprints, plan, and preprocess missing or outdated cases.
 
     Args:
         dataset_ids: Numbers of the data sets.
-        options: What is asked of the planner.
-        configurations: Which to preprocess; those that a data set doesn't have are skipped.
-        processes: Number of processes per configuration, or one for all; None for nnU-Net's numbers.
+        options: Options of the planner.
+        configurations: Configurations to preprocess; those that a data set doesn't have are skipped.
+        processes: Number of processes per configuration, or one number for all; None for nnU-Net's defaults.
         fingerprint_extractor: Name of a class in nnunetv2.experiment_planning.
-        fingerprint_processes: Number of processes for that.
-        verify_dataset_integrity: Whether nnU-Net checks the raw data before.
-        clean: Whether fingerprints are taken again where there are some, and preprocessed cases that the raw data set
-            no longer has are removed.
+        fingerprint_processes: Number of processes for the fingerprint.
+        verify_dataset_integrity: Whether nnU-Net checks the raw data first.
+        clean: Whether to replace existing fingerprints and, with `preprocess`, to remove preprocessed cases that the
+            raw data set no longer has.
         preprocess: Whether to preprocess.
         progress: Whether to show progress bars on stderr.
 
@@ -228,8 +228,8 @@ def plan_and_preprocess(
         The plans, in the order of the data sets.
 
     Raises:
-        InputError: Something is wrong with the options or a data set; nothing was written. Lists all that was found.
-            Also if a data set can't be planned for this network and memory, or a case can't be preprocessed.
+        InputError: An option or a data set is invalid; nothing was written. Lists all errors. Also if a data set can't
+            be planned for this network and memory, or a case can't be preprocessed.
         RuntimeError: A process was killed.
     """
     errors = list(options.errors())
@@ -281,24 +281,24 @@ def plan_and_preprocess(
 def _take_fingerprint(
     dataset_id: int, extractor: type | None, processes: int, *, check: bool, clean: bool, verbose: bool, progress: bool
 ) -> None:
-    """Takes a fingerprint where it is missing or outdated, or in any case if `clean`; one process at a time does."""
+    """Extract a missing or outdated fingerprint, or always if `clean`. A lock admits one process at a time."""
     cases, fingerprint = _cases_of(dataset_id), _folder_of(dataset_id) / "dataset_fingerprint.json"
     with one_at_a_time(fingerprint):
         files = sizes_and_times(cases)
         different = fingerprint_differences(fingerprint, cases, is_copy_different=True) if fingerprint.is_file() else []
         if different:
-            print(f"{fingerprint} is not of the raw data as they are ({first_few(different)}); it is taken again.")
+            print(f"{fingerprint} does not match the raw data ({first_few(different)}). Extracting it again.")
         is_new = clean or bool(different) or not fingerprint.is_file()
         with _refusals_of_nnunet(find_dataset(dataset_id), fingerprint, OF_FILES):
             try:
                 extract_fingerprint_dataset(dataset_id, extractor, processes, check, is_new, verbose, progress)
-            except Exception:  # each of nnU-Net's readers has its own
+            except Exception:  # nnU-Net's readers raise different types
                 _check_files(dataset_id, cases, processes, progress)
                 raise
         if is_new:
             try:
                 note_in_fingerprint(fingerprint, files)
-            except InputError:  # a full disk
+            except InputError:  # for example a full disk
                 fingerprint.unlink(missing_ok=True)
                 raise
 
@@ -309,7 +309,7 @@ def _cases_of(dataset_id: int) -> list[TrainingCase]:
 
 
 def _check_files(dataset_id: int, cases: Sequence[TrainingCase], processes: int, progress: bool) -> None:
-    """Raises what is wrong with the files of a data set: of many errors nnU-Net tells one, and not always where."""
+    """Raise all errors in a data set's files: nnU-Net reports only one, and does not always name the file."""
     dataset_json = read_dataset_json(find_dataset(dataset_id))[0] or {}
     reader = reader_for(dataset_json, [case.images[0] for case in cases])
     jobs = [(case, reader) for case in cases]
@@ -319,7 +319,7 @@ def _check_files(dataset_id: int, cases: Sequence[TrainingCase], processes: int,
 
 
 def _folder_of(dataset_id: int) -> Path:
-    """The preprocessed data set."""
+    """Return the folder of the preprocessed data set."""
     return required_folder(PREPROCESSED) / find_dataset(dataset_id).name
 
 
@@ -346,7 +346,7 @@ def _remove_cases_that_are_gone(dataset_id: int, configurations: Sequence[str]) 
 
 
 def _notes(dataset_id: int) -> tuple[str, ...]:
-    """A message if the splits name cases that the raw data set no longer has."""
+    """Return a message if the splits are unreadable or name cases that the raw data set does not have."""
     splits, known = _folder_of(dataset_id) / SPLITS_FILE, {case.case_id for case in _cases_of(dataset_id)}
     try:
         content = json.loads(splits.read_text(encoding="utf-8"))
@@ -366,7 +366,7 @@ def _notes(dataset_id: int) -> tuple[str, ...]:
 
 def _plan(dataset_id: int, options: PlanOptions, progress: bool) -> Planned:
     raw = find_dataset(dataset_id)
-    # what nnU-Net prints while it searches is of no use to anybody who isn't searching for an error
+    # nnU-Net's output during its search is useful for debugging only
     silence = contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO())
     with _refusals_of_nnunet(raw, _folder_of(dataset_id)), silence:
         planner = PLANNERS[options.architecture](
@@ -403,12 +403,12 @@ def _preprocess(planned: Planned, configurations: dict[str, int], verbose: bool,
 
 
 def _with_next_commands(planned: Planned) -> Planned:
-    """What is left to do before 3d_fullres can be trained, in commands that destroy nothing."""
+    """Add notes and the remaining commands up to the training of 3d_fullres. None of them destroys data."""
     data = PreprocessedDataset(find_dataset(planned.dataset_id), planned.plans_file.parent, planned.plans_name)
     missing = data.missing("3d_fullres")
     commands = []
     if missing:
-        # not nnUNetv2_preprocess, which would remove what another plan that shares the folder has made by then
+        # not nnUNetv2_preprocess: it empties the folder, which other plans may share and have filled by then
         commands.append(
             f"nnunet-conres plan_and_preprocess with the same options: {len(missing)} cases of 3d_fullres are missing"
             + (" or outdated" if data.folder("3d_fullres").is_dir() else "")
@@ -421,7 +421,7 @@ def _with_next_commands(planned: Planned) -> Planned:
 
 
 def _dataset_errors(dataset_id: int, options: PlanOptions, needs_fingerprint: bool) -> Iterator[str]:
-    """What keeps a data set from being planned, as far as that shows before planning."""
+    """Yield a message for each error that prevents planning and can be found before it."""
     try:
         raw = find_dataset(dataset_id)
     except InputError as error:
@@ -455,7 +455,7 @@ def _dataset_errors(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
             different = fingerprint_differences(fingerprint, cases, is_copy_different=False)
             if different:
                 yield (
-                    f"The raw data changed since {fingerprint} was taken: {first_few(different)}. {again}, or use "
+                    f"The raw data changed after {fingerprint} was extracted: {first_few(different)}. {again}, or use "
                     f"nnunet-conres plan_and_preprocess."
                 )
     elif needs_fingerprint:
@@ -467,10 +467,10 @@ def _dataset_errors(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
 
 
 def _plans_file_errors(path: Path, options: PlanOptions) -> Iterator[str]:
-    """What would be lost if the plans were written."""
+    """Yield a message if the plans would replace a file that this planner did not write."""
     existing, ours = read_plans(path.parent).get(path.stem), PLANNED[options.architecture].planner_name
     if path.stem in NO_PLANS or (existing is None and path.exists()):
-        yield f"{path} is not for plans, or holds none that can be read. Choose another -overwrite_plans_name."
+        yield f"{path} is not a file of plans, or cannot be read. Choose another -overwrite_plans_name."
     elif existing is not None and existing.get("experiment_planner_used") != ours:
         yield (
             f"{path} was made by {existing.get('experiment_planner_used')}; {ours} would replace it. Choose another "
@@ -479,7 +479,7 @@ def _plans_file_errors(path: Path, options: PlanOptions) -> Iterator[str]:
 
 
 def _unknown_configurations(dataset_id: int, options: PlanOptions, configurations: Sequence[str]) -> Iterator[str]:
-    """Names that no planner plans, and that nobody has added to existing plans."""
+    """Yield a message for each name that neither a planner nor the existing plans know."""
     known = set(CONFIGURATIONS)
     preprocessed = folder_from_environment(PREPROCESSED)
     with contextlib.suppress(InputError):  # reported elsewhere
@@ -499,7 +499,7 @@ def _find_class(folder: str, name: str) -> type | None:
 def _refusals_of_nnunet(
     raw: Path, target: Path, kinds: tuple[type[Exception], ...] = (AssertionError,)
 ) -> Iterator[None]:
-    """Makes errors of the user's of what nnU-Net raises about a data set, or while it writes a target."""
+    """Convert nnU-Net's exceptions about a data set, or while it writes a target, to InputError."""
     try:
         with writing_errors(target):
             yield

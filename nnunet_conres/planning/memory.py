@@ -1,4 +1,4 @@
-"""How much memory training steps take: executed on fake tensors, and interpolated between executions."""
+"""Memory of training steps: measured by execution on fake tensors, and interpolated between executions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from nnunet_conres.planning.training_step import TrainingStep
 from nnunet_conres.plans.entries import stride_products
 from nnunet_conres.text import format_shape
 
-# What no operation shows: kernels' own workspace, 0 to 12 % of the peak at 128 x 128 x 128 on an H200, as
-# docs/benchmarks.md has it; and on a GPU the CUDA context with its libraries, and gaps between PyTorch's blocks.
+# Memory that execution on fake tensors does not show: the kernels' workspace, 0 to 12 % of the peak at
+# 128 x 128 x 128 on an H200 (docs/benchmarks.md); on a GPU also the CUDA context with its libraries, and gaps between
+# PyTorch's blocks.
 WORKSPACE_SHARE = 0.12
 CUDA_CONTEXT = 500 * 2**20
 
 
 class UntrainableError(InputError):
-    """A training step can't be taken: the network does not fit its patch."""
+    """A training step can't be executed: the network does not fit its patch."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,15 @@ class MemoryEstimate:
     """Memory of a training step in bytes.
 
     Attributes:
-        parameters: Of the network, with its buffers.
-        gradients: Of the parameters, at the end of backward.
+        parameters: Parameters and buffers of the network.
+        gradients: Gradients of the parameters, at the end of backward.
         optimizer: State of the optimiser.
         batch: Images and annotations.
-        activations: What is kept for backward when the network is through, by module that made it.
-        loss: What the loss keeps for backward beside them.
-        peak: The most that is alive at any moment.
-        workspace: Allowance for what the step does not show: kernels' workspace, gaps in the allocator, the CUDA
-            context, augmentation on the device.
+        activations: Memory kept for backward at the end of the loss, by the module that allocated it.
+        loss: Memory that the loss keeps for backward in addition.
+        peak: Maximum at any moment.
+        workspace: Allowance for memory that the executed step does not show: kernels' workspace, gaps in the
+            allocator, the CUDA context, augmentation on the device.
     """
 
     parameters: int
@@ -55,18 +56,20 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Peak with workspace."""
+        """Peak plus workspace."""
         return self.peak + self.workspace
 
 
 def estimate_memory(step: TrainingStep) -> MemoryEstimate:
-    """Memory of a training step from the second one on, when the optimiser has its state; one execution.
+    """Estimate the memory of a training step by executing it once.
+
+    The optimiser already has its state, as from the second step on.
 
     Args:
-        step: What is trained, and how.
+        step: The training step.
 
     Raises:
-        UntrainableError: Such a step can't be taken.
+        UntrainableError: The step can't be executed.
     """
     (measured,) = _execute(step, [step.batch_size])
     activations = dict(measured.kept)
@@ -86,12 +89,13 @@ def estimate_memory(step: TrainingStep) -> MemoryEstimate:
 class MemoryModel:
     """Total memory of many training steps, from two executions per topology.
 
-    Every tensor of a step has a size that is constant, or proportional to the voxels of the batch. So is, after every
-    allocation of the step, what is alive: two batches of one patch tell both shares of all of these moments, and the
-    most of them is the peak for other batches, and for other patches that the network's strides divide.
+    The size of each tensor in a step is either constant or proportional to the voxels of the batch. The memory alive
+    after each allocation is therefore constant + slope * voxels. Two batches of one patch give both values for every
+    allocation. The maximum over all allocations is the peak for other batches, and for other patches that the network's
+    strides divide.
 
     Args:
-        progress: Called for every execution.
+        progress: Called once per execution.
     """
 
     def __init__(self, progress: Callable[[], Any] = lambda: None) -> None:
@@ -100,7 +104,7 @@ class MemoryModel:
         self._executed: dict[str, int] = {}
 
     def total(self, step: TrainingStep) -> int:
-        """Peak and workspace in bytes.
+        """Return peak plus workspace in bytes.
 
         Raises:
             UntrainableError: The topology can't be trained with this patch.
@@ -109,7 +113,7 @@ class MemoryModel:
         return peak + _workspace(step, peak)
 
     def peak(self, step: TrainingStep) -> int:
-        """The most that is alive at any moment, bytes.
+        """Return the maximum memory at any moment in bytes.
 
         Raises:
             UntrainableError: The topology can't be trained with this patch.
@@ -124,10 +128,10 @@ class MemoryModel:
         return self._moments[topology].peak(step.batch_size * _voxels(step))
 
     def execute(self, step: TrainingStep) -> int:
-        """The total by executing this very step; remembered, so that `total` gives it from now on.
+        """Return the total by executing this step. Later calls of `peak` and `total` use the result.
 
         Raises:
-            UntrainableError: Such a step can't be taken.
+            UntrainableError: The step can't be executed.
         """
         key = _key(step)
         if key not in self._executed:
@@ -141,7 +145,7 @@ class MemoryModel:
         return measured
 
 
-_BATCHES = (2, 3)  # nnU-Net's smallest, and one more
+_BATCHES = (2, 3)  # nnU-Net's smallest batch size, and the next
 
 
 @dataclass(frozen=True)
@@ -155,10 +159,10 @@ class _Moments:
     def between(cls, first: Measurement, second: Measurement, patch_voxels: int) -> _Moments:
         low = first.live.astype(float)
         if first.n_backward == second.n_backward:
-            # while the optimiser works, batch and outputs are still there
+            # during the optimiser's update, batch and outputs are still alive
             more = np.full(len(low), float(second.after_backward - first.after_backward))
             more[: second.n_backward] = second.live - low[: second.n_backward]
-        else:  # what is executed depends on the batch
+        else:  # the executed operations depend on the batch
             low, more = low.max(keepdims=True), np.array([float(second.peak - first.peak)])
         per_patch = more / (_BATCHES[1] - _BATCHES[0])
         return cls(low - _BATCHES[0] * per_patch, per_patch / patch_voxels)
@@ -184,9 +188,10 @@ def _workspace(step: TrainingStep, peak: int) -> int:
 
 
 def augmentation_memory(step: TrainingStep) -> int:
-    """What augmentation takes on the device beside the step, in bytes; 0 where it runs on the CPU.
+    """Return the memory of augmentation on the device in bytes; 0 if it runs on the CPU.
 
-    It runs in a separate stream, whose memory PyTorch does not give to the step.
+    It adds to the step's memory: augmentation runs in a separate stream, whose memory PyTorch does not reuse for the
+    step.
     """
     if step.device != "cuda" or not getattr(step.trainer, "augments_on_device", False):
         return 0
@@ -204,11 +209,11 @@ def _key(step: TrainingStep) -> str:
 
 
 def _topology_key(step: TrainingStep) -> str:
-    """What two steps have in common whose memory differs by the voxels of their batches only."""
+    """Return a key that is equal for steps whose memory depends only on the voxels of their batches."""
     labels = (step.labels.label_dict, step.labels.regions_class_order)
     key = [step.trainer.__name__, step.architecture, step.input_channels, labels, step.device, step.mixed_precision]
     if not _is_divisible(step):
-        key.append(list(step.patch_size))  # feature maps are rounded up, each in its own way
+        key.append(list(step.patch_size))  # each feature map is rounded up by a different amount
     return json.dumps(key, default=int)
 
 

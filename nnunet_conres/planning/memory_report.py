@@ -1,4 +1,4 @@
-"""What `nnunet-conres memory` tells: the parts of a training step's memory, and the largest patches that fit."""
+"""Report of `nnunet-conres memory`: the parts of a training step's memory, and the largest patches that fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nnunet_conres.text import did_you_mean, format_shape
 
 GIB: Final = 2**30
 _LARGEST_EDGE = 1024
-_SMALL = 0.01  # parts of less than this share are one row
+_SMALL = 0.01  # parts with a smaller share are merged into one row
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class MemoryReport:
     """Memory of a training step.
 
     Attributes:
-        title: What is trained.
-        step: The same for the model.
-        estimate: What it takes.
-        largest: For every budget in GiB the largest patch of about these proportions that fits; None if none does.
+        title: Data set, plans, configuration, trainer and network.
+        step: The training step.
+        estimate: Its memory.
+        largest: For each budget in GiB, the largest patch of about the same proportions that fits; None if none fits.
     """
 
     title: str
@@ -43,7 +43,7 @@ class MemoryReport:
     largest: Mapping[float, tuple[int, ...] | None]
 
     def as_json(self) -> dict[str, Any]:
-        """For programs; memory in bytes."""
+        """Return the report as JSON content, memory in bytes."""
         return {
             "title": self.title,
             "patch_size": list(self.step.patch_size),
@@ -58,7 +58,7 @@ class MemoryReport:
         }
 
     def as_text(self) -> str:
-        """For a person."""
+        """Return the report as readable text."""
         step, estimate = self.step, self.estimate
         precision = f"mixed precision on {step.device}" if step.mixed_precision else "float32"
         parts = [
@@ -74,13 +74,13 @@ class MemoryReport:
         small = [size for _, size in parts if size < limit]
         parts = [(name, size) for name, size in parts if size >= limit] + [(f"{len(small)} smaller parts", sum(small))]
         lines = [self.title, f"patch {format_shape(step.patch_size)}, batch {step.batch_size}, {precision}", ""]
-        lines.append("Kept for backward, and what is always there:")
+        lines.append("Permanent, or kept for backward:")
         lines += [_line(name, nbytes) for name, nbytes in parts]
-        lines += ["", "At the moment that takes most, with what backward makes on the way:"]
+        lines += ["", "At the peak, with temporary tensors of backward:"]
         lines += [
             _line("peak", estimate.peak),
             _line("workspace, allocator" + (", CUDA context" if step.device == "cuda" else ""), estimate.workspace),
-            *([_line("  augmentation among them", augmentation)] if augmentation else []),
+            *([_line("  of it augmentation", augmentation)] if augmentation else []),
             _line("total", estimate.total),
         ]
         if self.largest:
@@ -102,18 +102,18 @@ def report_memory(
     mixed_precision: bool = True,
     budgets: Sequence[float] = (),
 ) -> MemoryReport:
-    """Estimates the memory of training a configuration.
+    """Estimate the memory of training a configuration.
 
     Args:
         dataset: Number or name of a data set.
         plans_name: Name of plans in its preprocessed folder.
         configuration: A configuration of the plans.
         trainer_name: Any trainer that nnU-Net finds.
-        patch_size: Another patch than the plans'.
-        batch_size: Another batch than the plans'.
+        patch_size: Patch in voxels; None for the plans'.
+        batch_size: Batch size; None for the plans'.
         device: "cuda" or "cpu".
-        mixed_precision: Whether under autocast.
-        budgets: GiB to find the largest patches for.
+        mixed_precision: Whether to train under autocast.
+        budgets: Memory in GiB; the largest patch is found for each.
 
     Raises:
         InputError: There is no such data set, plans, configuration or trainer; the trainer can't train that
@@ -135,7 +135,7 @@ def report_memory(
             f"The patch has {len(patch_size)} numbers; expected {len(resolved.patch_size)}, as in {configuration}."
         )
     entries: dict[str, Any] = dict(resolved.configuration)
-    if hasattr(trainer, "resolve"):  # a trainer of this package, which may change what the plans say
+    if hasattr(trainer, "resolve"):  # a trainer of this package, which may change the plans' entries
         entries |= trainer.resolve(resolved, configuration)
     step = TrainingStep(
         trainer=trainer,
@@ -158,27 +158,27 @@ def report_memory(
 
 
 def largest_patch(step: TrainingStep, budget: int, model: MemoryModel) -> tuple[int, ...] | None:
-    """The largest patch of about the same proportions whose training step fits, with the same network.
+    """Return the largest patch of about the same proportions whose training step fits, with the same network.
 
     Args:
         step: A training step.
-        budget: Bytes.
-        model: Tells the memory of steps.
+        budget: Memory limit in bytes.
+        model: Memory model of training steps.
 
     Returns:
-        Patch in voxels, every axis a multiple of what the network's strides multiply to; None if not even the smallest
-        fits.
+        Patch in voxels, each axis a multiple of the product of the network's strides; None if not even the smallest
+        patch fits.
     """
     divisors = stride_products(step.architecture, len(step.patch_size)) or [1] * len(step.patch_size)
-    # at least 4 voxels along an axis of the coarsest feature map, as nnU-Net has it, or as few as there are now
+    # the coarsest feature map keeps at least 4 voxels per axis, as in nnU-Net, or its present size if that is smaller
     least = [max(d, min(4 * d, extent // d * d)) for extent, d in zip(step.patch_size, divisors, strict=True)]
 
     def scaled(scale: float) -> tuple[int, ...]:
-        # a little more, so that a scale made from an extent gives that extent
+        # 1e-9 against rounding errors: a scale computed from an extent must give that extent
         extents = [int(extent * scale / d + 1e-9) * d for extent, d in zip(step.patch_size, divisors, strict=True)]
         return tuple(max(extent, smallest) for extent, smallest in zip(extents, least, strict=True))
 
-    # every scale at which an axis grows by one more multiple
+    # all scales at which an axis reaches the next multiple of its divisor
     scales = sorted(
         {
             multiple * divisor / extent
@@ -207,7 +207,7 @@ def _plans_and_dataset(dataset: int | str, plans_name: str) -> tuple[dict[str, A
     preprocessed = required_folder(PREPROCESSED)
     try:
         raw = find_dataset(dataset)
-    except InputError as error:  # whose text says that nothing was written, which is not to be expected here
+    except InputError as error:  # its text says that nothing was written, but this command never writes
         raise InputError(" ".join(error.errors)) from error
     found = read_plans(preprocessed / raw.name)
     if plans_name not in found:

@@ -1,4 +1,4 @@
-"""Planners: nnU-Net's own, but for our networks, and with patch and batch chosen by the memory these networks take."""
+"""Planners: nnU-Net's own, adapted to our networks; patch and batch size follow the memory of these networks."""
 
 from __future__ import annotations
 
@@ -37,28 +37,29 @@ from nnunet_conres.text import format_shape
 
 GIB: Final = 2**30
 DEFAULT_MEMORY_TARGET: Final = 8.0
-"""What a training step may take, GiB; nnU-Net's default."""
+"""Memory limit of a training step, GiB; nnU-Net's default."""
 
 CONFIGURATIONS: Final = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
-"""What a planner plans; other configurations in a plans file are somebody's own, and are left alone."""
+"""The configurations that a planner plans. Others in a plans file were added by the user, and are kept."""
 
 _MIN_STAGES = 2
 MIN_EDGE: Final = 4
-"""Smallest edge of a patch, voxels. The blur of nnU-Net's augmentation mirrors three voxels at the border and fails, in
-the first batches of a training, where there are no more. Smaller images are padded, as nnU-Net pads all."""
+"""Smallest edge of a patch, voxels. The blur of nnU-Net's augmentation mirrors three voxels at the border. On an edge
+of three voxels or fewer it fails within the first batches of a training. Images smaller than the patch are padded, as
+always in nnU-Net."""
 
 
 @dataclass(frozen=True)
 class PlannedConfiguration:
-    """What a person wants to know of a planned configuration.
+    """Summary of a planned configuration.
 
     Attributes:
-        name: The configuration.
-        patch_size: Its patch in voxels.
-        batch_size: Its batch.
+        name: Name of the configuration.
+        patch_size: Patch in voxels.
+        batch_size: Patches in a batch.
         data_identifier: Folder of its preprocessed data.
-        checkpointing: "none", "decoder" or "full"; None for 2d, which is nnU-Net's own network.
-        memory: What a training step is estimated to take, bytes; None for 2d.
+        checkpointing: "none", "decoder" or "full"; None for 2d, which uses nnU-Net's own network.
+        memory: Estimated memory of a training step, bytes; None for 2d.
     """
 
     name: str
@@ -70,32 +71,32 @@ class PlannedConfiguration:
 
 
 class TooLittleMemoryError(InputError):
-    """Not even the smallest patch fits the target."""
+    """Not even the smallest patch fits the memory target."""
 
 
 class _SmallestPatchReached(Exception):  # noqa: N818  (no error)
-    """nnU-Net's search for a patch has come to one that is too small."""
+    """nnU-Net's search for a patch has reached one that is too small."""
 
 
 class _PlanAgain(Exception):  # noqa: N818  (no error)
-    """A planned configuration takes more than the memory model said, which knows better now."""
+    """A planned configuration exceeds the target when executed. The memory model now has the executed value."""
 
 
 class NetworkPlanner(ExperimentPlanner):
     """nnU-Net's planner for a network of this package.
 
-    What is preprocessed, and how, is planned by nnU-Net itself, and so is the way in which a patch shrinks: the axis
-    that is largest in comparison with the images goes first. It is small enough when a training step at batch 2 fits
-    the target by the memory model. Wanted is a patch of as many voxels as nnU-Net plans for its own
-    U-Net and the same target; checkpointing, which costs time, is the least under which such a patch fits, and where
-    none does the patch is the largest that fits under full checkpointing. The batch is what fits beside, 2 at least,
-    and 5 % of the data set at most. Before plans are written, a training step of every 3D configuration is executed on
-    fake tensors. 2d is nnU-Net's own network, planned its own way.
+    nnU-Net itself plans the preprocessing, and how a patch shrinks: first along the axis that is largest relative to
+    the images. A patch is small enough if a training step at batch size 2 fits the target according to the memory
+    model. The wanted patch has as many voxels as nnU-Net plans for its own U-Net and the same target. Checkpointing
+    costs time, so the planner takes the lowest level under which such a patch fits. If there is none, it takes the
+    largest patch that fits under full checkpointing. The batch size is the largest that fits: 2 at least, and otherwise
+    5 % of the data set at most. Before plans are written, a training step of every 3D configuration is executed on fake
+    tensors. 2d uses nnU-Net's own network, planned by nnU-Net.
 
     Attributes:
-        family: What it plans.
+        family: Family of the planned network.
         progress: Whether to show a progress bar on stderr.
-        model: Memory of training steps; planners that plan alike may share one.
+        model: Memory model of training steps; planners with equal settings may share one.
     """
 
     family: ClassVar[Family]
@@ -126,7 +127,7 @@ class NetworkPlanner(ExperimentPlanner):
         )
         self._stock_reference = self.UNet_reference_val_3d
         self._stock_estimates: dict[tuple[Any, ...], int] = {}
-        self._checkpointing: str | None = None  # under which the search goes on; None: for nnU-Net's own network
+        self._checkpointing: str | None = None  # of the current search; None: nnU-Net's own network
         self._labels = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         self._previous_stage_channels = 0
         self._search: list[tuple[list[int], int]] = []
@@ -138,13 +139,13 @@ class NetworkPlanner(ExperimentPlanner):
 
     @property
     def memory_target(self) -> int:
-        """What a training step may take, bytes."""
+        """Memory limit of a training step, bytes."""
         return int(self.UNet_vram_target_GB * GIB)
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
     def _step(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> TrainingStep:
-        """A training step with mixed precision."""
+        """Return a training step with mixed precision."""
         channels = len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", ())))
         return TrainingStep(
             trainer=find_trainer(self.family.trainer_name),
@@ -156,7 +157,7 @@ class NetworkPlanner(ExperimentPlanner):
         )
 
     def _memory(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> int:
-        """Bytes of a training step by the memory model."""
+        """Return the bytes of a training step according to the memory model."""
         return self.model.total(self._step(architecture, patch_size, batch_size))
 
     def _fits(self, architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> bool:
@@ -171,10 +172,12 @@ class NetworkPlanner(ExperimentPlanner):
         arch_kwargs: dict[str, Any],
         arch_kwargs_req_import: Sequence[str],
     ) -> int:
-        """What nnU-Net's search for a patch compares with the target; for our network bytes at the smallest batch.
+        """Return the value that nnU-Net's search for a patch compares with the target.
+
+        For our network, these are the bytes of a training step at the smallest batch size.
 
         Raises:
-            InputError: If the search has come to a patch that the network can't be trained with.
+            InputError: If the search has reached a patch that the network can't be trained with.
         """
         if self._checkpointing is None:
             key = (json.dumps(arch_kwargs, default=int), *map(int, patch_size), input_channels, output_channels)
@@ -224,7 +227,7 @@ class NetworkPlanner(ExperimentPlanner):
         )
 
     def _check_smallest_patch(self, arguments: tuple[Any, ...]) -> None:
-        """Refuses a target that the smallest patch does not fit, before the search for the largest, which is long.
+        """Reject a target that the smallest patch does not fit, before the long search for the largest patch.
 
         Raises:
             TooLittleMemoryError: If it does not fit under full checkpointing.
@@ -238,7 +241,7 @@ class NetworkPlanner(ExperimentPlanner):
         except _SmallestPatchReached:
             assert self._smallest is not None
             patch, architecture = self._smallest
-            # A patch that is too small to be trained is none to be found.
+            # If this patch is too small to be trained, it says nothing about the target.
             with contextlib.suppress(UntrainableError):
                 needed = self.model.execute(self._step(architecture, patch, self.UNet_min_batch_size))
                 if needed > self.memory_target:
@@ -250,7 +253,7 @@ class NetworkPlanner(ExperimentPlanner):
     # --- a configuration --------------------------------------------------------------------------------------------
 
     def _derive(self, stock: Mapping[str, Any], checkpointing: str) -> dict[str, Any]:
-        # as they will be read from the file, lists and not tuples: the trainer, too, derives from those
+        # lists instead of tuples, as read from the plans file: the trainer derives its network from those too
         entry = self.family.plans.architecture(ConfigurationManager({"architecture": json.loads(json.dumps(stock))}))
         set_background_class(entry, self._labels.has_regions)
         entry["arch_kwargs"]["checkpointing"] = checkpointing
@@ -264,19 +267,19 @@ class NetworkPlanner(ExperimentPlanner):
         approximate_n_voxels_dataset: float,
         _cache: dict[str, Any],
     ) -> dict[str, Any]:
-        """A configuration as nnU-Net plans it, with our network in 3D.
+        """Return a configuration as nnU-Net plans it, with our network in 3D.
 
         Args:
-            spacing: Voxel size in mm; three of them, or two for 2d.
+            spacing: Voxel size in mm; three values, or two for 2d.
             median_shape: Median shape of the images at that spacing, voxels.
             data_identifier: Folder of the preprocessed data.
-            approximate_n_voxels_dataset: Voxels of all training cases together.
-            _cache: nnU-Net's, for 2d.
+            approximate_n_voxels_dataset: Total number of voxels of all training cases.
+            _cache: nnU-Net's cache, used for 2d only.
 
         Raises:
             InputError: If not even the smallest patch fits the target, or the images are too small for the network.
         """
-        if len(spacing) == 2:  # _checkpointing is None, so as nnU-Net does it
+        if len(spacing) == 2:  # _checkpointing is None, so nnU-Net plans its own network
             return super().get_plans_for_configuration(
                 spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
             )
@@ -288,7 +291,7 @@ class NetworkPlanner(ExperimentPlanner):
         )
         try:
             plan = super().get_plans_for_configuration(*arguments, {})
-        except ZeroDivisionError:  # a patch of no voxels
+        except ZeroDivisionError:  # the patch has no voxels
             raise InputError(
                 f"The images of {self.dataset_name} are too small for {self.family.title} at a voxel size of "
                 f"{' x '.join(f'{extent:g}' for extent in spacing)} mm: "
@@ -311,17 +314,17 @@ class NetworkPlanner(ExperimentPlanner):
         return plan
 
     def _largest_patch_under(self, checkpointing: str, arguments: tuple[Any, ...]) -> dict[str, Any] | None:
-        """The configuration with the largest patch that fits, None if none does but with more checkpointing.
+        """Return the configuration with the largest patch that fits; None if no patch fits without more checkpointing.
 
         Raises:
-            TooLittleMemoryError: If none fits at all.
+            TooLittleMemoryError: If no patch fits even under full checkpointing.
         """
         self._search, self._checkpointing = [], checkpointing
-        # nnU-Net compares what static_estimate_VRAM_usage returns for its reference batch, 2 in 3D, with this value
-        # scaled from its reference memory to the target. Thus the comparison is one of bytes.
+        # nnU-Net compares the result of static_estimate_VRAM_usage for its reference batch size, 2 in 3D, with this
+        # value scaled from its reference memory to the target. With the value set here, the comparison is in bytes.
         self.UNet_reference_val_3d = self.UNet_reference_val_corresp_GB * GIB
         try:
-            # a separate cache: nnU-Net's doesn't know of the cascade's channels
+            # an empty cache: the keys of nnU-Net's cache do not include the input channels that a cascade adds
             plan = super().get_plans_for_configuration(*arguments, {})
         except TooLittleMemoryError:
             if checkpointing == CHECKPOINTINGS[-1]:
@@ -334,7 +337,7 @@ class NetworkPlanner(ExperimentPlanner):
         return plan
 
     def _batch_size(self, architecture: Mapping[str, Any], patch_size: Sequence[int], largest: int) -> int:
-        """The largest batch that fits, no smaller than nnU-Net's smallest and otherwise no larger than allowed."""
+        """Return the largest batch size that fits: nnU-Net's minimum at least, and otherwise `largest` at most."""
         fits, too_large = self.UNet_min_batch_size, max(largest, self.UNet_min_batch_size) + 1
         while too_large - fits > 1:
             middle = (fits + too_large) // 2
@@ -345,11 +348,11 @@ class NetworkPlanner(ExperimentPlanner):
         return int(fits)
 
     def _check_training_steps(self, plans: dict[str, Any]) -> None:
-        """Executes a training step of every 3D configuration.
+        """Execute a training step of every 3D configuration.
 
         Raises:
-            UntrainableError: If one can't be taken.
-            _PlanAgain: If one takes more than the target.
+            UntrainableError: If a step can't be executed.
+            _PlanAgain: If a step exceeds the target.
         """
         manager = PlansManager(deepcopy(plans))
         for name in (name for name in CONFIGURATIONS if name in manager.available_configurations):
@@ -358,7 +361,7 @@ class NetworkPlanner(ExperimentPlanner):
                 raise _PlanAgain
 
     def _execute(self, configuration: ConfigurationManager) -> int:
-        """Bytes of a configuration's training step, by executing it."""
+        """Execute a configuration's training step and return its bytes."""
         is_cascade = configuration.previous_stage_name is not None
         self._previous_stage_channels = len(self._labels.foreground_labels) if is_cascade else 0
         try:
@@ -368,10 +371,10 @@ class NetworkPlanner(ExperimentPlanner):
             self._previous_stage_channels = 0
 
     def _plan_cascade(self, configurations: dict[str, Any]) -> None:
-        """Gives the cascade a separate patch, batch and network where fullres's don't fit with its channels.
+        """Give the cascade its own patch, batch size and network if those of 3d_fullres don't fit with its channels.
 
-        The stage before adds a channel for every foreground label. Inheritance is a shallow update, so all three are
-        written together.
+        The previous stage adds a channel for every foreground label. Inheritance is a shallow update, so all three
+        entries are written together.
         """
         cascade = configurations.get("3d_cascade_fullres")
         if cascade is None:
@@ -393,9 +396,9 @@ class NetworkPlanner(ExperimentPlanner):
     # --- plans ------------------------------------------------------------------------------------------------------
 
     def plan_experiment(self) -> dict[str, Any]:
-        """Plans the data set and writes the plans.
+        """Plan the data set and write the plans.
 
-        Where CT images have an ignore label, the fingerprint is corrected first, if it has not been.
+        If the data set has CT images and an ignore label, the fingerprint is corrected first, unless it already was.
 
         Returns:
             The plans.
@@ -418,12 +421,12 @@ class NetworkPlanner(ExperimentPlanner):
                     continue
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Completes what nnU-Net planned and writes it; called at the end of ``plan_experiment``.
+        """Complete nnU-Net's plans and write them; called at the end of ``plan_experiment``.
 
         Configurations in an existing file that no planner made are kept.
 
         Raises:
-            InputError: If the images are 2D, or the plans' own data are there already and were preprocessed otherwise.
+            InputError: If the images are 2D, or existing data of these plans were preprocessed differently.
         """
         configurations = plans["configurations"]
         if "3d_fullres" not in configurations:
@@ -439,7 +442,7 @@ class NetworkPlanner(ExperimentPlanner):
         plans.update(completed)
         self._check_training_steps(plans)
 
-        with one_at_a_time(self.plans_file):  # or configurations that are added meanwhile would be lost
+        with one_at_a_time(self.plans_file):  # otherwise configurations added meanwhile would be lost
             self._write_plans(plans)
 
     def _write_plans(self, plans: dict[str, Any]) -> None:
@@ -456,11 +459,11 @@ class NetworkPlanner(ExperimentPlanner):
 
     @property
     def plans_file(self) -> Path:
-        """Where the plans are written."""
+        """Path of the plans file."""
         return required_folder(PREPROCESSED) / self.dataset_name / f"{self.plans_identifier}.json"
 
     def planned_configurations(self) -> Iterator[PlannedConfiguration]:
-        """What was planned, configuration by configuration; after ``plan_experiment``."""
+        """Yield a summary of each planned configuration; call after ``plan_experiment``."""
         plans = PlansManager(deepcopy(self.plans))
         for name in (name for name in CONFIGURATIONS if name in plans.available_configurations):
             configuration = plans.get_configuration(name)
@@ -484,7 +487,7 @@ def _planner(family: Family) -> type[NetworkPlanner]:
 
 
 PLANNERS: Final = {key: _planner(family) for key, family in PLANNED.items()}
-"""The planner of each family, by the name that the command line has for it."""
+"""The planner of each family, by the family's name on the command line."""
 
 
 def _gib(size: float) -> str:

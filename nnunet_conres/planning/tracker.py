@@ -1,12 +1,12 @@
-"""Counts the memory of a training step by executing it on tensors without data.
+"""Measure the memory of a training step by executing it on tensors without data.
 
-Every operation of forward, loss, backward and optimiser is executed on fake tensors, which know shape and type only: a
-patch that needs a large GPU is measured on any machine in seconds. The live storages are followed from creation to
-release; what a kernel allocates inside itself is not seen.
+Forward, loss, backward and optimiser are executed on fake tensors, which have only a shape and a type. A patch that
+needs a large GPU is thus measured on any machine in seconds. Storages are followed from creation to release. Memory
+that a kernel allocates internally is not counted.
 
-Where the memory of a GPU is asked for, its autocast policy is applied to tensors that say they are on the CPU, because
-PyTorch runs backward on fake CUDA tensors only where there is a CUDA device. Counted is the contiguous step that is not
-compiled: compiled and channels-last it takes less, but a captured optimiser keeps what it needs on the way.
+To measure the memory on a GPU, CUDA's autocast policy is applied to fake CPU tensors: PyTorch runs backward on fake
+CUDA tensors only if there is a CUDA device. The measured step uses the contiguous memory format and is not compiled.
+A compiled step in channels-last format takes less, but a captured optimiser keeps its temporary memory.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Measurement:
     """Memory of live storages in bytes.
 
     Attributes:
-        before: Before the step, by kind: parameters, optimizer, batch.
-        kept: Beyond that, what is kept for backward at the end of forward and loss: by module of the network, and loss.
-        gradients: Of the parameters.
-        live: After every allocation of the step, in their order.
-        n_backward: How many of these are before the optimiser's.
-        after_backward: At the end of backward.
+        before: Alive before the step, by kind: parameters, optimizer, batch.
+        kept: Additionally kept for backward at the end of forward and loss, by module of the network, and loss.
+        gradients: Gradients of the parameters.
+        live: Alive after each allocation of the step, in order.
+        n_backward: Number of entries of `live` before the optimiser runs.
+        after_backward: Alive at the end of backward.
     """
 
     before: Mapping[str, int]
@@ -54,18 +54,18 @@ class Measurement:
 
     @property
     def peak(self) -> int:
-        """The most at any moment."""
+        """Maximum at any moment."""
         return int(self.live.max())
 
 
 class LiveStorages(TorchDispatchMode):
-    """Within, follows the storages that operations create.
+    """Mode that follows the storages that operations create.
 
     Attributes:
-        part: Name of the part that storages belong to from now on.
+        part: Name of the part that new storages are assigned to.
         current: Bytes alive now.
-        by_part: The same by part.
-        live: Bytes alive after every allocation so far.
+        by_part: Bytes alive now, by part.
+        live: Bytes alive after each allocation so far.
     """
 
     def __init__(self) -> None:
@@ -78,16 +78,16 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1  # what depends on the data: there are annotated voxels, and all numbers are finite
+            return 1  # data-dependent branches: assume annotated voxels and finite values
         output = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.native_group_norm_backward.default and output[0].dtype != args[1].dtype:
-            # what it does with bfloat16 on a CPU; without data it is computed in other types
+            # with bfloat16 on a CPU the real operation keeps the input's type; the fake one returns another
             output = (torch.empty_like(args[1]), *output[1:])
         tree_map_only(Tensor, self.add, output)
         return output
 
     def add(self, tensor: Tensor) -> None:
-        """Follows the storage of a tensor from now on."""
+        """Follow the storage of a tensor from now on."""
         storage = tensor.untyped_storage()
         key, size, part = storage._cdata, storage.nbytes(), self.part
         if key in self._alive:
@@ -105,9 +105,9 @@ class LiveStorages(TorchDispatchMode):
 
     @contextlib.contextmanager
     def by_module(self, network: nn.Module) -> Iterator[None]:
-        """Within, what a module of the network creates belongs to the part with its name.
+        """Assign the storages that a module of the network creates to the part with the module's name.
 
-        Names end with the first number in them, as in encoder.stages.0.
+        Names are cut after their first number, as in encoder.stages.0.
         """
         names = {module: _part_name(name) for name, module in network.named_modules()}
         outer: list[str] = []
@@ -135,7 +135,7 @@ def _part_name(module: str) -> str:
     return ".".join(parts[: numbers[0] + 1] if numbers else parts) or "network"
 
 
-# What CUDA's autocast runs in other types than the CPU's does, as far as our networks and losses use it.
+# Operations of our networks and losses that CUDA's autocast runs in other types than the CPU's.
 _FLOAT32 = frozenset(
     {"group_norm", "interpolate", "softmax", "log_softmax", "sum", "exp", "log", "pow", "cross_entropy", "nll_loss"}
     | {"binary_cross_entropy_with_logits", "prod", "logsumexp"}
@@ -145,13 +145,14 @@ _AS_THEY_COME = frozenset({"avg_pool2d", "avg_pool3d", "pad"})
 
 
 class CudaAutocast(TorchFunctionMode):
-    """Within, autocast to float16 on a CPU gives every operation the types that CUDA's autocast gives it."""
+    """Mode in which autocast to float16 on a CPU uses the types of CUDA's autocast for every operation."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if func is Tensor.backward:
-            # As it does, but in this mode, for what is computed again: while a function is handled its mode is off.
+            # Like Tensor.backward, but with this mode on, for recomputed activations. A mode is off while it handles a
+            # function.
             with self:
                 _engine_run_backward(
                     args, (torch.ones_like(args[0]),), False, False, (), allow_unreachable=True, accumulate_grad=True
@@ -177,30 +178,32 @@ def _to_float16(tensor: Tensor) -> Tensor:
 
 
 def measure_training_step(step: TrainingStep, *, fake: bool = True) -> Measurement:
-    """Counts the memory of a training step from the second one on, when the optimiser has its state.
+    """Measure the memory of a training step.
+
+    The optimiser already has its state, as from the second step on.
 
     Args:
-        step: What is trained, and how.
-        fake: Whether to execute on tensors without data; otherwise the step is really taken, on the CPU.
+        step: The training step.
+        fake: Whether to execute on tensors without data; otherwise the step is really executed, on the CPU.
 
     Raises:
-        Exception: Whatever the network, the loss or the optimiser raise where such a step can't be taken.
+        Exception: Any error of the network, the loss or the optimiser if the step can't be executed.
     """
     return measure_batches(step, [step.batch_size], fake=fake)[0]
 
 
 def measure_batches(step: TrainingStep, batch_sizes: Sequence[int], *, fake: bool = True) -> list[Measurement]:
-    """Counts the memory of training steps with several batches.
+    """Measure the memory of a training step at several batch sizes.
 
-    The optimiser, which does not depend on the batch, is executed with the first only.
+    The optimiser does not depend on the batch, so it is executed only with the first.
 
     Args:
-        step: What is trained, and how; its batch size is not used.
+        step: The training step; its batch size is ignored.
         batch_sizes: Patches in each batch.
-        fake: Whether to execute on tensors without data; otherwise the steps are really taken, on the CPU.
+        fake: Whether to execute on tensors without data; otherwise the steps are really executed, on the CPU.
 
     Raises:
-        Exception: Whatever the network, the loss or the optimiser raise where such a step can't be taken.
+        Exception: Any error of the network, the loss or the optimiser if a step can't be executed.
     """
     with contextlib.ExitStack() as stack:
         if fake:

@@ -1,4 +1,4 @@
-"""A training step as nnU-Net takes it, without data set: a trainer's network, loss, optimiser, and a random batch."""
+"""A training step as in nnU-Net, without a data set: a trainer's network, loss and optimiser, and a random batch."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ DEVICES = ("cuda", "cpu")
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What decides how much memory a training step takes.
+    """Everything that determines the memory of a training step.
 
     Attributes:
         trainer: The trainer, whose network, loss and optimiser are used.
-        architecture: The plans' `architecture` entry.
-        patch_size: Voxels along each axis, three or two.
+        architecture: The `architecture` entry of the plans.
+        patch_size: Voxels along each axis; three values, or two for 2D.
         batch_size: Patches in a batch.
-        input_channels: Image channels, and in a cascade one more per foreground label.
+        input_channels: Image channels; in a cascade, one more per foreground label.
         labels: Labels or regions, as nnU-Net reads them from dataset.json.
-        device: "cuda" or "cpu": which operations autocast runs in 16 bits, and how the optimiser works.
-        mixed_precision: Whether to train under autocast, float16 on CUDA and bfloat16 on a CPU; float32 if not.
+        device: "cuda" or "cpu". Decides which operations autocast runs in 16 bits, and how the optimiser works.
+        mixed_precision: Whether to train under autocast, float16 on CUDA and bfloat16 on a CPU; otherwise float32.
 
     Raises:
         InputError: The device is unknown, or a number is below 1.
@@ -61,18 +61,18 @@ class TrainingStep:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """The network's arguments."""
+        """Arguments of the network."""
         return self.architecture["arch_kwargs"]
 
 
 class RunningStep:
-    """Network, loss, optimiser and batch of a training step, ready to be run.
+    """Network, loss, optimiser and batch of a training step, ready to run.
 
-    The optimiser has its state already, as from the second step on.
+    The optimiser already has its state, as from the second step on.
 
     Args:
-        step: What is trained.
-        device: Where.
+        step: The training step.
+        device: The device to run it on.
     """
 
     def __init__(self, step: TrainingStep, device: torch.device) -> None:
@@ -94,7 +94,7 @@ class RunningStep:
         self.make_batch(step.batch_size)
 
     def make_batch(self, batch_size: int) -> None:
-        """Draws a batch of that size, in place of the one before."""
+        """Replace the batch by a new random one of this size."""
         step = replace(self._step, batch_size=batch_size)
         self.data = torch.randn(batch_size, step.input_channels, *step.patch_size, device=self._device)
         self.targets: Tensor | list[Tensor]
@@ -106,14 +106,14 @@ class RunningStep:
     def _make_optimizer_state(self, step: TrainingStep) -> None:
         for group in self.optimizer.param_groups:
             if "foreach" in group and group["foreach"] is None:
-                group["foreach"] = step.device == "cuda"  # what PyTorch chooses by itself on either device
+                group["foreach"] = step.device == "cuda"  # PyTorch's default on either device
         for parameter in self.network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Everything that is alive before the step, with what it is: parameters, optimizer, batch."""
+        """Yield every tensor that is alive before the step, with its kind: parameters, optimizer, batch."""
         for tensor in (*self.network.parameters(), *self.network.buffers()):
             yield "parameters", tensor
         for state in self.optimizer.state.values():
@@ -128,12 +128,12 @@ class RunningStep:
         *,
         update: bool = True,
     ) -> None:
-        """Takes the step as nnU-Net's trainer does.
+        """Run the step as nnU-Net's trainer does.
 
         Args:
-            autocast: Makes the context in which forward and loss run.
-            after: Called with the name of each phase when it is over: forward, loss, backward, optimizer.
-            update: Whether to go on to the optimiser after backward.
+            autocast: Returns the context in which forward and loss run.
+            after: Called with the name of each phase at its end: forward, loss, backward, optimizer.
+            update: Whether to run the optimiser after backward.
         """
         self.optimizer.zero_grad(set_to_none=True)
         with autocast():
@@ -148,14 +148,14 @@ class RunningStep:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
         self.optimizer.step()
         after("optimizer")
-        del output  # as in nnU-Net's trainer, alive until here
+        del output  # alive until here, as in nnU-Net's trainer
 
 
 def _trainer(step: TrainingStep) -> Any:
-    """A trainer that can build network, loss and optimiser.
+    """Return a trainer that can build network, loss and optimiser.
 
-    nnU-Net's constructor makes folders and files of a training, so it is not called; what these methods read is set
-    here. The trainer is on the CPU, so that nothing is compiled.
+    nnU-Net's constructor creates the folders and files of a training, so it is not called. The attributes that the
+    building methods read are set here instead. The trainer is on the CPU, so that nothing is compiled.
     """
     architecture = deepcopy(dict(step.architecture))
     set_background_class(architecture, step.labels.has_regions)
@@ -179,7 +179,7 @@ def _trainer(step: TrainingStep) -> Any:
 
 
 def _scaled(size: Sequence[int], scale: Sequence[float]) -> list[int]:
-    """Size of the annotation at a scale, as nnU-Net's transform for deep supervision rounds it."""
+    """Return the size of the annotation at a scale, rounded as in nnU-Net's transform for deep supervision."""
     return [round(extent * float(share)) for extent, share in zip(size, scale, strict=True)]
 
 

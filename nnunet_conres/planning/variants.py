@@ -1,4 +1,4 @@
-"""Further configurations in plans that differ in their patch: same preprocessed data, a topology for each patch."""
+"""Additional configurations in plans with other patches: same preprocessed data, a topology for each patch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from nnunet_conres.planning.planners import MIN_EDGE
 from nnunet_conres.plans.entries import fixed_stages, stride_products
 from nnunet_conres.text import aligned, format_shape
 
-# What nnU-Net's planners take: an axis is halved until it is shorter than twice this, and features are doubled up to
-# these. The numbers of blocks and convolutions per stage are those of its default and of its residual encoder planner.
+# Values of nnU-Net's planners. An axis is halved until it is shorter than twice _MIN_EDGE. Features are doubled up to
+# _MAX_FEATURES, by number of axes. The numbers of blocks and convolutions per stage are arguments of its default and
+# its residual encoder planner.
 _MIN_EDGE: Final = 4
 _MAX_FEATURES: Final[Mapping[int, int]] = {2: 512, 3: 320}
 _PER_STAGE: Final = ("n_conv_per_stage", "n_blocks_per_stage")
 _PER_DECODER_STAGE: Final = ("n_conv_per_stage_decoder",)
-# Patches this many times longer than the images are slips.
+# A patch this many times longer than the images is taken for a typing error.
 _LONGEST: Final = 4
 _KNOWN_SEQUENCES: Final = ((1, 3, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6),)
 
@@ -38,14 +39,14 @@ class Variant:
     """A configuration that was added.
 
     Attributes:
-        name: Of the configuration.
-        patch_size: Voxels.
-        wanted: The patch that was asked for; ``patch_size`` differs where the network needs a multiple.
+        name: Name of the configuration.
+        patch_size: Patch in voxels.
+        wanted: The requested patch; ``patch_size`` differs if the network needs multiples.
         batch_size: Patches per step.
-        strides: Of every stage.
-        features: Of every stage.
-        wider_than_images: Axes on which the patch is longer than the images' median and is padded.
-        was_there: Whether the plans had it already.
+        strides: Strides of every stage.
+        features: Features of every stage.
+        wider_than_images: Axes on which the patch is longer than the median image, so that images are padded.
+        was_there: Whether the plans already had it.
     """
 
     name: str
@@ -60,15 +61,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class AddedVariants:
-    """What was added to the plans.
+    """Configurations that were added to plans.
 
     Attributes:
         dataset_name: Name of the data set.
         plans_name: Name of the plans.
-        plans_file: Where they are.
+        plans_file: Path of the plans file.
         base: The configuration that the variants inherit from.
-        base_strides: Its strides.
-        data_identifier: Folder of the preprocessed data that all share.
+        base_strides: Strides of every stage of the base.
+        data_identifier: Folder of the preprocessed data, which all share.
         variants: The new configurations.
         trainer_name: A trainer for these plans.
     """
@@ -83,7 +84,7 @@ class AddedVariants:
     trainer_name: str
 
     def as_text(self) -> str:
-        """For a person to read."""
+        """Return a readable summary."""
         lines = [
             f"{self.plans_file}",
             f"Configurations that inherit from {self.base} and share its preprocessed data, {self.data_identifier}. "
@@ -114,7 +115,7 @@ class AddedVariants:
                 axes = ", ".join(map(str, variant.wider_than_images))
                 lines.append(f"{variant.name}: longer than the median image on axis {axes}, where images are padded.")
             if variant.was_there:
-                lines.append(f"{variant.name}: was there already, and the same.")
+                lines.append(f"{variant.name}: existed already, unchanged.")
         number = int(self.dataset_name[7:10])
         plans = "" if self.plans_name == "nnUNetPlans" else f" -p {self.plans_name}"
         options = f"-tr {self.trainer_name}{plans}{device_option()}"
@@ -130,24 +131,24 @@ def add_variants(
     base: str = "3d_fullres",
     batch_sizes: Sequence[int] | None = None,
 ) -> AddedVariants:
-    """Adds configurations with other patches to plans; nothing has to be preprocessed for them.
+    """Add configurations with other patches to plans; they need no new preprocessing.
 
     Args:
-        dataset_name: Whole name of the data set.
+        dataset_name: Full name of the data set.
         plans_name: Name of the plans, stock or of this package.
-        patch_sizes: Patches in voxels, in nnU-Net's order of axes.
+        patch_sizes: Patches in voxels, in nnU-Net's axis order.
         base: Configuration to inherit spacing, normalisation and data from.
         batch_sizes: One for all or one for each patch; None for the base's.
 
     Returns:
-        What was added.
+        The added configurations.
 
     Raises:
-        InputError: The plans or an argument do not allow it; nothing was written. Lists all that was found.
+        InputError: The plans or an argument do not allow it; nothing was written. Lists all errors.
     """
     preprocessed = folder_from_environment(PREPROCESSED)
     with contextlib.ExitStack() as stack:
-        # From reading to writing: of two that add to the same plans, the second must not undo what the first has added.
+        # Locked from reading to writing: otherwise a second process could overwrite the additions of the first.
         if preprocessed is not None and (preprocessed / dataset_name).is_dir():
             stack.enter_context(one_at_a_time(preprocessed / dataset_name / f"{plans_name}.json"))
         return _add_variants(dataset_name, plans_name, patch_sizes, base, batch_sizes)
@@ -208,15 +209,15 @@ def _add_variants(
             "architecture": architecture,
         }
         if configuration.next_stage_names is not None:
-            entry["next_stage"] = None  # the cascade goes on from the base
+            entry["next_stage"] = None  # the cascade continues from the base only
         existing = plans["configurations"].get(name)
         if existing is not None and existing != entry:
             errors.append(f"{plans_file} has another configuration {name} already; remove it there, or rename it.")
         if name in entries:
-            errors.append(f"Patch {format_shape(patch)} at batch {batch} is asked for twice.")
+            errors.append(f"Patch {format_shape(patch)} at batch {batch} is given twice.")
         entries[name] = entry
         if list(patch) == base_patch and batch == configuration.batch_size:
-            errors.append(f"Patch {format_shape(patch)} at batch {batch} is {base} itself.")
+            errors.append(f"Patch {format_shape(patch)} at batch {batch} is the same as {base}.")
         variants.append(
             Variant(
                 name,
@@ -251,18 +252,19 @@ def _add_variants(
 def derive_architecture(
     architecture: Mapping[str, Any], spacing: Sequence[float], patch_size: Sequence[int]
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """The ``architecture`` entry of plans for another patch, by nnU-Net's own rules.
+    """Derive the ``architecture`` entry of plans for another patch by nnU-Net's rules.
 
     Args:
-        architecture: The entry of a configuration; its network, norm, and first features are kept.
+        architecture: The entry of a configuration; its network, norm and first features are kept.
         spacing: Voxel size in mm.
-        patch_size: Voxels.
+        patch_size: Patch in voxels.
 
     Returns:
-        The entry, and the patch, rounded up to what the strides need.
+        The entry, and the patch rounded up to the multiples that the strides need.
 
     Raises:
-        InputError: The patch does not fit the network's own topology, or the patch is too small.
+        InputError: The patch does not fit a network with a fixed topology, the patch is too small, or the entry lacks
+            arguments.
     """
     derived = deepcopy(dict(architecture))
     arguments = derived["arch_kwargs"]
@@ -296,7 +298,7 @@ def derive_architecture(
 
 
 def _of_length(values: Sequence[int], length: int) -> list[int]:
-    """A number per stage for another number of stages: cut off, or gone on with as the planners do."""
+    """Adapt values per stage to another number of stages: cut them off, or continue them as the planners do."""
     known = next((sequence for sequence in _KNOWN_SEQUENCES if tuple(values) == sequence[: len(values)]), ())
     longer = list(values) + list(known[len(values) :])
     return (longer + [longer[-1]] * max(0, length - len(longer)))[:length]

@@ -1,1 +1,1 @@
-"""From nnU-Net's plans to our networks, and what trainings write into them: the only adapter between the two."""
+"""The only adapter between nnU-Net's plans and our networks, including the entries that trainings write into plans."""

@@ -1,8 +1,8 @@
-"""What a training makes of the plans: the network's resolved arguments, written into them.
+"""Write the network's resolved arguments of a training into its plans.
 
-nnU-Net rebuilds the network for prediction from the trainer's name and the plans.json saved with the model. Everything
-the trainer decided therefore has to be in those plans, or a later change of a default would load old checkpoints into
-another network.
+nnU-Net rebuilds the network for prediction from the trainer's name and the plans.json saved with the model. Those plans
+must therefore contain every decision of the trainer. Otherwise, after a change of a default, old checkpoints would be
+loaded into another network.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_conres import __version__
 
-# What plans and trainer ask for by name: a checkpoint that differs here belongs to another network. In all other
-# arguments a continued training follows its checkpoint, so that a default that changed since does not break it.
+# Arguments that plans and trainer set explicitly. A checkpoint that differs in one of them belongs to another network.
+# In all other arguments a continued training follows its checkpoint, so that a changed default does not break it.
 _TOPOLOGY_ARGUMENTS = (
     "n_stages",
     "features_per_stage",
@@ -30,11 +30,11 @@ _TOPOLOGY_ARGUMENTS = (
 
 
 def differences_in_topology(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Where two ``architecture`` entries ask for different networks, in words; empty where they agree.
+    """Describe how two ``architecture`` entries differ in the network that they define; empty if they agree.
 
     Args:
         theirs: Entry of an existing checkpoint or model.
-        ours: Entry of the training at hand.
+        ours: Entry of the current training.
     """
     if theirs["network_class_name"] != ours["network_class_name"]:
         return [f"{theirs['network_class_name']} there, {ours['network_class_name']} here"]
@@ -53,14 +53,14 @@ def with_paper_patch(
     batch_size: int,
     divisor: int,
 ) -> dict[str, Any]:
-    """Entries for the plans with the paper's patch, on every axis no larger than the images need, and its batch.
+    """Return plans entries with the paper's batch size and its patch, on every axis no larger than the images need.
 
     Args:
-        entries: What the trainer writes into the plans besides.
+        entries: Further entries that the trainer writes into the plans.
         configuration: Configuration of stock plans.
         patch_size: The paper's patch in voxels.
-        batch_size: The paper's batch.
-        divisor: What the network's strides multiply to; sides of the patch are rounded up to it.
+        batch_size: The paper's batch size.
+        divisor: Product of the network's strides; the extent that the images need is rounded up to a multiple of it.
     """
     median_shape = configuration.configuration.get("median_image_size_in_voxels", configuration.patch_size)
     needed = [-(-round(extent) // divisor) * divisor for extent in median_shape]
@@ -68,13 +68,13 @@ def with_paper_patch(
 
 
 def with_configuration(plans: dict[str, Any], configuration: str, **entries: Any) -> dict[str, Any]:
-    """Plans in which a configuration has these entries itself (``architecture``, ``patch_size``, ``batch_size``).
+    """Return plans in which a configuration has these entries (``architecture``, ``patch_size``, ``batch_size``).
 
-    Inheritance between configurations is a shallow update, so an entry here hides the inherited one. The plugin's
-    version is noted beside them; it travels with plans.json and, as part of the trainer's arguments, in checkpoints.
+    Inheritance between configurations is a shallow update, so an entry set here hides the inherited one. The plans also
+    get the plugin's version. It is saved with plans.json and, as part of the trainer's arguments, in checkpoints.
 
     Args:
-        plans: Plans as nnU-Net loads them; left untouched.
+        plans: Plans as nnU-Net loads them; not modified.
         configuration: Name of the configuration.
         **entries: Its new entries.
 
@@ -88,9 +88,9 @@ def with_configuration(plans: dict[str, Any], configuration: str, **entries: Any
 
 
 def configuration_of(plans: dict[str, Any], configuration: str) -> ConfigurationManager:
-    """The configuration with its inheritance resolved.
+    """Return the configuration with its inheritance resolved.
 
     Raises:
-        RuntimeError: If the plans have no such configuration (nnU-Net's own message lists those there are).
+        RuntimeError: If the plans have no such configuration (nnU-Net's message lists the available ones).
     """
     return PlansManager(plans).get_configuration(configuration)

@@ -1,4 +1,4 @@
-"""ConResNet's entry of plans."""
+"""The plans entry of ConResNet."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nnunet_conres.plans.residual_maps import residual_map_arguments
 
 
 def architecture(configuration: ConfigurationManager, shared_encoder: bool = False) -> dict[str, Any]:
-    """The ``architecture`` entry of a configuration for ConResNet.
+    """Return the ``architecture`` entry of a configuration for ConResNet.
 
     Args:
-        configuration: Configuration of stock plans, or of plans that name ConResNet already, which keep its arguments.
-        shared_encoder: Whether one encoder runs over image and image residual. The trainer decides, whatever the plans
-            say, so that its name says which network it trains.
+        configuration: Configuration of stock plans, or one that already names ConResNet, whose arguments are kept.
+        shared_encoder: Whether one encoder runs over image and image residual. Overrides the plans, so that the name of
+            the trainer determines the network.
 
     Raises:
         InputError: If the plans name a network whose topology can't be carried over.
@@ -28,11 +28,11 @@ def architecture(configuration: ConfigurationManager, shared_encoder: bool = Fal
 
 
 def paper_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
-    """The ``architecture`` entry of a configuration for the paper's ConResNet.
+    """Return the ``architecture`` entry of a configuration for the paper's ConResNet.
 
     Args:
-        configuration: Any configuration; one that names ConResNetPaper itself keeps its arguments, and one that names
-            ConResNet its checkpointing.
+        configuration: Any configuration. If it names ConResNetPaper, its arguments are kept. If it names ConResNet,
+            only its checkpointing is kept.
     """
     kept = kept_arguments(configuration, ConResNet, "checkpointing")
     return as_entry(ConResNetPaper, kept | (own_arguments(configuration, ConResNetPaper) or {}))

@@ -1,8 +1,8 @@
-"""The ``architecture`` entry of plans: what all networks share of it.
+"""The ``architecture`` entry of plans: functions shared by all networks.
 
-What plans say of a topology (stages, features, kernels, strides, norm) is carried over. Plans that name one of our
-networks already keep its arguments. Each network has its own module beside this one, whose ``architecture`` makes
-the entry of a configuration, and ``paper_architecture`` that of the paper's form.
+The topology in the plans (stages, features, kernels, strides, norm) is carried over. If plans already name one of our
+networks, its arguments are kept. Each network has a module beside this one. Its ``architecture`` returns the entry of a
+configuration, and ``paper_architecture``, if defined, that of the paper's form.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_conres.architectures.blocks import per_stage, triple
 from nnunet_conres.errors import InputError
 
-# Arguments of nnU-Net's U-Nets that mean the same for our networks.
+# Arguments of nnU-Net's U-Nets that have the same meaning in our networks.
 _SHARED_ARGUMENTS = (
     "n_stages",
     "features_per_stage",
@@ -37,24 +37,24 @@ _SHARED_ARGUMENTS = (
 _REQUIRED_ARGUMENTS = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides")
 _IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 
-# What nnU-Net or a trainer decides when it makes the network.
+# Arguments that nnU-Net or a trainer sets when it builds the network.
 _NOT_IN_PLANS = ("deep_supervision", "residual_outputs")
 
 
 def class_path(network: type) -> str:
-    """How plans name a network's class."""
+    """Return the name of a network's class in plans."""
     return f"{network.__module__}.{network.__name__}"
 
 
 def as_entry(network: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry for a network of this package, with every argument that plans leave out as the constructor has it.
+    """Return the entry for a network of this package, completed with the defaults of the constructor.
 
     Args:
-        network: Its class.
+        network: Class of the network.
         arguments: Arguments of its constructor.
 
     Returns:
-        Dictionary with ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, as plans hold it.
+        Dictionary with ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, as in plans.
     """
     complete: dict[str, Any] = {
         name: parameter.default
@@ -65,29 +65,29 @@ def as_entry(network: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, type):
             complete[name] = class_path(value)
         elif name in ("kernel_sizes", "strides"):
-            # nnU-Net takes the scales of deep supervision from the strides, and wants three numbers for each stage
+            # nnU-Net computes the scales of deep supervision from the strides, and expects three numbers per stage
             complete[name] = [triple(one) for one in per_stage(name, value, complete.get("n_stages") or len(value))]
     imports = [argument for argument in _IMPORTED_ARGUMENTS if argument in complete]
     return {"network_class_name": class_path(network), "arch_kwargs": complete, "_kw_requires_import": imports}
 
 
 def own_arguments(configuration: ConfigurationManager, network: type) -> dict[str, Any] | None:
-    """A network's arguments in plans that name it; None if they name another network."""
+    """Return a network's arguments from plans that name it; None if they name another network."""
     is_named = configuration.network_arch_class_name == class_path(network)
     return configuration.network_arch_init_kwargs if is_named else None
 
 
 def kept_arguments(configuration: ConfigurationManager, network: type, *names: str) -> dict[str, Any]:
-    """Those of these arguments that plans of a network say, which another form of the network takes over."""
+    """Return the named arguments that plans of a network contain, to carry them over to another form of the network."""
     own = own_arguments(configuration, network) or {}
     return {name: own[name] for name in names if name in own}
 
 
 def shared_arguments(configuration: ConfigurationManager, network: type) -> dict[str, Any]:
-    """What plans say of a network and means the same for one of ours.
+    """Return the arguments in plans that have the same meaning in one of our networks.
 
     Raises:
-        InputError: If they say too little.
+        InputError: If the plans name a paper's own network, or lack required arguments.
     """
     given = configuration.network_arch_init_kwargs
     problem = (
@@ -109,10 +109,10 @@ def shared_arguments(configuration: ConfigurationManager, network: type) -> dict
 
 
 def set_background_class(architecture: dict[str, Any], has_regions: bool) -> None:
-    """Writes into an ``architecture`` entry whether the first class is the background, which has no residual map.
+    """Write into an ``architecture`` entry whether the first class is the background, which has no residual map.
 
     Args:
-        architecture: Entry of any network; left as it is where the network has no residual maps.
+        architecture: Entry of any network; unchanged if the network has no residual maps.
         has_regions: Whether the data set is trained on regions, which have no background.
     """
     if "background_class" in architecture["arch_kwargs"]:
@@ -120,16 +120,16 @@ def set_background_class(architecture: dict[str, Any], has_regions: bool) -> Non
 
 
 def fixed_stages(class_name: str) -> tuple[list[list[int]], list[list[int]]] | None:
-    """Strides and kernel sizes, three numbers each, of a network that plans can't give others; None for all others."""
+    """Return strides and kernel sizes, three numbers each, of a network with a fixed topology; None for all others."""
     stages = getattr(pydoc.locate(class_name), "fixed_stages", None)
     return None if stages is None else ([list(stride) for stride in stages[0]], [list(kernel) for kernel in stages[1]])
 
 
 def stages_of(configuration: ConfigurationManager) -> tuple[list[list[int]], list[list[int]]]:
-    """Strides and kernel sizes, three numbers each, of every stage of a network; empty for one without stages."""
+    """Return strides and kernel sizes, three numbers each, of every stage; empty for a network without stages."""
     arguments = configuration.network_arch_init_kwargs
     if "n_stages" not in arguments:
-        # neither, for a transformer, such as nnU-Net's Primus
+        # a transformer, such as nnU-Net's Primus, has no stages
         return fixed_stages(configuration.network_arch_class_name) or ([], [])
     strides, kernel_sizes = (
         [triple(value) for value in per_stage(name, arguments[name], arguments["n_stages"])]
@@ -139,7 +139,7 @@ def stages_of(configuration: ConfigurationManager) -> tuple[list[list[int]], lis
 
 
 def stride_products(architecture: Mapping[str, Any], n_axes: int) -> list[int] | None:
-    """What the strides of an ``architecture`` entry multiply to along each axis; None where the plans don't say."""
+    """Return the product of an ``architecture`` entry's strides along each axis; None if it has no strides."""
     fixed = fixed_stages(architecture["network_class_name"])
     strides: Any = architecture["arch_kwargs"].get("strides", fixed and fixed[0])
     if not isinstance(strides, Sequence):
@@ -148,12 +148,12 @@ def stride_products(architecture: Mapping[str, Any], n_axes: int) -> list[int] |
 
 
 def has_auxiliary_heads(configuration: ConfigurationManager) -> bool:
-    """Whether the network of a configuration puts out a segmentation at every scale; if not, at full size only."""
+    """Return whether a configuration's network outputs a segmentation at every scale, or at full size only."""
     network = pydoc.locate(configuration.network_arch_class_name)
     given = configuration.network_arch_init_kwargs
     return bool(given.get("auxiliary_heads", getattr(network, "has_auxiliary_heads", True)))
 
 
 def names_paper_form(configuration: ConfigurationManager, network: type) -> bool:
-    """Whether a configuration asks for a network with a head at full size only, as the papers have them."""
+    """Return whether a configuration names this network with a head at full size only, as in the papers."""
     return configuration.network_arch_class_name == class_path(network) and not has_auxiliary_heads(configuration)

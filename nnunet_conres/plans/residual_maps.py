@@ -1,4 +1,4 @@
-"""ResidualMapUNet's entry of plans, and what it shares with ConResNet's."""
+"""The plans entry of ResidualMapUNet, and the arguments that it shares with ConResNet."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from nnunet_conres.plans.entries import as_entry, own_arguments, shared_argument
 
 
 def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
-    """The ``architecture`` entry of a configuration for ResidualMapUNet.
+    """Return the ``architecture`` entry of a configuration for ResidualMapUNet.
 
     Args:
-        configuration: Configuration of stock plans, or of plans that name ResidualMapUNet already, which keep its
-            arguments.
+        configuration: Configuration of stock plans, or one that already names ResidualMapUNet, whose arguments are
+            kept.
 
     Raises:
         InputError: If the plans name a network whose topology can't be carried over.
@@ -25,7 +25,7 @@ def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
 
 
 def residual_map_arguments(configuration: ConfigurationManager, network: type) -> dict[str, Any]:
-    """Arguments of a network with nnU-Net's residual encoder and residual maps.
+    """Return the arguments of a network with nnU-Net's residual encoder and residual maps.
 
     Raises:
         InputError: If the plans name a network whose topology can't be carried over.
@@ -37,10 +37,10 @@ def residual_map_arguments(configuration: ConfigurationManager, network: type) -
     given, n_stages = configuration.network_arch_init_kwargs, arguments["n_stages"]
     blocks = given.get("n_blocks_per_stage")
     if blocks is None:
-        # a residual block has two convolutions: as many as the plans ask for
+        # a residual block has two convolutions, so this keeps the plans' number of convolutions
         convs = per_stage("n_conv_per_stage", given.get("n_conv_per_stage", 2), n_stages)
         blocks = [max(1, n // 2) for n in convs]
     arguments["n_blocks_per_stage"] = blocks
-    # Stock plans have two convolutions per decoder level; these networks have one, ConResNet one in either stream.
+    # Stock plans have two convolutions per decoder stage; these networks have one, ConResNet one in each stream.
     arguments["n_conv_per_stage_decoder"] = [1] * (n_stages - 1)
     return arguments

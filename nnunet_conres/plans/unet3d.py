@@ -1,4 +1,4 @@
-"""3D U-Net's entry of plans."""
+"""The plans entry of 3D U-Net."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from nnunet_conres.plans.entries import as_entry, kept_arguments, names_paper_fo
 
 
 def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
-    """The ``architecture`` entry of a configuration for 3D U-Net.
+    """Return the ``architecture`` entry of a configuration for 3D U-Net.
 
-    A stage's features are what leaves it: where plans say 32, 64 the first makes 16, then 32, the second 32, then 64.
+    The features of a stage are those of its output. With 32 and 64 in the plans, the convolutions of the first stage
+    have 16 and 32 features, those of the second stage 32 and 64.
 
     Args:
-        configuration: Configuration of stock plans, or of plans that name 3D U-Net already, which keep its arguments.
+        configuration: Configuration of stock plans, or one that already names 3D U-Net, whose arguments are kept.
 
     Raises:
         InputError: If the plans name a network whose topology can't be carried over.
@@ -26,7 +27,8 @@ def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
         return as_entry(UNet3D, own)
     arguments = shared_arguments(configuration, UNet3D)
     given, n_stages = configuration.network_arch_init_kwargs, arguments["n_stages"]
-    # Pairs, as the paper has them; plans of a residual encoder count blocks instead, and decode by single convolutions.
+    # Pairs of convolutions, as in the paper. Plans of a residual encoder count blocks instead, and have single
+    # convolutions in the decoder.
     if "n_conv_per_stage" not in given:
         given = {"n_conv_per_stage": [2] * n_stages, "n_conv_per_stage_decoder": [2] * (n_stages - 1)}
     arguments["n_conv_per_stage"] = given["n_conv_per_stage"]
@@ -35,11 +37,12 @@ def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
 
 
 def paper_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
-    """The ``architecture`` entry for 3D U-Net as the paper has it, but for ``downsampling``, which plans may choose.
+    """Return the ``architecture`` entry for 3D U-Net as in the paper, except ``downsampling``, which plans may set.
 
     Args:
-        configuration: Any configuration; one that names 3D U-Net with a single head itself keeps its arguments, one
-            that names 3D U-Net at all its way of downsampling; others get strided convolutions.
+        configuration: Any configuration. If it names 3D U-Net with a single head, all its arguments are kept. If it
+            names any other 3D U-Net, its checkpointing and downsampling are kept. The default for downsampling is
+            strided convolutions.
     """
     if names_paper_form(configuration, UNet3D):
         return architecture(configuration)

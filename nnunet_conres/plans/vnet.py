@@ -1,4 +1,4 @@
-"""V-Net's entry of plans."""
+"""The plans entry of V-Net."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nnunet_conres.plans.entries import as_entry, kept_arguments, names_paper_fo
 
 
 def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
-    """The ``architecture`` entry of a configuration for V-Net.
+    """Return the ``architecture`` entry of a configuration for V-Net.
 
-    Kernels grow from 3 to 5. Features are half of the plans': V-Net's decoder works on twice its encoder's, so that it
-    has those of nnU-Net's U-Net, and its encoder starts with the paper's 16 where plans say 32.
+    Kernel sizes of 3 become 5. Features are half of the plans'. V-Net's decoder has twice the features of its encoder,
+    so it has those of nnU-Net's U-Net. If the plans start with 32 features, the encoder starts with the paper's 16.
 
     Args:
-        configuration: Configuration of stock plans, or of plans that name V-Net already, which keep its arguments.
+        configuration: Configuration of stock plans, or one that already names V-Net, whose arguments are kept.
 
     Raises:
         InputError: If the plans name a network whose topology can't be carried over.
@@ -43,10 +43,11 @@ def architecture(configuration: ConfigurationManager) -> dict[str, Any]:
 
 
 def paper_architecture(configuration: ConfigurationManager) -> dict[str, Any]:
-    """The ``architecture`` entry for V-Net as the paper has it.
+    """Return the ``architecture`` entry for V-Net as in the paper.
 
     Args:
-        configuration: Any configuration; one that names V-Net with a single head itself keeps its arguments.
+        configuration: Any configuration. If it names V-Net with a single head, all its arguments are kept. If it names
+            any other V-Net, its checkpointing is kept.
     """
     if names_paper_form(configuration, VNet):
         return architecture(configuration)

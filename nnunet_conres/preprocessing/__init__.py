@@ -1,1 +1,1 @@
-"""Preprocessed data: from which raw files and settings they were made, checked, shared and completed."""
+"""Preprocessed data: record and check their raw files and settings, share them between plans, and complete them."""

@@ -1,7 +1,7 @@
-"""Preprocessed data: shared between plans that want the same, checked, and completed case by case.
+"""Preprocessed data: shared between plans with equal settings, checked, and completed case by case.
 
-nnU-Net's own command begins with the removal of a configuration's data. Here cases that are there are left as they
-are, as long as their raw files are the same; those that are missing or outdated are made by nnU-Net's preprocessor.
+nnU-Net's own command first removes a configuration's data. Here existing cases are kept as long as their raw files are
+unchanged. nnU-Net's preprocessor computes the missing and outdated cases.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ STOCK_PLANS: Final = "nnUNetPlans"
 
 _OF_PLANS = ("transpose_forward", "image_reader_writer")
 _INTENSITIES = "foreground_intensity_properties_per_channel"
-# Every other scheme may look at the intensities of the whole data set, as CT's does.
+# Any other scheme may use the intensities of the whole data set, as CT normalisation does.
 _WITHOUT_INTENSITIES = {
     "ZScoreNormalization",
     "NoNormalization",
     "RescaleTo01Normalization",
     "RGBTo01Normalization",
 }
-# The spacing of 3d_lowres goes with the memory target: what is shared today would differ tomorrow.
+# Not 3d_lowres: its spacing depends on the memory target, so shared data would differ after another planning.
 _SHARED = ("2d", "3d_fullres")
 OF_FILES: Final[tuple[type[Exception], ...]] = (
     AssertionError,
@@ -56,16 +56,16 @@ OF_FILES: Final[tuple[type[Exception], ...]] = (
     ValueError,
     zlib.error,
 )
-"""What nnU-Net and its readers raise about files; other errors keep their traceback."""
-# Below that many cases, starting processes takes longer than looking.
+"""Exceptions that nnU-Net and its readers raise about files; other errors keep their traceback."""
+# With fewer cases, starting processes takes longer than checking.
 _MANY_CASES = 200
 
 
-# --- whose data -----------------------------------------------------------------------------------------------------
+# --- data shared by plans -------------------------------------------------------------------------------------------
 
 
 def read_plans(folder: Path) -> dict[str, dict[str, Any]]:
-    """All plans in a preprocessed data set's folder, by name; files that hold something else are left out."""
+    """Read all plans in a preprocessed data set's folder, by name. Other JSON files are ignored."""
     plans = {}
     for path in sorted(folder.glob("*.json")):
         content = try_read_json(path)
@@ -75,7 +75,7 @@ def read_plans(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def preprocessing_settings(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """All in plans that decides what a configuration's preprocessed data are; equal settings make equal data.
+    """Return all entries of plans that determine a configuration's preprocessed data. Equal settings give equal data.
 
     Args:
         plans: Plans as read from their file.
@@ -91,13 +91,14 @@ def preprocessing_settings(plans: Mapping[str, Any], configuration: str) -> dict
 def share_data(
     plans: dict[str, Any], existing: Mapping[str, Mapping[str, Any]], planners: Sequence[str], folder: Path
 ) -> None:
-    """Lets new plans use the data of existing ones wherever they would be the same.
+    """Let new plans use the data of existing plans wherever the data would be the same.
 
-    Data that are there come before data that are yet to be made, and of those the plans' own, from an earlier planning.
+    Existing data come before data that are not computed yet. Among existing data, those that an earlier version of the
+    same plans used come first.
 
     Args:
         plans: New plans; the ``data_identifier`` of their configurations is changed in place.
-        existing: Plans in the folder, by name. The stock ones come first, then those of the given planners.
+        existing: Plans in the folder, by name. nnU-Net's default plans come first, then those of the given planners.
         planners: Class names of planners.
         folder: The preprocessed data set's folder.
     """
@@ -117,7 +118,7 @@ def share_data(
 
 
 def _identifiers(others: Sequence[Mapping[str, Any]], name: str, settings: Mapping[str, Any]) -> list[str]:
-    """Data that plans have for a configuration, of those that preprocess it with these settings."""
+    """Return the data identifiers of a configuration in all plans that preprocess it with these settings."""
     return [
         other["configurations"][name]["data_identifier"]
         for other in others
@@ -131,17 +132,17 @@ def _holds_files(folder: Path) -> bool:
 
 
 def settings_errors(plans: Mapping[str, Any], existing: Mapping[str, Mapping[str, Any]], folder: Path) -> Iterator[str]:
-    """A message wherever new plans would be at odds with existing data of the same name.
+    """Yield a message for every conflict of new plans with existing data of the same name.
 
     Args:
         plans: New plans.
-        existing: Plans in the folder, by name, among them those that are to be replaced.
+        existing: Plans in the folder, by name, including those that will be replaced.
         folder: The preprocessed data set's folder.
     """
     for name, configuration in plans["configurations"].items():
         identifier = configuration.get("data_identifier")
         if identifier != f"{plans['plans_name']}_{name}":
-            continue  # none, or another's
+            continue  # no data, or data of other plans
         settings = preprocessing_settings(plans, name)
         for other_name, other in existing.items():
             is_replaced = other_name == plans["plans_name"]
@@ -161,19 +162,19 @@ def settings_errors(plans: Mapping[str, Any], existing: Mapping[str, Mapping[str
                     )
 
 
-# --- what is there --------------------------------------------------------------------------------------------------
+# --- existing data --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """Data of a configuration.
+    """Preprocessed data of a configuration.
 
     Attributes:
         configuration: Name of the configuration.
-        folder: Where they are.
+        folder: Folder of the data.
         cases: Number of cases of the data set.
-        written: Cases that were made now; all others were there.
-        outdated: Those of them that were there, made from other raw files, each with what differed.
+        written: Cases preprocessed by this run; all others existed already.
+        outdated: The written cases that replace data made from other raw files, each with the difference.
     """
 
     configuration: str
@@ -185,35 +186,35 @@ class Preprocessed:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a configuration's data have to be."""
+    """Required properties of a configuration's data."""
 
     folder: Path
     channels: int
-    axes: tuple[int, ...]  # where each axis is found in the images
-    spacing: tuple[float, ...] | None  # mm, without that of the slices for 2d; None where it doesn't tell the shape
-    settings: Mapping[str, Any]  # all in the plans that decides what the data are
-    labels: Mapping[str, Any]  # as in dataset.json; the places of their voxels are among the properties
+    axes: tuple[int, ...]  # axis of the images for each axis of the data
+    spacing: tuple[float, ...] | None  # mm, in-plane only for 2d; None if it does not determine the shape
+    settings: Mapping[str, Any]  # all entries of the plans that determine the data
+    labels: Mapping[str, Any]  # as in dataset.json; the properties contain voxel positions of each label
     copies: Path  # folder with copies of the label files
-    ending: str  # of those
+    ending: str  # of the label files
 
     def shape(self, properties: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """Shape of a case with these properties, None where that can't be known from outside."""
+        """Return the shape of a case with these properties, None if the spacing does not determine it."""
         if self.spacing is None:
             return None
         spacing = [properties["spacing"][axis] for axis in self.axes]
-        target = spacing[: len(spacing) - len(self.spacing)] + list(self.spacing)  # slices of 2d keep their distance
+        target = spacing[: len(spacing) - len(self.spacing)] + list(self.spacing)  # 2d keeps the slice distance
         shape = compute_new_shape(properties["shape_after_cropping_and_before_resampling"], spacing, target)
         return (self.channels, *(int(extent) for extent in shape))
 
 
 @dataclass(frozen=True)
 class _State:
-    """What there is of a case."""
+    """State of a preprocessed case."""
 
-    complete: bool  # all its files are there and whole
-    otherwise: str = ""  # what shows that they were made for other plans
-    outdated: str = ""  # what shows that they were made from other raw files
-    record: dict[str, Any] | None = None  # to replace that of the properties
+    complete: bool  # all its files exist and are complete
+    otherwise: str = ""  # evidence that they were made for other plans
+    outdated: str = ""  # evidence that they were made from other raw files
+    record: dict[str, Any] | None = None  # new record to write into the properties
 
 
 def _look_at(job: tuple[TrainingCase, _Wanted]) -> _State:
@@ -227,7 +228,7 @@ def _look_at(job: tuple[TrainingCase, _Wanted]) -> _State:
         return _State(complete=False)
     expected = wanted.shape(properties)
     if expected is not None and data != expected:
-        return _State(True, f"{case_id} has shape {data} there, and {expected} by these plans")
+        return _State(True, f"{case_id} has shape {data}, but {expected} by these plans")
     record = properties.get(RECORD)
     if record is not None and record["settings"] != wanted.settings:
         then, now = record["settings"], wanted.settings
@@ -241,13 +242,13 @@ def _look_at(job: tuple[TrainingCase, _Wanted]) -> _State:
 
 
 def _read(folder: Path, case_id: str) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
-    """Shapes of a case's image and labels, and its properties. Raises if a file is missing or was cut short."""
-    properties = read_pickle(folder / f"{case_id}.pkl")  # before nnU-Net does so, which trusts it
+    """Read the shapes of a case's image and labels, and its properties. Raises if a file is missing or truncated."""
+    properties = read_pickle(folder / f"{case_id}.pkl")  # first, because nnU-Net unpickles without checks
     compressed = folder / f"{case_id}.npz"
     if not compressed.is_file():
         image, annotation, _, _ = nnUNetDatasetBlosc2(str(folder), [case_id]).load_case(case_id)
         return tuple(image.shape), tuple(annotation.shape), properties
-    with zipfile.ZipFile(compressed) as archive:  # the heads only: nnU-Net would unpack all of it
+    with zipfile.ZipFile(compressed) as archive:  # headers only: nnU-Net would unpack everything
         shapes = _array_shape(archive, "data"), _array_shape(archive, "seg")
     return *shapes, properties
 
@@ -260,16 +261,16 @@ def _array_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
 
 
 def _holds_npz(folder: Path) -> bool:
-    """Whether data are in the format of older versions of nnU-Net, which doesn't mix with the newer one."""
+    """Return whether data are in the format of older nnU-Net versions, which can't be mixed with the newer one."""
     return any(folder.glob("*.npz"))
 
 
-# --- a case that is missing -------------------------------------------------------------------------------------------
+# --- preprocessing of one case ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What one process needs to preprocess one case."""
+    """Arguments of `_preprocess_case`."""
 
     case: TrainingCase
     folder: Path
@@ -283,7 +284,7 @@ class _Job:
 
 
 def _preprocess_case(job: _Job) -> str:
-    """Preprocesses a case in a separate folder and moves it to the others, what says that it is complete last."""
+    """Preprocess a case in a separate folder, then move its files to the data. The .pkl file comes last."""
     plans = PlansManager(deepcopy(dict(job.plans)))
     configuration = plans.get_configuration(job.configuration)
     preprocessor = configuration.preprocessor_class(verbose=job.verbose)
@@ -305,9 +306,9 @@ def _preprocess_case(job: _Job) -> str:
             nnUNetDatasetNumpy.save_case(data.astype(np.float32), labels.astype(np.int16), properties, target)
         else:
             preprocessor.run_case_save(target, *arguments)
-    except Exception as error:  # readers, resampling and writers have their own
+    except Exception as error:  # readers, resampling and writers raise different errors
         is_of_files = isinstance(error, OF_FILES)
-        if run_case.n_bytes and is_of_files:  # all is computed: it could not be written
+        if run_case.n_bytes and is_of_files:  # computed, but not written
             path = job.folder / f"{case_id}{'.npz' if job.as_npz else '.b2nd'}"
             raise failed_write(path, run_case.n_bytes) from error
         raise (InputError if is_of_files else RuntimeError)(
@@ -319,7 +320,7 @@ def _preprocess_case(job: _Job) -> str:
     except InputError as error:
         raise error.naming(job.folder, instead_of=own) from error
     with file_errors(job.folder):
-        # What says that the case is complete goes first and comes last: never is it beside data of another making.
+        # The .pkl marks the case as complete. Remove it first and add it last, so that it never belongs to other data.
         (job.folder / f"{case_id}.pkl").unlink(missing_ok=True)
         for path in sorted(own.iterdir(), key=lambda path: (path.suffix == ".pkl", path.name)):
             os.replace(path, job.folder / path.name)
@@ -328,14 +329,14 @@ def _preprocess_case(job: _Job) -> str:
 
 
 class _Checked:
-    """nnU-Net's preprocessing of one case, after a check of its files, and refused where voxels are not finite then.
+    """nnU-Net's preprocessing of one case with two checks: raw files before, and voxels that are not finite after.
 
-    One such voxel makes its whole channel NaN where nnU-Net normalises by mean and standard deviation.
+    One voxel that is not finite makes its whole channel NaN if nnU-Net normalises by mean and standard deviation.
     """
 
     def __init__(self, run_case: Callable[..., tuple[Any, ...]], case: TrainingCase, reader: type) -> None:
         self._run_case, self._case, self._reader = run_case, case, reader
-        self.n_bytes = 0  # of the result, once there is one
+        self.n_bytes = 0  # size of the result; 0 until it is computed
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         errors = errors_in_files((self._case, self._reader))
@@ -353,21 +354,21 @@ class _Checked:
 
 
 def _note(properties_file: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record into a case's properties."""
+    """Write a record into a case's properties."""
     properties = read_pickle(properties_file)
     with written_whole(properties_file) as partial:
         partial.write_bytes(pickle.dumps(properties | {RECORD: dict(record)}))
 
 
-# --- all of a data set ------------------------------------------------------------------------------------------------
+# --- preprocessing of a data set --------------------------------------------------------------------------------------
 
 
 class PreprocessedDataset:
-    """The preprocessed data of a data set that belong to certain plans.
+    """The preprocessed data of a data set for given plans.
 
     Args:
         raw: Folder of the raw data set.
-        preprocessed: Folder of the preprocessed one, with the plans in it.
+        preprocessed: Folder of the preprocessed data set, with the plans in it.
         plans_name: Name of the plans.
 
     Raises:
@@ -384,7 +385,7 @@ class PreprocessedDataset:
         self._cases = {case.case_id: case for case in cases}
 
     def folder(self, configuration: str) -> Path:
-        """Where the data of a configuration are, if there are any."""
+        """Return the folder of a configuration's data. It may not exist."""
         return self._wanted(configuration).folder
 
     def _wanted(self, name: str) -> _Wanted:
@@ -404,16 +405,16 @@ class PreprocessedDataset:
         )
 
     def missing(self, configuration: str) -> list[str]:
-        """Ids of the cases that a configuration has no data of that are complete and made from the raw files of today.
+        """Return the ids of cases whose data are missing, incomplete, or made from other raw files.
 
         Raises:
-            InputError: There are data, but they were preprocessed otherwise, or nnU-Net can't read them.
+            InputError: The existing data were preprocessed with other settings, or nnU-Net can't read them.
         """
         states = self._look(configuration, processes=1, progress=False)
         return [case_id for case_id, state in states.items() if not state.complete or state.outdated]
 
     def _look(self, configuration: str, processes: int, progress: bool) -> dict[str, _State]:
-        """What there is of every case."""
+        """Return the state of every case."""
         wanted = self._wanted(configuration)
         if not wanted.folder.is_dir():
             return dict.fromkeys(self._cases, _State(complete=False))
@@ -441,27 +442,27 @@ class PreprocessedDataset:
     def complete(
         self, configurations: Mapping[str, int], *, verbose: bool = False, progress: bool = True
     ) -> list[Preprocessed]:
-        """Makes what is missing, makes again what was made from other raw files, and leaves alone everything else.
+        """Preprocess missing cases and cases whose raw files changed; keep all others.
 
-        What there is of all configurations is looked at before anything is written. Each case gets its name when it is
-        complete, so that an interrupted run can be repeated, and goes on. The labels in original resolution, which
-        validation compares with, are copied as nnU-Net does. Two runs on the same data wait for each other.
+        The existing data of all configurations are checked before anything is written. Each case gets its final name
+        only when it is complete, so a repeated run continues after an interruption. The labels in original resolution,
+        which validation compares with, are copied as in nnU-Net. Two runs on the same data wait for each other.
 
         Args:
-            configurations: Names of configurations, each with the number of processes to preprocess it with. Those
+            configurations: Names of configurations, each with its number of preprocessing processes. Configurations
                 that the plans don't have are skipped.
-            verbose: Whether nnU-Net's preprocessor tells what it does.
+            verbose: Whether nnU-Net's preprocessor prints messages.
             progress: Whether to show progress bars on stderr.
 
         Returns:
-            What there is now of each configuration.
+            The data of each configuration after the run.
 
         Raises:
-            InputError: There are data, but they were preprocessed otherwise, or nnU-Net can't read them; or a case
-                can't be preprocessed, or a process was killed.
+            InputError: The existing data were preprocessed with other settings, nnU-Net can't read them, a case can't
+                be preprocessed, or a process was killed.
         """
         numbers = {name: number for name, number in configurations.items() if name in self._plans["configurations"]}
-        folders = {self.folder(name): name for name in reversed(numbers)}  # fullres and cascade have the same
+        folders = {self.folder(name): name for name in reversed(numbers)}  # fullres and cascade share one
         with contextlib.ExitStack() as stack:
             for folder in sorted(folders):
                 stack.enter_context(one_at_a_time(folder))
@@ -519,7 +520,7 @@ class PreprocessedDataset:
             return tuple(map_cases(_preprocess_case, jobs, processes, f"Preprocessing {configuration}", progress))
 
     def _copy_labels(self) -> None:
-        """Copies labels that are missing, older or other than their copy."""
+        """Copy each label file whose copy is missing, older or different."""
         folder = self._folder / GT_SEGMENTATIONS
         folder.mkdir(exist_ok=True)
         for case in self._cases.values():
@@ -534,21 +535,21 @@ class PreprocessedDataset:
                 shutil.copy2(case.labels, partial)
 
 
-# --- cases that are gone ----------------------------------------------------------------------------------------------
+# --- cases without raw files ------------------------------------------------------------------------------------------
 
 
 def cases_that_are_gone(
     preprocessed: Path, configurations: Sequence[str], case_ids: Sequence[str]
 ) -> dict[Path, list[str]]:
-    """Cases among preprocessed data that the raw data set no longer has; nnU-Net trains on them without splits.
+    """Find preprocessed cases that the raw data set no longer has. Without a splits file nnU-Net trains on them.
 
     Args:
         preprocessed: Folder of the preprocessed data set.
-        configurations: Those whose data are looked at, of all plans in the folder.
+        configurations: Configurations to check, in all plans in the folder.
         case_ids: The cases of the raw data set.
 
     Returns:
-        Their ids by folder.
+        Ids of these cases by folder.
     """
     identifiers = {
         PlansManager(deepcopy(plans)).get_configuration(name).configuration.get("data_identifier")
@@ -564,11 +565,11 @@ def cases_that_are_gone(
 
 
 def remove_cases(folder: Path, case_ids: Sequence[str]) -> None:
-    """Removes cases from preprocessed data, in every format of nnU-Net's.
+    """Remove cases from preprocessed data, in all of nnU-Net's formats.
 
     Args:
         folder: Folder of the data.
-        case_ids: Their ids.
+        case_ids: Ids of the cases.
     """
     for case_id in case_ids:
         for ending in (".pkl", ".b2nd", "_seg.b2nd", ".npz", ".npy", "_seg.npy"):

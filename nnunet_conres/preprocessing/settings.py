@@ -1,4 +1,4 @@
-"""Which entries of plans decide what a configuration's preprocessed data are."""
+"""The entries of plans that determine a configuration's preprocessed data."""
 
 from typing import Final
 
@@ -12,4 +12,4 @@ OF_CONFIGURATIONS: Final = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
-"""Entries of a configuration; the others are about network and batch."""
+"""Entries of a configuration that determine its data; the others are about network and batch."""

@@ -1,7 +1,8 @@
-"""What preprocessed data and fingerprints were made from, and whether the raw files are still the same.
+"""Record the raw files of preprocessed data and fingerprints, and check whether the raw files are still the same.
 
-The record of a case stands among its properties, in the .pkl that nnU-Net writes beside the data, and that of a
-fingerprint in its JSON file: whoever makes them again, also nnU-Net itself, replaces the record with them.
+The record of a case is stored in its properties, in the .pkl file that nnU-Net writes next to the data. The record of a
+fingerprint is stored in its JSON file. A program that computes them again, such as nnU-Net itself, overwrites these
+files and thereby removes the old record.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from nnunet_conres.text import first_few
 from nnunet_conres.unpickling import read_pickle
 
 RECORD: Final = SOURCES
-"""Key of a record among a case's properties, and in a fingerprint."""
+"""Key of the record in a case's properties, and in a fingerprint."""
 
 GT_SEGMENTATIONS: Final = "gt_segmentations"
-"""Folder beside the preprocessed data with copies of the label files, which nnU-Net makes after preprocessing."""
+"""Folder next to the preprocessed data with copies of the label files, which nnU-Net makes after preprocessing."""
 
 _TIMES: Final = ("modified", "changed")
 
 
 def files_of(case: TrainingCase, *, digest: bool = True) -> list[dict[str, Any]]:
-    """Size, times and content of a case's raw files: its images in order, then its labels.
+    """Return size, times and checksum of a case's raw files: its images in order, then its labels.
 
     Args:
         case: The case.
-        digest: Whether to read the files, for a checksum of their content.
+        digest: Whether to read the files and compute a checksum of their content.
 
     Returns:
-        An entry per file: "name", "size" in bytes, "modified" and "changed" in nanoseconds since 1970 (the latter is
-        when the system last noted a change, which no program can set), and "digest" if asked for.
+        An entry per file: "name", "size" in bytes, "modified" and "changed" in nanoseconds since 1970, and "digest" if
+        requested. "changed" is the time when the system last recorded a change; no program can set it.
     """
     entries = []
     for path in (*case.images, case.labels):
-        # before the content is read: a file that changes meanwhile differs from what is noted here
+        # Before the content is read, so that a file that changes in the meantime differs from this entry.
         status = path.stat()
         entry = {
             "name": path.name,
@@ -66,12 +67,12 @@ def _digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Whether a preprocessed case is what its raw files would give today.
+    """Whether a preprocessed case still matches its raw files.
 
     Attributes:
-        changed: What differs for sure; empty if nothing does.
-        uncertain: What may differ; empty if nothing does.
-        record: A record with the files' present times, where these differ and the content does not.
+        changed: A certain difference; empty if there is none.
+        uncertain: A possible difference; empty if there is none.
+        record: A record with the files' current times, if only the times changed and not the content.
     """
 
     changed: str = ""
@@ -87,14 +88,14 @@ def judge(
     *,
     with_images: bool,
 ) -> Judgement:
-    """Compares raw files with the record of a preprocessed case, or where it has none, with what nnU-Net leaves.
+    """Compare raw files with the record of a preprocessed case or, without a record, with nnU-Net's own files.
 
     Args:
-        case: The raw files of today.
+        case: The current raw files.
         properties: Properties of the preprocessed case.
-        properties_file: Where they are.
-        copy_of_labels: The file in gt_segmentations; it may be missing.
-        with_images: Whether to read images whose times differ while their sizes agree; labels are read anyway.
+        properties_file: File of the properties.
+        copy_of_labels: The label file in gt_segmentations; it may be missing.
+        with_images: Whether to read images whose times differ but whose sizes are equal. Labels are always read then.
     """
     record = properties.get(RECORD)
     if record is None:
@@ -109,7 +110,7 @@ def judge(
         if all(entry[time] == before[time] for time in _TIMES):
             continue
         if not with_images and path != case.labels:
-            # copying a data set sets the one time, writing sets both
+            # Copying a data set with its times changes only "changed"; writing changes both times.
             uncertain = uncertain or (
                 f"{path.name} has another modification time" if entry["modified"] != before["modified"] else ""
             )
@@ -124,7 +125,7 @@ def judge(
 
 
 def _judge_without_record(case: TrainingCase, properties_file: Path, copy_of_labels: Path) -> Judgement:
-    """Of nnU-Net's own data the label files are there as copies; of the images only the times can tell."""
+    """Compare label files with nnU-Net's copies. nnU-Net does not copy images, so compare only their times."""
     if copy_of_labels.is_file() and not filecmp.cmp(case.labels, copy_of_labels, shallow=False):
         return Judgement(changed=f"{case.labels.name} differs from its copy in {GT_SEGMENTATIONS}")
     made = properties_file.stat().st_mtime_ns
@@ -134,22 +135,22 @@ def _judge_without_record(case: TrainingCase, properties_file: Path, copy_of_lab
     return Judgement()
 
 
-# --- a training -------------------------------------------------------------------------------------------------------
+# --- start of a training ----------------------------------------------------------------------------------------------
 
 
 def training_data_errors(
     raw: Path, preprocessed: Path, data: Path, settings: Mapping[str, Any]
 ) -> tuple[list[str], list[str]]:
-    """What in preprocessed data is not what the raw data would give today, at the start of a training.
+    """Check at the start of a training whether preprocessed data still match the raw data and the plans.
 
     Args:
-        raw: The raw data set; on a cluster it may be missing, and nothing is known then.
-        preprocessed: The preprocessed data set.
-        data: The folder in it with the cases to train on.
-        settings: What the plans want of the data.
+        raw: Folder of the raw data set. On a cluster it may be missing; then nothing is checked.
+        preprocessed: Folder of the preprocessed data set.
+        data: Folder in it with the cases to train on.
+        settings: The plans' settings that determine the data.
 
     Returns:
-        What differs for sure and what may differ, a message for each kind.
+        Messages about certain differences and messages about possible differences, one for each kind.
     """
     dataset_json = read_dataset_json(raw)[0] if raw.is_dir() else None
     cases = {case.case_id: case for case in find_training_cases(raw, dataset_json)[0]} if dataset_json else {}
@@ -166,7 +167,7 @@ def training_data_errors(
             properties = read_pickle(path)
             judgement = judge(cases[case_id], properties, path, copies / f"{case_id}{ending}", with_images=False)
         except InputError:
-            continue  # nnU-Net says so itself, if it trains on this case
+            continue  # nnU-Net reports it if it trains on this case
         if judgement.changed:
             changed.append(f"{case_id} ({judgement.changed})")
         elif judgement.uncertain:
@@ -187,7 +188,7 @@ def training_data_errors(
 
 
 def cases_in(data: Path) -> list[str]:
-    """Ids of all cases of which a folder of preprocessed data has some file, as nnU-Net finds them there."""
+    """Return the ids of all cases with any file in a folder of preprocessed data, as nnU-Net finds them."""
     endings = ("_seg.b2nd", ".b2nd", ".npz", ".pkl")
     names = [path.name for path in list_files(data, endings)] if data.is_dir() else []
     found = (next((name[: -len(ending)] for ending in endings if name.endswith(ending)), "") for name in names)
@@ -198,7 +199,7 @@ def cases_in(data: Path) -> list[str]:
 
 
 def sizes_and_times(cases: Iterable[TrainingCase]) -> dict[str, list[list[int]]]:
-    """Of each case, size and times of each raw file."""
+    """Return size and times of each raw file, by case id."""
     return {
         case.case_id: [[entry["size"], *(entry[time] for time in _TIMES)] for entry in files_of(case, digest=False)]
         for case in cases
@@ -208,20 +209,21 @@ def sizes_and_times(cases: Iterable[TrainingCase]) -> dict[str, list[list[int]]]
 def fingerprint_differences(
     fingerprint_file: Path, cases: Sequence[TrainingCase], *, is_copy_different: bool
 ) -> list[str]:
-    """What in the raw data differs from what a fingerprint was taken of.
+    """Return the differences between the raw data and the files that a fingerprint was computed from.
 
     Args:
         fingerprint_file: nnU-Net's dataset_fingerprint.json.
-        cases: The training cases of today.
-        is_copy_different: Whether files that were copied, moved or unpacked since count as different: size and
-            modification time are the same then, also where another data set was unpacked in place of the first.
+        cases: The current training cases.
+        is_copy_different: Whether files that were copied, moved or unpacked in the meantime count as different. Their
+            size and modification time are unchanged, but this is also possible if another data set was unpacked in
+            place of the first.
 
     Returns:
-        Messages, one per case that differs; empty if nothing does.
+        Messages, one per case that differs; empty if there is no difference.
     """
     try:
         fingerprint = json.loads(fingerprint_file.read_text(encoding="utf-8"))
-    except ValueError as error:  # cut short, when nnU-Net was killed while it wrote
+    except ValueError as error:  # truncated, because nnU-Net was killed while writing
         return [f"it can't be read: {error}"]
     end = None if is_copy_different else -1
     now = {case_id: [file[:end] for file in files] for case_id, files in sizes_and_times(cases).items()}
@@ -229,7 +231,7 @@ def fingerprint_differences(
     if record is None:
         number = len(fingerprint.get("spacings", ()))
         if number != len(now):
-            return [f"it was taken of {number} cases, and there are {len(now)}"]
+            return [f"it was extracted from {number} cases, but there are {len(now)} now"]
         made = fingerprint_file.stat().st_mtime_ns
         newer = [case_id for case_id, files in now.items() if any(max(times) > made for _, *times in files)]
         return [f"files of {case_id} are newer" for case_id in newer]
@@ -242,11 +244,11 @@ def fingerprint_differences(
 
 
 def note_in_fingerprint(fingerprint_file: Path, files: Mapping[str, list[list[int]]]) -> None:
-    """Writes into a new fingerprint what it was taken of; nnU-Net passes the entry over.
+    """Record in a new fingerprint the raw files it was computed from; nnU-Net ignores the entry.
 
     Args:
         fingerprint_file: nnU-Net's dataset_fingerprint.json.
-        files: The raw files as `sizes_and_times` gave them before it was taken.
+        files: Result of `sizes_and_times` from before the fingerprint was computed.
     """
     fingerprint = json.loads(fingerprint_file.read_text(encoding="utf-8"))
     write_json(fingerprint_file, fingerprint | {RECORD: files})

@@ -1,4 +1,4 @@
-"""What `nnunet-conres info` shows: versions, GPUs, discovery, path variables, trainers. Does not import torch."""
+"""The content of `nnunet-conres info`: versions, GPUs, discovery, path variables, trainers. Does not import torch."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ class Discovery:
         active: Whether this package's folder is in the variable.
         variable: Name of the variable.
         startup_file: The start-up file that Python has read: nnunet_conres.start or nnunet_conres.pth; None if neither,
-            as where the variable was set by hand.
+            for example because the variable was set by hand.
         folder: This package's folder.
         other_folders: The other folders in the variable, in the order in which nnU-Net searches them.
     """
@@ -51,13 +51,13 @@ class Info:
 
     Attributes:
         ok: Whether nnU-Net can use the trainers: there are no problems.
-        problems: What stands in the way, each with what to do about it.
-        versions: Of this package, nnU-Net, torch and Python; None for what is not installed.
+        problems: One message per problem, with advice.
+        versions: Versions of this package, nnU-Net, torch and Python; None if not installed.
         nnunet_recent_enough: Whether nnU-Net is installed, and not too old for this package.
         discovery: Whether and how nnU-Net finds the trainers.
         gpus: Names of the GPUs, and whether torch can use them.
-        paths: nnU-Net's path variables; None for one that is not set.
-        trainers: What ``-tr`` can be, with a line on each.
+        paths: nnU-Net's path variables; None if not set.
+        trainers: Trainer names for ``-tr``, each with a one-line description.
     """
 
     ok: bool
@@ -70,15 +70,15 @@ class Info:
     trainers: dict[str, str] = field(default_factory=lambda: dict(TRAINERS))
 
     def as_json(self) -> dict[str, object]:
-        """As what `json.dumps` takes."""
+        """Return the content as a dictionary for `json.dumps`."""
         return asdict(self)
 
     def as_text(self, *, every_length: bool = False, width: int | None = None) -> str:
-        """As lines for a person to read.
+        """Return the content as readable text.
 
         Args:
             every_length: Whether to list a trainer once for every number of epochs.
-            width: Of the terminal, in characters; None for lines of any length.
+            width: Width of the terminal in characters; None for lines of any length.
         """
         versions = [f"{name} {version or 'not installed'}" for name, version in self.versions.items()]
         lines = [", ".join(versions)]
@@ -117,10 +117,10 @@ class Info:
 
 
 def collect() -> Info:
-    """Looks at the environment of this process.
+    """Collect the state of the installation from the environment of this process.
 
     Returns:
-        What was found. Nothing is raised for a faulty installation: telling what is wrong with it is the purpose.
+        The state. A faulty installation raises no exception, but is described in ``problems``.
     """
     versions = {
         "nnunet-conres": __version__,
@@ -157,9 +157,9 @@ def collect() -> Info:
 
 
 def gpus() -> list[str]:
-    """Names of the GPUs of this machine, with their memory, found without importing torch.
+    """Return the names of this machine's GPUs, with their memory, without importing torch.
 
-    Where torch is built for the CPU only, that is added: it can't use them.
+    If torch is built for the CPU only, each line says that torch can't use the GPU.
     """
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return ["Apple (-device mps)"]
@@ -173,7 +173,7 @@ def gpus() -> list[str]:
 
 
 def _torch_has_cuda() -> bool:
-    """Whether the installed torch is built for a GPU of NVIDIA or AMD, by its version file."""
+    """Return whether the installed torch is built for NVIDIA or AMD GPUs, according to its version file."""
     package = find_spec("torch")
     for folder in (package and package.submodule_search_locations) or ():
         with contextlib.suppress(OSError):
@@ -196,7 +196,7 @@ def _inactive_hint() -> str:
 
 
 def _wrapped(begin: str, text: str, width: int | None) -> list[str]:
-    """A text as lines, indented as far as the beginning of the first."""
+    """Wrap a text; further lines are indented by the length of ``begin``."""
     if width is None:
         return [begin + text]
     return textwrap.wrap(

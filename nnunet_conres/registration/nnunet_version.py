@@ -1,4 +1,4 @@
-"""Which nnU-Net is installed, and is it recent enough? Read from its metadata, without importing it or torch."""
+"""Check that the installed nnU-Net is recent enough, from its metadata, without importing it or torch."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ from nnunet_conres.registration import MINIMUM_NNUNET
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, None where there is none or its metadata can't be read."""
+    """Return the version of a distribution, None if it is not installed or its metadata can't be read."""
     try:
         # The annotation promises a string; a damaged installation has been seen to yield None.
         return metadata.version(distribution) or None
@@ -18,18 +18,18 @@ def installed_version(distribution: str) -> str | None:
 
 
 def is_recent_enough(version: str) -> bool:
-    """Whether a version of nnU-Net has the search of external folders that this package relies on.
+    """Return whether a version of nnU-Net has the search of external folders that this package relies on.
 
     Args:
-        version: As in its metadata, for example ``"2.8.1"`` or ``"2.8.0.dev3+g1a2b3c"``. One that does not start with
-            numbers counts as recent enough: it can only be somebody's own build.
+        version: As in its metadata, for example ``"2.8.1"`` or ``"2.8.0.dev3+g1a2b3c"``. A version that does not start
+            with numbers counts as recent enough: it can only be a custom build.
     """
     numbers = re.match(r"v?(\d+)(?:\.(\d+))?", version.strip())
     return numbers is None or (int(numbers[1]), int(numbers[2] or 0)) >= MINIMUM_NNUNET
 
 
 def version_problem() -> str | None:
-    """What is wrong with the installed nnU-Net and what to do about it; None if it is recent enough."""
+    """Return a message if nnU-Net is missing or too old, with advice; None if it is recent enough."""
     version = installed_version("nnunetv2")
     needed = ".".join(map(str, MINIMUM_NNUNET))
     command = f'pip install --upgrade "nnunetv2>={needed},<{MINIMUM_NNUNET[0] + 1}"'
@@ -41,10 +41,10 @@ def version_problem() -> str | None:
 
 
 def warn_if_too_old_for(command: str) -> None:
-    """Tells on stderr if a command line names one of our trainers and the installed nnU-Net is too old to find it.
+    """Print to stderr if a command line names one of our trainers and the installed nnU-Net is too old to find it.
 
-    Says nothing where no nnU-Net is found: this runs while Python starts, and the folder that holds it may be added to
-    the path later.
+    Print nothing if no nnU-Net is found: this runs while Python starts, and the folder with nnU-Net may be added to the
+    path later.
     """
     if any(name in command for name in TRAINERS) and installed_version("nnunetv2") is not None:
         problem = version_problem()

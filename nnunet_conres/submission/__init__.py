@@ -1,1 +1,1 @@
-"""From a trained model to a challenge's container: what runs in it, and the folder that it is built from."""
+"""Challenge submissions: the program in a model's container, and the folder that the container is built from."""

@@ -1,4 +1,4 @@
-"""Trained models that predict the cases of a BraTS challenge: whether they do, and their weights alone."""
+"""Trained models for a BraTS challenge: check that they can predict its cases, and export their weights."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from nnunet_conres.unpickling import read_checkpoint
 
 FILE_ENDING: Final = ".nii.gz"
 
-# What nnU-Net's predictor reads of a checkpoint, beside init_args.
+# Entries of a checkpoint that nnU-Net's predictor reads, besides init_args.
 _NEEDED: Final = ("network_weights", "trainer_name", "inference_allowed_mirroring_axes")
 
 
 @dataclass(frozen=True)
 class Challenge:
-    """A challenge, seen from a model that predicts its cases.
+    """A challenge and its relation to a model that predicts its cases.
 
     Attributes:
         scheme: The challenge's scheme.
-        selection: The scheme, and all that files are recognised by.
-        tissues: Tissue of each of the model's labels.
-        table: The challenge's label of each of the model's that has one.
-        missing: Channels that are zero images in some of the cases that the model was trained on.
-        warnings: What the user should know.
+        selection: The scheme, and all schemes that files are recognised by.
+        tissues: Tissue of each label of the model.
+        table: Maps labels of the model to labels of the challenge; labels without a counterpart are absent.
+        missing: Channels that are zero images in some of the model's training cases.
+        warnings: Messages for the user.
     """
 
     scheme: Scheme
@@ -45,15 +45,15 @@ class Challenge:
 
 
 def challenge_of(folder: Path, scheme: str | None) -> Challenge:
-    """The challenge whose cases a model is to predict.
+    """Return the challenge whose cases a model is to predict.
 
     Args:
         folder: nnU-Net's folder of the model.
-        scheme: A scheme's name, or a TOML file that describes one; None for the one of the model's data set.
+        scheme: Name of a scheme, or a TOML file that describes one; None for the scheme of the model's data set.
 
     Raises:
         InputError: The model cannot predict such cases: they have other channels or other tissues, or its labels are
-            none of BraTS's. Lists all that is wrong.
+            not BraTS labels. Lists all errors.
     """
     path = folder / "dataset.json"
     content = read_json(path)
@@ -82,12 +82,12 @@ def challenge_of(folder: Path, scheme: str | None) -> Challenge:
 
 
 def _own_scheme(path: Path, content: Mapping[str, Any]) -> str:
-    """The scheme that a model's data set is of."""
+    """Return the scheme of a model's data set."""
     names = content.get(SCHEMES_ENTRY) or []
     if len(names) == 1 and names[0] in SCHEMES:
         return str(names[0])
     what = f"is of the schemes {', '.join(names)}" if names else f"does not say its scheme ({SCHEMES_ENTRY})"
-    raise InputError([f"{path} {what}; say with --scheme of which challenge the cases are."])
+    raise InputError([f"{path} {what}; name the challenge of the cases with --scheme."])
 
 
 def _channel_errors(path: Path, content: Mapping[str, Any], scheme: Scheme) -> list[str]:
@@ -108,10 +108,11 @@ def _channel_errors(path: Path, content: Mapping[str, Any], scheme: Scheme) -> l
 
 
 def _tissue_messages(path: Path, tissues: Sequence[str], scheme: Scheme) -> tuple[list[str], list[str]]:
-    """Errors and warnings about a model's tissues: errors if each, model and challenge, has one that the other lacks.
+    """Return errors and warnings about a model's tissues.
 
-    A model of several years may know a cavity that its challenge does not ask for. A paediatric model, which divides
-    the tumour core in another way, is one of another challenge.
+    It is an error if the model has a tissue that the challenge lacks and the challenge has one that the model lacks. If
+    only one of them does, it is a warning: a model trained on several years may have a cavity label that its challenge
+    does not ask for. A paediatric model divides the tumour core differently and belongs to another challenge.
     """
     beyond = [tissue for tissue in tissues if tissue not in scheme.labels.values()]
     lacking = [tissue for tissue in scheme.labels.values() if tissue not in tissues]
@@ -125,19 +126,19 @@ def _tissue_messages(path: Path, tissues: Sequence[str], scheme: Scheme) -> tupl
     warnings = []
     if beyond:
         warnings.append(
-            f"{path}: the model knows {' and '.join(beyond)}, which {scheme.called} has no label for; a case in which "
-            f"it predicts any fails."
+            f"{path}: the model predicts {' and '.join(beyond)}, for which {scheme.called} has no label. Cases with "
+            f"such predictions will fail."
         )
     if lacking and tissues:
-        warnings.append(f"{path}: the model knows no {' and '.join(lacking)}, which {scheme.called} asks for.")
+        warnings.append(f"{path}: the model does not predict {' and '.join(lacking)}, which {scheme.called} requires.")
     return [], warnings
 
 
 def postprocessing_for(path: str | Path, folder: Path) -> Postprocessing:
-    """The post-processing of a model's label maps.
+    """Return the post-processing of a model's label maps.
 
     Args:
-        path: What ``nnunet-conres postprocess fit`` wrote.
+        path: File written by ``nnunet-conres postprocess fit``.
         folder: nnU-Net's folder of the model.
 
     Raises:
@@ -149,33 +150,33 @@ def postprocessing_for(path: str | Path, folder: Path) -> Postprocessing:
 
 
 def drops_channels(trainer_name: str) -> bool:
-    """Whether a trainer drops channels in training, so that its models predict cases that lack any of them.
+    """Return whether a trainer drops channels in training, so that its models can predict cases that lack any of them.
 
     Args:
-        trainer_name: Of a class that nnU-Net finds.
+        trainer_name: Name of a class that nnU-Net finds.
     """
     return getattr(find_trainer(trainer_name), "p_channel_dropout", 0) > 0
 
 
 def write_weights(source: Path, target: Path) -> None:
-    """Write of a checkpoint what nnU-Net's predictor needs, without the state of the optimiser.
+    """Write the entries of a checkpoint that nnU-Net's predictor needs, without the optimiser's state.
 
-    The new file holds tensors and plain values only: ``torch.load`` takes it with ``weights_only=True``.
+    The new file contains only tensors and plain values, so ``torch.load`` accepts it with ``weights_only=True``.
 
     Args:
         source: A checkpoint of nnU-Net.
         target: The new file.
 
     Raises:
-        InputError: The checkpoint is damaged, or holds other things than plain values and tensors.
+        InputError: The checkpoint is damaged, or contains objects other than plain values and tensors.
     """
     import torch
 
-    read_checkpoint(source)  # torch.load below runs what is in it
+    read_checkpoint(source)  # checked first: torch.load below would run code in it
     checkpoint = torch.load(source, map_location="cpu", weights_only=False)
     arguments = checkpoint["init_args"]
     content = {key: checkpoint[key] for key in _NEEDED if key in checkpoint}
-    # As they are: nnU-Net's decoders name the encoder's weights again, and share their memory.
+    # Weights are not copied: nnU-Net's decoders list the encoder's weights again, which share their memory.
     content["init_args"] = {"configuration": str(arguments["configuration"]), "fold": arguments.get("fold")}
     with written_whole(target) as partial:
         torch.save(content, partial)

@@ -1,4 +1,4 @@
-"""A folder from which a container is built that predicts the cases of a BraTS challenge."""
+"""Write the folder that a container for the cases of a BraTS challenge is built from."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ _DOCKERFILE: Final = "Dockerfile"
 _APPTAINER: Final = "apptainer.def"
 _README: Final = "README.md"
 _POSTPROCESSING: Final = "postprocessing.json"
-# Where it lies in the container.
+# Folder of the package's files in the container.
 _HOME: Final = "/opt/nnunet-conres"
 _FOLDERS: Final = ("-i", "/input", "-o", "/output")
 
 
 @dataclass(frozen=True)
 class Package:
-    """What `package_model` wrote.
+    """Result of `package_model`.
 
     Attributes:
         folder: The new folder.
-        command: What runs in the container, without the folders of the cases.
-        checkpoint_bytes: Size of the checkpoints.
-        model_bytes: Size of what is left of them.
-        warnings: What the user should know.
+        command: Command that runs in the container, without the input and output folders.
+        checkpoint_bytes: Size of the original checkpoints.
+        model_bytes: Size of the exported checkpoints.
+        warnings: Messages for the user.
     """
 
     folder: Path
@@ -67,21 +67,21 @@ def package_model(
 ) -> Package:
     """Write a folder from which Docker, Podman or Apptainer builds a container that runs `predict_brats`.
 
-    It holds the model without the state of its optimiser, this package as a wheel, the versions of all that is
-    installed with it, and the files that build the container.
+    The folder contains the model without its optimiser's state, this package as a wheel, the versions of its installed
+    dependencies, and the files that build the container.
 
     Args:
         dataset: Number or name of the data set that the model was trained on.
-        model: The model, among nnUNet_results.
+        model: The model, in nnUNet_results.
         folds: Folds whose predictions are averaged.
-        output_folder: Must not exist, or be empty; gets its files only when all are whole.
+        output_folder: Must not exist, or must be empty. Its files appear only when all are complete.
         scheme: The challenge, as for `predict_brats`.
         missing: As for `predict_brats`.
         postprocessing: As for `predict_brats`.
-        checkpoint: Name of the file in a fold's folder.
+        checkpoint: Name of the checkpoint file in a fold's folder.
 
     Raises:
-        InputError: The model does not predict the challenge's cases, or the folder is taken. Lists all errors.
+        InputError: The model cannot predict the challenge's cases, or the output folder is not empty. Lists all errors.
     """
     from nnunet_conres import __version__
 
@@ -118,7 +118,7 @@ def package_model(
         raise InputError(errors)
 
     own_scheme = challenge.scheme.path
-    # Files that build containers separate names by spaces.
+    # No spaces: the files that build the container separate names by spaces.
     scheme_file = "" if own_scheme is None else f"{re.sub('[^A-Za-z0-9-]+', '_', own_scheme.stem)}.toml"
     command = ["nnunet-conres", "predict-brats", "-m", f"{_HOME}/{MODEL}"]
     command += ["--scheme", challenge.scheme.name if own_scheme is None else f"{_HOME}/{scheme_file}"]
@@ -155,7 +155,7 @@ def package_model(
             "command": command,
         }
         write_json(partial / RECORD, about)
-        # As the container will: what cannot be loaded is no package.
+        # Load the model as the container will, so that no unusable package is completed.
         load_predictor(partial / MODEL, folds, device="cpu", progress=False)
         check_complete(partial, [_DOCKERFILE, _APPTAINER, _README, _REQUIREMENTS, RECORD, wheel.name])
         trained_bytes = sum(trained.stat().st_size for trained, _ in weights)
@@ -164,7 +164,10 @@ def package_model(
 
 
 def _trainer_errors(source: Path, model: Model, folds: Sequence[int | str], checkpoint: str) -> list[str]:
-    """What is wrong with the trainer of a model: a container has no other than nnU-Net's and this package's."""
+    """Return errors about a model's trainer, checkpoints and configuration.
+
+    A container has only the trainers of nnU-Net and of this package.
+    """
     errors: list[str] = []
     for fold in folds:
         path = source / f"fold_{fold}" / checkpoint
@@ -196,7 +199,7 @@ def _trainer_errors(source: Path, model: Model, folds: Sequence[int | str], chec
 _PYTHON: Final = f"python:{platform.python_version()}-slim"
 
 
-# A container may run as any user, without a home, and with nothing writable but /output and /tmp.
+# A container may run as any user, without a home directory, and with only /output and /tmp writable.
 _ENVIRONMENT: Final = {
     "HOME": "/tmp",
     "MPLCONFIGDIR": "/tmp/matplotlib",

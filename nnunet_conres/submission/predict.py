@@ -1,4 +1,4 @@
-"""Predicts cases in the layout of a BraTS challenge, and writes what the challenge wants of them."""
+"""Predict cases in the layout of a BraTS challenge, and write the predictions in its format."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 RECORD: Final = "predict-brats.json"
-"""File in the output folder that tells what became of every case."""
+"""File in the output folder with the result of every case."""
 
 
 @dataclass
 class Predictions:
-    """What `predict_brats` did.
+    """Result of `predict_brats`.
 
     Attributes:
         written: Files in the output folder, by case.
-        failed: What kept a case from being predicted, by case.
-        missing: The channels that a predicted case lacks.
-        seconds: From a case's images to its file.
-        warnings: What the user should know.
+        failed: Errors of the failed cases, by case.
+        missing: Channels that a predicted case lacks, by case.
+        seconds: Time from a case's images to its file, by case.
+        warnings: Messages for the user.
     """
 
     written: dict[str, str] = field(default_factory=dict)
@@ -53,10 +53,10 @@ class Predictions:
     warnings: list[str] = field(default_factory=list)
 
     def as_json(self, **about: Any) -> dict[str, Any]:
-        """For programs.
+        """Return the result as JSON content.
 
         Args:
-            about: Further entries, which come first.
+            about: Further entries, placed first.
         """
         cases = {
             name: {
@@ -85,30 +85,29 @@ def predict_brats(
     step_size: float = 0.5,
     progress: bool = True,
 ) -> Predictions:
-    """Predict the cases of a BraTS challenge, one file CASE.nii.gz each, with its labels and in the case's geometry.
+    """Predict the cases of a BraTS challenge: one file CASE.nii.gz each, with its labels and in the case's geometry.
 
-    What is wrong with the model, or with the cases altogether, is raised before anything is predicted. What is wrong
-    with single cases fails these alone. After every case a JSON file in the output folder says what was written and
-    what failed.
+    Errors in the model, or in the input as a whole, are raised before anything is predicted. An error in a single case
+    fails only that case. After every case, a JSON file in the output folder lists the written and the failed cases.
 
     Args:
-        input_folder: With a folder for each case. Nothing is written to it.
-        output_folder: May exist. Files of cases of the same names are replaced.
-        model_folder: nnU-Net's folder of a trained model, or that of `package_model`.
-        scheme: The challenge: a scheme's name, or a TOML file that describes one; by default that of the model's data
-            set.
-        folds: Folds whose predictions are averaged; by default all that the model has.
-        checkpoint: Name of the file in a fold's folder.
-        missing: "zero" predicts cases that lack modalities with zero images in their place, "refuse" fails them; by
-            default those are predicted that lack what training cases lacked too, and all if the trainer drops channels.
-        postprocessing: What is done to the label maps: the file of ``nnunet-conres postprocess fit``.
-        device: cuda, cpu or mps; by default cuda where there is one, else cpu.
-        mirroring: Whether predictions of mirrored images are averaged, where the model was trained for it.
-        step_size: Of the sliding window, in patches.
+        input_folder: Contains a folder for each case. Nothing is written to it.
+        output_folder: May exist. Files of cases with the same names are replaced.
+        model_folder: nnU-Net's folder of a trained model, or the model folder written by `package_model`.
+        scheme: The challenge: name of a scheme, or a TOML file that describes one; by default the scheme of the model's
+            data set.
+        folds: Folds whose predictions are averaged; by default all folds of the model.
+        checkpoint: Name of the checkpoint file in a fold's folder.
+        missing: "zero" predicts cases that lack modalities, with zero images in their place. "refuse" fails them. By
+            default, a case may lack the modalities that training cases lacked, or any if the trainer drops channels.
+        postprocessing: Post-processing of the label maps: file written by ``nnunet-conres postprocess fit``.
+        device: cuda, cpu or mps; by default cuda if available, otherwise cpu.
+        mirroring: Whether to average predictions of mirrored images, if the model was trained with mirroring.
+        step_size: Step of the sliding window, in patches.
         progress: Whether to show a progress bar on stderr.
 
     Raises:
-        InputError: Nothing was predicted. Lists all that is wrong.
+        InputError: Nothing was predicted. Lists all errors.
     """
     source, output, model = Path(input_folder), Path(output_folder), Path(model_folder)
     errors = list(_folder_errors(source, output))
@@ -140,15 +139,16 @@ def predict_brats(
             errors += error.errors
     if challenge is None or not source.is_dir():
         raise InputError(errors)
-    # Those that may not be predicted fail one by one. As held out, for nothing is trained on them.
+    # "zero" finds all cases; those that lack too many channels fail one by one below. The cases count as held out,
+    # because nothing is trained on them.
     found = find_cases([], held_out_folders=[source], selection=challenge.selection, missing="zero")
     errors += found.errors
-    if not found.cases:  # rather the scheme is wrong than every case
+    if not found.cases:  # then the scheme is probably wrong, not every case
         errors += found.foreign_errors
     if errors:
         raise InputError(errors)
 
-    # Labels, where there are any, are not looked at.
+    # Labels are ignored.
     names = _names([replace(case, labels=None) for case in found.cases], source)
     done = Predictions(warnings=list(challenge.warnings))
     failed = _failures(found, names, source, challenge, done)
@@ -185,7 +185,7 @@ def predict_brats(
 
     with file_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        for name in done.failed:  # of an earlier run
+        for name in done.failed:  # remove predictions of an earlier run
             if not why_unsafe(name):
                 (output / f"{name}{FILE_ENDING}").unlink(missing_ok=True)
     record()
@@ -202,7 +202,7 @@ def predict_brats(
 
 
 def default_device() -> str:
-    """The GPU where there is one, else the CPU."""
+    """Return "cuda" if available, otherwise "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -218,9 +218,9 @@ def _folder_errors(source: Path, output: Path) -> Iterator[str]:
 
 
 def _names(cases: Sequence[Case], source: Path) -> dict[Case, str]:
-    """What each case is called: as its own folder, where that is named as the challenge names cases, else by its id.
+    """Return the name of each case: that of its own folder if it follows the challenge's naming, otherwise the case id.
 
-    Challenges want the folder's name back, which has been longer than the id of the files in it.
+    Challenges expect the folder's name, which in some years was longer than the id in the file names.
     """
     shared = Counter(case.first_image.parent.resolve() for case in cases)
     shared[source.resolve()] += 2
@@ -236,9 +236,10 @@ def _names(cases: Sequence[Case], source: Path) -> dict[Case, str]:
 def _failures(
     found: Found, names: Mapping[Case, str], source: Path, challenge: Challenge, done: Predictions
 ) -> dict[str, list[str]]:
-    """What is wrong with single cases, by their names.
+    """Return the errors of single cases, by name.
 
-    Warnings go to `done`: files beside a complete case that are none of it, and folders with the images of another id.
+    Warnings are added to `done`: files beside a complete case that do not belong to it, and folders whose images have
+    another id.
     """
     failed: dict[str, list[str]] = defaultdict(list)
     folders = {image.parent.resolve(): name for case, name in names.items() for image in case.images if image}
@@ -266,7 +267,7 @@ def _failures(
 
 
 def _may_lack(challenge: Challenge, trainer: str, missing: Missing | None) -> frozenset[str]:
-    """The channels that a case may lack."""
+    """Return the channels that a case may lack."""
     if missing == "zero" or (missing is None and drops_channels(trainer)):
         return frozenset(challenge.scheme.layout.channels)
     return frozenset() if missing == "refuse" else frozenset(challenge.missing)
@@ -276,8 +277,8 @@ def _absent(case: Case, challenge: Challenge) -> str:
     trained = ", ".join(challenge.missing) or "none"
     return (
         f"{case.first_image.parent} lacks {' and '.join(case.missing)}; training cases of this model lacked {trained}. "
-        f"Add the file; or train a ..._ChannelDropout, or on cases of brats-convert --missing zero, which lack it too; "
-        f"--missing zero predicts the case all the same."
+        f"Add the file, or predict the case anyway with --missing zero. Models for such cases: ..._ChannelDropout, or "
+        f"training cases of brats-convert --missing zero."
     )
 
 
@@ -293,13 +294,13 @@ def _predict(
     rules: Postprocessing | None,
     progress: bool,
 ) -> Iterator[tuple[Case, float | tuple[str, ...]]]:
-    """Predict cases, the next one being read meanwhile: the seconds that each took, or what failed it."""
+    """Predict cases, and read the next one meanwhile. Yield the seconds that each case took, or its errors."""
     from tqdm import tqdm
 
     def submit(number: int) -> Future[Any] | None:
         return pool.submit(_prepared, cases[number], predictor) if number < len(cases) else None
 
-    # What nnU-Net prints is no result.
+    # nnU-Net's output goes to stderr, because it is not a result.
     with ThreadPoolExecutor(1) as pool, contextlib.redirect_stdout(sys.stderr):
         pending = submit(0)
         for number, case in enumerate(tqdm(cases, desc="Predicting", unit="case", disable=not progress)):
@@ -311,10 +312,10 @@ def _predict(
                 pending = submit(number + 1)
                 _write(case, data, properties, target, predictor, challenge, rules)
                 yield case, time.monotonic() - begin
-            except Exception as error:  # whatever it is, the other cases are predicted
+            except Exception as error:  # no error may stop the other cases
                 if pending is current:
                     pending = submit(number + 1)
-                target.unlink(missing_ok=True)  # of an earlier run
+                target.unlink(missing_ok=True)  # may be from an earlier run
                 yield case, _messages(case, error)
 
 
@@ -326,7 +327,7 @@ def _messages(case: Case, error: Exception) -> tuple[str, ...]:
 
 
 def _prepared(case: Case, predictor: nnUNetPredictor) -> tuple[Any, Mapping[str, Any]]:
-    """A case as the network takes it, and what nnU-Net has to know to put the prediction back."""
+    """Return a preprocessed case, and the properties that nnU-Net needs to restore its geometry."""
     import torch
 
     errors = check_case(case).errors
@@ -353,7 +354,7 @@ def _write(
     challenge: Challenge,
     rules: Postprocessing | None,
 ) -> None:
-    """Predict a case, and write it as the challenge wants it."""
+    """Predict a case, and write the prediction in the challenge's format."""
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
     plans = predictor.plans_manager

@@ -1,4 +1,4 @@
-"""The installed package as a wheel, and the versions of what it needs: the environment that a container repeats."""
+"""The installed package as a wheel, and the versions of its dependencies: the environment for a container."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from nnunet_conres.files import written_whole
 
 DISTRIBUTION: Final = "nnunet-conres"
 
-# In a checkout they lie where pyproject.toml says, else beside the package.
+# In a checkout, these are in the folder that pyproject.toml names; otherwise they are beside the package.
 _STARTUP_FILES: Final = ("nnunet_conres.pth", "nnunet_conres.start", "_nnunet_conres_startup.py")
 _OF_THE_INSTALLATION: Final = ("RECORD", "INSTALLER", "REQUESTED", "WHEEL", "direct_url.json")
-# Part of torch's own requirements, with the versions of the very build: another build has others.
+# Not pinned: torch itself requires these, in versions that differ between its builds.
 _OF_TORCH: Final = re.compile(r"nvidia-.*|triton|pytorch-triton.*|cuda-.*")
 
 
 def distribution_errors() -> Iterator[str]:
-    """A message if the running package is not an installed one."""
+    """Yield a message if the running package is not the installed one."""
     try:
         version = importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -33,19 +33,19 @@ def distribution_errors() -> Iterator[str]:
     if version != nnunet_conres.__version__:
         have = "is not installed" if version is None else f"is installed as version {version}"
         yield (
-            f"{DISTRIBUTION} {have}, and version {nnunet_conres.__version__} runs: it is unclear what to put into a "
-            f"container. Install it, for example with pip install --editable FOLDER."
+            f"{DISTRIBUTION} {have}, but version {nnunet_conres.__version__} runs. Containers need the installed "
+            f"package: install it, for example with pip install --editable FOLDER."
         )
 
 
 def write_wheel(folder: Path) -> Path:
-    """Write the running package as a wheel, which pip installs as it installed this one.
+    """Write the running package as a wheel; pip installs it like the original.
 
     Args:
-        folder: Where to.
+        folder: Folder to write to.
 
     Returns:
-        The wheel.
+        Path of the wheel.
     """
     package = Path(nnunet_conres.__file__).parent
     distribution = importlib.metadata.distribution(DISTRIBUTION)
@@ -81,17 +81,18 @@ def _digest(content: bytes) -> str:
 
 
 def pinned_requirements() -> tuple[list[str], list[str]]:
-    """What this package needs, as it is installed here.
+    """Return the dependencies of this package in their installed versions.
 
     Returns:
-        Lines NAME==VERSION for pip, sorted; and warnings about what a package index may not have in that form.
+        Lines NAME==VERSION for pip, sorted; and warnings about dependencies that are not pinned, or that a package
+        index may not have in this form.
     """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
     from packaging.version import Version
 
     pinned: dict[str, str] = {}
-    unfit: set[str] = set()  # of an environment that pip would not make again
+    unfit: set[str] = set()  # installed in a version that pip would reject
     warnings: list[str] = []
 
     def add(name: str, extras: frozenset[str]) -> None:
@@ -128,6 +129,6 @@ def pinned_requirements() -> tuple[list[str], list[str]]:
 
 
 def _origin(distribution: importlib.metadata.Distribution) -> str:
-    """Where a package was installed from, if not from an index."""
+    """Return the source that a package was installed from; empty if it was an index."""
     text = distribution.read_text("direct_url.json")
     return str(json.loads(text).get("url", "a file")) if text else ""

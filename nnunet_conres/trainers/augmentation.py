@@ -1,4 +1,4 @@
-"""Changes to nnU-Net's augmentation pipeline that several trainers make."""
+"""Changes to nnU-Net's augmentation pipeline that several trainers share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 
 from nnunet_conres.augmentation.bspline import BSplineSpatialTransform
 
-# Where batchgeneratorsv2 keeps what changes grey values in nnU-Net's pipeline.
+# Packages of batchgeneratorsv2 with the intensity transforms of nnU-Net's pipeline.
 _INTENSITY_PACKAGES = (
     "batchgeneratorsv2.transforms.intensity.",
     "batchgeneratorsv2.transforms.noise.",
@@ -23,17 +23,17 @@ _INTENSITY_PACKAGES = (
 def without_intensity_transforms(
     pipeline: ComposeTransforms, keep: tuple[type[BasicTransform], ...] = ()
 ) -> ComposeTransforms:
-    """nnU-Net's pipeline without its random changes of grey values.
+    """Return nnU-Net's pipeline without its random intensity transforms.
 
     Args:
-        pipeline: What nnU-Net's ``get_training_transforms`` returns.
-        keep: Transforms that stay all the same.
+        pipeline: The pipeline from nnU-Net's ``get_training_transforms``.
+        keep: Intensity transforms to keep.
     """
 
     def stays(transform: BasicTransform) -> bool:
         if not isinstance(transform, RandomTransform) or isinstance(transform.transform, keep):
             return True
-        # with a dot after it, for intensity.gamma is of the package intensity, intensities.gamma would not be
+        # The dots limit the match to whole package names: intensity.gamma matches, intensities.gamma would not.
         return not f"{type(transform.transform).__module__}.".startswith(_INTENSITY_PACKAGES)
 
     return ComposeTransforms([transform for transform in pipeline.transforms if stays(transform)])
@@ -42,23 +42,23 @@ def without_intensity_transforms(
 def with_spatial(
     pipeline: ComposeTransforms, change: Callable[[SpatialTransform], SpatialTransform]
 ) -> ComposeTransforms:
-    """The pipeline with another spatial transform.
+    """Return the pipeline with another spatial transform.
 
     Args:
-        pipeline: What nnU-Net's ``get_training_transforms`` returns.
-        change: Takes nnU-Net's spatial transform and returns the one to use, which may be the same, changed.
+        pipeline: The pipeline from nnU-Net's ``get_training_transforms``.
+        change: Takes nnU-Net's spatial transform and returns a new one, or the same one with changes.
     """
     return ComposeTransforms([change(t) if isinstance(t, SpatialTransform) else t for t in pipeline.transforms])
 
 
 def with_deformation(transform: SpatialTransform, **changes: Any) -> BSplineSpatialTransform:
-    """nnU-Net's spatial transform with a B-spline deformation in the same resampling.
+    """Return nnU-Net's spatial transform with a B-spline deformation in the same resampling.
 
-    With dummy-2D augmentation nnU-Net's transform has a patch of two axes, and so has the deformation.
+    With dummy-2D augmentation the patch of nnU-Net's transform has two axes, and so does the deformation.
 
     Args:
-        transform: nnU-Net's; its rotation, scaling and padding carry over.
-        **changes: Arguments of ``BSplineSpatialTransform`` that are its own or differ.
+        transform: nnU-Net's transform; its rotation, scaling and padding are kept.
+        **changes: Arguments of ``BSplineSpatialTransform`` that nnU-Net's transform lacks, or that replace its values.
     """
     carried = (
         "patch_size",

@@ -1,4 +1,4 @@
-"""The trainer of all networks of this package: plans and network. What else it does, its bases do one by one."""
+"""The trainer of all networks of this package. It handles plans and network; each of its bases adds one feature."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from nnunet_conres.trainers.recipe import RecipeTrainer, wants_fast_step
 from nnunet_conres.trainers.stop import StoppableTrainer
 from nnunet_conres.trainers.tracking import TrackedTrainer
 
-show_in_one_line()  # also for trainers that users derive from ours, which nnU-Net finds without our help
+show_in_one_line()  # also for users' trainers derived from ours, which nnU-Net finds by itself
 
 
 class PluginTrainer(
@@ -54,15 +54,15 @@ class PluginTrainer(
 ):
     """nnU-Net's trainer for a network that is derived from the plans, and written into them.
 
-    Subclasses say which network they train in ``architecture``, and what else they write into the plans in ``resolve``.
+    Subclasses define their network in ``architecture``, and all entries that they write into the plans in ``resolve``.
 
     Attributes:
-        network_name: What messages call the network.
+        network_name: Name of the network in messages.
     """
 
     network_name: str = "This network"
 
-    enable_deep_supervision: bool  # set by nnU-Net's constructor, which carries no types
+    enable_deep_supervision: bool  # set by nnU-Net's constructor, which is untyped
 
     def __init__(
         self,
@@ -83,20 +83,20 @@ class PluginTrainer(
 
     @classmethod
     def architecture(cls, configuration: ConfigurationManager) -> dict[str, Any]:
-        """The ``architecture`` entry of plans for the network that this trainer makes of a configuration.
+        """Return the ``architecture`` entry of plans for this trainer's network in a configuration.
 
         Raises:
-            InputError: If it can't make one of it.
+            InputError: If the configuration does not allow this network.
         """
         raise NotImplementedError
 
     @classmethod
     def resolve(cls, configuration: ConfigurationManager, name: str) -> dict[str, Any]:
-        """What this trainer writes into its configuration of the plans.
+        """Return the entries that this trainer writes into its configuration of the plans.
 
         Args:
             configuration: The configuration, inheritance resolved.
-            name: Its name, for messages.
+            name: Name of the configuration, for messages.
 
         Returns:
             Entries such as ``architecture``, ``patch_size``, ``batch_size``.
@@ -116,7 +116,7 @@ class PluginTrainer(
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Builds the network that the plans name, or derives it from stock plans; also called for prediction."""
+        """Build the network that the plans name, or derive it from stock plans. Also called for prediction."""
         entries = configuration_manager.configuration | {"architecture": cls.architecture(configuration_manager)}
         network = nnUNetTrainer.build_network_architecture(
             plans_manager,
@@ -136,18 +136,18 @@ class PluginTrainer(
         return SegmentationLoss(self._build_segmentation_loss())
 
     def _build_segmentation_loss(self) -> nn.Module:
-        """nnU-Net's own; of logits and target, or with deep supervision of the lists of them."""
+        """Return nnU-Net's own loss, of logits and target, or with deep supervision of lists of them."""
         # nnU-Net gives the coarsest scale no weight; with a single scale it divides 0 by 0
         with np.errstate(invalid="ignore"):
             loss = super()._build_loss()
         if isinstance(loss, DeepSupervisionWrapper):
             weights = loss.weight_factors if len(loss.weight_factors) > 1 else (1.0,)
-            # NumPy's numbers, as nnU-Net has them, break a compiled graph
+            # nnU-Net's NumPy numbers would break a compiled graph
             loss.weight_factors = tuple(float(weight) for weight in weights)
         return loss
 
     def _at_all_scales(self, loss: nn.Module) -> nn.Module:
-        """One of our losses wrapped as nnU-Net's is, with weight 1 for every scale that there is."""
+        """Wrap a loss for deep supervision as nnU-Net does, with equal weights of all scales that sum to 1."""
         scales = self._get_deep_supervision_scales()
         return loss if scales is None else DeepSupervisionWrapper(loss, [1 / len(scales)] * len(scales))
 
@@ -162,7 +162,7 @@ class PluginTrainer(
         if wants_fast_step():
             self.network = with_channels_last_weights(self.network)
         if not self.is_ddp and isinstance(self.loss, nn.Module):
-            self.loss.compile()  # nnU-Net compiles the network, and of its loss the Dice only
+            self.loss.compile()  # nnU-Net compiles the network, but only the Dice of its loss
 
     def on_train_start(self) -> None:
         if self.local_rank == 0:
@@ -170,10 +170,12 @@ class PluginTrainer(
         super().on_train_start()
 
     def _check_raw_data(self) -> None:
-        """Refuses to train on cases whose raw files changed since, and warns where that is unknown.
+        """Refuse to train on cases whose raw files changed after preprocessing, and warn if that is unknown.
+
+        Nothing is checked if nnUNet_raw is not set.
 
         Raises:
-            InputError: Raw data and preprocessed data differ. Nothing is known where there are no raw data.
+            InputError: Raw data and preprocessed data differ.
         """
         raw = folder_from_environment(RAW)
         if raw is None:
@@ -188,9 +190,9 @@ class PluginTrainer(
         advice = (
             f"Preprocess again: nnunet-conres plan_and_preprocess with the options that made {plans['plans_name']} and "
             f"--clean, or nnUNetv2_preprocess -d {plans['dataset_name']} -plans_name {plans['plans_name']} -c "
-            f"{self.configuration_name}, which makes every case again."
+            f"{self.configuration_name}, which preprocesses all cases."
         )
         if errors:
-            raise InputError(f"{' '.join(errors)} {advice} To train on them all the same, unset nnUNet_raw.")
+            raise InputError(f"{' '.join(errors)} {advice} To train anyway, unset nnUNet_raw.")
         for warning in warnings:
             self.print_to_log_file(f"Warning: {warning} {advice}")

@@ -13,15 +13,15 @@ from nnunet_conres.augmentation.channel_dropout import ChannelDropoutTransform
 from nnunet_conres.errors import InputError
 from nnunet_conres.trainers.base import PluginTrainer
 
-# What it makes of an image that is 0 everywhere is another number.
+# This normalisation maps an image of zeros to another number.
 _NOT_ZERO = "CTNormalization"
 
 
 class ChannelDropoutMixin(PluginTrainer):
-    """Leaves out each channel of a patch with a probability, and never all.
+    """Trainer that drops each channel of a patch with a probability, but never all.
 
     Attributes:
-        p_channel_dropout: The probability. Of four channels, all are there in 41 of 100 patches.
+        p_channel_dropout: The probability. With four channels, 41 of 100 patches keep them all.
     """
 
     p_channel_dropout = 0.2
@@ -31,16 +31,16 @@ class ChannelDropoutMixin(PluginTrainer):
         channels = [str(n) for n, scheme in enumerate(configuration.normalization_schemes) if scheme == _NOT_ZERO]
         if channels:
             raise InputError(
-                f"{cls.__name__} sets channels to 0, as absent modalities are; {_NOT_ZERO} of channel "
-                f"{', '.join(channels)} in configuration {name} makes another number of these. Choose another trainer."
+                f"{cls.__name__} sets channels to 0, the value of missing modalities; {_NOT_ZERO} of channel "
+                f"{', '.join(channels)} in configuration {name} gives them another value. Choose another trainer."
             )
         return super().resolve(configuration, name)
 
     @classmethod
     def get_training_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
-        """The pipeline with channel dropout. Takes the arguments of nnU-Net's method of this name."""
+        """Return the pipeline with channel dropout. Takes the arguments of nnU-Net's method of this name."""
         transforms = super().get_training_transforms(*args, **kwargs).transforms
-        # The first after the grey values; what a cascade adds follows.
+        # The first transform after those of intensities; the transforms of a cascade follow it.
         position = next(number for number, one in enumerate(transforms) if isinstance(one, RemoveLabelTransform))
         dropout = ChannelDropoutTransform(cls.p_channel_dropout)
         return ComposeTransforms([*transforms[:position], dropout, *transforms[position:]])

@@ -1,4 +1,4 @@
-"""What a training checks before nnU-Net makes a folder, so that there is nothing to clean up after a refusal."""
+"""Checks of a training before nnU-Net creates a folder, so that a refusal leaves nothing to clean up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nnunet_conres.text import no_device
 
 
 def check_device(device: torch.device) -> None:
-    """Refuses a device that is not there.
+    """Refuse a device that is not available.
 
     Raises:
         InputError: If torch can't use it.
@@ -28,7 +28,7 @@ def check_device(device: torch.device) -> None:
 
 
 def check_is_3d(configuration: ConfigurationManager, name: str, network: str) -> None:
-    """Refuses 2D configurations.
+    """Refuse 2D configurations.
 
     Raises:
         InputError: If the patch is 2D.
@@ -42,7 +42,7 @@ def check_is_3d(configuration: ConfigurationManager, name: str, network: str) ->
 
 
 def check_slice_axis(configuration: ConfigurationManager, name: str, network: str) -> None:
-    """Refuses 3D configurations without a slice axis to take residuals along.
+    """Refuse 3D configurations whose patch has no two slices to compute residuals from.
 
     Raises:
         InputError: If the patch is a single slice.
@@ -57,7 +57,7 @@ def check_slice_axis(configuration: ConfigurationManager, name: str, network: st
 
 
 def check_network(architecture: Mapping[str, Any], name: str) -> None:
-    """Refuses what the network's constructor would.
+    """Refuse an architecture that the network's constructor refuses.
 
     Raises:
         InputError: With the constructor's own message.
@@ -80,14 +80,14 @@ def check_network(architecture: Mapping[str, Any], name: str) -> None:
 
 
 def check_preprocessed(plans: dict[str, Any], configuration: str) -> None:
-    """Refuses to train on data that were not preprocessed for these plans.
+    """Refuse to train on data that were not preprocessed for these plans.
 
     Raises:
         InputError: If the folder with the data is missing.
     """
     root = folder_from_environment(PREPROCESSED)
     if root is None:
-        return  # nnU-Net says so itself
+        return  # nnU-Net reports this itself
     folder = root / plans["dataset_name"] / configuration_of(plans, configuration).data_identifier
     if not folder.is_dir():
         raise InputError(
@@ -99,24 +99,24 @@ def check_preprocessed(plans: dict[str, Any], configuration: str) -> None:
 def as_in_other_folds(
     entries: dict[str, Any], trainer: str, plans: dict[str, Any], configuration: str, fold: int | str
 ) -> dict[str, Any]:
-    """What a fold writes into its configuration, with what other folds of the same model were trained with.
+    """Return the entries of a fold, with the values that other folds of the same model were trained with.
 
-    All folds share one plans.json, from which the network is rebuilt for prediction: a fold trained after a default
-    changed would change what the earlier ones predict.
+    All folds share one plans.json, from which the network is rebuilt for prediction. A fold trained after a default
+    changed would change the predictions of the earlier folds.
 
     Args:
-        entries: What the trainer would write.
-        trainer: Its name.
+        entries: Entries of the configuration that the trainer would write.
+        trainer: Name of the trainer.
         plans: The plans.
         configuration: Name of the configuration.
-        fold: The fold that is to be trained.
+        fold: The fold to train.
 
     Raises:
         InputError: If other folds were trained with another network.
     """
     model = Model(trainer, plans["plans_name"], configuration).folder(plans["dataset_name"])
     if model is None:
-        return entries  # nnU-Net says so itself
+        return entries  # nnU-Net reports this itself
     trained = sorted({path.parent.name for path in model.glob("fold_*/checkpoint_*.pth")} - {f"fold_{fold}"})
     if not trained or not (model / "plans.json").is_file():
         return entries
@@ -126,6 +126,6 @@ def as_in_other_folds(
         raise InputError(
             f"{', '.join(trained)} in {model} were trained with another network than this fold would be: "
             f"{'; '.join(different)}. All folds of a model share one plans.json. Train all folds with the plans "
-            f"that the existing ones have, or under another plans name, or move the existing ones away."
+            f"of the existing ones, use another plans name, or move the existing folds away."
         )
     return entries | {key: existing[key] for key in entries if key != "batch_size"}

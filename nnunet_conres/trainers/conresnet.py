@@ -1,4 +1,4 @@
-"""Trainers of ConResNet. As in nnU-Net, a variant is the one thing that differs, and its name says it."""
+"""Trainers of ConResNet. As in nnU-Net, a variant changes one thing, and its name says which."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ PAPER_BATCH_SIZE = 2
 class nnUNetTrainerConResNet(MuonMixin, ResidualMapTrainer):
     """ConResNet, its topology derived from the plans, under nnU-Net's recipe with Muon as the optimiser.
 
-    Two decoders: context residual modules with the paper's attention at every level, and residual maps from the
-    residual stream.
+    It has two decoders, with context residual modules and the paper's attention at every level. The residual stream
+    predicts the residual maps.
     """
 
     network_name = "ConResNet"
@@ -69,7 +69,7 @@ class nnUNetTrainerConResNet_SGD(nnUNetTrainerConResNet):
 
 
 def check_paper_patch(configuration: ConfigurationManager, name: str) -> None:
-    """Refuses patches that ConResNetPaper can't take.
+    """Refuse patches that ConResNetPaper can't take.
 
     Raises:
         InputError: If a side of the patch is not divisible by 8.
@@ -84,10 +84,10 @@ def check_paper_patch(configuration: ConfigurationManager, name: str) -> None:
 
 
 class nnUNetTrainerConResNetPaper(ResidualMapTrainer):
-    """The paper: its topology, loss, optimiser, schedule, patch, batch and augmentation.
+    """ConResNet as in the paper: topology, loss, optimiser, schedule, patch, batch and augmentation.
 
-    With stock plans patch and batch size become the paper's (80 x 160 x 160, no axis larger than the images need; 2). A
-    configuration that names ConResNetPaper itself keeps its own.
+    With stock plans, patch and batch size become the paper's (80 x 160 x 160, no axis larger than the images need; 2).
+    A configuration that names ConResNetPaper keeps its own patch and batch size.
 
     Source: Zhang et al. 2021, sections III-E and IV-B.
     """
@@ -127,7 +127,7 @@ class nnUNetTrainerConResNetPaper(ResidualMapTrainer):
 
     @classmethod
     def get_training_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
-        """nnU-Net's pipeline without rotation and intensity transforms; scaling by 0.9 to 1.1, always.
+        """Return nnU-Net's pipeline without rotation and intensity transforms, and with scaling by 0.9 to 1.1, always.
 
         Takes the arguments of nnU-Net's method of this name.
         """
@@ -143,7 +143,7 @@ class nnUNetTrainerConResNetPaper(ResidualMapTrainer):
 
 
 class nnUNetTrainerConResNetBSpline(nnUNetTrainerConResNet):
-    """B-spline deformations beside nnU-Net's rotations and scalings, as often as those; in one resampling.
+    """B-spline deformations beside nnU-Net's rotations and scalings, with the same probability, in one resampling.
 
     Source: 3D U-Net's deformation (Çiçek et al. 2016, section 2): control points 32 voxels apart, displacements of 4
         voxels standard deviation.
@@ -155,7 +155,7 @@ class nnUNetTrainerConResNetBSpline(nnUNetTrainerConResNet):
 
     @classmethod
     def get_training_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
-        """nnU-Net's pipeline with the deformation. Takes the arguments of nnU-Net's method of this name."""
+        """Return nnU-Net's pipeline with the deformation. Takes the arguments of nnU-Net's method of this name."""
         return with_spatial(
             nnUNetTrainer.get_training_transforms(*args, **kwargs),
             lambda transform: with_deformation(

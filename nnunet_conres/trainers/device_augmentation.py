@@ -1,4 +1,4 @@
-"""nnU-Net's augmentation on the training device; worker processes only load."""
+"""nnU-Net's augmentation on the training device; worker processes only draw parameters and load voxels."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from nnunet_conres.nnunet import switch_from_environment
 from nnunet_conres.text import first_few
 
 DEVICE_AUGMENTATION_VARIABLE: Final = "nnUNet_conres_device_augmentation"
-"""0: augmentation as nnU-Net has it, on the CPU. 1: on the training device, also where that is a CPU."""
+"""0: augmentation on the CPU, as in nnU-Net. 1: on the training device, even if that is a CPU."""
 SEED_VARIABLE: Final = "nnUNet_conres_seed"
-"""A whole number that weights and batches start from."""
+"""Seed of the initial weights and the batches, a whole number."""
 
 _PROCESSES_VARIABLE = "nnUNet_n_proc_DA"  # nnU-Net's
 
 
 def wants_device_augmentation(device: torch.device) -> bool:
-    """Whether to augment on the training device: what the environment says, else on CUDA.
+    """Return whether to augment on the training device: as the environment says, else only on CUDA.
 
     Raises:
         InputError: The environment variable is neither 0 nor 1.
@@ -42,7 +42,7 @@ def wants_device_augmentation(device: torch.device) -> bool:
 
 
 def seed_of_environment() -> int | None:
-    """The seed that the environment variable asks for.
+    """Return the seed in the environment variable, None if it is not set.
 
     Raises:
         InputError: It is not a whole number of at least 0.
@@ -56,18 +56,18 @@ def seed_of_environment() -> int | None:
 
 
 class DeviceAugmentationMixin(nnUNetTrainer):
-    """nnU-Net's trainer, which augments on the training device; comes first among a trainer's bases.
+    """nnU-Net's trainer, which augments on the training device. Must come first among a trainer's bases.
 
-    Pipeline, sampling and their parameters are what the trainer has. The worker processes draw the parameters and load
-    the voxels that these need.
+    Pipeline, sampling and their parameters stay those of the trainer. The worker processes draw the parameters of the
+    transforms and load the voxels that these need.
 
     Attributes:
-        augments_on_device: For the memory model, which knows trainers by their class.
+        augments_on_device: Read by the memory model, which has only the class of a trainer.
     """
 
     augments_on_device = True
 
-    # set by nnU-Net's constructor, which carries no types
+    # set by nnU-Net's constructor, which is untyped
     device: torch.device
     local_rank: int
 
@@ -83,7 +83,7 @@ class DeviceAugmentationMixin(nnUNetTrainer):
         if not wants_device_augmentation(self.device):
             return super().get_dataloaders()
         processes = get_allowed_n_proc_DA()
-        # nnU-Net makes its loaders here and starts processes for them; without processes there is nothing to stop
+        # nnU-Net creates its loaders here and starts processes for them. With 0 processes there is nothing to stop.
         with mock.patch.dict(os.environ, {_PROCESSES_VARIABLE: "0"}):
             stock = super().get_dataloaders()
         loaders: list[Any] = [getattr(one, "data_loader", None) for one in stock]
@@ -106,21 +106,21 @@ class DeviceAugmentationMixin(nnUNetTrainer):
         return train, val
 
     def _source(self, loader: DrawFirstLoader, number: int, processes: int) -> Iterator[dict[str, Any]]:
-        """Worker processes that load, each with separate random numbers, or none."""
+        """Start worker processes that load samples, each with a separate seed; with 0 processes, load in this one."""
         if processes == 0:
             return SingleThreadedAugmenter(loader, None)
         seed = seed_of_environment()
         sequence = np.random.SeedSequence(None if seed is None else [seed, self.local_rank, number])
         seeds = [int(one) for one in sequence.generate_state(processes)]
         pin = self.device.type == "cuda"
-        # samples may be larger than patches, and come sooner than nnU-Net's: fewer of them wait
+        # Samples may be larger than patches, and are ready sooner than nnU-Net's batches, so fewer are cached.
         cached = max(3, processes // 4)
         source: Any
         if seed is None:
             source = NonDetMultiThreadedAugmenter(loader, None, processes, cached, seeds, pin, wait_time=0.002)
         else:  # in a fixed order
             source = MultiThreadedAugmenter(loader, None, processes, 1, seeds, pin, wait_time=0.002)
-        source._start()  # from this thread, before there is another one
+        source._start()  # from this thread, before another one exists
         return source
 
     def _say_where(self, pipeline: DevicePipeline) -> None:

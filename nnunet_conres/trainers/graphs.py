@@ -1,4 +1,4 @@
-"""Training steps of small patches as CUDA graphs, for which a GPU need not wait for Python."""
+"""Training steps with small batches as CUDA graphs, so that the GPU need not wait for Python."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from nnunet_conres.trainers.nonfinite import FiniteStepsTrainer
 from nnunet_conres.trainers.recipe import wants_fast_step
 
 MOST_VOXELS: Final = 2**20
-"""Of a batch. On an H200, Python takes 14 to 17 ms per step and the GPU 10 ns per voxel (42 ms for two patches of
-128 x 128 x 128), so that it waits for Python up to 1.5 million voxels; a slower one does up to fewer."""
+"""Largest batch, in voxels, that is trained with graphs. On an H200, Python takes 14 to 17 ms per step and the GPU
+10 ns per voxel (42 ms for two patches of 128 x 128 x 128). So the GPU waits for Python with up to 1.5 million voxels,
+and a slower GPU with fewer."""
 
 _DEVICES = {"cuda"}
 
 
 def waits_for_python(device: torch.device, batch_size: int, patch_size: Sequence[int]) -> bool:
-    """Whether batches are so small that a GPU is done before Python has started its next operation."""
+    """Return whether batches are so small that a GPU finishes before Python launches its next operation."""
     return device.type in _DEVICES and batch_size * math.prod(int(extent) for extent in patch_size) <= MOST_VOXELS
 
 
 def with_graphs(network: nn.Module, **options: Any) -> Any:
-    """Compiles a network for training steps whose forward and backward passes are CUDA graphs.
+    """Compile a network for training steps whose forward and backward passes are CUDA graphs.
 
-    What a pass returns stays as it is until ``torch.compiler.cudagraph_mark_step_begin``, which has to be called at the
-    start of every step; PyTorch raises an error where it is used later.
+    Outputs of a pass are valid until ``torch.compiler.cudagraph_mark_step_begin``, which must be called at the start of
+    every step. PyTorch raises an error if they are used later.
 
     Args:
-        network: Not compiled yet.
-        options: Of ``torch.compile``.
+        network: The network, not compiled yet.
+        options: Options of ``torch.compile``.
     """
     return torch.compile(network, mode="reduce-overhead", dynamic=False, **options)
 
@@ -41,10 +42,10 @@ def with_graphs(network: nn.Module, **options: Any) -> Any:
 class GraphedStepsTrainer(FiniteStepsTrainer):
     """nnU-Net's trainer, whose network runs as CUDA graphs in training steps with small batches.
 
-    Only there: in validation steps and predictions, whose sizes vary and whose outputs are kept for longer, the network
-    is compiled as in nnU-Net. A step uses up the outputs of its network, and its loss, which is logged, is computed by
-    code that is not part of the graphs. Where a step with graphs fails, it is taken without, as are all others after
-    it. Not with DistributedDataParallel.
+    In validation steps and predictions, sizes vary and outputs are kept for longer, so the network is compiled as in
+    nnU-Net. A training step needs the outputs of its network only within the step, and its loss, which is logged, is
+    computed outside of the graphs. If a step with graphs fails, it is repeated without, and so are all later steps. Not
+    with DistributedDataParallel.
     """
 
     _graphed_network: OptimizedModule | None = None
@@ -66,15 +67,15 @@ class GraphedStepsTrainer(FiniteStepsTrainer):
         torch.compiler.cudagraph_mark_step_begin()
         try:
             return super().train_step(batch)
-        except (RuntimeError, AssertionError) as error:  # the code of PyTorch's graphs asserts
-            if self._is_step_taken or len(self.skipped_in_a_row) > n_skipped:  # it came to its end
+        except (RuntimeError, AssertionError) as error:  # PyTorch's code for graphs uses assertions
+            if self._is_step_taken or len(self.skipped_in_a_row) > n_skipped:  # the step was complete
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         finally:
             self.network = compiled
         self._graphed_network = None
         if stream is not None:
-            torch.cuda.set_stream(stream)  # which PyTorch does not where a capture fails
+            torch.cuda.set_stream(stream)  # which PyTorch does not do if a capture fails
         torch.compiler.reset()  # frees the graphs' memory
-        self.print_to_log_file(f"WARNING: training goes on without CUDA graphs of the network: {reason}")
+        self.print_to_log_file(f"WARNING: training continues without CUDA graphs of the network: {reason}")
         return super().train_step(batch)

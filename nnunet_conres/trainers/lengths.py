@@ -1,6 +1,6 @@
-"""Trainers that differ from another in their number of epochs only, called as nnU-Net calls its own.
+"""Trainers that differ from another trainer only in the number of epochs, named as in nnU-Net.
 
-They are made when they are asked for, as attributes of this module, so that they can be pickled.
+They are created on first access, as attributes of this module, so that they can be pickled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""nnU-Net's training log with the parts of the objective and names of classes, and a figure of them."""
+"""nnU-Net's training log with the parts of the objective and the names of classes, and a figure of both."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ FIGURE_NAME = "progress_conres.png"
 
 
 def loss_part_key(phase: str, part: str) -> str:
-    """Name under which a part of the objective is logged; ``phase`` is "train" or "val"."""
+    """Return the name under which a part of the objective is logged; ``phase`` is "train" or "val"."""
     return f"{phase}_{part}_losses"
 
 
 class LossPartsLogger(LocalLogger):
-    """Keeps one value per epoch of every part of the objective, for training and validation apart.
+    """Logger of one value per epoch of every part of the objective, separately for training and validation.
 
     Args:
         parts: Names of the parts of the objective.
@@ -38,8 +38,8 @@ class LossPartsLogger(LocalLogger):
         verbose: As in nnU-Net's logger.
 
     Attributes:
-        unfinished_epoch: State of an epoch whose training is under way, saved with the next checkpoint and there after
-            loading one; None between epochs.
+        unfinished_epoch: State of an epoch that is not finished, saved with the next checkpoint and restored from a
+            loaded one; None between epochs.
     """
 
     def __init__(self, parts: Sequence[str], region_names: Sequence[str], verbose: bool = False) -> None:
@@ -54,7 +54,7 @@ class LossPartsLogger(LocalLogger):
         return [loss_part_key(phase, part) for part in self.parts for phase in ("train", "val")]
 
     def get_checkpoint(self) -> dict[str, Any]:
-        """The log as it goes into a checkpoint: finished epochs only, and what there is of an unfinished one."""
+        """Return the log for a checkpoint: finished epochs, and separately the state of an unfinished one."""
         if self.unfinished_epoch is None:
             return super().get_checkpoint()
         finished = self.unfinished_epoch["epoch"]
@@ -62,21 +62,21 @@ class LossPartsLogger(LocalLogger):
         return lists | {"unfinished_epoch": self.unfinished_epoch}
 
     def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes over a log. One that lacks our keys (from a stock trainer or an older version) is padded with NaN."""
+        """Load a log. If it lacks our keys (from a stock trainer or an older version), pad them with NaN."""
         checkpoint = dict(checkpoint)
         self.unfinished_epoch = checkpoint.pop("unfinished_epoch", None)
         super().load_checkpoint(checkpoint)
         epochs = len(checkpoint["train_losses"])
         for key in self._own_keys():
             values = self.my_fantastic_logging.setdefault(key, [])
-            # nnU-Net draws as many epochs as the shortest list has: a missing value would blank progress.png
+            # nnU-Net draws only as many epochs as the shortest list has: missing values would empty progress.png.
             self.my_fantastic_logging[key] = [math.nan] * (epochs - len(values)) + values
 
     def plot_progress_png(self, output_folder: str) -> None:
-        """Draws nnU-Net's progress.png, and progress_conres.png beside it."""
+        """Draw nnU-Net's progress.png, and progress_conres.png beside it."""
         super().plot_progress_png(output_folder)
         if self.parts:
-            # nnU-Net's figure changes matplotlib's settings for the whole process, to letters of four times the size
+            # nnU-Net's figure changes matplotlib's settings for the whole process, to a font four times as large.
             with matplotlib.style.context("default"):
                 figure = loss_parts_figure(self.my_fantastic_logging, self.parts, self.region_names)
                 with written_whole(Path(output_folder, FIGURE_NAME)) as partial:
@@ -84,12 +84,12 @@ class LossPartsLogger(LocalLogger):
 
 
 def loss_parts_figure(logging: dict[str, list[Any]], parts: Sequence[str], region_names: Sequence[str]) -> Figure:
-    """Curves of the parts of the objective, training and validation, and of the Dice per class or region.
+    """Draw curves of the parts of the objective, in training and validation, and of the Dice per class or region.
 
     Args:
-        logging: Lists with one entry per epoch, as nnU-Net's logger keeps them.
+        logging: Lists with one entry per epoch, as in nnU-Net's logger.
         parts: Names of the parts of the objective; one panel each.
-        region_names: Names of the entries of ``dice_per_class_or_region``; a last panel.
+        region_names: Names of the entries of ``dice_per_class_or_region``, which are in the last panel.
 
     Returns:
         The figure.
@@ -106,7 +106,7 @@ def loss_parts_figure(logging: dict[str, list[Any]], parts: Sequence[str], regio
     number = dice.shape[1] if dice.ndim == 2 else 0
     names = [region_names[index] if index < len(region_names) else f"class {index + 1}" for index in range(number)]
     for index, (name, colour) in enumerate(colours_of(names).items()):
-        # the pale ones, made for pictures on black, need an edge on white
+        # Pale colours are meant for a black background, and need an edge on white.
         edge = [withStroke(linewidth=3, foreground="#555555")]
         axes[-1].plot(dice[:, index], color=colour, marker="o", markersize=4, label=name, path_effects=edge)
     axes[-1].set(ylabel="pseudo Dice", xlabel="epoch", ylim=(0, 1))
@@ -120,10 +120,10 @@ def loss_parts_figure(logging: dict[str, list[Any]], parts: Sequence[str], regio
 
 
 class LossPartsTrainer(nnUNetTrainer):
-    """nnU-Net's trainer, whose log has the parts of the objective, the Dice by name, and the peak of GPU memory.
+    """nnU-Net's trainer, which also logs the parts of the objective, the Dice by name, and the peak of GPU memory.
 
     Attributes:
-        loss_parts: Names of the parts of the objective that are logged apart.
+        loss_parts: Names of the parts of the objective that are logged separately.
     """
 
     loss_parts: tuple[str, ...] = ()
@@ -152,7 +152,7 @@ class LossPartsTrainer(nnUNetTrainer):
         return super().validation_step(batch) | self._loss_part_values()
 
     def _loss_part_values(self) -> dict[str, np.ndarray]:
-        parts = getattr(self.loss, "parts", {})  # a trainer of the user's own may have another loss
+        parts = getattr(self.loss, "parts", {})  # a user's trainer may have another loss
         undefined = torch.tensor(math.nan)
         return {f"{name}_loss": parts.get(name, undefined).float().cpu().numpy() for name in self.loss_parts}
 
@@ -171,7 +171,7 @@ class LossPartsTrainer(nnUNetTrainer):
                 gathered: list[list[float]] = [[] for _ in range(distributed.get_world_size())]
                 distributed.all_gather_object(gathered, values)
                 values = [value for one in gathered for value in one]
-            # NaN marks batches in which the part was not defined; those that are infinite were skipped
+            # NaN marks batches in which the part was not defined; steps with infinite values were skipped.
             defined = [value for value in values if math.isfinite(value)]
             mean = float(np.mean(defined)) if defined else math.nan
             self.logger.log(loss_part_key(phase, part), mean, self.current_epoch)

@@ -1,4 +1,4 @@
-"""A training step whose gradient is not finite changes nothing; it is counted, and a few in a row end the training."""
+"""Skipping of training steps whose gradient is not finite. They are counted, and a few in a row end the training."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from nnunet_conres.text import first_few
 
 MOST_IN_A_ROW: Final = 5
 SKIPPED_STEPS: Final = "skipped_steps"
-"""Name under which the number of an epoch's skipped steps is logged."""
-# A gradient scaler that starts too high skips steps until its scale fits, which halves each time: 2**16 comes down to
-# 2**-24, the smallest number of float16, in 40 steps.
+"""Name under which the number of skipped steps of an epoch is logged."""
+# A gradient scaler whose scale is too large skips steps and halves the scale each time. From 2**16 it takes 40 steps to
+# 2**-24, the smallest number of float16.
 MOST_WHILE_SCALING: Final = 40
 
 
@@ -31,9 +31,9 @@ class SkippedStep:
     """A training step that was skipped.
 
     Attributes:
-        cases: Cases of the batch, in every process.
-        broken: Those of them whose image has a voxel that is not finite.
-        is_loss_finite: Whether the loss was finite, so that only the gradient was not.
+        cases: Cases of the batch, of all processes.
+        broken: Cases among them whose image has a voxel that is not finite.
+        is_loss_finite: Whether the loss was finite, and only the gradient was not.
     """
 
     cases: tuple[str, ...]
@@ -42,18 +42,18 @@ class SkippedStep:
 
 
 class FiniteStepsTrainer(nnUNetTrainer):
-    """nnU-Net's trainer, whose network stays finite whatever a batch holds.
+    """nnU-Net's trainer, whose network stays finite for any batch.
 
-    nnU-Net's own step applies any gradient where there is no gradient scaler: a single voxel that is NaN turns all
-    weights NaN. Here such a step is skipped, as a gradient scaler skips it: weights, the optimiser's state and the
-    running statistics of batch norms stay as they are. With DistributedDataParallel the gradients are averaged
-    before, so that all processes skip the same steps.
+    Without a gradient scaler, nnU-Net's own step applies any gradient: a single NaN voxel turns all weights into NaN.
+    Here such a step is skipped, as by a gradient scaler: weights, optimiser state and running statistics of batch norms
+    stay as they are. With DistributedDataParallel the gradients are averaged before, so that all processes skip the
+    same steps.
 
     Attributes:
-        skipped_in_a_row: The steps that were skipped since the last that was not.
+        skipped_in_a_row: Steps that were skipped since the last one that was taken.
     """
 
-    # set by nnU-Net's constructor, which carries no types
+    # set by nnU-Net's constructor, which is untyped
     optimizer: Optimizer
     network: nn.Module
 
@@ -64,8 +64,8 @@ class FiniteStepsTrainer(nnUNetTrainer):
         self.optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Takes the gradients away from the optimiser where one is not finite: without gradients it changes nothing."""
-        # The scaler doesn't call the optimiser in such a step, unless that asks to decide by itself.
+        """Remove all gradients if one is not finite: without gradients the optimiser changes nothing."""
+        # A scaler does not call the optimiser in such a step, unless the optimiser supports scaling itself.
         if self.grad_scaler is None or getattr(optimizer, "_step_supports_amp_scaling", False):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             if not _all_finite([parameter.grad for parameter in parameters if parameter.grad is not None]):
@@ -76,7 +76,7 @@ class FiniteStepsTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         self._is_step_taken = False
-        # running statistics change in the forward pass, before anything is known of the gradient
+        # Running statistics change in the forward pass, before the gradient is known.
         buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
         before = [buffer.clone() for buffer in buffers]
         outputs = super().train_step(batch)
@@ -87,13 +87,13 @@ class FiniteStepsTrainer(nnUNetTrainer):
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
             suspects = self._note_skipped(batch, bool(np.isfinite(outputs["loss"])))
-        # nnU-Net collates lists by joining them
+        # nnU-Net collates lists by concatenation.
         return outputs | {"skipped": int(not self._is_step_taken), "skipped_cases": suspects}
 
     def _note_skipped(self, batch: dict[str, Any], is_loss_finite: bool) -> list[str]:
-        """Notes a step that was skipped, and ends the training if it is one too many. Gives the cases to look at."""
+        """Record a skipped step, and end the training after too many in a row. Return the cases to check."""
         skipped = _skipped_step(batch, is_loss_finite)
-        if self.is_ddp:  # all processes decide alike, and each names the cases of all
+        if self.is_ddp:  # so that all processes decide alike, and name the cases of all
             steps: list[Any] = [None] * distributed.get_world_size()
             distributed.all_gather_object(steps, skipped)
             skipped = SkippedStep(
@@ -124,7 +124,7 @@ class FiniteStepsTrainer(nnUNetTrainer):
                 f"weights are as they were before these steps."
             )
         if _not_finite(self.network):
-            raise RuntimeError(f"{what} The network's weights are not finite. Go on from an earlier checkpoint.")
+            raise RuntimeError(f"{what} The network's weights are not finite. Continue from an earlier checkpoint.")
         raise RuntimeError(
             f"{what} The images are finite. Cases of these batches: {cases or 'unknown'}. A lower learning rate may "
             f"help. The weights are as they were before these steps."
@@ -132,9 +132,9 @@ class FiniteStepsTrainer(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         taken = [outputs for outputs in train_outputs if not outputs["skipped"]]
-        # a loss that is not finite would hide the others in the mean; all processes skip the same steps
+        # A loss that is not finite would hide the others in the mean. All processes skip the same steps.
         super().on_train_epoch_end(taken or train_outputs)
-        # a log that nnU-Net's own trainer began has none
+        # The log lacks this key if nnU-Net's own trainer started the training.
         self.logger.local_logger.my_fantastic_logging.setdefault(SKIPPED_STEPS, [math.nan] * self.current_epoch)
         self.logger.log(SKIPPED_STEPS, len(train_outputs) - len(taken), self.current_epoch)
         if len(taken) < len(train_outputs):
@@ -156,10 +156,10 @@ class FiniteStepsTrainer(nnUNetTrainer):
             self.print_to_log_file(f"The validation loss is not finite. Cases of these batches: {_with_counts(named)}")
 
     def save_checkpoint(self, filename: str) -> None:
-        """Writes a checkpoint, never one whose weights are not finite.
+        """Write a checkpoint, unless its weights are not finite.
 
         Raises:
-            RuntimeError: A weight is NaN or infinite. The file, if there is one, stays as it was.
+            RuntimeError: A weight is NaN or infinite. An existing file stays as it was.
         """
         if not self.disable_checkpointing:
             broken = _not_finite(self.network)  # the same in all processes
@@ -167,7 +167,7 @@ class FiniteStepsTrainer(nnUNetTrainer):
                 path = Path(filename)
                 raise RuntimeError(
                     f"Weights are not finite in epoch {self.current_epoch} ({first_few(broken, 3)}); {path} was not "
-                    f"written, and checkpoints in {path.parent} stay as they were. Go on from them with --c."
+                    f"written; other checkpoints in {path.parent} are unchanged. Continue from them with --c."
                 )
         super().save_checkpoint(filename)
 
@@ -179,13 +179,13 @@ def _skipped_step(batch: dict[str, Any], is_loss_finite: bool) -> SkippedStep:
 
 
 def _not_finite(network: nn.Module) -> list[str]:
-    """Names of weights and running statistics with a number that is not finite."""
+    """Return the names of weights and running statistics with a number that is not finite."""
     state = network.state_dict()
     return [] if _all_finite(list(state.values())) else [name for name in state if not _all_finite([state[name]])]
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all numbers are finite; one look at the device, and no copies of the tensors."""
+    """Return whether all numbers are finite. Needs one read from the device (rarely two), and no tensor copies."""
     numbers = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     if not numbers:
         return True

@@ -18,32 +18,32 @@ CPU_BFLOAT16_VARIABLE = "nnUNet_conres_cpu_bf16"
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16)."""
+    """Return whether this processor multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16)."""
     return cpu_has_amx() or _cpu_has("avx512_bf16", "_is_avx512_bf16_supported")
 
 
 def cpu_has_amx() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in tiles (AMX)."""
+    """Return whether this processor multiplies bfloat16 matrices in tiles (AMX)."""
     return _cpu_has("amx_bf16", "_is_amx_tile_supported")
 
 
 def _cpu_has(capability: str, check: str) -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         return bool(torch.cpu.get_capabilities().get(capability))
-    # releases of torch before get_capabilities know the answers under private names
+    # Releases of torch before get_capabilities have private functions for these checks.
     return bool(getattr(torch.cpu, check, lambda: False)())
 
 
 def bfloat16_gradients_are_wrong(depths: Sequence[int], kernel_depths: Sequence[int]) -> bool:
-    """Whether gradients of some convolution's weights may be NaN in bfloat16 on this processor.
+    """Return whether gradients of some convolution's weights may be NaN in bfloat16 on this processor.
 
-    oneDNN's kernels for AVX-512 without AMX seem to read memory that nobody has written, in a convolution whose kernel
-    is longer along the first axis than its input, and to multiply it by 0. Seen with PyTorch 2.14 and oneDNN 3.12:
-    depth 2 under kernels of 3, depth 3 and 4 under kernels of 5.
+    oneDNN's kernels for AVX-512 without AMX seem to read uninitialised memory and multiply it by 0, in convolutions
+    whose kernel is longer along the first axis than the input. Seen with PyTorch 2.14 and oneDNN 3.12: depth 2 with
+    kernels of 3, depths 3 and 4 with kernels of 5.
 
     Args:
-        depths: Of the feature maps along the patch's first axis, for every stage.
-        kernel_depths: Of the kernels along that axis, for every stage.
+        depths: Sizes of the feature maps along the patch's first axis, one per stage.
+        kernel_depths: Kernel sizes along that axis, one per stage.
     """
     if cpu_has_amx():
         return False
@@ -51,25 +51,25 @@ def bfloat16_gradients_are_wrong(depths: Sequence[int], kernel_depths: Sequence[
 
 
 def wants_cpu_bfloat16() -> bool:
-    """Whether bfloat16 steps are not switched off by the environment variable ``nnUNet_conres_cpu_bf16``."""
+    """Return False if the environment variable ``nnUNet_conres_cpu_bf16`` turns off bfloat16 steps."""
     return switch_from_environment(CPU_BFLOAT16_VARIABLE) is not False
 
 
 def training_precision(device: torch.device) -> str:
-    """What the arithmetic of a training step is called: nnU-Net's own on CUDA, that of ``cpu_autocast`` elsewhere."""
+    """Return the name of a training step's arithmetic: nnU-Net's own on CUDA, that of ``cpu_autocast`` elsewhere."""
     if device.type == "cuda":
         return "float16 mixed"
     return "bfloat16 mixed" if isinstance(cpu_autocast(device), torch.autocast) else "float32"
 
 
 def cpu_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Context of a training or validation step.
+    """Return the context of a training or validation step.
 
     Args:
         device: Device of the training.
 
     Returns:
-        bfloat16 autocast on a CPU that has it in hardware, unless switched off; otherwise a context that does nothing
+        bfloat16 autocast on a CPU that has it in hardware, unless turned off; otherwise a context that does nothing
         (nnU-Net opens its own on CUDA).
     """
     if device.type == "cpu" and cpu_has_bfloat16() and wants_cpu_bfloat16():
@@ -78,10 +78,10 @@ def cpu_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 class CpuPrecisionTrainer(nnUNetTrainer):
-    """nnU-Net's trainer, with steps in bfloat16 on a CPU that has it.
+    """nnU-Net's trainer, with steps in bfloat16 on a CPU that has it in hardware.
 
     Attributes:
-        training_precision: Arithmetic of the steps; nnU-Net writes it into debug.json, for comparisons.
+        training_precision: Name of the steps' arithmetic; nnU-Net writes it to debug.json, for comparisons.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

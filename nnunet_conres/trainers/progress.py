@@ -1,4 +1,4 @@
-"""A line that says how far a training is, which loss it has and how long it still takes."""
+"""A line with the progress, the losses and the remaining time of a training."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from nnunet_conres.text import duration
 from nnunet_conres.trainers.resume import ResumableTrainer
 
 _CLEAR_LINE = "\r\x1b[K"
-# Before the first validation is timed: it has no backward pass.
+# Assumed ratio until the first validation step is timed: it has no backward pass.
 _VALIDATION_PER_TRAINING_STEP = 1 / 3
 
 
 class ProgressTrainer(ResumableTrainer):
-    """nnU-Net's trainer, which shows its progress within an epoch, and notes its share of a CPU.
+    """nnU-Net's trainer, which shows its progress within an epoch, and on a CPU logs its share of the cores.
 
-    On a terminal one line is written over and over. Elsewhere, as in a job's output, lines follow each other at longer
-    intervals. None of them go to the training's log file.
+    On a terminal a single line is updated. Elsewhere, for example in the output of a job, new lines are printed at
+    longer intervals. None of them go to the log file of the training.
 
     Attributes:
-        progress_seconds: Least time between two lines where the output is not a terminal.
+        progress_seconds: Minimum time between two lines if the output is not a terminal.
     """
 
     progress_seconds: ClassVar[float] = 60.0
@@ -46,7 +46,7 @@ class ProgressTrainer(ResumableTrainer):
     def on_epoch_end(self) -> None:
         if self.device.type == "cpu":
             seconds, used = time.monotonic() - self._epoch_clocks[0], time.process_time() - self._epoch_clocks[1]
-            # far below 1 where the machine does other work: times of such a training don't compare
+            # Far below 1 if the machine does other work; then the times are not comparable.
             share = used / max(seconds * torch.get_num_threads(), 1e-9)
             self.print_to_log_file(f"Share of the CPU cores used: {share:.2f}")
         super().on_epoch_end()
@@ -71,7 +71,7 @@ class ProgressTrainer(ResumableTrainer):
         return outputs
 
     def print_to_log_file(self, *args: Any, **kwargs: Any) -> None:
-        # nnU-Net's constructor prints as well
+        # nnU-Net's constructor prints before the attribute is set
         if getattr(self, "_line_is_open", False):
             self._line_is_open = False
             print(_CLEAR_LINE, end="", flush=True)
@@ -92,7 +92,7 @@ class ProgressTrainer(ResumableTrainer):
             print(self.progress(), flush=True)
 
     def progress(self) -> str:
-        """The line: epoch, iteration, means of the losses of the last iterations, time left without the validation."""
+        """Return the line: epoch, iteration, mean losses of the last iterations, time left to the final validation."""
         done, total = len(self._epoch_outputs), self._full_epoch_iterations
         last = self._epoch_outputs[-10:]
         losses = []
@@ -107,7 +107,7 @@ class ProgressTrainer(ResumableTrainer):
         return ", ".join([*parts, f"{duration(self.seconds_left())} left"])
 
     def seconds_left(self) -> float:
-        """Estimate of the time until the last epoch ends, from the median times of the last steps."""
+        """Estimate the time until the last epoch ends, from the median times of the last steps."""
         median = {phase: statistics.median(seconds) for phase, seconds in self._step_seconds.items() if seconds}
         train = median.get("train", median.get("val", 0.0) / _VALIDATION_PER_TRAINING_STEP)
         val = median.get("val", train * _VALIDATION_PER_TRAINING_STEP)

@@ -1,4 +1,4 @@
-"""Optimiser, learning rate and number of epochs: nnU-Net's own, Muon's, or a trainer's."""
+"""Optimiser, learning rate and number of epochs: those of nnU-Net, of Muon, or of a trainer."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nnunet_conres.optimizers import MUON_LR, MUON_WEIGHT_DECAY, Muon, muon_of
 from nnunet_conres.trainers.resume import ResumableTrainer
 
 FAST_STEP_VARIABLE: Final = "nnUNet_conres_fast_step"
-"""0: networks and optimiser steps on a GPU as nnU-Net has them."""
+"""0: networks and optimiser steps on a GPU as in nnU-Net."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def starts_with(lr: float, weight_decay: float) -> Callable[[_Function], _Function]:
-    """Says of a ``configure_optimizers`` which learning rate and weight decay its optimiser wants.
+    """Attach the default learning rate and weight decay of an optimiser to its ``configure_optimizers``.
 
-    They go with the method: a subclass that makes another optimiser finds nnU-Net's own numbers.
+    They belong to the method: a subclass that overrides it with another optimiser gets nnU-Net's own values.
     """
 
     def note(configure_optimizers: _Function) -> _Function:
@@ -33,14 +33,14 @@ def starts_with(lr: float, weight_decay: float) -> Callable[[_Function], _Functi
 
 
 class RecipeTrainer(ResumableTrainer):
-    """nnU-Net's trainer, whose numbers of the optimiser can be set where the class is defined.
+    """nnU-Net's trainer, with the settings of the optimiser as class attributes.
 
     Attributes:
-        training_epochs: Number of epochs; nnU-Net's own 1000.
-        training_lr: Learning rate at the start; None for that of the optimiser, with Muon 0.03, else nnU-Net's own.
-        training_weight_decay: Weight decay; None for that of the optimiser, with Muon 1e-3, else nnU-Net's own.
-        lr_by_iteration: Whether the learning rate falls with every iteration rather than with every epoch; None for yes
-            with Muon and no otherwise.
+        training_epochs: Number of epochs; 1000 by default, as in nnU-Net.
+        training_lr: Initial learning rate; None for the default of the optimiser, 0.03 with Muon, else nnU-Net's own.
+        training_weight_decay: Weight decay; None for the default of the optimiser, 1e-3 with Muon, else nnU-Net's own.
+        lr_by_iteration: Whether the learning rate decays with every iteration rather than with every epoch; None for
+            yes with Muon and no otherwise.
     """
 
     training_epochs: int = 1000
@@ -48,7 +48,7 @@ class RecipeTrainer(ResumableTrainer):
     training_weight_decay: float | None = None
     lr_by_iteration: bool | None = None
 
-    # set by nnU-Net's constructor, which carries no types
+    # set by nnU-Net's constructor, which is untyped
     initial_lr: float
     weight_decay: float
 
@@ -70,12 +70,12 @@ class RecipeTrainer(ResumableTrainer):
 
 
 def wants_fast_step() -> bool:
-    """Whether channels-last networks and captured steps on a GPU are not switched off by the environment variable."""
+    """Return False if the environment variable turns off channels-last networks and captured steps on a GPU."""
     return switch_from_environment(FAST_STEP_VARIABLE) is not False
 
 
 class MuonMixin(nnUNetTrainer):
-    """Muon as the optimiser, under nnU-Net's schedule; comes first among a trainer's bases."""
+    """Muon as the optimiser, with nnU-Net's schedule. Must come first among a trainer's bases."""
 
     @starts_with(MUON_LR, MUON_WEIGHT_DECAY)
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:

@@ -1,4 +1,4 @@
-"""Trainers of networks that predict residual maps beside the segmentation, and of ResidualMapUNet among them."""
+"""Trainers of networks that predict residual maps beside the segmentation, including ResidualMapUNet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nnunet_conres.trainers.recipe import MuonMixin
 
 
 class ResidualMapTrainer(PluginTrainer):
-    """A network with residual maps.
+    """Trainer of a network with residual maps.
 
     Attributes:
         residual_weight: Weight of the residual maps in the objective.
@@ -48,7 +48,7 @@ class ResidualMapTrainer(PluginTrainer):
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
         assert isinstance(network, ResidualMapsMixin)
-        # Residual maps are supervised with the segmentation, and left out with it.
+        # Residual maps are part of deep supervision: computed with it, and left out without it.
         network.residual_outputs = enable_deep_supervision
         return network
 
@@ -86,10 +86,10 @@ class ResidualMapTrainer(PluginTrainer):
         return datasets
 
     def _check_neighbours(self, dataset: Any, loss: ConResLoss) -> None:
-        """Leaves residuals out where no case has two neighbouring annotated slices, and says so.
+        """Turn off the residual loss if no case has two neighbouring annotated slices, and log a warning.
 
-        Batches can't show it: nnU-Net makes background of what lies beyond the volume, and rotation spreads a slice
-        over its neighbours, so that pairs would seem to be there.
+        Batches can't show this: nnU-Net pads with background beyond the volume, and rotation spreads a slice over its
+        neighbours, so that annotated pairs would seem to exist.
         """
         for identifier in dataset.identifiers:
             annotation = np.asarray(dataset.load_case(identifier)[1][0])
@@ -99,8 +99,8 @@ class ResidualMapTrainer(PluginTrainer):
         loss.has_residuals = False
         self.print_to_log_file(
             f"WARNING: in none of the {len(dataset.identifiers)} training cases are two neighbouring slices annotated, "
-            f"so no residual between slices is defined. Its loss is NaN in the log and takes no part in the training, "
-            f"which goes on with the segmentation alone. Annotate slabs of at least 2 slices along the first axis of "
+            f"so no residual between slices is defined. Its loss is NaN in the log and is ignored; training "
+            f"continues with the segmentation loss only. Annotate slabs of at least 2 slices along the first axis of "
             f"the patch (nnunet-conres sparsify --slab 2), or train another network, such as nnUNetTrainerMuon."
         )
 

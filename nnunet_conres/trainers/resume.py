@@ -1,4 +1,4 @@
-"""Checkpoints in mid-epoch that are found whole, and trainings that go on from them after the last step taken."""
+"""Checkpoints within an epoch, written atomically, and trainings that continue from the last step in them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from nnunet_conres.plans.configurations import configuration_of, differences_in_
 LATEST_CHECKPOINT: Final = "checkpoint_latest.pth"
 FINAL_CHECKPOINT: Final = "checkpoint_final.pth"
 CHECKPOINT_VARIABLE: Final = "nnUNet_conres_checkpoint_minutes"
-"""Environment variable with another `checkpoint_interval_minutes` for all trainers."""
+"""Environment variable that overrides `checkpoint_interval_minutes` of all trainers."""
 
 
 class ResumableTrainer(nnUNetTrainer):
-    """nnU-Net's trainer, which loses minutes when it is killed, and goes on in mid-epoch.
+    """nnU-Net's trainer, which continues within an epoch and loses only minutes if it is killed.
 
-    The unfinished epoch is kept in the log, which nnU-Net writes into checkpoints: see `LossPartsLogger`.
+    The state of an unfinished epoch is kept in the log, which nnU-Net writes into checkpoints: see `LossPartsLogger`.
 
     Attributes:
-        checkpoint_interval_minutes: At least this often checkpoint_latest.pth is written, in mid-epoch and in mid-
-            validation as well; a training that is killed loses no more steps than that when it goes on with ``--c``.
-            The environment variable nnUNet_conres_checkpoint_minutes comes before it.
+        checkpoint_interval_minutes: Longest time between two versions of checkpoint_latest.pth, which is also written
+            within an epoch and its validation. A killed training that continues with ``--c`` loses at most the steps of
+            this time. The environment variable nnUNet_conres_checkpoint_minutes takes precedence.
     """
 
     checkpoint_interval_minutes: float = 5.0
 
-    # set by nnU-Net's constructor, which carries no types
+    # set by nnU-Net's constructor, which is untyped
     num_iterations_per_epoch: int
     plans_manager: PlansManager
     configuration_manager: ConfigurationManager
@@ -53,14 +53,14 @@ class ResumableTrainer(nnUNetTrainer):
 
     @property
     def epoch_progress(self) -> float:
-        """Share of the epoch's training steps that were taken, 0 to 1, those before a checkpoint included."""
+        """Share of the epoch's training steps that were taken, 0 to 1, including those before a checkpoint."""
         return len(self._epoch_outputs) / self._full_epoch_iterations
 
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.local_rank == 0:
             for leftover in Path(self.output_folder).glob("checkpoint_*.pth.partial"):
-                leftover.unlink()  # of a training that was killed while it wrote
+                leftover.unlink()  # of a training that was killed while writing
         self._last_checkpoint = time.monotonic()
 
     def on_epoch_start(self) -> None:
@@ -78,7 +78,7 @@ class ResumableTrainer(nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self._epoch_outputs = list(self._earlier_outputs)
-        # nnU-Net counts the iterations of an epoch after this call: a continued epoch has fewer to go.
+        # nnU-Net reads the number of iterations after this call: a continued epoch has fewer left.
         self._full_epoch_iterations = self.num_iterations_per_epoch
         self.num_iterations_per_epoch = max(0, self._full_epoch_iterations - len(self._earlier_outputs))
         if self._earlier_outputs:
@@ -102,7 +102,7 @@ class ResumableTrainer(nnUNetTrainer):
         return outputs
 
     def _maybe_save_latest(self) -> None:
-        """Writes checkpoint_latest.pth in mid-epoch when it is too old, with what there is of this epoch."""
+        """Write checkpoint_latest.pth with the state of this epoch, if the existing one is too old."""
         if time.monotonic() - self._last_checkpoint < self.checkpoint_interval_minutes * 60:
             return
         log = self.logger.local_logger
@@ -111,7 +111,7 @@ class ResumableTrainer(nnUNetTrainer):
             "outputs": list(self._epoch_outputs),
             "seconds": time.monotonic() - self._epoch_started,
         }
-        # nnU-Net notes the epoch after the current one as the next to train; here the current one is not done yet.
+        # nnU-Net stores the epoch after the current one as the next to train; here the current one is not done yet.
         self.current_epoch -= 1
         try:
             self.save_checkpoint(os.path.join(self.output_folder, LATEST_CHECKPOINT))
@@ -120,7 +120,7 @@ class ResumableTrainer(nnUNetTrainer):
             log.unfinished_epoch = None
 
     def save_checkpoint(self, filename: str) -> None:
-        """Writes a checkpoint to a temporary name and renames it: a killed training leaves no truncated file."""
+        """Write a checkpoint atomically: a killed training leaves no truncated file under its name."""
         partial = f"{filename}.partial"
         super().save_checkpoint(partial)
         if self.local_rank == 0 and not self.disable_checkpointing:
@@ -130,10 +130,10 @@ class ResumableTrainer(nnUNetTrainer):
             self._last_checkpoint = time.monotonic()
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net's; the network is the one that the checkpoint was trained with.
+        """Load a checkpoint as nnU-Net does, into the network that it was trained with.
 
         Raises:
-            InputError: If the checkpoint belongs to another topology than plans and trainer ask for.
+            InputError: If the topology of the checkpoint is not that of the plans and this trainer.
         """
         if not self.was_initialized:
             self._take_architecture_from(_open_checkpoint(filename_or_checkpoint), filename_or_checkpoint)
@@ -143,9 +143,9 @@ class ResumableTrainer(nnUNetTrainer):
             versions["continued_with"] = __version__
 
     def _take_architecture_from(self, checkpoint: dict[str, Any], filename: str) -> None:
-        """Adopts the architecture arguments of a checkpoint, so that a changed default doesn't break ``--c``.
+        """Adopt the architecture arguments of a checkpoint, so that a changed default doesn't break ``--c``.
 
-        What comes from the plans must agree: continuing with other strides would be another network.
+        Arguments that come from the plans must agree: with other strides it would be another network.
         """
         plans = checkpoint["init_args"]["plans"]
         if checkpoint["init_args"]["configuration"] != self.configuration_name:
@@ -167,7 +167,7 @@ class ResumableTrainer(nnUNetTrainer):
 
 
 def _open_checkpoint(filename: str) -> dict[str, Any]:
-    """Reads a checkpoint; weights and the optimiser's state stay in the file until they are asked for.
+    """Read a checkpoint; weights and optimiser state stay in the file until they are used.
 
     Raises:
         InputError: If it is damaged.
@@ -176,13 +176,13 @@ def _open_checkpoint(filename: str) -> dict[str, Any]:
         return torch.load(filename, map_location="cpu", weights_only=False, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"{filename} is damaged and cannot be loaded ({str(error).splitlines()[0]}). Move it away: --c then "
-            f"takes another checkpoint of its folder if there is one, or starts anew."
+            f"{filename} is damaged and cannot be loaded ({str(error).splitlines()[0]}). Move it away. --c then "
+            f"uses another checkpoint of its folder, or starts from scratch if there is none."
         ) from error
 
 
 def _checkpoint_interval(minutes: float) -> float:
-    """What the environment says about checkpoints, else what the trainer does."""
+    """Return the interval in the environment variable, or ``minutes``, the trainer's, if it is not set."""
     text = os.environ.get(CHECKPOINT_VARIABLE)
     if text is None:
         return minutes

@@ -1,4 +1,4 @@
-"""Learning rates that nnU-Net has no schedule for."""
+"""Learning rate schedules that nnU-Net lacks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class StepLRScheduler(LRScheduler):
-    """Divides the learning rate by 10 every so many epochs.
+    """Schedule that divides the learning rate by 10 at regular intervals.
 
-    Like nnU-Net's own, it takes the epoch and keeps no state: a training that is continued needs no more than that.
+    Like nnU-Net's own schedule, it takes the epoch and keeps no state: a continued training needs only the epoch.
 
     Args:
         optimizer: The optimiser.
@@ -23,7 +23,7 @@ class StepLRScheduler(LRScheduler):
         super().__init__(optimizer)
 
     def step(self, epoch: float | None = None) -> None:
-        """Sets the learning rate of an epoch, 0 by default."""
+        """Set the learning rate of an epoch, by default epoch 0."""
         lr = self.initial_lr * 0.1 ** int((epoch or 0) / self.step_epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

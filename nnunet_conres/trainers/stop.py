@@ -1,4 +1,4 @@
-"""Trainings that end early, and cleanly, when a file asks for it."""
+"""Ending a training early and cleanly, by creating a file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ STOP_FILE: Final = "STOP"
 
 
 class _Stopped(Exception):  # noqa: N818  (no error)
-    """Leaves nnU-Net's loop over epochs."""
+    """Raised to leave nnU-Net's loop over epochs."""
 
 
 class StoppableTrainer(nnUNetTrainer):
-    """nnU-Net's trainer, which `STOP_FILE` ends early.
+    """nnU-Net's trainer, which ends early if `STOP_FILE` exists.
 
-    The training ends after the current epoch: with checkpoint_final.pth and the final validation, as after the last
-    epoch. ``--c`` goes on with the next epoch. The file is removed, also when a training starts.
+    The training ends after the current epoch, with checkpoint_final.pth and the final validation, as after the last
+    epoch. ``--c`` continues with the next epoch. The file is removed then, and also when a training starts.
     """
 
     _continues_final = False
@@ -38,7 +38,7 @@ class StoppableTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             self._stop_file.unlink(missing_ok=True)
             if self._continues_final:
-                # it is not the final one any more; --c would prefer it to all that are written from now on
+                # It is no longer the final checkpoint, but --c would prefer it to all later ones.
                 folder = Path(self.output_folder)
                 os.replace(folder / FINAL_CHECKPOINT, folder / LATEST_CHECKPOINT)
 
@@ -48,7 +48,7 @@ class StoppableTrainer(nnUNetTrainer):
         except _Stopped:
             self.print_to_log_file(
                 f"{STOP_FILE} was found: the training ends after {self.current_epoch} of {self.num_epochs} epochs. To "
-                f"go on, give the same command with --c."
+                f"continue, add --c to the same command."
             )
             self.on_train_end()
 

@@ -1,4 +1,4 @@
-"""TensorBoard and MLflow beside nnU-Net's own logs and its Weights & Biases, switched on as that is."""
+"""TensorBoard and MLflow beside nnU-Net's own logs, turned on by environment variables like its Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _TIMES: Final = ("epoch_start_timestamps", "epoch_end_timestamps")
 
 
 class _Tracker:
-    """What nnU-Net's MetaLogger expects of a logger, for one that keeps numbers by epoch.
+    """Base of loggers that keep numbers by epoch, with the interface that nnU-Net's MetaLogger expects.
 
     Attributes:
-        variable: The environment variable that switches it on.
-        package: What has to be installed.
+        variable: The environment variable that turns the logger on.
+        package: The package that must be installed.
     """
 
     variable: ClassVar[str]
@@ -35,10 +35,10 @@ class _Tracker:
 
     @classmethod
     def is_enabled(cls) -> bool:
-        """Whether the environment switches it on.
+        """Return whether the environment turns it on.
 
         Raises:
-            InputError: The variable says something else, or the package is not installed.
+            InputError: The variable is neither on nor off, or the package is not installed.
         """
         if not switch_from_environment(cls.variable):
             return False
@@ -49,13 +49,13 @@ class _Tracker:
         return True
 
     def update_config(self, config: dict[str, Any]) -> None:
-        """Notes settings of the training; lists and dictionaries are left out."""
+        """Record the settings of the training; lists and dictionaries are left out."""
         for key, value in {**config, **config.get("hparas", {})}.items():
             if isinstance(value, (str, int, float, bool)):
                 self._note(key, value)
 
     def log(self, key: str, value: Any, step: int) -> None:
-        """Keeps a number of an epoch; of the two times of nnU-Net, how long the epoch took."""
+        """Record a number of an epoch; nnU-Net's two timestamps become the duration of the epoch."""
         self._epoch = step
         if key == _TIMES[0]:
             self._epoch_began = value
@@ -65,11 +65,11 @@ class _Tracker:
             self._keep(key, float(value), step)
 
     def log_summary(self, key: str, value: Any) -> None:
-        """Keeps a number of the whole training."""
+        """Record a number of the whole training."""
         self._keep(key, float(value), self._epoch)
 
     def finish(self) -> None:
-        """Ends the record; what nnU-Net's validation adds after that is kept all the same."""
+        """End the record. Numbers that nnU-Net's validation adds later are still recorded."""
 
     def _note(self, key: str, value: Any) -> None:
         raise NotImplementedError
@@ -79,7 +79,7 @@ class _Tracker:
 
 
 class TensorBoardTracker(_Tracker):
-    """Writes to the folder ``tensorboard`` in the output folder: ``tensorboard --logdir $nnUNet_results``."""
+    """Logger to the folder ``tensorboard`` in the output folder. View: ``tensorboard --logdir $nnUNet_results``."""
 
     variable = "nnUNet_tensorboard_enabled"
     package = "tensorboard"
@@ -90,7 +90,7 @@ class TensorBoardTracker(_Tracker):
         super().__init__()
         folder = output_folder / "tensorboard"
         if not resume:
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier training, which would be drawn as one with this
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier training, whose curves would join these
         self._writer = SummaryWriter(str(folder))
 
     def _note(self, key: str, value: Any) -> None:
@@ -102,9 +102,9 @@ class TensorBoardTracker(_Tracker):
 
 
 class MLflowTracker(_Tracker):
-    """Writes to MLflow's server or folder (MLFLOW_TRACKING_URI), in the experiment MLFLOW_EXPERIMENT_NAME, else nnunet.
+    """Logger to MLflow's server or folder (MLFLOW_TRACKING_URI).
 
-    A training that is continued goes on in its run.
+    The experiment is MLFLOW_EXPERIMENT_NAME, by default nnunet. A continued training continues its run.
     """
 
     variable = "nnUNet_mlflow_enabled"
@@ -131,7 +131,7 @@ class MLflowTracker(_Tracker):
         self._client.set_tag(self._run, key, value)
 
     def _keep(self, key: str, value: float, step: int) -> None:
-        if math.isfinite(value):  # not every server takes others
+        if math.isfinite(value):  # not every server accepts NaN and infinity
             # names of regions in nnU-Net's keys, such as (1, 2, 3), have characters that MLflow refuses
             self._client.log_metric(self._run, re.sub(r"[^\w\-. /]", "_", key), value, step=step)
 
@@ -143,7 +143,7 @@ TRACKERS: Final = (TensorBoardTracker, MLflowTracker)
 
 
 class TrackedTrainer(nnUNetTrainer):
-    """nnU-Net's trainer, which also logs to those of `TRACKERS` that the environment switches on."""
+    """nnU-Net's trainer, which also logs to the `TRACKERS` that the environment turns on."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         enabled = [tracker for tracker in TRACKERS if tracker.is_enabled()]

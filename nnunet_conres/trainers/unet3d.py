@@ -34,17 +34,17 @@ class nnUNetTrainerUNet3D(PluginTrainer):
 
 
 class nnUNetTrainerUNet3DPaper(nnUNetTrainerUNet3D):
-    """The paper: its topology, loss, batch norm and augmentation.
+    """3D U-Net as in the paper: topology, loss, batch norm and augmentation.
 
-    Patch, batch and optimiser, which the paper does not state for padded convolutions, are those of the plans and of
-    nnU-Net.
+    The paper does not state patch size, batch size and optimiser for padded convolutions. They are those of the plans
+    and of nnU-Net.
 
     Attributes:
         background_weight: Weight of annotated background voxels in the loss.
-        foreground_weight: Weight of all other annotated voxels. The paper reduces the one and raises the other without
-            figures.
+        foreground_weight: Weight of all other annotated voxels. The paper reduces the weight of the background and
+            raises that of the foreground, but gives no values.
         rotation: Largest angle about each axis in radians.
-        scaling: Range of the scaling, which the paper gives no figures for.
+        scaling: Range of the scaling, for which the paper gives no values.
 
     Source: Çiçek et al. 2016, sections 2 and 3.2.
     """
@@ -85,7 +85,7 @@ class nnUNetTrainerUNet3DPaper(nnUNetTrainerUNet3D):
 
     @classmethod
     def get_training_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
-        """Rotation, scaling and deformation, always, and nnU-Net's changes of brightness, contrast and gamma.
+        """Return a pipeline that always rotates, scales and deforms, with nnU-Net's brightness, contrast and gamma.
 
         No noise, blur, low resolution or flipping. Outside of the volume the data are mirrored.
         Takes the arguments of nnU-Net's method of this name.

@@ -39,14 +39,14 @@ class nnUNetTrainerVNet(PluginTrainer):
 
 
 class nnUNetTrainerVNetPaper(nnUNetTrainerVNet):
-    """The paper: its topology, loss, optimiser, schedule, patch, batch and augmentation.
+    """V-Net as in the paper: topology, loss, optimiser, schedule, patch, batch and augmentation.
 
-    With stock plans patch and batch size become the paper's (128 x 128 x 64, no axis larger than the images need; 2). A
-    configuration that names V-Net without auxiliary heads itself keeps its own.
+    With stock plans, patch and batch size become the paper's (128 x 128 x 64, no axis larger than the images need; 2).
+    A configuration that names V-Net without auxiliary heads keeps its own patch and batch size.
 
     Attributes:
-        sigma: Standard deviation of the control points' displacements, relative to their distance. The paper states no
-            figure; its published configuration has 15 mm, where control points are 64 mm apart.
+        sigma: Standard deviation of the control points' displacements, relative to their distance. The paper gives no
+            value; its published configuration has 15 mm, with control points 64 mm apart.
 
     Source: Milletari et al. 2016, sections 3 and 4.
     """
@@ -81,7 +81,7 @@ class nnUNetTrainerVNetPaper(nnUNetTrainerVNet):
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802
         _, dummy_2d, _, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         self.inference_allowed_mirroring_axes = None
-        # wide enough for what a deformation draws in from outside of the patch
+        # large enough for the voxels that a deformation samples from outside of the patch
         initial_patch_size = [
             extent + 2 * math.ceil(self.sigma * extent / self.grid_size)
             for extent in self.configuration_manager.patch_size
@@ -92,9 +92,9 @@ class nnUNetTrainerVNetPaper(nnUNetTrainerVNet):
 
     @classmethod
     def get_training_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
-        """Histogram matching and B-spline deformation, always; no rotation, scaling, mirroring or intensity transform.
+        """Return a pipeline that always applies histogram matching and B-spline deformation.
 
-        Takes the arguments of nnU-Net's method of this name.
+        No rotation, scaling, mirroring or intensity transforms. Takes the arguments of nnU-Net's method of this name.
         """
         pipeline = without_intensity_transforms(nnUNetTrainer.get_training_transforms(*args, **kwargs))
 

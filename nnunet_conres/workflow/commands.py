@@ -1,4 +1,4 @@
-"""The commands that the steps run: nnU-Net's own, and `nnunet-conres`."""
+"""The commands that the steps run: those of nnU-Net, and `nnunet-conres`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OWN_COMMAND = "nnunet-conres"
 
 
 def convert(experiment: Experiment, processes: int) -> list[str]:
-    """BraTS folders to a data set."""
+    """Return the command that converts BraTS folders to a data set."""
     command = [OWN_COMMAND, "brats-convert", "-i", *map(str, experiment.brats), "-d", str(experiment.dataset_id)]
     command += ["-name", experiment.dataset[11:], "--scheme", *experiment.scheme, "-np", str(processes)]
     for option, folders in (("--held-out", experiment.held_out), ("--corrected", experiment.corrected)):
@@ -22,13 +22,13 @@ def convert(experiment: Experiment, processes: int) -> list[str]:
 
 
 def fingerprint(experiment: Experiment, processes: int) -> list[str]:
-    """Integrity check and fingerprint."""
+    """Return the command that checks the data set's integrity and extracts its fingerprint."""
     number = str(experiment.dataset_id)
     return ["nnUNetv2_extract_fingerprint", "-d", number, "--verify_dataset_integrity", "-np", str(processes)]
 
 
 def split(experiment: Experiment, processes: int) -> list[str]:
-    """The folds."""
+    """Return the command that makes the folds."""
     splits = experiment.splits
     command = [OWN_COMMAND, "split", "-d", experiment.dataset, "--folds", str(splits.folds), "--stratify"]
     command += [splits.stratify, "--seed", str(splits.seed), "-np", str(processes)]
@@ -40,7 +40,7 @@ def split(experiment: Experiment, processes: int) -> list[str]:
 
 
 def plan(experiment: Experiment, plans_name: str) -> list[str]:
-    """Plans; nothing where they are made by hand."""
+    """Return the command that makes plans; empty if they are made by hand."""
     plans = experiment.plans[plans_name]
     if plans.planner == "none":
         return []
@@ -55,20 +55,20 @@ def plan(experiment: Experiment, plans_name: str) -> list[str]:
 
 
 def preprocess(experiment: Experiment, plans_name: str, configuration: str, processes: int) -> list[str]:
-    """Preprocessed data of one configuration."""
+    """Return the command that preprocesses one configuration."""
     command = ["nnUNetv2_preprocess", "-d", str(experiment.dataset_id), "-plans_name", plans_name]
     return [*command, "-c", configuration, "-np", str(processes)]
 
 
 def memory(experiment: Experiment, model: Model) -> list[str]:
-    """The memory model."""
+    """Return the command that estimates the memory of a training."""
     command = [OWN_COMMAND, "memory", "-d", experiment.dataset, "-p", model.plans, "-c", model.configuration]
     command += ["-tr", model.trainer, "-device", "cuda" if experiment.device == "cuda" else "cpu"]
     return [*command, "--json", "--budget"]
 
 
 def train(experiment: Experiment, model: Model, fold: int) -> list[str]:
-    """A training of one fold, with its validation."""
+    """Return the command that trains and validates one fold."""
     command = ["nnUNetv2_train", str(experiment.dataset_id), model.configuration, str(fold), "-tr", model.trainer]
     command += ["-p", model.plans, "-device", experiment.device]
     if model.gpus > 1:
@@ -77,7 +77,7 @@ def train(experiment: Experiment, model: Model, fold: int) -> list[str]:
 
 
 def predict(experiment: Experiment, model: Model, part: int, folder: str, processes: int) -> list[str]:
-    """Test cases of one part, by all folds of a model together."""
+    """Return the command that predicts one part of the test cases with all folds of a model together."""
     command = ["nnUNetv2_predict", "-i", str(experiment.test_images), "-o", folder, "-d", str(experiment.dataset_id)]
     command += ["-tr", model.trainer, "-p", model.plans, "-c", model.configuration, "-f", *map(str, experiment.folds)]
     command += ["-num_parts", str(experiment.parts), "-part_id", str(part), "-device", experiment.device]
@@ -86,13 +86,13 @@ def predict(experiment: Experiment, model: Model, part: int, folder: str, proces
 
 
 def ensemble(experiment: Experiment, members: Sequence[str], folder: str, processes: int) -> list[str]:
-    """An ensemble's predictions, from its members' probabilities."""
+    """Return the command that makes an ensemble's predictions from its members' probabilities."""
     folders = [str(experiment.predictions(name)) for name in members]
     return ["nnUNetv2_ensemble", "-i", *folders, "-o", folder, "-np", str(processes)]
 
 
 def compare_folds(experiment: Experiment, folder: str, processes: int) -> list[str]:
-    """The report on the cross-validation."""
+    """Return the command that writes the report on the cross-validation."""
     names = [f"{model.name}={model.trainer}:{model.plans}:{model.configuration}" for model in experiment.models]
     command = [OWN_COMMAND, "compare", "-d", experiment.dataset, "-tr", *names, "-f", *map(str, experiment.folds)]
     command += ["-o", folder, "-np", str(processes), *_rules(experiment), *_postprocessing(experiment)]
@@ -100,7 +100,7 @@ def compare_folds(experiment: Experiment, folder: str, processes: int) -> list[s
 
 
 def compare_test(experiment: Experiment, folder: str, processes: int) -> list[str]:
-    """The report on the test cases."""
+    """Return the command that writes the report on the test cases."""
     names = [model.name for model in experiment.models] + [ensemble_name(members) for members in experiment.ensembles]
     command = [OWN_COMMAND, "compare", "--predictions", *(f"{n}={experiment.predictions(n)}" for n in names)]
     command += ["--model", *(f"{model.name}={experiment.model_folder(model)}" for model in experiment.models)]
@@ -125,14 +125,14 @@ def _postprocessing(experiment: Experiment) -> list[str]:
 
 
 def postprocess(experiment: Experiment, model: Model, processes: int) -> list[str]:
-    """The choice of a model's post-processing, by its folds."""
+    """Return the command that chooses a model's post-processing from its folds."""
     command = [OWN_COMMAND, "postprocess", "fit", "-d", experiment.dataset, *_named(model)]
     command += ["-f", *map(str, experiment.folds), "-o", str(experiment.postprocessing(model.name))]
     return [*command, "-np", str(processes), *_rules(experiment)]
 
 
 def package(experiment: Experiment, model: Model) -> list[str]:
-    """The folder that a model's container is built from."""
+    """Return the command that writes the folder that a model's container is built from."""
     command = [OWN_COMMAND, "package", "-d", experiment.dataset, *_named(model)]
     command += ["-f", *map(str, experiment.folds), "-o", str(experiment.package(model.name))]
     if experiment.package_scheme is not None:

@@ -22,7 +22,7 @@ from nnunet_conres.text import did_you_mean
 from nnunet_conres.workflow import schema
 from nnunet_conres.workflow.schema import Splits
 
-# Plans that need not be described: who makes them. The second group are planners of this package.
+# Planners of the plans that need no entry in the configuration: those of nnU-Net, and those of this package.
 STOCK_PLANNERS: Final = {
     "nnUNetPlans": "ExperimentPlanner",
     "nnUNetResEncUNetMPlans": "nnUNetPlannerResEncM",
@@ -36,12 +36,12 @@ _STANDARD_EPOCHS: Final = 1000
 
 @dataclass(frozen=True)
 class Model(nnunet.Model):
-    """What to train.
+    """A model to train.
 
     Attributes:
         name: Name in reports, logs and job names.
         gpus: GPUs of one training (``-num_gpus``).
-        epoch_seconds: How long an epoch takes, where the configuration says so.
+        epoch_seconds: Seconds of an epoch; None if the configuration does not give them.
     """
 
     name: str
@@ -55,9 +55,9 @@ class Plans:
 
     Attributes:
         name: Name of the plans.
-        planner: A planner class of nnU-Net's, or what ``nnunet-conres plan -a`` calls a network, or ``none`` for plans
-            that are there already, made by hand.
-        gpu_memory_target: GiB; None for the planner's own.
+        planner: A planner class of nnU-Net, the name of a network for ``nnunet-conres plan -a``, or ``none`` for
+            existing plans that were made by hand.
+        gpu_memory_target: GiB; None for the planner's default.
     """
 
     name: str
@@ -72,35 +72,35 @@ class Plans:
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment, all paths absolute.
+    """An experiment; all paths are absolute.
 
     Attributes:
         work: Folder for records, logs, predictions and reports.
-        dataset: Whole name of the data set.
-        brats: Folders to convert; empty for a data set that is there.
-        held_out: Folders of which images and labels are for testing only.
+        dataset: Full name of the data set.
+        brats: Folders to convert; empty for an existing data set.
+        held_out: Folders whose images and labels are for testing only.
         corrected: Folders of files that replace those of the same cases.
-        scheme: Schemes that `nnunet-conres brats-convert` may take, or files that describe one.
-        missing: What it does about absent modalities: "refuse" or "zero".
+        scheme: Schemes that `nnunet-conres brats-convert` may use, or files that describe one.
+        missing: How it treats missing modalities: "refuse" or "zero".
         models: The models, the baseline first.
         plans: The plans that the models need, by name.
         folds: Folds to train.
         splits: How the folds are chosen.
-        test_images: Folder with test images, None without a test.
-        test_labels: Folder with their labels, None if there are none.
-        parts: In how many jobs the test cases of a model are predicted.
+        test_images: Folder with test images; None without a test.
+        test_labels: Folder with their labels; None if there are none.
+        parts: Number of jobs that predict the test cases of a model.
         ensembles: Names of the models of every ensemble.
-        rules: The challenge by whose rules the reports score, None for this package's own metrics.
-        postprocess: Whether to choose post-processing for each model, which takes probabilities.
-        packaged: Names of the models from which a container's folder is made.
+        rules: The challenge whose rules the reports apply; None for this package's own metrics.
+        postprocess: Whether to choose post-processing for each model, which needs probabilities.
+        packaged: Names of the models to write a container's folder for.
         package_scheme: The challenge whose cases the containers predict; None for that of the data set.
-        package_missing: What containers do about absent modalities, as `nnunet-conres package` takes it.
-        device: Where to train and predict.
-        checkpoint_minutes: How often trainers of this package write a checkpoint.
-        retries: How often a training that ended before it was done is taken up again, at least.
-        time_limit_hours: What the queue allows a job.
-        environment: Further variables for all commands; nnU-Net's three folders among them.
-        resources: What rules are given instead of what is estimated, by rule.
+        package_missing: How containers treat missing modalities, as in `nnunet-conres package`.
+        device: Device for training and prediction.
+        checkpoint_minutes: Minutes between two checkpoints of this package's trainers.
+        retries: Minimum number of restarts of an unfinished training.
+        time_limit_hours: The queue's time limit for a job.
+        environment: Additional variables for all commands, including nnU-Net's three folders.
+        resources: Resources that replace the estimates, by rule.
     """
 
     work: Path
@@ -161,7 +161,7 @@ class Experiment:
         return next(model for model in self.models if model.name == name)
 
     def model_folder(self, model: Model) -> Path:
-        """nnU-Net's folder of a trained model."""
+        """Return nnU-Net's folder of a trained model."""
         results = Path(self.environment["nnUNet_results"])
         return results / self.dataset / model.folder_name
 
@@ -169,50 +169,53 @@ class Experiment:
         return self.model_folder(model) / f"fold_{fold}"
 
     def fold_lock(self, model: Model, fold: int) -> Path:
-        """The lock that a training of a fold holds; beside the fold, which may be moved away."""
+        """Return the lock that a training of a fold holds. It is outside the fold's folder, which may be moved."""
         return self.model_folder(model) / "workflow" / f"fold_{fold}.lock"
 
     def training_log(self, model: Model, fold: int) -> Path:
-        """What the attempts to train a fold printed."""
+        """Return the file with the output of all attempts to train a fold."""
         return self.logs / "train" / model.name / f"fold_{fold}.log"
 
     def predictions(self, name: str) -> Path:
-        """Predictions of a model or an ensemble for the test cases."""
+        """Return the folder with the predictions of a model or an ensemble for the test cases."""
         return self.work / "predictions" / name
 
     def postprocessing(self, name: str) -> Path:
-        """The post-processing of a model."""
+        """Return the file with the post-processing of a model."""
         return self.work / "postprocessing" / f"{name}.json"
 
     def package(self, name: str) -> Path:
-        """Folder from which a model's container is built."""
+        """Return the folder that a model's container is built from."""
         return self.work / "packages" / name
 
 
 def ensemble_name(members: tuple[str, ...]) -> str:
-    """Name of an ensemble, also of the folder with its predictions."""
+    """Return the name of an ensemble, which is also the name of its folder of predictions."""
     return "+".join(members)
 
 
 def read_config(path: Path) -> Experiment:
-    """Reads the configuration of an experiment.
+    """Read the configuration of an experiment.
 
     Args:
-        path: A YAML file; relative paths in it are meant relative to its folder.
+        path: A YAML file; relative paths in it are relative to its folder.
 
     Raises:
-        InputError: With everything that is wrong with it.
+        InputError: The configuration is invalid. Lists all errors.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML takes the last of two equal keys without a word: one of two models of one name would be gone."""
+        """Loader that rejects duplicate keys.
+
+        YAML silently keeps the last of two equal keys, which would drop one of two models with the same name.
+        """
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
             twice = [key for number, key in enumerate(keys) if key in keys[:number]]
             if twice:
-                raise yaml.YAMLError(f"{twice[0]} stands twice in one place, line {node.start_mark.line + 1} and on")
+                raise yaml.YAMLError(f"{twice[0]} occurs twice in the entries from line {node.start_mark.line + 1}")
             return super().construct_mapping(node, deep)
 
     try:
@@ -225,7 +228,7 @@ def read_config(path: Path) -> Experiment:
 
 
 def parse_config(content: Mapping[str, Any], base: Path, where: str = "the configuration") -> Experiment:
-    """Makes an experiment of what a YAML file holds.
+    """Build an experiment from the content of a YAML file.
 
     Args:
         content: The entries.
@@ -233,7 +236,7 @@ def parse_config(content: Mapping[str, Any], base: Path, where: str = "the confi
         where: Name of the file, for messages.
 
     Raises:
-        InputError: With everything that is wrong with it.
+        InputError: The configuration is invalid. Lists all errors.
     """
     file, errors, wrong = schema.read(content, base)
     reader = _Reader(file, base, errors, wrong)
@@ -244,9 +247,10 @@ def parse_config(content: Mapping[str, Any], base: Path, where: str = "the confi
 
 
 class _Reader:
-    """Makes an experiment of entries that are right one by one, and collects in `errors` what does not fit together.
+    """Build an experiment from entries that passed validation.
 
-    Nothing is said about those missing whose names are in `wrong`: they have errors already.
+    Contradictions between entries are added to `errors`. Entries named in `wrong` already have an error and are not
+    reported as missing.
     """
 
     def __init__(self, file: schema.ExperimentFile, base: Path, errors: list[str], wrong: set[str]) -> None:
@@ -267,7 +271,7 @@ class _Reader:
         images, labels, parts = self._test(environment, dataset)
         folds = self._folds()
         if file.postprocess and len(folds) < 2:
-            self.errors.append("postprocess is true, but there is one fold; expected two or more, to choose on others")
+            self.errors.append("postprocess is true, but there is one fold; expected two or more")
         package = file.package or schema.Package()
         return Experiment(
             work=work,
@@ -323,7 +327,7 @@ class _Reader:
             return folder_name(data.id, data.name or "BraTS")
         for key in ("held_out", "corrected", "scheme", "missing"):
             if key in data.model_fields_set:
-                self.errors.append(f"data, {key} goes with brats, which is missing")
+                self.errors.append(f"data, {key} needs brats, which is missing")
         if data.name is not None:
             return folder_name(data.id, data.name)
         found = {
@@ -348,7 +352,7 @@ class _Reader:
         if "test" in self.wrong:
             return None, None, 1
         if test.labels is not None:
-            self.errors.append("test, labels goes with images, which is missing; data, held_out brings its own labels")
+            self.errors.append("test, labels needs images, which is missing; data, held_out includes labels")
         elif not held_out and "data" not in self.wrong:
             self.errors.append("test, images is missing; expected the folder with test images")
         raw = Path(environment.get("nnUNet_raw", "")) / dataset
@@ -371,7 +375,7 @@ class _Reader:
             self._check_class(where, "trainer", given.trainer)
             model = Model(trainer, given.plans, given.configuration, name, given.gpus, given.epoch_seconds)
             identity = (model.trainer, model.plans, model.configuration)
-            if f"models, {name}" not in self.wrong:  # else it may be another than it seems
+            if f"models, {name}" not in self.wrong:  # an invalid entry was replaced by its default
                 if identity in identities:
                     self.errors.append(f"models, {name} and {identities[identity]} are the same: {' '.join(identity)}")
                 identities[identity] = name
@@ -379,7 +383,7 @@ class _Reader:
         return models
 
     def _with_epochs(self, model: schema.ModelEntries, where: str) -> str:
-        """The trainer of a name with a number of epochs, of which nnU-Net's and ours have variants."""
+        """Return the name of the trainer's variant for the number of epochs."""
         trainer, epochs = model.trainer, model.epochs or self.file.epochs
         if epochs == _STANDARD_EPOCHS or (re.search(r"_\d+epochs?$", trainer) and model.epochs is None):
             return trainer
@@ -415,7 +419,7 @@ class _Reader:
         return plans
 
     def _check_class(self, where: str, kind: str, name: str) -> None:
-        """An unknown name would be noticed after hours of preprocessing only."""
+        """Add an error for an unknown class, which would otherwise fail only after hours of preprocessing."""
         known = _classes_of_nnunet(kind)
         if not known or name in known or (kind == "trainer" and (name in TRAINERS or self._is_users_own(name))):
             return
@@ -424,7 +428,10 @@ class _Reader:
         self.errors.append(f"{where}nnU-Net and this package have no {kind} called {name}{own}{hint}")
 
     def _packaged(self, models: list[Model]) -> tuple[str, ...]:
-        """Names of models; a trainer that a container lacks would be noticed after all trainings only."""
+        """Return the names of the models to package.
+
+        A trainer that containers lack is an error here, because packaging would fail only after all trainings.
+        """
         if self.file.package is None:
             return ()
         trainers = {model.name: model.trainer for model in models}
@@ -436,13 +443,13 @@ class _Reader:
                     self.errors.append(f"package, models: no model is called {name}")
             elif self._is_users_own(trainers[name]) and trainers[name] not in (*known, *TRAINERS):
                 self.errors.append(
-                    f"package, models: {name} is trained by {trainers[name]} of nnUNet_extTrainer, which a container "
-                    f"would not have; expected a model with a trainer of nnU-Net or of this package"
+                    f"package, models: {name} uses the trainer {trainers[name]} from nnUNet_extTrainer, which a "
+                    f"container does not have; expected a model with a trainer of nnU-Net or of this package"
                 )
         return tuple(dict.fromkeys(chosen))
 
     def _is_users_own(self, name: str) -> bool:
-        """Whether a file in nnUNet_extTrainer mentions a class, which it may also make or import."""
+        """Return whether a file in nnUNet_extTrainer mentions a class. It may define, generate or import the class."""
         given = self.file.environment.get(VARIABLE) or os.environ.get(VARIABLE, "")
         word = re.compile(rf"\b{re.escape(name)}\b")
         folders = [Path(folder) for folder in given.split(os.pathsep) if folder]
@@ -476,7 +483,10 @@ class _Reader:
 
 @functools.cache
 def _classes_of_nnunet(kind: str) -> frozenset[str]:
-    """Names of nnU-Net's trainers or planners, read from its files: importing them would take torch, and seconds."""
+    """Return the names of nnU-Net's trainers or planners, read from its source files.
+
+    Importing them would load torch, which takes seconds.
+    """
     found = importlib.util.find_spec("nnunetv2")
     if found is None or not found.submodule_search_locations:
         return frozenset()
@@ -488,7 +498,7 @@ def _classes_of_nnunet(kind: str) -> frozenset[str]:
 
 
 def iterate_trainings(experiment: Experiment) -> Iterator[tuple[Model, int]]:
-    """All trainings of an experiment, model by model."""
+    """Yield all trainings of an experiment, model by model."""
     for model in experiment.models:
         for fold in experiment.folds:
             yield model, fold

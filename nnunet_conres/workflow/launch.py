@@ -1,4 +1,4 @@
-"""Starts Snakemake on an experiment."""
+"""Start Snakemake on an experiment."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ FOLDER: Final = Path(__file__).resolve().parent
 SNAKEFILE: Final = FOLDER / "Snakefile"
 EXAMPLES: Final = {path.stem: path for path in sorted((FOLDER / "examples").glob("*.yaml"))}
 PROFILES: Final = tuple(sorted(path.parent.name for path in FOLDER.glob("profiles/*/config.yaml")))
-# In the experiment's folder, held by the one process that runs it.
+# Lock in the experiment's folder, held by the process that runs the experiment.
 _LOCK: Final = "workflow.lock"
-# Options of Snakemake with which it runs nothing, so that they may be used beside a running experiment.
+# Snakemake's options that run nothing; they are allowed while the experiment is running.
 _ONLY_TELL: Final = frozenset({"--dag", "--rulegraph", "--filegraph", "--summary", "--list-rules", "-n"})
 
 
 def snakemake_command(
     experiment: Experiment, config: Path, profile: str, options: Sequence[str], *, dry_run: bool = False
 ) -> list[str]:
-    """The command that runs an experiment.
+    """Return the command that runs an experiment.
 
     Args:
         experiment: The experiment.
-        config: Its configuration.
-        profile: ``local``, ``slurm``, or the folder of a profile of the user's own.
-        options: Snakemake's own options; they win over the profile's.
-        dry_run: Only show what would be done.
+        config: Its configuration file.
+        profile: ``local``, ``slurm``, or the folder of the user's own profile.
+        options: Options of Snakemake; they override those of the profile.
+        dry_run: Whether to only show what would be done.
 
     Raises:
         InputError: There is no such profile.
@@ -55,10 +55,10 @@ def snakemake_command(
     if profile == "local":
         at_hand = [f"mem_mb={_memory_mb()}"]
         if experiment.device == "cuda":
-            # Snakemake would take away from jobs what there is not, in a dry run too
+            # Snakemake would reduce a job's GPUs to the number given here, in a dry run too
             at_hand.append(f"gpu={max(_most_gpus(experiment), len(_gpus_of(experiment)))}")
         command += ["--resources", *at_hand]
-    # Our own lock is given back when this process ends, however it ends; Snakemake's would have to be removed by hand.
+    # Our own lock is released however this process ends; Snakemake's might have to be removed by hand.
     command += ["--directory", str(experiment.work), "--nolock", "--profile", str(folder)]
     if profile == "slurm":
         command += ["--slurm-logdir", str(experiment.logs / "slurm")]
@@ -69,7 +69,7 @@ def snakemake_command(
 
 
 def job_name(experiment: Experiment) -> str:
-    """What the names of an experiment's SLURM jobs begin with; the plugin takes no other letters and no more."""
+    """Return the prefix of an experiment's SLURM job names, in the characters and the length that the plugin allows."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", experiment.work.name)[:50].strip("_-") or "experiment"
 
 
@@ -88,25 +88,25 @@ def _check_gpus(experiment: Experiment) -> None:
 
 
 def _gpus_of(experiment: Experiment) -> list[str]:
-    """GPUs that the steps of an experiment will see, whose variables come before those of this process."""
+    """Return the GPUs that an experiment's steps will see. Its variables override those of this process."""
     from nnunet_conres.workflow.step import gpus_here
 
     return gpus_here({**os.environ, **experiment.environment})
 
 
 def _memory_mb() -> int:
-    """Memory that jobs on this machine may take together, some left for the rest."""
+    """Return the memory in MB for all jobs on this machine together; the rest is left for other processes."""
     return int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 10**6)
 
 
 def launch(experiment: Experiment, config: Path, profile: str, options: Sequence[str], *, dry_run: bool = False) -> int:
-    """Runs an experiment to its end.
+    """Run an experiment to its end.
 
     Returns:
         Snakemake's exit code.
 
     Raises:
-        InputError: Snakemake is not installed, the experiment is being run already, or GPUs are missing.
+        InputError: Snakemake is not installed, the experiment is already running, or GPUs are missing.
     """
     if importlib.util.find_spec("snakemake") is None:
         raise InputError("Snakemake is not installed. Run: pip install 'nnunet-conres[workflow]'")
@@ -114,7 +114,7 @@ def launch(experiment: Experiment, config: Path, profile: str, options: Sequence
     if dry_run or _ONLY_TELL.intersection(options):
         if experiment.work.exists():
             return subprocess.run(command, check=False).returncode
-        # Snakemake makes its folder all the same; the lock keeps out a run that begins meanwhile
+        # Snakemake creates its folder anyway; the lock keeps out a run that starts meanwhile
         with writing(experiment.work, lock=_LOCK):
             try:
                 return subprocess.run(command, check=False).returncode
@@ -128,21 +128,23 @@ def launch(experiment: Experiment, config: Path, profile: str, options: Sequence
             return _run_to_its_end(command, descriptor)
     except LockedError as error:
         raise InputError(
-            f"This experiment is being run already: {error} If that process is gone, its Snakemake is not."
+            f"This experiment is already running: {error} If that process has ended, its Snakemake still runs."
         ) from error
 
 
 def _run_to_its_end(command: Sequence[str], descriptor: int) -> int:
-    """Runs Snakemake, which holds the lock too: should this process be killed alone, Snakemake goes on.
+    """Run Snakemake, which holds the lock too: it continues if only this process is killed.
 
-    What is to end this process is handed to Snakemake as an interruption, upon which it cancels its jobs; that may take
-    a minute, and is waited for. Snakemake is kept from the terminal, which would interrupt it a second time.
+    A signal that is to end this process is passed to Snakemake as an interrupt. Snakemake then cancels its jobs, which
+    may take a minute, and this process waits for it. Snakemake runs in a separate session: the terminal would otherwise
+    interrupt it a second time.
     """
     started: list[subprocess.Popen[bytes]] = []
     too_early: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
-        print("Interrupted. Snakemake ends its jobs; the same command goes on later.", file=sys.stderr, flush=True)
+        message = "Interrupted. Snakemake is stopping its jobs. Run the same command again to continue."
+        print(message, file=sys.stderr, flush=True)
         if started:
             hand_on()
         else:
@@ -153,13 +155,13 @@ def _run_to_its_end(command: Sequence[str], descriptor: int) -> int:
             os.killpg(started[0].pid, signal.SIGINT)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
         numbers.append(signal.SIGHUP)
-    # before Snakemake is there, which would inherit that a background job of a script ignores interruptions
+    # before Snakemake starts: in a script's background job it would otherwise inherit that interrupts are ignored
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         started.append(subprocess.Popen(command, pass_fds=[descriptor], start_new_session=True))
-        if too_early:  # while Snakemake was starting, before there was a process to signal
+        if too_early:  # a signal arrived before there was a process to pass it to
             hand_on()
         code = started[0].wait()
     finally:

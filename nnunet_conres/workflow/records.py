@@ -1,14 +1,14 @@
-"""Records: small files that hold digests of what a step made, and by which later steps know whether they are done.
+"""Records: small files with digests of a step's results. They decide whether later steps are up to date.
 
-A record tells contents, never times or places: what is made once more and comes out the same leaves its record as it
-is, and two workflows on one data set have the same records. `refresh` brings records in line with what is really there,
-so that a changed data set, plans file, split or trainer is seen, and what was removed is made anew.
+A record describes contents, never times or paths. If a step runs again with the same result, its record does not
+change. Two workflows on one data set have the same records. `refresh` updates records to match the actual files, so
+that a changed data set, plans file, split or trainer is detected, and removed results are rebuilt.
 
-Which steps to run, in which order and how often to try again is Snakemake's, by the times and checksums of records. It
-can't look at nnU-Net's own files instead: it removes the output of a step before the step starts and when it fails,
-which would be the checkpoints of a training, and plans and splits that another workflow is reading; where outputs are
-marked `update` it puts back the old ones, and what was trained since is lost. Nor can options be `params`: the number
-of threads and the package's version are in the same commands, and must not have anything done again.
+Snakemake decides by the times and checksums of records which steps to run, in which order, and how often to retry. It
+can't use nnU-Net's own files instead: it removes the output of a step before the step starts and when it fails. That
+would remove the checkpoints of a training, and plans and splits that another workflow is reading. If outputs are marked
+`update`, it restores the old ones, and training since then is lost. Options can't be `params` either: the commands
+also contain the number of threads and the package's version, which must not cause a rerun.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from nnunet_conres.preprocessing.settings import OF_CONFIGURATIONS
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from nnunet_conres.workflow.config import Experiment, Model, iterate_trainings
 
-# Of larger files only the two ends are read: compressed ones end with a checksum of all that they hold.
+# Only the two ends of larger files are read: compressed files end with a checksum of their whole content.
 _WHOLE_BYTES: Final = 2**20
 _END_BYTES: Final = 2**16
-# Entries of plans, beside configurations, that nothing is computed from.
+# Entries of plans that do not count for a configuration: the other configurations, and names that affect no result.
 _NAMES_ONLY: Final = ("configurations", "plans_name", "experiment_planner_used")
 
 
@@ -40,12 +40,12 @@ _NAMES_ONLY: Final = ("configurations", "plans_name", "experiment_planner_used")
 
 
 def digest(content: Any) -> str:
-    """A digest of anything that JSON can hold."""
+    """Return a digest of JSON content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
-    """A digest of a file: of all of it, or of size and both ends where it is large."""
+    """Return a digest of a file: of its content, or of its size and both ends if it is large."""
     with file_errors(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size <= _WHOLE_BYTES:
@@ -56,12 +56,12 @@ def file_digest(path: Path) -> str:
 
 
 def folders_digest(folders: Iterable[Path], files: Iterable[Path], cache: Path) -> str:
-    """A digest of files and of all files in folders, by name and content.
+    """Return a digest of files and of all files in folders, by name and content.
 
     Args:
-        folders: Folders, without their subfolders; those that are not there are left out.
-        files: Files, likewise.
-        cache: Digests by size and time of modification, so that what has not been touched is not read again.
+        folders: Folders, without their subfolders; missing ones are skipped.
+        files: Files; missing ones are skipped.
+        cache: File with digests by size and modification time, so that unchanged files are not read again.
     """
     known = try_read_json(cache) or {}
     seen: dict[str, list[Any]] = {}
@@ -78,11 +78,11 @@ def folders_digest(folders: Iterable[Path], files: Iterable[Path], cache: Path) 
     return digest({name: entry[2] for name, entry in seen.items()})
 
 
-# --- what there is ---------------------------------------------------------------------------------------------------
+# --- states of files -------------------------------------------------------------------------------------------------
 
 
 def raw_state(experiment: Experiment) -> dict[str, Any] | None:
-    """The raw data set's training cases; None where there is no data set."""
+    """Return the state of the raw training cases; None if there is no data set."""
     raw = experiment.raw
     if not (raw / "dataset.json").is_file():
         return None
@@ -93,7 +93,7 @@ def raw_state(experiment: Experiment) -> dict[str, Any] | None:
 
 
 def test_state(experiment: Experiment) -> dict[str, Any] | None:
-    """The test cases; None where there are none."""
+    """Return the state of the test cases; None if there are none."""
     if experiment.test_images is None or not experiment.test_images.is_dir():
         return None
     folders = [experiment.test_images, *([experiment.test_labels] if experiment.test_labels else [])]
@@ -101,12 +101,12 @@ def test_state(experiment: Experiment) -> dict[str, Any] | None:
 
 
 def plans_state(plans: Any, configuration: str) -> dict[str, Any] | None:
-    """What plans say of one configuration; None if they have none of that name.
+    """Return the state of one configuration of plans; None if the plans do not have it.
 
-    Changes of other configurations, as by `nnunet-conres variants`, leave it as it is.
+    Changes to other configurations, for example by `nnunet-conres variants`, do not affect it.
 
     Args:
-        plans: What the plans file holds.
+        plans: Content of the plans file.
         configuration: Name of the configuration.
     """
     try:
@@ -125,7 +125,7 @@ def plans_state(plans: Any, configuration: str) -> dict[str, Any] | None:
 
 
 def holds_all_cases(experiment: Experiment, folder: Path) -> bool:
-    """Whether each training case has its properties, which are written last, and its data in a preprocessed folder."""
+    """Return whether a preprocessed folder has the data and the properties, written last, of each training case."""
     ending = (try_read_json(experiment.raw / "dataset.json") or {}).get("file_ending", "")
     labels = experiment.raw / "labelsTr"
     cases = [path.name[: -len(ending)] for path in list_files(labels, ending)] if ending and labels.is_dir() else []
@@ -137,7 +137,7 @@ def holds_all_cases(experiment: Experiment, folder: Path) -> bool:
 
 
 def split_states(splits: Any, folds: Iterable[int]) -> dict[int, dict[str, Any]] | None:
-    """Digests and validation cases of folds; None where the file of the splits is none or has too few."""
+    """Return digests and validation cases of folds; None if the splits are invalid or have too few folds."""
     try:
         return {
             fold: {"content": digest(splits[fold]), "validation": sorted(splits[fold]["val"])}
@@ -148,12 +148,11 @@ def split_states(splits: Any, folds: Iterable[int]) -> dict[int, dict[str, Any]]
 
 
 def trainer_state(name: str) -> dict[str, Any]:
-    """A trainer: its name and, where it is a user's own, its file.
+    """Return the state of a trainer: its name and, for a user's own trainer, a digest of the file that defines it.
 
-    Trainers of nnU-Net and of this package are known by name alone: an update of either must not throw away weeks of
+    Trainers of nnU-Net and of this package are identified by name only: an update of either must not discard weeks of
     training.
     """
-    # the file may define the trainer, or the one that it differs from in its number of epochs
     pattern = re.compile(rf"^\s*class\s+{re.escape(name)}\b", re.MULTILINE)
     for folder in os.environ.get(VARIABLE, "").split(os.pathsep):
         if not folder.strip() or os.path.realpath(folder) == os.path.realpath(TRAINER_FOLDER):
@@ -166,11 +165,11 @@ def trainer_state(name: str) -> dict[str, Any]:
 
 
 def missing_validation(fold_folder: Path, cases: Iterable[str]) -> str | None:
-    """What is missing of a fold's validation; None if it is whole, and with it the fold.
+    """Return what a fold's validation lacks; None if it, and thus the fold, is complete.
 
     Args:
         fold_folder: nnU-Net's folder of the fold.
-        cases: The cases that the fold holds out.
+        cases: Validation cases of the fold.
     """
     path = fold_folder / "validation" / "summary.json"
     if not (fold_folder / "checkpoint_final.pth").is_file():
@@ -213,23 +212,23 @@ def training_record(experiment: Experiment, model: Model, fold: int) -> Path:
 
 
 def stamp_of_fold(experiment: Experiment, model: Model, fold: int) -> Path:
-    """What a fold was trained from; beside the fold, for all workflows that share the results folder."""
+    """Return the file with the digests of a fold's inputs, shared by all workflows with the same results folder."""
     return experiment.fold_lock(model, fold).with_suffix(".json")
 
 
-# --- keeping records true --------------------------------------------------------------------------------------------
+# --- updating records ------------------------------------------------------------------------------------------------
 
 
 def find_records(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """Records that match any of the patterns, without those that a step is writing."""
+    """Return the records that match any of the patterns, without those that a step is writing."""
     found = {path for pattern in patterns for path in folder.glob(pattern)}
     return sorted(path for path in found if not is_temporary(path))
 
 
 def refresh(experiment: Experiment) -> None:
-    """Brings records in line with files: rewrites those of changed files, removes those of files that are gone.
+    """Update records to match the files: rewrite those of changed files, and remove those of missing files.
 
-    What options of the configuration a step depends on is recorded too, under ``options``.
+    The configuration's options that a step depends on are recorded too, under ``options``.
     """
     records = experiment.records
     for name, content in options(experiment).items():
@@ -261,7 +260,7 @@ def refresh(experiment: Experiment) -> None:
 
 
 def options(experiment: Experiment) -> dict[str, dict[str, Any]]:
-    """What of the configuration a step's outcome depends on, by name of the step."""
+    """Return the configuration's options that a step's result depends on, by name of the step."""
     from dataclasses import asdict
 
     splits = {key: str(value) for key, value in experiment.splits.model_dump().items()}
@@ -297,12 +296,12 @@ def options(experiment: Experiment) -> dict[str, dict[str, Any]]:
 
 
 def _scheme(scheme: str) -> str:
-    """A scheme's name, or a digest of the file that describes one."""
+    """Return a scheme's name, or a digest of the file that describes it."""
     return file_digest(Path(scheme)) if scheme.lower().endswith(".toml") else scheme
 
 
 def _update(path: Path, state: Any) -> None:
-    """Rewrites a record that is there; what has no record yet gets one by the step that makes it."""
+    """Rewrite an existing record, or remove it if there is no state. Steps write new records themselves."""
     if not path.is_file():
         return
     found = state()

@@ -1,4 +1,4 @@
-"""What a job needs: GPUs, cores, memory, time. From the configuration, else from measurements, else from experience."""
+"""Resources of jobs: GPUs, cores, memory, time. From the configuration, else measurements, else default values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nnunet_conres.files import try_read_json
 from nnunet_conres.workflow.config import STOCK_LENGTHS, Experiment, Model
 from nnunet_conres.workflow.schema import SLURM_TEXTS
 
-# Cores, memory in GB and minutes where nothing is known; generous, since jobs over their limits are killed.
+# Default cores, memory in GB and minutes. They are generous, since jobs over their limits are killed.
 DEFAULTS: Final[Mapping[str, tuple[int, float, float]]] = {
     "convert": (4, 8, 240),
     "fingerprint": (4, 16, 240),
@@ -31,14 +31,14 @@ DEFAULTS: Final[Mapping[str, tuple[int, float, float]]] = {
     "compare": (4, 24, 480),
     "package": (1, 8, 60),
 }
-# nnU-Net's planners aim at this where nobody says otherwise, in GiB.
+# Default memory targets of nnU-Net's planners, in GiB.
 STOCK_TARGETS: Final = {"nnUNetPlannerResEncL": 24.0, "nnUNetPlannerResEncXL": 40.0}
 _STOCK_TARGET: Final = 8.0
-# Seconds of an epoch on a GPU where none has been measured: a guess on the safe side for nnU-Net's default plans.
+# Seconds of an epoch on a GPU before one has been measured: a conservative guess for nnU-Net's default plans.
 EPOCH_SECONDS: Final = 150.0
-# Over what was measured: other nodes, a busy file system, validation.
+# Factor on measured times, for other nodes, a busy file system, and validation.
 _MARGIN: Final = 1.3
-# What the plugin for SLURM calls otherwise than SLURM does.
+# Options of SLURM that have another name in Snakemake's SLURM plugin.
 _PLUGIN_NAMES: Final = {"account": "slurm_account", "partition": "slurm_partition"}
 _STOCK_EPOCHS: Final = 1000
 _STOCK_SAVE_EVERY: Final = 50
@@ -47,12 +47,12 @@ _STAMP: Final = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?): +(.*)$
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """What nnU-Net's log files of a fold say.
+    """Content of nnU-Net's log files of a fold.
 
     Attributes:
-        epochs: Epochs that were ended.
-        seconds: Of the ended epochs, in order.
-        dice: Mean pseudo Dice after the last one; None before.
+        epochs: Number of completed epochs.
+        seconds: Seconds of each completed epoch, in order.
+        dice: Mean pseudo Dice after the last completed epoch; None before the first.
         last: Time of the last line.
     """
 
@@ -63,7 +63,7 @@ class TrainingLog:
 
 
 def read_training_log(fold_folder: Path) -> TrainingLog:
-    """Reads what nnU-Net logged of a fold, over all attempts to train it."""
+    """Read nnU-Net's log files of a fold, from all attempts to train it."""
     epoch, ended, dice, last = -1, 0, None, None
     seconds: dict[int, float] = {}
     for path in sorted(fold_folder.glob("training_log_*.txt")):
@@ -74,7 +74,7 @@ def read_training_log(fold_folder: Path) -> TrainingLog:
             last, text = datetime.fromisoformat(match[1]), match[2].strip()
             if found := re.fullmatch(r"Epoch (\d+)", text):
                 epoch = int(found[1])
-                ended = epoch  # after a checkpoint, to which training goes back
+                ended = epoch  # lower than before if training resumed from a checkpoint
             elif found := re.match(r"Epoch time: ([\d.]+) s", text):
                 seconds[epoch] = float(found[1])
                 ended = epoch + 1
@@ -85,7 +85,7 @@ def read_training_log(fold_folder: Path) -> TrainingLog:
 
 
 def number_of_epochs(experiment: Experiment, model: Model) -> int:
-    """How many epochs a training has: as nnU-Net noted it in a fold, else by the trainer's name."""
+    """Return a training's number of epochs: as nnU-Net noted it in a fold, otherwise by the trainer's name."""
     for fold in experiment.folds:
         noted = (try_read_json(experiment.fold_folder(model, fold) / "debug.json") or {}).get("num_epochs")
         if noted is not None and str(noted).isdigit():
@@ -95,37 +95,37 @@ def number_of_epochs(experiment: Experiment, model: Model) -> int:
 
 
 def epoch_seconds(experiment: Experiment, model: Model) -> float | None:
-    """How long an epoch of a model takes: what was measured in any of its folds, else what the configuration says."""
+    """Return the seconds of an epoch: the median measured over a model's folds, otherwise the configured value."""
     measured = [
         second for fold in experiment.folds for second in read_training_log(experiment.fold_folder(model, fold)).seconds
     ]
     if measured:
-        # the first epoch compiles and warms up; the median forgives it
+        # the median is robust against the first epoch, which compiles and warms up
         return sorted(measured)[len(measured) // 2]
     return model.epoch_seconds
 
 
 def lost_at_most(experiment: Experiment, model: Model) -> str:
-    """What a killed training of a model loses, in words."""
+    """Describe how much training time a killed training of a model loses at most."""
     if model.trainer in TRAINERS:
         return f"{experiment.checkpoint_minutes:g} min"
     seconds = epoch_seconds(experiment, model)
     hours = f" ({seconds * _STOCK_SAVE_EVERY / 3600:.1f} h)" if seconds else ""
-    stock = f"{_STOCK_SAVE_EVERY} epochs{hours}, or those since the best one"
+    stock = f"{_STOCK_SAVE_EVERY} epochs{hours}, or those since the last best checkpoint"
     if model.trainer.startswith("nnUNetTrainer"):
         return stock
     return f"{stock}; {experiment.checkpoint_minutes:g} min if this trainer of your own builds on one of this package"
 
 
 def estimated_minutes(experiment: Experiment, model: Model, fold: int) -> float:
-    """How long the rest of a training may take."""
+    """Estimate the minutes that the rest of a training may take."""
     seconds = epoch_seconds(experiment, model) or EPOCH_SECONDS
     left = number_of_epochs(experiment, model) - read_training_log(experiment.fold_folder(model, fold)).epochs
     return max(30.0, _MARGIN * (max(0, left) * seconds / 60 + 30))
 
 
 def training_retries(experiment: Experiment) -> int:
-    """How often a training may be taken up again: more often than the queue's time limit ends it."""
+    """Return how often a training may be restarted: the configured retries, plus those that the time limit requires."""
     longest = max(
         estimated_minutes(experiment, model, fold) for model in experiment.models for fold in experiment.folds
     )
@@ -134,7 +134,7 @@ def training_retries(experiment: Experiment) -> int:
 
 
 def gpu_memory(experiment: Experiment, model: Model) -> float | None:
-    """GPU memory of a training in GiB: by the memory model, else what nnU-Net's planner aims at; None if unknown."""
+    """Return the GPU memory of a training in GiB: by the memory model, or the planner's target; None if unknown."""
     known = (try_read_json(experiment.records / "memory" / f"{model.name}.json") or {}).get("total_bytes")
     if known is not None:
         return known / 2**30
@@ -145,7 +145,7 @@ def gpu_memory(experiment: Experiment, model: Model) -> float | None:
 
 
 def of_rule(experiment: Experiment, rule: str) -> dict[str, Any]:
-    """Resources of a rule whose jobs are all alike, as Snakemake names them."""
+    """Return the resources of a rule whose jobs are all alike, as Snakemake names them."""
     cpus, memory, minutes = DEFAULTS[rule]
     found: dict[str, Any] = {"cpus": cpus, "memory_gb": memory, "minutes": minutes, "gpus": 0}
     if rule == "predict":
@@ -154,7 +154,7 @@ def of_rule(experiment: Experiment, rule: str) -> dict[str, Any]:
 
 
 def of_training(experiment: Experiment, model: Model, fold: int) -> dict[str, Any]:
-    """Resources of a training, as Snakemake names them."""
+    """Return the resources of a training, as Snakemake names them."""
     cpus, memory, _ = DEFAULTS["train"]
     needed = gpu_memory(experiment, model)
     on_gpu = experiment.device == "cuda"
@@ -162,7 +162,7 @@ def of_training(experiment: Experiment, model: Model, fold: int) -> dict[str, An
     if workers.isdigit():
         cpus = int(workers) + 1
     if not on_gpu and needed is not None:
-        # what would be on a GPU is in the machine's memory
+        # without a GPU, the training step is in main memory too
         memory = 8 + needed
     found = {
         "cpus": cpus * model.gpus,
@@ -187,9 +187,9 @@ def of_training(experiment: Experiment, model: Model, fold: int) -> dict[str, An
 
 
 def names_of_training(experiment: Experiment) -> list[str]:
-    """What trainings ask for beside threads, one or the other of them.
+    """Return the names of all resources other than threads that at least one training requests.
 
-    The plugin for SLURM hands on an empty qos or constraint, so that those must not be there at all.
+    Unused names must be absent, because the SLURM plugin passes on an empty qos or constraint.
     """
     return list(
         dict.fromkeys(
@@ -207,7 +207,7 @@ def _given(experiment: Experiment, rule: str) -> dict[str, Any]:
 
 def _as_snakemake(experiment: Experiment, found: Mapping[str, Any]) -> dict[str, Any]:
     resources: dict[str, Any] = {
-        # SLURM may take GPUs from several nodes, which nnU-Net's processes do not reach
+        # otherwise SLURM may assign GPUs on several nodes, but nnU-Net uses only one
         "nodes": 1,
         "threads": max(1, int(found["cpus"])),
         "mem_mb": math.ceil(found["memory_gb"] * 1000),

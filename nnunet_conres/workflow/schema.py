@@ -1,4 +1,4 @@
-"""What the YAML file of an experiment may hold, entry by entry, as pydantic models.
+"""The entries of an experiment's YAML file, as pydantic models.
 
 Checks that need several entries, or nnU-Net's classes, are in nnunet_conres.workflow.config.
 """
@@ -24,7 +24,7 @@ from pydantic import (
 
 from nnunet_conres.evaluation.rules import read_rules
 
-# Options of sbatch that Snakemake's plugin sets itself and refuses in slurm_extra, and what to write instead.
+# Options of sbatch that Snakemake's plugin sets itself and rejects in slurm_extra, and the entry to use instead.
 _NOT_EXTRA: Final = {
     option: instead
     for options, instead in (
@@ -68,7 +68,7 @@ def _text(value: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    """A name of a model, or of nnU-Net's: part of file names and commands. YAML reads some as numbers."""
+    """A name of a model, trainer, plans or the like: part of file names and commands. YAML reads some as numbers."""
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text):
         raise ValueError("expected letters, digits and . _ -")
@@ -162,7 +162,7 @@ def _rules(value: Any) -> str:
 
 
 def _schemes(values: tuple[str, ...]) -> tuple[str, ...]:
-    # imports NumPy, which steps of an experiment without schemes do without
+    # imported here, because only experiments with schemes need it
     from nnunet_conres.datasets.brats_schemes import select_schemes
 
     _, errors = select_schemes(list(values))
@@ -192,7 +192,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """Entries of which all may be left out; an entry without a value counts as left out."""
+    """A group of optional entries; an entry without a value counts as absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -229,7 +229,7 @@ class Data(Section):
 
 
 class Test(Section):
-    """Test cases, named as nnU-Net wants them."""
+    """Test cases, named as nnU-Net expects."""
 
     images: Folder | None = None
     labels: Folder | None = None
@@ -276,7 +276,7 @@ SLURM_TEXTS: Final = ("account", "partition", "qos", "constraint", "slurm_extra"
 
 
 class RuleResources(Section):
-    """What the jobs of a rule ask for; `SLURM_TEXTS` go to SLURM as they are."""
+    """Resources that the jobs of a rule request; `SLURM_TEXTS` are passed to SLURM unchanged."""
 
     cpus: Count | None = None
     memory_gb: Positive | None = None
@@ -330,12 +330,12 @@ def read(content: Mapping[str, Any], base: Path) -> tuple[ExperimentFile, list[s
     """Check the entries of a file one by one.
 
     Args:
-        content: What the YAML file holds.
+        content: Content of the YAML file.
         base: Folder that relative paths are relative to.
 
     Returns:
-        The entries that are right, a message for each that is not, and where the latter are: the first
-        name, such as models, and the first two, such as models, stock.
+        The valid entries, a message for each invalid one, and the places of the invalid ones: the first name in their
+        path, such as "models", and the first two, such as "models, stock".
     """
     errors: list[str] = []
     wrong: set[str] = set()
@@ -353,19 +353,19 @@ def read(content: Mapping[str, Any], base: Path) -> tuple[ExperimentFile, list[s
                 errors.append(message)
                 wrong |= {", ".join(place[:1]), ", ".join(place[:2])}
                 remaining = _without(remaining, place)
-            if remaining == before:  # nothing to leave out, and so nothing that would end this
+            if remaining == before:  # nothing was removed, so the loop would never end
                 raise
 
 
 def _with_text_keys(content: Any) -> Any:
-    """Entries whose names are texts: YAML reads ``1:`` as a number and ``on:`` as true."""
+    """Convert the names of entries to strings: YAML reads ``1:`` as a number and ``on:`` as true."""
     if not isinstance(content, Mapping):
         return content
     return {str(key): _with_text_keys(value) for key, value in content.items()}
 
 
 def _place(location: tuple[int | str, ...], content: Any) -> tuple[str, ...]:
-    """The entry that an error is about: pydantic adds positions in lists and the members of unions."""
+    """Return the entry that an error is about, without the list positions and union members that pydantic adds."""
     place: list[str] = []
     for key in location:
         if not isinstance(content, Mapping) or key not in content:
@@ -424,11 +424,11 @@ def _instead(place: tuple[str, ...]) -> str:
 
 
 def _without(content: Any, place: tuple[str, ...]) -> Any:
-    """Entries without one of them."""
+    """Return the entries without the one at a place."""
     if not place:
         return {}
     key = place[0]
-    if key not in content:  # it went with what held it
+    if key not in content:  # already removed with its parent
         return content
     rest = {name: value for name, value in content.items() if name != key}
     if len(place) > 1 and isinstance(content[key], Mapping):

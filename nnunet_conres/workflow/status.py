@@ -1,6 +1,6 @@
-"""Where an experiment stands: what of every model and fold is done, running, waiting or failed.
+"""State of an experiment: which steps of every model and fold are done, running, waiting or failed.
 
-Snakemake's `--summary` lists records; it knows neither epochs nor who is training.
+Snakemake's `--summary` lists records; it shows neither epochs nor running trainings.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _ENDED = " ended with exit code "
 
 @dataclass(frozen=True)
 class FoldStatus:
-    """Where the training of a fold stands.
+    """State of the training of a fold.
 
     Attributes:
         model: Name of the model.
         fold: The fold.
-        state: done: with its validation; running: something holds its lock; failed: the last attempt failed and
-            nothing runs; waiting: anything else, also between two attempts.
-        epoch: Epochs that are done.
-        epochs: Epochs in all.
-        dice: Of the validation when done, else mean pseudo Dice after the last epoch; None where there is none.
-        seconds_left: Estimate for a running one, validation not included; None where nothing is known.
-        attempts: How often the training was started.
-        where: Who runs it, the job that is to, or the error of the last attempt.
+        state: done: complete with validation; running: a process holds its lock; failed: the last attempt failed and
+            nothing runs; waiting: otherwise, also between two attempts.
+        epoch: Number of completed epochs.
+        epochs: Total number of epochs.
+        dice: Validation Dice when done, otherwise mean pseudo Dice after the last epoch; None if there is none.
+        seconds_left: Estimate for a running training, without validation; None if unknown.
+        attempts: Number of times that the training was started.
+        where: The process that runs it, the queued job, or how the last attempt ended.
     """
 
     model: str
@@ -66,13 +66,13 @@ class FoldStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """Where an experiment stands.
+    """State of an experiment.
 
     Attributes:
         folds: Every fold of every model.
-        steps: Steps beside training, with what is done of them.
-        losses: What a killed training of each model loses.
-        retries: How often a training is taken up again.
+        steps: Progress of the steps other than training.
+        losses: Training time that a killed training loses at most, by model.
+        retries: Maximum number of restarts of a training.
     """
 
     folds: Sequence[FoldStatus]
@@ -81,7 +81,7 @@ class Status:
     retries: int
 
     def as_text(self) -> str:
-        """Tables for a person."""
+        """Return the state as readable tables."""
         head = ("model", "fold", "state", "epoch", "Dice", "left", "attempts", "")
         rows = [
             (
@@ -101,13 +101,13 @@ class Status:
         counts["waiting"] = len(self.folds) - sum(counts.values())
         lines += ["", "trainings: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count)]
         lines += [f"{step}: {done}" for step, done in self.steps.items()]
-        lines += ["", f"A killed training is taken up again, up to {self.retries} times, and loses at most:"]
+        lines += ["", f"A killed training is restarted up to {self.retries} times. It loses at most:"]
         lines += [f"  {model}: {loss}" for model, loss in self.losses.items()]
         return "\n".join(line.rstrip() for line in lines)
 
 
 def duration(seconds: float) -> str:
-    """A duration as people say it: two units."""
+    """Format a duration in at most two units, such as 2 h 05 min."""
     minutes = int(seconds // 60)
     if minutes < 1:
         return f"{seconds:.0f} s"
@@ -118,7 +118,7 @@ def duration(seconds: float) -> str:
 
 
 def status(experiment: Experiment) -> Status:
-    """Looks at an experiment; changes nothing, and needs nothing to be running."""
+    """Return the state of an experiment. Changes nothing, and works whether or not the experiment is running."""
     splits = try_read_json(experiment.preprocessed / SPLITS_FILE)
     cases = records.split_states(splits, experiment.folds) or {}
     jobs = _jobs_of_trainings(experiment)
@@ -161,9 +161,9 @@ def _fold_status(experiment: Experiment, model: Model, fold: int, cases: Sequenc
 
 
 def _jobs_of_trainings(experiment: Experiment) -> dict[tuple[str, int], str]:
-    """Trainings that are in SLURM's queue, by model and fold; nothing where there is no SLURM.
+    """Return the trainings in SLURM's queue, by model and fold; empty without SLURM.
 
-    The plugin for SLURM gives all jobs of a run one name, and tells rule and wildcards in the comment.
+    The SLURM plugin gives all jobs of a run the same name. The job's comment contains rule and wildcards.
     """
     if shutil.which("squeue") is None:
         return {}
@@ -175,7 +175,7 @@ def _jobs_of_trainings(experiment: Experiment) -> dict[tuple[str, int], str]:
     trainings = {
         f"rule_train_wildcards_{model.name}_{fold}": (model.name, fold) for model, fold in iterate_trainings(experiment)
     }
-    # another experiment's name may begin with that of this one
+    # a full match: the name of another experiment may start with this one's
     ours = re.compile(re.escape(job_name(experiment)) + "_[0-9a-f-]+")
     found = {}
     for line in asked.stdout.splitlines():
@@ -187,11 +187,11 @@ def _jobs_of_trainings(experiment: Experiment) -> dict[tuple[str, int], str]:
 
 
 def _attempts(log: Path) -> tuple[int, str | None, str]:
-    """What the log of a training's attempts tells.
+    """Read the log of a training's attempts.
 
     Returns:
-        How often it was started; the error of the last attempt, None if it did not fail, or not yet; and whether it
-        was killed from outside.
+        Number of attempts; the error of the last attempt, None if it has not failed; and a note if it was killed from
+        outside or ended without a message, otherwise an empty string.
     """
     try:
         lines = log.read_text(errors="replace").splitlines()
@@ -207,7 +207,7 @@ def _attempts(log: Path) -> tuple[int, str | None, str]:
     if not failed:
         killed = [line.split(maxsplit=3)[3] for line in last if line.startswith(_MARK) and " killed by signal " in line]
         if starts and not killed and not any(line.startswith(_MARK) and _ENDED in line for line in last):
-            return len(starts), None, "its last attempt ended without a word: killed, or its node was lost"
+            return len(starts), None, "its last attempt ended without a message: it was killed, or its node failed"
         return len(starts), None, killed[-1] if killed else ""
     said = [line.strip() for line in last if not line.startswith(_MARK) and _ERROR_LINE.match(line.strip())]
     return len(starts), said[-1] if said else failed[-1].removeprefix(f"{_MARK}failed: "), ""

@@ -1,12 +1,12 @@
-"""Runs the command of a rule: under a lock, unless its work is done already; records what was made.
+"""Run the command of a rule under a lock, unless its work is already done, and record the result.
 
 The workflow's rules call ``python -m nnunet_conres.workflow.step EXPERIMENT STEP --record RECORD ...``. The content of
-a file decides whether it is complete, never its mere existence. So a step can be killed at any time, started again, or
-started twice by two workflows.
+a file decides whether it is complete, never its mere existence. A step can therefore be killed at any time, restarted,
+or started by two workflows at once.
 
-What is here, Snakemake does not do: it knows the steps of one folder, while two workflows with separate folders share
-the data set and its trainings; when it is killed, its jobs live on, and it starts them a second time; it kills a job's
-shell and not what that has started; it counts GPUs and does not say which.
+This module closes gaps of Snakemake. Snakemake knows the steps of one folder only, but two workflows with separate
+folders may share the data set and its trainings. If it is killed, its jobs live on, and it later starts them again. It
+kills the shell of a job, but not the processes that the shell started. It counts GPUs, but does not assign them.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from nnunet_conres.workflow.config import Experiment, Model, ensemble_name, pars
 from nnunet_conres.workflow.records import digest
 
 MARK: Final = "[workflow]"
-# Of this package's trainers, which are not imported here: that would take torch.
+# Variable read by this package's trainers, which are not imported here because that would load torch.
 CHECKPOINT_VARIABLE: Final = "nnUNet_conres_checkpoint_minutes"
-# Of the log of a step that failed, among what Snakemake prints.
+# Lines of a failed step's log to show in Snakemake's output.
 _SHOWN_LINES: Final = 20
-# Stands for what something was made from while it is made anew: whatever a killed command leaves counts for nothing.
+# Content of a stamp during a rebuild, so that leftovers of a killed command never count as done.
 _UNFINISHED: Final = {"unfinished": True}
 _GRACE_SECONDS: Final = 20.0
-# A training that has written to its log within this time, but holds no lock, was started by hand and is running.
+# If a fold's files changed within this time, but no process holds its lock, a training started by hand is running.
 _BY_HAND_SECONDS: Final = 600.0
 
 
@@ -63,18 +63,18 @@ def run(
     environment: dict[str, str] | None = None,
     output: Path | None = None,
 ) -> None:
-    """Runs a command to its end; nothing that it started lives longer than this call.
+    """Run a command to its end; no process that it starts outlives this call.
 
     Args:
         command: The command.
         log: File that its output is appended to.
-        keep: File descriptors of locks that it is to hold too: should this process be killed alone, the lock lasts as
-            long as the command does.
-        environment: Variables beside those of this process.
+        keep: File descriptors of locks for the command to hold too. If only this process is killed, the locks last as
+            long as the command.
+        environment: Variables in addition to those of this process.
         output: File for its standard output, instead of the log.
 
     Raises:
-        StepError: It could not be started, or failed.
+        StepError: The command could not be started, or failed.
     """
     with contextlib.ExitStack() as files:
         with file_errors(log):
@@ -102,7 +102,7 @@ def run(
                 raise StepError(f"{command[0]} may not be executed: {error.strerror}. Install it again.") from error
             try:
                 pass_on_to(process)
-                # with a timeout, or else the handler of a signal could not wait for the same process
+                # with a timeout: otherwise a signal handler could not wait for the same process
                 code = process.wait(threading.TIMEOUT_MAX)
             except SystemExit as signalled:
                 when = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
@@ -121,9 +121,10 @@ def _note(log_file: io.FileIO, log: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _passed_on() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
-    """While it lasts, signals that are to end this process end the command first.
+    """Make signals that are to end this process end the command first.
 
-    It gives a function to call with the started command, which ends it at once if a signal has come meanwhile.
+    Yields:
+        A function to call with the started command. It ends the command at once if a signal has already arrived.
     """
     started: list[subprocess.Popen[bytes]] = []
     too_early: list[int] = []
@@ -152,7 +153,7 @@ def _passed_on() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
 
 
 def _end_group(group: int) -> None:
-    # data loaders whose training was killed would wait for it for ever
+    # the data loaders of a killed training would wait for it forever
     _signal_group(group, signal.SIGKILL)
 
 
@@ -163,7 +164,7 @@ def _signal_group(group: int, number: int) -> None:
 
 @contextlib.contextmanager
 def gpus(experiment: Experiment, number: int) -> Iterator[tuple[dict[str, str], list[int]]]:
-    """GPUs of this machine for one command; a scheduler that has assigned some is left alone.
+    """Reserve GPUs of this machine for one command, unless a scheduler assigns them.
 
     Yields:
         Variables for the command, and file descriptors of the locks on its GPUs.
@@ -172,7 +173,7 @@ def gpus(experiment: Experiment, number: int) -> Iterator[tuple[dict[str, str], 
         yield {}, []
         return
     names = gpus_here()
-    if not names:  # the command says best what is wrong
+    if not names:  # the command itself reports this best
         yield {}, []
         return
     if number > len(names):
@@ -183,10 +184,10 @@ def gpus(experiment: Experiment, number: int) -> Iterator[tuple[dict[str, str], 
 
 
 def gpus_here(environment: Mapping[str, str] | None = None) -> list[str]:
-    """GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them.
+    """Return the GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them.
 
     Args:
-        environment: Variables of the process; None for those of this one.
+        environment: Variables of the process; None for those of this process.
     """
     visible = (os.environ if environment is None else environment).get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -206,11 +207,11 @@ class Step:
 
     Args:
         experiment: The experiment.
-        record: The record to write. Some steps take from its name what they are for.
-        threads: That the command may use.
+        record: The record to write. Some steps read their model or report from its name.
+        threads: Number of threads that the command may use.
 
     Attributes:
-        log: File for the command's output; it is called as the record is.
+        log: File for the command's output, named like the record.
     """
 
     def __init__(self, experiment: Experiment, record: Path, threads: int = 1) -> None:
@@ -220,12 +221,12 @@ class Step:
         self.log = (experiment.logs / record.relative_to(experiment.records)).with_suffix(".log")
 
     def lock(self, name: str) -> contextlib.AbstractContextManager[int]:
-        """A lock of the data set, for all workflows with the same preprocessed folder."""
+        """Return a lock of the data set, shared by all workflows with the same preprocessed folder."""
         folder = self.experiment.preprocessed.parent / ".workflow"
         return hold(folder / f"{self.experiment.dataset}_{name}.lock")
 
     def stamp(self, name: str) -> Path:
-        """What something in the preprocessed folder was made from."""
+        """Return the file that notes the inputs of a result in the preprocessed folder."""
         return self.experiment.preprocessed / "workflow" / f"{name}.json"
 
     def say(self, text: str) -> None:
@@ -239,12 +240,12 @@ class Step:
         return try_read_json(self.experiment.records / "raw.json")
 
     def convert(self) -> None:
-        """The raw data set: made of BraTS folders, or there already."""
+        """Convert BraTS folders to the raw data set, unless it exists."""
         with self.lock("dataset") as descriptor:
             if (self.experiment.raw / "dataset.json").is_file():
                 self.say(f"{self.experiment.raw} is there.")
             elif self.experiment.brats:
-                # the conversion refuses a folder that is not there, which a new experiment's is not
+                # the conversion requires nnUNet_raw to exist, but a new experiment has no such folder yet
                 with file_errors(self.experiment.raw.parent):
                     self.experiment.raw.parent.mkdir(parents=True, exist_ok=True)
                 run(commands.convert(self.experiment, self.threads), self.log, keep=[descriptor])
@@ -254,19 +255,19 @@ class Step:
             write_if_changed(self.record, state)
 
     def test_cases(self) -> None:
-        """Looks at the test cases."""
+        """Record the state of the test cases."""
         state = records.test_state(self.experiment)
         if state is None:
             raise StepError(f"{self.experiment.test_images} is no folder; expected the test images there.")
         write_if_changed(self.record, state)
 
     def fingerprint(self) -> None:
-        """Integrity check and fingerprint."""
+        """Check the data set's integrity and extract its fingerprint."""
         path, stamp = self.experiment.preprocessed / "dataset_fingerprint.json", self.stamp("fingerprint")
         with self.lock("dataset") as descriptor:
             made_of = try_read_json(stamp)
             if made_of != self._raw() or try_read_json(path) is None:
-                # one made by hand, before the workflow, is kept
+                # a valid fingerprint made by hand before the workflow is kept
                 renew = made_of is not None or (path.exists() and try_read_json(path) is None)
                 if renew:
                     write_if_changed(stamp, _UNFINISHED)
@@ -276,13 +277,13 @@ class Step:
             write_if_changed(self.record, {"content": records.file_digest(path), "raw": self._raw()["content"]})
 
     def split(self) -> None:
-        """The folds; splits that somebody made by hand are taken as they are."""
+        """Make the folds; splits made by hand are used unchanged."""
         path, stamp = self.experiment.preprocessed / SPLITS_FILE, self.stamp("splits")
         wanted = {"raw": self._raw(), "options": try_read_json(self.experiment.records / "options" / "splits.json")}
         with self.lock("splits") as descriptor:
             made_of = try_read_json(stamp)
             if path.exists() and made_of is None:
-                self.say(f"{path} was there before; it is used as it is.")
+                self.say(f"{path} existed before and is used unchanged.")
             elif made_of != wanted or try_read_json(path) is None:
                 if path.exists():
                     self._nobody_trains_on(path)
@@ -292,14 +293,14 @@ class Step:
             states = records.split_states(try_read_json(path), self.experiment.folds)
             if states is None:
                 raise StepError(
-                    f"{path} lacks some of the folds {', '.join(map(str, self.experiment.folds))}. nnU-Net would make "
-                    f"up the others at random. Remove the file, or ask for folds that it has."
+                    f"{path} lacks some of the folds {', '.join(map(str, self.experiment.folds))}. nnU-Net would split "
+                    f"the missing ones at random. Remove the file, or choose folds that it has."
                 )
             for fold, state in states.items():
                 write_if_changed(records.split_record(self.experiment, fold), state)
 
     def plan(self, plans_name: str, configuration: str) -> None:
-        """Plans; those that somebody made by hand are taken as they are."""
+        """Make the plans; plans made by hand are used unchanged."""
         path, stamp = self.experiment.preprocessed / f"{plans_name}.json", self.stamp(f"plans_{plans_name}")
         wanted = {
             "fingerprint": try_read_json(self.experiment.records / "fingerprint.json"),
@@ -309,7 +310,7 @@ class Step:
         with self.lock("dataset") as descriptor:
             made_of = try_read_json(stamp)
             if try_read_json(path) is not None and made_of is None:
-                self.say(f"{path} was there before; it is used as it is.")
+                self.say(f"{path} existed before and is used unchanged.")
             elif not command and try_read_json(path) is None:
                 raise StepError(f"{path} is not there, and its planner is none. Make the plans, or name a planner.")
             elif command and (made_of != wanted or try_read_json(path) is None):
@@ -325,7 +326,7 @@ class Step:
         write_if_changed(self.record, state)
 
     def preprocess(self, plans_name: str, configuration: str) -> None:
-        """Preprocessed data, made once for all plans and workflows that want the same."""
+        """Preprocess a configuration, once for all plans and workflows that need the same data."""
         state = records.plans_state(try_read_json(self.experiment.preprocessed / f"{plans_name}.json"), configuration)
         if state is None:
             raise StepError(f"{plans_name} has no configuration {configuration}.")
@@ -335,7 +336,7 @@ class Step:
         with self.lock("preprocess") as descriptor:
             made_of = try_read_json(stamp)
             if made_of is None and records.holds_all_cases(self.experiment, folder):
-                self.say(f"{folder} was there before, with all cases; it is used as it is.")
+                self.say(f"{folder} existed before with all cases and is used unchanged.")
                 write_if_changed(stamp, wanted)
             elif made_of != wanted or not records.holds_all_cases(self.experiment, folder):
                 self._may_be_removed(folder, identifier, wanted)
@@ -348,19 +349,19 @@ class Step:
         write_if_changed(self.record, state | {"raw": wanted["raw"]})
 
     def _nobody_trains_on(self, what: Path, models: str = "*") -> None:
-        """Refuses to make something anew that a training, perhaps another workflow's, reads or goes on with later."""
+        """Refuse to rebuild a file or folder while a training, possibly of another workflow, uses it."""
         results = Path(self.experiment.environment["nnUNet_results"]) / self.experiment.dataset
         for lock in sorted(results.glob(f"{models}/workflow/fold_*.lock")):
             who = holder(lock)
             if who is not None:
                 raise StepError(
-                    f"{what} has to be made anew, but {lock.parent.parent.name}, {lock.stem}, is trained by {who}. "
+                    f"{what} must be rebuilt, but {who} is training {lock.parent.parent.name}, {lock.stem}. "
                     f"Wait for it; or, if another workflow needs something else of the same data set, give this one "
                     f"a separate nnUNet_preprocessed and nnUNet_results."
                 )
 
     def _may_be_removed(self, folder: Path, identifier: str, wanted: dict[str, Any]) -> None:
-        """Refuses what nnU-Net's command, which removes the folder first, would destroy."""
+        """Refuse to preprocess into a folder that trainings or other plans use: nnU-Net's command removes it first."""
         if not folder.is_dir():
             return
         self._nobody_trains_on(folder)
@@ -372,12 +373,12 @@ class Step:
                 state = records.plans_state(plans, name) or {}
                 if state.get("data_identifier") == identifier and state["preprocessing"] != wanted["preprocessing"]:
                     raise StepError(
-                        f"{folder} is also the data folder of {path.name}, {name}, which wants its data preprocessed "
-                        f"otherwise. Give one of them another data_identifier."
+                        f"{folder} is also the data folder of {path.name}, {name}, which has other preprocessing "
+                        f"settings. Give one of them another data_identifier."
                     )
 
     def memory(self) -> None:
-        """What the memory model says of a training; only advice, so nothing fails for it."""
+        """Estimate the memory of a training. The estimate is only advice, so an error does not fail the step."""
         answer: dict[str, Any] = {"total_bytes": None}
         printed = self.record.with_name(f"{self.record.name}.partial")
         try:
@@ -391,7 +392,7 @@ class Step:
     # --- training -------------------------------------------------------------------------------------------------
 
     def train(self, model: Model, fold: int, number_of_gpus: int) -> None:
-        """One fold, from where an earlier attempt ended."""
+        """Train one fold, from where an earlier attempt ended."""
         experiment = self.experiment
         made_of = {
             "data": digest(try_read_json(records.data_record(experiment, model))),
@@ -419,20 +420,20 @@ class Step:
             write_if_changed(self.record, made_of | {"checkpoint": checkpoint})
 
     def _how_to_go_on(self, folder: Path) -> list[str]:
-        """The flag with which nnU-Net goes on from the checkpoints in a folder."""
+        """Return the flag with which nnU-Net continues from the checkpoints in a folder."""
         for name in CHECKPOINTS:
             checkpoint = folder / name
             if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-                # Stock trainers write in place; --c would fail on it again and again.
+                # Stock trainers do not write atomically; --c would fail on a truncated file every time.
                 checkpoint.rename(checkpoint.with_name(f"{name}.damaged"))
-                self.say(f"{checkpoint} was cut short when the training was killed; it is called .damaged now.")
+                self.say(f"{checkpoint} was truncated when the training was killed. Renamed to {name}.damaged.")
         there = [name for name in CHECKPOINTS if (folder / name).is_file()]
         if CHECKPOINTS[0] in there:
             return ["--val"]
         return ["--c"] if there else []
 
     def _check_unchanged(self, model: Model, fold: int) -> None:
-        """Whether the files that nnU-Net will read are those that were looked at when this run began."""
+        """Check that the files that nnU-Net will read have not changed since this run began."""
         experiment = self.experiment
         plans = experiment.preprocessed / f"{model.plans}.json"
         splits = experiment.preprocessed / SPLITS_FILE
@@ -446,15 +447,15 @@ class Step:
         for path, same in as_before.items():
             if not same:
                 raise StepError(
-                    f"{path} was changed since this run of the workflow began, by hand or by another workflow. Run it "
-                    f"again: it looks at what has changed, and does again what depends on it."
+                    f"{path} changed after this run of the workflow began, by hand or by another workflow. Run the "
+                    f"workflow again: it repeats the steps that depend on the change."
                 )
 
     def _look_for_others(self, folder: Path, stamp: Path) -> None:
-        """Refuses a fold that somebody seems to train by hand, which holds no lock.
+        """Refuse a fold that appears to be in training by hand, which holds no lock.
 
-        Every training begins a new log, so one more than this workflow's last attempt can have begun is
-        somebody else's.
+        Every training starts a new log. This workflow's last attempt started at most one, so any further new log
+        belongs to someone else.
         """
         if not folder.is_dir():
             return
@@ -465,15 +466,15 @@ class Step:
         newest = max((path.stat().st_mtime for path in folder.glob("*")), default=0.0)
         if time.time() - newest < _BY_HAND_SECONDS and not (folder / CHECKPOINTS[0]).is_file():
             raise StepError(
-                f"{folder} was written to {time.time() - newest:.0f} s ago, and not by a workflow: it seems to be in "
+                f"{folder} changed {time.time() - newest:.0f} s ago outside a workflow: it seems to be in "
                 f"training. Wait for it, or end it and try again in {_BY_HAND_SECONDS / 60:.0f} minutes."
             )
-        self.say(f"{folder} was trained by hand before; what is done of it counts.")
+        self.say(f"{folder} was trained outside the workflow; its completed epochs are kept.")
 
     def _move_outdated(self, model: Model, fold: int, made_of: dict[str, str]) -> None:
-        """Moves folds of a model aside that were trained on other data, by other plans or another trainer.
+        """Move folds of a model aside that were trained with other data, plans, splits or another trainer.
 
-        Those of the other folds too: all share one plans.json, and our trainers refuse to mix topologies.
+        This includes folds other than this one: all share one plans.json, and our trainers refuse to mix topologies.
         """
         base = self.experiment.model_folder(model)
         for stamp in sorted(base.glob("workflow/fold_*.json")):
@@ -489,7 +490,7 @@ class Step:
                     try:
                         stack.enter_context(hold(stamp.with_suffix(".lock"), wait=False))
                     except LockedError:
-                        continue  # its own job looks after it
+                        continue  # the job that trains it handles it
                 old = base / stamp.stem
                 if old.is_dir():
                     aside = base / "replaced" / f"{stamp.stem}_{datetime.now():%Y%m%d-%H%M%S}"
@@ -501,7 +502,7 @@ class Step:
     # --- steps after training ---------------------------------------------------------------------------------------
 
     def predict(self, model: Model, part: int, number_of_gpus: int) -> None:
-        """Predictions of one part of the test cases; they appear when all of the part are done."""
+        """Predict one part of the test cases; predictions appear when the whole part is done."""
         experiment = self.experiment
         trained = [records.training_record(experiment, model, fold) for fold in experiment.folds]
         made_of = [try_read_json(path) for path in trained] + [
@@ -513,7 +514,7 @@ class Step:
         partial = experiment.predictions(f".{model.name}_part_{part}")
         command = commands.predict(experiment, model, part, str(partial), max(1, (self.threads - 1) // 2))
         with hold(folder / f".part_{part}.lock") as descriptor:
-            # of other checkpoints or other test cases
+            # remove predictions by other checkpoints or for other test cases
             for stamp in folder.glob(".part_*.json"):
                 before = try_read_json(stamp) or {}
                 if before.get("made_of") != digest(made_of):
@@ -530,7 +531,7 @@ class Step:
             self._publish(partial, folder, made_of, stamp)
 
     def ensemble(self) -> None:
-        """An ensemble's predictions; they appear when all are done."""
+        """Make an ensemble's predictions; they appear when all are done."""
         experiment, name = self.experiment, self.record.stem
         folder, partial = experiment.predictions(name), experiment.predictions(f".{name}")
         members = next(members for members in experiment.ensembles if ensemble_name(members) == name)
@@ -545,13 +546,13 @@ class Step:
             self._publish(partial, folder, made_of, folder / ".made.json")
 
     def postprocess(self) -> None:
-        """The choice of a model's post-processing; it replaces an earlier one when it is done."""
+        """Choose a model's post-processing; the result replaces an earlier one when it is complete."""
         name = self.record.stem
         file = self.experiment.postprocessing(name)
         command = commands.postprocess(self.experiment, self.experiment.model(name), self.threads)
         made_of = [_whatever_processes(command), self._contents([f"train/{name}/fold_*.json"])]
         stamp = file.with_name(f".{file.name}")
-        # without a dot, as the command's own lock has it
+        # no leading dot, to differ from the command's own lock
         with hold(file.with_name(f"{file.stem}.lock")) as descriptor:
             if self._is_done(stamp, made_of):
                 return
@@ -559,7 +560,7 @@ class Step:
             self._record([file], made_of, stamp)
 
     def package(self) -> None:
-        """A folder that a model's container is built from; an earlier one is removed first."""
+        """Write the folder that a model's container is built from; an earlier one is removed first."""
         name = self.record.stem
         folder = self.experiment.package(name)
         command = commands.package(self.experiment, self.experiment.model(name))
@@ -571,13 +572,13 @@ class Step:
                 return
             if stamp.is_file():
                 shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():  # else it is somebody else's, and the command refuses it
+            if not folder.exists():  # otherwise the workflow did not write it, and the command refuses it
                 write_if_changed(stamp, _UNFINISHED)
             run(command, self.log, keep=[descriptor])
             self._record(sorted(path for path in folder.rglob("*") if path.is_file()), made_of, stamp)
 
     def compare(self) -> None:
-        """A report; it replaces an earlier one when it is done."""
+        """Write a report; it replaces an earlier one when it is complete."""
         folder = self.experiment.work / "report" / self.record.stem
         if self.record.stem == "folds":
             compare, of_what = commands.compare_folds, ["train/*/*.json"]
@@ -598,15 +599,15 @@ class Step:
             self._record(files, made_of, stamp)
 
     def _contents(self, patterns: Iterable[str]) -> dict[str, Any]:
-        """Records of what something is made of, by name."""
+        """Return the records that match any of the patterns, by name."""
         folder = self.experiment.records
         found = records.find_records(folder, patterns)
         return {str(path.relative_to(folder)): try_read_json(path) for path in found}
 
     def _is_done(self, stamp: Path, made_of: Any) -> bool:
-        """Whether files were made already, of the same, and are whole; then their record is written again.
+        """Return whether complete files from the same inputs exist; if so, write their record again.
 
-        So it is where a step went on when Snakemake was killed, or where Snakemake wants to look.
+        This happens if a step continued after Snakemake was killed, or if Snakemake runs a finished step again.
         """
         before = try_read_json(stamp) or {}
         files = [self.experiment.work / name for name in before.get("files", [])]
@@ -628,7 +629,7 @@ class Step:
         write_if_changed(self.record, record)
 
     def _publish(self, partial: Path, folder: Path, made_of: Any, stamp: Path) -> None:
-        """Moves finished files to where they belong, file by file, removes earlier ones, and records them."""
+        """Move finished files to their folder one by one, remove earlier ones, and record the new ones."""
         folder.mkdir(parents=True, exist_ok=True)
         before = (try_read_json(stamp) or {}).get("files", [])
         names = sorted(path.name for path in partial.iterdir())
@@ -637,12 +638,12 @@ class Step:
         partial.rmdir()
         for earlier in {self.experiment.work / name for name in before} - {folder / name for name in names}:
             earlier.unlink(missing_ok=True)
-        # nnU-Net's notes on how it predicted are the same few files for all parts
+        # nnU-Net's JSON files on how it predicted have the same names for all parts
         self._record([folder / name for name in names if not name.endswith(".json")], made_of, stamp)
 
 
 def _known_logs(stamp: Path) -> Path:
-    """Logs that a fold had when this workflow's last attempt to train it began."""
+    """Return the file that lists a fold's logs at the start of this workflow's last attempt to train it."""
     return stamp.with_suffix(".logs")
 
 
@@ -651,7 +652,7 @@ def _logs(folder: Path) -> list[str]:
 
 
 def _whatever_processes(command: Sequence[str]) -> list[str]:
-    """A command without its number of processes, which changes no result."""
+    """Return a command without its number of processes, which does not affect the result."""
     position = command.index("-np")
     return [*command[:position], *command[position + 2 :]]
 
@@ -660,16 +661,16 @@ def _whatever_processes(command: Sequence[str]) -> list[str]:
 
 
 def read_experiment(path: Path) -> Experiment:
-    """The experiment as the workflow noted it down."""
+    """Read the experiment that the workflow saved."""
     content = json.loads(path.read_text())
     return parse_config(content["content"], Path(content["base"]), str(path))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a step.
+    """Run a step.
 
     Returns:
-        The exit code: 1 where the step failed, its reason on stderr.
+        The exit code: 1 if the step failed, with the reason on stderr.
     """
     parser = argparse.ArgumentParser(prog="nnunet_conres.workflow.step", description="A step of the workflow.")
     parser.add_argument("experiment", type=Path)
@@ -688,7 +689,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"{MARK} error: {error}", file=sys.stderr)
         return 1
-    # as the configuration has it, not as this process happened to inherit it
+    # the configuration overrides inherited variables
     os.environ.update(experiment.environment)
     os.environ[CHECKPOINT_VARIABLE] = f"{experiment.checkpoint_minutes:g}"
     step = Step(experiment, arguments.record, arguments.threads)
@@ -722,7 +723,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _note_failure(log: Path, text: str) -> None:
-    """For `status`, which reads the logs; as far as the file system allows."""
+    """Write the reason to the log, where `status` reads it; errors of the file system are ignored."""
     with contextlib.suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:

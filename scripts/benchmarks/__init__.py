@@ -1,1 +1,1 @@
-"""The work of scripts/benchmark.py: one module per subcommand, and what they share."""
+"""Modules of scripts/benchmark.py: one per subcommand, and shared ones."""

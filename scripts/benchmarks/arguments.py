@@ -12,7 +12,7 @@ from benchmarks.timing import BenchmarkError
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
@@ -26,7 +26,7 @@ def _device(text: str) -> torch.device:
 
 
 def add_common(parser: argparse.ArgumentParser, threads: int | None = None) -> None:
-    """What all subcommands have."""
+    """Add the arguments of all subcommands."""
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write the report to this file, as JSON")
     parser.add_argument("--device", type=_device, default="cpu", metavar="cpu|cuda", help="(default: %(default)s)")
     parser.add_argument(
@@ -39,7 +39,7 @@ def add_common(parser: argparse.ArgumentParser, threads: int | None = None) -> N
 
 
 def add_turns(parser: argparse.ArgumentParser, rounds: int, warmup: int = 2) -> None:
-    """How often contenders take turns."""
+    """Add the numbers of rounds."""
     parser.add_argument(
         "--rounds", type=positive, default=rounds, metavar="N", help="rounds that count (default: %(default)s)"
     )
@@ -49,7 +49,7 @@ def add_turns(parser: argparse.ArgumentParser, rounds: int, warmup: int = 2) -> 
 
 
 def add_task(parser: argparse.ArgumentParser) -> None:
-    """What is segmented."""
+    """Add the arguments of the task."""
     parser.add_argument(
         "--patch",
         type=positive,
@@ -65,7 +65,7 @@ def add_task(parser: argparse.ArgumentParser) -> None:
 
 
 def task_of(arguments: argparse.Namespace) -> Task:
-    """The task that the arguments state."""
+    """Return the task that the arguments state."""
     patch, channels, classes, regions = arguments.patch, arguments.channels, arguments.classes, arguments.regions
     on_cuda = arguments.device.type == "cuda"
     if classes is None and regions is None and on_cuda:
@@ -75,10 +75,10 @@ def task_of(arguments: argparse.Namespace) -> Task:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuses what can't be done before anything is done.
+    """Check the arguments before any work is done.
 
     Raises:
-        BenchmarkError: All errors, a line each.
+        BenchmarkError: All errors, one per line.
     """
     errors = []
     output: Path | None = arguments.output

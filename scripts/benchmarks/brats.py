@@ -1,7 +1,7 @@
-"""Conversion of a BraTS folder, checks included, against reading and writing everything, and nnU-Net's own script.
+"""Conversion of a BraTS folder, with checks, against rewriting all files and against nnU-Net's own script.
 
-All convert the same synthetic cases, from files to a separate data set folder that is removed after. Files are in the
-page cache for all of them.
+All contenders read the same synthetic cases. Each conversion writes a separate data set folder, which is removed
+afterwards. The files are in the page cache for all contenders.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TARGETS = (
     ("brats-convert / nnU-Net's script", OURS, SCRIPT, None),
 )
 
-# Cases beyond these are copies of them under other names: what is timed does not depend on it.
+# Further cases are copies of these under other names; the timing does not depend on this.
 _DIFFERENT_CASES = 3
 
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def write_cases(folder: Path, cases: int, shape: tuple[int, int, int]) -> None:
-    """Write synthetic cases in BraTS 2018's layout, one after the other the same few."""
+    """Write synthetic cases in BraTS 2018's layout; a few different cases repeat in turn."""
     made = write_brats_phantoms(
         folder / "made", training_cases=min(cases, _DIFFERENT_CASES), held_out_cases=0, shape=shape
     )
@@ -80,7 +80,7 @@ def write_cases(folder: Path, cases: int, shape: tuple[int, int, int]) -> None:
 
 
 def rewrite_case(job: tuple[Path, Path]) -> None:
-    """Read every file of a case with SimpleITK and write it again, labels mapped by nnU-Net's own function."""
+    """Read every file of a case with SimpleITK and write it again; nnU-Net's own function maps the labels."""
     case, dataset = job
     for channel, modality in enumerate(MODALITIES):
         image = SimpleITK.ReadImage(str(case / f"{case.name}_{modality}.nii.gz"))
@@ -89,7 +89,7 @@ def rewrite_case(job: tuple[Path, Path]) -> None:
 
 
 def copy_case(job: tuple[Path, Path]) -> None:
-    """What nnU-Net's script does: copy the images, map the labels. It runs in one process and checks labels only."""
+    """Copy the images and map the labels, as nnU-Net's script does in one process; it checks labels only."""
     case, dataset = job
     for channel, modality in enumerate(MODALITIES):
         target = dataset / "imagesTr" / f"{case.name}_{channel:04d}.nii.gz"
@@ -103,11 +103,11 @@ def _rewrite_labels(case: Path, dataset: Path) -> None:
 
 
 class Turns:
-    """A contestant: converts everything into a folder that is made before and removed after the time is taken.
+    """A contender that converts all cases into a new folder, created before and removed after the timed part.
 
     Args:
-        convert: Converts into the folder that it is called with.
-        folder: Where that folder is made.
+        convert: Converts all cases into the folder that is passed to it.
+        folder: Parent of that folder.
     """
 
     def __init__(self, convert: Callable[[Path], object], folder: Path) -> None:
@@ -123,7 +123,7 @@ class Turns:
 
 
 def contestants(source: Path, processes: int) -> Mapping[str, Callable[[Path], object]]:
-    """What is timed, by name. Of our own command all is, the start of the interpreter included."""
+    """Return the timed conversions, by name. The time of our own command includes the start of the interpreter."""
     folders = sorted((source / "HGG").iterdir())
 
     def each(convert_case: Callable[[tuple[Path, Path]], None]) -> Callable[[Path], object]:
@@ -155,7 +155,7 @@ def contestants(source: Path, processes: int) -> Mapping[str, Callable[[Path], o
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures conversions and returns the report."""
+    """Measure conversions and return the report."""
     if min(arguments.shape) < 16:
         raise BenchmarkError(f"--shape must be at least 16 16 16, got {' '.join(map(str, arguments.shape))}.")
     if arguments.device.type != "cpu":
@@ -195,7 +195,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """The report for readers."""
+    """Format the report as text."""
     rows = [
         [name, f"{entry['seconds']['median']:.2f}", f"{1000 * entry['seconds']['median'] / report['cases']:.0f}"]
         for name, entry in report["contenders"].items()

@@ -1,7 +1,7 @@
 """B-spline deformation against batchgeneratorsv2's transforms and SimpleITK's.
 
-Contestants take turns, so that whatever else the machine does hits all of them; ratios are medians over the rounds, of
-times measured in the same round.
+Contenders take turns, so that other load on the machine affects all of them alike. Ratios are between times of the same
+round; the report has their medians over the rounds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TARGETS = (
 
 
 def contestants(edge: int) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name: each call transforms one patch of one channel with four labels."""
+    """Return the timed functions, by name. Each call transforms one patch of one channel with four labels."""
     size = (edge,) * 3
     images, annotation = make_phantom(size, 0)
     image = torch.from_numpy(images[:1].astype(np.float32))
@@ -120,10 +120,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Turns:
-    """A contestant; all draw the same random numbers in a round, so that rotations and scalings are the same.
+    """A contender; all contenders draw the same random numbers in a round, so rotations and scalings are the same.
 
     Args:
-        call: What is timed.
+        call: Function to time.
     """
 
     def __init__(self, call: Callable[[], Any]) -> None:
@@ -141,7 +141,7 @@ class Turns:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures transforms and returns the report."""
+    """Measure transforms and return the report."""
     if arguments.edge < 8:
         raise BenchmarkError(f"--edge must be at least 8, got {arguments.edge}.")
     if arguments.device.type != "cpu":
@@ -170,6 +170,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """The report for readers."""
+    """Format the report as text."""
     rows = [[name, milliseconds(entry["seconds"])] for name, entry in report["contenders"].items()]
     return as_text(report, table(["", "ms"], rows), ratio_table(report["ratios"]))

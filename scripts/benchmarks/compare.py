@@ -1,7 +1,7 @@
 """Comparison of models whose scores are cached: time, memory and size of the report.
 
-The command runs twice, in separate processes, on the same synthetic cross-validation. The first run fills the cache;
-the second one, the start of the interpreter included, is what counts.
+The command runs twice, in separate processes, on the same synthetic cross-validation. The first run fills the cache.
+The second run is the result; its time includes the start of the interpreter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ DATASET, FOLDS, EPOCHS = "Dataset999_Synthetic", 5, 1000
 CHANNELS = {str(number): modality for number, modality in enumerate(MODALITIES)}
 LABELS = {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": 3}
 
-# Starts a command and measures it. Linux counts the memory of the process that starts it too: that has to be small.
+# Starts a command and measures it. On Linux, the memory of a process includes that of the process that started it, so
+# the launcher has to be small.
 _LAUNCHER = """
 import json, resource, subprocess, sys, time
 began = time.perf_counter()
@@ -39,7 +40,7 @@ print(json.dumps([time.perf_counter() - began, used.ru_utime + used.ru_stime, us
 sys.exit(code)
 """
 
-# Further cases are hard links to these: what is timed does not depend on it.
+# Further cases are hard links to these; the timing does not depend on this.
 _DIFFERENT_CASES = 8
 _STAGES = 6
 
@@ -62,7 +63,7 @@ def write_data(folder: Path, cases: int, models: int, shape: tuple[int, int, int
     """Write raw data and trained models.
 
     Returns:
-        The models, as -tr names them.
+        The models, as arguments of -tr.
     """
     raw, results = folder / "raw" / DATASET, folder / "results" / DATASET
     for name in (raw / "imagesTr", raw / "labelsTr", folder / "preprocessed"):
@@ -113,7 +114,7 @@ def _write(voxels: np.ndarray, paths: list[Path]) -> None:
 
 
 def _write_training(fold: Path, cases: list[str]) -> None:
-    """What nnU-Net leaves of a training and its validation, as far as a comparison reads it."""
+    """Write the files of a training and its validation that a comparison reads."""
     listed = [{"prediction_file": str(fold / "validation" / f"{case}.nii.gz")} for case in cases]
     (fold / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": listed}))
     falling = [float(value) for value in np.exp(-np.arange(EPOCHS) / 200)]
@@ -133,7 +134,7 @@ def _write_training(fold: Path, cases: list[str]) -> None:
 
 
 def _plans(name: str) -> dict[str, Any]:
-    """nnU-Net's for BraTS."""
+    """Return nnU-Net's plans for BraTS."""
     arguments = {
         "n_stages": _STAGES,
         "features_per_stage": [32, 64, 128, 256, 320, 320],
@@ -174,10 +175,10 @@ def _plans(name: str) -> dict[str, Any]:
 
 
 def measured(command: list[str], environment: dict[str, str]) -> dict[str, float]:
-    """Wall time and processor time of a command in s, and its largest memory in bytes.
+    """Run a command and return its wall time and processor time in s, and its peak memory in bytes.
 
     Raises:
-        BenchmarkError: It failed.
+        BenchmarkError: The command failed.
     """
     launched = [sys.executable, "-c", _LAUNCHER, *command]
     process = subprocess.run(launched, env=environment, capture_output=True, text=True, check=False)
@@ -189,7 +190,7 @@ def measured(command: list[str], environment: dict[str, str]) -> dict[str, float
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures both runs and returns the report."""
+    """Measure both runs and return the report."""
     if min(arguments.shape) < 16:
         raise BenchmarkError(f"--shape must be at least 16 16 16, got {' '.join(map(str, arguments.shape))}.")
     if arguments.folder is not None and not arguments.folder.is_dir():
@@ -219,7 +220,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """The report for readers."""
+    """Format the report as text."""
     rows = [
         [name, f"{run['seconds']:.1f}", f"{run['processor_seconds']:.1f}", f"{run['memory_bytes'] / 1e6:.0f}"]
         for name, run in report["contenders"].items()

@@ -1,4 +1,4 @@
-"""The convolutions of a network: which there are, how many FLOPs they take, and how long they take by themselves."""
+"""The convolutions of a network: recording, FLOPs, and time without the rest of the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.timing import Clock, Phases
 
 _ATEN = torch.ops.aten
-# What a convolution is before it is taken apart, which in inference mode nobody does on the way here.
+# Operations that decompose into aten::convolution. In inference mode they arrive here before their decomposition.
 _COMPOSED = (
     _ATEN.conv3d.default,
     _ATEN.conv3d.padding,
@@ -26,18 +26,18 @@ _COMPOSED = (
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution as it was called.
+    """One call of a convolution.
 
     Attributes:
-        input: Shape of its input, (B, C, X, Y, Z).
-        weight: Shape of its weight.
+        input: Shape of the input, (B, C, X, Y, Z).
+        weight: Shape of the weight.
         arguments: Stride, padding, dilation, transposed, output padding, groups.
-        output: Shape of its output.
+        output: Shape of the output.
         bias: Whether there is a bias.
-        dtype: In which it is computed.
+        dtype: Data type of the computation.
         channels_last: Whether input and output have their channels last in memory.
-        weight_gradient: Whether its weight gets a gradient; that of a head whose output the loss leaves out doesn't.
-        input_gradient: Whether its input does; images don't.
+        weight_gradient: Whether the weight gets a gradient; not in a head whose output the loss leaves out.
+        input_gradient: Whether the input gets a gradient; images do not.
     """
 
     input: tuple[int, ...]
@@ -60,15 +60,15 @@ class Convolution:
 
     @property
     def forward_flops(self) -> int:
-        """Two per multiplication and addition; those on padding count, those of the bias don't."""
+        """FLOPs of the forward pass: two per multiply-add. Padding counts, the bias does not."""
         transposed = self.arguments[3]
-        # each voxel of the input is multiplied by each weight of its channel, or each voxel of the output is made so
+        # each weight is used once per voxel: of the input if transposed, else of the output
         voxels = prod((self.input if transposed else self.output)[2:])
         return 2 * self.input[0] * voxels * prod(self.weight)
 
     @property
     def backward_flops(self) -> int:
-        """As many for the gradient of the weight, and again for that of the input, where there is one."""
+        """FLOPs of the backward pass: those of the forward pass for each of the two gradients that exist."""
         return self.forward_flops * (self.weight_gradient + self.input_gradient)
 
 
@@ -77,7 +77,7 @@ def _by(sizes: Sequence[int]) -> str:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees the convolutions that are computed, whoever calls them, and which gradients."""
+    """Records all computed convolutions, regardless of the caller, and their gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class _Recorder(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         output = func(*args, **kwargs)
-        # what is computed a second time, while gradients are, is no work of the network's
+        # a convolution during the backward pass is a recomputation by checkpointing
         if func is _ATEN.convolution.default and torch._C._current_graph_task_id() == -1:
             image, weight, bias, *arguments = args
             self.convolutions.append(
@@ -111,7 +111,7 @@ class _Recorder(TorchDispatchMode):
         return output
 
     def with_gradients(self) -> list[Convolution]:
-        """The convolutions in order. Among equal ones that differ in gradients, the first are said to have them."""
+        """Return the convolutions in order. If only some of several equal ones have gradients, the first get them."""
         found = []
         weights, inputs = self.weight_gradients.copy(), self.input_gradients.copy()
         for convolution in self.convolutions:
@@ -128,17 +128,17 @@ def _key(image: Tensor, weight: Tensor, arguments: Sequence[Any]) -> tuple[Any, 
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    # with one channel or one voxel both are true
+    # with one channel or one voxel, both memory formats apply
     return tensor.is_contiguous(memory_format=torch.channels_last_3d) and not tensor.is_contiguous()
 
 
 def record(run: Callable[[], Any]) -> list[Convolution]:
-    """All convolutions that a call computes forward, in order, and which gradients it computes of them.
+    """Record all convolutions of a call's forward pass, in order, and which of their gradients it computes.
 
-    ``F.conv3d`` counts as much as a module. What checkpointing computes again counts once.
+    ``F.conv3d`` counts like a module. Convolutions that checkpointing computes again count once.
 
     Args:
-        run: What is called, once: a prediction, or a training step.
+        run: A prediction or a training step; called once.
     """
     with _Recorder() as recorder:
         run()
@@ -146,7 +146,7 @@ def record(run: Callable[[], Any]) -> list[Convolution]:
 
 
 def training_flops(convolutions: Sequence[Convolution]) -> dict[str, int]:
-    """FLOPs of a training step's convolutions: forward, backward, and both as ``step``."""
+    """Return the FLOPs of a training step's convolutions: forward, backward, and both as ``step``."""
     forward = sum(convolution.forward_flops for convolution in convolutions)
     backward = sum(convolution.backward_flops for convolution in convolutions)
     return {"forward": forward, "backward": backward, "step": forward + backward}
@@ -156,7 +156,7 @@ class ConvolutionsAlone:
     """The convolutions of a network and nothing else, forward and then backward, on separate tensors.
 
     Args:
-        convolutions: As recorded.
+        convolutions: Recorded convolutions.
         device: Device that does the work.
     """
 
@@ -195,12 +195,12 @@ def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, chan
 
 
 class MatrixProduct:
-    """A product of square matrices: what the device can do at best.
+    """A product of square matrices, which gives the peak rate of the device.
 
     Args:
-        dtype: Of the matrices.
+        dtype: Data type of the matrices.
         device: Device that does the work.
-        edge: Their size.
+        edge: Number of rows and columns.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, edge: int) -> None:

@@ -1,8 +1,8 @@
-"""Loading and augmentation: nnU-Net's against loading what the draws need and augmenting on the device.
+"""Loading and augmentation: nnU-Net's, against drawing first, loading only what is needed and augmenting on the device.
 
-All contenders draw the same random numbers in a round. What a sample costs a core is processor time, which other
-programs of the machine hardly change; what it costs a GPU is time. Both differ between samples, so that means over all
-rounds are compared: only a third of nnU-Net's samples is rotated or scaled.
+All contenders draw the same random numbers in a round. The cost of a sample on a core is processor time, which other
+programs on the machine hardly change; its cost on a GPU is wall time. Both differ between samples, since only a third
+of nnU-Net's samples are rotated or scaled, so means over all rounds are compared.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="N",
-        help="also measure how fast so many worker processes deliver batches of 2 (default: not)",
+        help="also measure how fast N worker processes deliver batches of 2 (default: do not)",
     )
     parser.add_argument(
         "--trainers",
@@ -80,14 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=3,
         default=(3, 250, 50),
         metavar="N",
-        help="epochs, of which the first does not count, their training and their validation iterations "
-        "(default: 3 250 50, of which 250 50 are nnU-Net's)",
+        help="epochs (the first does not count), and training and validation iterations of each "
+        "(default: 3 250 50; nnU-Net has 250 50)",
     )
     add_turns(parser, rounds=40, warmup=2)
 
 
 def pipeline(patch: tuple[int, ...]) -> ComposeTransforms:
-    """nnU-Net's pipeline for three regions, in six scales."""
+    """Return nnU-Net's pipeline for three regions, in up to six scales."""
     scales = [[0.5**level] * 3 for level in range(6) if min(patch) >= 2**level]
     return nnUNetTrainer.get_training_transforms(
         patch, ROTATION, scales, (0, 1, 2), False, regions=[[1, 2, 3], [2, 3], [3]]
@@ -96,7 +96,7 @@ def pipeline(patch: tuple[int, ...]) -> ComposeTransforms:
 
 @contextmanager
 def preprocessed(patch: tuple[int, ...], shape: tuple[int, ...], channels: int, cases: int) -> Iterator[Path]:
-    """nnU-Net's folder of a preprocessed data set with synthetic cases, for a while; yields that of the cases."""
+    """Provide a temporary preprocessed data set of synthetic cases, and yield the folder of the cases."""
     blocks, chunks = comp_blosc2_params((channels, *shape), patch)
     task = Task(patch, 2, channels, 3, 3)
     with tempfile.TemporaryDirectory() as root:
@@ -118,10 +118,10 @@ def preprocessed(patch: tuple[int, ...], shape: tuple[int, ...], channels: int, 
 
 
 class Turns:
-    """A contender; all draw the same random numbers in a round.
+    """A contender; all contenders draw the same random numbers in a round.
 
     Args:
-        call: What is timed; returns what a worker sends, or None.
+        call: Function to time; its result is ignored.
         device: Device that does the work.
     """
 
@@ -139,7 +139,7 @@ class Turns:
 
 
 class OnDevice(Turns):
-    """Loading by the CPU and augmentation on a GPU, whose time is a phase by itself."""
+    """Loading on the CPU and augmentation on a GPU, timed as two phases."""
 
     def __init__(self, loader: DrawFirstLoader, device: torch.device) -> None:
         super().__init__(lambda: None, device)
@@ -157,7 +157,7 @@ class OnDevice(Turns):
 
 
 def megabytes(batch: dict[str, Any]) -> float:
-    """Of the tensors that leave a worker."""
+    """Return the size in MB of the tensors that leave a worker."""
     parts = batch.get("samples", [batch])
     tensors = [value for part in parts for name in part for value in _tensors(part[name])]
     return sum(tensor.nbytes for tensor in tensors) / 1e6
@@ -168,7 +168,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures loading and augmentation and returns the report."""
+    """Measure loading and augmentation and return the report."""
     if arguments.trainers and not arguments.workers:
         raise BenchmarkError("--trainers needs --workers: epochs are timed for each number of worker processes.")
     if arguments.epochs[0] < 2:
@@ -196,7 +196,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if device.type == "cuda"
             else Turns(lambda: finish(next(other), other.pipeline, device), device),
         }
-        # blurs are timed at first use to choose between two ways, which is no cost of a sample
+        # on first use, blurs time two methods to choose one, which is not part of the cost of a sample
         _let_blurs_choose(whole, patch)
         times = in_turn(dict(runs), arguments.rounds, arguments.warmup)
         sent = {}
@@ -253,12 +253,12 @@ def _ratio(times: dict[str, list[Phases]], one: str, other: str) -> tuple[float,
 def _delivery(
     loader: nnUNetDataLoader, augment_on: torch.device | None, device: torch.device, workers: int, batches: int = 20
 ) -> float:
-    """Batches per second that arrive on the device."""
+    """Return the number of batches per second that arrive on the device."""
     on_cuda = device.type == "cuda"
     source = NonDetMultiThreadedAugmenter(loader, None, workers, max(3, workers // 2), None, on_cuda, 0.002)
     source._start()
     made: Any = source if augment_on is None else DeviceBatches(source, loader.pipeline, augment_on)
-    for _ in range(2 * max(3, workers // 2) + workers):  # what was prepared before anybody asked
+    for _ in range(2 * max(3, workers // 2) + workers):  # batches that were prepared in advance
         next(made)
     start = time.perf_counter()
     for _ in range(batches):
@@ -272,7 +272,7 @@ def _delivery(
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """The report for readers."""
+    """Format the report as text."""
     rows = []
     for name, phases in report["seconds"].items():
         on_device = f"{1000 * phases['device']:.1f}" if "device" in phases else ""

@@ -1,4 +1,4 @@
-"""Epochs of nnUNetv2_train on preprocessed cases: how long, how busy the GPU is, how much memory."""
+"""Epochs of nnUNetv2_train on preprocessed cases: time, GPU utilisation and memory."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _TRAIN = "from nnunetv2.run.run_training import run_training_entry; run_training
 
 
 def data_identifier(task: Task) -> str:
-    """Name of the folder of preprocessed cases in that of the data set."""
+    """Return the name of the folder of preprocessed cases within the folder of the data set."""
     return f"{stock_plans(task)['plans_name']}_{CONFIGURATION}"
 
 
 def write_plans(folder: Path, task: Task, dataset_json: Mapping[str, Any], cases: Sequence[str]) -> None:
-    """Writes what nnUNetv2_train wants beside the cases: plans, labels and folds; half of the cases are validation."""
+    """Write the files that nnUNetv2_train needs beside the cases: plans, labels, and folds (half for validation)."""
     plans = stock_plans(task) | {"dataset_name": folder.name, "image_reader_writer": "SimpleITKIO"}
     plans |= {"transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2]}
     plans["configurations"][CONFIGURATION] |= {
@@ -52,18 +52,18 @@ def write_plans(folder: Path, task: Task, dataset_json: Mapping[str, Any], cases
 def measure(
     preprocessed: Path, trainers: Sequence[str], workers: Sequence[int], device: torch.device, epochs: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Trains with each trainer and each number of workers.
+    """Train with each trainer and each number of workers.
 
     Args:
         preprocessed: nnU-Net's folder of preprocessed data sets, `DATASET` among them.
-        trainers: Names: nnU-Net's, or of this package.
+        trainers: Names of trainers of nnU-Net or of this package.
         workers: Numbers of worker processes for the batches.
-        device: Where.
-        epochs: Number of epochs, of which the first does not count, and of training and validation iterations of each.
+        device: Device to train on.
+        epochs: Number of epochs, of which the first does not count, and training and validation iterations per epoch.
 
     Returns:
-        For each: ``trainer``, ``workers``, seconds of its ``epochs``, share of the time in which the GPU was ``busy``
-        (None without one), ``peak_bytes`` of tensors, and ``reserved_bytes``.
+        For each training: ``trainer``, ``workers``, seconds of the ``epochs`` that count, share of the time in which
+        the GPU was ``busy`` (None without a GPU), ``peak_bytes`` of tensors, and ``reserved_bytes``.
 
     Raises:
         BenchmarkError: A training failed.
@@ -105,7 +105,7 @@ def _train(
 
 
 class Utilisation:
-    """Asks nvidia-smi, while it is open, for the share of time in which the GPU executes anything."""
+    """Polls nvidia-smi, while it is open, for the share of time in which the GPU executes anything."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
@@ -131,13 +131,13 @@ class Utilisation:
             self._thread.join()
 
     def share(self, start: float, end: float) -> float | None:
-        """Mean between two times, or None where nothing is known."""
+        """Return the mean between two times, or None without a sample."""
         found = [share for when, share in self._found if start <= when <= end]
         return float(np.mean(found)) if found else None
 
 
 def ratios(found: Sequence[Mapping[str, Any]]) -> list[Ratio]:
-    """Epoch times to stock's with the most workers."""
+    """Return the ratios of epoch times to those of nnU-Net's trainer with the most workers."""
     most = max(entry["workers"] for entry in found)
     stock = [entry for entry in found if entry["trainer"] == STOCK and entry["workers"] == most]
     if not stock:
@@ -155,7 +155,7 @@ def ratios(found: Sequence[Mapping[str, Any]]) -> list[Ratio]:
 
 
 def as_table(found: Sequence[Mapping[str, Any]], iterations: int) -> str:
-    """Epochs for readers."""
+    """Format epochs as a table."""
     rows = []
     for entry in found:
         seconds = float(np.median(entry["epochs"]))

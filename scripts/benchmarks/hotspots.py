@@ -1,4 +1,4 @@
-"""Where a step spends its time: in which operations beside the convolutions, and in which of those."""
+"""Profile of a step: the slowest operations other than convolutions, and the slowest convolutions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from benchmarks.timing import spread, totals
 
 
 def hotspots(run: Callable[[], Any], device: torch.device, most: int) -> dict[str, Any]:
-    """Profiles one call.
+    """Profile one call.
 
     Args:
-        run: What is called, once.
+        run: Function to profile; called once.
         device: Device that does the work.
-        most: How many operations are listed.
+        most: Number of operations to list.
 
     Returns:
-        Seconds in all operations (``seconds``) and in convolutions (``convolutions``), and the ``operations`` beside
-        those that take longest: name, calls, seconds.
+        Seconds in all operations (``seconds``) and in convolutions (``convolutions``), and the slowest other
+        ``operations``: name, calls, seconds.
     """
     on_cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as profiled:
@@ -34,7 +34,7 @@ def hotspots(run: Callable[[], Any], device: torch.device, most: int) -> dict[st
     entries = []
     for event in profiled.key_averages():
         microseconds = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-        # on CUDA kernels are listed beside the operations that start them, with the same time
+        # on CUDA, kernels are listed beside the operations that launch them, with the same time
         if microseconds > 0 and (not on_cuda or event.key.startswith("aten::")):
             entries.append({"name": event.key, "calls": event.count, "seconds": microseconds / 1e6})
     others = sorted((e for e in entries if "conv" not in e["name"].lower()), key=lambda e: -e["seconds"])
@@ -47,7 +47,7 @@ def hotspots(run: Callable[[], Any], device: torch.device, most: int) -> dict[st
 
 
 def hotspot_table(name: str, found: dict[str, Any]) -> str:
-    """What ``hotspots`` found, for readers."""
+    """Format the result of ``hotspots`` as a table."""
     rows = [("convolutions", "", found["convolutions"])]
     rows += [(entry["name"], str(entry["calls"]), entry["seconds"]) for entry in found["operations"]]
     return table(
@@ -57,16 +57,16 @@ def hotspot_table(name: str, found: dict[str, Any]) -> str:
 
 
 def slowest(convolutions: Sequence[Convolution], device: torch.device, most: int, repeats: int = 3) -> list[Any]:
-    """Times each convolution by itself, forward and backward; equal ones once.
+    """Time each distinct convolution by itself, forward and backward.
 
     Args:
-        convolutions: As recorded.
+        convolutions: Recorded convolutions.
         device: Device that does the work.
-        most: How many are listed.
-        repeats: Calls that count, after one to warm up.
+        most: Number of convolutions to list.
+        repeats: Timed calls, after one warm-up call.
 
     Returns:
-        Those that take longest together with their like: what they are, how many, seconds and FLOPs of one.
+        The convolutions with the largest total time of all equal calls: description, count, seconds and FLOPs of one.
     """
     entries = []
     for convolution, count in Counter(convolutions).items():
@@ -78,7 +78,7 @@ def slowest(convolutions: Sequence[Convolution], device: torch.device, most: int
 
 
 def slowest_table(name: str, entries: list[Any]) -> str:
-    """What ``slowest`` found, for readers."""
+    """Format the result of ``slowest`` as a table."""
     return table(
         [f"slowest of {name}, one by one", "number", "ms each", "GFLOP each", "ps per FLOP"],
         [

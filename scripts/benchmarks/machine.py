@@ -1,4 +1,4 @@
-"""What a benchmark ran on: without it, its numbers say nothing."""
+"""Description of the machine and the software of a benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = ("nnunetv2", "dynamic-network-architectures", "batchgeneratorsv2", "
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Processor, threads, load, GPU, versions and date, as JSON can hold them.
+    """Return processor, threads, load, GPU, versions and date, as JSON types.
 
     Args:
         device: Device that does the work.
@@ -45,7 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def in_a_line(machine: dict[str, Any]) -> str:
-    """The description for readers."""
+    """Format the description as one line."""
     versions = machine["versions"]
     parts = [machine["processor"], f"{machine['threads']} of {machine['cores']} cores"]
     if "gpu" in machine:
@@ -66,5 +66,5 @@ def _processor() -> str:
 
 
 def _load() -> float | None:
-    """Processes that ran or waited in the last minute: of others, since this one has just started."""
+    """Return the load average of the last minute, which is that of other processes: this one has just started."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

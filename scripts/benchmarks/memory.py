@@ -1,4 +1,4 @@
-"""Memory of a training step: interpolated by the model, executed on fake tensors, and measured on a GPU."""
+"""Memory of a training step: predicted by the memory model, counted on fake tensors, and measured on a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nnunet_conres.trainers.base import PluginTrainer
 DEFAULT = ("plainconvunet", "residual_maps", "conresnet", "conresnet_paper", "vnet", "unet3d")
 POLICIES = {"cpu_float32": ("cpu", False), "cpu_bfloat16": ("cpu", True), "cuda_float16": ("cuda", True)}
 
-# Of every kind: isotropic and anisotropic, few and many stages, one and four channels, labels and regions.
+# All kinds of plans: isotropic and anisotropic, few and many stages, one and four channels, labels and regions.
 _CALIBRATION_TASKS = {
     "4 stages": ((32, 64, 64), None, Task((32, 64, 64), 2, 1, 2)),
     "6 stages": ((128, 128, 128), None, Task((128, 128, 128), 2, 4, 3, 3)),
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(POLICIES),
         default=tuple(POLICIES),
         metavar="POLICY",
-        help=f"whose types operations run in, among {', '.join(POLICIES)} (default: all); with --device cuda "
-        "cuda_float16 is also measured",
+        help=f"precision of the operations, among {', '.join(POLICIES)} (default: all); with --device cuda, "
+        "cuda_float16 is also measured on the GPU",
     )
     parser.add_argument(
         "--checkpointing",
@@ -124,7 +124,7 @@ def _step(name: str, plans: dict[str, Any], task: Task, checkpointing: str, poli
 
 
 def _measured_on_cuda(step: TrainingStep) -> int:
-    """Bytes that PyTorch's allocator had to give at the peak of a step."""
+    """Return the bytes that PyTorch's allocator provides at the peak of a step."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -137,7 +137,7 @@ def _measured_on_cuda(step: TrainingStep) -> int:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Counts memory and returns the report."""
+    """Count memory and return the report."""
     found: dict[str, dict[str, Any]] = {}
     ratios = []
     for label, step in tqdm(list(_steps(arguments)), desc="Counting", unit="step"):
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "kept": sum(counted.kept.values()),
             "between_steps": sum(counted.before.values()),
         }
-        # as a planner would, from executions of another patch
+        # like a planner, predict from executions with another patch
         model = MemoryModel()
         model.total(dataclasses.replace(step, patch_size=[2 * extent for extent in step.patch_size]))
         entry["predicted"] = model.peak(step)
@@ -177,7 +177,7 @@ def _title(arguments: argparse.Namespace) -> str:
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """The report for readers."""
+    """Format the report as text."""
     is_measured = any("measured" in entry for entry in report["contenders"].values())
     head = ["", "predicted MiB", "counted MiB", *(["measured MiB"] if is_measured else []), "kept MiB", "before MiB"]
     rows = []
@@ -186,7 +186,7 @@ def as_table(report: dict[str, Any]) -> str:
         rows.append([name, *("" if entry.get(key) is None else f"{entry[key] / 2**20:.0f}" for key in keys)])
     error = report["largest_error"]
     summary = "" if error is None else f"Largest error of the prediction: {error:.2%}"
-    # among dozens of plans the table of memory says it all
+    # for dozens of plans, the table of memory is enough
     ratios = ratio_table(report["ratios"]) if len(rows) <= len(NETWORKS) * len(POLICIES) else ""
     return as_text(report, table(head, rows), ratios, summary)
 

@@ -1,6 +1,6 @@
-"""The networks that are compared, all from one stock configuration, each with the loss of its own trainer.
+"""The compared networks, all from one stock configuration, each with the loss of its own trainer.
 
-No data set is needed: plans are those that nnU-Net's planner would write for the patch, images are noise.
+No data set is needed: the plans are those that nnU-Net's planner would write for the patch, and the images are noise.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ NETWORKS: dict[str, type[nnUNetTrainer]] = {
 }
 OURS = tuple(name for name, trainer in NETWORKS.items() if issubclass(trainer, PluginTrainer))
 OUR_NETWORKS = tuple(name for name in OURS if NETWORKS[name] is not nnUNetTrainerMuon)
-# After the name: the same network as nnU-Net's own trainer builds it of the same plans, contiguous everywhere.
+# Suffix of a name: the same network from the same plans, as nnU-Net's own trainer builds it, contiguous in memory.
 CONTIGUOUS = "_contiguous"
 
-# what nnU-Net's planners write
+# values of nnU-Net's planners
 _BASE_FEATURES, _MAX_FEATURES, _MIN_EDGE = 32, 320, 4
 _RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6)
 _UNETS = "dynamic_network_architectures.architectures.unet."
@@ -61,14 +61,14 @@ _UNETS = "dynamic_network_architectures.architectures.unet."
 
 @dataclass(frozen=True)
 class Task:
-    """What is segmented.
+    """A segmentation task.
 
     Attributes:
         patch: Size of the patch in voxels.
         batch: Patches per step.
         channels: Image channels.
-        classes: Foreground labels; not used where there are regions.
-        regions: Regions, each within the one before, or None for labels.
+        classes: Foreground labels; ignored if there are regions.
+        regions: Number of regions, each within the one before, or None for labels.
     """
 
     patch: tuple[int, ...]
@@ -79,7 +79,7 @@ class Task:
 
     @property
     def dataset_json(self) -> dict[str, Any]:
-        """Channels and labels as a data set states them."""
+        """Channels and labels as in dataset.json."""
         labels: dict[str, Any] = {"background": 0}
         dataset: dict[str, Any] = {"channel_names": {str(i): f"channel {i}" for i in range(self.channels)}}
         if self.regions is None:
@@ -100,12 +100,12 @@ class Model:
 
     Attributes:
         network: The network.
-        loss: What its trainer minimises, of its outputs and the targets.
-        scales: Those of deep supervision, relative to the patch, per target.
-        plans: Plans that name it.
-        configuration: Their only configuration.
-        task: What it segments.
-        optimizer: "muon", or nnU-Net's "sgd"; Adam of the paper's trainer is taken for the latter.
+        loss: Loss of its trainer, a function of outputs and targets.
+        scales: Scales of deep supervision relative to the patch, per target.
+        plans: Plans with the network's architecture.
+        configuration: The only configuration of the plans.
+        task: The task of the network.
+        optimizer: "muon", or nnU-Net's "sgd", which also replaces Adam of the paper's trainer.
         is_fast: Whether it is trained as our trainers do it on a GPU.
     """
 
@@ -120,11 +120,11 @@ class Model:
 
 
 def stock_plans(task: Task, residual_encoder: bool = False) -> dict[str, Any]:
-    """Plans with a U-Net as nnU-Net's planner builds it for an isotropic spacing and this patch.
+    """Return plans with the U-Net that nnU-Net's planner builds for an isotropic spacing and this patch.
 
     Args:
-        task: What is segmented.
-        residual_encoder: nnU-Net's U-Net with a residual encoder instead of the plain one.
+        task: The task.
+        residual_encoder: Whether to use nnU-Net's U-Net with a residual encoder instead of the plain one.
 
     Raises:
         BenchmarkError: If nnU-Net would not plan such a patch.
@@ -132,8 +132,7 @@ def stock_plans(task: Task, residual_encoder: bool = False) -> dict[str, Any]:
     _, strides, kernels, fitting, _ = get_pool_and_conv_props((1, 1, 1), task.patch, _MIN_EDGE, 999999)
     if [int(extent) for extent in fitting] != list(task.patch):
         raise BenchmarkError(
-            f"nnU-Net would not plan the patch {_by(task.patch)}, whose sides its strides don't divide. Use "
-            f"{_by(fitting)}."
+            f"nnU-Net would not plan the patch {_by(task.patch)}: strides don't divide its sides. Use {_by(fitting)}."
         )
     n_stages = len(strides)
     if n_stages < 3:
@@ -181,16 +180,16 @@ def stock_plans(task: Task, residual_encoder: bool = False) -> dict[str, Any]:
 
 
 def build(name: str, task: Task, device: torch.device, deep_supervision: bool = True) -> Model:
-    """A network and its loss, with fresh weights.
+    """Build a network with fresh weights, and its loss.
 
     Args:
-        name: One of ``NETWORKS``, or of ``OURS`` with ``CONTIGUOUS`` after it.
-        task: What it segments.
-        device: Where its weights are.
-        deep_supervision: Whether it is built for training or for prediction.
+        name: One of ``NETWORKS``, or one of ``OURS`` followed by ``CONTIGUOUS``.
+        task: The task of the network.
+        device: Device of the weights.
+        deep_supervision: True to build it for training, False for prediction.
 
     Raises:
-        BenchmarkError: If it can't take such a patch.
+        BenchmarkError: If the network cannot take the patch.
     """
     is_fast = name in OURS
     name = name.removesuffix(CONTIGUOUS)
@@ -220,8 +219,8 @@ def build(name: str, task: Task, device: torch.device, deep_supervision: bool = 
 def _loss_of(
     trainer_class: type[nnUNetTrainer], plans: PlansManager, configuration: ConfigurationManager, task: Task
 ) -> tuple[nn.Module, list[list[float]]]:
-    """A trainer's loss and its scales of deep supervision."""
-    # the trainer's own method, of a trainer that has no more than it asks for: the constructor wants a data set
+    """Return a trainer's loss and its scales of deep supervision."""
+    # the constructor needs a data set, so the trainer's method runs on an instance with only the attributes it reads
     trainer: Any = object.__new__(trainer_class)
     trainer.plans_manager, trainer.configuration_manager = plans, configuration
     trainer.label_manager = plans.get_label_manager(task.dataset_json)
@@ -231,12 +230,12 @@ def _loss_of(
 
 
 def make_batch(model: Model, device: torch.device, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """Noise, and blocks of labels at all scales, as nnU-Net's loader hands them to a training step.
+    """Make a batch of noise and blocks of labels at all scales, as nnU-Net's loader passes it to a training step.
 
     Args:
-        model: Whose task it is.
-        device: Where the batch is put.
-        seed: Of the random numbers.
+        model: The model that the batch is for.
+        device: Device of the batch.
+        seed: Seed of the random numbers.
 
     Returns:
         Images, shape (B, C, X, Y, Z), and targets, (B, 1, x, y, z) int16 or (B, R, x, y, z) bool, full size first.

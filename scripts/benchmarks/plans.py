@@ -1,6 +1,6 @@
 """Patch, batch and checkpointing that the planners choose for a memory target, beside nnU-Net's own plans.
 
-Planned are synthetic data sets, of which there is a fingerprint and no image.
+The data sets are synthetic: they have a fingerprint but no images.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _training_steps(
     trainer_name: str = "nnUNetTrainer",
     architecture: Callable[[ConfigurationManager], Any] | None = None,
 ) -> dict[str, TrainingStep]:
-    """Training steps by 3D configuration, of the plans' own network or of one that is derived from them."""
+    """Return training steps by 3D configuration, with the plans' own network or with one derived from it."""
     manager = PlansManager(json.loads(json.dumps(plans)))
     labels = manager.get_label_manager(data.dataset_json)
     steps = {}
@@ -83,16 +83,16 @@ def _training_steps(
 
 
 def plan(data: DataSet, target: float, networks: Sequence[str], model: MemoryModel) -> Iterator[dict[str, Any]]:
-    """Plans a data set for nnU-Net's own network and for ours; within ``nnunet_folders``.
+    """Plan a data set for nnU-Net's own network and for ours, within ``nnunet_folders``.
 
     Args:
         data: The data set.
-        target: GiB.
+        target: Memory target, GiB.
         networks: Keys of PLANNERS.
-        model: Memory of training steps, for all targets.
+        model: Memory model of training steps, shared by all targets.
 
     Yields:
-        For every configuration what was planned, memory in bytes; for a refused network the message.
+        For every configuration its plan, with memory in bytes; for a refused network the error message.
     """
     silence = contextlib.redirect_stdout(io.StringIO())
     with silence, torch.device("meta"):  # nnU-Net builds the network for every patch that it tries
@@ -130,7 +130,7 @@ def _entry(target: float, network: str, configuration: str, step: TrainingStep) 
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Plans all data sets and returns the report."""
+    """Plan all data sets and return the report."""
     if arguments.device.type != "cpu":
         raise BenchmarkError("Plans are made on the CPU, for a GPU. Use --device cpu.")
     if not all(target > 0 for target in arguments.targets):
@@ -148,7 +148,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """The report for readers: a table per data set and configuration."""
+    """Format the report as text: a table per data set and configuration."""
     return as_text(report, *(part for entry in report["data"].values() for part in _tables(entry)))
 
 
@@ -157,7 +157,7 @@ def _tables(data: dict[str, Any]) -> Iterator[str]:
     yield f"{data['title']}, {shape} voxels of {spacing} mm, {data['cases']} cases; memory in GiB"
     head = ["target", "network", "patch", "batch", "checkpointing", "memory", "at nnU-Net's plan"]
     for name in CONFIGURATIONS:
-        # what was refused has no configurations
+        # a refused network has no configurations; it appears in the first table
         entries = [entry for entry in data["plans"] if entry.get("configuration", CONFIGURATIONS[0]) == name]
         if entries:
             yield name

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def like(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The arguments of a prediction beside those of steps: the same task."""
+    """Return the arguments of a prediction with the same task as steps."""
     contenders = ("plainconvunet", "plainconvunet_muon", "residual_maps", "conresnet")
     given = {"contenders": contenders, "case": None, "step_size": 0.5, "rounds": 3, "warmup": 1}
     return argparse.Namespace(**(vars(arguments) | given))
@@ -57,8 +57,8 @@ class Prediction:
     """A network with nnU-Net's predictor; every call predicts the case.
 
     Args:
-        name: Which network.
-        task: What it segments.
+        name: Name of the network.
+        task: The task of the network.
         device: Device that does the work.
         step_size: Step of the sliding window in patches.
         case: Preprocessed images, shape (C, X, Y, Z).
@@ -68,7 +68,7 @@ class Prediction:
         self.device, self.case = device, case
         self.patches = 0
         model = build(name, task, device, deep_supervision=False)
-        with redirect_stdout(StringIO()):  # on a CPU it always tells that it is none
+        with redirect_stdout(StringIO()):  # without CUDA it always prints a notice
             self.predictor = nnUNetPredictor(
                 tile_step_size=step_size, use_gaussian=True, use_mirroring=False, device=device, allow_tqdm=False
             )
@@ -90,7 +90,7 @@ class Prediction:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures predictions and returns the report."""
+    """Measure predictions and return the report."""
     if not 0 < arguments.step_size <= 1:
         raise BenchmarkError(f"--step_size must be above 0 and at most 1, got {arguments.step_size}.")
     device, task = arguments.device, task_of(arguments)
@@ -150,7 +150,7 @@ def _ratios(
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """The report for readers."""
+    """Format the report as text."""
     rows = [
         [
             name,

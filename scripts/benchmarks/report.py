@@ -1,4 +1,4 @@
-"""Tables for readers and JSON for programs."""
+"""Reports as text tables and as JSON."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from nnunet_conres.text import markdown_table as table
 
 
 def ratio_table(ratios: dict[str, dict[str, Any]]) -> str:
-    """Ratios beside what they should be at most.
+    """Format ratios beside their limits as a table.
 
     Args:
-        ratios: As ``ratios_as_json`` makes them.
+        ratios: Result of ``ratios_as_json``.
     """
     with_flops = any(ratio["per_flop"] is not None for ratio in ratios.values())
     head = ["ratio", "measured", "quartiles", *(["per FLOP"] if with_flops else []), "at most", ""]
@@ -35,7 +35,7 @@ def ratio_table(ratios: dict[str, dict[str, Any]]) -> str:
 
 
 def ratios_as_json(ratios: Iterable[Ratio]) -> dict[str, dict[str, Any]]:
-    """Ratios by name; of two of one name the first."""
+    """Return ratios as JSON, by name. Of two ratios with the same name, the first is kept."""
     found: dict[str, dict[str, Any]] = {}
     for ratio in ratios:
         found.setdefault(ratio.name, ratio.as_json())
@@ -43,23 +43,23 @@ def ratios_as_json(ratios: Iterable[Ratio]) -> dict[str, dict[str, Any]]:
 
 
 def as_text(report: dict[str, Any], *parts: str) -> str:
-    """What is printed: the machine, what was measured, the tables."""
+    """Join the machine, the title and the tables into the printed text."""
     return "\n\n".join(["", in_a_line(report["machine"]), report["title"], *(part for part in parts if part)])
 
 
 def milliseconds(times: dict[str, Any]) -> str:
-    """A median of seconds."""
+    """Format the median of times in seconds, as milliseconds."""
     return f"{1000 * times['median']:.1f}"
 
 
 def milliseconds_with_quartiles(times: dict[str, Any]) -> str:
-    """A median of seconds and its quartiles."""
+    """Format the median and the quartiles of times in seconds, as milliseconds."""
     low, high = times["quartiles"]
     return f"{1000 * times['median']:.1f} ({1000 * low:.1f} - {1000 * high:.1f})"
 
 
 def write(report: dict[str, Any], file: Path) -> None:
-    """Writes a report as JSON; one that fails leaves nothing."""
+    """Write a report as JSON; the write is atomic."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     partial.replace(file)

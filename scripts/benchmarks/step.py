@@ -1,4 +1,4 @@
-"""Training steps: how long, in which phases, and how far above the time of the convolutions alone."""
+"""Training steps: time per phase, and the ratio to the time of the convolutions alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CUDA_DEFAULT = (
     *(name + form for name in _OTHERS for form in ("", CONTIGUOUS)),
 )
 
-# at most, for float32 on a CPU, and for compiled mixed precision on CUDA
+# largest accepted ratios: for float32 on a CPU, and for compiled mixed precision on CUDA
 LIMITS = {
     "cpu": {
         ("conresnet", "plainconvunet"): 1.6,
@@ -41,13 +41,13 @@ LIMITS = {
         **{(name, name + CONTIGUOUS): 0.75 for name in _OTHERS},
     },
 }
-SMALL_PATCH_LIMIT = 0.667  # of networks with CUDA graphs to the same without
+SMALL_PATCH_LIMIT = 0.667  # a network with CUDA graphs / the same network as nnU-Net's own trainer computes it
 BFLOAT16_LIMIT = 0.55
 LOSS_LIMITS = {"cpu": 0.05, "cuda": 0.01}
 STATED_FOR = (
     "Limits are stated for float32 on a CPU, 2 threads, batch 2, patch 40 x 56 x 40, and for compiled steps on CUDA, "
-    "mixed precision, batch 2, patch 128 x 128 x 128; for compiled steps of small patches they are "
-    f"ratios to the same network with {CONTIGUOUS} after its name."
+    "mixed precision, batch 2, patch 128 x 128 x 128; for compiled steps of small patches they apply to "
+    f"NAME / NAME{CONTIGUOUS}."
 )
 
 
@@ -97,8 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="each network also compiled, with its loss; a graph break is an error. On CUDA, where nnU-Net compiles by "
-        "default, only so, with peak memory and a predicted case",
+        help="also time each network compiled, with its loss; a graph break is an error. On CUDA, time compiled "
+        "networks only, and also measure peak memory and one predicted case",
     )
     parser.add_argument(
         "--hotspots",
@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures steps and returns the report."""
+    """Measure steps and return the report."""
     device, task = arguments.device, task_of(arguments)
     on_cuda = device.type == "cuda"
     precisions = list(dict.fromkeys(arguments.precision or ["mixed" if on_cuda else "float32"]))
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         check_precision(precision, device)
     about = machine.describe(device)
     if on_cuda:
-        # as nnU-Net trains, and float32 products in the precision that convolutions have by default
+        # cuDNN's benchmark as in nnU-Net; float32 products in the default precision of convolutions (TF32)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
 
@@ -137,7 +137,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, Callable[[], Phases]] = {str(entrant.variant): entrant.run for entrant in entrants}
     runs |= {f"product {precision}": product for precision, product in products.items()}
     try:
-        # Muon's steps are captured after the third
+        # Muon's steps are captured in a CUDA graph from the fourth on
         times = in_turn(runs, arguments.rounds, arguments.warmup + (4 if on_cuda and arguments.compile else 0))
     except torch._dynamo.exc.Unsupported as error:
         raise BenchmarkError(f"torch.compile breaks the graph: {error}") from error
@@ -179,7 +179,7 @@ def _entrants(arguments: argparse.Namespace, precisions: list[str]) -> list[Entr
             if device.type != "cuda" or not arguments.compile:
                 entrants.append(Entrant(Variant(contender, precision), step, convolutions))
             if arguments.compile:
-                # compiled code may have other convolutions; compared are those of the network as it is written
+                # compiled code may use other convolutions; the FLOPs are those of the network as written
                 step = TimedStep(build(contender, task, device), device, precision, compiled=True)
                 entrants.append(Entrant(Variant(contender, precision, True), step, convolutions))
     return entrants
@@ -216,7 +216,7 @@ def _loss_seconds(times: list[Phases]) -> list[float]:
 
 
 def _ratios(entrants: list[Entrant], times: dict[str, list[Phases]], device: torch.device) -> list[Ratio]:
-    """Each contender to what it is compared with, the baseline last."""
+    """Return the ratios of each contender to its references; those to the baseline come last."""
     ratios = []
     flops = {entrant.variant: entrant.flops["step"] for entrant in entrants}
     variants, limits = list(flops), LIMITS[device.type]
@@ -226,7 +226,7 @@ def _ratios(entrants: list[Entrant], times: dict[str, list[Phases]], device: tor
     def compare(one: Variant, other: Variant, at_most: float | None) -> None:
         if one == other or other not in flops:
             return
-        # convolutions alone have the FLOPs of their network
+        # convolutions alone have the FLOPs of their network, so a ratio per FLOP would add nothing
         alone = any(variant.contender.endswith(ALONE) for variant in (one, other))
         both = None if alone else (flops[one], flops[other])
         seconds, reference = totals(times[str(one)]), totals(times[str(other)])
@@ -255,7 +255,7 @@ def _ratios(entrants: list[Entrant], times: dict[str, list[Phases]], device: tor
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """The report for readers."""
+    """Format the report as text."""
     phases = ("forward", *LOSS_PHASES, "backward", "optimiser")
     rows = []
     for name, entry in report["contenders"].items():

@@ -1,4 +1,4 @@
-"""Synthetic data sets to plan for: what nnU-Net's planners know of one, without an image."""
+"""Synthetic data sets for planning: the metadata that nnU-Net's planners read, without images."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a planner knows of a data set.
+    """Metadata of a data set for a planner.
 
     Attributes:
-        title: What it is like.
-        channels: Names of its channels, by which nnU-Net chooses the normalisation.
-        labels: As in dataset.json; more than one number makes a region.
-        spacing: Of every case, mm.
-        shape: Of every case after cropping, voxels, in nnU-Net's order of axes.
-        cases: For training.
+        title: Description.
+        channels: Names of the channels, which determine nnU-Net's normalisation.
+        labels: As in dataset.json; a list of numbers is a region.
+        spacing: Spacing of every case, mm.
+        shape: Shape of every case after cropping, voxels, in nnU-Net's order of axes.
+        cases: Number of training cases.
     """
 
     title: str
@@ -38,7 +38,7 @@ class DataSet:
 
     @property
     def dataset_json(self) -> dict[str, Any]:
-        """dataset.json; with a list of cases and a reader, so that nnU-Net looks for no images."""
+        """Content of dataset.json, with a list of cases and a reader, so that nnU-Net looks for no images."""
         has_regions = any(isinstance(label, list) for label in self.labels.values())
         return {
             "channel_names": {str(number): name for number, name in enumerate(self.channels)},
@@ -52,7 +52,7 @@ class DataSet:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """dataset_fingerprint.json."""
+        """Content of dataset_fingerprint.json."""
         statistics = {"mean": 0.0, "std": 1.0, "percentile_00_5": -1.0, "percentile_99_5": 1.0, "median": 0.0}
         return {
             "spacings": [self.spacing],
@@ -84,7 +84,7 @@ DATA_SETS = {
 
 @contextlib.contextmanager
 def nnunet_folders(data: DataSet) -> Iterator[None]:
-    """nnU-Net's folders, with the data set in them, for a while."""
+    """Provide nnU-Net's folders, with the data set in them, within the context."""
     with tempfile.TemporaryDirectory() as root, mock.patch.dict(os.environ):
         for name in _FOLDERS:
             folder = Path(root, name, DATASET_NAME)

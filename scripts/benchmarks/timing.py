@@ -1,4 +1,4 @@
-"""Contenders taking turns, and what their times say."""
+"""Timing of contenders that take turns, and statistics of their times."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Phases = dict[str, float]
 
 
 class BenchmarkError(ValueError):
-    """What was asked for can't be measured; the message is for whoever asked."""
+    """The requested benchmark cannot run; the message is for the user."""
 
 
 class Clock:
-    """Seconds of consecutive phases; starts when it is made.
+    """Clock of consecutive phases; starts when it is created.
 
-    On CUDA the phases are marked in the stream, so that nothing waits between them.
+    On CUDA, events in the stream mark the phases, so that nothing waits between them.
 
     Args:
         device: Device that does the work.
@@ -42,12 +42,12 @@ class Clock:
         return event
 
     def lap(self, phase: str) -> None:
-        """Ends a phase; the next one begins."""
+        """End a phase; the next one begins."""
         self._names.append(phase)
         self._marks.append(self._mark())
 
     def seconds(self) -> Phases:
-        """Seconds of every phase, in order."""
+        """Return the seconds of every phase, in order."""
         pairs = list(zip(self._marks[:-1], self._marks[1:], strict=True))
         if self._on_cuda:
             torch.cuda.synchronize()
@@ -58,15 +58,15 @@ class Clock:
 
 
 def in_turn(runs: Mapping[str, Callable[[], Phases]], rounds: int, warmup: int) -> dict[str, list[Phases]]:
-    """Runs every contender once per round, so that whatever else the machine does hits all of them.
+    """Run every contender once per round, so that other load on the machine affects all of them alike.
 
     Args:
-        runs: What is timed, by name; returns the seconds of its phases.
+        runs: Functions to time, by name; each returns the seconds of its phases.
         rounds: Rounds that count.
-        warmup: Rounds before them that don't.
+        warmup: Rounds before them that do not count.
 
     Returns:
-        The phases' seconds, by contender and round.
+        The seconds of the phases, by contender and round.
     """
     times: dict[str, list[Phases]] = {name: [] for name in runs}
     for turn in tqdm(range(warmup + rounds), desc="Rounds", unit="round"):
@@ -78,26 +78,26 @@ def in_turn(runs: Mapping[str, Callable[[], Phases]], rounds: int, warmup: int) 
 
 
 def totals(times: Sequence[Phases]) -> list[float]:
-    """Seconds of all phases together, per round."""
+    """Return the seconds of all phases together, per round."""
     return [sum(phases.values()) for phases in times]
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median and quartiles over rounds, with the rounds themselves."""
+    """Return median and quartiles over rounds, and the values of all rounds."""
     low, median, high = np.percentile(values, (25, 50, 75))
     return {"median": float(median), "quartiles": [float(low), float(high)], "rounds": [float(v) for v in values]}
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How long one contender took, in times of another.
+    """Ratio of the times of two contenders.
 
     Attributes:
         name: What is divided by what.
         measured: The ratio.
-        quartiles: Of the ratios within rounds; None where there are no rounds.
-        at_most: What it should be at most; None where nothing is asked.
-        per_flop: The same of the time per convolution FLOP; None where that says nothing.
+        quartiles: Quartiles of the ratios within rounds; None without rounds.
+        at_most: Largest accepted ratio; None without a limit.
+        per_flop: The same ratio for the time per convolution FLOP; None where it has no meaning.
     """
 
     name: str
@@ -115,14 +115,14 @@ class Ratio:
         at_most: float | None = None,
         flops: tuple[float, float] | None = None,
     ) -> Ratio:
-        """Median divided by median.
+        """Return the ratio of the medians.
 
         Args:
             name: What is divided by what.
             values: Seconds per round.
-            reference: Those of the other contender, same rounds.
-            at_most: What the ratio should be at most.
-            flops: Convolution FLOPs of both.
+            reference: Seconds of the other contender in the same rounds.
+            at_most: Largest accepted ratio.
+            flops: Convolution FLOPs of both contenders.
         """
         measured = float(np.median(values) / np.median(reference))
         low, high = np.percentile(np.divide(values, reference), (25, 75))
@@ -133,17 +133,17 @@ class Ratio:
     def median_of_rounds(
         cls, name: str, values: Sequence[float], reference: Sequence[float], at_most: float | None = None
     ) -> Ratio:
-        """Median of the ratios of times that were measured in the same round. Takes what ``of_medians`` takes."""
+        """Return the median of the ratios within rounds. Arguments as in ``of_medians``, without ``flops``."""
         low, measured, high = np.percentile(np.divide(values, reference), (25, 50, 75))
         return cls(name, float(measured), (float(low), float(high)), at_most)
 
     @property
     def met(self) -> bool | None:
-        """Whether the ratio is as small as it should be; None where nothing is asked."""
+        """Whether the ratio is within its limit; None without a limit."""
         return None if self.at_most is None else self.measured <= self.at_most
 
     def as_json(self) -> dict[str, Any]:
-        """What goes into the report."""
+        """Return the entry of the report."""
         return {
             "measured": self.measured,
             "quartiles": self.quartiles,

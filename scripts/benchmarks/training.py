@@ -20,12 +20,12 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": tor
 LOSS_PHASES = ("loss forward", "loss backward")
 
 _CLIP = 12
-# Far below nnU-Net's: a step takes as long whatever the rate, and weights that diverge would slow down later ones.
+# Far below nnU-Net's: the rate does not affect the time of a step, but diverging weights would slow down later steps.
 _LEARNING_RATE = 1e-5
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuses what a device has not.
+    """Refuse a precision that the device does not support.
 
     Raises:
         BenchmarkError: For float16 with scaled gradients on a CPU.
@@ -40,12 +40,12 @@ class TimedStep:
     """A model with batch and optimiser; every call is a training step.
 
     Args:
-        model: What is trained.
+        model: Model to train.
         device: Device that does the work.
         precision: ``"float32"``; ``"bfloat16"``, autocast; or ``"mixed"``, nnU-Net's on CUDA: float16 and scaled
             gradients.
-        compiled: Whether network and loss are compiled; a graph break is then an error. Small batches have CUDA graphs
-            where our trainers use them.
+        compiled: Whether network and loss are compiled; a graph break is then an error. Small batches use CUDA graphs
+            where our trainers do.
     """
 
     def __init__(self, model: Model, device: torch.device, precision: str, compiled: bool = False) -> None:
@@ -69,23 +69,23 @@ class TimedStep:
         self.has_graphs = compiled and model.is_fast and waits_for_python(device, len(self.images), patch)
         if compiled:
             weights_to_channels_last(network)
-            # forward is one function for all networks of a class, and compiled anew for each
+            # all networks of a class share one forward function, which is compiled again for each of them
             torch._dynamo.config.recompile_limit = 64
             for module in model.loss.modules():
                 if isinstance(module, DeepSupervisionWrapper):
-                    # NumPy's numbers in a condition would break the graph
+                    # NumPy numbers in a condition would break the graph
                     module.weight_factors = tuple(float(weight) for weight in module.weight_factors)
             self.network = (with_graphs if self.has_graphs else torch.compile)(network, fullgraph=True)
             self.loss = torch.compile(model.loss, fullgraph=True)
 
     def _autocast(self, device_type: str) -> AbstractContextManager[object]:
-        # on a CPU our trainers put all of a step into it, on CUDA nnU-Net the network and the loss
+        # on a CPU, our trainers use autocast for the whole step; on CUDA, nnU-Net uses it for network and loss
         if self.dtype == torch.float32 or self.device.type != device_type:
             return nullcontext()
         return torch.autocast(device_type, dtype=self.dtype)
 
     def forward(self) -> list[Tensor]:
-        """The network's outputs."""
+        """Return the network's outputs."""
         if self.has_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with self._autocast("cpu"), self._autocast("cuda"):
@@ -93,7 +93,7 @@ class TimedStep:
         return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
     def __call__(self) -> Phases:
-        """A step, the loss and its gradients apart from the network's."""
+        """Run a step, and time the loss and its gradients separately from the network."""
         clock = Clock(self.device)
         with self._autocast("cpu"):
             self.optimizer.zero_grad(set_to_none=True)
@@ -114,7 +114,7 @@ class TimedStep:
         return clock.seconds()
 
     def as_trained(self) -> None:
-        """The same step in one piece, as the trainer does it: for memory, of which cut graphs hold a little more."""
+        """Run the same step in one piece, as the trainer does. For memory: a cut graph holds a little more."""
         with self._autocast("cpu"):
             self.optimizer.zero_grad(set_to_none=True)
             with self._autocast("cuda"):
@@ -123,7 +123,7 @@ class TimedStep:
             self._update()
 
     def peak_bytes(self) -> int:
-        """Memory of a step on CUDA: what it has between steps, and the most that is added to that within one."""
+        """Return the memory of a step on CUDA: tensors held between steps, plus the largest increase within one."""
         self.as_trained()
         self.optimizer.zero_grad(set_to_none=True)
         state = [value for values in self.optimizer.state.values() for value in values.values()]

@@ -13,7 +13,7 @@ from nnunet_conres.trainers import nnUNetTrainerConResNet, nnUNetTrainerMuon
 
 
 class ShortTraining(nnUNetTrainer):
-    """Comes before a trainer of the package among the bases: four epochs of a few iterations."""
+    """Mixin that shortens training to four epochs of a few iterations. List it before the trainer among the bases."""
 
     training_epochs = 4
     checkpoint_interval_minutes = 0.5
@@ -32,7 +32,7 @@ class nnUNetTrainerQuickstart(ShortTraining, nnUNetTrainerMuon):
 
 
 class nnUNetTrainerMuonQuickstart(ShortTraining, nnUNetTrainerMuon):
-    """nnU-Net's own network with the optimiser that ConResNet has."""
+    """nnU-Net's own network with Muon, the optimiser of ConResNet."""
 
 
 class nnUNetTrainerConResNetQuickstart(ShortTraining, nnUNetTrainerConResNet):

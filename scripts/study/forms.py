@@ -1,6 +1,6 @@
-"""Forms of ConResNet's residual stream that are tried in the study and are no part of the package.
+"""Forms of ConResNet's residual stream that the study tests; they are not part of the package.
 
-docs/results.md gives the reason for each. A trainer here differs from nnUNetTrainerConResNet in one thing.
+docs/results.md gives the reason for each. Each trainer here differs from nnUNetTrainerConResNet in one respect.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FINEST_LEVELS = 2
 
 
 class SignedConResNet(ConResNet):
-    """Two residual maps per class: where the structure appears from one slice to the next, and where it ends."""
+    """ConResNet with two residual maps per class: where the structure starts between slices, and where it ends."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,7 +43,7 @@ class SignedConResNet(ConResNet):
 
 
 class NormedContextResidualModule(ContextResidualModule):
-    """Attention by the normalised residual stream: F * 2 sigmoid(norm(S)), which is F itself on average."""
+    """Attention by the normalised residual stream: F * 2 sigmoid(norm(S)), which equals F on average."""
 
     def __init__(self, stage: ContextResidualModule) -> None:
         super().__init__(stage.segmentation, stage.feature_residual, stage.project, stage.merge, stage.slice_axis)
@@ -69,7 +69,7 @@ class FinestDecoder(nn.Module):
     """ConResNet's decoder with a residual stream at the finest levels only; the stream starts from the image residual.
 
     Args:
-        decoder: Decoder to take all modules from, whose coarser levels lose their residual stream.
+        decoder: Decoder whose modules are reused; its coarser levels lose their residual stream.
         input_channels: Number of image channels.
     """
 
@@ -127,7 +127,7 @@ class FinestConResNet(ConResNet):
 
 
 class SignedResidualMapLoss(ResidualMapLoss):
-    """Targets are the positive and the negative part of the residual, classes one after another in each."""
+    """Residual-map loss. Targets are the positive parts of the residuals of all classes, then the negative parts."""
 
     def residual_of(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
         residual, mask = super().residual_of(target)
@@ -141,7 +141,7 @@ class SignedResidualMapLoss(ResidualMapLoss):
 class DistanceMapLoss(ResidualMapLoss):
     """Mean absolute error of signed-distance maps: distance to the border of each class, positive inside.
 
-    In voxels, cut off at `LARGEST_DISTANCE` and divided by it; averaged down to the coarser maps.
+    Distances are in voxels, clipped to `LARGEST_DISTANCE`, divided by it, and average-pooled to the coarser maps.
     """
 
     def forward(self, residual_logits: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ class DistanceMapLoss(ResidualMapLoss):
         return loss, loss.new_tensor(float(target[:, :1].numel()))
 
     def distances(self, target: Tensor) -> Tensor:
-        """Signed distances, (B, C, X, Y, Z), from -1 to 1."""
+        """Return signed distances, (B, C, X, Y, Z), from -1 to 1."""
         if self.classes is None:
             masks = target.bool()
         else:
@@ -169,7 +169,7 @@ def _signed_distance(mask: np.ndarray) -> np.ndarray:
 
 
 class _FormTrainer(nnUNetTrainerConResNet):
-    """Another form of the network, or another loss of its maps."""
+    """Base of the trainers: another form of the network, or another loss of its maps."""
 
     form: type[ConResNet] = ConResNet
     map_loss: type[ResidualMapLoss] = ResidualMapLoss
@@ -190,14 +190,14 @@ class _FormTrainer(nnUNetTrainerConResNet):
 
 
 class nnUNetTrainerConResNetSigned(_FormTrainer):
-    """Signed residuals as targets."""
+    """Trainer with signed residuals as targets."""
 
     form = SignedConResNet
     map_loss = SignedResidualMapLoss
 
 
 class nnUNetTrainerConResNetDistance(_FormTrainer):
-    """Signed-distance maps in place of residual maps."""
+    """Trainer with signed-distance maps in place of residual maps."""
 
     map_loss = DistanceMapLoss
 
@@ -208,13 +208,13 @@ class nnUNetTrainerConResNetDistance(_FormTrainer):
 
 
 class nnUNetTrainerConResNetNormed(_FormTrainer):
-    """Attention by the normalised residual stream."""
+    """Trainer with attention by the normalised residual stream."""
 
     form = NormedConResNet
 
 
 class nnUNetTrainerConResNetFinest(_FormTrainer):
-    """A residual stream at the two finest levels only."""
+    """Trainer with a residual stream at the two finest levels only."""
 
     form = FinestConResNet
 

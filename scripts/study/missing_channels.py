@@ -1,12 +1,12 @@
-"""Dice of models where a channel is absent: each is set to zero in turn in the cases that the folds held out.
+"""Measure the Dice of models with a missing channel: each channel in turn is set to zero in the held-out cases.
 
     python scripts/study/missing_channels.py -m MODEL [MODEL ...] [-f 0 1 2 3 4]
 
-A MODEL is nnU-Net's folder DATASET/TRAINER__PLANS__CONFIGURATION; the data set's preprocessed cases and splits are in
-$nnUNet_preprocessed. There, zero is what the z-score makes of a zero image. Predictions, without mirroring, are scored
-on the preprocessed grid by the mean Dice of all labels or regions, 1 where truth and prediction are empty. Prints a
-table in Markdown: the mean over cases, and the paired difference from the first model with its 95 % interval (BCa
-bootstrap over patients).
+A MODEL is nnU-Net's folder DATASET/TRAINER__PLANS__CONFIGURATION. The preprocessed cases and the splits of the data set
+are in $nnUNet_preprocessed. In preprocessed cases, zero is the z-score of a zero image. Predictions use no mirroring.
+They are scored on the preprocessed grid by the mean Dice of all labels or regions; Dice is 1 if truth and prediction
+are empty. Prints a Markdown table: the mean over cases, and the paired difference from the first model with its 95 %
+interval (BCa bootstrap over patients).
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ COMPLETE = "all channels"
 
 
 def channel_names(models: Sequence[Path], folds: Sequence[int], checkpoint: str) -> list[str]:
-    """The channels of the models.
+    """Check the models and return the names of their channels.
 
     Raises:
-        InputError: A model or a fold of it is missing, or they are of different data sets or channels.
+        InputError: A model or one of its folds is missing, a model is given twice, data sets or channels differ, or
+            there is only one channel.
     """
     errors = [error for model in models for error in model_errors(model, folds, checkpoint)]
     if errors:
@@ -43,7 +44,7 @@ def channel_names(models: Sequence[Path], folds: Sequence[int], checkpoint: str)
     channels = {model: list(read_json(model / "dataset.json")["channel_names"].values()) for model in models}
     for model in models[1:]:
         if model.parent.name != models[0].parent.name or channels[model] != channels[models[0]]:
-            errors.append(f"{model} is of another data set, or has other channels, than {models[0]}.")
+            errors.append(f"{model} has another data set or other channels than {models[0]}.")
     if len(set(models)) < len(models):
         errors.append("A model is named twice; expected each once.")
     if len(channels[models[0]]) < 2:
@@ -54,19 +55,19 @@ def channel_names(models: Sequence[Path], folds: Sequence[int], checkpoint: str)
 
 
 def score(model: Path, folds: Sequence[int], checkpoint: str, device: str) -> dict[str, list[float]]:
-    """Dice of every case that the folds held out.
+    """Predict the cases that the folds held out, and return their Dice.
 
     Args:
         model: The model's folder.
-        folds: Folds, each of which predicts its cases.
-        checkpoint: Name of the file in a fold's folder.
+        folds: Folds; each predicts the cases that it held out.
+        checkpoint: Name of the checkpoint file in a fold's folder.
         device: cuda, cpu or mps.
 
     Returns:
-        By case: the mean Dice of all labels or regions with all channels, and without each in turn.
+        By case: the mean Dice of all labels or regions with all channels, and then without each channel in turn.
 
     Raises:
-        InputError: The model can't be loaded, or the data set is not there.
+        InputError: The model cannot be loaded, or the data set is missing.
     """
     import torch
     from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -103,7 +104,7 @@ def score(model: Path, folds: Sequence[int], checkpoint: str, device: str) -> di
 
 
 def mean_dice(truth: np.ndarray, predicted: np.ndarray, regions: Sequence[int | Sequence[int]]) -> float:
-    """Mean Dice of labels or regions; 1 for one that both lack."""
+    """Return the mean Dice of labels or regions; 1 for a label or region that is absent from both arrays."""
     values = []
     for region in regions:
         one, other = (np.isin(array, region) for array in (truth, predicted))
@@ -113,12 +114,12 @@ def mean_dice(truth: np.ndarray, predicted: np.ndarray, regions: Sequence[int | 
 
 
 def table(names: Sequence[str], channels: Sequence[str], scores: Sequence[Mapping[str, Sequence[float]]]) -> str:
-    """The table in Markdown.
+    """Format the scores as a Markdown table.
 
     Args:
-        names: Of the models, the one to compare with first.
+        names: Names of the models; the first is the reference.
         channels: Names of the channels.
-        scores: What `score` found for each model.
+        scores: Result of `score` for each model.
     """
     cases = list(scores[0])
     groups, _ = group_cases(cases)
@@ -143,7 +144,7 @@ def table(names: Sequence[str], channels: Sequence[str], scores: Sequence[Mappin
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "-m", metavar="MODEL", type=Path, nargs="+", required=True, help="the one to compare with first"
+        "-m", metavar="MODEL", type=Path, nargs="+", required=True, help="model folders; the first is the reference"
     )
     parser.add_argument("-f", metavar="FOLD", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(default: 0 1 2 3 4)")
     parser.add_argument("-chk", metavar="FILE", default=DEFAULT_CHECKPOINT, help="(default: %(default)s)")

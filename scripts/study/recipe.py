@@ -1,4 +1,4 @@
-"""The trainers of scripts/study/study.py: what all runs of a list have in common."""
+"""The trainers of scripts/study/study.py, with the settings that all runs of a list share."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from nnunet_conres.trainers.precision import CpuPrecisionTrainer
 class SeededTransform(BasicTransform):
     """A pipeline that draws the same random numbers in every training.
 
-    Reseeding with each sample also determines what the data loader draws for the next one.
+    Reseeding for each sample also fixes what the data loader draws for the next one.
 
     Args:
         pipeline: The transforms.
-        seed: Of the training.
-        samples: Number of samples drawn before, in a training that goes on from a checkpoint.
+        seed: Seed of the training.
+        samples: Number of samples drawn before, in a training that resumes from a checkpoint.
     """
 
     def __init__(self, pipeline: BasicTransform, seed: int, samples: int) -> None:
@@ -49,11 +49,11 @@ class SeededTransform(BasicTransform):
 
 
 class EqualTerms(nnUNetTrainerNoMirroring):
-    """Comes before a trainer among the bases of a run's: length, batch size, width, seed, no mirroring.
+    """Mixin for equal length, batch size, width and seed, no mirroring. List it before the trainer among the bases.
 
     Attributes:
         study: Entries of the run, as in the list of runs.
-        step_seconds: Processor time of each step of this process; on a GPU time.
+        step_seconds: Time of each training step of this process: processor time on a CPU, wall time on a GPU.
     """
 
     study: Mapping[str, Any]
@@ -91,7 +91,7 @@ class EqualTerms(nnUNetTrainerNoMirroring):
         super().initialize()
 
     def on_train_start(self) -> None:
-        # nnU-Net takes all cores of a CPU, however many trainings share it, and draws a figure after every epoch.
+        # nnU-Net uses all cores of a CPU even if several trainings share them, and draws a figure after every epoch.
         threads = torch.get_num_threads()
         super().on_train_start()
         torch.set_num_threads(threads)
@@ -107,11 +107,14 @@ class EqualTerms(nnUNetTrainerNoMirroring):
         return result
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's, without processes, which take longer to start than these predictions, and with fewer tiles."""
+        """Validate as nnU-Net does, but with fewer tiles and without worker processes.
+
+        Starting the processes would take longer than these predictions.
+        """
         self.set_deep_supervision_enabled(False)
         self.network.eval()
         predictor = nnUNetPredictor(tile_step_size=0.75, use_mirroring=False, device=self.device, allow_tqdm=False)
-        network = getattr(self.network, "_orig_mod", self.network)  # not compiled once more, for so few patches
+        network = getattr(self.network, "_orig_mod", self.network)  # not compiled again for so few patches
         predictor.manual_initialization(
             network, self.plans_manager, self.configuration_manager, None, self.dataset_json, "", None
         )
@@ -147,12 +150,12 @@ class EqualTerms(nnUNetTrainerNoMirroring):
 
 
 def trainer(base: str, study: Mapping[str, Any], name: str = "nnUNetTrainerStudy") -> type:
-    """Class of a run's trainer.
+    """Return the trainer class of a run.
 
     Args:
         base: nnUNetTrainer, or a trainer of this package or of `forms`.
         study: Entries of the run, as in the list of runs.
-        name: Of the class, and so part of the name of the run's folder.
+        name: Name of the class, and so part of the name of the run's folder.
     """
     if base == nnUNetTrainer.__name__:
         own: tuple[type, ...] = (DeviceAugmentationMixin, CpuPrecisionTrainer)

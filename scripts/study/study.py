@@ -1,24 +1,24 @@
-"""Trains a list of runs on equal terms, one after another, and scores every validation case.
+"""Train a list of runs on equal terms, and score every validation case.
 
     python scripts/study/study.py scripts/study/runs_lgg.yaml --source RAW --work WORK [--jobs 2]
     python scripts/study/tables.py WORK... --output TABLES
 
-A list has an entry "data" (see study_data.py), "seeds", "models", and an entry "study" with what all runs have in
-common. A model may have an entry "trainer" (default: nnUNetTrainer), "plans" (nnUNetPlans or nnUNetResEncUNetMPlans),
-"configuration", "fold" (default: 0), "data" (dense or sparse) and its own "study":
+A list has the entries "data" (see study_data.py), "seeds", "models", and "study" with the settings of all runs. A model
+may have the entries "trainer" (default: nnUNetTrainer), "plans" (nnUNetPlans or nnUNetResEncUNetMPlans),
+"configuration", "fold" (default: 0), "data" (dense or sparse), and its own "study", which takes precedence:
 
-    iterations            training iterations, or equal_time: as many as take the time of the first model's, by the
-                          processor time of steps that are measured before the first run (default: 1000)
-    epochs                of which each has as many (default: 10)
+    iterations            training iterations, or equal_time: as many as take the time of the first model. Steps are
+                          timed before the first run, on a CPU in processor time (default: 1000)
+    epochs                number of epochs, of equal numbers of iterations (default: 10)
     batch_size            (default: that of the plans)
     width                 factor on the features of all stages (default: 1)
     settings              attributes of the trainer, set before it is initialised, for example {initial_lr: 0.03}
     environment           environment variables, for example {nnUNet_conres_fast_step: 0}
 
-All runs, nnU-Net's own trainer among them, train with the same precision, augmentation (nnU-Net's, without mirroring)
-and batches. On a GPU they are compiled, and augmentation runs there too. A run that was interrupted goes on at its last
-epoch; a run whose entries changed is trained again. A run that fails is started once more after the others, and a
-second failure is a row of the tables.
+All runs, including those of nnU-Net's own trainer, use the same precision, augmentation (nnU-Net's, without mirroring)
+and batches. On a GPU, networks are compiled and augmentation runs on the GPU. An interrupted run resumes at its last
+epoch; a run whose entries changed is trained again. A run that fails is started once more after the others; a second
+failure becomes a row of the tables.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ MODEL: dict[str, Any] = {
 
 
 def complete(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The data of a list with all entries, and its runs, a model with a seed each, in the order of training.
+    """Return the entry "data" with all defaults, and the runs: every model with every seed, in the order of training.
 
     Args:
         content: The list, as described above.
 
     Raises:
-        InputError: With everything that is not known or does not fit.
+        InputError: With all unknown or inconsistent entries.
     """
     errors: list[str] = []
     data = data_sets.DEFAULTS | content["data"]
@@ -100,7 +100,7 @@ def complete(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str,
         models.append(model | {"model": name, "study": study})
     if errors:
         raise InputError(errors)
-    # All models with the first seed come first: what an interruption leaves is a whole comparison.
+    # All models with the first seed come first, so that an interruption later leaves a complete comparison.
     return data, [model | {"study": model["study"] | {"seed": seed}} for seed in content["seeds"] for model in models]
 
 
@@ -110,18 +110,18 @@ def _unknown(where: str, given: Mapping[str, Any], known: Sequence[str] | Mappin
 
 
 def _form_names() -> list[str]:
-    """Names of the trainers in forms.py, which is heavy to import."""
+    """Return the names of the trainers in forms.py, which is slow to import."""
     lines = (HERE / "forms.py").read_text(encoding="utf-8").splitlines()
     return [line[6:].partition("(")[0] for line in lines if line.startswith("class nnUNetTrainer")]
 
 
 def run_name(run: Mapping[str, Any]) -> str:
-    """Name of a run, part of file names."""
+    """Return the name of a run, which is part of file names."""
     return f"{run['model']}_seed{run['study']['seed']}"
 
 
 def make_trainer(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, device: str) -> Any:
-    """nnU-Net's trainer for a run."""
+    """Build the trainer of a run."""
     import torch
     from recipe import trainer
 
@@ -134,7 +134,7 @@ def make_trainer(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, de
 
 
 def train(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, device: str) -> None:
-    """Trains a run, or goes on with it, predicts its validation cases, and writes their scores."""
+    """Train or resume a run, predict its validation cases, and write their scores."""
     os.environ |= {name: str(value) for name, value in run["study"]["environment"].items()}
     os.environ["nnUNet_conres_seed"] = str(run["study"]["seed"])
     made = make_trainer(run, data, work, device)
@@ -173,7 +173,7 @@ def train(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, device: s
 
 
 def score(reference: Path, prediction: Path, classes: Mapping[str, int]) -> dict[str, dict[str, float | None]]:
-    """Dice, HD95 in mm, and Dice in end and middle slices, of every class and in the mean; None where undefined."""
+    """Return Dice, HD95 in mm, and Dice in end and middle slices, per class and as mean; None where undefined."""
     import SimpleITK
 
     from nnunet_conres.evaluation.metrics import measure
@@ -195,7 +195,7 @@ def score(reference: Path, prediction: Path, classes: Mapping[str, int]) -> dict
 
 
 def end_and_middle_dice(truth: np.ndarray, found: np.ndarray, axis: int = 0) -> tuple[float, float]:
-    """Dice where a structure ends, and between its ends.
+    """Return the Dice where a structure ends, and between its ends.
 
     The ends are the structure's first and last slice and all slices beyond them.
 
@@ -224,7 +224,7 @@ def end_and_middle_dice(truth: np.ndarray, found: np.ndarray, axis: int = 0) -> 
 
 
 def measure_steps(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, device: str, steps: int) -> None:
-    """Adds the processor time of training steps on random patches to ``steps.json``."""
+    """Add the times of training steps on random patches to ``steps.json``; on a CPU processor time."""
     import torch
 
     torch.manual_seed(0)
@@ -246,7 +246,7 @@ def measure_steps(run: Mapping[str, Any], data: Mapping[str, Any], work: Path, d
 
 
 def step_seconds(work: Path) -> dict[str, list[float]]:
-    """Processor times of steps that were measured."""
+    """Read the measured times of steps."""
     file = work / "steps.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
@@ -254,7 +254,7 @@ def step_seconds(work: Path) -> dict[str, list[float]]:
 def measure_all(
     runs: Sequence[Mapping[str, Any]], data: Mapping[str, Any], work: Path, device: str, steps: int
 ) -> None:
-    """Measures the steps of all runs that differ in them, in rounds; goes on where it was interrupted."""
+    """Measure the steps of all runs whose steps differ, in rounds; resume after an interruption."""
     distinct = {_step_key(run): run for run in runs}
     for number in range(1, ROUNDS + 1):
         for key, run in distinct.items():
@@ -264,7 +264,7 @@ def measure_all(
 
 
 def with_equal_time(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """The runs with numbers for ``equal_time``, in whole epochs.
+    """Return the runs with ``equal_time`` replaced by numbers of iterations, in whole epochs.
 
     Raises:
         InputError: If the steps of a run could not be measured.
@@ -286,17 +286,17 @@ def with_equal_time(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Seq
 
 
 def _step_key(run: Mapping[str, Any]) -> str:
-    """Equal for runs whose steps take the same time."""
+    """Return a key that is equal for runs whose steps take the same time."""
     study = run["study"]
     keys = [run[key] for key in ("trainer", "plans", "configuration", "data")]
     return json.dumps([*keys, study["batch_size"], study["width"]])
 
 
 def in_child(function: Callable[[], None], log: Path) -> int:
-    """Starts a function in a process that has all modules already; its output goes to a file.
+    """Start a function in a forked process, which has all modules already; its output goes to a file.
 
     Returns:
-        The process.
+        The process id.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     process = os.fork()
@@ -320,10 +320,10 @@ def in_child(function: Callable[[], None], log: Path) -> int:
 
 
 def train_all(runs: Sequence[Mapping[str, Any]], data: Mapping[str, Any], work: Path, device: str, jobs: int) -> int:
-    """Trains what is not done, a number of runs at a time.
+    """Train the runs that are not done, several at a time.
 
     Returns:
-        How many runs failed for good.
+        Number of runs that failed for good.
     """
 
     def scores_file(run: Mapping[str, Any]) -> Path:
@@ -368,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="for preprocessing (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each run on a CPU (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="MODEL", help="train no others")
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help="train only these models")
     parser.add_argument("--measure", type=int, metavar="STEPS", help="train nothing, measure the time of steps")
     parsed = parser.parse_args(arguments)
     source = parsed.source or Path(os.environ.get("nnUNet_raw", "."))
@@ -389,7 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     process = in_child(lambda: data_sets.prepare(data, source.resolve(), work, parsed.processes), log)
     if os.waitpid(process, 0)[1]:
         sys.exit(f"error: the data could not be prepared, see {log}")
-    # on a CPU a run draws its batches itself; the processes for a GPU draw in a fixed order: all of them the same
+    # On a CPU, a run draws its batches itself. On a GPU, worker processes deliver batches in a fixed order. Either way,
+    # all runs with the same seed get the same batches.
     os.environ["nnUNet_n_proc_DA"] = "0" if parsed.device == "cpu" else "2"
     import recipe  # noqa: F401  (for the children)
     import torch
@@ -408,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def steps_table(seconds: Mapping[str, Sequence[float]], runs: Sequence[Mapping[str, Any]]) -> str:
-    """Time of a step, iterations, and minutes of all steps, in Markdown."""
+    """Format the time of a step, iterations, and minutes of all steps as a Markdown table."""
     first = float(np.median(seconds[_step_key(runs[0])]))
     rows = []
     for run in (run for run in runs if run["study"]["seed"] == runs[0]["study"]["seed"]):

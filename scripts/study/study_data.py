@@ -1,20 +1,20 @@
-"""The data sets of the study: cropped and thinned by a rule, planned by nnU-Net, with a smaller patch and network.
+"""The data sets of the study: cropped, downsampled, planned by nnU-Net, optionally with a smaller patch and network.
 
 An entry "data" of a list of runs:
 
-    source          folder of the raw data set, in the folder of --source
-    id              number of the data set that is made of it
-    crop            share of rows and columns that is kept, around the centre (default: 1)
-    thin            rows and columns are thinned by this factor: images by the mean of a block, labels by its majority
-                    (default: 1)
-    patch           patch, in nnU-Net's order of axes; the topology follows by nnU-Net's rule (default: nnU-Net's plans)
+    source          folder of the raw data set, within the folder of --source
+    id              number of the new data set
+    crop            share of rows and columns to keep, around the centre (default: 1)
+    thin            factor by which rows and columns are downsampled: images by the mean of a block, labels by its
+                    majority (default: 1)
+    patch           patch, in nnU-Net's order of axes; the topology follows nnU-Net's rule (default: nnU-Net's plans)
     features        features of the first stage (default: 32, nnU-Net's)
-    patches         further patches, by `nnunet-conres variants`
-    group           expression for the patient in an id, as of `nnunet-conres split` (default: the id)
+    patches         further patches, added by `nnunet-conres variants`
+    group           regular expression for the patient in a case id, as in `nnunet-conres split` (default: the id)
     picked          number of cases, the first by id, that fold 2 holds out
     sparse          number of a second data set with one slab of 2 in 10 slices annotated, by `nnunet-conres sparsify`
 
-Fold 0 trains on one half of the patients and is validated on the other, fold 1 the other way round.
+Fold 0 trains on one half of the patients and is validated on the other half; fold 1 swaps the halves.
 """
 
 from __future__ import annotations
@@ -46,42 +46,42 @@ DEFAULTS: dict[str, Any] = {
 
 
 def names(data: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the data sets that are made."""
+    """Return the names of the data sets to make, by kind."""
     name = data["source"].partition("_")[2]
     found = {"dense": f"Dataset{data['id']:03d}_{name}"}
     return found | ({"sparse": f"Dataset{data['sparse']:03d}_{name}Sparse"} if data["sparse"] else {})
 
 
 def check(data: Mapping[str, Any], source: Path, work: Path) -> None:
-    """Refuses a source that is missing, and a folder that was made of other data.
+    """Check that the source exists, and that the work folder was not made from other data.
 
     Raises:
-        InputError: With what is wrong.
+        InputError: If the source is missing, or the folder was made from other data.
     """
     done = work / "data.json"
     if done.is_file() and json.loads(done.read_text()) != data:
-        raise InputError(f"{done} says other data than the list; expected the same, or another --work.")
+        raise InputError(f"{done} was made from other data than the list has; use those, or another --work.")
     if not (source / data["source"] / "dataset.json").is_file():
         raise InputError(f"There is no data set {source / data['source']}; --source says where the raw data sets are.")
 
 
 def prepare(data: Mapping[str, Any], source: Path, work: Path, processes: int = 1) -> None:
-    """Makes the data sets, plans, folds and preprocessed cases; goes on where it was interrupted.
+    """Make the data sets, plans, folds and preprocessed cases; resume after an interruption.
 
     Args:
-        data: The entry, complete.
+        data: The entry "data" with all defaults.
         source: Folder of raw data sets.
         work: Folder for all files, nnU-Net's three folders among them.
         processes: Number of processes.
 
     Raises:
-        InputError: If a label lies outside what is kept.
+        InputError: If a label lies outside the crop.
     """
     done, prepared = work / "data.json", work / "prepared"
     if prepared.is_file():
         return
     done.write_text(json.dumps(data))
-    # heavy, and they read nnU-Net's folders when imported
+    # slow to import, and they read nnU-Net's folders on import
     from nnunet_conres.datasets.sparse import SlabRule, sparsify
     from nnunet_conres.datasets.splits import split
     from nnunet_conres.planning.variants import add_variants
@@ -135,7 +135,10 @@ def _plan_and_preprocess(name: str, data: Mapping[str, Any], processes: int) -> 
 
 
 def reduce_plans(plans: Mapping[str, Any], patch: Sequence[int] | None, features: int) -> dict[str, Any]:
-    """Plans with the full resolution alone, another patch and other features, its topology by nnU-Net's own rule."""
+    """Return plans with only the full resolution, another patch and other features.
+
+    The topology follows nnU-Net's rule.
+    """
     from nnunet_conres.planning.variants import derive_architecture
 
     entry = deepcopy(plans["configurations"]["3d_fullres"])
@@ -147,16 +150,16 @@ def reduce_plans(plans: Mapping[str, Any], patch: Sequence[int] | None, features
 
 
 def reduce_raw(source: Path, target: Path, crop: float, thin: int) -> None:
-    """Makes a cropped and thinned data set in NIfTI.
+    """Make a cropped and downsampled data set in NIfTI.
 
     Args:
         source: Folder of a raw data set with NIfTI files, slices along the last axis.
-        target: Folder for the new one; a link to the source where nothing changes.
-        crop: Share of rows and columns that is kept.
-        thin: Factor by which they are thinned.
+        target: Folder of the new data set; a link to the source if nothing changes.
+        crop: Share of rows and columns to keep.
+        thin: Factor by which rows and columns are downsampled.
 
     Raises:
-        InputError: If a label lies outside what is kept.
+        InputError: If a label lies outside the crop.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if crop == 1 and thin == 1:
@@ -194,11 +197,11 @@ def _blocks(array: np.ndarray, thin: int) -> np.ndarray:
 
 
 def majority(labels: np.ndarray, thin: int) -> np.ndarray:
-    """The most frequent label of every block of rows and columns; the lowest of those that are equally frequent.
+    """Return the most frequent label of every block of rows and columns; of equally frequent ones the lowest.
 
     Args:
         labels: Label map, three axes.
-        thin: Rows and columns of a block.
+        thin: Number of rows and columns of a block.
     """
     values = np.unique(labels)
     counts = np.stack([_blocks(labels == value, thin).sum((1, 3)) for value in values])

@@ -1,4 +1,4 @@
-"""What the authors' published ConResNet code computes, and the same graph as plain functions."""
+"""Outputs of the authors' published ConResNet code, and the same graph as plain functions."""
 
 import json
 import math
@@ -17,20 +17,20 @@ from torch.nn import functional as F
 
 @dataclass
 class AuthorsNetwork:
-    """Facts about the authors' code: names and shapes of its parameters, and outputs for made weights and input."""
+    """Facts about the authors' code: parameter names and shapes, and outputs for synthetic weights and input."""
 
     facts: Mapping[str, Any]
 
     @staticmethod
     def formula(number: int, shape: list[int]) -> np.ndarray:
-        """Values from -1 to 1 for tensor number ``number``, float64."""
+        """Return synthetic values from -1 to 1 for tensor number ``number``, float64."""
         index = np.arange(math.prod(shape), dtype=np.float64)
         u = np.sin(12.9898 * (index + 1) + 78.233 * (number + 1)) * 43758.5453
         return (2 * (u - np.floor(u)) - 1).reshape(shape)
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights by the formula, float64; those that no output depends on included."""
+        """Weights by the formula in float64, including those that no output depends on."""
         weights = {}
         for number, (name, shape) in enumerate(self.facts["parameters"]):
             values = self.formula(number, shape)
@@ -42,7 +42,7 @@ class AuthorsNetwork:
         return weights
 
     def random_state_dict(self, input_channels: int, num_classes: int) -> dict[str, Tensor]:
-        """Random weights for another number of channels and classes, float32."""
+        """Return random weights for another number of channels and classes, float32."""
         generator = torch.Generator().manual_seed(0)
         weights = {}
         for name, shape in self.facts["parameters"]:
@@ -55,11 +55,11 @@ class AuthorsNetwork:
         return weights
 
     def image(self) -> Tensor:
-        """The input by the formula, float64."""
+        """Return the input by the formula, float64."""
         return torch.from_numpy(2 * self.formula(999, self.facts["input_shape"]))
 
     def check_outputs(self, outputs: list[Tensor], tolerance: float) -> None:
-        """Compares outputs with those of the authors' code, relative to the largest value of each output."""
+        """Compare outputs with those of the authors' code, relative to the largest value of each output."""
         assert len(outputs) == len(self.facts["outputs"])
         points = torch.tensor(self.facts["points_b_c_z_y_x"]).T
         for output, (name, values) in zip(outputs, self.facts["outputs"].items(), strict=True):
@@ -68,7 +68,7 @@ class AuthorsNetwork:
             found = output.double()[tuple(points)]
             assert float((found - expected).abs().max()) <= tolerance * largest, name
             assert abs(float(output.double().mean()) - self.facts["mean"][name]) <= tolerance * largest, name
-            # the source does not say which divisor its standard deviation has; they differ by 1 in 10^6
+            # the source does not state the divisor of its standard deviation; the choices differ by 1 in 10^6
             assert abs(float(output.double().std(correction=0)) - self.facts["std"][name]) <= 1e-5 * largest, name
 
 
@@ -78,9 +78,9 @@ def authors() -> AuthorsNetwork:
 
 
 def plain_graph(w: Mapping[str, Tensor], image: Tensor) -> list[Tensor]:
-    """The authors' graph with PyTorch's functions on their weights: no module and no custom function.
+    """Compute the authors' graph with PyTorch's functions on their weights, without modules or custom functions.
 
-    ``test_plain_graph_gives_the_authors_outputs`` holds it against the authors' own numbers.
+    ``test_plain_graph_gives_the_authors_outputs`` compares it with the authors' outputs.
     """
 
     def standardised(kernel: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code: names, shapes and what goes wrong with files. Outputs: test_conresnet_paper.py."""
+"""Checkpoints of the authors' code: names, shapes and errors in files. test_conresnet_paper.py tests the outputs."""
 
 from pathlib import Path
 from typing import Any

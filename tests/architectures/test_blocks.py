@@ -1,4 +1,4 @@
-"""Resizing against PyTorch's own."""
+"""Resizing against PyTorch."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_resizing_is_trilinear(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_resizing_in_half_precision_keeps_what_is_constant(dtype: torch.dtype) -> None:
-    """The weights of the interpolation sum to 1 in that type, too: heads with a bias are resized after them."""
+    """Interpolation weights sum to 1 in half precision, too. Outputs of heads with a bias are resized."""
     assert (resize(torch.ones(1, 2, 5, 6, 7, dtype=dtype), (20, 24, 28)) == 1).all()
     x = torch.randn(1, 2, 5, 6, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = F.interpolate(x.double(), (20, 24, 28), mode="trilinear", align_corners=True)

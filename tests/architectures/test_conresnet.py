@@ -1,4 +1,4 @@
-"""The context residual modules and the two decoders of ConResNet. What all networks share: test_network.py."""
+"""The context residual modules and the two decoders of ConResNet. test_network.py tests what all networks share."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests import small_networks
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    """Constructor arguments of a small isotropic network in the manner of stock plans."""
+    """Return constructor arguments of a small isotropic network, as in stock plans."""
     isotropic = {"kernel_sizes": [[3, 3, 3]] * 3, "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]]}
     stages = {"features_per_stage": [4, 8, 16], "n_blocks_per_stage": 1}
     return small_networks.arguments(input_channels=2, num_classes=3, **isotropic, **stages) | changes
@@ -62,7 +62,7 @@ def test_the_encoder_is_shared_or_the_stream_starts_from_the_image() -> None:
 
 
 def test_slices_beyond_the_receptive_field_of_a_change_are_untouched_but_for_the_next() -> None:
-    """The residual looks back by one slice: a change of slice k shows in the residual at k and k + 1."""
+    """The residual compares a slice with the one before: a change of slice k changes the residual at k and k + 1."""
     network = ConResNet(**arguments(kernel_sizes=1, strides=[1, 1, 1], norm_op=None, norm_op_kwargs=None)).eval()
     image = torch.randn(1, 2, 8, 4, 4)
     changed = image.clone()
@@ -80,7 +80,7 @@ def test_slice_axis_moves_with_the_data() -> None:
     along_first = ConResNet(**arguments(slice_axis=0)).eval()
     along_last = ConResNet(**arguments(slice_axis=2)).eval()
     weights = {
-        k: v.transpose(2, 4) if v.ndim == 5 else v  # the kernels turn as well
+        k: v.transpose(2, 4) if v.ndim == 5 else v  # the kernels are transposed, too
         for k, v in along_first.state_dict().items()
     }
     along_last.load_state_dict(weights)

@@ -30,7 +30,7 @@ def test_weight_standardisation_filter_by_filter(kernel: int) -> None:
 
 
 class TestAuthorsOutputs:
-    """Outputs that somebody else's code computed: the numbers are not this project's."""
+    """Against outputs computed by the authors' code, not by this project."""
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-4)])
     @pytest.mark.parametrize("mode", ["evaluation", "training without dropout"])
@@ -117,7 +117,7 @@ def test_has_no_argument_that_means_nothing(argument: str) -> None:
 
 
 def test_has_the_papers_strides_only() -> None:
-    """nnU-Net's trainers read them from plans; they can't be others."""
+    """nnU-Net's trainers read the strides from plans. Other values are refused."""
     ConResNetPaper(4, 3, strides=[list(stride) for stride in STRIDES])
     with pytest.raises(ValueError, match="strides of ConResNetPaper are fixed"):
         ConResNetPaper(4, 3, strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]])

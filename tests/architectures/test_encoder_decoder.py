@@ -1,4 +1,4 @@
-"""What V-Net and 3D U-Net share beyond what every network does (test_network.py)."""
+"""Properties that V-Net and 3D U-Net share, in addition to those of all networks (test_network.py)."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from nnunet_conres.architectures.vnet import VNet
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    """Constructor arguments of a small anisotropic network in the manner of stock plans."""
+    """Return constructor arguments of a small anisotropic network, as in stock plans."""
     return {
         "input_channels": 2,
         "num_classes": 3,

@@ -1,4 +1,4 @@
-"""Channels-last networks compute what contiguous ones do; a CPU is taken for a GPU here."""
+"""Channels-last networks compute the same as contiguous ones. The tests treat a CPU as a GPU."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ def slow(*names: str) -> list[Any]:
 
 @pytest.fixture
 def cpu_is_fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everything of a GPU but the device."""
+    """Treat the CPU as a GPU."""
     torch.compiler.reset()
     monkeypatch.setattr(layout, "_DEVICES", {"cpu"})
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # with one a CPU has no convolution with 1x1x1 kernels that is channels-last
+    torch.set_num_threads(2)  # with one thread, a CPU has no channels-last convolution with 1x1x1 kernels
     yield
     torch.set_num_threads(n_threads)
     torch.compiler.reset()
 
 
 def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """A network as it is, and in its fast form."""
+    """Return a network and its fast form."""
     torch.manual_seed(0)
     plain = NETWORKS[name]().to(dtype)
     for parameter in plain.parameters():
@@ -79,7 +79,7 @@ def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.M
 
 
 def results(network: Any, image: Tensor) -> list[Tensor]:
-    """Outputs and gradients."""
+    """Return outputs and gradients."""
     torch.manual_seed(1)  # dropout
     network.zero_grad()
     outputs = network(image)
@@ -88,9 +88,9 @@ def results(network: Any, image: Tensor) -> list[Tensor]:
 
 
 class Convolutions:
-    """A compiler that notes which inputs of convolutions are channels-last, forward and backward.
+    """A compiler that records which inputs of convolutions are channels-last, forward and backward.
 
-    Those of one channel lie in memory in the same way in both layouts, and may be called either.
+    Inputs of one channel have the same memory layout in both formats and count as channels-last.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Convolutions:
             for one in inputs:
                 if "adaptive" in one.name:  # ConResNet's image residual, averaged down to the coarsest level
                     continue
-                # channels next to each other; the gradient of a concatenation is a part of a larger tensor
+                # compare strides: the gradient of a concatenation is part of a larger tensor, so not contiguous itself
                 value = one.meta["val"]
                 self.first_stride = self.first_stride or value.stride(1)
                 self.are_channels_last.append(value.stride(1) == 1 or value.shape[1] == 1)
@@ -133,7 +133,7 @@ class TestNetworks:
 
     @pytest.mark.parametrize("name", ["ResidualEncoderUNet", *slow(*(NETWORKS.keys() - {"ResidualEncoderUNet"}))])
     def test_all_convolutions_are_channels_last(self, name: str) -> None:
-        """In single precision: a CPU has no such convolutions in double precision."""
+        """In single precision, because a CPU has no channels-last convolutions in double precision."""
         plain, ours = pair(name, torch.float32)
         weights_to_channels_last(ours)
         image = torch.randn(2, 2, *SIZE)
@@ -148,12 +148,12 @@ class TestNetworks:
         # images, averages in residual encoders, and gradients of the logits
         assert compiler.n_conversions <= 1 + 2 + 5
 
-    # Not ConResNetPaper: convolutions without values forget the layout, and autocast knows no such device.
+    # Not ConResNetPaper: convolutions of meta tensors lose the layout, and autocast does not support the meta device.
     @pytest.mark.parametrize(
         "name", ["ResidualMapUNet", *slow(*(NETWORKS.keys() - {"ResidualMapUNet", "ConResNetPaper"}))]
     )
     def test_graphs_hold_nothing_of_another_device(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Or else they would not become CUDA graphs. Here without values, so that any device would do."""
+        """Otherwise they would not become CUDA graphs. Meta tensors, which have no values, stand for any device."""
         monkeypatch.setattr(layout, "_DEVICES", {"meta"})
         devices: set[str] = set()
 
@@ -178,13 +178,13 @@ class TestNetworks:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 found = torch.cat([value.double().flatten() for value in results(network, image)])
             errors.append(float((found - exact).detach().norm() / exact.detach().norm()))
-        # ConResNetPaper's 4 % of rounding errors become 1.22 times as much by another order of the same operations
+        # another order of the same operations multiplies ConResNetPaper's rounding error of 4 % by 1.22
         limit = 1.3 if name == "ConResNetPaper" else 1.1
         assert 1e-4 < errors[1] < limit * errors[0]
 
     @pytest.mark.parametrize("name", slow("ConResNetPaper", "ConResNet", "VNet", "UNet3D with batch norm"))
     def test_networks_that_are_not_made_fast_stay_contiguous(self, name: str) -> None:
-        """As nnUNet_conres_fast_step=0 and the benchmark's contiguous contenders have them."""
+        """As with nnUNet_conres_fast_step=0 and in the contiguous runs of the benchmark."""
         plain, _ = pair(name, torch.float32)
         compiler = Convolutions()
         results(torch.compile(plain, fullgraph=True, backend=compiler.backend), torch.randn(2, 2, *SIZE))
@@ -213,7 +213,7 @@ class TestNetworks:
         with torch.inference_mode():
             for value, expected in zip(ours(image), plain(image), strict=True):
                 torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-        # group norm would copy, and stays contiguous
+        # ConResNetPaper stays contiguous, because its group norm would copy
         assert layouts[0] == (name != "ConResNetPaper")
 
     def test_training_that_is_not_compiled_is_as_before(self) -> None:
@@ -257,7 +257,7 @@ def test_state_goes_both_ways(name: str) -> None:
 
 @pytest.mark.usefixtures("cpu_is_fast")
 def test_weights_of_other_networks_stay() -> None:
-    """A trainer that a user derives from ours may build one, which contiguous images go through."""
+    """A user's trainer derived from ours may build another network, whose images are contiguous."""
     other, part = _two_convolutions(), fast(_two_convolutions())
     weights_to_channels_last(nn.ModuleDict({"other": other, "part": part}))
     assert all(parameter.is_contiguous() for parameter in other.parameters())
@@ -275,7 +275,7 @@ def test_can_be_pickled_and_copied() -> None:
 
 @pytest.mark.usefixtures("cpu_is_fast")
 class TestNorms:
-    """Against PyTorch's own."""
+    """Against PyTorch's norms."""
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("affine", [True, False])
@@ -376,7 +376,7 @@ def _two_convolutions() -> nn.Module:
 
 @pytest.mark.usefixtures("cpu_is_fast")
 def test_gradients_with_distributed_data_parallel(tmp_path: Path) -> None:
-    """Without PyTorch's warning that gradients have another layout than the memory where they are summed."""
+    """PyTorch must not warn that gradients and the buckets in which they are summed have different layouts."""
     networks = [fast(_two_convolutions()) for _ in range(2)]
     image = torch.randn(2, 2, 8, 8, 8)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)

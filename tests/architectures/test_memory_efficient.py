@@ -1,4 +1,4 @@
-"""Operations that keep little for backward give what plain autograd gives."""
+"""Operations that save little memory for backward give the same results as plain autograd."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tens
 
 
 def number_kept(function: Callable[[], Tensor]) -> int:
-    """How many different tensors autograd keeps."""
+    """Return how many different tensors autograd saves for backward."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class TestGroupNormReLU:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_in_half_precision(self, dtype: torch.dtype) -> None:
-        """As exact as the type of its input and output can be; parameters get their gradients in float32."""
+        """Only the type of input and output limits the precision. Parameters get float32 gradients."""
         module = self.module()
         x, y = leaf(2, 8, 6, 7, 5, dtype=dtype), leaf(2, 8, 6, 7, 5, dtype=dtype)
         output = module(x)
@@ -108,7 +108,7 @@ class TestGroupNormReLU:
 
     def test_keeps_input_and_output_only(self) -> None:
         x, module = leaf(2, 8, 3, 4, 5, dtype=torch.float16), self.module()
-        # beside them scale, mean and deviation
+        # input, output, scale, mean and deviation
         assert number_kept(lambda: module(x)) == 5
 
     @pytest.mark.gpu
@@ -129,7 +129,7 @@ class TestGroupNormReLU:
 
 @pytest.mark.parametrize("function", ["residual_of_sigmoid", "attend", "GroupNormReLU"])
 def test_compiled_gradient(function: str) -> None:
-    """PyTorch 2.11 loses that of functions whose result was changed in place."""
+    """PyTorch 2.11 loses the gradient of compiled functions whose result was changed in place."""
     torch.compiler.reset()
     norm = GroupNormReLU(2, 4)
 

@@ -1,4 +1,4 @@
-"""What nnU-Net, and this package, expect of every network; those of all families are tested."""
+"""Requirements of nnU-Net and this package on every network, tested for the networks of all families."""
 
 import inspect
 import math
@@ -29,11 +29,11 @@ DROPOUT = {"dropout_op": nn.Dropout3d, "dropout_op_kwargs": {"p": 0.5}}
 
 @dataclass(frozen=True)
 class Kind:
-    """A network and how it is made.
+    """A network class and constructor arguments.
 
     Attributes:
         network: Its class.
-        given: Constructor arguments but ``input_channels``, ``num_classes`` and ``deep_supervision``.
+        given: Constructor arguments except ``input_channels``, ``num_classes`` and ``deep_supervision``.
     """
 
     network: type[PlansNetwork]
@@ -51,14 +51,14 @@ class Kind:
         return self.network.fixed_stages is not None
 
     def supervised(self, **changes: Any) -> Any:
-        """As it is trained."""
+        """Make the network as it is trained."""
         return self.make(
             deep_supervision=True, **({"residual_outputs": True} if self.has_residual_maps else {}), **changes
         )
 
 
 def kind_of(network: type[PlansNetwork]) -> Kind:
-    """With those of the arguments above that it takes."""
+    """Return a network with those of the arguments above that its constructor takes."""
     arguments = RESIDUAL if network.fixed_stages is None else {"background_class": True}
     takes = inspect.signature(network).parameters
     return Kind(network, {name: value for name, value in arguments.items() if name in takes})
@@ -77,7 +77,10 @@ every = pytest.mark.parametrize("kind", NETWORKS.values(), ids=NETWORKS)
 
 
 def _narrow(kinds: dict[str, Kind]) -> Any:
-    """All, but by default only those of NETWORKS whose width is not fixed: compiling the paper's takes a minute."""
+    """Parametrise with all kinds, of which networks of fixed width and those of VARIANTS are marked as slow.
+
+    Compiling the paper's network takes a minute.
+    """
     return pytest.mark.parametrize(
         "kind",
         [
@@ -120,7 +123,7 @@ def gradients(network: Any, image: Tensor) -> list[Tensor]:
 
 
 class TestOutputs:
-    # patch, strides, kernels: as planners make them, and odd sizes as hand-edited plans have them
+    # patch, strides, kernels: as planned, and odd sizes as in hand-edited plans
     CASES = (
         ((8, 8, 8), [1, 2], [3, 3]),
         ((4, 16, 12), [1, [1, 2, 2], [2, 2, 2]], [[1, 3, 3], [3, 3, 3], [3, 3, 3]]),
@@ -143,7 +146,7 @@ class TestOutputs:
             kernel_sizes=kernels,
             **({"n_blocks_per_stage": 1} if "n_blocks_per_stage" in kind.given else {}),
         )
-        # a batch of 2, so that instance norm of a single bottleneck voxel in the smallest cases is not refused
+        # a batch of 2: PyTorch refuses instance norm of a single bottleneck voxel, as in the smallest cases
         image = torch.randn(2, 2, *patch)
         network.eval()
         scales, size = [], list(patch)
@@ -184,7 +187,7 @@ class TestOutputs:
 
     @with_residual_maps
     def test_every_residual_channel_learns(self, kind: Kind) -> None:
-        """No channel without a loss: with the background among the classes there is one fewer."""
+        """Every residual channel has a loss. If the classes include the background, there is one channel fewer."""
         with_background, regions = kind.make(), kind.make(background_class=False)
         for network, channels in ((with_background, 2), (regions, 3)):
             assert {head.out_channels for head in network.decoder.seg_layers.residual} == {channels}
@@ -290,7 +293,7 @@ def test_refuses_arguments_out_of_range(kind: Kind, changes: dict[str, Any], mes
 
 
 class TestCheckpointing:
-    """Activations that are computed twice change nothing but memory."""
+    """Recomputing activations changes memory, but not results."""
 
     @with_variants
     @pytest.mark.parametrize("checkpointing", ["decoder", "full"])
@@ -319,7 +322,7 @@ class TestCompiled:
     @with_variants_narrow
     @pytest.mark.parametrize("checkpointing", [pytest.param("none", marks=pytest.mark.slow), "full"])
     def test_no_graph_break_and_the_same_gradients(self, kind: Kind, checkpointing: str) -> None:
-        torch.compiler.reset()  # there is a limit to how often one forward is compiled anew
+        torch.compiler.reset()  # the number of recompilations of one forward is limited
         torch.manual_seed(0)
         network = kind.supervised(checkpointing=checkpointing).double()
         image = torch.randn(2, 2, *SIZE, dtype=torch.float64)
@@ -376,20 +379,20 @@ def test_works_under_bfloat16_autocast(kind: Kind) -> None:
     network = kind.supervised()
     network.apply(network.initialize)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        # not smaller: some processors' gradients are wrong where a kernel is deeper than its input
+        # not smaller: on some processors, gradients are wrong if a kernel is deeper than its input
         outputs = network(torch.randn(1, 2, 32, 32, 32))
     objective(outputs).backward()
     assert all(torch.isfinite(p.grad).all() for p in network.parameters())
 
 
 def test_padding_compiles_for_sizes_that_vary() -> None:
-    """PyTorch could not compile a modulo of sizes in front of what divides by their number of voxels, as norms do."""
+    """PyTorch could not compile a modulo of sizes before a division by their number of voxels, as in norms."""
 
     def padded_and_normalised(image: Tensor) -> Tensor:
         return nn.functional.batch_norm(pad_to_multiple(image, (1, 2, 2)), None, None, training=True)
 
     torch.compiler.reset()
-    # as PyTorch's own compiler, short of making code
+    # like PyTorch's default compiler, without code generation
     compiled = torch.compile(padded_and_normalised, fullgraph=True, backend="aot_eager_decomp_partition")
     for size in ((4, 8, 8), (5, 7, 9)):
         image = torch.randn(2, 2, *size, requires_grad=True)
@@ -397,7 +400,7 @@ def test_padding_compiles_for_sizes_that_vary() -> None:
 
 
 def kept_bytes(network: Any, image: Tensor) -> int:
-    """What autograd keeps for backward, each storage once, without the parameters."""
+    """Return the bytes that autograd saves for backward, each storage counted once, without parameters."""
     kept: dict[int, torch.UntypedStorage] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 

@@ -1,4 +1,4 @@
-"""ResidualMapUNet against nnU-Net's residual encoder U-Net. What all networks share: test_network.py."""
+"""ResidualMapUNet against nnU-Net's residual encoder U-Net. test_network.py tests what all networks share."""
 
 from typing import Any
 
@@ -17,14 +17,14 @@ def arguments(**changes: Any) -> dict[str, Any]:
 
 
 def stock_names(name: str) -> str:
-    """The name of a parameter in nnU-Net's network."""
+    """Return the name of a parameter in nnU-Net's network."""
     return name.replace("decoder.up.", "decoder.transpconvs.").replace(
         "decoder.seg_layers.segmentation.", "decoder.seg_layers."
     )
 
 
 def test_the_segmentation_is_that_of_nnunets_residual_encoder_unet() -> None:
-    """Same weights, same outputs at all scales: the residual heads are all that is added."""
+    """The same weights give the same outputs at all scales. Only the residual heads are added."""
     network = ResidualMapUNet(**arguments(deep_supervision=True))
     stock = ResidualEncoderUNet(**arguments(deep_supervision=True))
     weights = {stock_names(k): v for k, v in network.state_dict().items() if "seg_layers.residual" not in k}

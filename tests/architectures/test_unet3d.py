@@ -1,4 +1,4 @@
-"""3D U-Net against the paper's own count and a second computation of its graph."""
+"""3D U-Net against the paper's number of parameters and an independent computation of its graph."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ class TestPaper:
 
 
 def paper_forward(network: UNet3D, image: Tensor) -> Tensor:
-    """The paper's figure 2 with plain functions, each taking the network's next weights in the paper's order."""
+    """Compute the paper's figure 2 with plain functions that take the network's weights in the paper's order."""
     convolutions = {
         "encoder": iter(
             [m for m in network.encoder.modules() if isinstance(m, nn.Conv3d) and m.kernel_size == (3,) * 3]

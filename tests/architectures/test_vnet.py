@@ -1,4 +1,4 @@
-"""V-Net against the paper's facts and a second computation of its graph."""
+"""V-Net against facts from the paper and an independent computation of its graph."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ class TestPaper:
 
 
 def paper_forward(network: VNet, image: Tensor) -> Tensor:
-    """The paper's figure 2 with plain functions on the state dictionary."""
+    """Compute the paper's figure 2 with plain functions on the state dictionary."""
     w = network.state_dict()
 
     def prelu(name: str, x: Tensor) -> Tensor:

@@ -51,12 +51,12 @@ def smooth(shape: tuple[int, ...], sigma: float = 2, seed: int = 0) -> np.ndarra
 
 
 def voxel_coordinates(size: tuple[int, ...]) -> np.ndarray:
-    """Coordinates relative to the centre of the patch, (*size, dim)."""
+    """Return coordinates relative to the centre of the patch, (*size, dim)."""
     return np.stack(np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in size], indexing="ij"), -1)
 
 
 def grid_in_voxels(grid: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    """A grid for grid_sample as voxel indices of an image of this shape, axes in their own order."""
+    """Convert a grid for grid_sample to voxel indices of an image of this shape, in the order of its axes."""
     return (grid.double().numpy()[..., ::-1] + 1) / 2 * shape - 0.5
 
 
@@ -103,7 +103,7 @@ class TestBSplineGrid:
     def test_equals_scipy(self, size: tuple[int, ...], lattice: dict[str, Any]) -> None:
         grid = BSplineGrid(size, **lattice)
         displacements = random_displacements(grid)
-        # where voxels lie, in steps of control points from the first of them
+        # voxel positions relative to the first control point, in units of the control-point spacing
         first = grid.positions()[(0,) * len(size)].numpy()
         steps = np.moveaxis((voxel_coordinates(size) - first) / grid.spacing, -1, 0)
         field = grid.evaluate(displacements.float()).numpy()
@@ -118,7 +118,7 @@ class TestBSplineGrid:
         grid = BSplineGrid(size, **lattice)
         displacements = random_displacements(grid, 4)
         dim = len(size)
-        # SimpleITK's axes run the other way round; voxel indices are its coordinates
+        # SimpleITK's axes have the reverse order; its coordinates are voxel indices
         cells, spacing = np.array(grid.cells), np.array(grid.spacing)
         transform = SimpleITK.BSplineTransform(dim, 3)
         transform.SetTransformDomainMeshSize(cells[::-1].tolist())
@@ -138,7 +138,7 @@ class TestBSplineGrid:
         reference = SimpleITK.BSplineTransformInitializer(image, [2, 2, 2], 3)
         grid = BSplineGrid(size, grid_size=2)
         assert grid.shape == (5, 5, 5) == tuple(reference.GetCoefficientImages()[0].GetSize())
-        # SimpleITK lets its mesh stick out by an eighth of a voxel
+        # SimpleITK's mesh extends beyond the image by an eighth of a voxel
         np.testing.assert_allclose(grid.spacing[::-1], reference.GetCoefficientImages()[0].GetSpacing(), atol=0.2)
 
     @pytest.mark.parametrize(("size", "lattice"), GRIDS)
@@ -340,7 +340,7 @@ class TestBSplineSpatialTransform:
         drawn = transform.get_parameters(**data)
         result = transform.apply(data, **drawn)
         at = np.moveaxis(grid_in_voxels(drawn["grid"], image.shape), -1, 0)
-        assert at.min() < -5  # it does look outside
+        assert at.min() < -5  # some positions lie outside the image
         # SciPy's "reflect" mirrors at the outer border of the first voxel
         expected = map_coordinates(image, at, order=1, mode="reflect")
         np.testing.assert_allclose(result["image"][0].numpy(), expected, atol=1e-4)
@@ -351,7 +351,7 @@ class TestBSplineSpatialTransform:
         if mode_seg == "bilinear":
             np.testing.assert_array_equal(actual[clear], np.argmax(scores, 0)[clear])
         else:
-            # away from the middle between two voxels
+            # not halfway between two voxels, where the nearest one is ambiguous
             clear = (np.abs(at - np.floor(at) - 0.5) > 1e-3).all(0)
             np.testing.assert_array_equal(actual[clear], map_coordinates(labels, at, order=0, mode="reflect")[clear])
         assert clear.mean() > 0.9
@@ -394,7 +394,7 @@ class TestBSplineSpatialTransform:
         torch.testing.assert_close(result, image, atol=1e-4, rtol=0)
 
     def test_axis_with_zero_sigma_stays(self) -> None:
-        # each slice along the first axis has a grey value of its own
+        # every slice along the first axis has a different grey value
         image = torch.arange(10.0).view(1, 10, 1, 1).expand(1, 10, 12, 14).contiguous()
         result = make((10, 12, 14), sigma=(0, 5, 5), padding_mode_image="border")(image=image)["image"]
         torch.testing.assert_close(result, image, atol=1e-4, rtol=0)
@@ -462,7 +462,7 @@ class TestBSplineSpatialTransform:
 
 @pytest.mark.slow
 class TestSpeed:
-    """At 128^3 on one thread; contestants take turns and ratios are taken within a turn."""
+    """At 128^3 on one thread. The two transforms run alternately, and each ratio comes from one such turn."""
 
     @pytest.fixture(autouse=True)
     def _one_thread(self):

@@ -1,4 +1,4 @@
-"""Channels left out of patches, against nnU-Net's preprocessing of an image that is 0 everywhere."""
+"""Channels dropped from patches, against nnU-Net's preprocessing of an image that is 0 everywhere."""
 
 import math
 import pickle
@@ -70,7 +70,7 @@ class TestTrainers:
         assert ours[position - 1] == "MaskImageTransform"
         assert ours.index("MoveSegAsOneHotToDataTransform") > position
 
-        # Channels are dropped whole, and what the cascade adds is not.
+        # Image channels are dropped as a whole. Channels that the cascade adds are not dropped.
         seen = set()
         for seed in range(20):
             generator = torch.Generator().manual_seed(seed)

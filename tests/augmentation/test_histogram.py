@@ -22,7 +22,7 @@ def _seed() -> None:
 
 
 def patch(kind: str, channels: int = 1, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
-    """Grey values of a kind of scan: normally distributed, skewed, or mostly one value."""
+    """Return grey values of a kind of scan: normally distributed, skewed, or mostly one value."""
     noise = torch.randn(channels, *shape)
     if kind == "skewed":
         return noise.exp() * 40 + 100
@@ -32,7 +32,7 @@ def patch(kind: str, channels: int = 1, shape: tuple[int, ...] = SHAPE) -> torch
 
 
 def matched(image: torch.Tensor, reference: torch.Tensor, **data: Any) -> torch.Tensor:
-    """The image, matched by a transform that has seen the reference and nothing else."""
+    """Return the image, matched by a transform that has seen only the reference."""
     transform = HistogramMatchingTransform(p=1)
     transform(image=reference)
     return transform(image=image, **data)["image"]
@@ -46,7 +46,7 @@ class TestMatching:
         result = matched(image, reference).numpy()
         spread = np.ptp(np.quantile(reference.numpy(), [0.01, 0.99]))
         difference = np.quantile(result, LEVELS) - np.quantile(reference.numpy(), LEVELS)
-        # the lowest and highest grey values hang on a few voxels, which the sample may miss
+        # the lowest and highest grey values depend on a few voxels, which the sample may miss
         assert np.abs(difference[2:-2]).max() < 0.03 * spread
 
     def test_equals_scikit_image_within_sampling(self) -> None:
@@ -62,7 +62,7 @@ class TestMatching:
         image, reference = patch("normal", shape=shape), patch("skewed", shape=shape)
         result = matched(image, reference).numpy()
         expected = np.interp(image.numpy(), np.quantile(image.numpy(), LEVELS), np.quantile(reference.numpy(), LEVELS))
-        # the table looked up has 2^14 entries
+        # the lookup table has 2^14 entries
         np.testing.assert_allclose(result, expected, atol=0.002 * np.ptp(expected))
         assert np.abs(result - expected).mean() < 1e-5 * np.ptp(expected)
 
@@ -95,7 +95,7 @@ class TestMatching:
             transform(image=torch.stack([patch("normal")[0] + offset, patch("normal")[0] - offset]))
         seen = set()
         for _ in range(20):
-            # only the three above are remembered, so that each can be identified by its mean
+            # the copy remembers only the three references above, which have different means
             probe = copy.deepcopy(transform)
             result = probe(image=patch("normal", 2))["image"].mean((1, 2, 3)).tolist()
             assert sum(result) == pytest.approx(0, abs=1)
@@ -118,7 +118,7 @@ class TestMatching:
         reference = patch("skewed", shape=shape)
         result = matched(image, reference)
         for value in values:
-            # a value that many voxels share becomes the middle of the quantiles that it holds
+            # a value shared by many voxels is mapped to the middle of the quantiles that it covers
             held = np.quantile(reference.numpy(), LEVELS[np.quantile(image.numpy(), LEVELS) == value])
             assert result[image == value].numpy() == pytest.approx((held[0] + held[-1]) / 2, rel=1e-4)
 
@@ -163,7 +163,7 @@ class TestOutside:
         reference = patch("skewed")
         segmentation = torch.zeros(2, *SHAPE, dtype=torch.int16)
         segmentation[0, :20] = -1
-        segmentation[1] = -1  # a second channel, the previous stage's segmentation, says nothing about the image
+        segmentation[1] = -1  # the second channel, the previous stage's segmentation, must not matter
         reference[:, :20] = 0
         transform(image=reference, segmentation=segmentation)
         assert transform.remembered[0].min() > 100

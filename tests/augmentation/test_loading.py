@@ -1,4 +1,4 @@
-"""Loading what the draws need, against nnU-Net's loader and batchgeneratorsv2's transforms with the same draws."""
+"""Loading only the voxels that the draws need, against nnU-Net and batchgeneratorsv2 with the same draws."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ LABELS = {"background": 0, "one": 1, "two": 2, "three": 3}
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Function that gives a data set as nnU-Net preprocesses it: cases of a size, two channels."""
+    """Function that returns a data set as preprocessed by nnU-Net: cases of one size with two channels."""
 
     def make(size: str, cascade: bool = False, ignore: bool = False, stored: str = "b2nd") -> Any:
         name = f"{size}{ignore}{stored}"
@@ -103,7 +103,7 @@ def nnunets(patch: tuple[int, ...] = PATCH, **changes: Any) -> ComposeTransforms
 
 
 def often(pipeline: ComposeTransforms) -> ComposeTransforms:
-    """Rotation and scaling in most samples, so that few samples see all kinds."""
+    """Rotate and scale in most samples, so that a few samples cover all combinations."""
     for transform in pipeline.transforms:
         if type(transform) is SpatialTransform:
             transform.p_rotation = transform.p_scaling = 0.6
@@ -125,7 +125,7 @@ PIPELINES: dict[str, dict[str, Any]] = {
 
 
 def compare(stock: nnUNetDataLoader, ours: DrawFirstLoader, key: str, number: int, force: bool) -> dict[str, Any]:
-    """The same draws both ways: asserts that the same comes out. Returns our sample as it was loaded."""
+    """Check that nnU-Net and we get the same sample from the same draws. Return our sample as it was loaded."""
     pipeline = ours.pipeline
     seed(number)
     sample = ours._sample(key, force)
@@ -206,7 +206,7 @@ def test_validation_is_the_patch_itself(cases: Callable[..., Any]) -> None:
 
 
 class Recording:
-    """An array that notes how many voxels are read of it."""
+    """An array that counts the voxels that are read from it."""
 
     def __init__(self, array: Any) -> None:
         self.array, self.shape, self.voxels = array, array.shape, 0
@@ -236,7 +236,7 @@ def test_no_more_is_read_than_the_draws_need(cases: Callable[..., Any]) -> None:
 
 
 def test_a_users_transform_sees_what_it_always_saw(cases: Callable[..., Any]) -> None:
-    """After nnU-Net's spatial transform: everything up to it runs before the batch leaves the worker."""
+    """It comes after nnU-Net's spatial transform. All transforms up to the user's run in the worker."""
     stock_transforms = nnunets().transforms
     pipeline = DevicePipeline(ComposeTransforms([*stock_transforms[:1], Twice(), *stock_transforms[-2:]]))
     stock = stock_loader(cases("large"), ComposeTransforms([*pipeline.on_cpu, *pipeline.on_device]))
@@ -246,7 +246,7 @@ def test_a_users_transform_sees_what_it_always_saw(cases: Callable[..., Any]) ->
         theirs = next(stock)
         seed(number)
         mine = finish(next(ours), pipeline, CPU)
-        # nothing is drawn on the device, so that the draws are the same
+        # the device draws no random numbers, so the draws are the same
         assert torch.equal(mine["data"], theirs["data"])
         assert all(torch.equal(a, b) for a, b in zip(mine["target"], theirs["target"], strict=True))
 
@@ -255,8 +255,8 @@ def test_a_users_transform_sees_what_it_always_saw(cases: Callable[..., Any]) ->
 def test_memory_on_the_device_is_foreseen(
     cases: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, regions: list[Any] | None
 ) -> None:
-    """Counted on the CPU, where the largest scaling and rotation are always drawn."""
-    # a patch is small against the indicators of all labels, which a patch of 128 cubed is not
+    """Memory is counted on the CPU, for the largest rotation and scaling in every sample."""
+    # all labels of this small patch would be resampled at once, unlike those of a patch of 128 cubed
     for module in ("spatial_on_device", "on_device"):
         monkeypatch.setattr(f"nnunet_conres.augmentation.{module}.INDICATOR_VOXELS", 0)
     patch, rotation = (24, 24, 24), np.pi / 6
@@ -270,7 +270,7 @@ def test_memory_on_the_device_is_foreseen(
     batch, apply = next(source), source.pipeline.apply
 
     def with_copy(data: dict[str, Any], *drawn: Any, **where: Any) -> dict[str, Any]:
-        data["image"] = data["image"].clone()  # as on another device
+        data["image"] = data["image"].clone()  # a copy, as on another device
         return apply(data, *drawn, **where)
 
     monkeypatch.setattr(source.pipeline, "apply", with_copy)
@@ -344,7 +344,7 @@ class TestBatches:
 
 
 def numbers_of(batches: Iterator[dict[str, Any]], samples: int) -> dict[str, list[float]]:
-    """A number per sample of everything that is compared."""
+    """Return every statistic that is compared, one number per sample."""
     found: dict[str, list[float]] = {}
 
     def note(name: str, value: Any) -> None:
@@ -369,7 +369,7 @@ def numbers_of(batches: Iterator[dict[str, Any]], samples: int) -> dict[str, lis
 
 
 def positions_of(batches: Iterator[dict[str, Any]], samples: int) -> dict[str, list[float]]:
-    """Where patches lie and how they are distorted: the images' values are coordinates."""
+    """Return positions and distortions of patches, from images whose values are coordinates."""
     found: dict[str, list[float]] = {}
     while len(found.get("position 0", ())) < samples:
         for image in next(batches)["data"]:
@@ -385,7 +385,7 @@ def positions_of(batches: Iterator[dict[str, Any]], samples: int) -> dict[str, l
 
 
 def assert_same_distributions(one: dict[str, list[float]], other: dict[str, list[float]]) -> None:
-    """Kolmogorov-Smirnov; 1 % for all comparisons together."""
+    """Check with Kolmogorov-Smirnov tests, at a significance level of 1 % for all comparisons together."""
     values = {name: scipy.stats.ks_2samp(one[name], other[name]).pvalue for name in one}
     worst = min(values, key=values.__getitem__)
     assert values[worst] > 0.01 / len(values), (worst, values[worst])
@@ -405,7 +405,7 @@ def with_coordinates(dataset: Any) -> Any:
 
 @pytest.mark.parametrize("samples", [120, pytest.param(2000, marks=pytest.mark.slow)])
 class TestDistributions:
-    """Nothing tells nnU-Net's batches from ours; see `test_the_tests_notice` for what would."""
+    """nnU-Net's batches and ours have the same distributions. `test_the_tests_notice` checks a real difference."""
 
     def both(self, dataset: Any, pipeline: ComposeTransforms) -> tuple[Iterator[Any], Iterator[Any]]:
         stock = stock_loader(dataset, pipeline)
@@ -426,7 +426,7 @@ class TestDistributions:
 
 
 def test_the_tests_notice(cases: Callable[..., Any]) -> None:
-    """A pipeline that draws gamma correction twice as often, or rotates by half the angle, is told apart."""
+    """The comparison fails for a pipeline that applies all intensity transforms three times as often."""
     changed = nnunets()
     for transform in changed.transforms:
         if isinstance(transform, RandomTransform):

@@ -8,7 +8,7 @@ from nnunet_conres.augmentation.mirror_outside import MirrorOutsideTransform
 
 
 def padded(before: tuple[int, ...], size: tuple[int, ...], after: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-    """A volume as nnU-Net's loader hands it over, and what it should become, by NumPy."""
+    """Return a volume as padded by nnU-Net's loader, and the expected result from NumPy."""
     image, labels = torch.randn(2, *size), torch.randint(0, 3, (1, *size), dtype=torch.int16)
     margins = [(0, 0), *zip(before, after, strict=True)]
     given = [
@@ -23,7 +23,7 @@ def padded(before: tuple[int, ...], size: tuple[int, ...], after: tuple[int, ...
     [
         ((0, 0, 0), (4, 5, 6), (0, 0, 0)),
         ((2, 0, 1), (4, 5, 6), (1, 3, 0)),
-        ((9, 0, 7), (4, 5, 3), (0, 11, 20)),  # more than there is to mirror
+        ((9, 0, 7), (4, 5, 3), (0, 11, 20)),  # more padding than there is to mirror
         ((1, 2, 3), (1, 1, 1), (3, 2, 1)),
         ((3, 1), (4, 5), (0, 2)),
     ],

@@ -1,4 +1,4 @@
-"""Transforms on a device against batchgeneratorsv2's own: same draws, same input. Ties between labels may differ."""
+"""Transforms on a device against batchgeneratorsv2 with the same draws and input. Ties between labels may differ."""
 
 from typing import Any
 
@@ -47,14 +47,14 @@ def seed(number: int) -> None:
 
 
 def smooth(channels: int, size: tuple[int, ...]) -> torch.Tensor:
-    """Images with structure: noise, averaged."""
+    """Return averaged noise: images with structure."""
     noise = torch.randn(1, channels, *size)
     pool = torch.nn.functional.avg_pool3d if len(size) == 3 else torch.nn.functional.avg_pool2d
     return pool(noise, 3, 1, 1)[0] * 3
 
 
 def blobs(channels: int, size: tuple[int, ...], labels: tuple[int, ...]) -> torch.Tensor:
-    """Segmentations whose labels hang together."""
+    """Return segmentations whose labels form connected blobs."""
     values = smooth(channels, size)
     levels = torch.quantile(values.flatten(), torch.linspace(0, 1, len(labels) + 1)[1:-1])
     return torch.tensor(labels, dtype=torch.int16)[torch.bucketize(values, levels)]
@@ -72,7 +72,7 @@ def copied(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def on(device: str, data: dict[str, Any]) -> dict[str, Any]:
-    """A sample on another device."""
+    """Return a sample on another device."""
     return {
         name: [one.to(device) for one in value] if isinstance(value, list) else value.to(device)
         for name, value in data.items()
@@ -80,7 +80,7 @@ def on(device: str, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference(transform: BasicTransform, data: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
-    """batchgeneratorsv2's own ``apply`` with these parameters."""
+    """Call batchgeneratorsv2's ``apply`` with these parameters."""
     parameters = dict(parameters)
     if "seed" in parameters:
         seed(parameters.pop("seed"))
@@ -155,7 +155,7 @@ def test_equals_batchgenerators(name: str, size: tuple[int, ...], device: str) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["noise", "noise by channel"])
 def test_noise_of_a_gpu(name: str) -> None:
-    """Other numbers than batchgeneratorsv2's on the CPU, of the same channels and deviations."""
+    """Other random numbers than on the CPU, with batchgeneratorsv2's channels and standard deviations."""
     pipeline = DevicePipeline(ComposeTransforms([TRANSFORMS[name]]))
     for number in range(4):
         seed(number)
@@ -190,7 +190,7 @@ def test_cascades_transforms_equal_batchgenerators(number: int, size: tuple[int,
         (parameters,) = pipeline.draw(data["image"]).parameters
         assert parameters is not None
         theirs = reference(transform, copied(data), parameters)
-        # the other processes' transforms have shuffled their channels since
+        # transforms in other processes shuffle their channels between the draw and its application
         np.random.shuffle(transform.channel_idx)
         there = on(device, copied(data))
         ours = on("cpu", pipeline.apply(there, [parameters], shape=size, box=[], labels=[], sticks_out=True))
@@ -265,7 +265,7 @@ def make_spatial(name: str, patch: tuple[int, ...]) -> SpatialTransform:
 def compare_spatial(
     transform: SpatialTransform, initial: tuple[int, ...], labels: tuple[int, ...], number: int, device: str = "cpu"
 ) -> tuple[int, int]:
-    """Voxels of labels that differ, and all of them. Ours sees nothing beyond what it said that it reaches."""
+    """Return the number of label voxels that differ and of all. Our transform gets only the region that it requests."""
     seed(number)
     data = sample(initial, labels=labels)
     seed(number)
@@ -298,7 +298,7 @@ def compare_spatial(
 @pytest.mark.parametrize("labels", [(0, 1), (-1, 0, 1, 2, 3, 4, 9)], ids=len)
 @pytest.mark.parametrize("name", [*SPATIAL, *BSPLINES])
 def test_spatial_equals_batchgenerators(name: str, labels: tuple[int, ...], device: str) -> None:
-    """Initial patches larger than nnU-Net's, its own, and too small for what is drawn."""
+    """Initial patches larger than nnU-Net's, of nnU-Net's size, and too small for the draws."""
     different = total = 0
     for number, (patch, initial) in enumerate(
         [
@@ -320,7 +320,7 @@ def test_one_label_everywhere() -> None:
 
 
 def test_most_patches_need_no_more_than_their_own_voxels() -> None:
-    """64 % of nnU-Net's patches are neither rotated nor scaled; the others reach as far as they must."""
+    """64 % of nnU-Net's patches are neither rotated nor scaled. The others read no more than necessary."""
     transform, initial = make_spatial("nnU-Net's", (32, 32, 32)), (62, 62, 62)
     voxels = []
     for number in range(400):
@@ -334,7 +334,7 @@ def test_most_patches_need_no_more_than_their_own_voxels() -> None:
 
 
 class Twice(ImageOnlyTransform):
-    """A transform of the user's own."""
+    """A user's transform."""
 
     def _apply_to_image(self, img: torch.Tensor, **params: Any) -> torch.Tensor:
         return img * 2
@@ -348,9 +348,9 @@ WITHOUT_A_GPU = (
 
 @pytest.mark.parametrize("name", WITHOUT_A_GPU)
 def test_nothing_mixes_devices(name: str) -> None:
-    """On fake CUDA tensors: they have a device, which every operation checks, but no data.
+    """On fake CUDA tensors, which have no data, but a device that every operation checks.
 
-    The other transforms ask for numbers that only data have.
+    The other transforms are left out, because they read values.
     """
     size = (20, 22, 24)
     if name in TRANSFORMS:
@@ -389,7 +389,7 @@ def nnunets_pipeline(**changes: Any) -> ComposeTransforms:
 
 @pytest.mark.parametrize("dummy_2d", [False, True])
 def test_nnunets_whole_pipeline_runs_on_the_device(dummy_2d: bool) -> None:
-    """So that a new version of nnU-Net whose transforms are not known is noticed."""
+    """Fails if a new version of nnU-Net has unknown transforms."""
     stock = nnunets_pipeline(do_dummy_2d_data_aug=dummy_2d)
     pipeline = DevicePipeline(stock)
     assert pipeline.on_cpu == pipeline.unknown == []
@@ -425,7 +425,7 @@ class TestWhatIsNotKnown:
 
 
 def test_draws_are_small_to_send() -> None:
-    """Parameters go through a queue for every sample; the sampling grid of 128 cubed alone has 25 MB."""
+    """Parameters of every sample go through a queue. The sampling grid of 128 cubed alone would take 25 MB."""
     pipeline = DevicePipeline(nnunets_pipeline(patch_size=(128, 128, 128)))
     for number in range(30):
         seed(number)

@@ -19,7 +19,7 @@ from nnunet_conres.datasets.brats_find import nifti_files
 
 SHAPE = (7, 6, 5)
 AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239], [0, 0, 1.0, 0], [0, 0, 0, 1]])
-# Written out once more, as a reference for the module's tables: file parts, an id, source value to nnU-Net's.
+# Independent copy of the module's tables, as a reference: file parts, an id, and source labels to nnU-Net's labels.
 UNTIL_2021 = ("_flair", "_t1", "_t1ce", "_t2", "_seg")
 SINCE_2023 = ("-t2f", "-t1n", "-t1c", "-t2w", "-seg")
 KNOWN: dict[str, tuple[tuple[str, ...], str, dict[int, int]]] = {
@@ -39,7 +39,7 @@ KNOWN: dict[str, tuple[tuple[str, ...], str, dict[int, int]]] = {
     "2025-MET": (SINCE_2023, "BraTS-MET-00001-000", {0: 0, 1: 2, 2: 1, 3: 3, 4: 4}),
     "MSD": ((), "BRATS_001", {0: 0, 1: 1, 2: 2, 3: 3}),
 }
-# Schemes whose ids other schemes have too.
+# Schemes that share their ids with other schemes.
 ON_REQUEST = ("2023-MET", "2023-PED", "2024-PED", "2025-GLI", "2025-MET")
 
 
@@ -51,7 +51,7 @@ def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
 def write_case(
     folder: Path, case_id: str, scheme: str = "2018", *, labelled: bool = True, ending: str = ".nii.gz", seed: int = 0
 ) -> dict[str, Path]:
-    """A case whose channels can be distinguished by their intensities: hundreds 1 to 4 for FLAIR, T1, T1ce, T2."""
+    """Write a case whose channels have distinct intensities: hundreds 1 to 4 for FLAIR, T1, T1ce, T2."""
     rng = np.random.default_rng(seed)
     parts, _, table = KNOWN[scheme]
     channels = [(100 * number + rng.integers(0, 50, SHAPE)).astype(np.int16) for number in (1, 2, 3, 4)]
@@ -120,7 +120,7 @@ class TestConvert:
 
     @pytest.mark.parametrize("scheme", list(KNOWN))
     def test_itk_and_nnunet_read_what_was_written(self, source: Path, scheme: str) -> None:
-        """ITK is what nnU-Net reads with; nibabel, above, is what the reference was written with."""
+        """nnU-Net reads with ITK. The tests above use nibabel, which wrote the reference."""
         import SimpleITK
 
         _, case_id, table = KNOWN[scheme]
@@ -372,7 +372,7 @@ class TestConvert:
     @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
     @pytest.mark.parametrize("inner", ["00000057_brain_{}.nii", "{}.nii.gz", "same"])
     def test_folders_as_unpackers_leave_them(self, source: Path, ending: str, inner: str) -> None:
-        """Kaggle's copies, unpacked: a folder with the file's name that holds the file under another name."""
+        """Kaggle's copies unpack to a folder with the name of the file, which contains the file under another name."""
         expected = {}
         for number in range(3):
             case_id = f"BraTS20_Training_{number:03d}"
@@ -444,7 +444,7 @@ class TestConvert:
         assert load(convert(source).dataset_folder / "imagesTr/a_0001.nii.gz").min() < 0
 
     def test_headers_that_say_the_same_in_other_words(self, source: Path) -> None:
-        """One file has the qform only, one the sform, one both, one the sform under another name."""
+        """Some files have only the qform, one only the sform, one both, and one the sform with another code."""
         files = write_case(source, "a")
         codes = {"flair": (1, 0), "t1": (0, 1), "t1ce": (2, 1), "t2": (0, 4), "seg": (1, 0)}
         for part, (qform, sform) in codes.items():
@@ -459,7 +459,7 @@ class TestConvert:
         np.testing.assert_allclose(nibabel.load(done.dataset_folder / "labelsTr/a.nii.gz").affine, AFFINE, atol=1e-6)
 
     def test_forms_that_contradict_each_other_in_all_files_alike(self, source: Path) -> None:
-        """What counts for ITK depends on the forms' codes, which differ here: the grids are the same all the same."""
+        """ITK chooses between qform and sform by their codes, which differ here. The grids are equal nevertheless."""
         other = AFFINE.copy()
         other[:3, 3] = (90, 130, -70)
         for number, path in enumerate(write_case(source, "a").values()):
@@ -481,7 +481,7 @@ class TestConvert:
         values = load(files["seg"])
         image = nibabel.Nifti1Image((values * 2).astype(np.uint8), AFFINE)
         nibabel.save(image, files["seg"])
-        # nibabel would scale the voxels itself: the slope is put into the file.
+        # nibabel would scale the voxels itself, so the slope is written into the bytes of the file.
         content = bytearray(gzip.decompress(files["seg"].read_bytes()))
         content[112:116] = np.float32(0.5).tobytes()
         files["seg"].write_bytes(gzip.compress(bytes(content)))
@@ -567,7 +567,7 @@ def _not_finite(files: dict[str, Path]) -> str:
 
 
 def _truncate(files: dict[str, Path]) -> str:
-    """Half a gzip stream: ITK reads this as zeros without a word."""
+    """Cut a gzip stream in half. ITK silently reads the missing half as zeros."""
     values = np.random.default_rng(0).integers(0, 999, (40, 40, 40)).astype(np.int16)
     save(files["t2"], values)
     content = files["t2"].read_bytes()
@@ -585,7 +585,7 @@ def _truncate_uncompressed(files: dict[str, Path]) -> str:
 
 def _damage(files: dict[str, Path]) -> str:
     content = bytearray(files["t1"].read_bytes())
-    content[-6] ^= 0xFF  # in the check sum
+    content[-6] ^= 0xFF  # in the checksum
     files["t1"].write_bytes(content)
     return "a_t1.nii.gz cannot be read"
 
@@ -690,12 +690,12 @@ class TestErrors:
             convert(source)
         lines = str(caught.value).splitlines()
         assert len(caught.value.errors) == 30 + 8 + 8 + 1
-        # Names that fit nothing, and missing files: five of each, and a line that counts.
+        # Names that match no scheme, and missing files: five lines for each, and one with the number of the others.
         assert len(lines) == 1 + 2 * 6 + 1
         assert lines[6] == "  - ... and 3 more errors of this kind, 8 in all."
         assert lines[12] == "  - ... and 33 more errors of this kind, 38 in all."
         assert lines[-1].endswith(
-            "46 cases or files have errors, and 2 cases have none. Correct them, or leave them out with --skip-bad."
+            "46 cases or files have errors, 2 cases have none. Correct them, or leave them out with --skip-bad."
         )
         assert not list(raw.iterdir())
 
@@ -735,7 +735,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("name", ["held_out", "HoldOut", "Validation", "ValidationData", "test", "BraTS_Testing"])
     def test_labelled_cases_of_a_held_out_folder_inside_the_input(self, source: Path, raw: Path, name: str) -> None:
-        """-i one level too high: the cases would be trained on."""
+        """With -i one level too high, nnU-Net would train on held-out cases."""
         for folder, case_id in (("training", "a"), (name, "b")):
             write_case(source / folder / "HGG" / case_id, case_id)
         write_case(source / name / "c", "c", labelled=False)
@@ -816,7 +816,7 @@ class TestErrors:
         assert [path.name for path in raw.iterdir()] == ["Dataset501_BraTS"]
 
     def test_a_kill_leaves_no_half_data_set(self, source: Path, raw: Path) -> None:
-        """Killed, not interrupted: nothing can be cleared away; the next conversion does that."""
+        """A killed process cannot clean up. The next conversion does."""
         write_case(source, "a")
         script = (
             "import os, signal\n"

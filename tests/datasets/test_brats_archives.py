@@ -14,7 +14,7 @@ from nnunet_conres.datasets.brats import Conversion, ConversionError, convert_br
 from nnunet_conres.datasets.brats_export import export_brats
 from nnunet_conres.datasets.splits import split
 
-# Grids of the challenges, a tenth of the voxels along each axis: SRI24, 2024's adult glioma, and scanners' own.
+# Grids of the challenges with a tenth of the voxels per axis: SRI24, adult glioma 2024, and native scanner grids.
 SRI24 = ((24, 24, 15), np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239], [0, 0, 1.0, 0], [0, 0, 0, 1]]))
 POST = ((18, 21, 18), np.array([[1.0, 0, 0, -90], [0, 1.0, 0, -126], [0, 0, 1.0, -72], [0, 0, 0, 1]]))
 NATIVE = ((20, 17, 9), np.array([[0.8, 0, 0, -70.25], [0, 0.78, 0.5, -90], [0, -0.1, 3.9, 11.5], [0, 0, 0, 1]]))
@@ -26,10 +26,10 @@ class Archive:
     """A challenge's archive.
 
     Attributes:
-        scheme: What `--scheme` says.
+        scheme: Value of `--scheme`.
         cases: Folder of each labelled case below the archive's parent, and its grid.
-        unlabelled: The same of the cases of the validation archive.
-        values: Label values besides 0, with nnU-Net's label of each, worked out by hand.
+        unlabelled: The same for the cases of the validation archive.
+        values: nnU-Net's label for each label value except 0, worked out by hand.
         parts: File parts of the channels in nnU-Net's order, and of the labels.
     """
 
@@ -126,7 +126,7 @@ def load(path: Path) -> np.ndarray:
 def write_case(
     folder: Path, archive: Archive, grid: tuple[tuple[int, ...], np.ndarray], *, labelled: bool, seed: int = 0
 ) -> None:
-    """A case whose channels can be distinguished: hundreds 1 to 4 for FLAIR, T1, T1ce, T2."""
+    """Write a case whose channels have distinct intensities: hundreds 1 to 4 for FLAIR, T1, T1ce, T2."""
     rng = np.random.default_rng(seed)
     shape, affine = grid
     for number, part in enumerate(archive.parts[:-1], start=1):
@@ -193,7 +193,7 @@ class TestRoundTrip:
             written = load(done.dataset_folder / f"labelsTr/{case_id}.nii.gz")
             np.testing.assert_array_equal(written, np.vectorize({0: 0, **archive.values}.get)(original))
 
-        # A perfect prediction in nnU-Net's labels comes back as the challenge's own file.
+        # The export of a perfect prediction equals the challenge's label file.
         scheme = {"GoAT 2025": "2026-GoAT", "SSA 2024": "2025-SSA", "MEN 2023": "2025-MEN"}.get(name, archive.scheme)
         export_brats(
             done.dataset_folder / "labelsTr",
@@ -269,7 +269,7 @@ class TestPatients:
 class TestMissing:
     @pytest.fixture
     def absent(self, source: Path) -> list[str]:
-        """Two cases without T2, one of them on a scanner's own grid."""
+        """Remove T2 from a training and a validation case, both on native scanner grids. Return their ids."""
         write(source, "MET 2025")
         ids = ["BraTS-MET-01000-000", "BraTS-MET-02000-000"]
         for case_id in ids:
@@ -328,7 +328,7 @@ class TestMissing:
         assert all("is missing" in error and "--missing" not in error for error in errors)
 
     def test_nnunet_takes_the_zeros(self, source: Path, absent: list[str]) -> None:
-        """Read as nnU-Net reads it, and normalised as it normalises MR images."""
+        """Read with nnU-Net's reader and normalised with its scheme for MR images."""
         from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
         from nnunetv2.preprocessing.normalization.default_normalization_schemes import ZScoreNormalization
 
@@ -352,7 +352,7 @@ class TestCorrected:
 
     @pytest.fixture
     def corrected(self, source: Path) -> np.ndarray:
-        """Labels of a case, beside the archive's own of the same case."""
+        """Write corrected labels of a case that also has labels in the archive, and return them."""
         write(source, "MET 2025")
         labels = np.random.default_rng(9).choice([0, 1, 4], NATIVE[0]).astype(np.uint8)
         save(source / self.LABELS / "BraTS-MET-01000-000-seg.nii.gz", labels, NATIVE[1])
@@ -376,7 +376,7 @@ class TestCorrected:
     def test_without_a_case_are_refused(self, source: Path, corrected: np.ndarray) -> None:
         save(source / self.LABELS / "BraTS-MET-07777-000-seg.nii.gz", corrected, NATIVE[1])
         (error,) = errors_of(source, "2025-MET", corrected_folders=[source / self.LABELS])
-        assert "no case BraTS-MET-07777-000 among the input" in error
+        assert "no case BraTS-MET-07777-000 in the input" in error
 
     def test_on_another_grid_are_refused(self, source: Path, corrected: np.ndarray) -> None:
         affine = NATIVE[1].copy()
@@ -407,7 +407,7 @@ class TestErrors:
         assert any(message in error and "--scheme" in error for error in errors), errors
 
     def test_children_of_goat_are_labelled_as_adults(self, source: Path) -> None:
-        """Value 1 is enhancing tumour for PED since 2024, and necrosis in GoAT: ids of PED don't decide there."""
+        """Value 1 is enhancing tumour in PED since 2024, but necrosis in GoAT, also for cases with ids of PED."""
         archive = ARCHIVES["GoAT 2025"]
         folder = source / "MICCAI2024-BraTS-GoAT-TrainingData-With-GroundTruth/BraTS-PED-00001-000"
         write_case(folder, archive, SRI24, labelled=True)
@@ -450,7 +450,7 @@ class TestErrors:
 @pytest.mark.usefixtures("raw")
 class TestSchemeFile:
     def test_a_file_of_the_archive_that_the_scheme_lacks(self, source: Path, tmp_path: Path) -> None:
-        """Not a second case of a known challenge."""
+        """The file must not be taken for a second case of a known challenge."""
         write(source, "PED 2024")
         names = {"t2f": "FLAIR", "t1n": "T1", "t1c": "T1ce", "seg": "labels"}
         lines = [f"'{{id}}-{part}' = '{content}'" for part, content in names.items()]
@@ -458,11 +458,11 @@ class TestSchemeFile:
         errors = errors_of(source, str(tmp_path / "ours.toml"))
         n_cases = len({path.name.removesuffix("-t2w.nii.gz") for path in source.rglob("*-t2w.nii.gz")})
         assert n_cases > 0
-        assert sum("-t2w.nii.gz beside the files of" in error for error in errors) == n_cases
+        assert sum("-t2w.nii.gz is not a file of" in error for error in errors) == n_cases
         assert not any("occurs" in error or "not allow" in error for error in errors)
 
     def test_converts_and_exports(self, source: Path, tmp_path: Path) -> None:
-        """A challenge that this release does not know: two channels, with its own label and names."""
+        """A challenge unknown to this release, with two channels and its own tissues and file names."""
         (tmp_path / "2027-ABC.toml").write_text(
             "title = 'BraTS 2027, ABC'\n"
             "prefix = 'ABC'\n"
@@ -496,7 +496,7 @@ class TestSchemeFile:
     def test_small_enhancing_tumour_needs_a_tissue_in_its_place(self, source: Path, tmp_path: Path) -> None:
         write(source, "MEN-RT 2024")
         done = convert(source, "auto")
-        with pytest.raises(ValueError, match=r"does not say what takes the place of enhancing tumour"):
+        with pytest.raises(ValueError, match=r"does not say what replaces small enhancing tumour"):
             export_brats(
                 done.dataset_folder / "labelsTr",
                 tmp_path / "out",

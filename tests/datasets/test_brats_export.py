@@ -53,7 +53,7 @@ def load(path: Path) -> np.ndarray:
 
 @pytest.fixture
 def predictions(tmp_path: Path) -> Path:
-    """A folder as nnU-Net writes it, with one prediction of a case of BraTS 2018."""
+    """Write a folder as nnU-Net does, with a prediction for one case of BraTS 2018."""
     folder = tmp_path / "predictions"
     save(folder / "Brats18_A_1.nii.gz", np.random.default_rng(0).integers(0, 4, SHAPE, np.uint8))
     for name in ("dataset.json", "plans.json"):
@@ -78,7 +78,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize("mode", ["regions", "labels"])
     @pytest.mark.parametrize("scheme", list(SCHEMES))
     def test_converted_labels_come_back(self, tmp_path: Path, scheme: str, mode: Any) -> None:
-        """Voxels, geometry and name as in the source's label file."""
+        """Voxels, geometry and name equal those of the source's label file."""
         rng = np.random.default_rng(1)
         case_id, layout = IDS[scheme], SCHEMES[scheme].layout
         source = tmp_path / "source"
@@ -109,7 +109,7 @@ class TestRoundTrip:
 
 
 class TestIdsThatEndAsChannels:
-    """nnU-Net takes the last _XXXX of an image's name for the channel, and nothing else of it."""
+    """nnU-Net takes only the last _XXXX of an image's name for the channel."""
 
     IDS = ("patient_0001", "patient_0001_0000", "patient")
 
@@ -123,7 +123,7 @@ class TestIdsThatEndAsChannels:
             save(tmp_path / f"source/{case_id}/{case_id}_seg.nii.gz", labels[case_id])
         (tmp_path / "raw").mkdir()
         done = convert_brats([tmp_path / "source"], 501, schemes=["2018"], raw_folder=tmp_path / "raw", progress=False)
-        # nnU-Net's own search finds each case with its own channels ...
+        # nnU-Net's search finds the right channels of each case ...
         found = get_filenames_of_train_images_and_targets(str(done.dataset_folder))
         assert sorted(found) == sorted(self.IDS)
         for number, case_id in enumerate(self.IDS):
@@ -148,7 +148,7 @@ def test_the_time_for_names_grows_with_their_number(tmp_path: Path) -> None:
     names = [tmp_path / f"Brats18_A_{number}_1.nii.gz" for number in range(40_000)]
     begin = time.process_time()
     assert not list(_name_errors(tmp_path, names, SCHEMES["2018"], ANY))
-    # A second where every name is looked at once, minutes where it is compared with all others.
+    # About a second if each name is checked once, minutes if each is compared with all others.
     assert time.process_time() - begin < 20
 
 
@@ -187,7 +187,7 @@ class TestExport:
         assert written[0, 0, 1] == 3
 
     def test_source_geometry(self, predictions: Path, tmp_path: Path) -> None:
-        """Equal within tolerance before, to the last bit after; BraTS's images or nnU-Net's."""
+        """Affines equal within tolerance become equal to the last bit, for BraTS's images and nnU-Net's."""
         shifted = AFFINE.copy()
         shifted[1, 3] += 2e-4
         for number, name in enumerate(("images/Brats18_A_1/Brats18_A_1_t1.nii.gz", "imagesTs/Brats18_A_1_0000.nii.gz")):
@@ -212,7 +212,7 @@ class TestExport:
         save(folder / "BraTS-GLI-00001-100.nii.gz", np.zeros(SHAPE, np.uint8))
         (folder / "dataset.json").write_text(json.dumps(GLIOMA))
         (warning,) = export(folder, "2024").warnings
-        assert "knows no resection_cavity" in warning
+        assert "has no label for resection_cavity" in warning
 
     def test_command(self, predictions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["brats-export", "-i", str(predictions), "-o", str(tmp_path / "new" / "out"), "--scheme", "2018"]

@@ -20,7 +20,7 @@ from nnunet_conres.errors import InputError
 
 LAYOUT_2017, LAYOUT_2023, LAYOUT_MSD = (SCHEMES[name].layout for name in ("2018", "2023", "MSD"))
 
-# The challenges' own tables, written out once more.
+# Independent copy of the challenges' label tables.
 CHALLENGES = {
     "2018": {1: "necrosis", 2: "oedema", 4: "enhancing"},
     "2021": {1: "necrosis", 2: "oedema", 4: "enhancing"},
@@ -37,7 +37,7 @@ CHALLENGES = {
     "2025-MET": {1: "necrosis", 2: "oedema", 3: "enhancing", 4: "resection_cavity"},
     "MSD": {1: "oedema", 2: "necrosis", 3: "enhancing"},
 }
-# What the challenges' regions hold, of their own label values.
+# The challenges' regions in their own label values.
 REGIONS = {
     "2018": {"whole_tumor": {1, 2, 4}, "tumor_core": {1, 4}, "enhancing_tumor": {4}},
     "2023": {"whole_tumor": {1, 2, 3}, "tumor_core": {1, 3}, "enhancing_tumor": {3}},
@@ -72,7 +72,7 @@ class TestSchemes:
     @pytest.mark.parametrize("mode", ["regions", "labels"])
     @pytest.mark.parametrize("scheme", list(CHALLENGES))
     def test_nnunet_restores_the_source(self, scheme: str, mode: Mode) -> None:
-        """Labels to what nnU-Net trains on, that to its segmentation, and back by the challenge's table."""
+        """Source labels to nnU-Net's training targets, to its segmentation, and back by the challenge's table."""
         original = source_labels(scheme)
         converted = to_nnunet_labels(original, SCHEMES[scheme])
         content = SCHEMES[scheme].label_set.dataset_json(mode)
@@ -112,7 +112,7 @@ class TestLayout:
         assert LAYOUT_MSD.split("imagesTs", "BRATS_485.nii.gz") == ("BRATS_485", ("FLAIR", "T1", "T1ce", "T2"))
         assert LAYOUT_MSD.split("labelsTr", "BRATS_001.nii.gz") == ("BRATS_001", ("labels",))
         assert LAYOUT_MSD.split("other", "BRATS_001.nii.gz") is None
-        # nnU-Net's own copy of it is none
+        # a case that was converted for nnU-Net
         assert LAYOUT_MSD.split("imagesTr", "BRATS_001_0000.nii.gz") is None
 
 
@@ -132,7 +132,7 @@ class TestChooseScheme:
             (LAYOUT_2023, "BraTS-GLI-00000-000", ("2024",), "2024"),
             (LAYOUT_2023, "BraTS-GLI-00000-000", ("2025-GLI",), "2025-GLI"),
             (LAYOUT_2023, "BraTS-GLI-00000-100", ("2025-GLI",), "2025-GLI"),
-            # With and without a cavity: the ids are the same.
+            # Schemes with and without a cavity have the same ids.
             (LAYOUT_2023, "BraTS-MET-00000-000", ("auto",), None),
             (LAYOUT_2023, "BraTS-MET-00000-000", ("2024-MET",), "2023-MET"),
             (LAYOUT_2023, "BraTS-MET-00000-000", ("2026-MET",), "2025-MET"),
@@ -182,7 +182,7 @@ class TestToNnunetLabels:
         np.testing.assert_array_equal(
             to_nnunet_labels(labels, scheme), np.vectorize({0: 0, 1: 2, 2: 1, 4: 3}.get)(labels)
         )
-        # a view that is neither
+        # a view in neither memory order
         np.testing.assert_array_equal(
             to_nnunet_labels(labels[:, ::2, 1:], scheme), to_nnunet_labels(labels, scheme)[:, ::2, 1:]
         )
@@ -195,7 +195,7 @@ class TestLabelsOutside:
 
 
 class TestArchives:
-    """Names of folders as the challenges gave them."""
+    """Folder names as published by the challenges."""
 
     @pytest.mark.parametrize(
         ("folder", "scheme", "fits"),
@@ -290,7 +290,7 @@ class TestFiles:
         assert (scheme.title, scheme.ids, scheme.other_names, scheme.archives) == ("BraTS 2027", "", (), ())
 
     def test_as_documented(self, repository_root: Path, tmp_path: Path) -> None:
-        """The how-to's examples: a short one, and one that says all that the built-in scheme does."""
+        """The examples of the how-to: a short one, and a complete one that equals a built-in scheme."""
         page = (repository_root / "docs/how-to/brats.md").read_text(encoding="utf-8")
         short, long = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
         (tmp_path / "2027-MET.toml").write_text(short, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Commands that write to one target at the same time, in processes of their own."""
+"""Commands in separate processes that write to the same target at the same time."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from nnunet_conres.evaluation.residual_maps import write_residual_maps
 
 SHAPE = (16, 16, 8)
 CASES = 12
-# Holds the lock of a folder as `writing` does for every command that adds files to a folder.
+# Holds the lock of a folder with `writing`, like every command that adds files to a folder.
 WRITE = """
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ with writing(Path(sys.argv[1]), lock=sys.argv[2]):
     print("writing", flush=True)
     sys.stdin.readline()
 """
-# Runs a command that waits in the middle of its writing for a line of input, so that a second one can come.
+# Runs a command that waits for a line of input while it writes, so that a second command can start.
 SLOW = """
 import sys
 import nnunet_conres.datasets.{module} as module
@@ -63,7 +63,7 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """BraTS cases."""
+    """Write BraTS cases."""
     rng = np.random.default_rng(0)
     for number in range(CASES):
         case_id = f"Brats18_A_{number}_1"
@@ -76,7 +76,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dataset(raw: Path) -> Path:
-    """A labelled data set."""
+    """Write a labelled data set."""
     rng = np.random.default_rng(0)
     folder = raw / "Dataset007_Toy"
     for number in range(CASES):
@@ -89,7 +89,7 @@ def dataset(raw: Path) -> Path:
 
 @pytest.fixture
 def predictions(tmp_path: Path) -> Path:
-    """Predictions for a data set of brats-convert."""
+    """Write predictions for a data set of brats-convert."""
     rng = np.random.default_rng(0)
     for number in range(CASES):
         save(tmp_path / "predictions" / f"Brats18_A_{number}_1.nii.gz", rng.integers(0, 4, SHAPE).astype(np.uint8))
@@ -122,7 +122,7 @@ def wait_for(found: Callable[[], object], process: "subprocess.Popen[str]") -> N
 
 
 def both(first: "subprocess.Popen[str]", folder: Path, second: Callable[[], "subprocess.Popen[str]"]) -> str:
-    """Start the second command when the first one has written; what the first printed."""
+    """Start the second command after the first has begun to write. Return the output of the first."""
     wait_for(lambda: [path for path in folder.glob(".*.partial-*/**/*") if path.is_file()], first)
     (partial,) = folder.glob(".*.partial-*")
     late = second()
@@ -138,7 +138,7 @@ def both(first: "subprocess.Popen[str]", folder: Path, second: Callable[[], "sub
 
 
 def kill_and_repeat(first: "subprocess.Popen[str]", folder: Path, second: Callable[[], "subprocess.Popen[str]"]) -> str:
-    """Kill the first command while it writes, and run the second one; what that printed."""
+    """Kill the first command while it writes, and run the second. Return the output of the second."""
     wait_for(lambda: [path for path in folder.glob(".*.partial-*/**/*") if path.is_file()], first)
     first.send_signal(signal.SIGKILL)
     first.communicate()

@@ -1,4 +1,4 @@
-"""Fingerprints of CT with an ignore label, against nnU-Net's own fingerprint of the same images labelled throughout."""
+"""Fingerprints of CT with an ignore label, against nnU-Net's fingerprint of the same images with full labels."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
+import SimpleITK as sitk  # noqa: N813
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
 from nnunet_conres.datasets.fingerprint import ANNOTATED_ONLY, FINGERPRINT, INTENSITIES, exclude_ignored_voxels
@@ -23,7 +23,7 @@ SHAPE = (24, 20, 22)
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CT data set of tissue of about 60 HU with an organ in it, in air of -1000 HU; and its fingerprint."""
+    """Write a CT data set of an organ of 60 HU in tissue of 0 HU, in air of -1000 HU, and set nnU-Net's paths."""
     for name in ("raw", "preprocessed", "results"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
@@ -51,7 +51,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stock_fingerprint(name: str) -> dict[str, Any]:
-    """By nnU-Net, in this process."""
+    """Write nnU-Net's fingerprint, computed in this process. Return its intensity properties."""
     extractor = DatasetFingerprintExtractor.__new__(DatasetFingerprintExtractor)
     raw = Path(os.environ["nnUNet_raw"], name)
     content = json.loads((raw / "dataset.json").read_text())
@@ -110,7 +110,7 @@ def test_annotated_intensities_are_those_of_the_organ(folders: Path) -> None:
     assert set(right) == set(dense)
     for key in ("mean", "median", "percentile_00_5", "percentile_99_5"):
         assert right[key] == pytest.approx(dense[key], abs=3)
-    assert exclude(folders) is None  # once is enough
+    assert exclude(folders) is None  # nothing left to change
 
 
 def test_sparsify_carries_the_dense_fingerprint_over(folders: Path) -> None:

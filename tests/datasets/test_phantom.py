@@ -28,7 +28,7 @@ def low_grade() -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def best_threshold_dice(image: np.ndarray, target: np.ndarray) -> float:
-    """The Dice of the best single threshold, chosen with the target in view, inside the brain."""
+    """Return the Dice of the threshold that fits the target best, inside the brain."""
     inside = image[image > 0]
     scores = []
     for level in np.percentile(inside, np.linspace(40, 99.5, 80)):

@@ -12,6 +12,6 @@ class TestTarget:
         assert str(tmp_path / "file") in error
 
     def test_a_raw_folder_that_is_not_there(self, tmp_path: Path) -> None:
-        """A mistyped one must not be made."""
+        """A mistyped folder must not be created."""
         (error,) = target_errors(tmp_path / "new" / "raw", 501, "BraTS")
         assert f"nnUNet_raw is {tmp_path / 'new' / 'raw'}, which does not exist" in error

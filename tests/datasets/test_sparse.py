@@ -27,7 +27,7 @@ SOURCE = "Dataset007_Thing"
 
 
 def write_volume(path: Path, array: np.ndarray, spacing: tuple[float, ...] = (1, 1, 1)) -> None:
-    """Spacing along (z, y, x); an oblique direction and an origin, to see whether they come through."""
+    """Write a volume with this spacing along (z, y, x), and an origin and oblique direction that must be kept."""
     if path.suffix == ".tif":
         tifffile.imwrite(path, array)
         stem = path.stem if path.parent.name.startswith("labels") else path.stem[:-5]
@@ -97,7 +97,7 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def slabs_of(slices: tuple[int, ...]) -> list[int]:
-    """Thickness of each run of neighbouring slices."""
+    """Return the thickness of each run of neighbouring slices."""
     gaps = [0, *(number for number, (a, b) in enumerate(pairwise(slices), start=1) if b != a + 1), len(slices)]
     return [b - a for a, b in pairwise(gaps)]
 
@@ -132,7 +132,7 @@ class TestSlabRule:
         assert SlabRule(slices=8).annotated_slices("a", 5) == (0, 1, 2, 3, 4)
 
     def test_slices_are_spread(self) -> None:
-        """Four slabs of 2 in 40 slices: their gaps differ by no more than the quarters' middle halves allow."""
+        """Four slabs of 2 in 40 slices. Each is drawn from the middle half of its quarter, which limits the gaps."""
         firsts = set()
         for case in range(50):
             starts = np.array(SlabRule(slices=8).annotated_slices(str(case), 40)[::2])
@@ -158,7 +158,7 @@ class TestSlabRule:
             assert rule.annotated_slices("a", depth) == tuple(range(depth))
 
     def test_same_seed_same_slices_for_ever(self) -> None:
-        """Written out: another version of Python, NumPy or this package must not draw others."""
+        """Other versions of Python, NumPy and this package must draw these same slices."""
         assert SlabRule(every=10).annotated_slices("hippocampus_001", 35) == (2, 3, 12, 13, 22, 23, 32, 33)
         assert SlabRule(every=10, seed=1).annotated_slices("hippocampus_001", 35) != (2, 3, 12, 13, 22, 23, 32, 33)
 
@@ -168,9 +168,9 @@ class TestSlabRule:
             (SlabRule(), "None given; expected exactly one"),
             (SlabRule(every=5, slices=4), "every, slices given; expected exactly one"),
             (SlabRule(every=5, slab=0), "The slab is 0 slices"),
-            (SlabRule(every=2), "in every 2 slices leaves no slice out; expected more than 2"),
+            (SlabRule(every=2), "in every 2 slices annotates all slices; expected more than 2"),
             (SlabRule(every=-3, slab=1), "in every -3 slices"),
-            (SlabRule(slices=1), "1 slices per case do not make a slab of 2"),
+            (SlabRule(slices=1), "1 slices per case are fewer than a slab of 2"),
             (SlabRule(fraction=0.0), "The fraction is 0; expected above 0 and below 1"),
             (SlabRule(fraction=1.0), "The fraction is 1;"),
             (SlabRule(fraction=float("nan")), "The fraction is nan;"),
@@ -331,7 +331,7 @@ class TestSparsify:
         assert content["numTraining"] == 1
 
     def test_same_slices_whatever_else_there_is(self, raw: Path) -> None:
-        """Neither the other cases nor the number of processes matter, the seed does."""
+        """The slices depend on the seed, but not on other cases or the number of processes."""
         write_source(raw, cases=4)
         write_source(raw, cases=2, name="Dataset017_Fewer")
         rule = SlabRule(fraction=0.3)
@@ -349,7 +349,7 @@ class TestSparsify:
         write_source(raw, labels=labels, regions_class_order=[1, 2])
         done = run()
         with pytest.MonkeyPatch.context() as patch:
-            # Threads for processes: those take seconds to import what these have.
+            # Threads instead of processes, which take seconds for imports.
             threads = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)
             patch.setattr(integrity, "multiprocessing", threads)
             integrity.verify_dataset_integrity(str(done.dataset_folder), 1)
@@ -361,7 +361,7 @@ class TestSparsify:
     ) -> None:
         from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner as planner
 
-        # It starts a dozen processes to list the files, which the axis does not depend on.
+        # The planner starts a dozen processes to list the files. The axis does not depend on them.
         monkeypatch.setattr(planner, "get_filenames_of_train_images_and_targets", lambda *_: {})
         write_source(raw, spacing=spacing)
         done = run()
@@ -470,7 +470,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("file", ["imagesTr/case_0_0001", "labelsTr/case_1"])
     def test_truncated_file(self, source: Path, file: str) -> None:
-        """ITK reads such files without a word, and makes zeros of what is missing: annotated background."""
+        """ITK reads such files silently and fills the missing part with zeros, which mean annotated background."""
         path = source / f"{file}.nii.gz"
         path.write_bytes(path.read_bytes()[:-20])
         assert f"{file}.nii.gz cannot be read: it is cut short" in errors_of()
@@ -591,7 +591,7 @@ class TestCommand:
     def test_warns_of_slices_without_neighbours(
         self, axis: str, warned: bool, raw: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        # Slices across another axis do have neighbours along the one that ConResNet's residuals are taken along.
+        # Slices across another axis have neighbours along the axis of ConResNet's residuals.
         write_source(raw)
         command = ["sparsify", "-d", "7", "-o", "8", "--slices", "2", "--slab", "1", "-np", "1"]
         assert cli.main([*command, "--axis", axis]) == 0

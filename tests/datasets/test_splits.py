@@ -33,7 +33,7 @@ def save(path: Path, array: np.ndarray) -> None:
 
 
 def make_dataset(root: Path, voxels: dict[str, int], *, ignore: bool = False) -> Path:
-    """A raw data set whose cases have the given numbers of labelled voxels."""
+    """Write a raw data set whose cases have the given numbers of labelled voxels."""
     folder = root / "raw" / "Dataset501_BraTS"
     for case_id, count in voxels.items():
         labels = np.zeros((4, 8, 8), np.uint8)
@@ -67,7 +67,7 @@ def errors_of(*args: object, **kwargs: object) -> str:
 
 
 def held_out(folder: Path, number: int, cases: list[str], summary: bool = False) -> None:
-    """What nnU-Net leaves of a trained fold."""
+    """Write the files that nnU-Net leaves after training a fold."""
     fold = folder / f"fold_{number}"
     (fold / "validation").mkdir(parents=True)
     (fold / "checkpoint_final.pth").touch()
@@ -79,7 +79,7 @@ def held_out(folder: Path, number: int, cases: list[str], summary: bool = False)
 
 
 def synthetic_cases(number: int, seed: int, *, most_times: int = 1) -> list[CaseFacts]:
-    """Cases of patients with up to so many time points; volumes as skewed as those of tumours."""
+    """Return cases of patients with up to `most_times` time points, and volumes as skewed as those of tumours."""
     rng = np.random.default_rng(seed)
     cases: list[CaseFacts] = []
     while len(cases) < number:
@@ -136,7 +136,7 @@ class TestBalancedParts:
         patients = sorted({case.group for case in cases})
 
         def worst(divided: list[set[str]]) -> tuple[float, float]:
-            """Largest deviation of a part's mean volume, relative, and of its share of HGG."""
+            """Return the largest relative deviation of a part's mean volume, and the largest of its share of HGG."""
             means = [np.mean([facts[case_id].volume for case_id in part]) for part in divided]
             shares = [np.mean([facts[case_id].grade == "HGG" for case_id in part]) for part in divided]
             overall = np.mean([case.volume for case in cases])
@@ -202,12 +202,12 @@ class TestBalancedParts:
 
     @pytest.mark.parametrize(("number", "most_times"), [(30, 1), (100, 1), (100, 3), (1251, 1)])
     def test_volumes_are_more_even_than_by_scikit_learn(self, number: int, most_times: int) -> None:
-        """Why `StratifiedGroupKFold` does not do: it knows classes only, and volumes in classes are uneven."""
+        """`StratifiedGroupKFold` is not enough: it balances classes only, and volumes vary within classes."""
         from sklearn.model_selection import StratifiedGroupKFold
 
         cases = synthetic_cases(number, 1, most_times=most_times)
         volumes = np.array([case.volume for case in cases])
-        # half of the cases have more volume than the other half; finer classes have too few cases in small data sets
+        # two volume classes, split at the median; finer classes have too few cases in small data sets
         classes = [f"{case.grade} {case.volume > np.median(volumes)}" for case in cases]
         splitter = StratifiedGroupKFold(5, shuffle=True, random_state=0)
         theirs = [test for _, test in splitter.split(volumes, classes, [case.group for case in cases])]
@@ -306,7 +306,7 @@ class TestSplit:
         assert "case_04_0000.nii.gz is missing" in text
 
     def test_labels_with_a_scale_factor(self, dataset: Path) -> None:
-        """1 is stored as 32000 and read as 0.99999285: a label, but one that nnU-Net's training would cut off."""
+        """1 is stored as 32000 and read as 0.99999285. It is a label, but nnU-Net's training would truncate it."""
         path = dataset / "labelsTr" / "case_03.nii.gz"
         before = split(501, folds=2, progress=False)
         stored = nibabel.load(path)
@@ -361,7 +361,7 @@ class TestValidationFile:
     def test_errors_are_listed_together(self, tmp_path: Path) -> None:
         (tmp_path / "held.txt").write_text("case_07\ncase_07\ncase_99\ncase_01_0000.nii.gz\n")
         text = errors_of(501, validation_file=tmp_path / "held.txt")
-        assert "names 2 cases that the data set has not: case_99, case_01_0000.nii.gz; expected ids such as" in text
+        assert "names 2 cases that are not in the data set: case_99, case_01_0000.nii.gz; expected ids such as" in text
         assert "more than once: case_07" in text
 
     @pytest.mark.parametrize(
@@ -393,14 +393,14 @@ class TestOtherTrainings:
         held_out(other, 2, ["case_00"])
         held_out(other, 4, ["case_00"])
         (other / "fold_all").mkdir()
-        (other / "fold_1" / "validation").mkdir(parents=True)  # begun, without a checkpoint
+        (other / "fold_1" / "validation").mkdir(parents=True)  # started, but without a checkpoint
         reported = split(501, folds=3, progress=False).other_trainings
         assert [text.partition(" in ")[0] for text in reported] == [
             "nnUNetTrainerB__p__3d_fullres, fold 0",
             "nnUNetTrainerB__p__3d_fullres, fold 4",
         ]
         assert "held out other cases (validation/summary.json): 4, of which 0 are among the 4" in reported[0]
-        assert "is no fold of the new splits, which have 3" in reported[1]
+        assert "is not a fold of the new splits, which have 3" in reported[1]
 
         (results.parents[1] / "preprocessed" / "Dataset501_BraTS" / "splits_final.json").unlink()
         assert any("fold 2" in text for text in split(501, folds=3, progress=False).other_trainings)

@@ -1,4 +1,4 @@
-"""Trained models as nnU-Net leaves them behind, without training any: folders, logs, label maps, probabilities."""
+"""Synthetic trained models in nnU-Net's folders, without any training: logs, label maps and probabilities."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ LABELS = {
 
 
 def reference(case: int) -> np.ndarray:
-    """A ball within a ball, elsewhere in every case."""
+    """Return a label map of two concentric balls, whose position depends on the case."""
     grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1)
     distance = np.linalg.norm(grid - np.array(SHAPE) / 2 - case % 3 + 1, axis=-1)
     return ((distance < 4).astype(np.uint8) + (distance < 2)).astype(np.uint8)
@@ -38,7 +38,7 @@ def write_labels(path: Path, labels: np.ndarray) -> None:
 
 @dataclass
 class Lab:
-    """Folders of an nnU-Net user; ``add`` puts a trained model there."""
+    """The folders of an nnU-Net user; ``add`` adds a trained model."""
 
     root: Path
     kind: str = "labels"
@@ -73,7 +73,7 @@ class Lab:
         (planned / "nnUNetPlans.json").write_text(json.dumps(self.plans))
 
     def probabilities(self, case: str, blur: float, seed: int) -> np.ndarray:
-        """What a model may answer: the truth with so much noise."""
+        """Return the probabilities of a synthetic model: the truth plus uniform noise of amplitude `blur`."""
         rng = np.random.default_rng([seed, self.cases.index(case)])
         labels = reference(self.cases.index(case))
         channels = [labels == 0, labels == 1, labels == 2] if self.kind == "labels" else [labels > 0, labels == 2]
@@ -83,7 +83,7 @@ class Lab:
         return np.clip(noisy, 0, 1).astype(np.float32)
 
     def labels_of(self, probabilities: np.ndarray) -> np.ndarray:
-        """By hand: the largest of classes, or one region upon another."""
+        """Return the most probable labels, or the regions painted in their order, by hand."""
         if self.kind == "labels":
             return probabilities.argmax(0).astype(np.uint8)
         labels = (probabilities[0] > 0.5).astype(np.uint8)
@@ -110,7 +110,7 @@ class Lab:
                 (folder / f"{case}.pkl").write_bytes(pickle.dumps(properties))
 
     def write_summary(self, folder: Path, cases: Sequence[str]) -> None:
-        """What nnU-Net's validation writes last, as far as a comparison needs it."""
+        """Write the part of summary.json that a comparison needs; nnU-Net's validation writes this file last."""
         content = {"metric_per_case": [{"prediction_file": str(folder / f"{case}.nii.gz")} for case in cases]}
         (folder / "summary.json").write_text(json.dumps(content))
 
@@ -181,7 +181,7 @@ class Lab:
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Lab]:
-    """Function that makes the folders, with raw data and no model."""
+    """Return a function that creates the folders, with raw data and no model."""
 
     def make(kind: str = "labels") -> Lab:
         for name in ("raw", "preprocessed", "results"):

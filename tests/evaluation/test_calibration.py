@@ -25,14 +25,14 @@ STOCK, OURS = "nnUNetTrainer", "nnUNetTrainerConResNet"
 
 
 def sample(seed: int, size: int = 400_000) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities as networks give them, most near 0 and 1, and an overconfident relation to the truth."""
+    """Draw probabilities like a network's, most of them near 0 and 1, and a truth for which they are overconfident."""
     rng = np.random.default_rng(seed)
     probability = (1 / (1 + np.exp(-rng.normal(0, 5, size)))).astype(np.float32)
     return probability, rng.uniform(size=size) < 0.2 + 0.6 * probability
 
 
 def error_of(truth: np.ndarray, probability: np.ndarray) -> float:
-    """The expected calibration error from scikit-learn's curve, which leaves empty bins out."""
+    """Compute the expected calibration error from scikit-learn's curve, which leaves out empty bins."""
     frequency, mean = calibration_curve(truth, probability, n_bins=BINS)
     share = np.histogram(probability, np.linspace(0, 1, BINS + 1))[0] / probability.size
     return float((share[share > 0] * np.abs(frequency - mean)).sum())
@@ -45,7 +45,7 @@ class TestReliability:
         frequency, mean = calibration_curve(truth, probability, n_bins=BINS)
         curve = found.as_curve()
         np.testing.assert_allclose(curve["frequency"], frequency, rtol=1e-12)
-        np.testing.assert_allclose(curve["probability"], mean, rtol=1e-5)  # scikit-learn adds up in 32 bits
+        np.testing.assert_allclose(curve["probability"], mean, rtol=1e-5)  # scikit-learn sums in float32
         assert found.error == pytest.approx(error_of(truth, probability), rel=1e-5)
         assert sum(curve["voxels"]) == truth.size
 
@@ -177,14 +177,14 @@ class TestComparison:
         assert row["wins"] == sum(np.subtract(values, base) < 0)
 
         rows = list(csv.DictReader((tmp_path / "out" / "calibration.csv").open()))
-        assert len(rows) == 8 * 3 * 3  # cases, models with the ensemble, regions with their mean
+        assert len(rows) == 8 * 3 * 3  # cases, models including the ensemble, regions including their mean
         written = next(row for row in rows if (row["case"], row["model"], row["region"]) == ("case_4", OURS, "core"))
         assert float(written["ece"]) == found["cases"]["m1"]["case_4"]["core"]["ece"]
         assert len(list(csv.DictReader((tmp_path / "out" / "reliability.csv").open()))) == 3 * 2 * 2 * BINS
         page = done.report.read_text()
         assert 'id="calibration"' in page
         assert "No probabilities" not in page
-        # Again, nothing is read.
+        # A second run reads no files.
         monkeypatch.setattr("nnunet_conres.evaluation.calibration._measure", None)
         assert run(tmp_path / "out", STOCK, OURS).content["calibration"] == found
 
@@ -208,7 +208,7 @@ class TestComparison:
         assert not (tmp_path / "out" / "calibration.csv").exists()
 
     def test_a_post_processed_model_is_left_out(self, lab: Callable[..., Any], tmp_path: Path) -> None:
-        """Its label maps are others; its probabilities are those of the model."""
+        """Post-processing changes the label maps, not the probabilities."""
         lab("labels").add(STOCK, folds=(0, 1))
         names = [NamedModel(STOCK, "nnUNetPlans", "3d_fullres")]
         found = find_cross_validation(NAME, names, [0, 1], CompareOptions(progress=False))

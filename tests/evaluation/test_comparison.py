@@ -1,4 +1,4 @@
-"""The whole comparison: from folders that nnU-Net left behind to the files that people and programs read."""
+"""The whole comparison, from the folders that nnU-Net writes to the HTML, CSV and JSON files."""
 
 import csv
 import itertools
@@ -63,7 +63,7 @@ def voxels(path: Path) -> np.ndarray:
 
 @pytest.fixture(params=["labels", "regions"])
 def two(lab: Callable[..., Any], request: pytest.FixtureRequest) -> Any:
-    """Two models of two folds; ours is the better."""
+    """Add two models with two folds each; ours is better."""
     made = lab(request.param)
     made.add(STOCK, folds=(0, 1), blur=0.45, seed=1)
     made.add(OURS, folds=(0, 1), blur=0.35, seed=2)
@@ -115,7 +115,7 @@ class TestCrossValidation:
         done = compare_cross_validation(NAME, names(STOCK, OURS), [0, 1], tmp_path / "out", QUIET)
         content = json.loads(done.json.read_text())
         rows = list(csv.DictReader(done.csv.open()))
-        assert len(rows) == 8 * 3 * 3  # cases, models with the ensemble, regions with their mean
+        assert len(rows) == 8 * 3 * 3  # cases, models including the ensemble, regions including their mean
         row = next(row for row in rows if (row["case"], row["model"], row["region"]) == ("case_4", OURS, "mean"))
         case = next(case for case in content["cases"] if case["id"] == "case_4")
         assert float(row["dice"]) == case["scores"]["m1"]["mean"]["dice"]
@@ -263,7 +263,7 @@ class TestCrossValidation:
     def test_models_from_zips(
         self, lab: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intersection: bool
     ) -> None:
-        """nnU-Net's export leaves predictions out, but not summary.json."""
+        """nnU-Net's export contains summary.json, but not the predictions."""
         made = lab()
         for trainer in (STOCK, OURS):
             made.add(trainer, folds=(0, 1))
@@ -349,7 +349,7 @@ class TestRun:
         folder = made.add(OURS, npz=False)
         spare = tmp_path / "spare"
         made.write_predictions(spare, made.cases, 0.3, 1)
-        # in the place of nnU-Net's command one that writes what that would
+        # A stand-in for nnU-Net's command, which writes the same files.
         expected = [NAME, "3d_fullres", "0", "-tr", OURS, "-p", "nnUNetPlans", "-device", "cpu", "--val", "--npz"]
         command = tmp_path / "bin" / "nnUNetv2_train"
         command.parent.mkdir()
@@ -394,7 +394,7 @@ class TestRun:
         for name in ("a", "b"):
             made.write_predictions(tmp_path / name, made.cases, 0.4, 1, npz=False)
         raw = tmp_path / "raw" / NAME
-        with pytest.raises(InputError, match=r"(?s)does not know the whole command.*--model"):
+        with pytest.raises(InputError, match=r"(?s)cannot complete this command.*--model"):
             compare_test_set(
                 {"A": tmp_path / "a", "B": tmp_path / "b"},
                 raw / "labelsTr",
@@ -503,7 +503,7 @@ def test_wrong_arguments(
 class TestRules:
     @pytest.fixture
     def arguments(self, tmp_path: Path) -> list[str]:
-        """Of a comparison of two predictions of paediatric cases; of the second case nothing is predicted."""
+        """Return arguments that compare predictions of two paediatric cases; the second prediction is empty."""
         rng = np.random.default_rng(0)
         for number in range(2):
             labels = np.repeat(np.repeat(rng.integers(0, 5, (4, 5, 6)), 2, 1), 2, 2).astype(np.uint8)
@@ -537,7 +537,7 @@ class TestRules:
         scores = content["cases"][0]["scores"]["m0"]["NETC"]
         assert float(first["lesionwise_nsd_mean_netc"]) == scores["lesion_surface_dice"]
         assert float(first["all_instance_fn_wt"]) == content["cases"][0]["scores"]["m0"]["WT"]["lesions_missed"]
-        # Nothing is matched: infinitely far, and no deviation.
+        # No lesion is matched: the distance is infinite and has no standard deviation.
         assert (second["lesionwise_hd95_mean_et"], second["lesionwise_hd95_std_et"]) == ("inf", "")
         assert (second["global_hd95_et"], mean["lesionwise_hd95_mean_et"]) == ("373.0", "inf")
         pair = [float(row["global_dsc_et"]) for row in (first, second)]

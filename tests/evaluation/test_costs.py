@@ -1,4 +1,4 @@
-"""Costs by hand: parameters, operations, seconds."""
+"""Costs computed by hand: parameters, operations, seconds."""
 
 import json
 import os
@@ -70,9 +70,9 @@ class TestLogs:
         lab().add(folds=(0, 1))
         cost, curves, _ = model_cost(find(folds=(0, 1)))
         assert cost.epochs == 3
-        assert cost.epoch_seconds == 11  # 10, 11, 12 in either fold
+        assert cost.epoch_seconds == 11  # 10, 11 and 12 s in each fold
         assert cost.training_seconds == 33
-        assert cost.prediction_seconds_per_case == 2  # of the first case; the last waits for exports and scores
+        assert cost.prediction_seconds_per_case == 2  # from the first case; the last also waits for exports and scores
         assert curves["0"]["epochs"] == [0, 1, 2]
         assert curves["1"]["series"]["train_losses"] == [0, -0.1, -0.2]
         assert curves["0"]["series"]["dice core"] == [0.25] * 3
@@ -151,7 +151,7 @@ class TestLogs:
         ],
     )
     def test_optimiser(self, lab: Callable[..., Any], optimizer: torch.optim.Optimizer, expected: str) -> None:
-        """As nnU-Net writes it: the text of the object, behind a scheduler."""
+        """nnU-Net writes the text of the optimiser, here after a scheduler was attached."""
         folder = lab().add()
         PolyLRScheduler(optimizer, optimizer.param_groups[0]["lr"], 10)
         optimizer.param_groups[0]["lr"] = 0.5
@@ -191,7 +191,7 @@ def test_conditions_that_differ() -> None:
         ({"device": "cuda (A)"}, False),
         ({"precision": "bfloat16 mixed"}, False),
         ({"cpu_share": 0.85}, True),
-        ({"cpu_share": 0.5}, False),  # half of the cores worked for somebody else
+        ({"cpu_share": 0.5}, False),  # other processes took half of the cores' time
         ({"device": None, "precision": None, "cpu_share": None}, True),  # an ensemble
     ],
 )

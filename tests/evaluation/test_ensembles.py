@@ -1,4 +1,4 @@
-"""Averaged probabilities: what nnU-Net makes of two models, and a loop of any number."""
+"""Averaged probabilities, against nnU-Net's ensemble of two models and a loop over any number."""
 
 import json
 import os

@@ -25,7 +25,7 @@ REGIONS = {"whole_tumor": (1, 2, 3), "tumor_core": (2, 3), "enhancing_tumor": (3
 
 
 def case(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images (4, z, y, x), and nested cuboids as reference and, shifted by a voxel, as prediction."""
+    """Return images (4, z, y, x) and nested cuboids: the reference, and the prediction shifted by a voxel."""
     images = np.random.default_rng(seed).integers(1, 500, (4, 10, 16, 12)).astype(np.int16)
     images[:, :, 0] = 0
     labels = np.zeros(images.shape[1:], np.uint8)
@@ -61,7 +61,7 @@ class TestBorder:
         mask = np.random.default_rng(seed).random((9, 7)) < 0.5
         paths = _border(mask)
         np.testing.assert_array_equal(mask_from_paths(paths, mask.shape), mask)
-        # Every voxel edge between inside and outside, once.
+        # Each voxel edge between inside and outside occurs once.
         padded = np.pad(mask, 1)
         edges = sum(np.count_nonzero(np.diff(padded.astype(int), axis=axis)) for axis in range(2))
         assert sum(len(path) - 1 for path in paths) == edges
@@ -253,7 +253,7 @@ class TestCommand:
         plain = imread(folders / "out" / "a.png")
         assert cli.main([*arguments, "-ref", str(folders / "references")]) == 0
         both = imread(folders / "out" / "a.png")
-        # Scores are written above the slices where there is a reference.
+        # With a reference, scores are written above the slices.
         assert both.shape[0] > plain.shape[0]
         assert both.shape[1] == plain.shape[1]
         assert [path.name for path in (folders / "out").iterdir()] == ["a.png"]

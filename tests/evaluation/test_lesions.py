@@ -33,7 +33,7 @@ ISOTROPIC, ANISOTROPIC = (1.0, 1.0, 1.0), (3.0, 0.8, 0.5)
 
 
 def maps(seed: int, values: tuple[int, ...], shape: tuple[int, ...] = (14, 20, 22)) -> tuple[np.ndarray, np.ndarray]:
-    """Labels with many lesions, and a disturbed copy."""
+    """Return labels with many lesions, and a disturbed copy."""
     rng = np.random.default_rng(seed)
     reference, prediction = np.zeros((2, *shape), np.uint8)
     for value in values:
@@ -55,7 +55,7 @@ def box(*corners: tuple[tuple[int, int], ...], shape: tuple[int, ...] = (12, 16,
 
 
 def grown(mask: np.ndarray, dilation: int) -> list[np.ndarray]:
-    """Parts of a mask that lie in one component of its dilation, along x first, as files are read as x, y, z."""
+    """Return one part of the mask per component of its dilation, along x first, as files are read as x, y, z."""
     dilated = binary_dilation(mask, BALL, iterations=dilation) if dilation else mask
     numbers = cc3d.connected_components(np.ascontiguousarray(dilated.T), connectivity=26).T
     return [mask & (numbers == number) for number in range(1, int(numbers.max()) + 1)]
@@ -142,7 +142,7 @@ def components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def best_matching(reference: np.ndarray, prediction: np.ndarray) -> float:
-    """Highest sum of Dice of any one-to-one matching, of all that there are."""
+    """Return the highest sum of Dice over all one-to-one matchings."""
     lesions, parts = components(reference), components(prediction)
     few, many = sorted((lesions, parts), key=len)
     dice = [[2 * (a & b).sum() / (a.sum() + b.sum()) for b in many] for a in few]
@@ -175,11 +175,11 @@ class TestSurfaces:
         ],
     )
     def test_hd95_equals_that_of_surface_distance(self, seed: int, spacing: tuple, expected: float) -> None:
-        """Values of compute_robust_hausdorff of the package surface-distance 0.1."""
+        """Values from compute_robust_hausdorff of the package surface-distance 0.1."""
         assert surface_hd95(*blobs(seed), spacing) == pytest.approx(expected, abs=1e-9)
 
     def test_areas_equal_those_of_surface_distance(self) -> None:
-        """The sums of its surfel_areas_gt and surfel_areas_pred."""
+        """Values are the sums of surface-distance's surfel_areas_gt and surfel_areas_pred."""
         from nnunet_conres.evaluation.surfaces import _areas, _codes
 
         masks = np.random.default_rng(9).random((2, 7, 8, 9)) < 0.5
@@ -226,7 +226,7 @@ class TestDilation:
     def test_against_loops(self, name: str, values: tuple, regions: dict, spacing: tuple) -> None:
         rules = read_rules(name)
         regions = {region: regions[region] for region in rules.masks}
-        # Lesions here are of some voxels: less dilation, so that they do not all grow together.
+        # The lesions here have few voxels: a smaller dilation keeps them from all growing together.
         rules = replace(rules, dilation={region: min(1, d) for region, d in rules.dilation.items()})
         rules = replace(rules, smallest_volume={region: 5.0 for region in rules.regions})
         for seed in range(2):
@@ -258,12 +258,12 @@ class TestDilation:
             assert (scores["lesion_hd95"], scores["lesions_missed"], scores["lesions_false"]) == (374, missed, false)
 
     def test_one_prediction_of_two_lesions(self) -> None:
-        # 7 voxels apart, so that dilations by 3 do not touch; a bar meets both.
+        # The lesions are 7 voxels apart, so that dilations by 3 do not touch. The predicted bar covers both.
         reference = box(((2, 8), (2, 8), (2, 8)), ((2, 8), (2, 8), (15, 21)))
         prediction = box(((2, 8), (2, 8), (2, 21)))
         scores = self.scores(reference, prediction)
         assert (scores["lesions_found"], scores["lesions_false"]) == (2, 0)
-        # Each of 216 voxels with the whole bar of 684.
+        # Each lesion of 216 voxels is scored against the whole bar of 684.
         assert scores["lesion_dice"] == pytest.approx(2 * 216 / (216 + 684))
         assert scores["dice"] == pytest.approx(2 * 432 / (432 + 684))
 
@@ -296,7 +296,7 @@ class TestDilation:
         scores = challenge_scores(box(lesion), box(lesion, other), ISOTROPIC, rules, {"GTV": (1,)})["GTV"]
         assert (scores["lesions_false"], scores["lesion_dice"], scores["lesion_hd95"]) == (1, 1, 0)
         missed = challenge_scores(box(lesion), box(), ANISOTROPIC, rules, {"GTV": (1,)})["GTV"]
-        # In voxels, whatever their size.
+        # The penalty is in voxels, whatever their size.
         assert missed["lesion_hd95"] == pytest.approx(math.sqrt(12**2 + 16**2 + 40**2))
 
     def test_lesions_that_touch_one_of_another_tissue_are_one(self) -> None:
@@ -350,7 +350,7 @@ class TestOneToOne:
 
     def test_sizes_and_least_dice(self) -> None:
         large, small = ((2, 5), (2, 5), (2, 5)), ((2, 4), (2, 4), (20, 24))  # 27 and 16 mm³
-        barely = ((4, 11), (4, 11), (4, 11))  # one voxel of the large one: Dice 2 / (27 + 343)
+        barely = ((4, 11), (4, 11), (4, 11))  # overlaps the large one in one voxel: Dice 2 / (27 + 343)
         false = ((2, 4), (10, 12), (20, 24))
         scores = one_to_one(box(large, small), box(barely, small, false))
         assert [scores[f"large_lesions_{kind}"] for kind in ("found", "missed", "false")] == [0, 1, 0]
@@ -392,7 +392,7 @@ class TestLikeBratsEvaluation:
         prediction = np.roll(reference, 1, axis=2)
         one, other = (self.scores(reference, prediction, spacing) for spacing in (ISOTROPIC, ANISOTROPIC))
         assert one["hd95"] == other["hd95"] == 1
-        # Of 152 border voxels each, all but two faces less one row at each edge coincide.
+        # Each border has 152 voxels. The two share 100: rings of 20 in five slices.
         borders = [mask & ~binary_erosion(mask) for mask in (reference > 0, prediction > 0)]
         assert (
             one["surface_dice"]
@@ -404,7 +404,7 @@ class TestLikeBratsEvaluation:
     def test_lesions_have_voxel_sizes_turned_around(self) -> None:
         reference = box(((2, 8), (2, 8), (2, 8)))
         scores = self.scores(reference, np.roll(reference, 1, axis=0), ANISOTROPIC)
-        assert scores["lesion_hd95"] == 0.5  # of x, along z
+        assert scores["lesion_hd95"] == 0.5  # the voxel size of x, used along z
 
     def test_tolerance_of_lesions_is_the_smallest_voxel_size(self) -> None:
         reference = box(((2, 8), (2, 8), (2, 8)))
@@ -454,7 +454,7 @@ class TestLikeBratsEvaluation:
         assert scores["lesions_found"] == 0
 
     def test_equals_what_the_tool_printed(self) -> None:
-        """Of region TC of these labels, by brats-evaluation 0.0.10 with panoptica 2.1.7; NIfTI has sizes as float32."""
+        """Values of region TC from brats-evaluation 0.0.10 with panoptica 2.1.7; NIfTI stores sizes as float32."""
         reference, prediction = maps(5, (2, 1, 3, 4))
         spacing = tuple(float(np.float32(step)) for step in (3.0, 0.8, 0.5))
         regions = {region: B[region] for region in MET.regions}

@@ -15,7 +15,7 @@ SPACINGS = [(1.0, 1.0, 1.0), (3.0, 0.8, 0.5), (0.7, 2.5, 1.2)]
 
 
 def blobs(seed: int, shape: tuple[int, ...] = (9, 12, 11), share: float = 0.35) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth mask with some components that touches the border of the image, and a disturbed copy."""
+    """Return a smooth mask with some components, touching the border of the image, and a disturbed copy."""
     from scipy.ndimage import gaussian_filter
 
     rng = np.random.default_rng(seed)
@@ -73,7 +73,7 @@ def hd95_by_hand(first: np.ndarray, second: np.ndarray, spacing: tuple[float, ..
 
 
 def components_by_hand(mask: np.ndarray) -> list[set[tuple[int, ...]]]:
-    """26 neighbours, in three axes."""
+    """Return the connected components with 26 neighbours, in 3D."""
     left = {tuple(int(i) for i in at) for at in np.argwhere(mask)}
     found = []
     while left:
@@ -91,7 +91,7 @@ def components_by_hand(mask: np.ndarray) -> list[set[tuple[int, ...]]]:
 
 
 def dilated_by_hand(voxels: set[tuple[int, ...]], shape: tuple[int, ...], times: int) -> set[tuple[int, ...]]:
-    """18 neighbours, again and again."""
+    """Dilate by 18 neighbours, `times` times."""
     steps = [s for s in itertools.product((-1, 0, 1), repeat=3) if np.count_nonzero(s) <= 2]
     for _ in range(times):
         voxels = {tuple(a + s for a, s in zip(at, step, strict=True)) for at in voxels for step in steps}
@@ -109,7 +109,7 @@ def as_mask(voxels: set[tuple[int, ...]], shape: tuple[int, ...]) -> np.ndarray:
 def lesions_by_hand(
     reference: np.ndarray, prediction: np.ndarray, spacing: tuple[float, ...], options: MetricOptions
 ) -> dict[str, float]:
-    """Lesion after lesion, each dilated by itself, as the challenge's published code goes."""
+    """Score one lesion after another, each dilated separately, as the challenge's published code does."""
     shape = reference.shape
     true = {tuple(int(i) for i in at) for at in np.argwhere(reference)}
     groups = components_by_hand(as_mask(dilated_by_hand(true, shape, options.lesion_dilation), shape))
@@ -275,7 +275,7 @@ class TestMeasure:
     ) -> None:
         reference, prediction = blobs(dilation, (10, 14, 13), share=0.06)
         if empty_corner:
-            reference[:, :, 4:10] = False  # lesions at both ends: some are missed, some predicted ones are false
+            reference[:, :, 4:10] = False  # lesions only at both ends: some are missed, some predictions are false
             prediction[:5] = False
         options = MetricOptions(lesion_dilation=dilation, lesion_volume=volume)
         expected = lesions_by_hand(reference, prediction, spacing, options)
@@ -298,10 +298,10 @@ class TestMeasure:
             MetricOptions(tolerance=1.5, lesion_volume=0),
         )
         assert (scores["dice"], scores["iou"], scores["volume_error"]) == (0, 0, 0)
-        # Of each surface of eight, four voxels lie one slice away and four lie two.
+        # Each surface has eight voxels: four are one slice from the other surface, four are two slices from it.
         assert scores["hd95"] == 3.0
         assert scores["surface_dice"] == 0.5
-        # The prediction is near enough to be found, though it overlaps nowhere.
+        # The prediction overlaps nowhere, but is close enough to count as found.
         assert (scores["lesions_found"], scores["lesions_missed"], scores["lesions_false"]) == (1, 0, 0)
         assert (scores["lesion_dice"], scores["lesion_hd95"]) == (0, 3.0)
 
@@ -326,7 +326,7 @@ class TestMeasure:
         reference, prediction = np.ones((3, 3, 3), bool), np.zeros((3, 3, 3), bool)
         prediction[1, 1, 1] = True
         scores = measure(reference, prediction, (1.0, 1.0, 1.0))
-        # Seen from the centre: six faces at 1, twelve edges at the root of 2, eight corners at that of 3.
+        # Distances from the centre: six faces at 1, twelve edges at sqrt(2), eight corners at sqrt(3).
         assert scores["hd95"] == pytest.approx(math.sqrt(3))
         assert scores["surface_dice"] == pytest.approx((6 + 1) / (26 + 1))
 
@@ -352,7 +352,7 @@ class TestMeasure:
     def test_empty(self, empty: str, reference: bool, prediction: bool, expected: dict[str, float]) -> None:
         shape = (6, 8, 6)
         full, nothing = boxes(((1, 4), (1, 5), (1, 5)), shape=shape), np.zeros(shape, bool)
-        # 12 x 4 x 3 mm: a diagonal of 13.
+        # The image measures 12 x 4 x 3 mm; its diagonal is 13 mm.
         spacing = (2.0, 0.5, 0.5)
         options = MetricOptions(empty=empty, lesion_volume=0)  # type: ignore[arg-type]
         scores = measure(full if reference else nothing, full if prediction else nothing, spacing, options)
@@ -375,7 +375,7 @@ class TestMeasure:
         prediction[2, 2, 4] = True
         scores = measure(reference, prediction, (1, 1, 1), MetricOptions(lesion_volume=0))
         assert (scores["lesions_found"], scores["lesions_missed"]) == (1, lesions - 1)
-        # One of two voxels of one lesion, or one lesion of two.
+        # Either one lesion, one of whose two voxels is predicted, or two lesions, of which one is found.
         assert scores["lesion_dice"] == pytest.approx(2 / 3 if lesions == 1 else 1 / 2)
 
     @pytest.mark.parametrize(("away", "found"), [(3, 1), (4, 0)])
@@ -390,9 +390,9 @@ class TestMeasure:
     def test_small_lesions_are_ignored_by_their_volume(self, voxels: int, counted: int) -> None:
         reference = np.zeros((4, 6, 40), bool)
         reference[1, 2, 2 : 2 + voxels] = True
-        scores = measure(reference, reference.copy(), (2.0, 1.0, 1.0))  # 2 mm³ per voxel, 50 are too few
+        scores = measure(reference, reference.copy(), (2.0, 1.0, 1.0))  # 2 mm³ per voxel; 50 mm³ are too few
         assert scores["lesions_found"] == counted
-        # A prediction that meets an ignored one is not false.
+        # A prediction that touches an ignored lesion is not false.
         assert (scores["lesions_false"], scores["lesion_dice"]) == (0, 1)
 
     def test_ignored_voxels_belong_to_neither(self) -> None:
@@ -416,7 +416,7 @@ class TestMeasure:
         target = surface_by_hand(reference, ignored)
         distances = [min(math.dist(p, q) for q in target) for p in surface_by_hand(prediction, ignored)]
         assert scores["lesion_hd95"] == scores["hd95"] == pytest.approx(percentile_95(distances))
-        # With the face towards the ignored voxels, the bump would be less of the surface.
+        # If the face towards the ignored voxels were surface, the bump would be a smaller share of it.
         assert scores["hd95"] > measure(reference, prediction, (1, 1, 1))["hd95"]
 
     def test_no_surface_towards_ignored_voxels(self) -> None:
@@ -425,7 +425,7 @@ class TestMeasure:
         ignored = ~reference
         options = MetricOptions(lesion_volume=0)
         scores = measure(reference, reference.copy(), (1, 1, 1), options, ignored=ignored)
-        # All that is annotated is inside: where it ends is not known.
+        # All annotated voxels are inside the region: where it ends is unknown.
         assert scores["dice"] == scores["lesion_dice"] == 1
         assert math.isnan(scores["hd95"])
         assert math.isnan(scores["surface_dice"])
@@ -433,7 +433,7 @@ class TestMeasure:
 
     def test_a_slice_has_an_outline(self) -> None:
         reference, prediction = blobs(3, (20, 24), share=0.3)
-        # As nnU-Net reads a photograph: the thickness is made up.
+        # nnU-Net reads a 2D image as one slice of arbitrary thickness.
         scores = measure(reference[None], prediction[None], (999.0, 1.0, 0.5))
         assert scores["hd95"] == pytest.approx(hd95_by_hand(reference, prediction, (1.0, 0.5)))
         assert math.isnan(scores["volume_error"])

@@ -26,7 +26,7 @@ REGIONS = {
     "file_ending": ".nii.gz",
 }
 LABELS = {"labels": {"background": 0, "necrosis": 2, "oedema": 1, "enhancing": 3}, "file_ending": ".nii.gz"}
-SPACING = (2.5, 1.0, 0.8)  # 2 mm³
+SPACING = (2.5, 1.0, 0.8)  # voxels of 2 mm³
 
 
 def of(dataset_json: dict[str, Any], less: dict[str, str] | None = None, **steps: RegionSteps) -> Postprocessing:
@@ -90,7 +90,7 @@ class TestApply:
         one = {"labels": {"background": 0, "tumour": 1}, "file_ending": ".nii.gz"}
         found = of(one, tumour=RegionSteps(smallest_component=24)).apply(labels, None, SPACING)
         numbers = sitk.ConnectedComponent(sitk.GetImageFromArray(labels), True)
-        expected = sitk.GetArrayFromImage(sitk.RelabelComponent(numbers, minimumObjectSize=12)) > 0  # of 2 mm³
+        expected = sitk.GetArrayFromImage(sitk.RelabelComponent(numbers, minimumObjectSize=12)) > 0  # voxels of 2 mm³
         assert found.dtype == labels.dtype
         assert 0 < expected.sum() < mask.sum()
         np.testing.assert_array_equal(found, expected)
@@ -186,7 +186,7 @@ class TestLoadRules:
         [
             ({"format": 2}, "no post-processing of format 1"),
             ({"steps": {"whole_tumor": {"smallest": 3}}}, "is damaged.*smallest"),
-            ({"steps": {"liver": {}}}, "steps of liver, which its labels lack"),
+            ({"steps": {"liver": {}}}, "steps of liver, which its labels do not have"),
             (
                 {"steps": {"cavity": {"threshold": 1, "smallest_component": -1}}},
                 r"(?s)cavity: threshold is 1.*cavity: smallest_component is -1",
@@ -199,7 +199,7 @@ class TestLoadRules:
 
 
 def apply(predictions: Path, postprocessing: Path, output: Path) -> int:
-    """The command's exit code."""
+    """Run the command and return its exit code."""
     options = {"-i": predictions, "--postprocessing": postprocessing, "-o": output, "-np": 1}
     return cli.main(["postprocess", "apply", *(str(part) for option in options.items() for part in option)])
 
@@ -220,7 +220,7 @@ def test_labels_above_255_stay_what_they_are(tmp_path: Path) -> None:
 
 class TestChoice:
     def test_what_both_lack_is_right_by_all_rules(self) -> None:
-        """2026's rules have no score there, and a false lesion that is removed would gain nothing."""
+        """The 2026 rules define no score here; without one, removing a false lesion would gain nothing."""
         dataset = SCHEMES["2025-MET"].label_set.dataset_json("regions")
         empty = np.zeros((4, 5, 6), np.int32)
         false = empty.copy()
@@ -237,7 +237,7 @@ class TestChoice:
         assert best_value([]) is None
 
     def test_values_of_a_fold_come_from_the_others(self) -> None:
-        """Against loops; patients have cases in two folds."""
+        """Compare with loops; patients have cases in two folds."""
         rng = np.random.default_rng(0)
         values = (None, 10, 50, 100)
         scores = {f"c{n}": dict(zip(values, rng.random(4), strict=True)) for n in range(12)}
@@ -263,7 +263,7 @@ class TestChoice:
             scores[f"c{n}"] = {None: off, **{value: off + helps + rng.normal(0, 0.1) for value in range(8)}}
         folds = {case: n % 5 for n, case in enumerate(scores)}
         found = _evidence("whole", "smallest_component", scores, folds, {case: case for case in scores})
-        # One of eight is better on these cases, whatever there is to it.
+        # One of the eight values is better on these cases, even if only by chance.
         assert found.chosen is not None
         assert found.kept is kept
 
@@ -293,7 +293,7 @@ class TestCommands:
         outer, inner = ("whole", "core") if kind == "regions" else ("oedema", "core")
         content = json.loads((tmp_path / "fit" / "p.json").read_text())
         rows = {(row["region"], row["step"]): row for row in content["evidence"]}
-        # Noise makes single voxels, and to remove them helps.
+        # Noise produces single-voxel components; removing them helps.
         component = rows[inner, "smallest_component"]
         assert component["kept"]
         assert component["interval"]["low"] > 0
@@ -330,7 +330,7 @@ class TestCommands:
         made.add(folds=(0, 1), blur=0.255)
         assert self.fit(tmp_path) == 0
         rules = load_postprocessing(tmp_path / "fit" / "p.json")
-        shutil.rmtree(made.root / "raw" / "Dataset801_Models" / "imagesTr")  # without pictures
+        shutil.rmtree(made.root / "raw" / "Dataset801_Models" / "imagesTr")  # the comparison works without images
         arguments = [
             "compare",
             "-d",
@@ -346,7 +346,7 @@ class TestCommands:
             str(tmp_path / "r"),
         ]
         file = tmp_path / "fit" / "p.json"
-        # One file for each model, by its name.
+        # One file per model, assigned by the model's name.
         assert cli.main([*arguments, "--postprocessing", f"nnUNetTrainer={file}", f"Other={file}", "B=none.json"]) == 2
         told = capsys.readouterr().err
         assert "names Other, which is not compared; expected some of nnUNetTrainer" in told
@@ -367,14 +367,14 @@ class TestCommands:
             written = sitk.ReadImage(str(tmp_path / "r" / "postprocessed" / "m0" / f"{case['id']}.nii.gz"))
             np.testing.assert_array_equal(sitk.GetArrayFromImage(written), expected)
 
-        # One file for all models; what does nothing makes no second model.
+        # One file for all models; post-processing without steps adds no second model.
         nothing = tmp_path / "nothing.json"
         steps = Postprocessing(rules.scheme, {}).as_json()
         nothing.write_text(json.dumps({**steps, "dataset_json": made.dataset_json}))
         assert cli.main([*arguments, "--postprocessing", str(nothing)]) == 0
         content = json.loads((tmp_path / "r" / "report.json").read_text())
         assert [model["name"] for model in content["models"]] == ["nnUNetTrainer"]
-        assert any("nothing.json leaves all steps off: nnUNetTrainer" in text for text in content["warnings"])
+        assert any("nothing.json has no active step: nnUNetTrainer" in text for text in content["warnings"])
 
     def test_without_probabilities(
         self, lab: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,4 @@
-"""Which models are compared, and what is said where they are not complete."""
+"""Which models are compared, and which messages incomplete models cause."""
 
 import json
 import shutil
@@ -97,7 +97,7 @@ class TestCrossValidation:
         assert "there are no plans nope" in error
 
     def test_a_trainer_that_is_mistyped(self, lab: Callable[..., Any]) -> None:
-        """A command that trains it would fail."""
+        """No training command is suggested: it would fail."""
         lab().add()
         (error,) = find_held_out([NamedModel("nnUNetTrainerConResnet", "nnUNetPlans", "3d_fullres")], [0, 1]).errors
         assert error.endswith("; did you mean nnUNetTrainerConResNet?")
@@ -160,7 +160,7 @@ class TestCrossValidation:
         made.write_summary(folder, made.cases[1:])
         (missing,) = find_held_out([STOCK], [0]).missing
         assert "has case_0, which its summary.json does not list" in missing.what
-        assert not missing.is_known  # a validation would list it, whether the fold held it out or not
+        assert not missing.is_known  # a validation would also list cases that the fold did not hold out
         assert "--val --npz" in missing.as_text
 
     def test_no_checkpoint_to_predict_with(self, lab: Callable[..., Any]) -> None:

@@ -46,7 +46,7 @@ def some_image(seed: int = 0) -> np.ndarray:
 
 
 def brute_force(volume: np.ndarray, axis: int) -> np.ndarray:
-    """Voxel by voxel."""
+    """Compute the residual voxel by voxel."""
     residual = np.zeros(volume.shape, np.float64)
     for position in np.ndindex(volume.shape):
         if position[axis] > 0:
@@ -272,7 +272,7 @@ class TestErrors:
 
     def test_image_taken_for_labels(self, tmp_path: Path) -> None:
         source = save(tmp_path / "in" / "a.nii.gz", some_image())
-        assert "is no label file" in errors_of(source, tmp_path / "out", kind="labels")
+        assert "is not a label file" in errors_of(source, tmp_path / "out", kind="labels")
 
 
 class TestCommand:

@@ -56,7 +56,7 @@ TRAINER = {
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Trainers are found also if the package is not installed; tiny networks lose more to threads than they gain."""
+    """Find the trainers even if the package is not installed, and use one thread, which is faster for tiny networks."""
     monkeypatch.setenv(VARIABLE, TRAINER_FOLDER)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def make_model(
     folds: int = 1,
     **configuration: Any,
 ) -> Path:
-    """A model folder as nnU-Net leaves it, with weights that are drawn."""
+    """Write a model folder as nnU-Net does, with random weights."""
     labels = labels or LABELS
     background = {"background_class": labels is LABELS}
     arguments = {
@@ -151,7 +151,7 @@ def make_model(
 
 
 def synthetic_images(shape: tuple[int, ...] = PATCH, seed: int = 0) -> np.ndarray:
-    """Two channels, smooth, nowhere 0."""
+    """Return two smooth channels without zeros."""
     noise = np.random.default_rng(seed).normal(0, 1, (2, *shape))
     return (10 + ndimage.gaussian_filter(noise, (0, 1, 1, 1)) * 5).astype(np.float32)
 
@@ -159,7 +159,7 @@ def synthetic_images(shape: tuple[int, ...] = PATCH, seed: int = 0) -> np.ndarra
 def save(
     folder: Path, name: str, array: np.ndarray, spacing: tuple[float, ...] = (1.0, 1.0, 1.0), turned: bool = False
 ) -> Path:
-    """Spacing along x, y, z."""
+    """Save an image; the spacing is along x, y, z."""
     folder.mkdir(parents=True, exist_ok=True)
     image = SimpleITK.GetImageFromArray(array)
     image.SetSpacing(spacing)
@@ -190,7 +190,7 @@ def nnunets(folder: Path) -> nnUNetPredictor:
 
 
 def normalised(images: np.ndarray) -> torch.Tensor:
-    """As the network sees images without zeros."""
+    """Normalise images without zeros as for the network."""
     mean, deviation = (getattr(images, what)(axis=(1, 2, 3), keepdims=True) for what in ("mean", "std"))
     return torch.from_numpy((images - mean) / deviation)[None]
 
@@ -219,7 +219,7 @@ class TestResidualPredictor:
             segmentation, *residuals = network(normalised(images))
         np.testing.assert_array_equal(found.segmentation, segmentation[0].argmax(0).numpy())
 
-        # features are multiplied with the attention of their own channel
+        # features are multiplied by the attention of their own channel
         attention = (seen["attended"] / seen["features"].where(seen["features"] != 0, torch.nan))[0]
         attention = attention.nanmean(0).numpy().astype(np.float64)
         assert np.isfinite(attention).all()
@@ -227,13 +227,13 @@ class TestResidualPredictor:
         factors = np.array(shape) / attention.shape
         assert (factors > 1).any() == (level > 0)
         if kind == "conresnet":
-            # linear between the centres of coarse voxels
+            # linear interpolation, aligned at the centres of coarse voxels
             maps, (attention,) = (
                 [ndimage.zoom(one, factors, order=1, mode="nearest", grid_mode=True) for one in these]
                 for these in (maps, [attention])
             )
         else:
-            # between the centres of the outermost voxels; the maps themselves are at full size already
+            # aligned at the centres of the outermost voxels; the maps are at full size already
             attention = ndimage.zoom(attention, factors, order=1)
         np.testing.assert_allclose(found.attention, attention, atol=1e-4)
         for name, expected in zip(("a", "b"), maps, strict=True):
@@ -283,7 +283,7 @@ class TestResidualPredictor:
         paths = save_case(tmp_path / "in", np.pad(synthetic_images((13, 21, 17)), ((0, 0), (2, 3), (1, 0), (0, 4))))
         found = load(model).predict(paths).segmentation
         expected = nnunets(model).predict_from_files_sequential([[str(path) for path in paths]], None)[0]
-        # which adds up in half precision
+        # nnU-Net sums in half precision
         assert (found == expected).mean() > 0.98
         assert len(np.unique(found)) > 1
 
@@ -301,7 +301,7 @@ class TestResidualPredictor:
         exchanged = load(make_model(tmp_path / "exchanged", transpose=(2, 0, 1), masked=True))
         assert (straight.slice_axis, exchanged.slice_axis) == (0, 2)
         first = straight.predict(save_case(tmp_path / "in", images))
-        # nnU-Net makes the array's axes 2, 0, 1 the network's 0, 1, 2
+        # nnU-Net transposes the array's axes 2, 0, 1 to the network's axes 0, 1, 2
         second = exchanged.predict(save_case(tmp_path / "turned", images.transpose(0, 2, 3, 1)))
         for name in ("a", "b"):
             np.testing.assert_allclose(second.residuals[name], first.residuals[name].transpose(1, 2, 0), atol=1e-5)
@@ -381,7 +381,7 @@ class TestErrors:
 
 class TestWrite:
     def test_files_and_their_geometry(self, tmp_path: Path) -> None:
-        # thick slices along the array's last axis, which the network has first
+        # thick slices along the array's last axis, which is the network's first
         model = make_model(tmp_path / "model", labels=REGIONS, transpose=(2, 0, 1), spacing=(2.5, 1.0, 1.0))
         images = np.pad(synthetic_images((20, 15, 9)), ((0, 0), (3, 0), (0, 2), (0, 0)))
         geometry: dict[str, Any] = {"spacing": (3.0, 0.8, 1.2), "turned": True}

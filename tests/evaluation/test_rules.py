@@ -6,7 +6,7 @@ from nnunet_conres.datasets.brats_schemes import SCHEMES
 from nnunet_conres.errors import InputError
 from nnunet_conres.evaluation.rules import known_rules, labels_of_regions, read_rules
 
-# Year and task: dilation, smallest lesion in mm³, penalty in mm, as the challenges' papers and code have it.
+# Year and task: dilation, smallest lesion in mm³, penalty in mm, from the challenges' papers and code.
 DILATION = {
     "2023-GLI": (3, 50, 374),
     "2023-SSA": (3, 50, 374),
@@ -124,7 +124,7 @@ class TestLabelsOfRegions:
 
     def test_a_label_of_unknown_tissue_is_in_no_region(self) -> None:
         found = labels_of_regions(read_rules("2023-GLI"), {"background": 0, "enhancing": 3, "edema": 2, "other": 1})
-        # It may be necrosis, so that nobody knows the core and the whole.
+        # It may be necrosis, so the core and the whole tumour are unknown.
         assert found.labels["ET"] == (3,)
         assert "TC" not in found.labels or found.labels["TC"] == (1, 3)
 

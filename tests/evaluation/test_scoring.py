@@ -109,9 +109,9 @@ class TestScoreCases:
     def test_mean_over_regions(self, tmp_path: Path) -> None:
         reference, prediction = np.zeros((2, 6, 7, 8), np.uint8)
         reference[0:2, 0:4, 0:4] = 1
-        prediction[0:2, 0:4, 0:6] = 1  # half as much too much
+        prediction[0:2, 0:4, 0:6] = 1  # 50 % too large
         reference[4:6, 0:4, 0:4] = 2
-        prediction[4:6, 0:4, 0:2] = 2  # half as much too little
+        prediction[4:6, 0:4, 0:2] = 2  # 50 % too small
         job = ScoringJob("A", "c", save(tmp_path / "r.nii.gz", reference), save(tmp_path / "p.nii.gz", prediction))
         scores = score([job]).values["A"]["c"]
         assert scores["mean"]["dice"] == pytest.approx((2 * 32 / (32 + 48) + 2 * 16 / (32 + 16)) / 2)
@@ -154,8 +154,8 @@ class TestErrors:
         with pytest.raises(InputError, match="expected a label file") as caught:
             score([job, job, *gone], processes=0)
         lines = caught.value.errors
-        assert len(lines) == 5  # once too many, a reference and two predictions that are missing, and the processes
-        assert "one prediction too many of case case_0 by A" in lines[0]
+        assert len(lines) == 5  # a duplicate, one missing reference, two missing predictions, and the processes
+        assert "is a second prediction of case case_0 by A" in lines[0]
 
     def test_all_that_do_not_fit_at_once(self, tmp_path: Path) -> None:
         good = np.ones((6, 7, 8), np.uint8)
@@ -182,11 +182,11 @@ class TestErrors:
         assert "(5, 7, 8); expected (6, 7, 8) like" in lines[0]
         assert "2.5 x 0.9 x 1 mm; expected 2.5 x 0.9 x 1.1 mm" in lines[1]
         assert "does not name: 7; expected 0, 1, 2" in lines[2]
-        # ITK reads NaN in NIfTI files as zero, as if it were background.
+        # ITK reads NaN in NIfTI files as zero, which would be background.
         assert "nan.nii.gz has 1 voxels that are NaN or infinite; expected labels." in lines[3]
         assert "nrrd.nrrd has 1 voxels that are NaN or infinite; expected labels." in lines[4]
         assert all("cannot be read" in line for line in lines[5:])
-        # The one without error need not be scored again.
+        # The result of the valid file is cached.
         assert len(list((tmp_path / "c").iterdir())) == 1
 
     def test_ignore_is_for_references(self, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ class TestCache:
         first = score(jobs, cache_folder=cache)
         assert (first.cached, len(list(cache.glob("*.json")))) == (0, 3)
         monkeypatch.setattr(scoring, "measure", lambda *_, **__: pytest.fail("measured again"))
-        # Files are known by what is in them, wherever they lie.
+        # The cache identifies files by content, not by path.
         moved = tmp_path / "elsewhere.nii.gz"
         moved.write_bytes(jobs[2].prediction.read_bytes())
         jobs[2] = ScoringJob("B", "other", jobs[2].reference, moved)
@@ -303,7 +303,7 @@ class TestRules:
         rules = read_rules("2026-GoAT")
         options = MetricOptions(rules=rules, like_brats_evaluation=like)
         reference, prediction = label_maps(1, 3, ignore=True)
-        reference[0], prediction[0] = 0, 3  # no lesion of ET is matched in one slice alone
+        reference[0], prediction[0] = 0, 3  # no lesion in the first slice, but all of it predicted as ET
         paths = [save(tmp_path / f"{name}.nii.gz", array) for name, array in (("r", reference), ("p", prediction))]
         job = ScoringJob("A", "c", *paths)
         keywords = {"options": options, "cache_folder": tmp_path / "cache"}

@@ -18,7 +18,7 @@ ANNOTATED = (2, 3, 9)
 
 
 def case(axis: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Image, sparse labels, dense labels and truth, annotated on three slices along an axis."""
+    """Return image, sparse labels, dense labels and truth; three slices along the axis are annotated."""
     rng = np.random.default_rng(0)
     truth = np.zeros((12, 16, 20), np.uint8)
     truth[1:11, 3:12, 4:17] = 1
@@ -40,12 +40,12 @@ def test_shows_a_cut_an_annotated_slice_and_one_that_is_not(axis: int) -> None:
     assert len(figure.axes) == 9
     assert [panel.get_title() for panel in figure.axes[:3]] == ["annotated", "completed", "truth"]
     texts = [panel.texts[0].get_text() for panel in figure.axes[::3]]
-    # Slice 6 is three away from 3 and from 9, no other is so far from both.
+    # Slice 6 is three slices from 3 and from 9; no other slice is as far from an annotated one.
     assert texts[:2] == ["cut across the slices", "slice 6, not annotated"]
     assert texts[2] in [f"slice {index}, annotated" for index in ANNOTATED]
     across = np.take(image, 6, axis=axis)
     np.testing.assert_array_equal(figure.axes[3].images[0].get_array(), across)
-    # The cut has the slices as its rows.
+    # Each row of the cut is one slice.
     assert figure.axes[0].images[0].get_array().shape[0] == 12
     heading, scores = (text.get_text() for text in figure.texts)
     assert heading == "case 7: 3 of 12 slices annotated"

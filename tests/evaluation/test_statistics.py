@@ -50,7 +50,7 @@ def midranks(sizes: Sequence[float]) -> list[float]:
 
 
 def wilcoxon_by_enumeration(differences: Sequence[float]) -> float:
-    """Share of all ways to put signs to the ranks that are as far from the middle as the observed one."""
+    """Return the share of sign assignments whose rank sum is at least as far from the middle as the observed one."""
     values = [d for d in differences if d]
     ranks = midranks([abs(d) for d in values])
     middle = sum(ranks) / 2
@@ -63,7 +63,7 @@ def wilcoxon_by_enumeration(differences: Sequence[float]) -> float:
 
 
 def bca_by_hand(values: np.ndarray, samples: int, seed: int) -> tuple[float, float]:
-    """Efron and Tibshirani, An Introduction to the Bootstrap, equations 14.9 to 14.15."""
+    """Compute a BCa interval by Efron and Tibshirani, An Introduction to the Bootstrap, equations 14.9 to 14.15."""
     from statistics import NormalDist
 
     normal = NormalDist()
@@ -97,9 +97,9 @@ class TestWilcoxon:
             assert wilcoxon(values) == pytest.approx(wilcoxon_by_enumeration(values))
 
     def test_by_hand(self) -> None:
-        # All six alike in sign: two of 64 ways are as far from the middle.
+        # All six have the same sign: two of 64 sign assignments are as far from the middle.
         assert wilcoxon(np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])) == pytest.approx(2 / 64)
-        # Ranks 1 to 6, the smallest negative: {} and {1} at either end.
+        # Ranks 1 to 6, of which 1 is negative: the sets {} and {1} at either end are as far from the middle.
         assert wilcoxon(np.array([-0.1, 0.2, 0.3, 0.4, 0.5, 0.6])) == pytest.approx(4 / 64)
 
     def test_many(self) -> None:
@@ -157,7 +157,7 @@ class TestIntervals:
         values = np.random.default_rng(1).exponential(1, 25)  # skewed, so that bias and acceleration matter
         found = mean_interval(values, samples=100000)
         assert (found.low, found.high) == pytest.approx(bca_by_hand(values, 100000, 7), abs=0.02)
-        # A percentile interval would not do.
+        # A percentile interval differs clearly.
         drawn = np.random.default_rng(8).choice(values, (100000, 25)).mean(1)
         assert abs(found.high - np.quantile(drawn, 0.975)) > 0.04
 
@@ -170,9 +170,9 @@ class TestIntervals:
     @pytest.mark.parametrize("kind", ["mean", "median"])
     def test_many_series_equal_scipys_one_by_one(self, kind: str) -> None:
         rng = np.random.default_rng(0)
-        # of several lengths, with and without ties; the median of the longest is looked for near the middle
+        # several lengths, with and without ties; the median of the longest is searched near the middle only
         series = [rng.gamma(2, size=n) for n in (40, 41, 41, 600)]
-        # whole numbers, because SciPy may take equal means of others for different ones
+        # integers, because rounding may make SciPy treat equal means of other numbers as different
         series += [rng.integers(0, 9, n) * 1.0 for n in (6, 7, 41, 600)]
         found = (mean_intervals if kind == "mean" else median_intervals)(series, samples=500, seed=3)
         for values, interval in zip(series, found, strict=True):
@@ -192,7 +192,7 @@ class TestIntervals:
         assert (found.low, found.high) == pytest.approx((0.1, 0.1), rel=1e-9)
 
     def test_the_order_of_summing_up_does_not_matter(self) -> None:
-        """Many means of 12 numbers with one decimal are equal, but sums of floating point numbers differ."""
+        """Many means of 12 numbers with one decimal are equal, but their floating-point sums differ."""
         tenths = [3.0, 9.0, 1.0, 7.0, 7.0, 2.0, 8.0, 1.0, 6.0, 4.0, 3.0, 7.0]
         exact, found = mean_interval(tenths), mean_interval([value / 10 for value in tenths])
         assert (found.low, found.high) == pytest.approx((exact.low / 10, exact.high / 10), rel=1e-9)
@@ -324,7 +324,7 @@ class TestComparePaired:
     def test_few_large_differences_against_many_small_ones(self, metric: str, sign: int) -> None:
         steps = np.concatenate([np.linspace(-0.002, -0.001, 60), np.linspace(0.4, 0.5, 8)]) * sign
         found = compare(0.5 + steps, np.full(68, 0.5), metric)
-        # Both are beyond chance, in opposite directions.
+        # The test and the interval are both significant, in opposite directions.
         assert found.p_corrected < 0.05
         assert found.mean_interval.low > 0 or found.mean_interval.high < 0
         assert found.conclusion == "mixed"
@@ -346,7 +346,7 @@ class TestComparePaired:
     @pytest.mark.parametrize("count", [1, 3, 8])
     def test_no_difference(self, count: int) -> None:
         values = np.linspace(0.1, 0.9, count)
-        # What is left by rounding is no difference.
+        # A difference within rounding errors is no difference.
         found = compare(values + 1e-13, values)
         assert (found.conclusion, found.ties, found.effect) == ("equal", count, 0)
         assert found.p_value == 1 if count == 8 else math.isnan(found.p_value)
@@ -376,7 +376,7 @@ class TestComparePaired:
         own = base + np.array([0.1, 0.3, 0.02, 0.04, 0.05, 0.06, 0.07, 0.01, 0.01, 0.01, 0.01, 0.01])
         groups = {f"case_{n}": "first" if n < 2 else f"p{min(n, 7)}" for n in range(12)}
         found = compare(own, base, groups=groups)
-        # Two cases of the first group, five of the last, one of each other.
+        # The first group has two cases, the last has five, the others have one each.
         steps = np.array([0.2, 0.02, 0.04, 0.05, 0.06, 0.07, 0.01])
         assert (found.count, found.grouped) == (7, True)
         assert found.mean_difference == pytest.approx(steps.mean())
@@ -402,7 +402,7 @@ class TestComparePaired:
             family = [c for c in found if c.metric == metric]
             assert [c.p_corrected for c in family] == pytest.approx(holm([c.p_value for c in family]))
         assert any(c.p_corrected > c.p_value for c in found)
-        # Nothing but the correction depends on what else is compared.
+        # The other comparisons affect only the correction.
         (alone,) = compare_paired(values, "base", models=["two"], regions=["whole"], metrics=["dice"], samples=200)
         with_others = next(c for c in found if (c.metric, c.region, c.model) == ("dice", "whole", "two"))
         assert alone.mean_interval == with_others.mean_interval

@@ -25,7 +25,7 @@ def dice(first: np.ndarray, second: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """A summary.json written by nnU-Net's own evaluation, and the reference and prediction of every case."""
+    """Return a summary.json written by nnU-Net's own evaluation, and the reference and prediction of every case."""
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summary_json
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
@@ -89,7 +89,7 @@ class TestReadSummary:
         assert list(read_summary(evaluated[0], named).mean) == ["ET", "TC", "WT"]
 
     def test_dataset_json_above(self, evaluated: tuple, tmp_path: Path) -> None:
-        """A training's validation lies two folders below its dataset.json."""
+        """The validation of a training is two folders below its dataset.json."""
         copy = tmp_path / "fold_0" / "validation" / "summary.json"
         copy.parent.mkdir(parents=True)
         copy.write_text(evaluated[0].read_text())

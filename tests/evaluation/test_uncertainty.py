@@ -25,7 +25,7 @@ REGIONS = {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_cla
 
 
 def draw(content: dict[str, Any], seed: int, members: int = 3) -> tuple[Channels, list[np.ndarray]]:
-    """Probabilities that members might predict for a volume, some of them 0 and 1."""
+    """Draw the probabilities of ensemble members for a volume, some of them 0 and 1."""
     rng = np.random.default_rng(seed)
     meaning = Channels.of_dataset(content)
     shape = (4, 5, 6)
@@ -44,7 +44,7 @@ class TestMaps:
         meaning, members = draw(LABELS, 0)
         maps = uncertainty_maps(members, meaning)
         mean = np.mean(members, axis=0, dtype=np.float64)
-        expected = entropy(mean, axis=0, base=4)  # divides by the log of the number of labels
+        expected = entropy(mean, axis=0, base=4)  # base 4: divided by the log of the number of labels
         np.testing.assert_allclose(maps.entropy, expected, atol=1e-5)
         assert not maps.entropy[0].any()
         within = np.mean([entropy(each, axis=0, base=4) for each in members], axis=0)
@@ -110,7 +110,7 @@ class TestMaps:
 
 @pytest.fixture(params=["labels", "regions"])
 def folders(lab: Callable[..., Any], request: pytest.FixtureRequest) -> tuple[Any, list[Path]]:
-    """Predictions of three folds of the same images, as nnUNetv2_predict leaves them."""
+    """Write predictions of three folds for the same images, as nnUNetv2_predict does."""
     made = lab(request.param)
     paths = [made.root / "predicted" / f"fold_{fold}" for fold in range(3)]
     for seed, path in enumerate(paths):

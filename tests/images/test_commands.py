@@ -31,13 +31,13 @@ def save(path: Path, voxels: np.ndarray, affine: np.ndarray = STRAIGHT) -> Path:
 
 
 def labels_of(seed: int, block: int = 8) -> np.ndarray:
-    """Random labels in blocks: outlines are drawn fast. In blocks of 1 they are large files."""
+    """Return random labels in blocks, whose outlines are fast to draw. Blocks of 1 voxel give large files."""
     blocks = np.random.default_rng(seed).integers(0, 4, [-(-size // block) for size in SHAPE]).astype(np.uint8)
     return np.kron(blocks, np.ones((block,) * 3, np.uint8))[tuple(slice(size) for size in SHAPE)]
 
 
 def write_all(root: Path, affine: np.ndarray, block: int = 8) -> None:
-    """A raw data set with predictions and references, and a BraTS case."""
+    """Write a raw data set, predictions for it, and BraTS cases."""
     dataset = root / "raw" / "Dataset007_Thing"
     for case_id, seed in ((CASE, 0), ("Brats18_B_1", 1)):
         image = np.random.default_rng(seed).normal(100, 10, SHAPE).astype(np.float32)
@@ -63,7 +63,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def arguments_of(root: Path) -> dict[str, list[str]]:
-    """Command lines, by name, which write to `out` or a new data set."""
+    """Return command lines by name, with `out` as the output folder."""
     dataset, predictions, out = root / "raw" / "Dataset007_Thing", root / "predictions", root / "out"
     djfile = ["-djfile", str(dataset / "dataset.json")]
     compared = ["--reference", dataset / "labelsTr", "-i", dataset / "imagesTr", "--no_ensembles", "-np", "1"]
@@ -83,7 +83,7 @@ def arguments_of(root: Path) -> dict[str, list[str]]:
 
 
 def read_by(root: Path, command: str) -> Path:
-    """A label file that a command reads."""
+    """Return a label file that the command reads."""
     files = {
         "brats-convert": root / "brats" / CASE / f"{CASE}_seg.nii",
         "brats-export": root / "predictions" / f"{CASE}.nii.gz",
@@ -103,7 +103,7 @@ def error_of(root: Path, command: str, capsys: pytest.CaptureFixture[str]) -> st
 @pytest.mark.parametrize("command", READERS)
 @pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_labels_that_are_not_finite(root: Path, command: str, value: float, capsys: pytest.CaptureFixture[str]) -> None:
-    """ITK reads them as 0, which would be annotated background."""
+    """ITK reads such labels as 0, which would be annotated background."""
     path = read_by(root, command)
     voxels = np.asarray(nibabel.load(path).dataobj).astype(np.float32)
     voxels[3, 4, 5] = value
@@ -120,7 +120,7 @@ def test_labels_cut_short(root: Path, command: str, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("command", ["overlay", "residuals", "compare", "sparsify", "split"])
 def test_labels_compressed_without_gz(root: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Files of a data set of .nii, one of which is compressed: nnU-Net can't read it."""
+    """nnU-Net can't read a compressed file in a data set of .nii files."""
     for path in sorted(root.rglob("*.nii.gz")):
         path.with_name(path.name[:-3]).write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
@@ -135,7 +135,7 @@ def test_labels_compressed_without_gz(root: Path, command: str, capsys: pytest.C
 
 
 def test_brats_under_any_name(root: Path) -> None:
-    """brats-convert reads each file for what it is, and writes what nnU-Net reads."""
+    """brats-convert recognises compressed files under any name, and writes files that nnU-Net can read."""
     folder = root / "brats" / CASE
     for part in ("seg", "t1"):
         path = folder / f"{CASE}_{part}.nii"
@@ -161,7 +161,7 @@ def test_sheared_axes_and_pictures(root: Path) -> None:
 def test_sheared_axes_are_read_as_nnunet_reads_them(
     root: Path, reader: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SimpleITK refuses them; nnU-Net trains on them with nibabel, by itself or by dataset.json."""
+    """SimpleITK refuses sheared axes. nnU-Net reads them with nibabel, automatically or because of dataset.json."""
     commands = ("split", "sparsify", "overlay", "residuals", "compare")
     for command in commands:
         assert cli.main(arguments_of(root)[command]) == 0
@@ -201,7 +201,7 @@ def test_sheared_axes_are_read_as_nnunet_reads_them(
     ],
 )
 def test_on_a_full_disk_nothing_cut_stays(root: Path, command: str) -> None:
-    """With at most 4 KiB a file: an error that names a file, and no file that is not whole."""
+    """With a limit of 4 KiB per file, the error names a file, and no incomplete file is left."""
     write_all(root, STRAIGHT, block=1)
     before = {path for path in root.rglob("*") if path.is_file()}
     line = [sys.executable, "-m", "nnunet_conres.cli", *arguments_of(root)[command]]
@@ -212,7 +212,7 @@ def test_on_a_full_disk_nothing_cut_stays(root: Path, command: str) -> None:
     assert "Traceback" not in done.stderr
     assert str(root) in done.stderr.splitlines()[-1], done.stderr
     assert ".partial" not in done.stderr, "a temporary name says nothing to the user"
-    assert any(part in done.stderr for part in ("File too large", "could not be written whole")), done.stderr
+    assert any(part in done.stderr for part in ("File too large", "could not be written completely")), done.stderr
     after = {path for path in root.rglob("*") if path.is_file()} - before
     assert not [path for path in after if ".partial" in str(path)]
     for path in after:

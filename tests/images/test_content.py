@@ -1,4 +1,4 @@
-"""Every format that nnU-Net reads, cut short or damaged: an error, or the whole image; never one with zeros in it."""
+"""Truncated or damaged files of every format that nnU-Net reads: an error or the whole image, never zeros in it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def itk_compressed(path: Path, labels: np.ndarray) -> None:
 
 
 def tiff(path: Path, labels: np.ndarray) -> None:
-    """One page per slice, as most programs write them."""
+    """Write one page per slice, as most programs do."""
     with tifffile.TiffWriter(path) as writer:
         for plane in labels:
             writer.write(plane, contiguous=False, metadata=None, compression="zlib")
@@ -80,7 +80,7 @@ def test_cut_short_is_refused_or_whole(
     whole = read_volume(path, reader).voxels
     expected = LABELS if whole.shape[1] > 1 else LABELS[6:7]
     assert all(np.array_equal(channel, expected) for channel in whole)
-    # Of its own name: ITK takes the voxels of a .nii.gz from a .nii beside it.
+    # Another name, because ITK takes the voxels of a .nii.gz from a .nii of the same name.
     cut = tmp_path / f"cut{ending}"
     refused = []
     for share in (0.0, 0.1, 0.3, 0.5, 0.8, 0.95, 0.999, -1, -4, -9, -20):
@@ -151,7 +151,7 @@ def test_missing_and_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha", ".tif"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_not_finite_labels(tmp_path: Path, ending: str, value: float) -> None:
-    """ITK reads NaN in NIfTI files as 0, annotated background."""
+    """ITK reads NaN in NIfTI files as 0, which is annotated background."""
     labels = LABELS.astype(np.float32)
     labels[1, 2, 3] = value
     path = tmp_path / f"a{ending}"

@@ -22,7 +22,7 @@ LABELS = np.random.default_rng(0).integers(0, 4, (8, 7, 6)).astype(np.uint8)
 
 
 def content_of(voxels: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> bytes:
-    """An uncompressed file with a scaling in its header, which nibabel writes as it likes."""
+    """Return an uncompressed file with this scaling in its header. nibabel would choose the scaling itself."""
     header = nibabel.Nifti1Image(voxels, AFFINE, dtype=voxels.dtype).header.copy()
     header["scl_slope"], header["scl_inter"] = slope, intercept
     header["vox_offset"], header["magic"] = 352, b"n+1"
@@ -34,7 +34,7 @@ class TestNames:
         path = tmp_path / "a.nii.gz"
         path.write_bytes(content_of(LABELS))
         assert np.array_equal(read_nifti(path).stored, LABELS)
-        assert np.array_equal(read_labels(path, SimpleITKIO).voxels, LABELS.T)  # as ITK itself
+        assert np.array_equal(read_labels(path, SimpleITKIO).voxels, LABELS.T)  # ITK reads it, too
         with pytest.raises(
             InputError, match=r"it is not compressed, although its name ends in \.gz; rename it to a\.nii"
         ):
@@ -123,7 +123,7 @@ SCALINGS = [
 class TestWholeNumbers:
     @pytest.mark.parametrize(("dtype", "slope", "intercept"), SCALINGS)
     def test_scaled_labels(self, tmp_path: Path, dtype: type, slope: float, intercept: float) -> None:
-        """Labels through a scale factor of 32 bits: nibabel and ITK give 0.99999285, 3.9999999 and the like."""
+        """With a scale factor of 32 bits, nibabel and ITK return labels such as 0.99999285 and 3.9999999."""
         labels = np.random.default_rng(0).choice([0, 1, 2, 4], (5, 4, 3))
         stored = np.rint((labels - intercept) / slope).astype(dtype)
         path = tmp_path / "a.nii"
@@ -138,7 +138,7 @@ class TestWholeNumbers:
 
     @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16])
     def test_quantised_numbers_are_no_labels(self, tmp_path: Path, dtype: type) -> None:
-        """0, 1, 2, 4 spread over all values that a type has: a step from the integers, which nnU-Net would cut off."""
+        """0, 1, 2, 4 quantised over the range of a type are off by up to a step, and nnU-Net would truncate them."""
         top = np.iinfo(dtype).max
         stored = np.rint(np.array([0, 1, 2, 4]) / 4 * top).astype(dtype).reshape(4, 1, 1)
         path = tmp_path / "a.nii"

@@ -1,4 +1,4 @@
-"""Reading and writing through nnU-Net's readers: geometry, and writers that are stopped half-way."""
+"""Reading and writing through nnU-Net's readers: geometry, and writers that are stopped halfway."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ READERS = (SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorien
 
 
 def turned(seed: int) -> np.ndarray:
-    """A direction matrix: axes exchanged and reversed, then turned by some degrees."""
+    """Return a direction matrix: axes permuted and flipped, then rotated by up to 0.3 rad."""
     rng = np.random.default_rng(seed)
     permutation = np.eye(3)[rng.permutation(3)] * rng.choice([-1, 1], 3)[:, None]
     angles = rng.uniform(-0.3, 0.3, 3)
@@ -168,7 +168,7 @@ class TestWriteLabels:
         """nnU-Net's class writes 8 bits: 300 becomes 44."""
         save(tmp_path / "a.nii.gz", 0)
         read = read_labels(tmp_path / "a.nii.gz", SimpleITKIOWithReorient)
-        with pytest.raises(InputError, match=r"b\.nii\.gz could not be written whole"):
+        with pytest.raises(InputError, match=r"b\.nii\.gz could not be written completely"):
             write_labels(tmp_path / "b.nii.gz", read.voxels * 300, read.properties, SimpleITKIOWithReorient)
         assert [file.name for file in tmp_path.iterdir()] == ["a.nii.gz"]
 
@@ -233,7 +233,7 @@ for name, write in writers.items():
 
 
 def test_writers_that_are_stopped_say_so(tmp_path: Path) -> None:
-    """With at most 4 KiB a file, as on a full disk: ITK goes on without a word."""
+    """With a limit of 4 KiB per file, as on a full disk. ITK itself continues silently."""
     done = subprocess.run([sys.executable, "-c", STOPPED, str(tmp_path)], capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.splitlines() if line.endswith(("refused", "written"))]
     assert len(lines) == 10

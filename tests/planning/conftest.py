@@ -1,4 +1,4 @@
-"""A data set that looks large to nnU-Net's planners: tiny images, and the fingerprint of others."""
+"""A data set that looks large to nnU-Net's planners: tiny images with the fingerprint of large ones."""
 
 import json
 import multiprocessing.dummy
@@ -24,7 +24,7 @@ def _folders(
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
     keep_nnunet_small(monkeypatch)
-    # nnU-Net matches three file names in twelve processes
+    # nnU-Net would start twelve processes to match three file names
     monkeypatch.setattr("nnunetv2.utilities.utils.Pool", multiprocessing.dummy.Pool)
     threads = torch.get_num_threads()
     yield
@@ -39,7 +39,7 @@ def _write_dataset(
     channels: int = 1,
     labels: dict[str, Any] | None = None,
 ) -> None:
-    """A raw data set of tiny images, and the fingerprint of one whose images have that shape and spacing."""
+    """Write a raw data set of tiny images, and the fingerprint of images with the given shape and spacing."""
     raw, preprocessed = root / "raw" / NAME, root / "preprocessed" / NAME
     for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
         folder.mkdir(parents=True)
@@ -72,7 +72,7 @@ def _write_dataset(
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., None]:
-    """Function that writes the data set."""
+    """Return a function that writes the data set."""
 
     def write(kind: dict[str, Any], **kwargs: Any) -> None:
         _write_dataset(tmp_path, **kind, **kwargs)

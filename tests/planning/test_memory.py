@@ -1,4 +1,4 @@
-"""Memory of training steps on fake tensors against steps really taken, and interpolation between executions."""
+"""Memory of training steps on fake tensors, compared with real steps, and interpolation between executed sizes."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def step(
 
 
 class TestModel:
-    """Interpolated peaks against those of executed steps."""
+    """Interpolated peaks, compared with those of executed steps."""
 
     @pytest.mark.parametrize(
         ("model_of", "others"),
@@ -77,7 +77,7 @@ class TestModel:
             ),
             (step("nnUNetTrainerVNet", ANISOTROPIC, "full", device="cuda"), [{"patch_size": (32, 96, 160)}]),
             (step("nnUNetTrainerUNet3D", checkpointing="decoder"), [{"patch_size": (128, 160, 64)}]),
-            # so small that the optimiser takes most, then the activations do
+            # the first size is so small that the optimiser takes most; at the second, the activations do
             (step("nnUNetTrainerMuon", patch_size=(16, 16, 16), device="cuda"), [{"patch_size": (128, 128, 128)}]),
             (step(nnUNetTrainer, labels="many", device="cuda"), [{"patch_size": (64, 96, 128), "batch_size": 4}]),
             (step(patch_size=(31, 64, 48), topology=TWO_STAGES), [{"batch_size": 3}]),
@@ -121,7 +121,7 @@ class TestModel:
             MemoryModel().total(step(nnUNetTrainer, patch_size=(8, 8, 8)))
 
     def test_sizes_that_the_strides_do_not_divide(self) -> None:
-        """nnU-Net rounds the targets' sizes of deep supervision, strided convolutions round up."""
+        """nnU-Net rounds the target sizes of deep supervision; strided convolutions round up."""
         with pytest.raises(UntrainableError, match="patch of 31 x 45 x 50 voxels"):
             estimate_memory(step(nnUNetTrainer, patch_size=(31, 45, 50)))
 
@@ -165,7 +165,7 @@ class TestStep:
         parameters = measured.before["parameters"]
         assert 0 < measured.gradients <= parameters
         assert sum(measured.before.values()) < measured.peak
-        # SGD keeps a momentum, Muon that or two moments, Adam two moments or three
+        # SGD keeps one momentum, Muon one momentum or two moments, Adam two or three moments
         assert 0.99 * parameters < measured.before["optimizer"] < 3.01 * parameters
 
     def test_muon_keeps_less_than_adam(self) -> None:
@@ -205,7 +205,7 @@ class TestTracker:
         [
             pytest.param(
                 step(trainer, TWO_STAGES, checkpointing, (16, 16, 16), labels, mixed_precision=mixed),
-                marks=[pytest.mark.slow] * (trainer == "nnUNetTrainerConResNetPaper"),  # of a fixed width
+                marks=[pytest.mark.slow] * (trainer == "nnUNetTrainerConResNetPaper"),  # slow: fixed width
             )
             for trainer, checkpointing, labels, mixed in (
                 ("nnUNetTrainerConResNet", "none", "labels", True),
@@ -229,7 +229,7 @@ class TestTracker:
         kept = measure_training_step(step(nnUNetTrainer)).kept
         assert {f"encoder.stages.{stage}" for stage in range(4)} < set(kept)
         assert {"decoder.stages.0", "loss"} < set(kept)
-        # two convolutions, each of whose output and normalised output are kept; 16 channels in bfloat16
+        # two convolutions: the output and the normalised output of each are kept; 16 channels in bfloat16
         assert kept["encoder.stages.0"] == pytest.approx(2 * 2 * (2 * 32 * 48 * 48) * 16 * 2, rel=0.15)
 
     def test_counts_storages_not_views(self) -> None:
@@ -245,7 +245,7 @@ class TestTracker:
         assert (live.current, live.live) == (0, [4000, 6800])
 
     def test_cuda_autocast_on_a_cpu(self) -> None:
-        # without data, for some of these have no float16 on a CPU
+        # on fake tensors, because some of these operations have no float16 on a CPU
         with FakeTensorMode(), CudaAutocast(), torch.autocast("cpu", torch.float16):
             half = nn.Conv3d(2, 2, 3)(torch.randn(1, 2, 5, 5, 5))
             assert half.dtype == torch.float16
@@ -266,7 +266,7 @@ class TestTracker:
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
             running.run(lambda: torch.autocast("cuda", torch.float16))
-        # what kernels ask for themselves is not seen; on an H200 it was 12 and 14 % of the whole with the U-Nets
+        # the workspaces of kernels are not seen; on an H200 they took 12 and 14 % of the total with the U-Nets
         unseen = 0.15 if "UNet3D" in trainer else 0.1
         assert estimate_memory(plans).peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=unseen)
 

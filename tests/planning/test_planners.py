@@ -1,4 +1,4 @@
-"""Plans for our networks: patch, batch and checkpointing by memory, data shared and never made twice."""
+"""Plans for our networks: patch, batch and checkpointing by memory; data are shared and never written twice."""
 
 import inspect
 import json
@@ -41,13 +41,13 @@ TINY = {"shape": (12, 16, 20), "spacing": (1.0, 1.0, 1.0)}
 
 
 def bytes_of(voxels: float, batch: int, channels: int = 1, checkpointing: str = "none") -> int:
-    """A simple memory model: so many bytes per voxel, less of them with checkpointing, more per channel."""
+    """Compute a simple memory model: fixed bytes per voxel, fewer with checkpointing, more per channel."""
     saved = {"none": 1.0, "decoder": 0.75, "full": 0.5}[checkpointing]
     return int(saved * batch * voxels * (900 + 100 * channels))
 
 
 class FakeModel:
-    """In place of the planners' memory model."""
+    """A stand-in for the planners' memory model."""
 
     def __init__(self, total: Callable[[TrainingStep], int], execute: Callable[[TrainingStep], int] | None = None):
         self.total, self.execute = total, execute or total
@@ -273,7 +273,7 @@ class TestMemory:
             planned()
 
     def test_every_patch_survives_nnunets_augmentation(self, make: Any, planned: Any, tmp_path: Path) -> None:
-        """Thin volumes of all kinds: the patch is one that nnU-Net's own blur, at its strongest, can work on."""
+        """For thin volumes of all kinds, nnU-Net's blur at its strongest can process the planned patch."""
         rng = np.random.default_rng(0)
         thin = [(3, 64, 64), (64, 64, 1), (2, 40, 40), (40, 2, 64), (3, 12, 12), (2, 2, 64)]
         kinds = [(shape, (1.0, 1.0, 1.0)) for shape in thin]
@@ -329,7 +329,7 @@ class TestMemory:
     def test_what_takes_more_than_the_model_says_is_planned_again(
         self, make: Any, planned: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A model that says too little for large patches: executing them, it learns."""
+        """The model underestimates large patches until it has executed them."""
         executed: dict[tuple[int, ...], int] = {}
 
         def total(step: TrainingStep) -> int:
@@ -420,8 +420,8 @@ class TestData:
 
     @pytest.fixture
     def stock_data(self, folder: Path, tmp_path: Path) -> Path:
-        """Preprocessed data of stock plans."""
-        with pytest.MonkeyPatch.context() as patch:  # what stock networks take doesn't matter here
+        """Write the preprocessed data of stock plans."""
+        with pytest.MonkeyPatch.context() as patch:  # the memory of stock networks doesn't matter here
             patch.setattr(ExperimentPlanner, "static_estimate_VRAM_usage", staticmethod(lambda *_: 10**8))
             stock()
         PreprocessedDataset(tmp_path / "raw" / NAME, folder, "nnUNetPlans").complete({"3d_fullres": 1}, progress=False)
@@ -473,7 +473,7 @@ class TestData:
 
     def test_data_that_are_there_come_before_those_of_plans_without_data(self, folder: Path) -> None:
         complete()
-        stock()  # plans, and nothing preprocessed
+        stock()  # plans without preprocessed data
         for family in ("vnet", "conresnet"):
             (done,) = complete(architecture=family)
             assert done.preprocessed[0].folder == folder / "nnUNetConResNetPlans_3d_fullres"
@@ -522,7 +522,7 @@ class TestData:
         broken = tmp_path / "raw" / NAME / "imagesTr" / "case_1_0000.nii.gz"
         content = broken.read_bytes()
         broken.write_bytes(b"no image")
-        os.utime(folder / "dataset_fingerprint.json", (2e9, 2e9))  # not to be taken again
+        os.utime(folder / "dataset_fingerprint.json", (2e9, 2e9))  # newer than the raw files, so it is kept
         with pytest.raises(InputError, match=r"Case case_1 can't be preprocessed for configuration 3d_fullres"):
             complete()
         data = folder / "nnUNetConResNetPlans_3d_fullres"
@@ -586,7 +586,7 @@ class TestData:
     def test_data_that_no_plans_describe_any_more_are_recognised(self, folder: Path) -> None:
         complete(options={"overwrite_target_spacing": [2.0, 1.0, 1.0]})
         (folder / "nnUNetConResNetPlans.json").unlink()
-        with pytest.raises(ValueError, match=r"case_0 has shape \(1, 6, 16, 20\) there, and \(1, 12, 16, 20\) by"):
+        with pytest.raises(ValueError, match=r"case_0 has shape \(1, 6, 16, 20\), but \(1, 12, 16, 20\) by"):
             complete()
 
     def test_only_the_configurations_asked_for(self, folder: Path) -> None:
@@ -618,14 +618,14 @@ class TestData:
         source, copy = tmp_path / "raw" / NAME / "labelsTr" / "case_0.nii.gz", folder / "gt_segmentations"
         before = snapshot(copy)
         os.utime(source, (2e9, 2e9))
-        os.utime(folder / "dataset_fingerprint.json", (3e9, 3e9))  # not to be taken again
+        os.utime(folder / "dataset_fingerprint.json", (3e9, 3e9))  # newer than the raw files, so it is kept
         complete()
         after = snapshot(copy)
         assert {name for name in after if after[name] != before[name]} == {"case_0.nii.gz"}
 
 
 def _run_but_train_nothing(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a command that was suggested, as a user does who copies it, up to the first epoch."""
+    """Run a suggested command as a user would who copies it, up to the first epoch."""
     from nnunetv2.run import run_training
 
     trained = []
@@ -679,7 +679,7 @@ class TestCommands:
             (["-overwrite_target_spacing", "1", "0", "1"], "The target spacing is 1 0 1"),
             (["-overwrite_plans_name", "nnUNetPlans"], "which is nnU-Net's own"),
             (["-overwrite_plans_name", "a__b"], "The plans name is 'a__b'"),
-            (["-overwrite_plans_name", "splits_final"], "splits_final.json is not for plans"),
+            (["-overwrite_plans_name", "splits_final"], "splits_final.json is not a file of plans"),
             (["-preprocessor_name", "Nobodys"], "The preprocessor is 'Nobodys'"),
             (["-overwrite_plans_name", "nnUNetVNetPlans"], "was made by VNetPlanner; ConResNetPlanner would"),
             (["-c", "3d_fulres"], "'3d_fulres' is no configuration"),

@@ -1,4 +1,4 @@
-"""Raw data that change after the preprocessing, from labels to a whole data set: what is made again, refused, named."""
+"""Raw data that change after preprocessing, from labels to a whole data set: what is rebuilt, refused or reported."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ DATA = "nnUNetVNetPlans_3d_fullres"
 
 @pytest.fixture
 def raw(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A raw data set of three cases, with a fingerprint of the package's own and no plans yet."""
+    """Write a raw data set of three cases with a synthetic fingerprint and without plans."""
     make({"shape": SHAPE, "spacing": (1.0, 1.0, 1.0)}, cases=3)
 
     class Model:
-        """What training takes doesn't matter here."""
+        """A stand-in: memory doesn't matter here."""
 
         def __init__(self, progress: Callable[[], None]) -> None: ...
 
@@ -55,7 +55,7 @@ def raw(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(planners, "MemoryModel", Model)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    # nnU-Net reads three images in processes, each of which imports all of it
+    # nnU-Net would read three images in worker processes, each of which imports nnU-Net
     extractor = "nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor.multiprocessing.get_context"
     monkeypatch.setattr(extractor, lambda _: multiprocessing.dummy)
     return tmp_path / "raw" / NAME
@@ -83,7 +83,7 @@ def changed_cases(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
 
 
 def write_labels(path: Path, low: int = 2, same_size_as: Path | None = None) -> np.ndarray:
-    """Corrected labels; not compressed if they have to be of the same size."""
+    """Write corrected labels; uncompressed if the file must have the size of another."""
     labels = np.zeros(SHAPE, np.uint8)
     labels[low : low + 5, 3:9, 5:14] = 1
     sitk.WriteImage(sitk.GetImageFromArray(labels), path, same_size_as is None)
@@ -92,7 +92,7 @@ def write_labels(path: Path, low: int = 2, same_size_as: Path | None = None) -> 
 
 
 def make_uncompressed(raw: Path) -> None:
-    """The data set with files whose sizes don't depend on their content."""
+    """Rewrite the data set uncompressed, so that file sizes don't depend on their content."""
     for path in raw.glob("*Tr/*.nii.gz"):
         image = sitk.ReadImage(path)
         path.unlink()
@@ -103,11 +103,11 @@ def make_uncompressed(raw: Path) -> None:
 
 def labels_there(folder: Path, case_id: str) -> np.ndarray:
     labels = nnUNetDatasetBlosc2(str(folder / DATA), [case_id]).load_case(case_id)[1][0]
-    return np.maximum(labels, 0)  # -1 is nnU-Net's mark for what it takes for empty
+    return np.maximum(labels, 0)  # nnU-Net marks background outside the nonzero region with -1
 
 
 def keep_fingerprint(folder: Path) -> None:
-    """Makes the fingerprint newer than all that a test writes."""
+    """Make the fingerprint newer than every file that a test writes."""
     os.utime(folder / "dataset_fingerprint.json", (3e9, 3e9))
 
 
@@ -151,7 +151,7 @@ class TestLabels:
         after = snapshot(folder / DATA)
         assert {name for name in after if after[name] != before[name]} == {"case_1.pkl", "case_2.pkl"}  # new times
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nnunet_conres.preprocessing.sources._digest", None)  # nothing has to be read once more
+            patch.setattr("nnunet_conres.preprocessing.sources._digest", None)  # no file needs to be read again
             assert complete().preprocessed[0].written == ()
 
     def test_names_that_changed_in_dataset_json(self, raw: Path, folder: Path) -> None:
@@ -203,7 +203,7 @@ class TestImages:
 class TestStockData:
     @pytest.fixture(autouse=True)
     def _stock(self, raw: Path, folder: Path) -> None:
-        """Data without a record, as nnU-Net's own commands leave them."""
+        """Write data without a record, as nnU-Net's own commands do."""
         complete()
         for path in (folder / DATA).glob("*.pkl"):
             properties = pickle.loads(path.read_bytes())
@@ -276,11 +276,11 @@ class TestFingerprint:
         fingerprint = folder / "dataset_fingerprint.json"
         made = fingerprint.read_bytes()
         complete(preprocess=False)
-        assert fingerprint.read_bytes() == made  # older than no file
+        assert fingerprint.read_bytes() == made  # it is newer than every raw file
         for case in ("imagesTr/case_3_0000.nii.gz", "labelsTr/case_3.nii.gz"):
             shutil.copy2(raw / case.replace("3", "2", 1), raw / case)
         complete(preprocess=False)
-        assert "it was taken of 3 cases, and there are 4); it is taken again" in capsys.readouterr().out
+        assert "it was extracted from 3 cases, but there are 4 now). Extracting it again" in capsys.readouterr().out
         content = json.loads(fingerprint.read_text())
         assert len(content["spacings"]) == 4
         fingerprint.write_text(fingerprint.read_text()[:100])  # nnU-Net was killed while it wrote
@@ -293,14 +293,14 @@ class TestFingerprint:
         labels = raw / "labelsTr" / "case_0.nii.gz"
         write_labels(labels)
         assert cli.main(["plan", "-d", "701", "-a", "vnet"]) == 2
-        assert f"The raw data changed since {fingerprint} was taken: files of case_0 changed. Take" in (
+        assert f"The raw data changed after {fingerprint} was extracted: files of case_0 changed. Take" in (
             capsys.readouterr().err
         )
         complete(preprocess=False)
-        assert "(files of case_0 changed); it is taken again" in capsys.readouterr().out
+        assert "(files of case_0 changed). Extracting it again" in capsys.readouterr().out
 
     def test_nnunets_own_is_read_by_nnunet(self, raw: Path, folder: Path) -> None:
-        """The record in the fingerprint bothers nobody."""
+        """nnU-Net ignores the record in the fingerprint."""
         from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
         complete(preprocess=False, clean=True)
@@ -313,7 +313,7 @@ class TestFingerprint:
 class TestTraining:
     @pytest.fixture
     def start(self, raw: Path, folder: Path) -> Callable[[], Any]:
-        """Function that starts a training of what is preprocessed."""
+        """Return a function that starts a training on the preprocessed data."""
         complete()
 
         def start() -> Any:
@@ -334,13 +334,13 @@ class TestTraining:
         shutil.rmtree(raw)
         raw.with_name("copy").rename(raw)
         trainer = start()
-        assert "Warning: The raw files of 3 cases" in self.log_of(trainer)  # their images have other times
+        assert "Warning: The raw files of 3 cases" in self.log_of(trainer)  # the copied images have new times
         shutil.rmtree(raw)
-        assert self.log_of(start()).count("Warning") == 1  # the one before
+        assert self.log_of(start()).count("Warning") == 1  # the earlier warning
 
     @staticmethod
     def log_of(trainer: Any) -> str:
-        """All logs: nnU-Net names them by the second, so that two trainings may share one."""
+        """Return the text of all logs: nnU-Net names them by the second, so two trainings may share one."""
         return "".join(path.read_text() for path in sorted(Path(trainer.output_folder).glob("training_log*.txt")))
 
     def test_refuses_old_labels(self, start: Callable[[], Any], raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +351,7 @@ class TestTraining:
         start()
         write_labels(raw / "labelsTr" / "case_1.nii.gz", low=3)
         monkeypatch.delenv("nnUNet_raw")
-        start()  # nothing is known of raw data
+        start()  # without raw data, nothing is checked
 
     def test_refuses_cases_that_are_gone(self, start: Callable[[], Any], raw: Path) -> None:
         for path in raw.glob("*Tr/case_1*"):
@@ -431,7 +431,7 @@ class TestFilesThatCannotBeWritten:
     def test_data(
         self, raw: Path, folder: Path, as_npz: bool, limited_files: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Blosc2 says neither which file it could not write nor why."""
+        """Blosc2 reports neither which file it could not write nor why."""
         complete(preprocess=False)
         if as_npz:
             monkeypatch.setattr("nnunet_conres.preprocessing.dataset._holds_npz", lambda _: True)
@@ -455,7 +455,7 @@ class TestFilesThatCannotBeWritten:
 
     @pytest.mark.parametrize("size", [16, 512])
     def test_fingerprint(self, raw: Path, folder: Path, size: int, limited_files: Any) -> None:
-        """Neither the lock, which is written first, nor the fingerprint fits; nothing of it stays."""
+        """16 bytes are too few for the lock, which is written first, 512 for the fingerprint. No partial file stays."""
         fingerprint = folder / "dataset_fingerprint.json"
         with limited_files(size), pytest.raises(InputError, match=f"^{fingerprint}: File too large"):
             complete(preprocess=False, clean=True)
@@ -474,7 +474,7 @@ class TestFilesThatNnunetDoesNotReadAsTheyAre:
         assert f"{path} cannot be read: it is compressed, and its name does not say so" in str(caught.value)
 
     def test_labels_with_a_scale_factor(self, raw: Path) -> None:
-        """Training would cut 0.99999285 off to 0."""
+        """Training would truncate 0.99999285 to 0."""
         path = raw / "labelsTr" / "case_1.nii.gz"
         labels = sitk.GetArrayFromImage(sitk.ReadImage(path))
         image = nibabel.Nifti1Image(np.rint((labels.T + 319.0) / 0.01).astype(np.int16), np.diag([-1, -1, 1, 1]))
@@ -493,7 +493,7 @@ class TestFilesThatNnunetDoesNotReadAsTheyAre:
 
 
 def test_a_fingerprint_that_was_carried_over_is_kept(raw: Path, folder: Path) -> None:
-    """Sparsifying changes label files, and carries the dense data set's fingerprint over on purpose."""
+    """Sparsifying changes label files and deliberately keeps the dense data set's fingerprint."""
     complete(preprocess=False, clean=True)
     dense = folder.with_name("Dataset700_Dense")
     folder.rename(dense)

@@ -1,4 +1,4 @@
-"""Configurations with other patches: the topology is what nnU-Net's planner gives that patch, the data are shared."""
+"""Configurations with other patches: nnU-Net's planner determines each topology, and the data are shared."""
 
 import json
 import os
@@ -30,14 +30,14 @@ ANISOTROPIC = {"shape": (20, 320, 300), "spacing": (6.0, 0.8, 0.8)}
 
 @pytest.fixture
 def plans_file(tmp_path: Path, make: Callable[..., None]) -> Path:
-    """Stock plans of thick slices, 8 GB."""
+    """Return stock plans for thick slices and 8 GB."""
     make(ANISOTROPIC)
     ExperimentPlanner("Dataset701_Made").plan_experiment()
     return tmp_path / "preprocessed" / NAME / "nnUNetPlans.json"
 
 
 def planned_by_nnunet(planner: type[ExperimentPlanner], gigabytes: float) -> dict[str, Any]:
-    """3d_fullres as nnU-Net plans it for another memory, and so for another patch."""
+    """Return 3d_fullres as nnU-Net plans it for another memory target, and so for another patch."""
     made = planner(NAME, gigabytes, plans_name=f"at_{gigabytes:g}")
     made.plan_experiment()
     path = Path(os.environ["nnUNet_preprocessed"], NAME, f"at_{gigabytes:g}.json")
@@ -122,7 +122,7 @@ class TestPlans:
         assert plans_file.read_text() == content
 
     def test_two_commands_at_once_add_both(self, plans_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The second one comes when the first has read the plans and not written them yet."""
+        """The second command starts when the first has read the plans but not written them yet."""
         write, second = variants.write_json, []
 
         def late(path: Path, content: Any) -> None:

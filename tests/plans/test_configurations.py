@@ -1,4 +1,4 @@
-"""What trainers write into plans."""
+"""Entries that trainers write into plans."""
 
 from copy import deepcopy
 from typing import Any
@@ -16,7 +16,7 @@ from nnunet_conres.plans.configurations import (
 
 
 def plans() -> dict[str, Any]:
-    """Plans as far as they matter here: a configuration, and one that inherits from it."""
+    """Return minimal plans: a configuration, and one that inherits from it."""
     fullres = {"patch_size": [20, 64, 64], "batch_size": 2, "architecture": {"network_class_name": "a.UNet"}}
     cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     return {"configurations": {"3d_fullres": fullres, "3d_cascade_fullres": cascade}}

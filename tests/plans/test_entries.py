@@ -1,4 +1,4 @@
-"""What our networks make of nnU-Net's plans."""
+"""Architecture entries that our networks derive from nnU-Net's plans."""
 
 import inspect
 from collections.abc import Callable
@@ -86,14 +86,14 @@ class TestNetworksWithResidualMaps:
         assert arguments["n_blocks_per_stage"] == [1, 2, 2]
         assert arguments["n_conv_per_stage_decoder"] == [2, 2]
         assert arguments["checkpointing"] == "full"
-        assert arguments["future"] == 7  # the constructor refuses what it doesn't know; nothing is dropped silently
+        assert arguments["future"] == 7  # kept, so that the constructor refuses it; nothing is dropped silently
 
 
 class TestConResNetArchitecture:
     def test_shared_encoder(self) -> None:
         assert conresnet.architecture(fullres(plans()), shared_encoder=True)["arch_kwargs"]["shared_encoder"] is True
         named = plans(CONRESNET, n_conv_per_stage="left out", n_blocks_per_stage=[1, 2, 2], shared_encoder=True)
-        for wanted in (True, False):  # the trainer's name says which of the two it trains
+        for wanted in (True, False):  # the trainer decides, not the plans
             assert conresnet.architecture(fullres(named), wanted)["arch_kwargs"]["shared_encoder"] is wanted
 
     def test_plans_of_one_network_with_residual_maps_become_the_other(self) -> None:
@@ -231,7 +231,7 @@ def test_papers_have_a_single_head() -> None:
 
 
 def naming(entry: dict[str, Any], **patch: Any) -> Any:
-    """A configuration whose plans hold this architecture."""
+    """Return a configuration whose plans name this architecture."""
     return fullres(with_configuration(plans(), "3d_fullres", architecture=entry, **patch))
 
 

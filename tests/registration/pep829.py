@@ -1,6 +1,6 @@
-"""What Python 3.15 does with the start-up files of a site-packages folder, after the text of PEP 829.
+"""Process the start-up files of a site-packages folder like Python 3.15, following the text of PEP 829.
 
-For any Python that has no such start-up files yet: `addsitedir` in place of `site.addsitedir`.
+For Python versions that do not read `.start` files: `addsitedir` replaces `site.addsitedir`.
 """
 
 import os
@@ -14,7 +14,7 @@ def addsitedir(sitedir: str) -> None:
     names = sorted(name for name in os.listdir(sitedir) if not name.startswith("."))
     sys.path.append(os.path.abspath(sitedir))
 
-    # every extension of the path, then every line of code
+    # all path extensions come before all lines of code
     imports = {}
     for name in (name for name in names if name.endswith(".pth")):
         lines = _lines(os.path.join(sitedir, name))
@@ -46,7 +46,7 @@ def _call(entry: str) -> None:
 
 
 def _attempt(function, argument: str) -> None:
-    """An error is shown, and Python goes on."""
+    """Call the function. Print an error and continue."""
     try:
         function(argument)
     except Exception:

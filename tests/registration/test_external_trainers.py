@@ -1,4 +1,4 @@
-"""The module that nnU-Net imports from our folder: in this environment, and in others that inherited the folder."""
+"""The module that nnU-Net imports from our folder, in this environment and in others that inherited the folder."""
 
 import os
 import pkgutil
@@ -14,7 +14,7 @@ from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 
 PACKAGE = Path(TRAINER_FOLDER).parent.parent
 
-# What nnU-Net does with a folder, without nnU-Net: the module by its bare name, then the trainer from it.
+# Looks up a trainer like nnU-Net, but without it: imports the module by its bare name and gets the trainer from it.
 LOOK_UP = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -26,21 +26,21 @@ print(hasattr(module, sys.argv[2]))
 def look_up(
     name: str, *search_path: Path, folder: Path = Path(TRAINER_FOLDER), code: str = LOOK_UP
 ) -> subprocess.CompletedProcess[str]:
-    # -S: nothing installed but what the test provides
+    # -S hides installed packages, so that only those of the test are found
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, search_path))}
     command = [sys.executable, "-S", "-c", code, str(folder), name]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
 
 
 def add_nnunet(folder: Path, version: str) -> None:
-    """Makes a folder in which nnU-Net seems to be installed."""
+    """Make nnU-Net look installed in a folder."""
     metadata = folder / f"nnunetv2-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
     metadata.write_text(f"Metadata-Version: 2.1\nName: nnunetv2\nVersion: {version}\n")
 
 
 def add_package(folder: Path, trainers: str) -> Path:
-    """Copies this package into a folder, with other trainers."""
+    """Copy this package into a folder, with other trainers."""
     package = folder / "nnunet_conres"
     package.mkdir(parents=True)
     for file in ("__init__.py", "errors.py", "families.py", "files.py", "nnunet.py", "refusals.py", "text.py"):
@@ -53,7 +53,7 @@ def add_package(folder: Path, trainers: str) -> Path:
 
 class TestFolder:
     def test_holds_one_module_with_a_name_of_our_own(self) -> None:
-        # nnU-Net imports all of them, by bare name
+        # nnU-Net imports every module of the folder by its bare name
         assert [module.name for module in pkgutil.iter_modules([TRAINER_FOLDER])] == ["nnunet_conres_trainers"]
 
     def test_is_no_package(self) -> None:
@@ -146,7 +146,7 @@ class TestWithNNUNet:
             trainer = recursive_find_python_class(
                 TRAINER_FOLDER, name, None, base_folder=TRAINER_FOLDER, cleanup_imports_from_base_folder=True
             )
-            # Where the class says it is defined, pickle finds it in a worker process, which never ran the search.
+            # A worker process, which never ran the search, unpickles the class from its `__module__`.
             assert getattr(sys.modules[trainer.__module__], name) is trainer
 
     def test_the_users_folder_comes_first(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ PATHS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 @pytest.fixture(autouse=True)
 def _healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment in which all is well, for each test to spoil."""
+    """Set up an environment without problems. Each test then introduces its own."""
     monkeypatch.setenv(VARIABLE, TRAINER_FOLDER)
     for name in PATHS:
         monkeypatch.delenv(name, raising=False)
@@ -54,11 +54,11 @@ def test_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestTrainers:
     @pytest.fixture
     def lengths(self) -> set[str]:
-        """Trainers that differ from another one in their number of epochs only."""
+        """Return the trainers that differ from another trainer only in their number of epochs."""
         return {name for name in TRAINERS if name.endswith(tuple(f"_{ending}" for ending in TRAINING_LENGTHS))}
 
     def lines(self, **options: object) -> dict[str, tuple[str, str]]:
-        """By name of the trainer: what is before it, and its description."""
+        """Return the mark before the name of each trainer, and its description."""
         text = collect().as_text(**options).split(" epochs)\n")[1]
         lines = [line.partition("nnUNetTrainer") for line in text.splitlines()]
         return {(name + rest).split()[0]: (mark, rest.split(maxsplit=1)[1]) for mark, name, rest in lines if name}
@@ -98,7 +98,7 @@ class TestTrainers:
 class TestGpus:
     @pytest.fixture
     def answer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A machine with a GPU, as far as nvidia-smi says."""
+        """Make nvidia-smi report a GPU."""
         program = tmp_path / "nvidia-smi"
         program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB'\n")
         program.chmod(0o755)

@@ -47,7 +47,7 @@ def test_trainers_are_those_that_the_package_exports() -> None:
 
     assert sorted(families.TRAINERS) == sorted(trainers.__all__)
     for name in families.TRAINERS:
-        # the name becomes the folder of the results and goes into checkpoints, by which a prediction finds the class
+        # the results folder and checkpoints contain the name, by which a prediction finds the class
         assert getattr(trainers, name).__name__ == name
 
 

@@ -1,6 +1,6 @@
-"""The start-up files, as Python reads them: in fresh interpreters, from a folder that is treated like site-packages.
+"""The start-up files, read by fresh interpreters from a folder that is treated like site-packages.
 
-All tests run twice: as this Python reads ``nnunet_conres.pth``, and as Python 3.15 reads ``nnunet_conres.start``.
+All tests run twice: with ``nnunet_conres.pth`` as in this Python, and with ``nnunet_conres.start`` as in Python 3.15.
 """
 
 import os
@@ -17,9 +17,9 @@ from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 PACKAGE = Path(TRAINER_FOLDER).parent.parent
 STARTUP_FILES = PACKAGE / "registration" / "site_packages"
 REPORT = f"import os; print(os.environ.get({VARIABLE!r}))"
-# as a start of Python, after the files were read once
+# another start of Python after the files were read once
 AGAIN = "del sys.modules['_nnunet_conres_startup']; addsitedir(sys.argv[1])\n"
-# what a program that runs without the real site-packages, in which the package may be installed, begins with
+# first lines of a program that runs without the real site-packages, in which the package may be installed
 PEP_829 = Path(__file__).with_name("pep829.py").read_text(encoding="utf-8")
 READ_BY = {
     "pth": "import sys; from site import addsitedir; addsitedir(sys.argv[1])\n",
@@ -29,7 +29,7 @@ READ_BY = {
 
 @pytest.fixture(params=READ_BY)
 def read_by(request: pytest.FixtureRequest) -> str:
-    """Which of the two files is read."""
+    """Return which of the two files is read."""
     return request.param
 
 
@@ -38,7 +38,7 @@ Start = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def start(read_by: str) -> Start:
-    """Starts Python with a site-packages folder, runs code in it, and gives back what it printed."""
+    """Function that starts Python with a site-packages folder, runs code in it, and returns the finished process."""
 
     def start(site_packages: Path, code: str = REPORT, value: str | None = None) -> subprocess.CompletedProcess[str]:
         environment = {key: text for key, text in os.environ.items() if key != VARIABLE}
@@ -87,7 +87,7 @@ def test_activates_an_editable_installation(start: Start, editable: Path) -> Non
 @pytest.mark.parametrize("users", [["/mine"], ["/mine/../of mine/ ", "relative", "/mine//"]])
 @pytest.mark.parametrize("end", ["", os.pathsep])
 def test_keeps_what_a_user_has_first(start: Start, regular: Path, users: list[str], end: str) -> None:
-    # a path as odd as a user may have it is not to be tidied up
+    # a user's path must stay unchanged, however unusual it is
     run = start(regular, value=os.pathsep.join(users) + end)
     assert run.stdout.rstrip("\n").split(os.pathsep) == [*users, folder_in(regular)]
 
@@ -224,7 +224,7 @@ def test_a_checkout_that_was_moved_neither_raises_nor_prints(start: Start, edita
 
 
 class TestNNUNetTooOld:
-    """An nnU-Net before 2.8 never looks into our folder: only the start of its commands can tell why none is found."""
+    """nnU-Net before 2.8 ignores our folder. Only a message at the start of its commands can explain the failure."""
 
     @pytest.fixture(autouse=True)
     def _starts(self, read_by: str) -> None:
@@ -267,8 +267,8 @@ class TestNNUNetTooOld:
 
 
 def test_costs_less_than_a_millisecond(regular: Path) -> None:
-    # The best of some fresh interpreters, in time of the processor: what else the machine is doing does not count. The
-    # first of them compiles.
+    # Minimum processor time over several fresh interpreters, so that other work of the machine does not count. The
+    # first interpreter also compiles.
     code = f"""
 import os, sys, time
 sys.path.append(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The benchmark at a size at which its numbers mean nothing: whether it counts and divides what it says."""
+"""The benchmark on tiny inputs: its timings mean nothing, but its counts and ratios must be right."""
 
 import json
 import os
@@ -31,7 +31,7 @@ SMALL_ARGUMENTS = ["--patch", "8", "16", "16", "--batch", "1", "--threads", "1",
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """Leaves the number of threads as it was."""
+    """Use one thread, and restore the number of threads afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,7 +55,7 @@ class TestConvolutions:
         network = nn.Conv3d(3, 5, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
         image = torch.zeros(2, 3, 4, 6, 8)
         (convolution,) = record(lambda: network(image).sum().backward())
-        # 2 images, 4 x 3 x 4 voxels, 5 channels out of 3, 9 kernel positions; no gradient of the image
+        # 2 images, 4 x 3 x 4 output voxels, 3 input and 5 output channels, 9 kernel positions; no gradient of the image
         forward = 2 * 2 * (4 * 3 * 4) * 5 * 3 * 9
         assert training_flops([convolution]) == {"forward": forward, "backward": forward, "step": 2 * forward}
         assert (convolution.weight_gradient, convolution.input_gradient) == (True, False)
@@ -89,7 +89,7 @@ class TestConvolutions:
         with FlopCounterMode(display=False) as counter:
             step.as_trained()
         counted = counter.get_flop_counts()["Global"].items()
-        # Muon's matrix products are no convolutions
+        # Muon's matrix products are not convolutions
         assert training_flops(record(step))["step"] == sum(n for what, n in counted if "convolution" in str(what))
 
     def test_alone_they_are_the_same(self) -> None:
@@ -162,7 +162,7 @@ class TestTiming:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of training steps."""
+    """Return a report of training steps."""
     contenders = ["plainconvunet", "conresnet", "conresnet_convolutions"]
     arguments = ["--contenders", *contenders, "--precision", "float32", "bfloat16", "--matmul_edge", "64"]
     return measure(tmp_path_factory.mktemp("step"), "step", *arguments, "--hotspots", "2", *SMALL_ARGUMENTS)
@@ -352,7 +352,7 @@ class TestData:
         for name, what in (("loading alone", "loading alone"), ("loading and augmentation",) * 2):
             expected = seconds[f"draw first, {what}"] / seconds[f"nnU-Net, {what}"]
             assert report["ratios"][name]["measured"] == pytest.approx(expected)
-        # float32 images of two channels, and three regions in boolean, in scales of an eighth each
+        # two float32 channels, and three Boolean regions at five scales, each with an eighth of the previous voxels
         finished = 16**3 * (2 * 4 + 3 * (1 + 1 / 8 + 1 / 64 + 1 / 512 + 1 / 4096)) / 1e6
         assert report["megabytes_sent"]["nnU-Net, loading and augmentation"] == pytest.approx(finished)
         assert report["machine"]["device"] == "cpu"

@@ -1,4 +1,4 @@
-"""The comparison of conversions: whether all of them convert, and convert to the same."""
+"""The comparison of conversions: every converter runs, and all write the same labels."""
 
 import json
 from pathlib import Path

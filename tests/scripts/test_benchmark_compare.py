@@ -1,4 +1,4 @@
-"""The measurement of a comparison: that it measures one, and what the second run does without."""
+"""The benchmark of a comparison: it runs, and the second run takes less memory and processor time."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     first, second = report["contenders"].values()
-    # the first one reads images and executes networks, for which it imports PyTorch
+    # the first run reads images and executes networks, which needs PyTorch
     assert second["memory_bytes"] < 300e6 < first["memory_bytes"]
     assert 0 < second["processor_seconds"] < first["processor_seconds"]
     assert report["report_bytes"] > 100_000

@@ -1,4 +1,4 @@
-"""The quickstart's script, without what takes its minutes."""
+"""The quickstart script, without its steps that take minutes."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 def run(
     repository_root: Path, *arguments: str, code: str = 'main "$@"', **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the script, or other lines with its functions."""
+    """Run the script, or `code` with the script's functions."""
     script = (repository_root / "scripts" / "quickstart.sh").read_text().removesuffix('main "$@"\n')
     return subprocess.run(
         ["bash", "-c", script + code, str(repository_root / "scripts" / "quickstart.sh"), *arguments],
@@ -44,7 +44,7 @@ class TestLock:
     def test_a_second_run_is_refused_and_deletes_nothing(self, repository_root: Path, tmp_path: Path) -> None:
         first = run(repository_root, str(tmp_path), code=self.CODE)
         assert "entered" in first.stdout
-        assert not (tmp_path / ".lock").exists()  # given back at the end
+        assert not (tmp_path / ".lock").exists()  # released at the end
         (tmp_path / "nnUNet_results" / "model").mkdir()
         (tmp_path / ".lock").write_text(f"{os.getpid()}\n")
         second = run(repository_root, str(tmp_path), code=self.CODE)

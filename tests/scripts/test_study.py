@@ -1,4 +1,4 @@
-"""The study: lists of runs, the data that are made for them, the forms of the stream, scores and tables."""
+"""The study: lists of runs, the data made for them, forms of the residual stream, scores and tables."""
 
 import csv
 import json
@@ -226,7 +226,7 @@ class TestBatches:
 class TestTables:
     @pytest.fixture
     def work(self, tmp_path: Path) -> Path:
-        """Two models with two seeds on eight patients of two cases each, and a run that failed."""
+        """Write scores of two models with two seeds on eight patients with two cases each, and of a failed run."""
         (tmp_path / "scores").mkdir()
         rng = np.random.default_rng(0)
         for model, gain in (("stock", 0.0), ("Muon", 0.02), ("Picked", 0.1), ("ConResNet", 0.0)):
@@ -291,7 +291,7 @@ class TestTables:
         picked = {"cases": {str(number): {"mean": {"dice": 0.9}} for number in range(20)}}
         row = picked_row([picked], [fold])
         assert (row["picked"], row["fold"]) == (pytest.approx(90), pytest.approx(100 * dice.mean()))
-        error = 100 * dice.std(ddof=1) / np.sqrt(20) * np.sqrt(80 / 100)  # of a sample without replacement
+        error = 100 * dice.std(ddof=1) / np.sqrt(20) * np.sqrt(80 / 100)  # for sampling without replacement
         assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
 
 

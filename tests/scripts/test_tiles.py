@@ -15,7 +15,7 @@ from tiles import (
 
 
 def distance_voxel_by_voxel(shape, tile, starts) -> np.ndarray:
-    """Every voxel in every tile: steps to take along an axis until the next one leaves the tile within the image."""
+    """Return each voxel's largest distance, over all tiles, to a tile border inside the image, counted in steps."""
     distance = np.full(shape, -1.0)
     for corner in product(*starts):
         stop = [start + length for start, length in zip(corner, tile, strict=True)]
@@ -104,7 +104,7 @@ class TestRates:
         curve = bootstrap_rate(wrong, total)
         np.testing.assert_allclose(curve.rate[:2], wrong.sum(0)[:2] / total.sum(0)[:2])
         assert np.isnan([curve.rate[2], curve.low[2], curve.high[2]]).all()
-        # The standard error of the mean over cases, from the cases themselves.
+        # The standard error of the mean over cases, computed from the cases.
         spread = (wrong / np.maximum(total, 1)).std(0, ddof=1)[:2] / np.sqrt(30)
         np.testing.assert_allclose((curve.high - curve.low)[:2], 2 * 1.96 * spread, rtol=0.1)
         assert curve.as_json()["rate"][2] is None

@@ -1,4 +1,4 @@
-"""Cases in the layout of metastases 2025 and 2026, and a tiny model of them with weights that are drawn."""
+"""Cases in the layout of BraTS metastases 2025 and 2026, and a tiny model for them with random weights."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from nnunet_conres.datasets.brats_schemes import SCHEMES
 from nnunet_conres.registration import TRAINER_FOLDER, VARIABLE
 from tests.small_networks import plain_unet
 
-# An atlas's grid, and a scanner's own.
+# An atlas grid and a native scanner grid.
 GRIDS = {
     "atlas": ((24, 24, 16), np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239], [0, 0, 1.0, 0], [0, 0, 0, 1]])),
     "native": ((20, 17, 9), np.array([[0.8, 0, 0, -70.25], [0, 0.78, 0.5, -90], [0, -0.1, 3.9, 11.5], [0, 0, 0, 1]])),
@@ -28,7 +28,7 @@ FOLDER = "nnUNetTrainerMuon__nnUNetPlans__3d_fullres"
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Trainers are found also if the package is not installed; tiny networks lose more to threads than they gain."""
+    """Find trainers even if the package is not installed, and use one thread, which is faster for tiny networks."""
     monkeypatch.setenv(VARIABLE, TRAINER_FOLDER)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -43,7 +43,7 @@ def save(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
 
 @pytest.fixture(scope="session")
 def write_case() -> Callable[..., Path]:
-    """Function that writes a case's images to a folder, by default named as the folder."""
+    """Function that writes a case's images to a folder. The case is named after the folder by default."""
 
     def write(
         folder: Path, grid: str = "atlas", parts: tuple[str, ...] = PARTS, seed: int = 0, case_id: str | None = None
@@ -61,7 +61,7 @@ def write_case() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Path]:
-    """Function that makes a model folder as nnU-Net leaves it."""
+    """Function that makes a model folder like those of nnU-Net."""
 
     def make(
         folder: Path, *, scheme: str = "2025-MET", trainer: str = "nnUNetTrainerMuon", folds: int = 2, **dataset: Any
@@ -136,7 +136,7 @@ def make_model() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def shared_model(shared_folder: Callable[..., Path], make_model: Callable[..., Path]) -> Path:
-    """A model of two folds, among results. For reading."""
+    """A model of two folds in a results folder. Read-only."""
     return shared_folder("submission", lambda folder: make_model(folder / "Dataset950_Tiny" / FOLDER)) / (
         f"Dataset950_Tiny/{FOLDER}"
     )
@@ -144,7 +144,7 @@ def shared_model(shared_folder: Callable[..., Path], make_model: Callable[..., P
 
 @pytest.fixture
 def postprocessing_file(tmp_path: Path, shared_model: Path) -> Path:
-    """Post-processing that needs probabilities: a threshold, and the smallest volume of a region, mm³."""
+    """Write post-processing rules that need probabilities: a threshold, and the smallest volume of a region in mm³."""
     file = tmp_path / "rules.json"
     steps = {"tumor_core": {"threshold": 0.6}, "enhancing_tumor": {"smallest_total": 1e6}}
     dataset = json.loads((shared_model / "dataset.json").read_text())

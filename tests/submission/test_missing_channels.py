@@ -1,4 +1,4 @@
-"""The script that measures models where a channel is absent."""
+"""The script that measures models on images with a missing channel."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def script(repository_root: Path) -> ModuleType:
 
 
 def predict(model: Path, fold: int, image: np.ndarray) -> np.ndarray:
-    """What nnU-Net predicts for a preprocessed image."""
+    """Return nnU-Net's prediction for a preprocessed image."""
     predictor = nnUNetPredictor(
         use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False
     )
@@ -40,7 +40,7 @@ def predict(model: Path, fold: int, image: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def models(shared_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Two models, and preprocessed cases in which the first is right; case c lacks the third channel."""
+    """Make two models, and cases labelled with the first one's predictions. Case c lacks the third channel."""
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
     first = tmp_path / "results" / shared_model.parent.name / shared_model.name
     shutil.copytree(shared_model, first)
@@ -73,7 +73,7 @@ def test_table(
     ]
     names = ["all channels", "without FLAIR", "without T1", "without T1ce", "without T2"]
     assert [row[0] for row in rows] == names
-    # each fold predicts the cases that it held out, and the first model is right with all channels
+    # each fold predicts its held-out cases, and the labels are the first model's predictions
     assert rows[0][1] == "1.000"
 
     folder = tmp_path / "preprocessed" / models[0].parent.name / "nnUNetPlans_3d_fullres"
@@ -91,7 +91,7 @@ def test_table(
                 truth = stored["seg"][0]
                 pairs = [(np.isin(truth, region).ravel(), np.isin(found, region).ravel()) for region in regions]
                 expected[which, number, where] = np.mean([f1_score(*pair, zero_division=1.0) for pair in pairs])
-    assert expected[0, 3, 2] == 1  # it lacks this channel anyway
+    assert expected[0, 3, 2] == 1  # case c lacks this channel anyway
     assert expected[0, 3, :2].max() < 1
     for number, row in enumerate(rows):
         one, other = expected[:, number].mean(1)
@@ -118,7 +118,7 @@ def test_refusals(script: ModuleType, models: tuple[Path, Path], monkeypatch: py
     assert "splits_final.json lacks fold 2" in error(second, "-f", 0, 2)
     dataset = json.loads((second / "dataset.json").read_text())
     (second / "dataset.json").write_text(json.dumps(dataset | {"channel_names": {"0": "CT"}}))
-    assert "or has other channels, than" in error(first, second, "-f", 0)
+    assert "or other channels than" in error(first, second, "-f", 0)
     assert "has one channel only" in error(second, "-f", 0)
     monkeypatch.delenv("nnUNet_preprocessed")
     assert "nnUNet_preprocessed is not set" in error(first, "-f", 0)

@@ -1,4 +1,4 @@
-"""The folder that a container is built from: what is in it, and that it predicts as the model does."""
+"""The folder that a container is built from: its content, and that it predicts the same as the model."""
 
 import email
 import json
@@ -38,7 +38,7 @@ def results(shared_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def installed() -> None:
-    """What is packed is the installed package."""
+    """Skip the test if this version of the package is not installed, because the installed package is packed."""
     try:
         if version("nnunet-conres") == nnunet_conres.__version__:
             return
@@ -92,7 +92,7 @@ class TestPackage:
         assert json.loads((folder / "package.json").read_text())["command"] == expected
         assert " ".join(expected) in (folder / "apptainer.def").read_text()
 
-        # What is copied into the container is there, and every line of the Dockerfile begins with an instruction.
+        # All files copied into the container exist, and every line of the Dockerfile begins with an instruction.
         dockerfile = re.sub(r"\\\n", " ", (folder / "Dockerfile").read_text())
         instructions = [line.split() for line in dockerfile.splitlines() if line and not line.startswith("#")]
         assert {words[0] for words in instructions} == {"ARG", "FROM", "ENV", "COPY", "RUN", "ENTRYPOINT", "CMD"}
@@ -101,7 +101,7 @@ class TestPackage:
         section = (folder / "apptainer.def").read_text().partition("%files\n")[2].partition("\n\n")[0]
         assert {line.split()[0] for line in section.splitlines()} == copied
 
-        # What the entry point does is what the model does.
+        # The entry point predicts the same as the model.
         write_case(tmp_path / "input" / CASE, parts=("t2f", "t1n", "t1c"))
         arguments = [str(folder / "model") if word == f"{home}/model" else word for word in entry[1:]]
         packed, direct = tmp_path / "packed", tmp_path / "direct"
@@ -130,7 +130,7 @@ class TestPackage:
         assert (done.folder / "postprocessing.json").read_bytes() == postprocessing_file.read_bytes()
         assert "COPY postprocessing.json /opt/nnunet-conres/" in (done.folder / "Dockerfile").read_text()
         postprocessing_file.write_text("{}")
-        with pytest.raises(InputError, match="is no post-processing of format 1"):
+        with pytest.raises(InputError, match="is not a post-processing of format 1"):
             package_model(950, MODEL, [0], tmp_path / "other", postprocessing=postprocessing_file)
 
     def test_versions_are_those_installed(self, results: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ class TestPackage:
         pinned = dict(line.split("==") for line in lines)
         for name in ("nnunetv2", "batchgenerators", "numpy", "nibabel", "simpleitk"):
             assert pinned[name] == version(name)
-        # A local version such as 2.8.0+cpu is on no index.
+        # Package indexes have no local versions such as 2.8.0+cpu.
         assert pinned["torch"] == version("torch").split("+")[0]
         assert not [name for name in pinned if name.startswith(("nvidia-", "nnunet-conres"))]
         assert f"python:{'.'.join(map(str, sys.version_info[:3]))}-slim" in (done.folder / "Dockerfile").read_text()
@@ -171,7 +171,9 @@ class TestRefusals:
 
     def test_no_such_model(self, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         other = Model("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
-        assert "nnUNetTrainer__nnUNetPlans__3d_fullres is no trained model" in self.errors(tmp_path / "p", model=other)
+        assert "nnUNetTrainer__nnUNetPlans__3d_fullres is not a trained model" in self.errors(
+            tmp_path / "p", model=other
+        )
         monkeypatch.delenv("nnUNet_results")
         assert "nnUNet_results is not set" in self.errors(tmp_path / "p")
         assert not (tmp_path / "p").exists()

@@ -1,4 +1,4 @@
-"""The command in the container: the challenge's folders in, its label maps out, against nnU-Net's own predictor."""
+"""The command in the container, from the challenge's folders to its label maps, against nnU-Net's predictor."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from nnunet_conres import cli
 from nnunet_conres.errors import InputError
 from nnunet_conres.submission.predict import RECORD, Predictions, predict_brats
 
-# Labels of metastases 2025 by nnU-Net's: oedema, necrosis, enhancing, cavity.
+# Labels of metastases 2025, indexed by nnU-Net's labels: background, oedema, necrosis, enhancing, cavity.
 TO_CHALLENGE = np.array([0, 2, 1, 3, 4], np.uint8)
 PARTS = ("t2f", "t1n", "t1c", "t2w")
 ATLAS, NATIVE = "BraTS-MET-00001-000", "BraTS-MET-01000-001"
@@ -41,7 +41,7 @@ def predict(source: Path, model: Path, **arguments: Any) -> Predictions:
 
 
 def nnunets(model: Path, folder: Path, parts: tuple[str, ...] = PARTS) -> np.ndarray:
-    """nnU-Net's own prediction of a case, (x, y, z)."""
+    """Return nnU-Net's prediction of a case, (x, y, z)."""
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), None)
     images, properties = SimpleITKIO().read_images([str(folder / f"{folder.name}-{part}.nii.gz") for part in parts])
@@ -54,14 +54,14 @@ def labels_of(path: Path) -> np.ndarray:
 
 @pytest.fixture
 def source(tmp_path: Path, write_case: Callable[..., Path]) -> Path:
-    """Two cases, on the grids of an atlas and of a scanner."""
+    """Write two cases, one on an atlas grid and one on a scanner grid."""
     write_case(tmp_path / "input" / ATLAS, "atlas", seed=1)
     write_case(tmp_path / "input" / NATIVE, "native", seed=2)
     return tmp_path / "input"
 
 
 def run_without_network(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command as a process of its own: without any network where the system can do that, else without sockets."""
+    """Run the command in a separate process, without any network if the system allows it, otherwise without sockets."""
     guard = tmp_path / "guard"
     guard.mkdir()
     (guard / "sitecustomize.py").write_text(NO_NETWORK)
@@ -84,7 +84,7 @@ def run_without_network(tmp_path: Path, *arguments: str) -> subprocess.Completed
 def test_as_a_process_without_network(
     source: Path, shared_model: Path, tmp_path: Path, write_case: Callable[..., Path]
 ) -> None:
-    """Whole cases are written as nnU-Net predicts them; each of the others says what is wrong with it."""
+    """Complete cases are written as nnU-Net predicts them. Each of the others is reported with its error."""
     truncated, doubled, elsewhere, empty = (f"BraTS-MET-0200{number}-000" for number in range(4))
     for seed, name in enumerate((truncated, doubled, elsewhere), start=3):
         write_case(source / name, seed=seed)
@@ -132,7 +132,7 @@ def test_as_a_process_without_network(
 def test_the_folder_names_the_case(
     tmp_path: Path, make_model: Callable[..., Path], write_case: Callable[..., Path]
 ) -> None:
-    """Hidden folders of GoAT had three more digits than the training cases' ids."""
+    """The folders of GoAT's hidden cases had three more digits than the ids of the training cases."""
     model = make_model(tmp_path / "model", scheme="2024-GoAT", folds=1)
     write_case(tmp_path / "input/BraTS-GoAT-00001-000", case_id="BraTS-GoAT-00001")
     write_case(tmp_path / "input/odd", case_id="BraTS-GoAT-00002")
@@ -148,7 +148,7 @@ def test_the_folder_names_the_case(
 def test_labels_in_a_folder_for_validation_do_not_matter(
     tmp_path: Path, shared_model: Path, write_case: Callable[..., Path]
 ) -> None:
-    """brats-convert would not train on them unasked; here nothing is trained."""
+    """brats-convert refuses such labels by default, because they would be trained on. Prediction ignores them."""
     folder = write_case(tmp_path / "input" / "validation" / ATLAS)
     shutil.copy(folder / f"{ATLAS}-t1c.nii.gz", folder / f"{ATLAS}-seg.nii.gz")
     done = predict(tmp_path / "input", shared_model, folds=[0])
@@ -217,7 +217,7 @@ class TestAbsentModalities:
 
 
 class TestRefusals:
-    """Before any prediction, all together, and nothing is written."""
+    """All errors are reported together before any prediction, and nothing is written."""
 
     @staticmethod
     def errors(source: Path, model: Path, **arguments: Any) -> str:
@@ -235,7 +235,7 @@ class TestRefusals:
         assert f"{model / 'dataset.json'}: the model was trained with the channels T1ce; cases of BraTS 2025" in errors
         assert "the --scheme is one of 2024-MEN-RT" in errors
         assert "brats-convert --scheme 2025-MET" in errors
-        assert "2024-MEN-RT" in self.errors(source, model)  # its own scheme, which the cases do not follow
+        assert "2024-MEN-RT" in self.errors(source, model)  # the model's own scheme, which the cases do not follow
 
     def test_a_model_of_other_tissues(self, tmp_path: Path, make_model: Callable[..., Path], source: Path) -> None:
         model = make_model(tmp_path / "model", scheme="2024-PED", folds=1)
@@ -271,14 +271,14 @@ class TestRefusals:
     def test_exit_code(self, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         command = ["predict-brats", "-i", str(source), "-o", str(tmp_path / "output"), "-m", str(tmp_path / "none")]
         assert cli.main([*command, "-device", "cpu"]) == 2
-        assert "is no trained model" in capsys.readouterr().err
+        assert "is not a trained model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("trained", "scheme", "warning"),
     [
-        ("2025-MET", "2023-MET", "the model knows resection_cavity, which BraTS 2023 and 2024, metastases"),
-        ("2023-MET", "2025-MET", "the model knows no resection_cavity, which BraTS 2025 and 2026, metastases"),
+        ("2025-MET", "2023-MET", "the model predicts resection_cavity, for which BraTS 2023 and 2024, metastases"),
+        ("2023-MET", "2025-MET", "the model does not predict resection_cavity, which BraTS 2025 and 2026, metastases"),
     ],
 )
 def test_tissues_that_model_or_challenge_lacks(
@@ -289,7 +289,7 @@ def test_tissues_that_model_or_challenge_lacks(
 
 
 def test_postprocessing(source: Path, shared_model: Path, postprocessing_file: Path, tmp_path: Path) -> None:
-    """nnU-Net's own probabilities, regions written one over the other by hand."""
+    """Compare with nnU-Net's probabilities, from which the test writes one region over the other."""
     done = predict(source, shared_model, postprocessing=postprocessing_file)
     assert done.failed == {}
     assert json.loads((tmp_path / "output" / RECORD).read_text())["postprocessing"] == "rules.json"
@@ -304,7 +304,7 @@ def test_postprocessing(source: Path, shared_model: Path, postprocessing_file: P
         expected = np.zeros(whole.shape, np.uint8)
         expected[whole > 0.5] = 2  # oedema
         expected[core > 0.6] = 1
-        assert (enhancing > 0.5).any()  # too little: it stays what lies around it, tumour core
+        assert (enhancing > 0.5).any()  # below the smallest volume, so it becomes tumour core, like its surroundings
         expected[enhancing > 0.5] = 1
         expected[cavity > 0.5] = 4
         np.testing.assert_array_equal(labels_of(tmp_path / "output" / f"{case}.nii.gz"), expected)
@@ -313,7 +313,7 @@ def test_postprocessing(source: Path, shared_model: Path, postprocessing_file: P
 def test_a_failing_prediction_does_not_stop_the_others(
     source: Path, shared_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the memory of the device does not take one image."""
+    """For example, one image may not fit into the device's memory."""
     whole = nnUNetPredictor.predict_logits_from_preprocessed_data
     calls = []
 
@@ -330,7 +330,7 @@ def test_a_failing_prediction_does_not_stop_the_others(
 
 
 def test_nan_is_no_background(source: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """nnU-Net makes an empty label map of a network that computes NaN."""
+    """nnU-Net returns an empty label map if the network computes NaN."""
     model = make_model(tmp_path / "model", folds=1)
     path = model / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(path, weights_only=False)

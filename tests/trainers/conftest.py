@@ -1,4 +1,4 @@
-"""A tiny data set, planned and preprocessed by nnU-Net itself, in three readings: labels, regions, ignore label."""
+"""A tiny data set, planned and preprocessed by nnU-Net, with labels or regions, and without or with an ignore label."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813  (as everybody calls it)
+import SimpleITK as sitk  # noqa: N813
 import torch
 
 SHAPE = (16, 20, 24)
@@ -25,7 +25,7 @@ DATASETS = {kind: f"Dataset{900 + number}_{kind}" for number, kind in enumerate(
 
 
 def _case(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two image channels and nested ellipsoids of labels 1, 2, 3."""
+    """Return two image channels and nested ellipsoids of labels 1, 2, 3."""
     rng = np.random.default_rng(seed)
     centre = np.array(SHAPE) / 2 + rng.uniform(-1, 1, 3)
     grid = np.stack(np.meshgrid(*[np.arange(s) for s in SHAPE], indexing="ij"), -1)
@@ -56,7 +56,7 @@ def _write_raw(folder: Path, kind: str) -> None:
 
 @pytest.fixture(scope="session")
 def _folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """nnU-Net's folders for the session, and settings that keep it from starting processes by the dozen."""
+    """Set nnU-Net's folders for the session, and keep it from starting many processes."""
     root = tmp_path_factory.mktemp("nnunet")
     settings = {f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")}
     settings |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "0"}
@@ -72,7 +72,7 @@ def _folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def preprocessed(
     _folders: Path, shared_folder: Callable[..., Path], keep_nnunet_small: Callable[[pytest.MonkeyPatch], None]
 ) -> Callable[[str], Path]:
-    """Function that gives the preprocessed folder of a reading of the data set; made at first use."""
+    """Function that returns the preprocessed folder of a kind of the data set, which is made at first use."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
     def write(kind: str, root: Path) -> None:
@@ -83,7 +83,7 @@ def preprocessed(
             keep_nnunet_small(patch)
             for variable in ("raw", "preprocessed"):
                 patch.setenv(f"nnUNet_{variable}", str(root / variable))
-            # nnU-Net's planner takes this for torch's number of threads, which must not be 0
+            # nnU-Net's planner passes this to torch as the number of threads, which must not be 0
             patch.setenv("nnUNet_n_proc_DA", "1")
             extract_fingerprints([number], num_processes=1, check_dataset_integrity=True)
             plan_experiments([number])
@@ -101,7 +101,7 @@ def preprocessed(
 
 
 def _shrink_plans(file: Path) -> None:
-    """Few features, and the lowres and cascade configurations that such small images would not get."""
+    """Reduce the features, and add lowres and cascade configurations, which such small images would not get."""
     plans = json.loads(file.read_text())
     fullres = plans["configurations"]["3d_fullres"]
     arguments = fullres["architecture"]["arch_kwargs"]
@@ -120,21 +120,21 @@ def _shrink_plans(file: Path) -> None:
 
 @pytest.fixture
 def results(_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A results folder of the test's own."""
+    """Set a separate results folder for the test."""
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     return tmp_path / "results"
 
 
 @pytest.fixture
 def nothing_is_written(results: Path) -> Iterator[None]:
-    """Checks behind the test that it has left no results folder."""
+    """Check after the test that it left no results folder."""
     yield
     assert not results.exists()
 
 
 @pytest.fixture
 def make_trainer(preprocessed: Callable[[str], Path], results: Path) -> Callable[..., Any]:
-    """Function that makes a trainer of a class for a reading of the data set, for two tiny epochs."""
+    """Function that makes a trainer of a class for a kind of the data set, with two tiny epochs."""
 
     def make(
         trainer_class: type,
@@ -162,13 +162,13 @@ def make_trainer(preprocessed: Callable[[str], Path], results: Path) -> Callable
 
 @pytest.fixture
 def stock_plans(preprocessed: Callable[[str], Path]) -> dict[str, Any]:
-    """Plans as nnU-Net writes them, with lowres and cascade."""
+    """Return plans as nnU-Net writes them, with lowres and cascade."""
     return json.loads((preprocessed("labels") / "nnUNetPlans.json").read_text())
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, keep_nnunet_small: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
-    """Tiny networks lose more to threads and processes than they gain, and to 3000 x 5400 pixels of training curves."""
+    """Save time with tiny networks: one thread, few processes, and training curves of less than 3000 x 5400 pixels."""
     keep_nnunet_small(monkeypatch)
     monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 20)
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Changes to nnU-Net's own pipeline, so that a new version of it which breaks them is noticed."""
+"""Changes to nnU-Net's pipeline. The tests fail if a new version of nnU-Net breaks them."""
 
 from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -34,7 +34,7 @@ def test_without_intensity_transforms_only_those_are_missing() -> None:
         "MirrorTransform",
         "RemoveLabelTransform",
         "MoveSegAsOneHotToDataTransform",
-        "ApplyRandomBinaryOperatorTransform",  # the cascade's own
+        "ApplyRandomBinaryOperatorTransform",  # of the cascade
         "RemoveRandomConnectedComponentFromOneHotEncodingTransform",
         "DownsampleSegForDSTransform",
     ]
@@ -57,7 +57,7 @@ def test_the_deformation_takes_over_everything_else_of_nnunets_transform() -> No
     ]
     assert isinstance(ours, BSplineSpatialTransform)
     assert ours.p_scaling == 1
-    # whatever nnU-Net sets, in this version or the next, is either carried over or ours to replace
+    # every attribute that nnU-Net sets, in this or later versions, is either carried over or replaced on purpose
     replaced = {name for name in vars(stock) if "elastic" in name or "def_scale" in name} | {"p_scaling", "_grid_cache"}
     for name, value in vars(stock).items():
         if name not in replaced:

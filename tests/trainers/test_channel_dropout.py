@@ -1,4 +1,4 @@
-"""Channel dropout in a training of nnU-Net."""
+"""Channel dropout in nnU-Net's training."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""nnU-Net's own commands, as a user types them, from training to another machine."""
+"""nnU-Net's commands as a user types them, from training to prediction on another machine."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 
 from nnunet_conres.trainers.precision import training_precision
 
-# Two steps instead of 250, in a folder of the user's own: what is there must be found, and be searched first.
+# A trainer with two steps instead of 250 in a user's folder, where nnU-Net must find it.
 USER_TRAINER = """
 from nnunet_conres.trainers import BASE
 
@@ -30,7 +30,7 @@ class BASE_TwoSteps(BASE):
 
 
 def run(command: str, *arguments: str, check: bool = True, **environment: str) -> str:
-    """Runs one of nnU-Net's commands of this environment and returns what it prints."""
+    """Run a command of this environment and return its output."""
     script = Path(sys.executable).parent / command
     result = subprocess.run(
         [sys.executable, str(script), *arguments],
@@ -111,7 +111,7 @@ def test_train_predict_find_best_and_move_elsewhere(
 
 
 def test_our_trainers_are_found_and_refuse_in_one_line(preprocessed: Callable[[str], Path], results: Path) -> None:
-    """The names of the package itself, without any variable; the 2D configuration is refused before any work."""
+    """nnU-Net finds the package's trainers without set-up. The 2D configuration is refused before any work."""
     dataset = preprocessed("labels").name
     output = run(
         *("nnUNetv2_train", dataset, "2d", "0", "-tr", "nnUNetTrainerConResNetPaper", "-device", "cpu"), check=False

@@ -1,4 +1,4 @@
-"""Trainers that compile, with a CPU taken for a GPU; weights for and from stock trainers."""
+"""Trainers that compile, on a CPU treated as a GPU. Weights are exchanged with stock trainers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nnunet_conres.trainers import nnUNetTrainerConResNet, nnUNetTrainerMuon
 
 @pytest.fixture
 def compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short of making code; a graph break is an error."""
+    """Compile without code generation. A graph break is an error."""
     torch.compiler.reset()
     monkeypatch.setattr(layout, "_DEVICES", {"cpu"})
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))

@@ -53,7 +53,7 @@ def saved_architecture(trainer: nnUNetTrainer) -> dict[str, Any]:
 
 
 def conresnet_paper_plans() -> dict[str, Any]:
-    """How the documentation has users name the paper's network in plans."""
+    """Return the plans entry that the documentation gives for the paper's network."""
     return {
         "network_class_name": "nnunet_conres.architectures.conresnet_paper.ConResNetPaper",
         "arch_kwargs": {},
@@ -106,7 +106,7 @@ class TestTraining:
         expected = trainer.label_manager.num_segmentation_heads
         assert np.load(case)["probabilities"].shape[0] == expected
 
-        # as nnUNetv2_predict does it: from the folder alone
+        # from the folder alone, like nnUNetv2_predict
         predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, use_mirroring=False)
         predictor.initialize_from_trained_model_folder(str(folder.parent), ("0",))
         trainer.set_deep_supervision_enabled(False)
@@ -215,7 +215,7 @@ class TestTraining:
         cascade = make_trainer(nnUNetTrainerConResNet, configuration="3d_cascade_fullres")
         cascade.num_epochs = 1
         cascade.run_training()
-        assert cascade.num_input_channels == 2 + 3  # one more for every foreground label of the previous stage
+        assert cascade.num_input_channels == 2 + 3  # one more channel for every foreground label of the previous stage
         assert cascade.network.encoder.stem.convs[0].conv.in_channels == 5
         assert math.isfinite(cascade.logger.get_value("val_residual_losses", -1))
 
@@ -237,7 +237,7 @@ class TestTraining:
 
 
 class TestSparseAnnotation:
-    """With nnU-Net's own loader, whose patches reach beyond the volume: what lies there must not pass for annotated."""
+    """Patches of nnU-Net's loader reach beyond the volume. Voxels there must not count as annotated."""
 
     @staticmethod
     def annotate(monkeypatch: pytest.MonkeyPatch, trainer: Any, slices: list[int]) -> None:
@@ -378,7 +378,7 @@ class TestPaperTrainer:
 
 @pytest.mark.usefixtures("nothing_is_written")
 class TestRefusals:
-    """What can't be trained is refused before a folder is made."""
+    """Trainings that cannot work are refused before a folder is created."""
 
     @pytest.mark.parametrize("trainer_class", [nnUNetTrainerConResNet, nnUNetTrainerConResNetPaper])
     def test_2d(self, make_trainer: Callable[..., Any], trainer_class: type) -> None:
@@ -445,7 +445,7 @@ class TestContinuing:
             log = resumed.logger.local_logger.my_fantastic_logging
             first_epoch = {key: list(values) for key, values in log.items()}
             resumed.run_training()
-        assert len(seen) == 6  # 3 + 2, and the one that was missing
+        assert len(seen) == 6  # 3 + 2, and the missing one
         assert all(len(values) == 1 for values in first_epoch.values())
         for key, values in resumed.logger.local_logger.my_fantastic_logging.items():
             assert len(values) == 2, key
@@ -501,7 +501,7 @@ class TestContinuing:
         monkeypatch.setattr(nnUNetTrainerConResNet, "resolve", classmethod(without_bias))
         second = make_trainer(nnUNetTrainerConResNet, fold=1)
         assert second.configuration_manager.configuration["architecture"] == today
-        again = make_trainer(nnUNetTrainerConResNet, fold=0)  # from scratch: nothing else depends on it
+        again = make_trainer(nnUNetTrainerConResNet, fold=0)  # from scratch: no other fold depends on it
         assert again.configuration_manager.network_arch_init_kwargs["conv_bias"] is False
         stock_plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"][0] = 8
         with pytest.raises(InputError, match=r"fold_0 in .* another network.*features_per_stage"):
@@ -510,7 +510,7 @@ class TestContinuing:
     def test_the_latest_checkpoint_never_gets_old(
         self, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Also while every epoch is shorter than the interval and writes a new best checkpoint."""
+        """Even if every epoch is shorter than the interval and writes a new best checkpoint."""
         clock = 0.0
         monkeypatch.setattr("nnunet_conres.trainers.resume.time.monotonic", lambda: clock)
         trainer = make_trainer(nnUNetTrainerConResNet)
@@ -571,7 +571,7 @@ class TestContinuing:
             other.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
 
     def test_a_training_that_is_killed_goes_on(self, preprocessed: Callable[[str], Path], results: Path) -> None:
-        """SIGKILL to the process in mid-epoch, then --c, by nnU-Net's own entry point."""
+        """SIGKILL to the process in mid-epoch, then --c, through nnU-Net's entry point."""
         preprocessed("labels")
         script = (
             "import sys, time\n"
@@ -623,7 +623,7 @@ class TestContinuing:
 
     @staticmethod
     def _unfinished(latest: Path) -> int:
-        """Steps of the second epoch that the checkpoint knows of; it is renamed into place, so it is always whole."""
+        """Return the steps of the second epoch in the checkpoint, which is complete because its writes are atomic."""
         logging = torch.load(latest, weights_only=False)["logging"]
         unfinished = logging.get("unfinished_epoch") or {"epoch": 0}
         return len(unfinished["outputs"]) if unfinished["epoch"] == 1 else 0

@@ -1,4 +1,4 @@
-"""Sparse cases completed by a model that was trained on them, against nnU-Net's own prediction."""
+"""Sparse cases completed by a model that was trained on them, against nnU-Net's prediction."""
 
 import json
 import os
@@ -26,7 +26,7 @@ IGNORE = 3
 
 @pytest.fixture(autouse=True)
 def _found_by_nnunet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainers are found in this process too if the package is not installed but in the checkout."""
+    """Let this process find the trainers even if the package is in a checkout and not installed."""
     monkeypatch.setenv(VARIABLE, TRAINER_FOLDER)
 
 
@@ -40,7 +40,7 @@ def labels_of(dataset: str) -> Path:
 
 @pytest.fixture
 def sparse(preprocessed: Callable[[str], Path]) -> Callable[[str], str]:
-    """Function that gives the name of a data set whose labels are there on slices 2, 3, 10 and 11 only."""
+    """Function that returns the name of a data set annotated on slices 2, 3, 10 and 11 only."""
 
     def make(kind: str) -> str:
         dataset = preprocessed(kind).name
@@ -54,7 +54,7 @@ def sparse(preprocessed: Callable[[str], Path]) -> Callable[[str], str]:
             changed.SetSpacing((1.0, 1.0, 1.0))
             changed.SetOrigin((5.0, -3.0, 2.0))
             sitk.WriteImage(changed, path)
-            # Trainers refuse labels that changed after preprocessing; these stand for labels that were so before.
+            # Trainers refuse labels that changed after preprocessing, so this copy is changed, too.
             shutil.copy2(path, preprocessed(kind) / "gt_segmentations" / path.name)
         return dataset
 
@@ -63,13 +63,13 @@ def sparse(preprocessed: Callable[[str], Path]) -> Callable[[str], str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained models, to be copied by the tests that use them."""
+    """Folder for trained models, which tests copy before use."""
     return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture
 def train(make_trainer: Callable[..., Any], results: Path, models: Path) -> Callable[..., Path]:
-    """Function that trains a fold of a data set a little and gives the model's folder."""
+    """Function that trains a fold of a data set briefly and returns the model's folder."""
 
     def make(kind: str, fold: int | str = 0, configuration: str = "3d_fullres") -> Path:
         trainer = make_trainer(nnUNetTrainerConResNet, kind, configuration, fold)
@@ -159,7 +159,7 @@ def test_annotation_is_kept_and_the_rest_is_nnunets_prediction(
             assert getattr(before, part)() == getattr(after, part)(), case_id
     assert changed
 
-    # What is written is what nnUNetv2_evaluate_folder asks for.
+    # nnUNetv2_evaluate_folder can read the output folder.
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2
 
     compute_metrics_on_folder2(
@@ -179,7 +179,7 @@ def test_annotation_is_kept_and_the_rest_is_nnunets_prediction(
 
 @pytest.fixture
 def trained(sparse: Callable[[str], str], train: Callable[..., Path]) -> tuple[str, Path]:
-    """A data set and a model with fold 0."""
+    """Return a data set and a model with fold 0."""
     dataset = sparse("ignore")
     return dataset, train("ignore")
 
@@ -218,14 +218,14 @@ def test_interrupted_and_continued(
     assert not list(output.glob(".*"))
     assert run(dataset, output, existing="continue").written == ()
 
-    # Overwriting removes the old files first: continuing must not take them for its own.
+    # Overwriting removes the old files first, so that continuing does not mistake them for new ones.
     calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write_case", full)
         with pytest.raises(OSError, match="No space"):
             run(dataset, output, existing="overwrite")
     assert [path.name for path in sorted(output.glob("case_*"))] == ["case_0.nii.gz", "case_1.nii.gz"]
-    # A model that was trained anew under the same name is another one.
+    # A model that was retrained under the same name counts as another model.
     checkpoint = trained[1] / "fold_0" / "checkpoint_final.pth"
     written = checkpoint.stat().st_mtime
     os.utime(checkpoint, (written + 60, written + 60))
@@ -233,7 +233,7 @@ def test_interrupted_and_continued(
     os.utime(checkpoint, (written, written))
     assert len(run(dataset, output, existing="continue").written) == 4
 
-    # As the command, with other processes, over all that is there, and with pictures.
+    # Run the command with worker processes, overwriting everything, and with pictures.
     command = ["densify", "-d", dataset, "-o", str(output), "-tr", NAME, "-c", "3d_fullres", "-f", "0"]
     options = ["-device", "cpu", "--overwrite", "--disable_tta", "-npp", "1", "-nps", "1"]
     before = [read(path) for path in complete]

@@ -23,7 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class OnDevice(DeviceAugmentationMixin, nnUNetTrainer):
-    """A user's trainer, as the documentation has it."""
+    """A user's trainer, as in the documentation."""
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +163,7 @@ def first_batches(trainer: Any, number: int = 3) -> list[np.ndarray]:
 def test_a_seed_makes_batches_and_weights_repeatable(
     make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two worker processes, each of which has random numbers of its own."""
+    """With two worker processes, each with its own random numbers."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
     runs = []
     for seed in ("7", "7", "8"):

@@ -1,4 +1,4 @@
-"""Families without residual maps through nnU-Net's own code; what all trainers share is tested with ConResNet."""
+"""Trainers without residual maps in nnU-Net's code. test_conresnet.py tests what all trainers share."""
 
 import inspect
 import json
@@ -189,7 +189,7 @@ class TestPaper:
     def test_under_the_other_trainer(
         self, make_trainer: Callable[..., Any], stock_plans: dict[str, Any], trainer_class: type
     ) -> None:
-        """Plans may name the paper's network themselves; the single head is what nnU-Net's recipe then trains."""
+        """Plans may name the paper's network. nnU-Net's recipe then trains its single head."""
         entries = trainer_class.resolve(make_trainer(trainer_class).configuration_manager, "3d_fullres")
         arguments = entries["architecture"]["arch_kwargs"]
         arguments["features_per_stage"] = [4 + 2 * i for i in range(arguments["n_stages"])]
@@ -224,14 +224,14 @@ class TestVNetPaper:
         for epoch in (0, 99, 100, 119):
             trainer.lr_scheduler.step(epoch)
             rates.append(group["lr"])
-        # divided by 10 behind iteration 25,000 = 100 epochs
+        # divided by 10 after iteration 25,000 = 100 epochs
         np.testing.assert_allclose(rates, [1e-4, 1e-4, 1e-5, 1e-5])
 
     def test_augments_by_histogram_matching_and_deformation_only(self, make_trainer: Callable[..., Any]) -> None:
         spatial, others = spatial_and_others(nnUNetTrainerVNetPaper)
         assert spatial.p_rotation == spatial.p_scaling == 0
         assert spatial.p_deformation == 1
-        # cells of half a patch; 15 of 64 voxels
+        # cells of half a patch; a sigma of 15 of 64 voxels
         np.testing.assert_allclose(spatial.sigma, np.array([8, 12, 16]) * 15 / 64)
         assert isinstance(others[0], HistogramMatchingTransform)
         assert not any(isinstance(t, (RandomTransform, MirrorTransform)) for t in others)
@@ -280,7 +280,7 @@ class TestUNet3DPaper:
 
 @pytest.mark.usefixtures("nothing_is_written")
 class TestRefusals:
-    """What can't be trained is refused before a folder is made."""
+    """Trainings that cannot work are refused before a folder is created."""
 
     @pytest.mark.parametrize("trainer_class", [nnUNetTrainerVNetPaper, nnUNetTrainerUNet3D])
     def test_2d(self, make_trainer: Callable[..., Any], trainer_class: type) -> None:

@@ -1,4 +1,4 @@
-"""CUDA graphs of the network in training steps of small patches; a CPU is taken for a GPU where there is none."""
+"""CUDA graphs of the network in training steps of small patches. Without a GPU, a CPU is treated as one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nnunet_conres.trainers.graphs import MOST_VOXELS, GraphedStepsTrainer, wait
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
-    """What is given to torch.compile, which leaves it as it is."""
+    """Record the arguments of torch.compile, and compile nothing."""
     calls: list[tuple[Any, dict[str, Any]]] = []
 
     def note(model: Any, **options: Any) -> Any:
@@ -36,7 +36,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]
 
 
 class _InBuffer(torch.autograd.Function):
-    """Nothing; but the output is in the same memory in all steps."""
+    """Identity, whose output is in the same memory in all steps."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, memory: dict[Any, Tensor], key: Any) -> Tensor:
@@ -76,7 +76,7 @@ class Overwriting(nn.Module):
         parameter.grad = _into(self.memory, parameter, parameter.grad)
 
     def spoil(self) -> None:
-        """What a new step may do with the memory of the last."""
+        """Overwrite the memory of the last step, as a new step may do."""
         for value in self.memory.values():
             value.data.fill_(float("nan"))
 
@@ -102,7 +102,7 @@ def started(trainer: Any) -> Any:
 
 
 def same_steps(plain: Any, ours: Any, batches: list[Any]) -> None:
-    """Takes a few steps with both, and a validation step after the first."""
+    """Check that both trainers take the same steps, with a validation step after the first."""
     for number, batch in enumerate(batches):
         found = [trainer.train_step(deepcopy(batch)) for trainer in (plain, ours)]
         if number == 0:
@@ -186,7 +186,7 @@ def test_steps_are_right_where_outputs_are_overwritten(
     assert [one.n_calls for one in overwriting] == [0, 3]  # validation is compiled as in nnU-Net
     for name, value in ours._unwrapped_network().state_dict().items():
         torch.testing.assert_close(value, plain._unwrapped_network().state_dict()[name], rtol=1e-3, atol=1e-4)
-    assert isinstance(ours.network, OptimizedModule)  # what prediction gets
+    assert isinstance(ours.network, OptimizedModule)  # the network that prediction uses
 
 
 class TestFailure:
@@ -211,7 +211,7 @@ class TestFailure:
         monkeypatch.setattr(ours, "print_to_log_file", lambda *args, **_: messages.append(str(args[0])))
         same_steps(plain, ours, [next(plain.dataloader_train) for _ in range(4)])
         assert messages == [
-            "WARNING: training goes on without CUDA graphs of the network: operation not permitted when stream is "
+            "WARNING: training continues without CUDA graphs of the network: operation not permitted when stream is "
             "capturing"
         ]
         assert overwriting[1].n_calls == 2
@@ -219,7 +219,7 @@ class TestFailure:
     def test_of_a_step_that_was_taken_is_an_error(
         self, make_trainer: Callable[..., Any], overwriting: list[Overwriting]
     ) -> None:
-        """Or else it would be taken twice."""
+        """Otherwise the step would be taken twice."""
         trainer = started(make_trainer(nnUNetTrainerMuon))
 
         def fail(*_: Any) -> Any:
@@ -234,7 +234,7 @@ class TestFailure:
 
 
 class Derived(nnUNetTrainerMuon):
-    """What users change: a network that nnU-Net builds, another optimiser, another step."""
+    """Typical changes of users: a network that nnU-Net builds, another optimiser, another step."""
 
     build_network_architecture = staticmethod(nnUNetTrainer.build_network_architecture)
     configure_optimizers = nnUNetTrainer.configure_optimizers
@@ -254,12 +254,12 @@ def test_trainers_that_users_derive(
     assert (outputs["cases"], outputs["skipped"], overwriting[0].n_calls) == (len(batch["data"]), 0, 1)
     assert isinstance(trainer.optimizer, torch.optim.SGD)
     assert not all(torch.equal(one, other) for one, other in zip(trainer.network.parameters(), before, strict=True))
-    # a network that computes contiguous would convert weights that are channels-last
+    # a contiguous network would have to convert channels-last weights
     assert all(parameter.is_contiguous() for parameter in trainer.network.parameters())
 
 
 def test_real_compiler_takes_the_options() -> None:
-    """Short of making code; graphs are for a GPU."""
+    """Without code generation. Graphs need a GPU."""
     torch.compiler.reset()
     network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU())
     image = torch.randn(1, 1, 5, 5, 5)

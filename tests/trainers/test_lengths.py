@@ -15,7 +15,7 @@ def test_every_family_has_every_length(family: str) -> None:
         assert trainer.training_epochs == epochs
         assert ending == f"{epochs}epoch{'s' if epochs > 1 else ''}"
         assert trainer.__base__ is getattr(nnunet_conres.trainers, family)
-        # the name becomes the folder and goes into checkpoints, and the class to worker processes
+        # folders and checkpoints contain the name, and worker processes get the class
         assert trainer.__name__ == f"{family}_{ending}"
         assert pickle.loads(pickle.dumps(trainer)) is trainer
         assert TRAINERS[trainer.__name__].startswith(f"{family} for {epochs} epoch")

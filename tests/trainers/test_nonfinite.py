@@ -46,7 +46,7 @@ class PlansNetworkBatchNorm(PlansNetwork):
 
 
 class Batches:
-    """nnU-Net's batches; those of the given numbers have one voxel that is not finite in the first image."""
+    """nnU-Net's batches. Those with the given numbers have one voxel in the first image that is not finite."""
 
     def __init__(self, loader: Any, broken: set[int], value: float = math.nan) -> None:
         self.loader, self.broken, self.value, self.number = loader, broken, value, -1
@@ -65,7 +65,7 @@ class Batches:
 
 @pytest.fixture
 def start(make_trainer: Callable[..., Any]) -> Callable[..., Any]:
-    """Function that starts a training of a class, with some batches broken."""
+    """Function that starts the training of a trainer class, with some batches broken."""
 
     def start(trainer_class: type, broken: set[int], value: float = math.nan, **kwargs: Any) -> Any:
         trainer = make_trainer(trainer_class, **kwargs)
@@ -99,7 +99,7 @@ def _log_of(trainer: Any) -> str:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nnunets_own_step_is_spoilt_by_one_voxel(start: Callable[..., Any], value: float) -> None:
-    """What the mixin is for; it can go when nnU-Net does so itself."""
+    """The reason for the mixin, which can be removed once nnU-Net skips such steps."""
     trainer = start(nnUNetTrainer, {0}, value)
     _step(trainer)
     assert not all(bool(tensor.isfinite().all()) for tensor in trainer.network.parameters())
@@ -218,7 +218,7 @@ def test_a_validation_loss_that_is_not_finite_is_named(start: Callable[..., Any]
 
 
 class FakeScaler(torch.amp.GradScaler):
-    """A gradient scaler that works on a CPU, too high at first."""
+    """A gradient scaler that works on a CPU, with a given initial scale."""
 
     def __init__(self, scale: float) -> None:
         super().__init__("cpu", init_scale=scale)
@@ -283,7 +283,7 @@ def test_finite_numbers_are_told_exactly(dtype: torch.dtype) -> None:
 
 
 class _Stock:
-    """What nnU-Net's step needs of a trainer, without its data and files."""
+    """The attributes of a trainer that nnU-Net's step needs, without data and files."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self.device, self.grad_scaler, self.is_ddp = network, torch.device("cpu"), None, True

@@ -71,7 +71,7 @@ def test_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         (False, [16, 8, 4, 2], [3, 3, 3, 1], False),
         (False, [40, 20, 10, 5], [5, 5, 5, 5], False),
         (False, [32, 16, 8, 4], [5, 5, 5, 5], True),
-        (False, [4, 2, 1], [3, 1, 3], False),  # a single slice was never seen to fail
+        (False, [4, 2, 1], [3, 1, 3], False),  # no failure was observed with a single slice
         (True, [16, 8, 4, 2], [3, 3, 3, 3], False),
     ],
 )

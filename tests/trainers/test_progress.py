@@ -1,4 +1,4 @@
-"""The line that says how far a training is."""
+"""The line that shows the progress of a training."""
 
 import re
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def test_one_line_on_a_terminal(
 def test_the_time_left_counts_every_step_that_is_to_come(make_trainer: Callable[..., Any]) -> None:
     trainer = make_trainer(nnUNetTrainerConResNet)
     trainer._full_epoch_iterations, trainer._step_seconds["train"] = 3, [2.0]
-    # two epochs of 3 steps and 2 validation steps, which count a third until one was timed
+    # two epochs of 3 steps and 2 validation steps, which count as a third of a step until one was timed
     assert trainer.seconds_left() == pytest.approx(2 * 6 + 4 * 2 / 3)
     trainer._step_seconds["val"], trainer.current_epoch = [1.0], 1
     assert trainer.seconds_left() == pytest.approx(2 * 3 + 2)

@@ -26,7 +26,7 @@ from nnunet_conres.trainers.recipe import MuonMixin
 
 
 def rates(trainer: Any) -> list[float]:
-    """Learning rates of the first epoch's steps."""
+    """Return the learning rates of the first epoch's steps."""
     trainer.num_epochs = 2
     trainer.on_train_start()
     trainer.on_epoch_start()
@@ -108,7 +108,7 @@ def test_the_optimiser_alone_decides(
 
 
 def test_an_optimiser_of_the_users_own(make_trainer: Callable[..., Any]) -> None:
-    """It finds nnU-Net's numbers, keeps its schedule, and goes on as it was begun."""
+    """It gets nnU-Net's hyper-parameters, keeps its schedule, and continues from its checkpoint."""
 
     class nnUNetTrainerOwn(nnUNetTrainerConResNet):
         def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:

@@ -13,7 +13,7 @@ from nnunet_conres.trainers.stop import STOP_FILE
 
 
 class StopsInTheFirstEpoch(nnUNetTrainerVNet):
-    """As if the user made the file during the first epoch."""
+    """A trainer whose user creates the file during the first epoch."""
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self.current_epoch == 0:
@@ -26,14 +26,14 @@ def test_ends_after_the_epoch_and_goes_on_with_c(make_trainer: Callable[..., Any
     trainer.run_training()
     folder = Path(trainer.output_folder)
     final = folder / FINAL_CHECKPOINT
-    assert torch.load(final, weights_only=False)["current_epoch"] == 1  # what nnU-Net would train next
+    assert torch.load(final, weights_only=False)["current_epoch"] == 1  # the epoch that nnU-Net would train next
     assert not (folder / STOP_FILE).exists()
     assert "STOP was found: the training ends after 1 of 2 epochs" in Path(trainer.log_file).read_text()
 
     continued = make_trainer(StopsInTheFirstEpoch, continue_training=True)
     continued.load_checkpoint(str(final))
     continued.on_train_start()
-    # killed now, it would go on from here and not from a file that --c takes for the end
+    # if killed now, the training continues from here, not from a final checkpoint, which --c takes for the end
     assert [path.name for path in folder.glob("checkpoint_*")] == [LATEST_CHECKPOINT, "checkpoint_best.pth"] or not (
         final.exists()
     )
@@ -41,7 +41,7 @@ def test_ends_after_the_epoch_and_goes_on_with_c(make_trainer: Callable[..., Any
 
     again = make_trainer(StopsInTheFirstEpoch, continue_training=True)
     again.load_checkpoint(str(folder / LATEST_CHECKPOINT))
-    (folder / STOP_FILE).touch()  # from before: a start means to train
+    (folder / STOP_FILE).touch()  # left over: a new start means that training is wanted
     again.run_training()
     assert torch.load(final, weights_only=False)["current_epoch"] == 2
     assert len(again.logger.get_value("train_losses", step=None)) == 2

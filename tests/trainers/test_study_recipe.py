@@ -1,4 +1,4 @@
-"""The trainers of scripts/study: whatever the network and the optimiser, they train on the same batches."""
+"""The trainers of scripts/study: they train on the same batches with every network and optimiser."""
 
 import sys
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def initialized(make_trainer: Callable[..., Any], base: str, **study: Any) -> An
 
 def batches(made: Any) -> list[dict[str, Any]]:
     loader, _ = made.get_dataloaders()
-    # What the first batch draws from was settled before the first sample set the seed.
+    # The first batch is left out: its cases are drawn before the first sample sets the seed.
     return [next(loader) for _ in range(3)][1:]
 
 

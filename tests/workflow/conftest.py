@@ -1,4 +1,4 @@
-"""An experiment of two models in two folds, and stand-ins for all commands, which write what the real ones would."""
+"""An experiment of two models in two folds, and stand-ins for all commands, which write the same files."""
 
 import os
 import stat
@@ -11,8 +11,8 @@ import pytest
 
 from nnunet_conres.workflow.config import Experiment, parse_config
 
-# Each call is a line in calls.txt. FAIL names a text; calls that have it in them fail in mid-work. SLEEP likewise: they
-# write what a failing one does, and go on when there is a file called wake.
+# Each call appends a line to calls.txt. Calls that contain the text of FAIL fail midway. Calls that contain the text of
+# SLEEP stop midway too, and go on once a file called wake exists.
 FAKE_COMMAND = """#!{python}
 import json, os, sys, time, zipfile
 from pathlib import Path
@@ -122,7 +122,7 @@ COMMANDS = (
 
 @pytest.fixture
 def content(tmp_path: Path) -> dict[str, Any]:
-    """The configuration of the experiment, as YAML has it."""
+    """Return the content of the experiment's YAML configuration."""
     for folder in ("brats", "held_out"):
         (tmp_path / folder).mkdir()
     return {
@@ -149,7 +149,7 @@ def experiment(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """Puts the stand-ins on the path; the function gives the calls since it was called last."""
+    """Put the stand-ins on PATH; return a function that returns the calls since its last call."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in COMMANDS:

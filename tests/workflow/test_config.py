@@ -84,7 +84,7 @@ class TestParse:
         experiment = parse_config(content, tmp_path)
         assert experiment.packaged == ("ours",)
         stock, ours = experiment.models
-        assert commands.train(experiment, stock, 0)[-1] == "--npz"  # thresholds take probabilities
+        assert commands.train(experiment, stock, 0)[-1] == "--npz"  # thresholds need probabilities
         files = {model.name: tmp_path / f"work/postprocessing/{model.name}.json" for model in experiment.models}
         of_ours = "-d Dataset501_BraTS -tr nnUNetTrainerConResNet -p nnUNetConResNetPlans -c 3d_fullres -f 0 1"
         fit = " ".join(commands.postprocess(experiment, ours, 2))
@@ -98,7 +98,7 @@ class TestParse:
             command = compare(experiment, "report", 1)
             where = command.index("--postprocessing")
             assert command[where + 1 : where + 3] == [f"{name}={file}" for name, file in files.items()]
-        # all models, and what the data set says
+        # defaults: all models, with the data set's scheme and treatment of missing modalities
         content |= {"postprocess": False, "package": {}}
         experiment = parse_config(content, tmp_path)
         assert experiment.packaged == ("stock", "ours")
@@ -261,14 +261,14 @@ class TestErrors:
         assert "did you mean nnUNetTrainerConResNet?" in reported
         assert "no planner called nnUNetPlannerResEncS" in reported
         assert reported.count("\n  - ") == 3
-        # where the configuration itself says where they are; but a container would not have them
+        # The configuration names the folder of the trainer, but a container would not have it.
         (tmp_path / "trainers").mkdir()
         (tmp_path / "trainers" / "mine.py").write_text("class Mine: ...")
         content["environment"] = {"nnUNet_extTrainer": str(tmp_path / "trainers")}
         content["package"] = {"models": "mine"}
         reported = errors(content, tmp_path)
         assert "called Mine" not in reported
-        assert "mine is trained by Mine of nnUNet_extTrainer, which a container would not have" in reported
+        assert "mine uses the trainer Mine from nnUNet_extTrainer, which a container does not have" in reported
 
     def test_postprocessing_by_one_fold(self, content: dict[str, Any], tmp_path: Path) -> None:
         content |= {"folds": [0], "postprocess": True}
@@ -277,7 +277,7 @@ class TestErrors:
     def test_one_name_for_two(self, tmp_path: Path) -> None:
         file = tmp_path / "experiment.yaml"
         file.write_text("models:\n  one: {epochs: 5}\n  one: {epochs: 50}\n")
-        with pytest.raises(InputError, match="one stands twice in one place, line 2"):
+        with pytest.raises(InputError, match="one occurs twice in the entries from line 2"):
             read_config(file)
 
     def test_a_file_that_is_no_yaml(self, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def write(path: Path, text: str) -> None:
 
 @pytest.fixture
 def standing(experiment: Experiment) -> Experiment:
-    """stock: fold 0 done, fold 1 waiting behind two epochs; ours: fold 0 failed, fold 1 not begun."""
+    """Return trainings: stock fold 0 done, 1 waiting after two epochs; ours fold 0 failed, 1 not started."""
     write(experiment.preprocessed / "splits_final.json", json.dumps([{"train": [], "val": ["a"]}] * 2))
     stock, ours = experiment.models
     done = experiment.fold_folder(stock, 0)
@@ -72,7 +72,7 @@ class TestStatus:
         with hold(standing.fold_lock(standing.models[0], 1)):
             found = row(standing, "stock", 1)
         assert (found["state"], found["epoch"], found["epochs"]) == ("running", 2, 1000)
-        # the median of 60 and 120 s, rounded up, but for what is done of this epoch
+        # the upper median of 60 and 120 s per epoch, minus the elapsed part of the current epoch
         assert 997 * 120 <= found["seconds_left"] <= 998 * 120
         assert socket.gethostname() in found["where"]
 
@@ -95,10 +95,10 @@ class TestStatus:
         write(standing.training_log(standing.models[1], 1), ATTEMPT.splitlines()[0] + "\n")
         found = row(standing, "ours", 1)
         assert (found["state"], found["attempts"]) == ("waiting", 1)
-        assert found["where"] == "its last attempt ended without a word: killed, or its node was lost"
+        assert found["where"] == "its last attempt ended without a message: it was killed, or its node failed"
 
     def test_one_in_the_queue(self, standing: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Also one that has failed and was submitted again."""
+        """A failed training that was submitted again counts as queued too."""
         (tmp_path / "bin").mkdir()
         squeue = tmp_path / "bin" / "squeue"
         squeue.write_text(
@@ -114,7 +114,7 @@ class TestStatus:
         found = row(standing, "ours", 0)
         assert (found["state"], found["where"]) == ("waiting", "SLURM job 14, pending (Resources)")
         assert row(standing, "ours", 1)["where"] == ""
-        # it waits for a lock, or has only just begun
+        # it waits for a lock, or has just started
         assert row(standing, "stock", 1)["where"] == "SLURM job 17, running"
         squeue.write_text("#!/bin/sh\nexit 1\n")
         assert row(standing, "ours", 0)["state"] == "failed"
@@ -132,7 +132,7 @@ class TestStatus:
     def test_text(self, standing: Experiment) -> None:
         text = status(standing).as_text()
         assert "trainings: 1 done, 1 failed, 2 waiting" in text
-        assert "stock: 50 epochs (1.7 h), or those since the best one" in text
+        assert "stock: 50 epochs (1.7 h), or those since the last best checkpoint" in text
         assert "ours: 5 min" in text
 
     def test_nothing_there_at_all(self, experiment: Experiment) -> None:
@@ -151,13 +151,13 @@ class TestResources:
         assert resources.epoch_seconds(standing, stock) == 120
         minutes = resources.estimated_minutes(standing, stock, 1)
         assert minutes == pytest.approx(1.3 * (998 * 2 + 30))
-        # the queue allows a day
+        # the queue allows one day
         assert resources.of_training(standing, stock, 1)["runtime"] == 24 * 60
 
     def test_enough_retries_for_the_time_limit(self, content: dict[str, Any], tmp_path: Path) -> None:
         content["models"] = {"slow": {"epoch_seconds": 360}}
         content |= {"time_limit_hours": 24, "retries": 5}
-        # 1000 epochs of 6 minutes and half an hour: 130.7 h with the margin, 6 jobs of a day, 5 of them ended by it
+        # 1000 epochs of 6 min plus 30 min: 130.7 h with the margin, 6 jobs of one day, 5 of which hit the time limit
         assert resources.training_retries(parse_config(content, tmp_path)) == 5 + 5
 
     def test_on_a_cpu_the_network_is_in_the_machines_memory(self, content: dict[str, Any], tmp_path: Path) -> None:

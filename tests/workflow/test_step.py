@@ -1,4 +1,4 @@
-"""The steps, with stand-ins for the commands; and what of their work counts as done."""
+"""The steps, with stand-ins for the commands, and which results count as done."""
 
 import errno
 import json
@@ -34,13 +34,13 @@ def step(experiment: Experiment, name: str, threads: int = 1) -> Step:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder that what `prepared` makes is kept in, for the next test."""
+    """Return a folder that keeps the files of `prepared` for the next test."""
     return tmp_path_factory.mktemp("template")
 
 
 @pytest.fixture
 def prepared(experiment: Experiment, calls: Calls, tmp_path: Path, template: Path) -> Experiment:
-    """Everything before training is done."""
+    """Return an experiment whose steps before training are done."""
     if any(template.iterdir()):
         shutil.copytree(template, tmp_path, dirs_exist_ok=True)
         return experiment
@@ -131,7 +131,7 @@ class TestPreparation:
         calls()
         fingerprint()
         (call,) = calls()
-        # without, nnU-Net keeps the old one
+        # without --clean, nnU-Net keeps the old fingerprint
         assert call.endswith("--clean")
 
     def test_a_case_that_is_gone_from_the_preprocessed_ones_is_noticed(self, prepared: Experiment) -> None:
@@ -146,7 +146,7 @@ class TestPreparation:
     def test_what_is_trained_on_is_not_replaced_by_a_workflow_that_wants_another(
         self, prepared: Experiment, calls: Calls, what: str
     ) -> None:
-        """Two workflows on one data set, with other options."""
+        """Two workflows with different options share one data set."""
         file = {"splits": "splits_final.json", "plans": "nnUNetPlans.json"}[what]
         before = (prepared.preprocessed / file).read_text()
         option = {"splits": "splits", "plans": "plans_nnUNetPlans"}[what]
@@ -162,7 +162,7 @@ class TestPreparation:
             make()
         assert calls() == []
         assert (prepared.preprocessed / file).read_text() == before
-        # trainings by other plans don't matter to these; folds matter to all
+        # trainings with other plans don't use these plans; all trainings use the folds
         with hold(prepared.fold_lock(prepared.models[1], 1)):
             if what == "plans":
                 make()
@@ -197,7 +197,7 @@ class TestPreparation:
     def test_splits_with_too_few_folds_are_refused(self, prepared: Experiment) -> None:
         (prepared.preprocessed / "workflow" / "splits.json").unlink()
         (prepared.preprocessed / "splits_final.json").write_text('[{"train": ["a"], "val": ["b"]}]')
-        with pytest.raises(StepError, match="make up the others at random"):
+        with pytest.raises(StepError, match="split the missing ones at random"):
             step(prepared, "splits/fold_0.json").split()
 
 
@@ -253,7 +253,7 @@ class TestTrain:
         assert "-p nnUNetPlans" in call
         assert not call.endswith("--c")
         base = prepared.model_folder(prepared.models[0])
-        # nothing is lost, and the fold that is not done yet does not stand beside the new one
+        # the old folds are kept elsewhere; an old fold_1 next to the new fold_0 would mix trainings
         assert {path.name[:6] for path in (base / "replaced").iterdir()} == {"fold_0", "fold_1"}
         assert not (base / "fold_1").exists()
 
@@ -318,7 +318,7 @@ class TestRun:
             time.sleep(0.05)
         child = int(log.read_text().splitlines()[1])
         process.terminate()
-        assert process.wait(15) == 128 + 15  # a command that ends at once need not be waited for
+        assert process.wait(15) == 128 + 15  # no grace period if the command ends at once
         assert log.read_text().splitlines()[-1].endswith("killed by signal 15")
         while Path(f"/proc/{child}").exists() and _state_of(child) != "Z" and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -333,7 +333,7 @@ class TestRun:
             return started[0]
 
         monkeypatch.setattr(subprocess, "Popen", start)
-        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or without a handler the tests would end here
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # without a handler, the signal would end the tests
         try:
             with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
                 run(["sleep", "60"], tmp_path / "log")
@@ -382,7 +382,7 @@ class TestPredict:
         calls()
         record = trained.records / "predict" / "stock" / "part_0.json"
         before = record.read_text()
-        record.unlink()  # as Snakemake does, before it runs a step
+        record.unlink()  # as Snakemake does before it runs a step
         self.predict(trained, 0)
         assert calls() == []
         assert record.read_text() == before
@@ -410,7 +410,7 @@ class TestPredict:
             self.predict(trained, part)
         calls()
         assert make() == ["nnUNetv2_ensemble", "nnunet-conres"]
-        # the case that is gone is gone here too
+        # the removed case is removed here too
         assert sorted(path.name for path in trained.predictions("stock+ours").glob("*.gz")) == ["y.nii.gz", "z.nii.gz"]
 
     def test_postprocessing_and_packages_are_made_once_and_follow_their_folds(
@@ -430,7 +430,7 @@ class TestPredict:
             return [" ".join(call.split()[:2]) for call in calls()]
 
         calls()
-        # what a killed command left is not taken for the whole
+        # partial output of a failed command does not count as complete
         monkeypatch.setenv("FAIL", "nnunet-conres package")
         with pytest.raises(StepError):
             make()
@@ -443,18 +443,18 @@ class TestPredict:
         assert recorded == ["packages/stock/Dockerfile", "packages/stock/model/plans.json"]
         steps = status(experiment).steps
         assert (steps["post-processing"], steps["packages"]) == ("1 of 2 done", "1 of 1 done")
-        # a file that is gone
+        # a deleted file
         (folder / "Dockerfile").unlink()
         records.refresh(experiment)
         assert not (experiment.records / "package/stock.json").exists()
         assert make() == ["nnunet-conres package"]
-        # another training
+        # a new training
         write_if_changed(records.training_record(experiment, experiment.models[0], 0), {"checkpoint": "another"})
         assert make() == ["nnunet-conres postprocess", "nnunet-conres package"]
-        # a folder that the workflow did not make
+        # a folder that the workflow did not create
         shutil.rmtree(folder.parent)
         folder.mkdir(parents=True)
-        for _ in range(2):  # nor does a second attempt remove it
+        for _ in range(2):  # a second attempt doesn't remove it either
             with pytest.raises(StepError, match="exit code 1"):
                 make()
             assert folder.is_dir()
@@ -498,7 +498,7 @@ class TestErrors:
         monkeypatch.setattr(Step, "convert", convert)
         with pytest.raises(ValueError, match="ours"):
             self.main(experiment, content, tmp_path)
-        # for nnunet-conres workflow --status
+        # nnunet-conres workflow --status reads this line
         assert (experiment.logs / "raw.log").read_text() == "[workflow] failed: ValueError: ours\n"
 
     def test_a_log_that_cannot_be_written_is_named(

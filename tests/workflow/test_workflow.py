@@ -45,7 +45,7 @@ class TinyConResNet(nnUNetTrainerConResNet):
 
 
 def run(config: Path, *options: str, check: bool = True, timeout: float = 300) -> str:
-    """`nnunet-conres workflow` in a process of its own; what it printed."""
+    """Run `nnunet-conres workflow` in a separate process and return its output."""
     command = [sys.executable, "-m", "nnunet_conres.cli", "workflow", str(config), *options]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ, timeout=timeout
@@ -55,7 +55,7 @@ def run(config: Path, *options: str, check: bool = True, timeout: float = 300) -
 
 
 def as_yaml(content: dict[str, Any]) -> str:
-    # the first model is the baseline: their order counts
+    # the first model is the baseline, so the order counts
     return yaml.safe_dump(content, sort_keys=False)
 
 
@@ -72,7 +72,7 @@ def wait_for(there: Callable[[], object], seconds: float = 60) -> None:
 
 
 def snakemakes(config: Path) -> list[int]:
-    """Processes of Snakemake, but for its jobs, that run an experiment."""
+    """Return the ids of Snakemake's processes for an experiment, without those of its jobs."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -83,7 +83,7 @@ def snakemakes(config: Path) -> list[int]:
 
 
 def dry_run(config: Path, *options: str) -> dict[str, list[str]]:
-    """What Snakemake would do: what it says of every job, by rule."""
+    """Return Snakemake's description of every job it would run, by rule."""
     jobs: dict[str, list[str]] = {}
     for block in run(config, "--dry-run", "--printshellcmds", *options).split("\n\n"):
         if found := re.search(r"^(?:local)?rule (\w+):", block, re.MULTILINE):
@@ -143,7 +143,7 @@ class TestWithStandIns:
     def test_everything_once_and_then_only_what_changed(
         self, config: Path, content: dict[str, Any], tmp_path: Path, calls: Callable[[], list[str]]
     ) -> None:
-        # a folder that a shell would take for two
+        # a folder name that a shell would split in two
         content |= {"work": "my work", "postprocess": True, "package": {"models": "ours"}}
         config.write_text(as_yaml(content))
         run(config, "--cores", "2")
@@ -178,12 +178,12 @@ class TestWithStandIns:
         assert "Nothing to be done" in run(config, "--cores", "2")
         assert calls() == []
 
-        # the plans of one model: its trainings and what is made of them, and nothing of the other
+        # new plans of one model: its trainings and everything that depends on them run again, the other model's do not
         experiment = parse_config(content, tmp_path)
         plans = experiment.preprocessed / "nnUNetConResNetPlans.json"
         plans.write_text(plans.read_text().replace("[8, 8, 8]", "[16, 8, 8]"))
         run(config, "--cores", "2")
-        # steps know the models in the order of the configuration, which makes the name of an ensemble
+        # steps see the models in the configuration's order, which determines the name of an ensemble
         noted = json.loads((experiment.records / "experiment.json").read_text())
         assert list(noted["content"]["models"]) == ["stock", "ours"]
         again = calls()
@@ -219,7 +219,7 @@ class TestWithStandIns:
         processes = [start(one, "--cores", "2", "--until", "train") for one in (config, other)]
         reported = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], reported
-        # but for the memory, which each asks for itself
+        # except for memory, which each workflow estimates itself
         made = [call for call in calls() if not call.startswith("nnunet-conres memory")]
         assert len(set(made)) == len(made)
         assert len([call for call in made if call.startswith("nnUNetv2_train")]) == 4
@@ -273,7 +273,7 @@ class TestWithStandIns:
 
     def test_is_not_run_twice_at_once(self, config: Path, tmp_path: Path, calls: Callable[[], list[str]]) -> None:
         with hold(tmp_path / "work" / "workflow.lock"):
-            assert "is being run already" in run(config, check=False)
+            assert "is already running" in run(config, check=False)
         assert calls() == []
 
     @pytest.mark.slow
@@ -293,12 +293,12 @@ class TestWithStandIns:
         process.send_signal(number)
         reported = process.communicate(timeout=60)[0]
         assert process.returncode != 0
-        assert reported.count("Interrupted. Snakemake ends its jobs") == 1
+        assert reported.count("Interrupted. Snakemake is stopping its jobs") == 1
         assert "Traceback" not in reported
         found = json.loads(run(config, "--status", "--json"))
         assert {one["state"] for one in found["folds"]} == {"waiting"}
         assert [one["where"] for one in found["folds"] if one["attempts"]] == ["killed by signal 2"]
-        # and nothing has to be cleaned up
+        # no cleanup is needed
         monkeypatch.delenv("SLEEP")
         calls()
         run(config, "--cores", "2", "--until", "train")
@@ -313,12 +313,12 @@ class TestWithStandIns:
         process.kill()
         process.wait()
         try:
-            assert "is being run already" in run(config, check=False)
+            assert "is already running" in run(config, check=False)
         finally:
             (snakemake,) = snakemakes(config)
             os.kill(snakemake, signal.SIGKILL)
         wait_for(lambda: not snakemakes(config))
-        # the training goes on by itself, and the next run waits for it
+        # the training continues on its own, and the next run waits for it
         assert "running" in run(config, "--status")
         monkeypatch.setenv("SLEEP", "nothing")
         (config.parent / "wake").touch()
@@ -328,7 +328,7 @@ class TestWithStandIns:
     def test_gpus_and_slurm_resources_reach_the_jobs(
         self, config: Path, content: dict[str, Any], calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # the plugin would hand on what is empty: sbatch --qos=''
+        # the SLURM plugin would pass on empty values: sbatch --qos=''
         assert not [
             one
             for job in dry_run(config)["train"]
@@ -361,10 +361,10 @@ class TestWithStandIns:
             assert ("-num_gpus 2" in command) == (model.name == "ours")
             assert "-device cuda" in command
         assert all("gpu=1" in resources_of(job) for job in jobs["predict"])
-        # where there are too few, nothing is begun
+        # with too few GPUs, nothing starts
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
         assert "a training needs 2 GPUs, but nvidia-smi and CUDA_VISIBLE_DEVICES list 1" in run(config, check=False)
-        # what the configuration tells the steps comes before what this shell has
+        # the configuration's environment takes precedence over the shell's
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
         content.setdefault("environment", {})["CUDA_VISIBLE_DEVICES"] = "2"
         config.write_text(as_yaml(content))

@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML page that opens without a network, a server or anything beside it."""
+"""The report of a comparison: a single HTML page that needs no network, no server and no other files."""
 
 from nnunet_conres.evaluation.report.page import REPORT_FORMAT, report_page
 

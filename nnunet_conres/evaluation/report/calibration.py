@@ -1,4 +1,4 @@
-"""The section of the report's page on calibration, as HTML."""
+"""The calibration section of the report, as HTML."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from nnunet_conres.evaluation.report.text import escape, number, readable
 
 
 def calibration(comparison: Mapping[str, Any]) -> str:
-    """How far predicted probabilities can be relied on; empty where that was not asked for.
+    """Return the section on the calibration of probabilities; empty if calibration was not requested.
 
     Args:
-        comparison: The content of report.json.
+        comparison: Content of report.json.
     """
     found = comparison.get("calibration")
     if not found:
@@ -55,9 +55,9 @@ def calibration(comparison: Mapping[str, Any]) -> str:
         f'{without}<ul class="legend">{keys}</ul>'
         '<p class="note">Expected calibration error (ECE): voxels are sorted by their predicted probability of the '
         f"region into {found['bins']} equal bins; the error is the mean over the voxels of the distance between mean "
-        "probability and observed frequency of their bin, 0 to 1. On the dashed diagonal both agree. Below it, a "
-        "model is too sure that voxels are of the region; above it, too sure that they are not. Bins with few voxels "
-        f"scatter; reliability.csv has their numbers.</p>{''.join(parts)}"
+        "probability and observed frequency of their bin, 0 to 1. On the dashed diagonal both agree. Below it, "
+        "a model overestimates the probability of the region; above it, it underestimates it. Bins with few voxels "
+        f"are noisy; reliability.csv has their numbers.</p>{''.join(parts)}"
     )
 
 
@@ -68,8 +68,8 @@ def _tables(
     regions: list[str],
     shown: list[str],
 ) -> str:
-    """Mean over the cases, error of all cases' voxels together, and paired differences."""
-    # The same tables as those of the other metrics, of the models that have probabilities.
+    """Return tables of the mean over the cases, the error over all cases' voxels, and the paired differences."""
+    # The same tables as for the other metrics, restricted to models with probabilities.
     of_calibration = {**comparison, "summary": found["summary"], "comparisons": found["comparisons"]}
     columns = [*regions, MEAN] if len(regions) > 1 else regions
     summary = summary_table(
@@ -91,7 +91,7 @@ def _tables(
 
 
 def _without(found: Mapping[str, Any]) -> str:
-    """Which models have no probabilities, and what makes them; empty if all have some."""
+    """Return a list of the models without probabilities and the commands that make them; empty if there are none."""
     if not found["without"]:
         return ""
     models = ", ".join(

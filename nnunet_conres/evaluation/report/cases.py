@@ -1,4 +1,4 @@
-"""Cases for the report's viewer: cropped, thinned out and packed into pictures that a web page can hold."""
+"""Cases for the report's viewer: cropped, reduced to some slices and packed into pictures for a web page."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from numpy.typing import NDArray
 
 from nnunet_conres.evaluation.figures import content_range, grey_window
 
-# Of WebP: compression that is not seen at the size a slice is shown in.
+# WebP quality: compression artefacts are invisible at the size in which slices are shown.
 _IMAGE_QUALITY: Final = 60
 
-# Regions in a plane: one bit each of an 8-bit grey picture.
+# Regions per plane: one bit each of an 8-bit grey picture.
 _BITS: Final = 8
 
-# Slices shown beyond the first and the last that are labelled.
+# Slices shown before the first and after the last labelled slice.
 _MARGIN: Final = 3
 
-# A side of a WebP picture has no more pixels.
+# WebP's maximum side length in pixels.
 _LONGEST_SIDE: Final = 16383
 
-# In a picture: a browser keeps a dozen of them in memory with four bytes a pixel.
+# Pixels per picture. A browser keeps a dozen pictures in memory, with four bytes per pixel.
 _MOST_PIXELS: Final = 1 << 23
 
 
 @dataclass(frozen=True)
 class CaseVolumes:
-    """Voxels of a case to look at.
+    """Voxels of a case for the viewer.
 
-    Slices are taken along the first axis and shown as they are, the first row on top: arrays are best turned to LPS
+    Slices are taken along the first axis and shown unchanged, the first row on top. The arrays should be in LPS
     orientation, in which slices are seen from the feet with the face up.
 
     Attributes:
@@ -41,7 +41,7 @@ class CaseVolumes:
         images: (C, z, y, x), any intensities; background has the value of the first voxel.
         channels: Name of every channel.
         reference: Label map (z, y, x), or None if there is none.
-        predictions: Label map (z, y, x) of every model, by the model's key.
+        predictions: Label map (z, y, x) of every model, by model key.
         regions: Label values of every label or region, by name.
         spacing: Voxel size along (z, y, x) in mm.
     """
@@ -55,7 +55,7 @@ class CaseVolumes:
     spacing: Sequence[float] = (1.0, 1.0, 1.0)
 
     def errors(self) -> list[str]:
-        """What keeps these volumes from being shown, in sentences; empty if nothing does."""
+        """Return a message for every error that prevents showing these volumes."""
         if self.images.ndim != 4 or 0 in self.images.shape:
             return [f"The images of {self.case_id} have shape {self.images.shape}; expected (C, z, y, x), none 0."]
         found = []
@@ -80,24 +80,24 @@ class CaseVolumes:
 
 
 def pack_case(case: CaseVolumes, slices_per_case: int = 64) -> dict[str, Any]:
-    """Turn volumes into what the page's viewer reads.
+    """Convert volumes to the data of the page's viewer.
 
-    Slices are cut to what is not background, windowed to 8 bits, and laid out side by side in one picture per channel,
-    with losses that are not seen. Labels are kept as they are: one bit per region, in pictures without loss. So are the
-    inter-slice residuals, which are those of the whole volume, whichever slices are shown.
+    Slices are cropped to the non-background area, windowed to 8 bits, and laid out side by side in one picture per
+    channel, with invisible compression losses. Labels are stored without loss, one bit per region. So are the
+    inter-slice residuals, which are computed on the whole volume before slices are selected.
 
     Args:
         case: The volumes.
-        slices_per_case: How many slices to keep at most, 1 or more; fewer are kept where slices are very large.
+        slices_per_case: Maximum number of slices, 1 or more. Fewer are kept if slices are very large.
 
     Returns:
-        `id`; `size` (rows, columns) of a slice and `spacing` (y, x) of its pixels; `depth`, how many slices there are,
-        `slices`, the indices of those kept, `start`, the position among them to begin with, and `columns`, how many are
-        side by side in a picture; `channels` with name and picture; `regions`; `labels` and `residuals`, pictures with
-        eight regions each, by "reference" or the model's key. Pictures are data URLs.
+        `id`; `size` (rows, columns) of a slice and `spacing` (y, x) of its pixels; `depth`, the number of slices of the
+        volume; `slices`, the indices of the kept slices; `start`, the position of the initial slice in `slices`;
+        `columns`, the number of slices side by side in a picture; `channels` with name and picture; `regions`; `labels`
+        and `residuals`, pictures with eight regions each, by "reference" or the model's key. Pictures are data URLs.
 
     Raises:
-        ValueError: The volumes do not fit each other; all errors are named.
+        ValueError: The volumes do not match. Lists all errors.
     """
     errors = case.errors()
     if slices_per_case < 1:
@@ -148,7 +148,7 @@ def pack_case(case: CaseVolumes, slices_per_case: int = 64) -> dict[str, Any]:
 
 
 def _residuals(label_map: NDArray[Any], regions: Mapping[str, Sequence[int]]) -> NDArray[np.bool_]:
-    """Inter-slice residual of every region, (R, z, y, x)."""
+    """Compute the inter-slice residual of every region, (R, z, y, x)."""
     import torch
 
     from nnunet_conres.residuals import label_residual
@@ -159,9 +159,9 @@ def _residuals(label_map: NDArray[Any], regions: Mapping[str, Sequence[int]]) ->
 
 
 def _shown_area(images: NDArray[Any], membership: Mapping[str, NDArray[np.bool_]]) -> tuple[slice, slice]:
-    """Rows and columns with anything but background, in the images or in a label map."""
+    """Return the rows and columns that contain more than background, in the images or in a label map."""
     ranges = [list(limits) for limits in content_range(images)]
-    # A prediction outside the head is a finding that must not be cut off.
+    # False positives outside the head must stay visible.
     labelled = np.any([masks.any(axis=(0, 1)) for masks in membership.values()], axis=0)
     for axis, limits in enumerate(ranges):
         occupied = np.flatnonzero(labelled.any(axis=1 - axis))
@@ -172,7 +172,7 @@ def _shown_area(images: NDArray[Any], membership: Mapping[str, NDArray[np.bool_]
 
 
 def _shown_slices(images: NDArray[Any], membership: Mapping[str, NDArray[np.bool_]], number: int) -> NDArray[np.intp]:
-    """Indices of the slices to keep: those with labels, or with anything if there are none, at even distances."""
+    """Return evenly spaced indices over the labelled slices; without labels, over the non-background slices."""
     depth = images.shape[1]
     occupied = np.flatnonzero(np.any([masks.any(axis=(0, 2, 3)) for masks in membership.values()], axis=0))
     if not occupied.size:
@@ -183,7 +183,10 @@ def _shown_slices(images: NDArray[Any], membership: Mapping[str, NDArray[np.bool
 
 
 def _most_different(membership: Mapping[str, NDArray[np.bool_]], slices: NDArray[np.intp]) -> int:
-    """Position of the slice whose label maps differ most from the first of them; of that with most labels if equal."""
+    """Return the position of the slice in which label maps differ most from the first label map.
+
+    If no slice differs, it is the slice with most labels.
+    """
     first, *others = (masks[:, slices] for masks in membership.values())
     different = np.zeros(len(slices), np.int64)
     for other in others:
@@ -194,7 +197,7 @@ def _most_different(membership: Mapping[str, NDArray[np.bool_]], slices: NDArray
 
 
 def _planes(masks: NDArray[np.bool_]) -> list[NDArray[np.uint8]]:
-    """Masks (R, z, y, x) as bits of 8-bit volumes (z, y, x): region r is bit r % 8 of volume r // 8."""
+    """Pack masks (R, z, y, x) into the bits of 8-bit volumes (z, y, x): region r is bit r % 8 of volume r // 8."""
     planes = []
     for start in range(0, len(masks), _BITS):
         plane = np.zeros(masks.shape[1:], np.uint8)
@@ -205,7 +208,7 @@ def _planes(masks: NDArray[np.bool_]) -> list[NDArray[np.uint8]]:
 
 
 def _side_by_side(slices: NDArray[Any], per_row: int) -> NDArray[Any]:
-    """Slices (n, y, x) in rows of some, from left to right and top to bottom; what is left over is 0."""
+    """Arrange slices (n, y, x) in rows of `per_row`, left to right and top to bottom; unused space is 0."""
     number, rows, columns = slices.shape
     grid = -(-number // per_row)
     sheet = np.zeros((grid * per_row, rows, columns), slices.dtype)
@@ -214,7 +217,7 @@ def _side_by_side(slices: NDArray[Any], per_row: int) -> NDArray[Any]:
 
 
 def _picture(pixels: NDArray[np.uint8], *, lossless: bool = False) -> str:
-    """An 8-bit grey picture as a data URL."""
+    """Encode an 8-bit grey picture as a data URL."""
     from PIL import Image, features
 
     kind = "png" if lossless else "webp" if features.check("webp") else "jpeg"

@@ -1,4 +1,4 @@
-"""The report's charts as SVG, in the colours and fonts of the page that they stand in."""
+"""The report's charts as SVG, in the colours and fonts of the surrounding page."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from numpy.typing import NDArray
 
 from nnunet_conres.evaluation.report.text import escape, is_number, letter, plain_number, shortened
 
-# Of different models in report.css; from then on they come again.
+# Number of model colours in report.css. Further models reuse them from the start.
 NUMBER_OF_COLOURS: Final = 7
 
-# In units of the drawing; the page scales it to the room there is.
+# In units of the drawing, which the page scales to the available space.
 _WIDTH: Final = 360
 _MARGIN: Final = 8
 _TOP: Final = 2
 _ROW: Final = 62
 _FOOT: Final = 44
 
-# Within a row: the head's two lines, the middle of the points, and the mean below them.
+# Vertical positions within a row: the head's two lines, the centre of the points, and the mean below them.
 _NAME, _NOTE, _POINTS, _MEAN = 12, 25, 45, 58
 _HALF_BOX: Final = 10.5
 
-# A quarter of so few values is no value in particular.
+# Fewest values with a box: quartiles of fewer values are meaningless.
 _SMALLEST_BOX: Final = 5
 
-# Where the largest value is that many times the 90th percentile, an even scale would show it and nothing else.
+# If the largest value is more than this many times the 90th percentile, it would dominate a linear scale.
 _LONG_TAIL: Final = 6.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a chart shows of a model.
+    """A model's row in a chart.
 
     Attributes:
-        index: The model's place in the comparison; gives colour and letter.
+        index: The model's position in the comparison, which determines its colour and letter.
         name: The model's name.
-        values: A number per case, finite.
-        note: Stands below the name.
+        values: One finite number per case.
+        note: Text below the name.
         centre: Mean difference to the baseline.
-        low: Lower end of its interval.
-        high: Upper end.
+        low: Lower end of the interval of the mean difference.
+        high: Upper end of this interval.
     """
 
     index: int
@@ -58,13 +58,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve over the epochs.
+    """A curve, such as a loss over the epochs.
 
     Attributes:
-        index: The model's place in the comparison.
-        epochs: x.
-        values: y; None where there is none.
-        dashed: Whether to draw it dashed.
+        index: The model's position in the comparison.
+        epochs: x values: epochs, or mean probabilities in a reliability chart.
+        values: y values; None if missing.
+        dashed: Whether to draw the curve dashed.
     """
 
     index: int
@@ -74,7 +74,7 @@ class Line:
 
 
 def colour_of(index: int) -> str:
-    """The variable of the style sheet that holds a model's colour."""
+    """Return the style sheet variable of a model's colour."""
     return f"var(--model-{index % NUMBER_OF_COLOURS})"
 
 
@@ -83,8 +83,8 @@ def distribution_chart(rows: Sequence[Row], *, axis: str, title: str) -> str:
 
     Args:
         rows: One per model.
-        axis: What the values are, with unit.
-        title: Read out instead of the picture.
+        axis: Axis label, with unit.
+        title: Alternative text for screen readers.
 
     Returns:
         An svg element.
@@ -108,9 +108,9 @@ def difference_chart(rows: Sequence[Row], *, axis: str, better: str | None, titl
 
     Args:
         rows: One per model other than the baseline; `values` are the differences.
-        axis: What differs, with unit.
+        axis: Axis label, with unit.
         better: "higher" if positive differences are gains, "lower" if negative ones are, None if neither.
-        title: Read out instead of the picture.
+        title: Alternative text for screen readers.
 
     Returns:
         An svg element.
@@ -123,7 +123,7 @@ def difference_chart(rows: Sequence[Row], *, axis: str, better: str | None, titl
     for place, row in enumerate(rows):
         top = _TOP + place * _ROW
         parts += _head(row, top)
-        # Not through the text.
+        # Starts at half height, so that it does not cross the text.
         parts.append(_stroke(f"M{zero:.1f} {top + _ROW / 2:.1f}V{top + _ROW:.1f}", 1.2))
         values = np.sort(np.asarray(row.values, float))
         parts.append(_points(scale(values), top, row.index))
@@ -143,12 +143,12 @@ def difference_chart(rows: Sequence[Row], *, axis: str, better: str | None, titl
 
 
 def curve_chart(lines: Sequence[Line], *, axis: str, title: str) -> str:
-    """Draw curves over the epochs, those of a model in its colour.
+    """Draw curves over the epochs, each in the colour of its model.
 
     Args:
         lines: The curves.
-        axis: What the values are.
-        title: Read out instead of the picture.
+        axis: Label of the y axis.
+        title: Alternative text for screen readers.
 
     Returns:
         An svg element.
@@ -173,7 +173,7 @@ def curve_chart(lines: Sequence[Line], *, axis: str, title: str) -> str:
     parts.append(_text((left + right) / 2, bottom + 27, "epoch", "muted", "middle"))
 
     solid = [line.index for line in lines if not line.dashed]
-    # Of several folds each has a line; thinner ones can be distinguished.
+    # A model with several folds has several lines; thin lines are easier to distinguish.
     width = 1.1 if len(solid) > len(set(solid)) else 1.8
     ends: dict[int, tuple[float, float]] = {}
     for line, (x, y) in zip(lines, drawn, strict=True):
@@ -183,7 +183,7 @@ def curve_chart(lines: Sequence[Line], *, axis: str, title: str) -> str:
         across, down = horizontal(x), vertical(y)
         if known.size == 1:
             parts.append(_dots(across[known], down[known], 5, colour_of(line.index), 0.6))
-        # A gap begins a new part of the path.
+        # Start a new part of the path after a gap.
         starts = np.diff(known, prepend=-2) > 1
         points = zip(starts, across[known].tolist(), down[known].tolist(), strict=True)
         path = "".join(f"{'M' if start else 'L'}{a:.1f} {b:.1f}" for start, a, b in points)
@@ -200,8 +200,9 @@ def reliability_chart(lines: Sequence[Line], *, title: str) -> str:
     """Draw observed frequency over predicted probability, and the diagonal of perfect calibration.
 
     Args:
-        lines: The models' curves; `epochs` are mean probabilities of the bins, `values` frequencies, both 0 to 1.
-        title: Read out instead of the picture.
+        lines: The models' curves. `epochs` are the mean probabilities of the bins, `values` the observed frequencies,
+            both 0 to 1.
+        title: Alternative text for screen readers.
 
     Returns:
         An svg element.
@@ -235,7 +236,7 @@ def reliability_chart(lines: Sequence[Line], *, title: str) -> str:
 
 
 def summary_note(values: Sequence[float], decimals: int) -> str:
-    """What stands below a model's name: median, quartiles and number of cases."""
+    """Return the note below a model's name: median, quartiles and number of cases."""
     if not len(values):
         return "no values"
     low, middle, high = np.percentile(values, (25, 50, 75))
@@ -248,14 +249,15 @@ def summary_note(values: Sequence[float], decimals: int) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Where values lie along an axis.
+    """Maps values to positions along an axis.
 
     Attributes:
         low: Value at the start.
         high: Value at the end.
-        start: Of the axis, in units of the drawing.
-        end: Likewise.
-        threshold: Size up to which it is even, and beyond which logarithmic; None for even throughout.
+        start: Position of the start, in units of the drawing.
+        end: Position of the end, in units of the drawing.
+        threshold: Absolute value up to which the scale is linear, and beyond which it is logarithmic; None for a linear
+            scale.
     """
 
     low: float
@@ -277,7 +279,12 @@ class _Scale:
         return np.sign(values) * np.where(sizes <= 1, sizes, 1 + np.log10(np.maximum(sizes, 1)))
 
     def ticks(self, most: int, *, whole: bool = False) -> list[float]:
-        """Round values within the range, with at most so many steps between them."""
+        """Return tick values within the range.
+
+        Args:
+            most: Maximum number of steps on a linear scale; on a logarithmic one, of powers of ten per sign.
+            whole: Whether ticks have to be integers; ignored on a logarithmic scale.
+        """
         if self.threshold is not None:
             first, last = round(math.log10(self.threshold)), math.floor(math.log10(max(self.high, -self.low)))
             powers = [10.0**power for power in range(first, last + 1, -(-(last - first + 1) // most))]
@@ -291,7 +298,7 @@ class _Scale:
 
 
 def _scale(given: Sequence[float], *, symmetric: bool = False) -> _Scale:
-    """A horizontal axis that shows all values."""
+    """Return a horizontal axis that shows all values."""
     values = np.asarray(given, float)
     values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
@@ -315,7 +322,7 @@ def _scale(given: Sequence[float], *, symmetric: bool = False) -> _Scale:
 
 
 def _even(values: Sequence[NDArray[np.float64]], start: float, end: float) -> _Scale:
-    """An axis of a plot of curves."""
+    """Return an axis for curves."""
     known = np.concatenate([of[np.isfinite(of)] for of in values]) if values else np.empty(0)
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     room = 0.05 * (high - low) or max(0.05 * abs(high), 0.05)
@@ -323,7 +330,7 @@ def _even(values: Sequence[NDArray[np.float64]], start: float, end: float) -> _S
 
 
 def _labelled(ticks: Sequence[float]) -> list[tuple[float, str]]:
-    """Values beside their texts, with the decimals that tell them apart."""
+    """Return tick values with their labels, which have as many decimals as the values need."""
     decimals = next(
         (n for n in range(7) if all(abs(tick - round(tick, n)) <= 1e-9 + 1e-6 * abs(tick) for tick in ticks)), None
     )
@@ -332,7 +339,7 @@ def _labelled(ticks: Sequence[float]) -> list[tuple[float, str]]:
 
 
 def _apart(ends: Mapping[int, tuple[float, float]], top: float, bottom: float) -> Iterable[tuple[int, float, float]]:
-    """Models with the ends of their curves, pushed apart where letters would cover each other."""
+    """Return models with the ends of their curves, moved apart where their letters would overlap."""
     step = (bottom - top) / 13
     order = sorted(ends, key=lambda index: -ends[index][1])
     heights: list[float] = []
@@ -349,7 +356,7 @@ def _apart(ends: Mapping[int, tuple[float, float]], top: float, bottom: float) -
 
 
 def _frame(scale: _Scale, rows: int, label: str) -> list[str]:
-    """Grid lines, the axis and what it is."""
+    """Draw the grid lines and the axis with its label."""
     bottom = _TOP + rows * _ROW
     parts = []
     for value, text in _labelled(scale.ticks(6)):
@@ -371,7 +378,7 @@ def _head(row: Row, top: float) -> list[str]:
 
 
 def _points(x: NDArray[np.float64], top: float, index: int) -> str:
-    # The golden ratio spreads neighbours apart, and always in the same way.
+    # Golden-ratio jitter separates neighbours, and is reproducible.
     spread = np.asarray(np.arange(len(x)) * 0.6180339887 % 1 - 0.5, np.float64) * (len(x) > 1)
     return _dots(x, top + _POINTS + 16 * spread, 4.2 if len(x) <= 200 else 3, colour_of(index), 0.6)
 
@@ -379,7 +386,7 @@ def _points(x: NDArray[np.float64], top: float, index: int) -> str:
 def _dots(
     x: NDArray[np.float64], y: NDArray[np.float64], size: float, colour: str = "var(--ink)", opacity: float = 1
 ) -> str:
-    """Points as round ends of lines without a length: one path, not an element each."""
+    """Draw points as round caps of zero-length lines: a single path instead of one element per point."""
     path = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x.tolist(), y.tolist(), strict=True))
     style = f"stroke: {colour}; stroke-width: {size}; stroke-linecap: round; opacity: {opacity}"
     return f'<path d="{path}" style="{style}"/>' if path else ""
@@ -409,7 +416,7 @@ def _stroke(path: str, width: float, colour: str = "var(--ink)", *, dashed: bool
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start", *, style: str = "") -> str:
-    """A line of text whose middle is at a height."""
+    """Draw a line of text that is vertically centred at y."""
     attributes = (f' class="{kind}"' if kind else "") + (f' style="{style}"' if style else "")
     return f'<text x="{x:.1f}" y="{y:.1f}" dy=".35em" text-anchor="{anchor}"{attributes}>{escape(text)}</text>'
 

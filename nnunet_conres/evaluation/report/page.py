@@ -1,4 +1,4 @@
-"""The page of the report, from a comparison and the pictures of some of its cases."""
+"""The report's HTML page, built from a comparison and the pictures of some of its cases."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from nnunet_conres.evaluation.report.sections import asset
 from nnunet_conres.evaluation.report.text import escape, script_data
 
 REPORT_FORMAT: Final = 1
-"""Of report.json."""
+"""Format version of report.json."""
 
-# What the page cannot do without.
+# Required entries of report.json.
 _DICTIONARIES: Final = ("dataset", "summary")
 _LISTS: Final = ("regions", "metrics", "models", "comparisons", "conclusions", "warnings", "cases", "disagreements")
 
 
 def report_page(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]] = ()) -> str:
-    """A comparison of models as one HTML page.
+    """Return the HTML page of a comparison of models.
 
     Args:
-        comparison: The content of report.json, format 1. Any number in it may be None, and NaN and infinities are
-            taken for None.
-        pictures: Cases to look at slice by slice, as `pack_case` makes them, in the order to show them in.
+        comparison: Content of report.json, format 1. Any number in it may be None; NaN and infinities count as None.
+        pictures: Cases for the slice viewer, from `pack_case`, in display order.
 
     Returns:
         The page.
 
     Raises:
-        ValueError: The comparison lacks something or contradicts itself, or pictures do not belong to it.
+        ValueError: The comparison is incomplete or contradicts itself, or pictures do not belong to it.
     """
     if errors := list(_errors(comparison)):
         raise ValueError("\n".join(["The comparison cannot be shown:", *errors]))
@@ -43,7 +42,7 @@ def report_page(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, A
 
 
 def _errors(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """Everything that keeps a comparison from being shown."""
+    """Yield a message for every error that prevents showing a comparison."""
     if comparison.get("format") != REPORT_FORMAT:
         yield f"'format' is {comparison.get('format')!r}; expected {REPORT_FORMAT}."
     wrong = {key: "a dictionary" for key in _DICTIONARIES if not isinstance(comparison.get(key), Mapping)}
@@ -74,7 +73,7 @@ def _errors(comparison: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _picture_errors(comparison: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Everything that keeps pictures from being shown."""
+    """Yield a message for every error that prevents showing pictures."""
     cases = {case["id"] for case in comparison["cases"]}
     models = {model["key"] for model in comparison["models"]}
     ids = [picture["id"] for picture in pictures]
@@ -108,7 +107,7 @@ def _page(comparison: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -
     data = f'<script type="application/json" id="data">{script_data(sections.data(comparison))}</script>' + "".join(
         f'<script type="application/json" class="volumes">{script_data(case)}</script>' for case in volumes
     )
-    # No script but the page's own is run, and nothing at all is fetched: pictures are in the page.
+    # Only the page's own script may run, and nothing is fetched: pictures are embedded in the page.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     policy = (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "

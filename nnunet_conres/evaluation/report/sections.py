@@ -1,4 +1,4 @@
-"""The sections of the report's page, as HTML."""
+"""The sections of the report, as HTML."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from nnunet_conres.evaluation.report.text import (
 )
 from nnunet_conres.evaluation.rules import rules_text
 
-# Of curves, by what follows "train_" or "val_".
+# Titles of curves, by their log key without "train_" or "val_" and "_losses".
 _CURVE_TITLES: Final = {
     "losses": "Loss",
     "segmentation": "Segmentation loss",
@@ -50,17 +50,17 @@ _CURVE_TITLES: Final = {
 }
 
 
-# Of a loss that is the sum of two.
+# The two terms of a loss that includes a residual loss.
 _PARTS: Final = frozenset({"segmentation", "residual"})
 
 
 def asset(name: str) -> str:
-    """A file that is part of the page and lies beside this module."""
+    """Read a file of the page from this package's folder."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def title(comparison: Mapping[str, Any]) -> str:
-    """What the page is called, as plain text."""
+    """Return the page's title, as plain text."""
     name = comparison["dataset"].get("name") or "comparison"
     singles = [model["name"] for model in comparison["models"] if not model.get("members")]
     if len(singles) == 2:
@@ -69,7 +69,7 @@ def title(comparison: Mapping[str, Any]) -> str:
 
 
 def what(comparison: Mapping[str, Any]) -> str:
-    """What was compared."""
+    """Return the description of the compared cases and models."""
     dataset = comparison["dataset"]
     number = dataset.get("number_of_cases")
     number = number if is_number(number) else len(comparison["cases"])
@@ -91,7 +91,7 @@ def what(comparison: Mapping[str, Any]) -> str:
 
 
 def warnings(comparison: Mapping[str, Any]) -> str:
-    """What the reader has to mind; empty if there is nothing."""
+    """Return the warnings; empty if there are none."""
     if not comparison["warnings"]:
         return ""
     items = "".join(f"<li>{escape(without_folders(warning))}</li>" for warning in comparison["warnings"])
@@ -102,19 +102,19 @@ def warnings(comparison: Mapping[str, Any]) -> str:
 
 
 def _regions(comparison: Mapping[str, Any]) -> list[str]:
-    """Regions to show, and their mean where there is one of several."""
+    """Return the regions to show, followed by their mean if there are several regions."""
     regions = [str(region) for region in comparison["regions"]]
     has_mean = any(MEAN in (scores or {}) for case in comparison["cases"] for scores in case["scores"].values())
     return [*regions, MEAN] if has_mean and len(regions) > 1 else regions
 
 
 def _overall(comparison: Mapping[str, Any]) -> str:
-    """The region that stands for a case as a whole."""
+    """Return the region key that stands for a case as a whole."""
     return _regions(comparison)[-1]
 
 
 def metric_choice(comparison: Mapping[str, Any]) -> str:
-    """The choice of the metric that the page shows."""
+    """Return the control that selects the metric to show."""
     options = "".join(
         f'<option value="{escape(metric["key"])}">{metric_title(metric)}</option>' for metric in comparison["metrics"]
     )
@@ -122,7 +122,7 @@ def metric_choice(comparison: Mapping[str, Any]) -> str:
 
 
 def _by_metric(comparison: Mapping[str, Any], content: Mapping[str, str]) -> str:
-    """A part per metric, of which the page shows one at a time; all of them without its script."""
+    """Return one part per metric. The page shows one at a time, or all of them without scripts."""
     return "".join(
         f'<div data-metric="{escape(metric["key"])}">{content[metric["key"]]}</div>'
         for metric in comparison["metrics"]
@@ -131,7 +131,7 @@ def _by_metric(comparison: Mapping[str, Any], content: Mapping[str, str]) -> str
 
 
 def summary(comparison: Mapping[str, Any]) -> str:
-    """Mean scores per model, and what may be concluded from them."""
+    """Return the mean scores per model and the conclusions."""
     regions = _regions(comparison)
     several = len(comparison["models"]) > 1
     bold = (
@@ -165,19 +165,18 @@ def summary(comparison: Mapping[str, Any]) -> str:
 
 
 def costs(comparison: Mapping[str, Any]) -> str:
-    """What each model costs; empty if nothing is known of it."""
+    """Return each model's costs; empty if no costs are known."""
     if not any(model.get("cost") for model in comparison["models"]):
         return ""
     return (
         cost_table(comparison)
-        + '<p class="note">GFLOP are those of all convolutions, once forward, for a patch. Of an ensemble, what its '
-        "members cost together, as far as it is known. Times compare only "
-        "where device and precision are the same.</p>"
+        + '<p class="note">GFLOP: all convolutions in one forward pass of a patch. For an ensemble: the sum over its '
+        "members, where known. Times are comparable only for the same device and precision.</p>"
     )
 
 
 def _values(comparison: Mapping[str, Any], model: str, region: str, metric: str) -> list[float | None]:
-    """A model's score in every case; None where there is none."""
+    """Return a model's score in every case; None if undefined."""
     values = []
     for case in comparison["cases"]:
         value = ((case["scores"].get(model) or {}).get(region) or {}).get(metric)
@@ -186,7 +185,7 @@ def _values(comparison: Mapping[str, Any], model: str, region: str, metric: str)
 
 
 def _charts(title: str, charts: Mapping[str, str]) -> str:
-    """Charts side by side, each below its region's name."""
+    """Return charts side by side, each below the name of its region."""
     figures = "".join(
         f"<figure><figcaption>{region_name(region)}</figcaption>{chart}</figure>" for region, chart in charts.items()
     )
@@ -194,7 +193,7 @@ def _charts(title: str, charts: Mapping[str, str]) -> str:
 
 
 def distributions(comparison: Mapping[str, Any]) -> str:
-    """Every case's score, per metric, region and model."""
+    """Return charts of every case's score, per metric, region and model."""
     parts = {}
     for metric in comparison["metrics"]:
         charts = {}
@@ -225,7 +224,7 @@ def _baseline(comparison: Mapping[str, Any]) -> int:
 
 
 def differences(comparison: Mapping[str, Any]) -> str:
-    """Every case's difference to the baseline, and the paired statistics; empty if there is one model only."""
+    """Return every case's difference to the baseline and the paired statistics; empty if there is only one model."""
     models = comparison["models"]
     if len(models) < 2:
         return ""
@@ -288,7 +287,7 @@ def differences(comparison: Mapping[str, Any]) -> str:
 
 
 def _extremes(pairs: Sequence[tuple[float, str]], decimals: int) -> str:
-    """The cases at both ends, by name."""
+    """Return a note that names the cases with the lowest and the highest difference."""
     if not pairs:
         return "no case with both values"
     low, high = min(pairs), max(pairs)
@@ -300,7 +299,7 @@ def _extremes(pairs: Sequence[tuple[float, str]], decimals: int) -> str:
 
 
 def training(comparison: Mapping[str, Any]) -> str:
-    """The curves that training logged, of all models on the same axes; empty if there are none."""
+    """Return the logged training curves of all models on the same axes; empty if there are none."""
     panels: dict[str, list[Line]] = {}
     logged = []
     has_parts = False
@@ -338,7 +337,7 @@ def training(comparison: Mapping[str, Any]) -> str:
 
 
 def _curves(comparison: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The logs there are: the model's place, and the log of a fold."""
+    """Yield the log of every fold, with the model's position in the comparison."""
     for index, model in enumerate(comparison["models"]):
         for curves in (model.get("curves") or {}).values():
             if curves and curves.get("series"):
@@ -346,9 +345,9 @@ def _curves(comparison: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, A
 
 
 def _comparable(series: Mapping[str, Sequence[float | None]]) -> Iterator[tuple[str, bool, Sequence[float | None]]]:
-    """A log's curves to show: what it is, whether of validation, and values.
+    """Yield the curves of a log to show: panel, whether it is a validation curve, and values.
 
-    Left out is the Dice that the moving average follows. Where a loss has no parts, it is a segmentation loss as well.
+    The Dice is left out if its moving average is logged. A loss without parts is shown as segmentation loss too.
     """
     has_parts = not _PARTS.isdisjoint(_panel_of(key) for key in series)
     for key, values in series.items():
@@ -361,7 +360,7 @@ def _comparable(series: Mapping[str, Sequence[float | None]]) -> Iterator[tuple[
 
 
 def _panel_of(key: str) -> str:
-    """What a curve of a log is, the same for training and validation."""
+    """Return the panel of a log's curve; training and validation curves share a panel."""
     name = key.removeprefix("train_").removeprefix("val_")
     return name.removesuffix("_losses")
 
@@ -371,7 +370,7 @@ def _capital(text: str) -> str:
 
 
 def viewer(comparison: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -> str:
-    """The cases to look at, and those of which there are no pictures; empty if there are neither."""
+    """Return the case viewer and a list of the disagreements without pictures; empty if there are neither."""
     reasons = {entry["id"]: entry.get("reason") or "" for entry in comparison["disagreements"]}
     embedded = {case["id"] for case in volumes}
     without = "".join(
@@ -400,7 +399,7 @@ def viewer(comparison: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) 
 
 
 def cases(comparison: Mapping[str, Any]) -> str:
-    """The table of all cases, which the page's script fills."""
+    """Return the empty table of all cases, which the page's script fills."""
     regions = _regions(comparison)
     options = "".join(
         f'<option value="{escape(region)}"{" selected" if region == regions[-1] else ""}>{region_name(region)}</option>'
@@ -419,7 +418,7 @@ def cases(comparison: Mapping[str, Any]) -> str:
 
 
 def about(comparison: Mapping[str, Any]) -> str:
-    """How to read tables and charts."""
+    """Return the explanation of tables and charts."""
     metrics = "".join(
         f"<dt>{metric_title(metric)}</dt><dd>{escape(metric.get('description') or '')} "
         f"<span class='muted'>{_capital(direction(metric))}.</span></dd>"
@@ -438,7 +437,7 @@ def about(comparison: Mapping[str, Any]) -> str:
 
 
 def footer(comparison: Mapping[str, Any]) -> str:
-    """When the page was made, and with what."""
+    """Return the date of the page and the versions of nnunet-conres and nnU-Net."""
     parts = [f"Made {escape(comparison['created'])}" if comparison.get("created") else "Made"]
     named = (("nnunet_conres", "nnunet-conres"), ("nnunetv2", "nnU-Net"))
     versions = [f"{name} {escape(comparison[key])}" for key, name in named if comparison.get(key)]
@@ -446,7 +445,7 @@ def footer(comparison: Mapping[str, Any]) -> str:
 
 
 def data(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page's script reads; the scores by metric, region and model, a list over the cases each."""
+    """Return the data for the page's script. Scores are lists over the cases, by metric, region and model."""
     models = comparison["models"]
     base = _baseline(comparison)
     return {

@@ -26,29 +26,29 @@ _LEVEL: Final = 0.05
 
 
 def badge(index: int) -> str:
-    """A model's letter in its colour."""
+    """Return a model's letter in its colour."""
     return f'<span class="badge" style="--colour: {colour_of(index)}">{letter(index)}</span>'
 
 
 def model_name(index: int, model: Mapping[str, Any]) -> str:
-    """A model's letter and name."""
+    """Return a model's letter and name."""
     note = ' <span class="tag">baseline</span>' if model.get("baseline") else ""
     return f'<span class="model">{badge(index)} <span>{breakable(model["name"])}{note}</span></span>'
 
 
 def region_name(region: str) -> str:
-    """A region as a heading names it."""
+    """Return a region's name for headings."""
     return "mean of regions" if region == MEAN else escape(readable(region))
 
 
 def metric_title(metric: Mapping[str, Any]) -> str:
-    """A metric's name with its unit, as HTML."""
+    """Return a metric's name with its unit, as HTML."""
     unit = f" ({escape(metric['unit'])})" if metric.get("unit") else ""
     return escape(metric["name"]) + unit
 
 
 def direction(metric: Mapping[str, Any]) -> str:
-    """Which values of a metric are good."""
+    """Return a phrase about which values of a metric are better."""
     directions = {
         "higher": "higher is better",
         "lower": "lower is better",
@@ -58,7 +58,7 @@ def direction(metric: Mapping[str, Any]) -> str:
 
 
 def goodness(metric: Mapping[str, Any], value: float | None) -> float | None:
-    """A value turned so that more of it is better; None if there is none or the metric does not say."""
+    """Return a value with its sign chosen so that higher is better; None without a value or a better direction."""
     if value is None or not is_number(value):
         return None
     better = metric.get("better")
@@ -66,12 +66,12 @@ def goodness(metric: Mapping[str, Any], value: float | None) -> float | None:
 
 
 def mean_decimals(metric: Mapping[str, Any]) -> int:
-    """Digits of a mean after the decimal point: also of counts, whose means are no integers."""
+    """Return the number of decimals of a mean; at least one, because means of counts are not integers."""
     return metric["decimals"] or 1
 
 
 class Significance:
-    """Which differences to the baseline are significant: as the comparison concludes, else by its p after Holm."""
+    """Significance of differences to the baseline: the comparison's conclusion, otherwise p after Holm's correction."""
 
     def __init__(self, comparison: Mapping[str, Any]) -> None:
         self._models = comparison["models"]
@@ -79,11 +79,11 @@ class Significance:
         self._rows = {(row["model"], row["region"], row["metric"]): row for row in comparison["comparisons"]}
 
     def row(self, model: str, region: str, metric: str) -> Mapping[str, Any] | None:
-        """A model's comparison with the baseline, if there is one."""
+        """Return a model's comparison with the baseline, if there is one."""
         return self._rows.get((model, region, metric))
 
     def of(self, model: str, region: str, metric: Mapping[str, Any]) -> str:
-        """ "better" or "worse" than the baseline, or "" where that is not known or not significant."""
+        """Return "better" or "worse" than the baseline, or "" if unknown or not significant."""
         row = self.row(model, region, metric["key"])
         if row is None:
             return ""
@@ -91,7 +91,7 @@ class Significance:
             return row["conclusion"] if row["conclusion"] in ("better", "worse") else ""
         if not is_number(row.get("p_holm")) or row["p_holm"] >= _LEVEL:
             return ""
-        # Differences of a metric that is best at zero are those of its size: fewer is better.
+        # For a metric that is best at zero, differences are those of absolute values: lower is better.
         sign = {"higher": 1, "lower": -1, "zero": -1}.get(metric.get("better") or "", 0)
         difference = next(
             (row[key] for key in ("mean_difference", "median_difference") if is_number(row.get(key)) and row[key]), 0
@@ -101,9 +101,9 @@ class Significance:
         return "better" if difference * sign > 0 else "worse"
 
     def best(self, region: str, metric: Mapping[str, Any]) -> str | None:
-        """Key of the model with the best mean, if its difference to the baseline is significant; else None.
+        """Return the key of the model with the best mean if its difference to the baseline is significant, else None.
 
-        The baseline is best where every other model is significantly worse.
+        If the baseline has the best mean, every other model has to be significantly worse.
         """
         means = {
             model["key"]: goodness(metric, _cell(self._summary, model["key"], region, metric["key"]).get("mean"))
@@ -121,7 +121,7 @@ class Significance:
 
 
 def scroll_box(table: str, label: str) -> str:
-    """A table in a separate box that scrolls, also with the keyboard."""
+    """Put a table into a scrollable box, which can be scrolled with the keyboard too."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 
@@ -133,14 +133,15 @@ def summary_table(
     *,
     turned: bool = False,
 ) -> str:
-    """A row per model, a column per region or metric: mean and interval.
+    """Return a table of means and intervals with one row per model and one column per region or metric.
 
     Args:
-        comparison: The content of report.json.
+        comparison: Content of report.json.
         columns: Heading (HTML), region and metric of every column.
         caption: HTML.
-        label: Of the box that scrolls.
-        turned: A row per region or metric and a column per model instead, for more columns than a screen is wide.
+        label: Label of the scrollable box, for screen readers.
+        turned: Whether to transpose the table: one row per region or metric, one column per model. For tables with more
+            columns than fit on a screen.
 
     Returns:
         HTML.
@@ -173,11 +174,11 @@ def summary_table(
 
 
 def difference_table(comparison: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
-    """The paired statistics of a metric: a row per model and region.
+    """Return a table of the paired statistics of a metric, one row per model and region.
 
     Args:
-        comparison: The content of report.json.
-        metric: Of its list.
+        comparison: Content of report.json.
+        metric: An entry of the comparison's list of metrics.
 
     Returns:
         HTML; empty if there are no comparisons for the metric.
@@ -218,13 +219,13 @@ def difference_table(comparison: Mapping[str, Any], metric: Mapping[str, Any]) -
 
 
 def cost_table(comparison: Mapping[str, Any]) -> str:
-    """What training and prediction took: a column per model.
+    """Return a table of the costs of training and prediction, one column per model.
 
     Args:
-        comparison: The content of report.json.
+        comparison: Content of report.json.
 
     Returns:
-        HTML. Times are left out where they do not compare.
+        HTML. Times are left out if they are not comparable.
     """
     timed = times_compare([model.get("cost") or {} for model in comparison["models"]])
     columns = []
@@ -261,10 +262,10 @@ def cost_table(comparison: Mapping[str, Any]) -> str:
 
 
 def model_table(comparison: Mapping[str, Any]) -> str:
-    """What each model is, a row per model.
+    """Return a table of the models: trainer, plans, configuration and folds, one row per model.
 
     Args:
-        comparison: The content of report.json.
+        comparison: Content of report.json.
 
     Returns:
         HTML.
@@ -288,13 +289,13 @@ def model_table(comparison: Mapping[str, Any]) -> str:
 
 
 def _grid(corner: str, headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], *, turned: bool) -> str:
-    """A table of figures.
+    """Return a table of numbers.
 
     Args:
-        corner: What the rows are.
-        headings: Of the columns, HTML.
-        rows: Their headings and their cells, HTML with the td.
-        turned: Whether to make columns of the rows.
+        corner: Heading of the first column.
+        headings: Headings of the other columns, HTML.
+        rows: Heading and cells of every row, HTML with the td elements.
+        turned: Whether to transpose the table.
     """
     if turned:
         names, columns = zip(*rows, strict=True)
@@ -306,7 +307,7 @@ def _grid(corner: str, headings: Sequence[str], rows: Sequence[tuple[str, Sequen
 
 
 def _headings(*groups: Sequence[str]) -> str:
-    """Heads of columns: texts, numbers, texts."""
+    """Return column headings. The groups are, in order, text columns, number columns and text columns."""
     kinds = ("", ' class="figure"', "")
     return "".join(
         f'<th scope="col"{kind}>{text}</th>' for group, kind in zip(groups, kinds, strict=False) for text in group

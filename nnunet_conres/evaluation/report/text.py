@@ -1,4 +1,4 @@
-"""Names and numbers as the report writes them, safe to put in a page."""
+"""Formatting of names and numbers in the report, escaped for HTML."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ NONE = '<span class="none" title="not available">\N{EN DASH}<span class="unseen"
 
 
 def escape(text: Any) -> str:
-    """Text as it stands in a page, in elements and in quoted attributes."""
+    """Escape text for HTML elements and quoted attributes."""
     return html.escape(str(text), quote=True)
 
 
 def breakable(text: Any) -> str:
-    """A name as HTML that may go on in the next line between its words, which names of trainers run together."""
+    """Return a name as HTML with optional line breaks between its words, as in CamelCase names of trainers."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[_:/])", "<wbr>", escape(text))
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, and no truth value."""
-    if type(value) is float:  # most are
+    """Return whether a value is a finite number and not a bool."""
+    if type(value) is float:  # the most frequent case
         return math.isfinite(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def plain_number(value: float | None, decimals: int, *, signed: bool = False) -> str:
-    """A number with a minus sign that is one, and a plus sign if asked for; a dash where there is none."""
+    """Format a number with a typographic minus and, if `signed`, a plus sign; a dash if there is no number."""
     if value is None or not is_number(value):
         return "\N{EN DASH}"
     text = f"{value:+.{decimals}f}" if signed else f"{value:.{decimals}f}"
@@ -43,26 +43,26 @@ def plain_number(value: float | None, decimals: int, *, signed: bool = False) ->
 
 
 def number(value: float | None, decimals: int, *, signed: bool = False) -> str:
-    """Like `plain_number`, as HTML: the dash says what it is."""
+    """Format a number like `plain_number`, as HTML; the dash has the title "not available"."""
     return plain_number(value, decimals, signed=signed) if is_number(value) else NONE
 
 
 def interval(low: float | None, high: float | None, decimals: int, *, signed: bool = False) -> str:
-    """Both ends of an interval as HTML; empty where one is missing."""
+    """Format both ends of an interval as HTML; empty if one is missing."""
     if not is_number(low) or not is_number(high):
         return ""
     return f"{number(low, decimals, signed=signed)} to {number(high, decimals, signed=signed)}"
 
 
 def probability(value: float | None) -> str:
-    """A p value as HTML, with no more digits than it is worth."""
+    """Format a p value as HTML, with three decimals."""
     if not is_number(value):
         return NONE
     return "&lt; 0.001" if float(value or 0) < 0.001 else f"{value:.3f}"
 
 
 def significant_digits(value: float | None, digits: int = 3) -> str:
-    """A number of unknown size as HTML, without an exponent."""
+    """Format a number of any magnitude as HTML, with significant digits and without an exponent."""
     if value is None or not is_number(value):
         return NONE
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
@@ -70,7 +70,7 @@ def significant_digits(value: float | None, digits: int = 3) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time in the unit a person would use, as HTML."""
+    """Format a time as HTML, in seconds, minutes, hours or days."""
     if seconds is None or not is_number(seconds):
         return NONE
     for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
@@ -80,7 +80,7 @@ def duration(seconds: float | None) -> str:
 
 
 def letter(index: int) -> str:
-    """A, B, ..., Z, AA, ...: what a model is called where there is no room for its name."""
+    """Return a model's short name for places without room for the full name: A, B, ..., Z, AA, ..."""
     text = ""
     index += 1
     while index:
@@ -90,7 +90,7 @@ def letter(index: int) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """Text with its middle left out if it is longer; the ends tell names apart best."""
+    """Shorten text that is too long by removing its middle, because the ends distinguish names best."""
     if len(text) <= length:
         return text
     end = (length - 1) // 2
@@ -98,7 +98,7 @@ def shortened(text: str, length: int) -> str:
 
 
 def without_folders(text: str) -> str:
-    """Text in which absolute paths have their last two parts only: the page is sent to others."""
+    """Shorten absolute paths to their last two parts, because the page may be sent to others."""
 
     def end(match: re.Match[str]) -> str:
         return "/".join(["\N{HORIZONTAL ELLIPSIS}", *re.split(r"[/\\]", match[0])[-2:]])
@@ -107,11 +107,11 @@ def without_folders(text: str) -> str:
 
 
 def readable(key: str) -> str:
-    """A region's key as a person writes it."""
+    """Return a key with spaces in place of underscores."""
     return key.replace("_", " ")
 
 
 def script_data(content: Mapping[str, Any] | Sequence[Any]) -> str:
-    """JSON that can stand in a script element, whatever its texts are."""
+    """Return JSON that is safe in a script element, whatever text it contains."""
     text = json.dumps(without_nan(content), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,8 +1,9 @@
-"""The trainers of nnunet-conres, for nnU-Net's search of external folders; nobody else imports this.
+"""The trainers of nnunet-conres, for nnU-Net's search of external folders. Only nnU-Net imports this module.
 
-nnU-Net imports every module in this folder by its bare name, whichever trainer it looks for, and then asks it for the
-attribute of that name. No trainer is imported before one of ours is asked for. So a process of another environment that
-inherited the folder, in which this package or what it needs may be missing, looks up its own trainers undisturbed.
+nnU-Net imports every module in this folder by its bare name, whichever trainer it looks for, and then reads the
+attribute with the trainer's name. No trainer is imported until one of ours is requested. So a process in another
+environment that inherited the folder, where this package or its dependencies may be missing, finds its own trainers
+undisturbed.
 """
 
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # An AttributeError tells nnU-Net "not here", and it goes on searching; everything else reaches the user.
+    # After an AttributeError nnU-Net continues its search; any other exception reaches the user.
     missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         package = import_module("nnunet_conres")
@@ -35,16 +36,16 @@ def __getattr__(name: str) -> Any:
             raise
         reason = f"{name} could not be loaded from {package.__path__[0]}: {type(error).__name__}: {error}"
         if _is_part_of(package):
-            # An error of this package or of its environment. As an AttributeError it would pass for "not here".
+            # An error of this package or its environment. nnU-Net would take an AttributeError for "not found".
             raise ImportError(reason) from error
-        # Another environment's installation, of another version perhaps, has its own folder to be searched, and
-        # speaks for itself there.
+        # The package is another installation, possibly of another version. It has its own trainer folder, which reports
+        # its errors.
         print(f"nnunet-conres: warning: {reason}", file=sys.stderr)
         raise missing from error
 
 
 def _is_part_of(package: Any) -> bool:
-    # None is the file of a namespace package, which is what is left of a package without its __init__.py.
+    # __file__ is None for a namespace package, such as the remains of a package without its __init__.py.
     if package.__file__ is None:
         return False
     return samefile(dirname(package.__file__), dirname(dirname(dirname(abspath(__file__)))))

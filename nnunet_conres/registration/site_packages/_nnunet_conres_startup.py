@@ -1,23 +1,23 @@
-"""Adds the trainers of nnunet-conres to those that nnU-Net searches, at every start of Python.
+"""Add the trainer folder of nnunet-conres to those that nnU-Net searches, at every start of Python.
 
 The files in this folder are installed at the top of site-packages, where Python looks for start-up files. This module
-is not part of the package, so that no start of Python imports the package. A program in a checkout would otherwise get
+is not part of the package, so that no start of Python imports the package. Otherwise a program in a checkout would get
 the installed copy, because Python adds the program's own folder to the path later. Also, a package that was removed, or
-moved away from under an editable installation, causes no error here.
+whose editable checkout was moved, causes no error here.
 """
 
 import os
 import sys
 
 activated_by = None
-"""Name of the start-up file that called `activate`; None if none has, or without success."""
+"""Name of the start-up file that called `activate` successfully; None if none has."""
 
 
 def activate(startup_file="nnunet_conres.start"):
-    """Appends the folder with our trainers to ``nnUNet_extTrainer``: last, and once. Never raises.
+    """Append the trainer folder to ``nnUNet_extTrainer``: last, and once. Never raise an exception.
 
-    Imports nothing, since each import takes longer than all of this. Does not look at other folders in the variable,
-    since they may lie on a network file system that is slow or gone.
+    Nothing is imported, because each import takes longer than the whole function. Other folders in the variable are not
+    accessed, because they may be on a network file system that is slow or gone.
 
     Args:
         startup_file: Name of the file that Python has read; a line of a ``.start`` file passes no arguments.
@@ -35,12 +35,12 @@ def activate(startup_file="nnunet_conres.start"):
                 activated_by = startup_file
                 _warn_if_nnunet_is_too_old()
                 break
-    except Exception:  # shown at every start of Python otherwise, whatever it is started for
+    except Exception:  # it would be shown at every start of Python
         pass
 
 
 def _warn_if_nnunet_is_too_old():
-    """A command of an nnU-Net before 2.8 never looks into the folder, so the user learns it here."""
+    """Warn here, because commands of nnU-Net before 2.8 never search the folder."""
     command = " ".join(sys.orig_argv)
     if "nnUNetTrainer" in command and any(os.path.basename(word)[:9] == "nnUNetv2_" for word in sys.orig_argv):
         from nnunet_conres.registration.nnunet_version import warn_if_too_old_for

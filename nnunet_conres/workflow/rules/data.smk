@@ -1,4 +1,5 @@
-# From raw data to what can be trained on. It goes before trainings that could start, so that all soon can.
+# From raw data to preprocessed data. Planning and preprocessing have priority over trainings that are ready, so that
+# all trainings can start soon.
 
 
 rule convert:
@@ -25,7 +26,7 @@ rule fingerprint:
         "{STEP} fingerprint --record {output:q} --threads {threads}"
 
 
-# Before any fold starts: nnU-Net's trainings would all try to write the file.
+# Runs before any fold starts: otherwise all of nnU-Net's trainings would try to write the file.
 rule split:
     input:
         RECORDS / "raw.json",
@@ -40,7 +41,7 @@ rule split:
 
 
 def stock_plans(wildcards):
-    """This package's planners share preprocessed data with nnU-Net's own plans, once those are there."""
+    """Return records of nnU-Net's own plans. They must exist first: this package's planners share their data."""
     if wildcards.plans not in OWN_PLANNERS and not EXPERIMENT.plans[wildcards.plans].is_own:
         return []
     stock = {(model.plans, model.configuration) for model in MODELS.values() if not EXPERIMENT.plans[model.plans].is_own}

@@ -1,4 +1,4 @@
-# Every fold of every model.
+# Memory estimates, and the training of every fold of every model.
 
 
 def prepared(wildcards, kind):
@@ -11,9 +11,9 @@ def trainer_of(wildcards):
 
 
 def needs_training(name):
-    """A resource of one training, looked up when the job is about to start: by then more may have been measured.
+    """Return a function that looks up a resource of one training when its job starts: by then more may be measured.
 
-    Snakemake leaves out what is an empty text.
+    Snakemake omits a resource whose value is an empty string.
     """
 
     def look_up(wildcards):
@@ -40,7 +40,7 @@ rule train:
         lambda wildcards: prepared(wildcards, "preprocessed"),
         trainer_of,
         RECORDS / "splits" / "fold_{fold}.json",
-        # for the resources alone
+        # only needed for the resources
         memory=ancient(RECORDS / "memory" / "{model}.json"),
     output:
         RECORDS / "train" / "{model}" / "fold_{fold}.json",

@@ -1,4 +1,4 @@
-"""The trainers of scripts/benchmarks/epochs.py: NAME_Timed is NAME with short epochs that are timed.
+"""The trainers of scripts/benchmarks/epochs.py: NAME_Timed is NAME with short, timed epochs.
 
 nnU-Net finds them through its environment variable nnUNet_extTrainer.
 """
@@ -19,7 +19,7 @@ SUFFIX = "_Timed"
 
 
 class TimedEpochs(nnUNetTrainer):
-    """Comes before a trainer among the bases: writes the times of its epochs instead of a validation."""
+    """Mixin that writes epoch times instead of validating. List it before the trainer among the bases."""
 
     def initialize(self) -> None:
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (

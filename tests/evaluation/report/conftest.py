@@ -1,4 +1,4 @@
-"""A synthetic comparison, and volumes to go with it."""
+"""A synthetic comparison and matching volumes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -78,7 +78,7 @@ def synthetic_comparison(
     number_of_metrics: int = len(METRICS),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The content of report.json for models that differ a little."""
+    """Return the content of report.json for models that differ a little."""
     rng = np.random.default_rng(seed)
     metrics = METRICS[:number_of_metrics]
     keys = [f"m{index}" for index in range(len(names))]
@@ -209,7 +209,7 @@ def synthetic_volumes(
     seed: int = 0,
     channels: tuple[str, ...] = ("T1", "T1ce", "T2", "FLAIR"),
 ) -> CaseVolumes:
-    """A ball with three nested ones in it, shifted in the predictions, on black."""
+    """Return a ball on black with three nested balls inside, shifted in the predictions."""
     rng = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij"))
 
@@ -240,7 +240,7 @@ def make_comparison() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def make_small_comparison() -> Callable[..., dict[str, Any]]:
-    """With few charts, which take most of the time: Dice only, and no curves."""
+    """Return a function that makes comparisons with few charts, the slowest part: Dice only, and no curves."""
     return partial(synthetic_comparison, number_of_metrics=1, with_curves=False)
 
 

@@ -1,4 +1,4 @@
-"""The report in headless Chromium: that it loads, and that what can be operated works."""
+"""The report in headless Chromium: it loads, and its controls work."""
 
 import base64
 import io
@@ -54,7 +54,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, make_comparison: Make, make_volumes: MakeVolumes) -> Path:
-    """Thirty cases, one with a name that is none, two with pictures; two models and their ensemble."""
+    """Write a report of 30 cases, two with pictures and one with HTML as its name; two models and their ensemble."""
     comparison = make_comparison(number_of_cases=30, with_ensemble=True, number_of_metrics=2)
     evil = "</script><script>document.title = 'bad'</script>"
     comparison["cases"][4]["id"] = comparison["disagreements"][2]["id"] = evil
@@ -65,7 +65,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, make_comparison: Make, make
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens files, and fails if a page complains or asks for anything but itself."""
+    """Return a function that opens files; fail if a page logs anything, shows a dialog or requests another address."""
     contexts, complaints = [], []
 
     def opened(path: Path, width: int = 1280, height: int = 900, colours: str = "light") -> Any:
@@ -90,7 +90,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
 
 
 def settle(page: Any) -> None:
-    """Until what was asked for last is drawn."""
+    """Wait until the canvas shows the latest selection."""
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 0)))")
     page.wait_for_function(
         """() => { const canvas = document.getElementById("canvas");
@@ -102,7 +102,7 @@ def settle(page: Any) -> None:
 
 
 def drawn(page: Any) -> np.ndarray:
-    """The canvas, (rows, columns, RGB)."""
+    """Return the canvas as (rows, columns, RGB)."""
     settle(page)
     source = page.evaluate("document.getElementById('canvas').toDataURL('image/png')")
     image = Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1])))
@@ -110,7 +110,7 @@ def drawn(page: Any) -> np.ndarray:
 
 
 def coloured(image: np.ndarray) -> np.ndarray:
-    """Where a picture is not grey."""
+    """Return where a picture is not grey."""
     return np.ptp(image, axis=2) > 60
 
 
@@ -119,7 +119,7 @@ def column(page: Any, place: int) -> list[str]:
 
 
 def contrast(first: tuple[float, ...], second: tuple[float, ...]) -> float:
-    """Ratio of luminances, as WCAG 2.2 defines it."""
+    """Compute the contrast ratio of WCAG 2.2."""
     luminances = []
     for colour in (first, second):
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour[:3])]
@@ -146,7 +146,7 @@ class TestPage:
     def test_no_table_scrolls_sideways_on_a_laptop(
         self, open_page: Callable[..., Any], make_comparison: Make, tmp_path: Path
     ) -> None:
-        """Of five models under all metrics of the package."""
+        """Five models and all metrics of the package."""
         names = ("nnUNetTrainer", "nnUNetTrainerMuon", "nnUNetTrainerConResNet", "nnUNetTrainerVNet")
         comparison = make_comparison(names, with_ensemble=True)
         for metric in METRICS.values():
@@ -181,7 +181,7 @@ class TestPage:
                 assert contrast(found[name], found[background]) >= 4.5
         for name in ("--edge", "--focus", *(f"--model-{model}" for model in range(7))):
             assert contrast(found[name], found["--surface"]) >= 3
-        # what the charts' texts really are
+        # the colour that the charts' texts really have
         ink = page.locator("#scores [data-metric]:visible svg.chart text").first.evaluate(
             "(text) => getComputedStyle(text).fill.match(/[\\d.]+/g).map(Number)"
         )
@@ -269,7 +269,7 @@ class TestViewer:
     ) -> None:
         images = np.full((1, 5, 40, 30), 100.0)
         images[:, :, 0, 0] = 0
-        # a model each in a corner of its own, and no reference
+        # each model in a separate corner, and no reference
         labels = {"m0": np.zeros((5, 40, 30), int), "m1": np.zeros((5, 40, 30), int)}
         labels["m0"][1:4, 5:15, 4:10] = 1
         labels["m1"][1:4, 22:35, 12:28] = 1

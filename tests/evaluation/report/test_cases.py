@@ -17,7 +17,7 @@ def pixels(picture: str) -> np.ndarray:
 
 
 def unpacked(packed: dict[str, Any], picture: str) -> np.ndarray:
-    """The slices (n, y, x) of a picture, taken out one by one."""
+    """Cut a picture into its slices (n, y, x), one by one."""
     sheet = pixels(picture)
     rows, columns = packed["size"]
     slices = []
@@ -28,7 +28,7 @@ def unpacked(packed: dict[str, Any], picture: str) -> np.ndarray:
 
 
 def small_case(labels: np.ndarray, predictions: dict[str, np.ndarray], regions: dict[str, tuple[int, ...]]) -> Any:
-    """Images that are not background anywhere but in their first voxel, so that nothing is cropped."""
+    """Return a case whose images are background in the first voxel only, so that nothing is cropped."""
     images = np.random.default_rng(0).uniform(100, 200, (1, *labels.shape))
     images[0, 0, 0, 0] = 0
     return CaseVolumes("case", images, ("T1",), labels, predictions, regions, (3.0, 1.0, 2.0))
@@ -114,7 +114,7 @@ class TestPackCase:
             head = image[image > 0]
             low, high = min(np.percentile(head, 0.5), np.median(head)), np.percentile(head, 99.7)
             windowed = 255 * np.clip((image[packed["slices"]] - low) / (high - low), 0, 1)
-            # The head touches no border here, and the crop is in the middle.
+            # The head touches no border here, so the crop is in the middle.
             top, left = (image.shape[1] - rows) // 2, (image.shape[2] - columns) // 2
             expected = windowed[:, top : top + rows, left : left + columns]
             assert np.abs(found - expected).mean() < 8

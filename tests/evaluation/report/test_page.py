@@ -17,7 +17,7 @@ from nnunet_conres.evaluation.report.cases import CaseVolumes, pack_case
 Make = Callable[..., dict[str, Any]]
 MakeVolumes = Callable[..., CaseVolumes]
 
-# Elements that have no end.
+# Elements without an end tag.
 VOID = {"meta", "link", "input", "br", "hr", "img", "wbr"}
 
 
@@ -30,7 +30,7 @@ def write_report(
 
 
 class Page(html.parser.HTMLParser):
-    """Elements, their attributes and texts; fails if they are not nested properly."""
+    """The elements, attributes and texts of a page; fails if elements are not nested properly."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class TestSelfContained:
 
     def test_charts_take_their_colours_from_the_page(self, page: Page) -> None:
         charts = re.findall(r'<svg class="chart".*?</svg>', page.source, flags=re.S)
-        # 3 regions and their mean: 4 metrics, of which 3 are compared, and 7 of curves
+        # 3 regions and their mean: 4 metrics, 3 of which are compared; and 7 charts of curves
         assert len(charts) == 4 * 4 + 3 * 4 + 7
         for chart in charts:
             assert not re.search(r"#[0-9a-f]{6}|rgb\(|font-family|<style|<use|clip-path", chart)
@@ -156,7 +156,7 @@ class TestContent:
         comparison["comparisons"][0]["conclusion"] = "none"
         before = "<strong>0.700</strong>"
         source = Page(write_report(comparison, [], tmp_path / "report.html")).source
-        # the first is whole_tumor, in the table by regions
+        # the first comparison is of whole_tumor, in the table by regions
         assert source.count(before) == 3 + 1
 
     def test_missing_numbers_are_dashes_with_an_explanation(self, tmp_path: Path, make_small_comparison: Make) -> None:
