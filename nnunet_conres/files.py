@@ -161,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
+        raise InputError(f"{path} contains a {type(content).__name__}; expected a JSON object.")
     return content
 
 

@@ -149,7 +149,7 @@ def hold_some(paths: list[Path], number: int, *, poll_seconds: float = 2.0) -> I
         InputError: There are fewer locks than ``number``.
     """
     if number > len(paths):
-        raise InputError(f"{number} GPUs were asked for, but there are {len(paths)} here.")
+        raise InputError(f"{number} GPUs are needed, but this machine has {len(paths)}.")
     while True:
         with contextlib.ExitStack() as stack:
             taken: dict[int, int] = {}

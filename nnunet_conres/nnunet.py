@@ -237,7 +237,7 @@ def architecture_errors(plans_file: Path) -> list[str]:
             names += [architecture.get("network_class_name")]
             names += [arguments.get(key) for key in architecture.get("_kw_requires_import", ())]
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{plans_file} holds no plans of nnU-Net: {error!r}.") from error
+        raise InputError(f"{plans_file} does not contain nnU-Net's plans: {error!r}.") from error
     errors = []
     for name in dict.fromkeys(name for name in names if isinstance(name, str)):
         found = pydoc.locate(name)  # as nnU-Net finds it

@@ -129,7 +129,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as a checkpoint: {error}.") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}; expected a dictionary.")
+        raise InputError(f"{path} is not a checkpoint: it contains a {type(content).__name__}; expected a dictionary.")
     return content
 
 
@@ -138,7 +138,7 @@ def _load(unpickler: type[pickle.Unpickler], file: IO[bytes], path: Path) -> Any
         return unpickler(file).load()
     except _NotAllowed as error:
         raise InputError(
-            f"{path} holds {error}; expected plain values. Loading it could run code, so it was not loaded."
+            f"{path} contains {error}; expected plain values. Loading it could run code, so it was not loaded."
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(f"{path} is damaged: {type(error).__name__}: {error}.") from error

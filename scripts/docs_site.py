@@ -62,7 +62,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             there.add(Path(COMMAND_LINE).stem)
         pages = [name for name in order if name in there] + sorted(there - set(order))
         navigation.append({title: [f"{folder}/{name}.md" for name in pages]})
-    navigation += [{"Results": "results.md"}, {"Benchmarks": "benchmarks.md"}]
+    navigation += [
+        {"Results": "results.md"},
+        {"Longer trainings": "results_longer.md"},
+        {"Benchmarks": "benchmarks.md"},
+    ]
     config.nav = [*navigation, {"Changes": "changelog.md"}, {"Contributing": "contributing.md"}]
     return config
 

@@ -193,7 +193,10 @@ class TestHoldSome:
         assert all(holder(path) is None for path in paths)
 
     def test_more_than_there_are(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="2 GPUs were asked for, but there are 1"), hold_some([tmp_path / "0"], 2):
+        with (
+            pytest.raises(ValueError, match="2 GPUs are needed, but this machine has 1"),
+            hold_some([tmp_path / "0"], 2),
+        ):
             pass
 
 

@@ -113,7 +113,7 @@ class PlansNetwork(nn.Module):
                 raise RuntimeError(
                     f"The checkpoint belongs to another network than this one ({self.summary()}). "
                     + " ".join(d for d in differences if d)
-                    + " Use the plans.json saved with that checkpoint, or train anew."
+                    + " Use the plans.json saved with that checkpoint, or train again."
                 )
         return super().load_state_dict(state_dict, strict, assign)
 

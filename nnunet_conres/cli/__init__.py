@@ -102,8 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="nnunet-conres",
-        description="Tools for the ConResNet, V-Net and 3D U-Net trainers for nnU-Net. Train and predict with its "
-        "commands, for example: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerConResNet",
+        description="Tools for the ConResNet, V-Net and 3D U-Net trainers for nnU-Net. To train and predict, use "
+        "nnU-Net's commands, for example: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerConResNet",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers: Subparsers = parser.add_subparsers(

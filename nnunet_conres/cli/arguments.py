@@ -23,11 +23,11 @@ def number_of_processes(given: int | None) -> int:
 
 def count(text: str) -> int:
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of cases; expected 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of cases; expected 0 or more")
     return int(text)
 
 
 def fold(text: str) -> int | str:
     if text != "all" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no fold; expected a number or all")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fold; expected a number or all")
     return text if text == "all" else int(text)

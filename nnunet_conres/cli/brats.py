@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _SCHEMES = (
     "2018 (also 2017, 2019, 2020), 2021, 2023, 2023-MEN, 2023-MET (also 2024-MET), 2023-PED, 2023-SSA, 2024 (after "
     "treatment), 2024-GoAT, 2024-MEN-RT, 2024-PED (also 2025-, 2026-PED), 2025-GLI (before and after treatment), "
-    "2025-MET (also 2026-MET), MSD (Decathlon), or a TOML file that describes another"
+    "2025-MET (also 2026-MET), MSD (Decathlon), or a TOML file that describes another scheme"
 )
 
 
@@ -21,10 +21,10 @@ def add_brats_convert(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "brats-convert",
         help="convert BraTS folders to an nnU-Net data set",
-        description="Converts BraTS folders to an nnU-Net data set in $nnUNet_raw, with channels FLAIR, T1, T1ce, T2 "
-        "and regions whole_tumor, tumor_core, enhancing_tumor (and what the year adds) for every year; of MEN-RT, the "
-        "channel T1ce and the region gross_tumor_volume. Labelled cases are for training, others go to imagesTs. All "
-        "files are checked before anything is written.",
+        description="Converts BraTS folders to an nnU-Net data set in $nnUNet_raw. For every year, the channels are "
+        "FLAIR, T1, T1ce, T2, and the regions are whole_tumor, tumor_core, enhancing_tumor and those that the year "
+        "adds. MEN-RT has only the channel T1ce and the region gross_tumor_volume. Labelled cases are for training, "
+        "others go to imagesTs. The command checks all files before it writes the data set.",
     )
     parser.add_argument(
         "-i", metavar="FOLDER", nargs="+", required=True, help="input folders, searched with subfolders"
@@ -38,34 +38,34 @@ def add_brats_convert(subparsers: "Subparsers") -> None:
         metavar="FOLDER",
         nargs="+",
         default=[],
-        help="folders with cases never to train on: images to imagesTs, labels to labelsTs",
+        help="folders with cases that are never used for training: images go to imagesTs, labels to labelsTs",
     )
     parser.add_argument(
         "--corrected",
         metavar="FOLDER",
         nargs="+",
         default=[],
-        help="folders with corrected files, which take the place of those of the same cases",
+        help="folders with corrected files, which replace the files of the same cases",
     )
     parser.add_argument(
         "--scheme",
         metavar="SCHEME",
         nargs="+",
         default=["auto"],
-        help=f"file names and labels: {_SCHEMES}; several to allow a mixture; auto for any one that file names tell "
-        "(default: auto)",
+        help=f"scheme of the file names and labels: {_SCHEMES}; name several schemes to allow a mixture; auto detects "
+        "one scheme from the file names (default: auto)",
     )
     parser.add_argument(
         "--mode",
         choices=("regions", "labels"),
         default="regions",
-        help="train on regions that lie within each other, or on the tissues (default: %(default)s)",
+        help="train on nested regions, or on the single tissues as labels (default: %(default)s)",
     )
     parser.add_argument(
         "--images",
         choices=("link", "copy"),
         default="link",
-        help="hard links where possible, or copies of the images (default: %(default)s)",
+        help="make hard links to the images where possible, or copy them (default: %(default)s)",
     )
     parser.add_argument(
         "--missing",
@@ -75,7 +75,7 @@ def add_brats_convert(subparsers: "Subparsers") -> None:
         "cases.json (default: %(default)s)",
     )
     parser.add_argument(
-        "--skip-bad", action="store_true", help="leave cases with errors out, and say which, instead of stopping"
+        "--skip-bad", action="store_true", help="leave out cases with errors and list them, instead of stopping"
     )
     parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
     parser.set_defaults(handler=_brats_convert)
@@ -110,7 +110,7 @@ def _brats_convert(arguments: argparse.Namespace) -> int:
         print(f"  left out:       {len(done.skipped)}: {first_few(list(done.skipped), 20)}")
     print("  image files:    " + ", ".join(f"{count} {how}" for how, count in done.transfers.items() if count))
     if done.missing:
-        print(f"  zero images:    of {len(done.missing)} cases without a modality: {first_few(list(done.missing), 20)}")
+        print(f"  zero images:    in {len(done.missing)} cases without a modality: {first_few(list(done.missing), 20)}")
     print(f"  scheme:         {', '.join(done.schemes)}")
     if done.training_ids:
         print(f"Next: nnUNetv2_plan_and_preprocess -d {arguments.d} -c 3d_fullres --verify_dataset_integrity")
@@ -120,12 +120,13 @@ def _brats_convert(arguments: argparse.Namespace) -> int:
 def add_brats_export(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "brats-export",
-        help="write predictions as a BraTS challenge wants them",
-        description="Writes nnU-Net's predictions for a data set of brats-convert with a BraTS challenge's labels, one "
-        "file CASE.nii.gz each. All files are checked before anything is written.",
+        help="write predictions in the format of a BraTS challenge",
+        description="Writes predictions with the labels of a BraTS challenge, one file CASE.nii.gz per case. The "
+        "predictions must be nnU-Net's, for a data set of brats-convert. The command checks all files before it writes "
+        "the output folder.",
     )
     parser.add_argument("-i", metavar="FOLDER", required=True, help="folder with predictions")
-    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, not there yet or empty")
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, new or empty")
     parser.add_argument(
         "--scheme",
         metavar="SCHEME",
@@ -136,7 +137,7 @@ def add_brats_export(subparsers: "Subparsers") -> None:
         "-djfile", metavar="FILE", help="dataset.json of the data set (default: the one in the folder with predictions)"
     )
     parser.add_argument(
-        "-ref", metavar="FOLDER", help="folder with the cases' images, to compare size and geometry with"
+        "-ref", metavar="FOLDER", help="folder with the cases' images, to check size and geometry of the predictions"
     )
     parser.add_argument(
         "--et-min-voxels",
@@ -171,18 +172,18 @@ def _brats_export(arguments: argparse.Namespace) -> int:
 
 _MISSING = (
     "cases without one of their modalities: refuse them, or predict them with a zero image in its place (default: "
-    "those that lack what training cases lacked too, and all with a ..._ChannelDropout)"
+    "predict a case if training cases lacked the same modality, and all cases with a ..._ChannelDropout trainer)"
 )
 
 
 def add_predict_brats(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "predict-brats",
-        help="predict the cases of a BraTS challenge, as its container does",
+        help="predict the cases of a BraTS challenge; the container of package runs this command",
         description="Reads cases in a BraTS challenge's layout, predicts them and writes OUTPUT/CASE.nii.gz with the "
         "challenge's labels and in the case's geometry. A case that fails does not stop the others: "
-        "OUTPUT/predict-brats.json says what became of each. Exit code 0: all cases were written; 1: some failed; 2: "
-        "nothing was predicted.",
+        "OUTPUT/predict-brats.json lists the result of each case. Exit code 0: all cases were written; 1: some cases "
+        "failed; 2: no case was predicted.",
     )
     parser.add_argument("-i", metavar="FOLDER", required=True, help="folder with a folder for each case")
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
@@ -190,11 +191,12 @@ def add_predict_brats(subparsers: "Subparsers") -> None:
         "-m",
         metavar="MODEL",
         required=True,
-        help="nnU-Net's folder of a trained model, TRAINER__PLANS__CONFIGURATION, or model/ of nnunet-conres package",
+        help="folder of a trained model: nnU-Net's TRAINER__PLANS__CONFIGURATION, or the folder model that "
+        "nnunet-conres package writes",
     )
     _add_challenge(parser)
     parser.add_argument(
-        "-f", metavar="FOLD", type=fold, nargs="+", help="folds to average (default: all that the model has)"
+        "-f", metavar="FOLD", type=fold, nargs="+", help="folds to average (default: all folds of the model)"
     )
     parser.add_argument(
         "-device", choices=("cuda", "cpu", "mps"), help="where to predict (default: cuda where there is one, else cpu)"
@@ -209,12 +211,12 @@ def add_predict_brats(subparsers: "Subparsers") -> None:
 def _add_challenge(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `package` passes on to `predict-brats`."""
     parser.add_argument(
-        "--scheme", metavar="SCHEME", help=f"the challenge: {_SCHEMES} (default: that of the model's data set)"
+        "--scheme", metavar="SCHEME", help=f"the challenge: {_SCHEMES} (default: scheme of the model's data set)"
     )
     parser.add_argument("--missing", choices=("refuse", "zero"), help=_MISSING)
-    parser.add_argument("--postprocessing", metavar="JSON", help="what nnunet-conres postprocess fit wrote")
+    parser.add_argument("--postprocessing", metavar="JSON", help="file that nnunet-conres postprocess fit wrote")
     parser.add_argument(
-        "-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint of a fold (default: %(default)s)"
+        "-chk", metavar="FILE", default="checkpoint_final.pth", help="name of the checkpoint (default: %(default)s)"
     )
 
 
@@ -246,7 +248,7 @@ def _predict_brats(arguments: argparse.Namespace) -> int:
 def add_package(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "package",
-        help="write what a BraTS challenge's container is built from",
+        help="write a folder to build a BraTS challenge's container from",
         description="Writes a folder with a Dockerfile and an Apptainer definition, pinned versions, this package, and "
         "the model's weights without the state of its optimiser. The container reads /input/CASE/..., runs "
         "nnunet-conres predict-brats and writes /output/CASE.nii.gz; it needs no network.",
@@ -263,7 +265,7 @@ def add_package(subparsers: "Subparsers") -> None:
         default=[0, 1, 2, 3, 4],
         help="folds to average (default: 0 1 2 3 4)",
     )
-    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, not there yet or empty")
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, new or empty")
     _add_challenge(parser)
     parser.set_defaults(handler=_package)
 
@@ -296,9 +298,9 @@ def add_phantom(subparsers: "Subparsers") -> None:
         "phantom",
         help="write synthetic brain tumour cases in BraTS's layout",
         description="Writes synthetic, labelled brain tumour cases in the layout of BraTS 2018: a folder "
-        "training and a folder held_out. For trying things out, not for science.",
+        "training and a folder held_out. They serve to try the commands, not for science.",
     )
-    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, not there yet or empty")
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, new or empty")
     parser.add_argument("-n", metavar="N", type=int, default=10, help="number of training cases (default: %(default)s)")
     parser.add_argument(
         "--held-out", metavar="N", type=int, default=3, help="number of held-out cases (default: %(default)s)"

@@ -16,10 +16,10 @@ def add_compare(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "compare",
         help="compare models, and their ensembles, in a report",
-        description="Compares models case by case: of a cross-validation (-d, -tr), by the cases that their folds held "
-        "out; or of a test set (--predictions, --reference). The first model is the baseline. Probabilities of the "
-        "models, where they are there, are averaged, and the ensembles compared as well. Writes report.html, "
-        "report.json and cases.csv. Scores are kept and only made again for files that have changed.",
+        description="Compares models case by case: on the validation cases of a cross-validation (-d, -tr), or on a "
+        "test set (--predictions, --reference). The first model is the baseline. If the models' probabilities exist, "
+        "they are averaged, and the ensembles are compared as well. Writes report.html, report.json and cases.csv. "
+        "Scores are cached: another run scores only files that have changed.",
     )
     trained = parser.add_argument_group("cross-validation")
     trained.add_argument("-d", metavar="DATASET", help="data set name or id")
@@ -30,19 +30,30 @@ def add_compare(subparsers: "Subparsers") -> None:
         help="trainers, the baseline first; each may name its plans, its configuration and its name in the report",
     )
     trained.add_argument(
-        "-p", metavar="PLANS", nargs="+", default=["nnUNetPlans"], help="plans: one for all trainers or one for each"
+        "-p",
+        metavar="PLANS",
+        nargs="+",
+        default=["nnUNetPlans"],
+        help="plans: one for all trainers or one for each (default: nnUNetPlans)",
     )
     trained.add_argument(
-        "-c", metavar="CONFIGURATION", nargs="+", default=["3d_fullres"], help="likewise (default: 3d_fullres)"
+        "-c",
+        metavar="CONFIGURATION",
+        nargs="+",
+        default=["3d_fullres"],
+        help="configuration: one for all trainers or one for each (default: 3d_fullres)",
     )
     trained.add_argument(
         "-f", metavar="FOLD", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="folds (default: 0 1 2 3 4)"
     )
     test = parser.add_argument_group("test set")
     test.add_argument(
-        "--predictions", metavar="NAME=FOLDER", nargs="+", help="what nnUNetv2_predict wrote, the baseline first"
+        "--predictions",
+        metavar="NAME=FOLDER",
+        nargs="+",
+        help="folders with predictions of nnUNetv2_predict, the baseline first",
     )
-    test.add_argument("--reference", metavar="FOLDER", help="the true label maps")
+    test.add_argument("--reference", metavar="FOLDER", help="folder with the ground truth (label maps)")
     test.add_argument("-djfile", metavar="FILE", help="dataset.json of the data set")
     test.add_argument("-i", metavar="FOLDER", help="images, for the pictures of the report")
     test.add_argument(
@@ -50,8 +61,8 @@ def add_compare(subparsers: "Subparsers") -> None:
         metavar="NAME=FOLDER",
         nargs="+",
         default=[],
-        help="trained model folders of names in --predictions, for costs and training curves; only plain values are "
-        "read of their checkpoints",
+        help="folder of the trained model for each NAME in --predictions, for costs and training curves; only plain "
+        "values are read from checkpoints",
     )
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
     parser.add_argument("--no_ensembles", action="store_true", help="do not average probabilities")
@@ -59,69 +70,71 @@ def add_compare(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--intersection",
         action="store_true",
-        help="compare on the common cases where models have different ones, or where predictions are gone; the report "
-        "names what is left out",
+        help="if models have different cases, or predictions are missing, compare on the common cases; the report "
+        "names the cases that are left out",
     )
     parser.add_argument(
         "--run",
         action="store_true",
-        help="run the commands of nnU-Net that make missing validations and probabilities; nothing is trained. nnU-Net "
-        "runs code that a checkpoint holds: only with models that you trust",
+        help="run the commands of nnU-Net that create missing validations and probabilities; this does not train. "
+        "nnU-Net executes code in checkpoints: use this option only with models that you trust",
     )
     parser.add_argument(
         "-device",
         choices=("cuda", "cpu", "mps"),
-        help="of the commands that are named or run (default: cuda where there is a GPU, else cpu)",
+        help="device in the commands that are shown, or run with --run (default: cuda where there is a GPU, else cpu)",
     )
     parser.add_argument(
         "--group",
         metavar="REGEX",
-        help="cases with the same match (of its first group, if any) count as one in statistics, such as the time "
-        "points of a patient (default: the patients of BraTS's ids since 2023; none for other ids)",
+        help="cases whose ids have the same match (of the first group in parentheses, if any) count as one case in "
+        "statistics, for example all time points of a patient (default: the patient in BraTS's ids since 2023; no "
+        "grouping for other ids)",
     )
     parser.add_argument(
         "--postprocessing",
         metavar="[NAME=]FILE",
         nargs="+",
-        help="what postprocess fit wrote: compare models with themselves post-processed, too; one file for all, or one "
-        "for each NAME",
+        help="file that postprocess fit wrote: also compare each model with its post-processed predictions; one file "
+        "for all models, or one for each NAME",
     )
     parser.add_argument(
         "--rules",
         metavar="NAME",
-        help="score as a challenge does, by lesions of its regions: 2023-GLI, 2024-MET, 2026-PED ..., see "
+        help="score by the rules of a challenge, with its regions and lesions: 2023-GLI, 2024-MET, 2026-PED ..., see "
         "docs/reference/challenge-rules.md",
     )
     parser.add_argument(
         "--like-brats-evaluation",
         action="store_true",
-        help="with --rules of 2026: the organisers' numbers where their tool differs from the rules, and its tables",
+        help="with --rules of 2026: where the organisers' tool differs from the rules, report the tool's numbers; also "
+        "write its tables",
     )
-    parser.add_argument("--tolerance", metavar="MM", type=float, help="of the surface Dice, mm (default: 1)")
+    parser.add_argument("--tolerance", metavar="MM", type=float, help="tolerance of the surface Dice, mm (default: 1)")
     parser.add_argument(
         "--empty",
         choices=("brats", "nan"),
-        help="score of a region that is missing in reference, prediction or both: as in BraTS, or none, as in nnU-Net "
-        "(default: brats)",
+        help="score of a region that is missing in the reference, the prediction or both: brats scores it as BraTS "
+        "does; nan leaves it without a score where nnU-Net does (default: brats)",
     )
     parser.add_argument(
         "--penalty",
         metavar="MM",
         type=float,
-        help="distance that a missed or falsely found region or lesion counts, mm (default: the image's diagonal, "
-        "373.1 in BraTS, where the challenge takes 374)",
+        help="HD95 of a missed or false region or lesion, mm (default: the diagonal of the image, 373.1 mm in BraTS; "
+        "the challenge uses 374 mm)",
     )
     parser.add_argument(
         "--lesion_dilation",
         metavar="VOXELS",
         type=int,
-        help="how far apart parts of one lesion may be, see docs/reference/metrics.md (default: 3)",
+        help="dilation that joins the parts of one lesion, see docs/reference/metrics.md (default: 3)",
     )
     parser.add_argument(
         "--lesion_volume",
         metavar="MM3",
         type=float,
-        help="true lesions up to this volume are ignored, mm³ (default: 50)",
+        help="ignore true lesions up to this volume, mm³ (default: 50)",
     )
     parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
     parser.set_defaults(handler=_compare)
@@ -148,7 +161,9 @@ def _compare(arguments: argparse.Namespace) -> int:
         given = {"--reference": arguments.reference, "-djfile": arguments.djfile, "-i": arguments.i}
         unused = [option for option, value in {**given, "--model": arguments.model}.items() if value]
         if unused:
-            raise InputError(f"{', '.join(unused)}: for --predictions only; with -d nnU-Net's folders have them.")
+            raise InputError(
+                f"{', '.join(unused)}: only with --predictions. Leave out with -d, which uses nnU-Net's folders."
+            )
         from nnunet_conres.evaluation.predictions import parse_model_names
         from nnunet_conres.nnunet import dataset_name_of
 
@@ -186,7 +201,8 @@ def _metric_options(arguments: argparse.Namespace) -> "MetricOptions":
         return MetricOptions(**given)
     unused = [f"--{name}" for name in given if name != "tolerance" or like]
     if unused:
-        raise InputError(f"{', '.join(unused)}: set by --rules {arguments.rules}{', as in the tool' * like}.")
+        tool = ", as in brats-evaluation" * like
+        raise InputError(f"{', '.join(unused)}: set by --rules {arguments.rules}{tool}. Leave the option out.")
     return MetricOptions(**given, rules=read_rules(arguments.rules), like_brats_evaluation=like)
 
 

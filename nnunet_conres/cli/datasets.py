@@ -15,16 +15,18 @@ def add_sparsify(subparsers: "Subparsers") -> None:
         "sparsify",
         help="make a data set with few annotated slices",
         description="Makes a copy of a densely labelled data set in $nnUNet_raw in which only some slices keep their "
-        "labels; all other voxels get nnU-Net's ignore label. Images are hard links. All files are checked before "
-        "anything is written.",
+        "labels; all other voxels get nnU-Net's ignore label. Images are hard links. The command checks all files "
+        "before it writes the data set.",
     )
     parser.add_argument("-d", metavar="SOURCE", required=True, help="name or id of the dense data set")
     parser.add_argument("-o", metavar="ID", type=int, required=True, help="id of the new data set, for example 601")
-    parser.add_argument("-name", metavar="NAME", help="name after the id (default: the source's with Sparse appended)")
+    parser.add_argument(
+        "-name", metavar="NAME", help="data set name after the id (default: the source's name with Sparse appended)"
+    )
     rule = parser.add_mutually_exclusive_group(required=True)
-    rule.add_argument("--every", metavar="N", type=int, help="annotate one slab in each N slices")
+    rule.add_argument("--every", metavar="N", type=int, help="annotate one slab in every N slices")
     rule.add_argument(
-        "--slices", metavar="K", type=int, help="annotate exactly K slices per case, in slabs spread over it"
+        "--slices", metavar="K", type=int, help="annotate exactly K slices per case, in slabs spread over the case"
     )
     rule.add_argument(
         "--fraction", metavar="F", type=float, help="annotate about this share of the slices, above 0 and below 1"
@@ -34,7 +36,7 @@ def add_sparsify(subparsers: "Subparsers") -> None:
         metavar="T",
         type=int,
         default=2,
-        help="neighbouring slices annotated together (default: %(default)s; ConResNet's residual needs 2)",
+        help="number of neighbouring slices in a slab (default: %(default)s; ConResNet's residual needs 2)",
     )
     parser.add_argument(
         "--axis",
@@ -84,10 +86,10 @@ def _sparsify(arguments: argparse.Namespace) -> int:
 def add_densify(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "densify",
-        help="complete sparsely annotated training cases by prediction",
-        description="Writes dense labels for the training cases of a sparsely annotated data set: annotated voxels are "
-        "kept, the others predicted by a model trained on it. Geometry and format are those of the annotation. For new "
-        "cases use nnUNetv2_predict.",
+        help="predict the missing labels of sparsely annotated training cases",
+        description="Writes dense labels for the training cases of a sparsely annotated data set: annotated voxels "
+        "keep their labels, a model trained on this data set predicts all others. Geometry and format are those of the "
+        "annotation. For new cases use nnUNetv2_predict.",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id, with an ignore label")
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
@@ -105,8 +107,8 @@ def add_densify(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--cross_validation",
         action="store_true",
-        help="predict each case only with the fold that held it out: to measure quality; the average over all folds is "
-        "better for use",
+        help="predict each case only with the fold that held it out, to measure quality; to use the labels, the "
+        "average over all folds is better",
     )
     parser.add_argument(
         "-chk", metavar="FILE", default="checkpoint_final.pth", help="name of the checkpoint (default: %(default)s)"
@@ -125,11 +127,11 @@ def add_densify(subparsers: "Subparsers") -> None:
     )
     whether = parser.add_mutually_exclusive_group()
     whether.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
-    whether.add_argument("--continue", dest="go_on", action="store_true", help="resume the interrupted command")
+    whether.add_argument("--continue", dest="go_on", action="store_true", help="resume an interrupted run")
     parser.add_argument(
-        "--figures", metavar="N", type=count, default=0, help="draw the first N cases into figures in the output folder"
+        "--figures", metavar="N", type=count, default=0, help="draw the first N cases, to FOLDER/figures"
     )
-    parser.add_argument("-ref", "--ref", metavar="FOLDER", help="dense labels to draw beside (default: none)")
+    parser.add_argument("-ref", "--ref", metavar="FOLDER", help="dense labels to show in the figures (default: none)")
     parser.add_argument(
         "-npp", metavar="N", type=int, default=3, help="processes for preprocessing, 0 for none (default: %(default)s)"
     )

@@ -20,7 +20,8 @@ def add_plan(subparsers: "Subparsers") -> None:
         "plan",
         help=f"plan {', '.join(_TITLES[:-1])} or {_TITLES[-1]} for the memory of your GPU",
         description="Plans data sets for a network of this package, as nnUNetv2_plan_experiment does for nnU-Net's. "
-        "Patch, batch and checkpointing are chosen by the memory that the network takes. Needs fingerprints.",
+        "Chooses patch size, batch size and checkpointing by the GPU memory that the network needs. The data sets need "
+        "fingerprints (nnUNetv2_extract_fingerprint).",
     )
     _add_planning_options(parser)
     parser.set_defaults(handler=_plan)
@@ -49,7 +50,7 @@ def _add_planning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-overwrite_plans_name",
         metavar="NAME",
-        help="name of the plans (default: by network, such as nnUNetConResNetPlans)",
+        help="name of the plans (default: depends on the network, for example nnUNetConResNetPlans)",
     )
     parser.add_argument(
         "-preprocessor_name",
@@ -86,9 +87,9 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "plan_and_preprocess",
         help="compute fingerprints, plan, and preprocess what is missing",
-        description="Computes missing or outdated fingerprints, plans like plan, and preprocesses. Shares data with "
-        "nnU-Net's plans where they would be the same. Complete cases are preprocessed again only if their raw files "
-        "changed.",
+        description="Computes missing or outdated fingerprints, plans as the command plan does, and preprocesses. If "
+        "nnU-Net's plans need the same preprocessed data, both share them. Complete cases are preprocessed again only "
+        "if their raw files changed.",
     )
     _add_planning_options(parser)
     parser.add_argument(
@@ -96,7 +97,8 @@ def add_plan_and_preprocess(subparsers: "Subparsers") -> None:
         metavar="CONFIGURATION",
         nargs="+",
         default=["3d_fullres", "3d_lowres"],
-        help="configurations to preprocess; a data set's missing ones are skipped (default: 3d_fullres 3d_lowres)",
+        help="configurations to preprocess; those that the plans do not have are skipped (default: 3d_fullres "
+        "3d_lowres)",
     )
     parser.add_argument(
         "-np",
@@ -168,13 +170,13 @@ def add_memory(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "-tr", metavar="TRAINER", default="nnUNetTrainer", help="trainer, as for nnUNetv2_train (default: %(default)s)"
     )
-    parser.add_argument("--batch_size", metavar="B", type=int, help="batch size (default: the plans')")
+    parser.add_argument("--batch_size", metavar="B", type=int, help="batch size (default: as in the plans)")
     parser.add_argument(
         "--patch_size",
         metavar="N",
         type=int,
         nargs="+",
-        help="patch in voxels, axes as in the plans (default: the plans')",
+        help="patch size in voxels, in the plans' order of axes (default: as in the plans)",
     )
     parser.add_argument(
         "--budget",
@@ -218,9 +220,10 @@ def _memory(arguments: argparse.Namespace) -> int:
 def add_variants(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "variants",
-        help="add configurations with other patches to plans",
-        description="Adds configurations with other patches to plans, for nnU-Net's commands. They share the "
-        "preprocessed data of the configuration that they inherit from; the topology follows from each patch.",
+        help="add configurations with other patch sizes to plans",
+        description="Adds configurations with other patch sizes to plans, for nnU-Net's commands. They share the "
+        "preprocessed data of the configuration that they inherit from. The network topology is derived for each "
+        "patch size.",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id")
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans (default: %(default)s)")
@@ -234,14 +237,14 @@ def add_variants(subparsers: "Subparsers") -> None:
         nargs="+",
         action="append",
         required=True,
-        help="patch in voxels, in the order of the plans; repeat the option for several patches",
+        help="patch size in voxels, in the plans' order of axes; repeat the option for several patch sizes",
     )
     parser.add_argument(
         "--batch_size",
         metavar="B",
         type=int,
         nargs="+",
-        help="batch, one for all or one per patch (default: the base's)",
+        help="batch size: one for all patch sizes, or one for each (default: as in the configuration of -c)",
     )
     parser.set_defaults(handler=_variants)
 

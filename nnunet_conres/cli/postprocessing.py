@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 def add_postprocess(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "postprocess",
-        help="choose post-processing by validation predictions, and apply it",
-        description="fit chooses for each region: the smallest component to keep, whether to fill holes, the smallest "
-        "volume in all, and the threshold of probabilities, on the held-out cases of a model's folds. apply "
-        "post-processes a folder of predictions.",
+        help="choose post-processing on validation predictions, and apply it",
+        description="fit chooses for each region the smallest component to keep, whether to fill holes, the smallest "
+        "total volume to keep, and the threshold of probabilities. It uses the held-out cases of a model's folds. "
+        "apply post-processes a folder of predictions.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_fit(commands)
@@ -25,15 +25,17 @@ def add_postprocess(subparsers: "Subparsers") -> None:
 def _add_fit(commands: "Subparsers") -> None:
     parser = commands.add_parser(
         "fit",
-        help="choose by the validation predictions of a model",
-        description="The values for the cases of a fold come from the other folds, so that the gain is measured on "
-        "cases without influence on the choice. A step is kept where the 95 % interval of its gain is above zero, and "
-        "left off elsewhere. Thresholds are tried if all folds have probabilities (nnUNetv2_train ... --val --npz).",
+        help="choose the steps on the validation predictions of a model",
+        description="The values for the cases of a fold are chosen on the other folds, so that the gain is measured on "
+        "cases that did not influence the choice. A step is kept if the 95 % interval of its gain is above zero; "
+        "otherwise it is off. Thresholds are tried if all folds have probabilities (nnUNetv2_train ... --val --npz).",
     )
     parser.add_argument("-d", metavar="DATASET", required=True, help="data set name or id")
     parser.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainer", help="trainer (default: %(default)s)")
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans (default: %(default)s)")
-    parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres", help="(default: %(default)s)")
+    parser.add_argument(
+        "-c", metavar="CONFIGURATION", default="3d_fullres", help="configuration (default: %(default)s)"
+    )
     parser.add_argument(
         "-f", metavar="FOLD", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="folds (default: 0 1 2 3 4)"
     )
@@ -41,12 +43,12 @@ def _add_fit(commands: "Subparsers") -> None:
     parser.add_argument(
         "--rules",
         metavar="NAME",
-        help="choose by the lesion-wise Dice of a challenge, such as 2024-GLI, not by the Dice of each region",
+        help="use the lesion-wise Dice of a challenge, such as 2024-GLI, instead of the Dice of each region",
     )
     parser.add_argument(
         "--group",
         metavar="REGEX",
-        help="of cases of one patient, as for compare (default: the patients of BraTS's ids)",
+        help="groups the cases of a patient, as for compare (default: the patient in BraTS's ids)",
     )
     parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
     parser.set_defaults(handler=_fit)
@@ -75,12 +77,12 @@ def _add_apply(commands: "Subparsers") -> None:
     parser = commands.add_parser(
         "apply",
         help="post-process a folder of predictions",
-        description="Post-processes what nnUNetv2_predict wrote; with --save_probabilities where the file sets "
-        "thresholds.",
+        description="Post-processes predictions of nnUNetv2_predict. If the file sets thresholds, predict with "
+        "--save_probabilities.",
     )
     parser.add_argument("-i", metavar="FOLDER", required=True, help="predictions")
-    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, not there yet or empty")
-    parser.add_argument("--postprocessing", metavar="FILE", required=True, help="what postprocess fit wrote")
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder, new or empty")
+    parser.add_argument("--postprocessing", metavar="FILE", required=True, help="file that postprocess fit wrote")
     parser.add_argument("-np", metavar="N", type=int, help="number of processes (default: $nnUNet_def_n_proc, else 8)")
     parser.set_defaults(handler=_apply)
 

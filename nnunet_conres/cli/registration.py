@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 def add_info(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "info",
-        help="show versions, discovery by nnU-Net, and the trainers",
+        help="show versions, whether nnU-Net finds the trainers, and the list of trainers",
         description="Shows versions, whether nnU-Net finds the trainers, and the list of trainers. The exit code is 0 "
-        "if nnU-Net finds them, else 1.",
+        "if nnU-Net finds the trainers, else 1.",
     )
     parser.add_argument("--all", action="store_true", help="list trainers with every training length")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")

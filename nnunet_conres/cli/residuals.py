@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def add_residuals(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "residuals",
-        help="write inter-slice residuals of images, labels and predictions, or as a model predicts them",
+        help="write inter-slice residuals of images, labels and predictions, or those that a model predicts",
         description="Writes inter-slice residuals as NIfTI in the geometry of their source, with pictures. With "
-        "--model, those that a trained network predicts, and ConResNet's attention.",
+        "--model, writes the residuals that a trained network predicts, and ConResNet's attention.",
     )
     parser.add_argument(
         "-i",
@@ -25,7 +25,7 @@ def add_residuals(subparsers: "Subparsers") -> None:
         help="image or label file, or a folder of them; with --model, images named as for nnU-Net (CASE_0000)",
     )
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder")
-    files = parser.add_argument_group("of files")
+    files = parser.add_argument_group("residuals of files")
     files.add_argument(
         "--axis",
         type=lambda text: int(text) if text.isdigit() else text,
@@ -42,9 +42,9 @@ def add_residuals(subparsers: "Subparsers") -> None:
         help="images: normalised as for the network, or unchanged (default: zscore)",
     )
     files.add_argument(
-        "-djfile", metavar="FILE", help="dataset.json with labels and regions (default: beside or above a file)"
+        "-djfile", metavar="FILE", help="dataset.json with labels and regions (default: the one beside or above a file)"
     )
-    model = parser.add_argument_group("of a trained network")
+    model = parser.add_argument_group("residuals that a trained network predicts")
     model.add_argument(
         "--model",
         metavar="FOLDER",
@@ -98,7 +98,7 @@ def _of_model(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("axis", "kind", "intensities", "djfile")}
     unused = [f"{'-' if name == 'djfile' else '--'}{name}" for name, value in given.items() if value is not None]
     if unused:
-        raise InputError(f"{', '.join(unused)}: not with --model, which determines these; leave the option out.")
+        raise InputError(f"{', '.join(unused)}: leave out with --model, which determines the values.")
     from nnunet_conres.evaluation.residual_predictions import ResidualPredictor, write_predicted_residuals
 
     predictor = ResidualPredictor(

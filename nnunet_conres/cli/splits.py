@@ -22,7 +22,7 @@ def add_split(subparsers: "Subparsers") -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--folds", metavar="K", type=int, default=5, help="number of folds (default: %(default)s)")
     how.add_argument(
-        "--validation", metavar="FILE", help="one fold that holds out these cases: a text file with one id per line"
+        "--validation", metavar="FILE", help="make one fold that holds out the cases in this text file, one id per line"
     )
     parser.add_argument(
         "--stratify",

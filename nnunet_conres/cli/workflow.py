@@ -33,7 +33,7 @@ def add_workflow(subparsers: "Subparsers") -> None:
     parser.add_argument("--snakefile", action="store_true", help="print the path of the Snakefile, for plain snakemake")
     parser.add_argument("--status", action="store_true", help="show the progress and run nothing")
     parser.add_argument("--json", action="store_true", help="with --status: print JSON, for programs")
-    parser.add_argument("--dry-run", "-n", action="store_true", help="show what would run")
+    parser.add_argument("--dry-run", "-n", action="store_true", help="show the steps that would run, and run none")
     parser.add_argument(
         "--profile",
         metavar="NAME",

@@ -221,21 +221,21 @@ def _doubts(cases: Sequence[Case], findings: Mapping[str, Findings]) -> Iterator
         never = [f"{value} {tissue}" for value, tissue in scheme.labels.items() if value not in met]
         if labelled and met and never:
             yield (
-                f"No label file has {' or '.join(never)}, which {scheme.called} has. Look into it: are the files of "
-                f"another year, or relabelled?"
+                f"No label file has {' or '.join(never)}, which {scheme.called} defines. Check whether the files are "
+                f"of another year, or were relabelled."
             )
     label_set = common_label_set(schemes)
     for scheme in dict.fromkeys(case.scheme for case in cases if case.labels is not None):
         lacking = [] if label_set is None else [t for t in label_set.tissues if t not in scheme.labels.values()]
         if lacking:
             yield (
-                f"{scheme.called} has no label for {' or '.join(lacking)}: its cases act as negatives for it. That is "
-                f"right where it can't occur, as before surgery, and wrong elsewhere."
+                f"{scheme.called} has no label for {' or '.join(lacking)}: training treats its cases as cases without "
+                f"this tissue. That is correct only if the tissue can't occur in them, for example before surgery."
             )
     labelled_folders = {collection(case) for case in cases if case.trains}
     unlabelled = [case.case_id for case in cases if case.labels is None and collection(case) in labelled_folders]
     if unlabelled:
-        yield f"{first_few(unlabelled)}: no labels, beside cases that have them. Went to imagesTs."
+        yield f"{first_few(unlabelled)}: no labels, although other cases have labels. They are in imagesTs."
     patients = defaultdict(list)
     for case in cases:
         # Ids of 2017 to 2020 differ only in the year if a patient was released again.
@@ -247,8 +247,8 @@ def _doubts(cases: Sequence[Case], findings: Mapping[str, Findings]) -> Iterator
     both = [case.case_id for case in cases if case.held_out and case.patient in trained]
     if both:
         yield (
-            f"{first_few(both)}: held out, and the same patients are trained on at other time points. Hold out "
+            f"{first_few(both)}: held out, but other time points of the same patients are training cases. Hold out "
             f"all cases of a patient, or none."
         )
     if not any(case.trains for case in cases):
-        yield "No case has labels: the data set can be predicted, but not trained on."
+        yield "No case has labels: the data set can be used for prediction, but not for training."

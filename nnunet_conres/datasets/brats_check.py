@@ -69,7 +69,7 @@ def check_case(case: Case) -> Findings:
             if difference:
                 errors.append(
                     f"{path} and {reference[0].name} do not lie on the same voxel grid: {difference}. All files of a "
-                    f"case must; resample the odd one, or leave the case out."
+                    f"case need the same grid; resample the file that differs, or leave the case out."
                 )
         not_finite = file.not_finite()
         if not_finite:

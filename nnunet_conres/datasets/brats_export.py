@@ -215,13 +215,13 @@ def _label_error(job: Prediction, strange: Mapping[float, int]) -> str:
     )
     if strange.keys() <= tissues.keys():
         return (
-            f"{job.path} has labels {found}, which {scheme.called} has no value for; it has "
-            f"{scheme.known_labels}. Choose the --scheme whose tissues the model was trained on."
+            f"{job.path} has labels {found}, but {scheme.called} has only {scheme.known_labels}. Choose the --scheme "
+            f"whose tissues the model was trained on."
         )
     expected = ", ".join(f"{label} {tissue}" for label, tissue in job.known.items())
     return (
         f"{job.path} has labels {found}; the data set has 0 background, {expected}. Expected nnU-Net's own prediction: "
-        f"is this an image, or a file in the challenge's labels already?"
+        f"is this an image, or a file that already has the challenge's labels?"
     )
 
 
@@ -238,7 +238,7 @@ def _argument_errors(scheme: Scheme | None, et_min_voxels: int, processes: int) 
         yield f"--et-min-voxels is {et_min_voxels}; expected 0 or more."
     elif et_min_voxels and scheme is not None and not scheme.less_enhancing:
         yield (
-            f"--et-min-voxels is {et_min_voxels}, but {scheme.called} does not say what replaces small enhancing "
+            f"--et-min-voxels is {et_min_voxels}, but {scheme.called} does not define a replacement of small enhancing "
             f"tumour (less_enhancing). Remove the option."
         )
     if processes < 1:

@@ -192,7 +192,7 @@ def find_cases(
     found.errors += _held_out_errors(found.cases, roots)
     for twins in _duplicates(place for place in places if place not in no_cases):
         listed = ", ".join(str(folder / case_id) for case_id, folder in twins)
-        error = f"Case id {twins[0][0]} occurs {len(twins)} times: {listed}; ids must differ, rename or remove."
+        error = f"Case id {twins[0][0]} occurs {len(twins)} times: {listed}; ids must be unique: rename or remove one."
         found.bad[", ".join(sorted({case_id for case_id, _ in twins}))].append(error)
         found.doubled.add(twins[0][0].casefold())
     found.errors += _mixture_errors(list(dict.fromkeys(case.scheme for case in found.cases)), selection)
@@ -431,8 +431,8 @@ def _held_out_errors(cases: Iterable[Case], roots: Sequence[Path]) -> Iterator[s
     for folder, ids in inside.items():
         yield (
             f"{len(ids)} labelled cases lie in {folder}, whose name says that they are not for training: "
-            f"{first_few(ids)}. Name the folder with --held-out, and those to train on with -i. To train on these as "
-            f"well, name the folder itself with -i."
+            f"{first_few(ids)}. Name the folder with --held-out, and the folders for training with -i. To train on "
+            f"these cases as well, name the folder itself with -i."
         )
 
 
@@ -448,7 +448,7 @@ def _mixture_errors(met: Sequence[Scheme], selection: Selection) -> Iterator[str
         )
     elif len(schemes) > 1 and selection.auto:
         yield (
-            f"The folders mix {listed}. If that is meant, say so with --scheme "
-            f"{' '.join(scheme.name for scheme in schemes)}; mind that BraTS has released many patients again in later "
+            f"The folders mix {listed}. To allow this mixture, add --scheme "
+            f"{' '.join(scheme.name for scheme in schemes)}; note that BraTS has released many patients again in later "
             f"years, under other ids."
         )

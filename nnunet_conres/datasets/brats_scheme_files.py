@@ -302,7 +302,7 @@ def _expression_errors(what: str, pattern: str) -> Iterator[str]:
     try:
         re.compile(pattern)
     except re.error as error:
-        yield f"{what} is {pattern!r}, which is no regular expression: {error}."
+        yield f"{what} is {pattern!r}, which is not a regular expression: {error}."
 
 
 def _file_errors(files: Mapping[str, Any]) -> Iterator[str]:
@@ -315,7 +315,7 @@ def _file_errors(files: Mapping[str, Any]) -> Iterator[str]:
                 re.compile(_ID.findall(pattern)[0])
                 _expression(pattern)
             except re.error as error:
-                yield f"[files] has {pattern!r}, whose form of {{id}} is no regular expression: {error}."
+                yield f"[files] has {pattern!r}, whose form of {{id}} is not a regular expression: {error}."
         texts = [content] if isinstance(content, str) else content
         if not _is_texts(texts) or not texts or not all(texts):
             yield f"[files] {pattern!r} is {content!r}; expected a channel, a list of channels, or labels."

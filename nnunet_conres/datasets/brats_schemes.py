@@ -77,7 +77,7 @@ def select_schemes(names: Sequence[str]) -> tuple[Selection, list[str]]:
         if scheme is None:
             errors.append(
                 f"The scheme is {name}{did_you_mean(name, SCHEMES)} Expected {AUTO} or any of {', '.join(SCHEMES)}, or "
-                f"a TOML file that describes another."
+                f"a TOML file that describes another scheme."
             )
         else:
             allowed[scheme.name] = scheme
@@ -107,7 +107,8 @@ def choose_scheme(
     if selection.auto:
         if len(claiming) == 1:
             return claiming[0], ""
-        return None, f"could be of {_listed(claiming or alike or of_layout)}, with different labels; say which it is"
+        listed = _listed(claiming or alike or of_layout)
+        return None, f"could be of {listed}, with different labels; name the right one with --scheme"
 
     named = [scheme for scheme in selection.allowed if scheme.layout == layout]
     fitting = [scheme for scheme in named if scheme in alike or scheme in claiming]
@@ -207,7 +208,7 @@ def label_message(where: object, strange: Mapping[float, int], scheme: Scheme) -
         for other in SCHEMES.values()
         if other.layout == scheme.layout and other.prefix == scheme.prefix and strange.keys() <= other.labels.keys()
     ]
-    what = f"If they are of another year, say --scheme {' or '.join(others)}" if others else "Correct the labels"
+    what = f"If they are of another year, use --scheme {' or '.join(others)}" if others else "Correct the labels"
     return (
         f"{where} has labels {found}; {scheme.called} has 0 background, "
         f"{scheme.known_labels}. {what}, or leave the case out."

@@ -137,7 +137,7 @@ def densify(
     expected = dataset_json.get("numTraining", len(cases))
     if not found and expected != len(cases):
         errors.append(
-            f"{dataset_folder} has {len(cases)} training cases, but its dataset.json says numTraining {expected}. Put "
+            f"{dataset_folder} has {len(cases)} training cases, but numTraining in its dataset.json is {expected}. Put "
             f"the missing files back, or correct dataset.json."
         )
     ending = str(dataset_json["file_ending"])
@@ -283,8 +283,8 @@ def _model_errors(model: TrainedModel, name: str, dataset_json: Mapping[str, Any
             yield f"Fold {fold} has no {model.checkpoint} in {folder}, only {', '.join(others)}; choose with -chk."
         elif others:
             yield (
-                f"Fold {fold} has no {model.checkpoint} in {folder}, only {', '.join(others)}: its training has not "
-                f"come to the end. Finish it with {command} --c, or take another checkpoint with -chk {others[-1]}."
+                f"Fold {fold} has no {model.checkpoint} in {folder}, only {', '.join(others)}: its training is not "
+                f"finished. Finish it with {command} --c, or use another checkpoint with -chk {others[-1]}."
             )
         else:
             yield f"Fold {fold} is not trained: {folder / f'fold_{fold}'} has no {model.checkpoint}. Run: {command}"
@@ -303,7 +303,7 @@ def _model_errors(model: TrainedModel, name: str, dataset_json: Mapping[str, Any
         if theirs.get(key) != dataset_json.get(key):
             yield (
                 f"{folder} was trained when dataset.json had {key} {theirs.get(key)}; now it has "
-                f"{dataset_json.get(key)}. Preprocess and train anew."
+                f"{dataset_json.get(key)}. Preprocess and train again."
             )
 
 
@@ -330,7 +330,7 @@ def _by_validation_fold(
     for case in cases:
         groups[tuple(fold for fold in model.folds if case.case_id in held_out[fold])].append(case)
     errors = [
-        f"Case {case.case_id} is in the validation set of none of the folds {' '.join(map(str, model.folds))}; give "
+        f"Case {case.case_id} is not a validation case of any of the folds {' '.join(map(str, model.folds))}; give "
         f"all folds of the cross-validation, or leave --cross_validation out."
         for case in groups.pop((), [])
     ]
@@ -345,12 +345,12 @@ def _output_errors(
     record: Mapping[str, Any],
 ) -> Iterator[str]:
     if output.exists() and not output.is_dir():
-        yield f"{output} is not a folder; expected one to write to."
+        yield f"{output} is not a folder; expected an output folder."
         return
     inputs = {path.parent.resolve() for case in cases for path in (case.labels, *case.images)}
     raw = dataset_folder.resolve().parent
     if output.resolve() in inputs or raw in (output.resolve(), *output.resolve().parents):
-        yield f"{output} holds files of a data set in {raw}; choose another -o."
+        yield f"{output} contains files of a data set in {raw}; choose another -o."
         return
     if not output.is_dir() or not visible(output):
         return
@@ -394,7 +394,7 @@ def _companion_errors(
                 f"-prev_stage_predictions FOLDER."
             )
         if stage is None and previous_stage_folder is not None:
-            yield f"{model.configuration} is no cascade; leave -prev_stage_predictions out."
+            yield f"{model.configuration} is not a cascade; leave -prev_stage_predictions out."
     for place, what in ((previous_stage_folder, "prediction of the previous stage"), (reference_folder, "reference")):
         if place is not None:
             for case in cases:

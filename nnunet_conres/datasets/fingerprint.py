@@ -72,8 +72,8 @@ def annotated_intensities(
     sampled = [found for found in map_cases(_sample, jobs, 1, "Intensities", progress) if len(found[0])]
     if not sampled:
         raise InputError(
-            f"No training case of {dataset_folder} has annotated foreground, by which CT images are normalised; "
-            f"expected some. Check the labels."
+            f"No training case of {dataset_folder} has annotated foreground, but nnU-Net normalises CT images by the "
+            f"intensities of the foreground. Check the labels."
         )
     channels = (np.concatenate(channel) for channel in zip(*sampled, strict=True))
     return {str(number): _statistics(intensities) for number, intensities in enumerate(channels)}

@@ -148,7 +148,7 @@ def write_brats_phantoms(
     parts = (("training", "PHANTOM", training_cases), ("held_out", "PHANTOMHELDOUT", held_out_cases))
     ids: dict[str, list[str]] = {}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is no empty folder; remove it, or choose another -o.")
+        raise InputError(f"{output} exists and is not an empty folder; remove it, or choose another -o.")
     with new_folder(output) as partial:
         for stream, (part, site, count) in enumerate(parts):
             ids[part] = []

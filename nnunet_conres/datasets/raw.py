@@ -88,7 +88,7 @@ def target_errors(
             if taken.name != target:
                 yield f"Data set id {dataset_id} is taken by {taken}; choose another {option}."
             elif folder != raw and not may_have_been_used:
-                yield f"{taken} is of an earlier data set of that name; remove it, or choose another {option}."
+                yield f"{taken} belongs to an earlier data set of that name; remove it, or choose another {option}."
 
 
 def lock_of_dataset(raw: Path, dataset_id: int) -> Path:

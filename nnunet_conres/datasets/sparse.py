@@ -277,7 +277,7 @@ def sparsify(
     return Sparsification(
         dataset_folder=target,
         axis=chosen,
-        axis_reason=f"the first with the largest median spacing ({median} mm)" if axis == "slice" else "as asked for",
+        axis_reason=f"the first with the largest median spacing ({median} mm)" if axis == "slice" else "as requested",
         annotated=annotated,
         depths=depths,
         ignore_label=ignore_label,
@@ -307,16 +307,16 @@ def _labels_of(dataset_folder: Path, dataset_json: Mapping[str, Any]) -> tuple[t
     path = dataset_folder / "dataset.json"
     if dataset_json["labels"].get(IGNORE) is not None:
         return (), [
-            f"{path} has the label {IGNORE!r} already: the data set is annotated sparsely as it is. Expected one that "
-            f"is labelled throughout."
+            f"{path} has the label {IGNORE!r}: the data set is already sparsely annotated. Expected a densely labelled "
+            f"data set."
         ]
     try:
         manager = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        return (), [f"{path} does not define its labels as nnU-Net wants them: {short_message(error)}."]
+        return (), [f"{path} does not define its labels as nnU-Net requires: {short_message(error)}."]
     labels = tuple(int(label) for label in manager.all_labels)
     if labels != tuple(range(len(labels))):
-        return (), [f"{path} has the labels {', '.join(map(str, labels))}; nnU-Net wants 0, 1, 2 and so on, no gaps."]
+        return (), [f"{path} has the labels {', '.join(map(str, labels))}; nnU-Net requires 0, 1, 2, ... without gaps."]
     return labels, []
 
 
@@ -398,7 +398,7 @@ def _nothing_left_out(axis: int, depths: Mapping[str, int]) -> str:
         return f"All cases have a single slice along axis {axis}: the images are 2D. Choose another --axis."
     return (
         f"All slices of all cases would keep their labels: no case has more than {deepest} slices along axis {axis}. "
-        f"Ask for fewer."
+        f"Choose fewer slices."
     )
 
 
@@ -411,7 +411,7 @@ def _warnings(
             "this data set. It is fine for the other networks; for ConResNet use --slab 2 or more."
         )
     if dense:
-        yield f"{len(dense)} of {cases} cases keep all their labels, having too few slices: {first_few(dense)}."
+        yield f"{len(dense)} of {cases} cases have too few slices and keep all their labels: {first_few(dense)}."
     if without_foreground:
         yield (
             f"{len(without_foreground)} of {cases} cases have foreground, but none on their annotated slices: "

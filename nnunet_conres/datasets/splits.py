@@ -215,7 +215,7 @@ def split(
         before = _read_splits(path)
         trainings = [] if results is None else list(_other_trainings(results / folder.name, entries, before, ending))
         if path.exists() and before != content and not force:
-            reasons = [f"{path} exists already and holds other splits; add --force to replace it."]
+            reasons = [f"{path} exists already and has other splits; add --force to replace it."]
             raise InputError(reasons + [f"Already trained: {training}" for training in trainings])
         if before != content:
             with file_errors(path):
@@ -249,7 +249,7 @@ def compile_group(group: str | None) -> tuple[re.Pattern[str] | None, list[str]]
     try:
         return re.compile(group), []
     except re.error as error:
-        return None, [f"--group {group!r} is no regular expression: {error}."]
+        return None, [f"--group {group!r} is not a regular expression: {error}."]
 
 
 def group_cases(
@@ -278,8 +278,8 @@ def group_cases(
     if not missing:
         return groups, []
     return groups, [
-        f"--group {pattern.pattern!r} names no group for {len(missing)} of {len(ids)} cases: {first_few(missing, 20)}; "
-        f"expected an expression that fits every id."
+        f"--group {pattern.pattern!r} finds no group for {len(missing)} of {len(ids)} cases: {first_few(missing, 20)}; "
+        f"expected an expression that matches every id."
     ]
 
 
@@ -456,7 +456,7 @@ def _read_validation(path: Path, cases: Mapping[str, CaseFacts]) -> tuple[set[st
         errors.append(f"{path} names {len(twice)} cases more than once: {first_few(twice, 20)}; expected each once.")
     held_out = set(listed)
     if not listed:
-        errors.append(f"{path} names no case; expected one id a line.")
+        errors.append(f"{path} names no case; expected one id per line.")
     elif held_out >= set(cases):
         errors.append(f"{path} names all {len(cases)} cases, which leaves none to train on.")
     groups = {cases[case_id].group for case_id in held_out if case_id in cases}
@@ -599,7 +599,7 @@ def _other_trainings(results: Path, folds: Sequence[Fold], before: Any, ending: 
         elif held_out != new:
             yield (
                 f"{model} in {results} held out other cases ({source}): {len(held_out)}, of which "
-                f"{len(held_out & new)} are among the {len(new)} of the new fold. Train it anew, or don't compare it."
+                f"{len(held_out & new)} are among the {len(new)} of the new fold. Train it again, or don't compare it."
             )
 
 
@@ -614,7 +614,7 @@ def _held_out(fold_folder: Path, number: int, before: Any, ending: str) -> tuple
         pass
     # An unfinished validation has fewer files than cases. The old splits are complete.
     if before is not None and number < len(before):
-        return set(before[number]["val"]), "the splits file until now"
+        return set(before[number]["val"]), "the previous splits file"
     files = list_files(validation, ending) if validation.is_dir() else []
     return ({path.name.removesuffix(ending) for path in files} or None), "the files in validation"
 
@@ -630,8 +630,8 @@ def _notes(
     raw = folder / SPLITS_FILE
     if raw.is_file() and _read_splits(raw) != content:
         yield (
-            f"{raw} holds other splits: nnU-Net's planning stops where that file and the one in the preprocessed "
-            f"folder differ. Remove it before you plan."
+            f"{raw} has other splits. nnU-Net's planning stops if this file and the one in the preprocessed folder "
+            f"differ. Remove it before you plan."
         )
     if pattern is not None:
         groups: dict[str, set[str]] = defaultdict(set)

@@ -196,8 +196,8 @@ def _missing(scores: Scores) -> list[str]:
         return []
     assert scores.options.rules is not None, "only rules ask for regions"
     return [
-        f"{', '.join(scores.missing_regions)}: scored by the rules {scores.options.rules.name}, but the labels of "
-        f"this data set do not distinguish them; not scored here."
+        f"The rules {scores.options.rules.name} score {', '.join(scores.missing_regions)}, but the labels of this data "
+        f"set do not distinguish these regions. They are not scored here."
     ]
 
 

@@ -160,7 +160,7 @@ def find_test_set(
     trained = {name: Path(folder) for name, folder in (model_folders or {}).items()}
     missing = [
         f"{folder} is not a folder; expected {what}."
-        for folder, what in ((references, "the true label maps"), (images, "images"))
+        for folder, what in ((references, "the reference label maps"), (images, "images"))
         if folder is not None and not Path(folder).is_dir()
     ]
 
@@ -200,7 +200,7 @@ def _search_or_make(search: Callable[[str], Search], options: CompareOptions, nu
             raise InputError(
                 [
                     f"--run cannot complete this command: pass the model's folder with --model, run the command "
-                    f"yourself, or omit --run and go without the ensemble. {missing.as_text}"
+                    f"yourself, or omit --run to compare without the ensemble. {missing.as_text}"
                     if missing.command
                     else missing.as_text
                     for missing in unknown

@@ -302,5 +302,5 @@ def check_labels(postprocessing: Postprocessing, dataset_json: Mapping[str, Any]
     if (dict(ours.regions), dict(ours.painted)) != (dict(theirs.regions), dict(theirs.painted)):
         raise InputError(
             f"{postprocessing.source or 'The post-processing'} was fitted to the labels {dict(ours.regions)}, but "
-            f"{where} has {dict(theirs.regions)}; fit it with a model of these."
+            f"{where} has {dict(theirs.regions)}; fit it with a model that was trained with these labels."
         )

@@ -144,7 +144,7 @@ def add_postprocessed(found: Found, output: Path, options: CompareOptions) -> Fo
             continue
         postprocessing = rules[model.name]
         if postprocessing.does_nothing:
-            found.warnings.append(f"{postprocessing.source} has no active step: {model.name} is compared without.")
+            found.warnings.append(f"{postprocessing.source} has no active step: {model.name} is not post-processed.")
             continue
         folder = output / "postprocessed" / model.key
         with file_errors(folder):
@@ -169,7 +169,7 @@ def _rules_by_name(
     """Return the post-processing of each model that has one, and a message for every error."""
     files = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
     errors = [
-        f"--postprocessing names {name}, which is not compared; expected some of {', '.join(names)}."
+        f"--postprocessing names {name}, which is not compared; expected one of {', '.join(names)}."
         for name in files
         if name not in names
     ]

@@ -46,7 +46,7 @@ _NAMES: Final = {
     "threshold": "threshold",
     "smallest_component": "smallest component",
     "fill_holes": "fill holes",
-    "smallest_total": "smallest in all",
+    "smallest_total": "smallest total",
 }
 _LEAVE_OFF: Final = None
 
@@ -145,7 +145,7 @@ class Fit:
             together.append((region.region, *numbers, _interval_text(region.interval)))
         lines += ["", *aligned(together), "", *self.notes]
         if self.postprocessing.does_nothing:
-            lines.append("No step has a certain gain: the post-processing is left off.")
+            lines.append("No step has a certain gain, so the post-processing changes nothing.")
         return "\n".join([*lines, str(self.path)])
 
 
@@ -185,8 +185,8 @@ def fit_postprocessing(
     output, model = Path(output), found.models[0]
     if len(found.folds) < 2:
         raise InputError(
-            f"{model.name} has fold {', '.join(map(str, found.folds))} only; expected two or more, for the values of a "
-            f"fold are chosen on the others. Train another fold, and name all with -f."
+            f"{model.name} has fold {', '.join(map(str, found.folds))} only; expected two or more, because the values "
+            f"of a fold are chosen on the other folds. Train another fold, and name all folds with -f."
         )
     less = _less(found.dataset_json)
     scheme = Scheme.of(found.dataset_json, less)

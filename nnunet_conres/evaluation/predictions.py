@@ -164,7 +164,7 @@ def parse_model_names(
         label, equals, rest = text.rpartition("=")
         parts = rest.split(":")
         if len(parts) > 3 or not all(parts) or (equals and not label):
-            errors.append(f"-tr {text} is no model; expected [NAME=]TRAINER[:PLANS[:CONFIGURATION]].")
+            errors.append(f"-tr {text} is not a model; expected [NAME=]TRAINER[:PLANS[:CONFIGURATION]].")
             continue
         given = [values[number] if number < len(values) else values[0] for values in (plans, configurations)]
         trainer, *others = parts
@@ -300,9 +300,9 @@ class _Fold:
         if listed is not None and now is not None and set(now) != set(listed):
             return Missing(
                 what,
-                instead=f"{self.plans_file.with_name('splits_final.json')} holds other cases out than the model's "
-                f"training did, so that a validation would predict cases that it was trained on. Put the training's "
-                f"splits there, then run: {self.validate}",
+                instead=f"{self.plans_file.with_name('splits_final.json')} differs from the splits of the model's "
+                f"training, so a validation would predict cases that the model was trained on. Put the splits of the "
+                f"training there, then run: {self.validate}",
             )
         return Missing(what, (*self.train, "--val", "--npz"))
 
@@ -415,8 +415,8 @@ def search_test_set(
             model, folds = NamedModel.of_folder(trained), _trained_folds(trained)
             if model is None:
                 found.errors.append(
-                    f"{trained} is no folder of a trained model; expected one named TRAINER__PLANS__CONFIGURATION, "
-                    f"with plans.json in it."
+                    f"{trained} is not the folder of a trained model; expected a folder with plans.json that is named "
+                    f"TRAINER__PLANS__CONFIGURATION."
                 )
                 continue
         found.models.append(Contender(f"m{number}", name, dict(sorted(predictions.items())), trained, model, folds))
@@ -474,8 +474,9 @@ def same_cases(
         if extra and not intersection:
             without = [other.name for other in models if any(case not in other.predictions for case in extra)]
             errors.append(
-                f"{model.name} has predictions of {first_few(extra)}, but {', '.join(without)} has not. A comparison "
-                f"needs the same cases; predict the missing ones, or compare on the common cases with --intersection."
+                f"{model.name} has predictions of {first_few(extra)}, which are missing for {', '.join(without)}. A "
+                f"comparison needs the same cases; predict the missing ones, or compare on the common cases with "
+                f"--intersection."
             )
         folds = {model.predictions[case].fold for case in extra} - {None}
         if extra and folds and not intersection:
@@ -487,9 +488,8 @@ def same_cases(
         moved = sorted(_in_other_folds(models[0], model) & everywhere)
         if moved and not intersection:
             errors.append(
-                f"{model.name} and {models[0].name} held {first_few(moved)} out in different folds: they were "
-                f"trained on "
-                f"different splits. Compare models of the same splits, or compare nevertheless with --intersection."
+                f"{model.name} and {models[0].name} held {first_few(moved)} out in different folds: they were trained "
+                f"on different splits. Compare models of the same splits, or compare anyway with --intersection."
             )
     without_reference = sorted(everywhere - set(references))
     if without_reference:

@@ -160,7 +160,7 @@ def _checked(path: Path, channel: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    reason = "it holds no array named probabilities" if isinstance(error, KeyError) else short_message(error)
+    reason = "it has no array named probabilities" if isinstance(error, KeyError) else short_message(error)
     return InputError(f"{path} can't be read as nnU-Net's probabilities: {reason}. Predict the case again.")
 
 

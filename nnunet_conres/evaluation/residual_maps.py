@@ -190,7 +190,7 @@ def write_residual_maps(
         spacing = ", ".join(f"{value:g}" for value in np.median([look.spacing for look in looks], axis=0))
         result = ResidualMaps(
             axis=chosen,
-            axis_reason=f"the first with the largest spacing ({spacing} mm)" if axis == "slice" else "as asked for",
+            axis_reason=f"the first with the largest spacing ({spacing} mm)" if axis == "slice" else "as requested",
             files=tuple(done),
             warnings=tuple(warnings),
         )
@@ -282,7 +282,7 @@ def find_files(source: Path) -> tuple[list[Path], list[str]]:
     if source.is_file():
         return [source], unsafe_ids([stem(source)], source)
     if not source.is_dir():
-        return [], [f"{source} does not exist; expected an image or label file, or a folder of such."]
+        return [], [f"{source} does not exist; expected an image or label file, or a folder of such files."]
     paths = list_files(source, ENDINGS, ignore_case=True)
     if not paths:
         return [], [f"{source} has no file that ends in {', '.join(ENDINGS)}; expected images or labels there."]
@@ -302,7 +302,7 @@ def stem(path: Path) -> str:
 def output_errors(output: Path, paths: Sequence[Path]) -> Iterator[str]:
     """Yield a message if the output folder can't be used."""
     if output.exists() and not output.is_dir():
-        yield f"{output} is not a folder; expected one to write to."
+        yield f"{output} is not a folder; expected an output folder."
     elif any(path.parent.resolve() == output.resolve() for path in paths):
         yield f"{output} is the folder of the input; choose another -o."
 
@@ -382,7 +382,7 @@ def slice_errors(look: FileLook, axis: int) -> Iterator[str]:
     """Yield a message if a file has too few slices along an axis for a residual."""
     if look.shape[axis] < 2:
         yield (
-            f"{look.path} has a single slice along axis {axis} (shape {look.shape}), and a residual is between two; "
+            f"{look.path} has a single slice along axis {axis} (shape {look.shape}), but a residual needs two slices; "
             f"choose another --axis, or leave it out."
         )
 
@@ -413,7 +413,7 @@ def _legend_of(look: FileLook, dataset_json: str | Path | None) -> tuple[Legend 
         return legend, [], []
     problem = f"{look.path} has labels that {path} does not name: {first_few(strange)}"
     if dataset_json is not None:
-        return None, [f"{problem}; give the dataset.json that it belongs to."], []
+        return None, [f"{problem}; pass the dataset.json of its data set."], []
     return None, [], [f"{problem}. Each label gets a residual; for regions, pass the right file with -djfile."]
 
 

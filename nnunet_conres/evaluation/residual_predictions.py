@@ -434,7 +434,7 @@ def _references(
     elif len(cases) == 1:
         found = dict.fromkeys(cases, path)
     else:
-        return {}, [f"{path} is no folder; expected one with the labels of all {len(cases)} cases."]
+        return {}, [f"{path} is not a folder; expected a folder with the labels of all {len(cases)} cases."]
     missing = [one for one in found.values() if not one.is_file()]
     existing = {case_id: one for case_id, one in found.items() if one.is_file()}
     return existing, [f"{one} does not exist; expected the reference labels there." for one in missing]

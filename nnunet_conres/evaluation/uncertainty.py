@@ -467,7 +467,7 @@ def _draw(
         channel=channel_name,
         spacing=spacing,
         title=task.case,
-        subtitle=f"{what}: {first_few(found)}" if found else "nothing is segmented",
+        subtitle=f"{what}: {first_few(found)}" if found else "empty segmentation",
     )
     return save_figure(figure, task.output / f"{task.case}_uncertainty.png", dpi=150)
 
@@ -495,7 +495,7 @@ def write_uncertainty(
     output = Path(output_folder)
     sources = {path.parent.resolve() for files in predicted.probabilities.values() for path in files}
     if output.resolve() in sources:
-        raise InputError([f"{output} holds the predictions; choose another output folder."])
+        raise InputError([f"{output} contains the predictions; choose another output folder."])
     tasks = [
         _Task(
             case, files, predicted.segmentations[case], predicted.images.get(case, ()), predicted.dataset_json, output

@@ -194,4 +194,4 @@ def _check_tiff(path: Path) -> None:
     except InputError:
         raise
     except (OSError, ValueError, tifffile.TiffFileError) as error:
-        raise unreadable(path, f"it is no TIFF file, or damaged ({str(error).splitlines()[0]})") from error
+        raise unreadable(path, f"it is not a TIFF file, or is damaged ({str(error).splitlines()[0]})") from error

@@ -188,7 +188,7 @@ def read_labels(path: Path, reader: type, allowed: Iterable[int] | None = None) 
     met = _values_of(labels)
     strange = met[(met % 1 != 0) | (np.abs(met) > np.iinfo(np.int32).max)]
     if strange.size:
-        raise InputError(f"{path} has values that are no integers: {listed(strange)}; expected labels.")
+        raise InputError(f"{path} has values that are not integers: {listed(strange)}; expected labels.")
     if allowed is not None:
         known = sorted(int(label) for label in allowed)
         strange = met[~np.isin(met, known)]

@@ -163,7 +163,7 @@ class Planned:
         lines.append(f"Plans: {self.plans_file}")
         for data in self.preprocessed:
             there = data.cases - len(data.written)
-            lines.append(f"Data of {data.configuration}: {len(data.written)} cases written, {there} were there")
+            lines.append(f"Data of {data.configuration}: {len(data.written)} cases written, {there} existed already")
             if data.outdated:
                 named = [f"{case_id} ({reason})" for case_id, reason in data.outdated.items()]
                 lines.append(f"  of these {len(named)} again, because their raw files changed: {first_few(named)}")
@@ -443,7 +443,7 @@ def _dataset_errors(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
     preprocessed = folder / raw.name
     fingerprint = preprocessed / "dataset_fingerprint.json"
     if fingerprint.is_file():
-        again = f"Take it again: nnUNetv2_extract_fingerprint -d {dataset_id} --clean"
+        again = f"Extract it again: nnUNetv2_extract_fingerprint -d {dataset_id} --clean"
         try:
             json.loads(fingerprint.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -460,7 +460,7 @@ def _dataset_errors(dataset_id: int, options: PlanOptions, needs_fingerprint: bo
                 )
     elif needs_fingerprint:
         yield (
-            f"{fingerprint} is missing. Take it with nnUNetv2_extract_fingerprint -d {dataset_id}, or use "
+            f"{fingerprint} is missing. Extract it with nnUNetv2_extract_fingerprint -d {dataset_id}, or use "
             f"nnunet-conres plan_and_preprocess."
         )
     yield from _plans_file_errors(preprocessed / f"{options.resolved_plans_name}.json", options)
@@ -488,7 +488,7 @@ def _unknown_configurations(dataset_id: int, options: PlanOptions, configuration
             known |= set(plans.get("configurations", ()))
     for name in configurations:
         if name not in known:
-            yield f"{name!r} is no configuration; expected some of {', '.join(sorted(known))} for -c."
+            yield f"{name!r} is not a configuration; expected some of {', '.join(sorted(known))} for -c."
 
 
 def _find_class(folder: str, name: str) -> type | None:
@@ -506,4 +506,4 @@ def _refusals_of_nnunet(
     except InputError:
         raise
     except kinds as error:
-        raise InputError(f"nnU-Net refuses {raw}: {short_message(error)}") from error
+        raise InputError(f"nnU-Net rejects {raw}: {short_message(error)}") from error

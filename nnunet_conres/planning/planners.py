@@ -222,7 +222,7 @@ class NetworkPlanner(ExperimentPlanner):
             f"{self.family.title} can't be planned for {self.dataset_name} in {_gib(self.memory_target)}: the smallest "
             f"patch, {format_shape(patch)} voxels, takes {_gib(needed)} at batch {self.UNet_min_batch_size} with "
             f"checkpointing {self._checkpointing}"
-            + (" in the cascade, where the stage before adds channels" if self._previous_stage_channels else "")
+            + (" in the cascade, where the previous stage adds channels" if self._previous_stage_channels else "")
             + f". Set -gpu_memory_target to at least {math.ceil(needed / GIB * 100) / 100:g}."
         )
 
@@ -432,7 +432,7 @@ class NetworkPlanner(ExperimentPlanner):
         if "3d_fullres" not in configurations:
             raise InputError(
                 f"The images of {self.dataset_name} are single slices, and {self.family.title} is a 3D network. Plan "
-                f"them with nnUNetv2_plan_experiment for nnU-Net's own."
+                f"them with nnUNetv2_plan_experiment for nnU-Net's own network."
             )
         self._plan_cascade(configurations)
         plans["nnunet_conres"] = {"version": __version__}

@@ -88,8 +88,8 @@ class AddedVariants:
         lines = [
             f"{self.plans_file}",
             f"Configurations that inherit from {self.base} and share its preprocessed data, {self.data_identifier}. "
-            "The topology is derived anew for each patch: more or fewer stages and other strides change the network, "
-            "not the crop alone.",
+            "The topology is derived for each patch: another patch can change the stages and strides of the network, "
+            "not only the crop.",
         ]
         rows = [("configuration", "patch", "batch", "stages", "strides", "features")]
         for variant in self.variants:

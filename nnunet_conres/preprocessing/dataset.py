@@ -154,10 +154,10 @@ def settings_errors(plans: Mapping[str, Any], existing: Mapping[str, Mapping[str
                 before = preprocessing_settings(other, theirs)
                 different = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
                 if different:
-                    whose = "holds data that were" if is_replaced else f"is for data of {other_name} too, which are"
+                    whose = "has data that were" if is_replaced else f"is also for data of {other_name}, which are"
                     yield (
                         f"{folder / identifier} {whose} preprocessed with another {', '.join(different)} than "
-                        f"configuration {name} is to have now. Name the new plans with -overwrite_plans_name"
+                        f"configuration {name} needs now. Name the new plans with -overwrite_plans_name"
                         + (", or remove that folder." if is_replaced else ".")
                     )
 

@@ -86,7 +86,7 @@ def _own_scheme(path: Path, content: Mapping[str, Any]) -> str:
     names = content.get(SCHEMES_ENTRY) or []
     if len(names) == 1 and names[0] in SCHEMES:
         return str(names[0])
-    what = f"is of the schemes {', '.join(names)}" if names else f"does not say its scheme ({SCHEMES_ENTRY})"
+    what = f"is of the schemes {', '.join(names)}" if names else f"does not name its scheme ({SCHEMES_ENTRY})"
     raise InputError([f"{path} {what}; name the challenge of the cases with --scheme."])
 
 
@@ -99,7 +99,7 @@ def _channel_errors(path: Path, content: Mapping[str, Any], scheme: Scheme) -> l
     if channels == scheme.layout.channels:
         return []
     fitting = [other.name for other in SCHEMES.values() if other.layout.channels == channels]
-    advice = f"the --scheme is one of {', '.join(fitting)}" if fitting else "no scheme of this package has these"
+    advice = f"the --scheme is one of {', '.join(fitting)}" if fitting else "no scheme of this package fits"
     return [
         f"{path}: the model was trained with the channels {', '.join(channels)}; cases of {scheme.called} have "
         f"{', '.join(scheme.layout.channels)}. For this model {advice}; for these cases, take a model "

@@ -261,8 +261,8 @@ def _readme(name: str, title: str) -> str:
 # {title}: a container of nnunet-conres
 
 Reads `/input/CASE/...` as the challenge names files, writes `/output/CASE.nii.gz` with the challenge's labels and in
-the case's geometry. `/output/predict-brats.json` and the exit code (0: all cases, 1: some failed, 2: none was tried)
-say what became of them.
+the case's geometry. `/output/predict-brats.json` lists the result of each case. Exit code 0: all cases were written;
+1: some cases failed; 2: no case was predicted.
 
 ```bash
 docker build -t {image} .
@@ -271,14 +271,14 @@ docker run --rm --network none --gpus all --memory 16G --shm-size 4G \\
 docker save {image} | gzip > {image}.tar.gz
 ```
 
-Give `-v` absolute paths: Docker takes a bare name for a volume. With Podman the same, with `podman` for `docker` and
-`--device nvidia.com/gpu=all` for `--gpus all`. With Apptainer:
+Use absolute paths with `-v`: Docker takes a bare name for a volume. For Podman, replace `docker` by `podman`, and
+`--gpus all` by `--device nvidia.com/gpu=all`. With Apptainer:
 
 ```bash
 apptainer build {image}.sif {_APPTAINER}
 apptainer run --nv --containall --net --network none -B CASES:/input:ro -B PREDICTIONS:/output {image}.sif
 ```
 
-Without a GPU it predicts on the CPU, which takes much longer. `{_REQUIREMENTS}` pins the versions that the model was
-packaged with; `{RECORD}` says which model it is.
+Without a GPU, the container predicts on the CPU, which takes much longer. `{_REQUIREMENTS}` pins the versions that the
+model was packaged with; `{RECORD}` describes the model.
 """

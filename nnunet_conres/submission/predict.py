@@ -277,8 +277,8 @@ def _absent(case: Case, challenge: Challenge) -> str:
     trained = ", ".join(challenge.missing) or "none"
     return (
         f"{case.first_image.parent} lacks {' and '.join(case.missing)}; training cases of this model lacked {trained}. "
-        f"Add the file, or predict the case anyway with --missing zero. Models for such cases: ..._ChannelDropout, or "
-        f"training cases of brats-convert --missing zero."
+        f"Add the file, or predict the case anyway with --missing zero. For such cases, train a ..._ChannelDropout, or "
+        f"convert training cases with brats-convert --missing zero."
     )
 
 

@@ -79,7 +79,7 @@ def check_paper_patch(configuration: ConfigurationManager, name: str) -> None:
         fitting = [-(-extent // DIVISOR) * DIVISOR for extent in patch_size]
         raise InputError(
             f"ConResNetPaper halves the resolution three times: every side of the patch must be divisible by "
-            f"{DIVISOR}, but configuration {name} has {patch_size}. {fitting} would do."
+            f"{DIVISOR}, but configuration {name} has {patch_size}. Use for example {fitting}."
         )
 
 

@@ -89,7 +89,7 @@ class DeviceAugmentationMixin(nnUNetTrainer):
         loaders: list[Any] = [getattr(one, "data_loader", None) for one in stock]
         if not all(type(loader) is nnUNetDataLoader for loader in loaders):
             self.print_to_log_file(
-                f"WARNING: {type(self).__name__} overrides get_dataloaders, so that augmentation stays on the CPU."
+                f"WARNING: {type(self).__name__} overrides get_dataloaders, so augmentation runs on the CPU."
             )
             return super().get_dataloaders()
         pipelines = [DevicePipeline(loader.transforms) for loader in loaders]
@@ -125,12 +125,12 @@ class DeviceAugmentationMixin(nnUNetTrainer):
 
     def _say_where(self, pipeline: DevicePipeline) -> None:
         self.print_to_log_file(
-            f"Augmentation runs on {self.device}; set {DEVICE_AUGMENTATION_VARIABLE}=0 to have it on the CPU."
+            f"Augmentation runs on {self.device}; set {DEVICE_AUGMENTATION_VARIABLE}=0 to run it on the CPU."
         )
         if pipeline.on_cpu:
             self.print_to_log_file(
-                f"The CPU does the augmentation up to {pipeline.unknown[-1]}, since nnunet-conres can't run these "
-                f"transforms elsewhere: {first_few(pipeline.unknown, 10)}."
+                f"The CPU runs the augmentation up to {pipeline.unknown[-1]}, because nnunet-conres can't run these "
+                f"transforms on {self.device}: {first_few(pipeline.unknown, 10)}."
             )
 
     def on_train_end(self) -> None:

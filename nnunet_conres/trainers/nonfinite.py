@@ -120,14 +120,14 @@ class FiniteStepsTrainer(nnUNetTrainer):
         if broken:
             raise InputError(
                 f"{what} The preprocessed images of these cases have voxels that are NaN or infinite: {broken}. Look "
-                f"for such voxels in their raw images, correct them or remove the cases, and preprocess again. The "
-                f"weights are as they were before these steps."
+                f"for such voxels in their raw images, correct them or remove the cases, and preprocess again. These "
+                f"steps did not change the weights."
             )
         if _not_finite(self.network):
             raise RuntimeError(f"{what} The network's weights are not finite. Continue from an earlier checkpoint.")
         raise RuntimeError(
             f"{what} The images are finite. Cases of these batches: {cases or 'unknown'}. A lower learning rate may "
-            f"help. The weights are as they were before these steps."
+            f"help. These steps did not change the weights."
         )
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:

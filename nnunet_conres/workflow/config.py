@@ -223,7 +223,7 @@ def read_config(path: Path) -> Experiment:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError([f"{path} cannot be read as YAML: {' '.join(str(error).split())}."]) from error
     if not isinstance(content, dict):
-        raise InputError([f"{path} holds no configuration; expected entries such as data and models."])
+        raise InputError([f"{path} contains no configuration; expected entries such as data and models."])
     return parse_config(content, path.resolve().parent, str(path))
 
 
@@ -394,7 +394,7 @@ class _Reader:
         self.errors.append(
             f"{where}{trainer} has no variant of {epochs} epochs; expected one of "
             f"{', '.join(map(str, STOCK_LENGTHS[:-2]))} for nnUNetTrainer and the plain trainers of this package, or "
-            f"epochs: {_STANDARD_EPOCHS}, with which the trainer decides"
+            f"epochs: {_STANDARD_EPOCHS}, which keeps the trainer's own number"
         )
         return trainer
 
@@ -402,7 +402,7 @@ class _Reader:
         used = list(dict.fromkeys(model.plans for model in models))
         for name in self.file.plans:
             if name not in used and "models" not in self.wrong:
-                self.errors.append(f"plans, {name}: no model has these plans")
+                self.errors.append(f"plans, {name}: no model uses these plans")
         plans = {}
         for name in used:
             given = self.file.plans.get(name, schema.PlansEntries())

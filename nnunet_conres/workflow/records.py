@@ -173,19 +173,19 @@ def missing_validation(fold_folder: Path, cases: Iterable[str]) -> str | None:
     """
     path = fold_folder / "validation" / "summary.json"
     if not (fold_folder / "checkpoint_final.pth").is_file():
-        return "its last checkpoint is not there"
+        return "checkpoint_final.pth is missing"
     if not path.is_file():
-        return "validation/summary.json is not there"
+        return "validation/summary.json is missing"
     content = try_read_json(path)
     if not isinstance(content, dict) or "foreground_mean" not in content:
-        return "validation/summary.json is not whole"
+        return "validation/summary.json is incomplete"
     scored = {re.split(r"[\\/]", str(entry.get("prediction_file")))[-1] for entry in content.get("metric_per_case", [])}
     missing = [
         case
         for case in cases
         if not any(name.partition(".")[0] == case or name.startswith(f"{case}.") for name in scored)
     ]
-    return f"validation/summary.json lacks {', '.join(missing[:3])}" if missing else None
+    return f"validation/summary.json does not list {', '.join(missing[:3])}" if missing else None
 
 
 # --- paths of records ------------------------------------------------------------------------------------------------

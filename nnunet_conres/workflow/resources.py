@@ -114,7 +114,7 @@ def lost_at_most(experiment: Experiment, model: Model) -> str:
     stock = f"{_STOCK_SAVE_EVERY} epochs{hours}, or those since the last best checkpoint"
     if model.trainer.startswith("nnUNetTrainer"):
         return stock
-    return f"{stock}; {experiment.checkpoint_minutes:g} min if this trainer of your own builds on one of this package"
+    return f"{stock}; {experiment.checkpoint_minutes:g} min if your trainer is a subclass of a trainer of this package"
 
 
 def estimated_minutes(experiment: Experiment, model: Model, fold: int) -> float:
@@ -178,8 +178,8 @@ def of_training(experiment: Experiment, model: Model, fold: int) -> dict[str, An
         enough = [name for name, size in sorted(types.items(), key=lambda item: item[1]) if size >= needed]
         if types and not enough:
             raise InputError(
-                f"{model.name} needs {needed:.1f} GiB of GPU memory by the memory model, more than any of "
-                f"resources, train, gpu_types has: {types}. Plan for a smaller gpu_memory_target."
+                f"{model.name} needs about {needed:.1f} GiB of GPU memory, more than any GPU in resources, train, "
+                f"gpu_types has: {types}. Plan for a smaller gpu_memory_target."
             )
         if enough:
             resources["gpu_model"] = enough[0]

@@ -24,25 +24,25 @@ from pydantic import (
 
 from nnunet_conres.evaluation.rules import read_rules
 
-# Options of sbatch that Snakemake's plugin sets itself and rejects in slurm_extra, and the entry to use instead.
+# Options of sbatch that Snakemake's plugin sets itself and rejects in slurm_extra, and what to use instead, or why.
 _NOT_EXTRA: Final = {
     option: instead
     for options, instead in (
-        ("--account -A", "account"),
-        ("--partition -p", "partition"),
-        ("--qos", "qos"),
-        ("--constraint -C", "constraint"),
-        ("--mem --mem-per-cpu", "memory_gb"),
-        ("--time -t", "minutes"),
-        ("--cpus-per-task -c --ntasks -n --cpus-per-gpu --ntasks-per-gpu", "cpus"),
-        ("--gres --gpus", "gpus or gpu_types"),
-        ("--nodes -N", "nothing, since a job is on one node"),
-        ("--output -o --error -e", "nothing, since the workflow places the logs"),
-        ("--comment", "nothing, since it holds step, model and fold"),
-        ("--export", "environment, at the top"),
-        ("--workdir -D", "work, at the top"),
-        ("--clusters", "nothing, since the plugin does not support it"),
-        ("--job-name -J", "nothing, since the plugin finds its jobs by their names"),
+        ("--account -A", "expected account instead"),
+        ("--partition -p", "expected partition instead"),
+        ("--qos", "expected qos instead"),
+        ("--constraint -C", "expected constraint instead"),
+        ("--mem --mem-per-cpu", "expected memory_gb instead"),
+        ("--time -t", "expected minutes instead"),
+        ("--cpus-per-task -c --ntasks -n --cpus-per-gpu --ntasks-per-gpu", "expected cpus instead"),
+        ("--gres --gpus", "expected gpus or gpu_types instead"),
+        ("--nodes -N", "a job always runs on one node"),
+        ("--output -o --error -e", "the workflow sets the paths of the logs"),
+        ("--comment", "the workflow sets it to step, model and fold"),
+        ("--export", "expected environment, at the top, instead"),
+        ("--workdir -D", "expected work, at the top, instead"),
+        ("--clusters", "Snakemake's plugin does not support it"),
+        ("--job-name -J", "Snakemake's plugin finds its jobs by their names"),
     )
     for option in options.split()
 }
@@ -90,13 +90,13 @@ def _path(value: Any, info: ValidationInfo) -> Path:
 
 def _folder(path: Path) -> Path:
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder")
+        raise ValueError(f"{path} is not a folder")
     return path
 
 
 def _file(path: Path) -> Path:
     if not path.is_file():
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a file")
     return path
 
 
@@ -114,14 +114,14 @@ def _expression(value: str) -> str:
     try:
         re.compile(value)
     except re.error as error:
-        raise ValueError(f"expected a regular expression, but: {error}") from error
+        raise ValueError(f"expected a regular expression ({error})") from error
     return value
 
 
 def _slurm_extra(value: str) -> str:
     for option in (word.strip("'\"").partition("=")[0] for word in value.split()):
         if option in _NOT_EXTRA:
-            raise ValueError(f"{option} is not allowed; expected {_NOT_EXTRA[option]} instead")
+            raise ValueError(f"{option} is not allowed; {_NOT_EXTRA[option]}")
     return value
 
 
@@ -145,7 +145,7 @@ def _variable_name(value: Any) -> str:
 
 def _not_empty(folders: tuple[Path, ...]) -> tuple[Path, ...]:
     if not folders:
-        raise ValueError("expected at least one folder, or no such line")
+        raise ValueError("expected at least one folder; to have none, remove the line")
     return folders
 
 

@@ -99,7 +99,7 @@ def run(
                     f"{command[0]} was not found. Install it into the environment of the workflow."
                 ) from error
             except PermissionError as error:
-                raise StepError(f"{command[0]} may not be executed: {error.strerror}. Install it again.") from error
+                raise StepError(f"{command[0]} cannot be executed: {error.strerror}. Install it again.") from error
             try:
                 pass_on_to(process)
                 # with a timeout: otherwise a signal handler could not wait for the same process
@@ -243,7 +243,7 @@ class Step:
         """Convert BraTS folders to the raw data set, unless it exists."""
         with self.lock("dataset") as descriptor:
             if (self.experiment.raw / "dataset.json").is_file():
-                self.say(f"{self.experiment.raw} is there.")
+                self.say(f"{self.experiment.raw} exists already.")
             elif self.experiment.brats:
                 # the conversion requires nnUNet_raw to exist, but a new experiment has no such folder yet
                 with file_errors(self.experiment.raw.parent):
@@ -251,14 +251,14 @@ class Step:
                 run(commands.convert(self.experiment, self.threads), self.log, keep=[descriptor])
             state = records.raw_state(self.experiment)
             if state is None:
-                raise StepError(f"{self.experiment.raw} holds no data set; expected a dataset.json.")
+                raise StepError(f"{self.experiment.raw} is not a data set; expected a dataset.json in it.")
             write_if_changed(self.record, state)
 
     def test_cases(self) -> None:
         """Record the state of the test cases."""
         state = records.test_state(self.experiment)
         if state is None:
-            raise StepError(f"{self.experiment.test_images} is no folder; expected the test images there.")
+            raise StepError(f"{self.experiment.test_images} is not a folder; expected the test images there.")
         write_if_changed(self.record, state)
 
     def fingerprint(self) -> None:
@@ -293,7 +293,7 @@ class Step:
             states = records.split_states(try_read_json(path), self.experiment.folds)
             if states is None:
                 raise StepError(
-                    f"{path} lacks some of the folds {', '.join(map(str, self.experiment.folds))}. nnU-Net would split "
+                    f"{path} does not have all folds {', '.join(map(str, self.experiment.folds))}. nnU-Net would split "
                     f"the missing ones at random. Remove the file, or choose folds that it has."
                 )
             for fold, state in states.items():
@@ -312,7 +312,7 @@ class Step:
             if try_read_json(path) is not None and made_of is None:
                 self.say(f"{path} existed before and is used unchanged.")
             elif not command and try_read_json(path) is None:
-                raise StepError(f"{path} is not there, and its planner is none. Make the plans, or name a planner.")
+                raise StepError(f"{path} does not exist, and its planner is none. Make the plans, or name a planner.")
             elif command and (made_of != wanted or try_read_json(path) is None):
                 if path.exists():
                     self._nobody_trains_on(path, f"*__{plans_name}__*")
@@ -344,7 +344,7 @@ class Step:
                 command = commands.preprocess(self.experiment, plans_name, configuration, self.threads)
                 run(command, self.log, keep=[descriptor])
                 if not records.holds_all_cases(self.experiment, folder):
-                    raise StepError(f"{folder} lacks cases after preprocessing; see {self.log}")
+                    raise StepError(f"{folder} does not have all cases after preprocessing; see {self.log}")
                 write_if_changed(stamp, wanted)
         write_if_changed(self.record, state | {"raw": wanted["raw"]})
 
@@ -356,7 +356,7 @@ class Step:
             if who is not None:
                 raise StepError(
                     f"{what} must be rebuilt, but {who} is training {lock.parent.parent.name}, {lock.stem}. "
-                    f"Wait for it; or, if another workflow needs something else of the same data set, give this one "
+                    f"Wait for it. If another workflow needs different files of the same data set, give this workflow "
                     f"a separate nnUNet_preprocessed and nnUNet_results."
                 )
 
@@ -413,7 +413,7 @@ class Step:
                     run(command, self.log, keep=[descriptor, *descriptors], environment=variables)
                 missing = records.missing_validation(folder, cases)
                 if missing:
-                    raise StepError(f"{folder} is not done after its training: {missing}.")
+                    raise StepError(f"{folder} is not complete after the training: {missing}.")
             else:
                 self.say(f"{folder} is done.")
             checkpoint = records.file_digest(folder / CHECKPOINTS[0])

@@ -218,7 +218,7 @@ class TestConvert:
         write_case(source / "gli", KNOWN["2023"][1], "2023")
         write_case(source / "ped", KNOWN["2024-PED"][1], "2024-PED")
         (error,) = errors_of(source, schemes=("2023", "2024-PED"))
-        assert "do not mean the same tissues" in error
+        assert "whose labels stand for different tissues" in error
 
     def test_2023_and_2024_are_told_apart_by_time_points(self, source: Path) -> None:
         write_case(source / "a", "BraTS-GLI-00001-001", "2023")

@@ -227,7 +227,7 @@ class TestWriteBratsPhantoms:
     @pytest.mark.parametrize("name", ["file", ".hidden"])
     def test_what_is_there_is_kept(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).touch()
-        with pytest.raises(InputError, match="is no empty folder; remove it, or choose another -o"):
+        with pytest.raises(InputError, match="is not an empty folder; remove it, or choose another -o"):
             write_brats_phantoms(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [name]
 

@@ -387,7 +387,7 @@ class TestSparsify:
         warnings = run(SlabRule(every=5, slab=1), target=9).warnings
         assert len(warnings) == 3
         assert "residual loss needs two annotated neighbours" in warnings[0]
-        assert "1 of 3 cases keep all their labels, having too few slices: case_2" in warnings[1]
+        assert "1 of 3 cases have too few slices and keep all their labels: case_2" in warnings[1]
         assert "1 of 3 cases have foreground, but none on their annotated slices: case_0" in warnings[2]
 
     def test_single_slices_across_the_slice_axis_have_neighbours_along_it(self, raw: Path) -> None:
@@ -433,7 +433,7 @@ class TestBadInput:
 
     def test_has_an_ignore_label(self, raw: Path) -> None:
         write_source(raw, name="Dataset070_Sparse", labels=LABELS | {"ignore": 3})
-        assert "has the label 'ignore' already" in errors_of(source=70)
+        assert "has the label 'ignore': the data set is already sparsely annotated" in errors_of(source=70)
 
     def test_no_such_source(self, raw: Path) -> None:
         assert "There is no data set 33" in errors_of(source=33)
@@ -452,7 +452,7 @@ class TestBadInput:
             ("[]", "has no labels and no file_ending"),
             ('{"labels": {"a": 1}, "file_ending": ".nii.gz"}', "Background label not declared"),
             ('{"labels": ["background", "a"], "file_ending": ".nii.gz"}', "expected their names, each with its value"),
-            ('{"labels": {"background": 0, "a": 2}, "file_ending": ".nii.gz"}', "no gaps"),
+            ('{"labels": {"background": 0, "a": 2}, "file_ending": ".nii.gz"}', "without gaps"),
             ('{"labels": {"background": 0, "a": [1, 2]}, "file_ending": ".nii.gz"}', "regions_class_order"),
         ],
     )
@@ -462,7 +462,7 @@ class TestBadInput:
 
     def test_labels_are_no_integers(self, source: Path) -> None:
         write_volume(source / "labelsTr/case_1.nii.gz", np.full(SHAPE, 0.5, np.float32))
-        assert "case_1.nii.gz has values that are no integers: 0.5" in errors_of()
+        assert "case_1.nii.gz has values that are not integers: 0.5" in errors_of()
 
     def test_shapes_differ(self, source: Path) -> None:
         write_volume(source / "labelsTr/case_1.nii.gz", np.zeros((14, 12, 9), np.uint8))
@@ -581,7 +581,7 @@ class TestCommand:
         assert cli.main([*command, "--axis", "2", "--seed", "3"]) == 0
         output, errors = capsys.readouterr()
         assert str(raw / "Dataset008_Few") in output
-        assert "axis:             2, as asked for" in output
+        assert "axis:             2, as requested" in output
         assert "annotated slices: 15 of 30 (50.0%)" in output
         assert "6 linked, 0 copied" in output
         assert "nnUNetv2_plan_and_preprocess -d 8" in output

@@ -288,8 +288,8 @@ class TestSplit:
         assert "No grade is known" in errors_of(501, balance="grade")
 
     def test_unknown_ids_of_a_group_expression(self) -> None:
-        assert "names no group for 12 of 12 cases: case_00" in errors_of(501, group=SITES)
-        assert "is no regular expression" in errors_of(501, group="(")
+        assert "finds no group for 12 of 12 cases: case_00" in errors_of(501, group=SITES)
+        assert "is not a regular expression" in errors_of(501, group="(")
 
     def test_too_few_groups(self) -> None:
         assert "make 2 groups (0, 1), which are too few for 5 folds" in errors_of(501, group=r"_(\d)")
@@ -319,7 +319,7 @@ class TestSplit:
         assert done.cases == before.cases
         (warning,) = set(done.warnings) - set(before.warnings)
         assert "1 cases, case_03, have labels that nnU-Net's SimpleITKIO reads as" in warning
-        assert "cuts the fraction off" in warning
+        assert "its training truncates them" in warning
 
     def test_nothing_is_overwritten_unless_asked_for(self) -> None:
         first = split(501, progress=False)
@@ -327,7 +327,7 @@ class TestSplit:
         again = split(501, progress=False)
         assert again.unchanged
         assert not first.unchanged
-        assert "exists already and holds other splits; add --force" in errors_of(501, seed=1)
+        assert "exists already and has other splits; add --force" in errors_of(501, seed=1)
         assert first.path.read_bytes() == before
         assert not split(501, seed=1, force=True, progress=False).unchanged
         assert first.path.read_bytes() != before
@@ -374,7 +374,7 @@ class TestValidationFile:
     def test_patient_on_both_sides(self, tmp_path: Path) -> None:
         (tmp_path / "held.txt").write_text("case_07\n")
         text = errors_of(501, validation_file=tmp_path / "held.txt", group=r"case_\d")
-        assert "9 cases would be trained on" in text
+        assert "9 training cases are of the same patient or group as held-out ones" in text
         assert "case_00" in text
 
     def test_missing_file(self, tmp_path: Path) -> None:
@@ -411,12 +411,12 @@ class TestOtherTrainings:
         held_out(model, 0, [])
         assert "Already trained: nnUNetTrainer__nnUNetPlans__3d_fullres, fold 0" in errors_of(501, folds=3, seed=3)
         (reported,) = split(501, folds=3, seed=3, force=True, progress=False).other_trainings
-        assert "the splits file until now" in reported
+        assert "the previous splits file" in reported
 
     def test_unknown_splits(self, nnunet: Path) -> None:
         held_out(nnunet / "results" / "Dataset501_BraTS" / "nnUNetTrainer__nnUNetPlans__3d_fullres", 0, [])
         (reported,) = split(501, progress=False).other_trainings
-        assert "splits that are not known" in reported
+        assert "was trained on unknown splits" in reported
 
 
 @pytest.mark.usefixtures("dataset")

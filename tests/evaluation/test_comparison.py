@@ -482,8 +482,8 @@ class TestTestSet:
         (["-d", "801"], "-d needs -tr"),
         (["--predictions", "A=a"], "--predictions needs --reference"),
         (["--predictions", "A", "--reference", "r", "-djfile", "f"], "is not NAME=FOLDER"),
-        (["-d", "801", "-tr", "A:"], "is no model"),
-        (["-d", "801", "-tr", "A", "-i", "images", "--model", "A=a"], "-i, --model: for --predictions only"),
+        (["-d", "801", "-tr", "A:"], "is not a model"),
+        (["-d", "801", "-tr", "A", "-i", "images", "--model", "A=a"], "-i, --model: only with --predictions"),
         (["-d", "899", "-tr", "A"], "There is no data set 899"),
         (
             ["--predictions", "A=a", "--reference", "r", "-djfile", "nothing.json"],
@@ -560,9 +560,9 @@ class TestRules:
             (["--rules", "2023-GLI", "--like-brats-evaluation"], "challenges of 2026 only"),
             (
                 ["--rules", "2023-GLI", "--penalty", "3", "--empty", "nan"],
-                "--empty, --penalty: given by --rules 2023-GLI",
+                "--empty, --penalty: set by --rules 2023-GLI",
             ),
-            (["--rules", "2026-MET", "--like-brats-evaluation", "--tolerance", "1"], "--tolerance: given by"),
+            (["--rules", "2026-MET", "--like-brats-evaluation", "--tolerance", "1"], "--tolerance: set by"),
         ],
     )
     def test_what_does_not_fit(

@@ -116,7 +116,7 @@ class TestLogs:
         assert not (tmp_path / "made").exists()
         assert cost.epochs is None
         assert not curves
-        assert "checkpoint_final.pth holds posix.mknod" in note
+        assert "checkpoint_final.pth contains posix.mknod" in note
 
     def test_peak_memory(self, lab: Callable[..., Any]) -> None:
         folder = lab().add()

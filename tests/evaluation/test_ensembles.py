@@ -139,7 +139,7 @@ class TestRefused:
 
         path = made.added[0] / "fold_0" / "validation" / "case_2.pkl"
         path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()) | {"more": Touch()}))
-        with pytest.raises(InputError, match=r"case_2.pkl holds posix.mknod"):
+        with pytest.raises(InputError, match=r"case_2.pkl contains posix.mknod"):
             build(made, models, tmp_path / "e")
         assert not (tmp_path / "made").exists()
         assert not (tmp_path / "e" / "case_2.nii.gz").exists()

@@ -271,7 +271,7 @@ class TestChoice:
 def test_regions_that_lose_by_the_steps_of_others_are_named() -> None:
     gains = {"whole": Interval(0.1, 0.2), "core": Interval(-0.2, -0.1), "inner": Interval(-0.1, 0.1)}
     (note,) = notes_on_losses([Together(region, 0.5, 0.5, interval) for region, interval in gains.items()])
-    assert "lower the score of core for certain" in note
+    assert "lower the score of core, because" in note
     assert notes_on_losses([Together("whole", 0.5, 0.6, gains["whole"])]) == []
 
 
@@ -349,7 +349,7 @@ class TestCommands:
         # One file per model, assigned by the model's name.
         assert cli.main([*arguments, "--postprocessing", f"nnUNetTrainer={file}", f"Other={file}", "B=none.json"]) == 2
         told = capsys.readouterr().err
-        assert "names Other, which is not compared; expected some of nnUNetTrainer" in told
+        assert "names Other, which is not compared; expected one of nnUNetTrainer" in told
         assert "none.json cannot be read" in told
         assert cli.main([*arguments, "--postprocessing", f"nnUNetTrainer={file}"]) == 0
         content = json.loads((tmp_path / "r" / "report.json").read_text())

@@ -182,7 +182,7 @@ class TestCrossValidation:
         same, other = find_held_out([STOCK], [0, 1]).gaps
         assert same.is_known
         assert not other.is_known
-        assert "splits_final.json holds other cases out than the model's training did" in other.as_text
+        assert "splits_final.json differs from the splits of the model's training" in other.as_text
         probabilities = find_held_out([STOCK], [0, 1]).missing_probabilities
         assert [missing.is_known for missing in probabilities] == [True, False]
 
@@ -247,7 +247,7 @@ class TestTestSet:
         made = lab()
         made.write_predictions(tmp_path / "a", made.cases, 0.3, 1)
         found = search_test_set({"A": tmp_path / "a"}, {"A": tmp_path}, ".nii.gz", device="cpu")
-        assert "no folder of a trained model" in found.errors[0]
+        assert "not the folder of a trained model" in found.errors[0]
 
 
 class TestSameCases:

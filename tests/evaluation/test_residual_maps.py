@@ -181,7 +181,7 @@ class TestWriteResidualMaps:
         assert "does not name: 4" in result.warnings[0]
         assert list(result.files[0].maps) == ["label_1", "label_2", "label_3", "label_4"]
         text = errors_of(labels, tmp_path / "other", dataset_json=names)
-        assert "does not name: 4; give the dataset.json that it belongs to" in text
+        assert "does not name: 4; pass the dataset.json of its data set" in text
 
     def test_ignore_label(self, tmp_path: Path) -> None:
         labels = save(tmp_path / "data" / "seg.nii.gz", some_labels(highest=3))
@@ -280,7 +280,7 @@ class TestCommand:
         source = save(tmp_path / "in" / "a.nii.gz", some_image())
         assert cli.main(["residuals", "-i", str(source), "-o", str(tmp_path / "out"), "--axis", "1"]) == 0
         assert capsys.readouterr().out.splitlines() == [
-            "axis 1, as asked for",
+            "axis 1, as requested",
             str(tmp_path / "out" / "a_residual.nii.gz"),
             str(tmp_path / "out" / "a_residual.png"),
         ]

@@ -337,7 +337,7 @@ class TestErrors:
         model = make_model(tmp_path / "model", folds=2)
         path = model / "fold_1" / "checkpoint_final.pth"
         torch.save(torch.load(path, weights_only=False) | {"more": Touch()}, path)
-        with pytest.raises(InputError, match=r"fold_1/checkpoint_final.pth holds posix.mknod"):
+        with pytest.raises(InputError, match=r"fold_1/checkpoint_final.pth contains posix.mknod"):
             load(model, (0, 1))
         assert not (tmp_path / "made").exists()
 
@@ -368,7 +368,7 @@ class TestErrors:
         with pytest.raises(InputError, match=r"has no plans.json and no dataset.json"):
             load(tmp_path)
         model = make_model(tmp_path / "model")
-        with pytest.raises(InputError, match=r"fold_3/checkpoint_final.pth does not exist, nor any other"):
+        with pytest.raises(InputError, match=r"fold_3/checkpoint_final.pth does not exist, and there is no other"):
             load(model, (3,))
         with pytest.raises(InputError, match=r"only checkpoint_final.pth; choose with -chk"):
             load(model, checkpoint="checkpoint_best.pth")

@@ -223,7 +223,7 @@ class TestErrors:
             write_uncertainty(find_predicted(paths), made.root / "out", progress=False)
         table = json.loads((made.root / "out" / "uncertainty.json").read_text())
         assert [case["id"] for case in table["cases"]] == ["case_0", "case_2"]
-        with pytest.raises(InputError, match="holds the predictions"):
+        with pytest.raises(InputError, match="contains the predictions"):
             write_uncertainty(find_predicted(paths), paths[0], progress=False)
 
     def test_missing_probabilities_come_with_the_command(

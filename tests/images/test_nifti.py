@@ -143,7 +143,7 @@ class TestWholeNumbers:
         stored = np.rint(np.array([0, 1, 2, 4]) / 4 * top).astype(dtype).reshape(4, 1, 1)
         path = tmp_path / "a.nii"
         path.write_bytes(content_of(stored, 4 / top))
-        with pytest.raises(InputError, match=r"values that are no integers: \d\.\d+, \d\.\d+; expected labels"):
+        with pytest.raises(InputError, match=r"values that are not integers: \d\.\d+, \d\.\d+; expected labels"):
             read_labels(path, SimpleITKIO)
 
     @pytest.mark.parametrize("value", [0.5, 0.999, 1.0001, 1e30])
@@ -151,7 +151,7 @@ class TestWholeNumbers:
         assert whole_numbers(np.array([value, np.nan]))[0] == value
         path = tmp_path / "a.nii.gz"
         nibabel.save(nibabel.Nifti1Image(np.full((2, 2, 2), value, np.float32), AFFINE), path)
-        with pytest.raises(InputError, match="no integers"):
+        with pytest.raises(InputError, match="not integers"):
             read_labels(path, SimpleITKIO)
 
 

@@ -569,7 +569,7 @@ class TestData:
         complete(architecture="vnet")
         complete(architecture="unet3d")
         shutil.rmtree(folder / "nnUNetVNetPlans_3d_fullres")
-        with pytest.raises(ValueError, match=r"is for data of nnUNetUNet3DPlans too, which are preprocessed with"):
+        with pytest.raises(ValueError, match=r"is also for data of nnUNetUNet3DPlans, which are preprocessed with"):
             complete(architecture="vnet", options={"overwrite_target_spacing": [2.0, 1.0, 1.0]})
 
     def test_stock_plans_that_changed_are_followed(self, stock_data: Path, tmp_path: Path) -> None:
@@ -662,7 +662,7 @@ class TestCommands:
         captured = capsys.readouterr()
         assert "%|" not in captured.err
         lines = captured.out.splitlines()
-        assert "Data of 3d_fullres: 3 cases written, 0 were there" in lines
+        assert "Data of 3d_fullres: 3 cases written, 0 existed already" in lines
         assert "Data of 3d_lowres: none, the images don't need this configuration" in lines
         command_to_train = lines[-1].removeprefix("Next: ")
         assert command_to_train == (
@@ -682,7 +682,7 @@ class TestCommands:
             (["-overwrite_plans_name", "splits_final"], "splits_final.json is not a file of plans"),
             (["-preprocessor_name", "Nobodys"], "The preprocessor is 'Nobodys'"),
             (["-overwrite_plans_name", "nnUNetVNetPlans"], "was made by VNetPlanner; ConResNetPlanner would"),
-            (["-c", "3d_fulres"], "'3d_fulres' is no configuration"),
+            (["-c", "3d_fulres"], "'3d_fulres' is not a configuration"),
             (["-np", "1", "2", "3"], "-np has 3 numbers"),
             (["-np", "0"], "below 1"),
             (["-fpe", "Nobodys"], "The fingerprint extractor is 'Nobodys'"),

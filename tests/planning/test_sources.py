@@ -293,7 +293,7 @@ class TestFingerprint:
         labels = raw / "labelsTr" / "case_0.nii.gz"
         write_labels(labels)
         assert cli.main(["plan", "-d", "701", "-a", "vnet"]) == 2
-        assert f"The raw data changed after {fingerprint} was extracted: files of case_0 changed. Take" in (
+        assert f"The raw data changed after {fingerprint} was extracted: files of case_0 changed. Extract" in (
             capsys.readouterr().err
         )
         complete(preprocess=False)

@@ -173,7 +173,7 @@ class TestRefused:
             add_variants(NAME, "nnUNetPlans", [(8, 8000, 80), base])
         assert len(error.value.errors) == 2
         assert "far beyond the images" in str(error.value)
-        assert "3d_fullres itself" in str(error.value)
+        assert "is the same as 3d_fullres" in str(error.value)
 
     def test_another_configuration_of_that_name(self, plans_file: Path) -> None:
         plans = json.loads(plans_file.read_text())
@@ -201,4 +201,4 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["variants", "-d", "701", "--patch_size", "8", "80", "80", "--patch_size", "16", "160", "160"]) == 0
     out = capsys.readouterr().out
     assert "nnUNetv2_train 701 3d_fullres_8x80x80 0 -tr nnUNetTrainerConResNet" in out
-    assert "derived anew" in out
+    assert "derived for each patch" in out

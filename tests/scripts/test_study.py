@@ -320,7 +320,7 @@ CELLS: dict[str, Callable[[dict[str, str]], str]] = {
 def test_tables_of_the_document_are_those_of_the_saved_results(repository_root: Path) -> None:
     with (repository_root / "docs" / "results.csv").open(newline="") as file:
         saved = list(csv.DictReader(file))
-    text = (repository_root / "docs" / "results.md").read_text()
+    text = (repository_root / "docs" / "results_longer.md").read_text()
     header: list[str] = []
     checked = 0
     for line in text.splitlines():

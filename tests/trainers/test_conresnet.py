@@ -357,7 +357,7 @@ class TestPaperTrainer:
         trainer = make_trainer(nnUNetTrainerConResNetPaper, plans=stock_plans)
         assert trainer.configuration_manager.patch_size == [8, 16, 16]
         fullres["patch_size"] = [10, 16, 16]
-        with pytest.raises(ValueError, match=r"divisible by 8.*\[10, 16, 16\]. \[16, 16, 16\] would do"):
+        with pytest.raises(ValueError, match=r"divisible by 8.*\[10, 16, 16\]. Use for example \[16, 16, 16\]"):
             make_trainer(nnUNetTrainerConResNetPaper, plans=stock_plans)
 
     def test_scaling_of_a_subclass(self, make_trainer: Callable[..., Any]) -> None:

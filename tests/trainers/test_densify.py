@@ -268,7 +268,7 @@ def test_cross_validation_uses_the_fold_that_has_not_seen_the_case(
     splits = json.loads((preprocessed("ignore") / "splits_final.json").read_text())
     output = tmp_path / "dense"
     errors = errors_of(dataset, output, cross_validation=True)
-    assert errors.count("is in the validation set of none of the folds 0") == 6 - len(splits[0]["val"])
+    assert errors.count("is not a validation case of any of the folds 0") == 6 - len(splits[0]["val"])
     for fold in range(1, 5):
         shutil.copytree(model / "fold_0", model / f"fold_{fold}")
         checkpoint = torch.load(model / f"fold_{fold}/checkpoint_final.pth", weights_only=False)
@@ -328,7 +328,7 @@ class TestBadInput:
             f"Run: nnUNetv2_train {dataset} 3d_fullres 2 -tr {NAME} -p nnUNetPlans",
             "imagesTr/case_1_0001.nii.gz is missing",
             "labelsTr/case_2.nii.gz is missing",
-            "3d_fullres is no cascade",
+            "3d_fullres is not a cascade",
             "reference/case_0.nii.gz is missing; expected the reference",
         ):
             assert part in errors
@@ -336,7 +336,7 @@ class TestBadInput:
 
     def test_output_in_the_raw_folder(self, trained: tuple[str, Path]) -> None:
         other = Path(os.environ["nnUNet_raw"]) / "Dataset001_Other" / "labelsTr"
-        assert "holds files of a data set" in errors_of(trained[0], other, existing="overwrite")
+        assert "contains files of a data set" in errors_of(trained[0], other, existing="overwrite")
         assert not other.exists()
 
     def test_a_case_that_is_gone_altogether(self, trained: tuple[str, Path], tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ class TestBadInput:
         finally:
             for path in hidden:
                 (tmp_path / path.name).rename(path)
-        assert "has 5 training cases, but its dataset.json says numTraining 6" in errors
+        assert "has 5 training cases, but numTraining in its dataset.json is 6" in errors
 
     def test_no_cuda(self, trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -376,7 +376,7 @@ class TestBadInput:
 
     def test_output_is_the_data_sets_own(self, trained: tuple[str, Path]) -> None:
         errors = errors_of(trained[0], labels_of(trained[0]), existing="overwrite")
-        assert "holds files of a data set in" in errors
+        assert "contains files of a data set in" in errors
 
     def test_no_ignore_label(self, trained: tuple[str, Path], tmp_path: Path) -> None:
         path = labels_of(trained[0]).parent / "dataset.json"
@@ -392,4 +392,4 @@ class TestBadInput:
     def test_a_word_for_a_fold(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             cli.main(["densify", "-d", "1", "-o", "x", "-c", "3d_fullres", "-f", "first"])
-        assert "'first' is no fold" in capsys.readouterr().err
+        assert "'first' is not a fold" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_training_goes_to_its_end(make_trainer: Callable[..., Any]) -> None:
     trainer = make_trainer(nnUNetTrainerMuon)
     trainer.run_training()
     assert "Augmentation runs on cpu; set nnUNet_conres_device_augmentation=0" in log_of(trainer)
-    assert "transforms elsewhere" not in log_of(trainer)
+    assert "can't run these transforms" not in log_of(trainer)
     assert (Path(trainer.output_folder) / "checkpoint_final.pth").is_file()
     assert len(trainer.logger.local_logger.my_fantastic_logging["train_losses"]) == 2
 
@@ -134,8 +134,8 @@ def test_a_users_transform_is_named_once(make_trainer: Callable[..., Any]) -> No
     trainer = start(make_trainer(Inverting))
     next(trainer.dataloader_train)
     next(trainer.dataloader_train)
-    (line,) = [line for line in log_of(trainer).splitlines() if "elsewhere" in line]
-    assert "these transforms elsewhere: InvertImageTransform." in line
+    (line,) = [line for line in log_of(trainer).splitlines() if "can't run" in line]
+    assert "these transforms on cpu: InvertImageTransform." in line
 
 
 def test_a_trainer_with_loaders_of_its_own_keeps_them(make_trainer: Callable[..., Any]) -> None:

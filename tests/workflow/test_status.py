@@ -182,7 +182,7 @@ class TestResources:
     def test_a_network_too_large_for_any_gpu(self, content: dict[str, Any], tmp_path: Path) -> None:
         content |= {"device": "cuda", "resources": {"train": {"gpu_types": {"small": 4}}}}
         experiment = parse_config(content, tmp_path)
-        with pytest.raises(ValueError, match=r"stock needs 8\.0 GiB"):
+        with pytest.raises(ValueError, match=r"stock needs about 8\.0 GiB"):
             resources.of_training(experiment, experiment.models[0], 0)
 
     def test_what_is_given_wins(self, content: dict[str, Any], tmp_path: Path) -> None:

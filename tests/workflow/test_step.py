@@ -158,7 +158,10 @@ class TestPreparation:
             else:
                 step(prepared, "p.json").plan("nnUNetPlans", "3d_fullres")
 
-        with hold(prepared.fold_lock(prepared.models[0], 1)), pytest.raises(StepError, match="is trained by process"):
+        with (
+            hold(prepared.fold_lock(prepared.models[0], 1)),
+            pytest.raises(StepError, match="must be rebuilt, but process"),
+        ):
             make()
         assert calls() == []
         assert (prepared.preprocessed / file).read_text() == before
@@ -167,14 +170,17 @@ class TestPreparation:
             if what == "plans":
                 make()
             else:
-                with pytest.raises(StepError, match="is trained by process"):
+                with pytest.raises(StepError, match="must be rebuilt, but process"):
                     make()
         make()
         assert len(calls()) == 1
 
     def test_data_that_are_trained_on_are_not_removed(self, prepared: Experiment, calls: Calls) -> None:
         (prepared.preprocessed / "nnUNetPlans_3d_fullres" / "d.pkl").unlink()
-        with hold(prepared.fold_lock(prepared.models[1], 1)), pytest.raises(StepError, match=r"is trained by process"):
+        with (
+            hold(prepared.fold_lock(prepared.models[1], 1)),
+            pytest.raises(StepError, match=r"must be rebuilt, but process"),
+        ):
             preprocess(prepared, "nnUNetPlans")
         assert calls() == []
 
@@ -304,7 +310,7 @@ class TestTrain:
         train(prepared)
         folder = prepared.fold_folder(prepared.models[0], 0)
         assert records.missing_validation(folder, ["a", "b"]) is None
-        assert records.missing_validation(folder, ["a", "b", "e"]) == "validation/summary.json lacks e"
+        assert records.missing_validation(folder, ["a", "b", "e"]) == "validation/summary.json does not list e"
 
 
 class TestRun:

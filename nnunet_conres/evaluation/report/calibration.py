@@ -99,4 +99,5 @@ def _without(found: Mapping[str, Any]) -> str:
         for model in found["without"]
     )
     remedies = "".join(f"<li>{escape(remedy)}</li>" for remedy in found["remedies"])
-    return f"<p>No probabilities of {models}.</p>{f'<p>What makes them:</p><ul>{remedies}</ul>' if remedies else ''}"
+    commands = f"<p>To create them:</p><ul>{remedies}</ul>" if remedies else ""
+    return f"<p>No probabilities of {models}.</p>{commands}"

@@ -79,9 +79,9 @@ def _picture_errors(comparison: Mapping[str, Any], pictures: Sequence[Mapping[st
     ids = [picture["id"] for picture in pictures]
     for picture in pictures:
         if picture["id"] not in cases:
-            yield f"{picture['id']} has volumes, but is none of the comparison's cases."
+            yield f"{picture['id']} has volumes, but is not a case of the comparison."
         if unknown := sorted(set(picture["labels"]) - models - {"reference"}):
-            yield f"{picture['id']} has predictions of {', '.join(unknown)}, which are none of its models."
+            yield f"{picture['id']} has predictions of {', '.join(unknown)}, not among the models of the comparison."
     yield from (f"{case} has volumes more than once." for case in dict.fromkeys(ids) if ids.count(case) > 1)
 
 
@@ -96,7 +96,7 @@ def _page(comparison: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -
         ("training", "Training", "Training", sections.training(comparison)),
         ("disagreements", "Disagreements", "Largest disagreements", sections.viewer(comparison, volumes)),
         ("cases", "Cases", "All cases", sections.cases(comparison)),
-        ("about", "Reading", "How to read this", sections.about(comparison)),
+        ("about", "How to read", "How to read this report", sections.about(comparison)),
     ]
     shown = [part for part in parts if part[-1]]
     body = "".join(

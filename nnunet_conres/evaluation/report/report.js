@@ -368,10 +368,10 @@
     slider.value = shown.start;
     const [first, last] = [shown.slices[0], shown.slices.at(-1)];
     const every = last - first + 1 === shown.slices.length;
-    const kept = every ? "all slices" : `${shown.slices.length} slices, at even distances,`;
+    const kept = every ? "all slices" : `${shown.slices.length} evenly spaced slices`;
     byId("slices").textContent =
-      `In this file: ${kept} from ${first} to ${last}; the volume has ${shown.depth}, counted from 0. ` +
-      "Residuals are those between neighbouring slices of the whole volume.";
+      `This file has ${kept} from ${first} to ${last}; the volume has ${shown.depth} slices, counted from 0. ` +
+      "Residuals are differences between neighbouring slices of the whole volume.";
     fillScores();
     draw();
   };

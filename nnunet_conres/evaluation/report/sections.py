@@ -135,8 +135,9 @@ def summary(comparison: Mapping[str, Any]) -> str:
     regions = _regions(comparison)
     several = len(comparison["models"]) > 1
     bold = (
-        "Bold: the best, where it differs significantly from the baseline (or, if the baseline is best, all others "
-        'from it). <span class="mark">\N{BLACK UP-POINTING TRIANGLE}\N{BLACK DOWN-POINTING TRIANGLE}</span> '
+        "Bold: the best mean, if it differs significantly from the baseline. If the baseline is the best, it is bold "
+        "if all others differ significantly from it. "
+        '<span class="mark">\N{BLACK UP-POINTING TRIANGLE}\N{BLACK DOWN-POINTING TRIANGLE}</span> mark a model that is '
         "significantly better or worse than the baseline."
         if several
         else ""
@@ -159,7 +160,7 @@ def summary(comparison: Mapping[str, Any]) -> str:
         turned=True,
     )
     conclusions = "".join(f"<li>{escape(sentence)}</li>" for sentence in comparison["conclusions"])
-    concluded = f'<h3>What may be concluded</h3><ul class="conclusions">{conclusions}</ul>' if conclusions else ""
+    concluded = f'<h3>Conclusions</h3><ul class="conclusions">{conclusions}</ul>' if conclusions else ""
     note = f'<p class="note">{bold}</p>' if bold else ""
     return f"{_by_metric(comparison, tables)}{note}{concluded}<h3>All metrics at a glance</h3>{glance}"
 
@@ -209,8 +210,9 @@ def distributions(comparison: Mapping[str, Any]) -> str:
         said = f" {escape(metric['description'])}" if metric.get("description") else ""
         parts[metric["key"]] = (
             _charts(f"{metric_title(metric)}, {direction(metric)}", charts)
-            + f'<p class="note">{said} A point is a case. Boxes, from five cases on: quartiles and median; whiskers: '
-            "the farthest cases within 1.5 times the box. Each region has a separate scale.</p>"
+            + f'<p class="note">{said} Each point is a case. Boxes (five cases or more) show the quartiles and the '
+            "median. Whiskers reach to the farthest case within 1.5 times the length of the box. Each region has a "
+            "separate scale.</p>"
         )
     return _by_metric(comparison, parts)
 
@@ -235,7 +237,7 @@ def differences(comparison: Mapping[str, Any]) -> str:
         if not metric.get("better"):
             parts[metric["key"]] = (
                 f'<p class="note">{metric_title(metric)} describes the cases: neither high nor low values are better, '
-                "so there is nothing to compare.</p>"
+                "so models are not compared.</p>"
             )
             continue
         zero = metric["better"] == "zero"
@@ -278,9 +280,9 @@ def differences(comparison: Mapping[str, Any]) -> str:
             )
         parts[metric["key"]] = (
             _charts(f"{metric_title(metric)}: every case's difference to the baseline", charts)
-            + '<p class="note">A point is a case: the model less the baseline'
-            + (", sizes without their signs" if zero else "")
-            + ". Upright bar: median. Below, round: the mean, with its 95 % interval.</p>"
+            + '<p class="note">Each point is a case: the value of the model minus the value of the baseline'
+            + (" (absolute values)" if zero else "")
+            + ". Vertical bar: median. Round marker below: mean, with its 95 % interval.</p>"
             + difference_table(comparison, metric)
         )
     return _by_metric(comparison, parts)
@@ -329,9 +331,9 @@ def training(comparison: Mapping[str, Any]) -> str:
         f'<ul class="legend">{keys}<li><span class="line"></span> training loss, and Dice</li>'
         '<li><span class="line dashed"></span> validation loss</li></ul>'
         f'<div class="charts many">{"".join(charts)}</div>'
-        '<p class="note">Several lines of one colour are folds. Losses compare only between models that minimise the '
-        "same one; without a residual loss, the segmentation loss is the whole. Dice is what nnU-Net logs while "
-        "training: of validation patches, not of whole cases."
+        '<p class="note">Several lines of one colour are the folds of a model. Losses are comparable only between '
+        "models with the same loss. Without a residual loss, the segmentation loss is the total loss. Dice is the "
+        "pseudo Dice in nnU-Net's training log: it is computed on validation patches, not on whole cases."
         f"{without}</p>"
     )
 
@@ -378,7 +380,7 @@ def viewer(comparison: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) 
         for case, reason in reasons.items()
         if case not in embedded
     )
-    listed = f"<p>Without pictures in this file:</p><ul>{without}</ul>" if without else ""
+    listed = f"<p>Cases without pictures in this file:</p><ul>{without}</ul>" if without else ""
     if not volumes:
         return listed
     options = "".join(f'<option value="{place}">{escape(case["id"])}</option>' for place, case in enumerate(volumes))
@@ -412,8 +414,8 @@ def cases(comparison: Mapping[str, Any]) -> str:
         'autocomplete="off"> <output id="case-count" for="case-search"></output></div>'
         '<div class="scroll tall" tabindex="0" role="region" aria-label="All cases"><table id="case-table">'
         "<caption></caption><thead></thead><tbody></tbody></table></div>"
-        '<p class="note scripted">A heading\'s button sorts by its column, a second time the other way round; cases '
-        "without a value come last. A case's button shows its pictures.</p>"
+        '<p class="note scripted">Click a heading to sort by its column, click it again to reverse the order. Cases '
+        "without a value come last. Click a case to show its pictures.</p>"
     )
 
 
@@ -426,19 +428,20 @@ def about(comparison: Mapping[str, Any]) -> str:
     )
     return (
         f"<dl>{metrics}</dl>"
-        "<p>A dash (\N{EN DASH}) stands where a value is not defined, such as a distance between surfaces of which one "
-        "is missing, or was not recorded. Such cases are left out of means and of comparisons, which is why numbers of "
-        "cases can differ.</p>"
-        "<p>Intervals are 95 % bootstrap intervals of the mean. Models are compared with the baseline case by case: p "
-        "is of the two-sided Wilcoxon signed-rank test, <q>p (Holm)</q> corrects for the number of comparisons, and "
-        "below 0.05 a difference counts as significant. The effect size is the matched-pairs rank-biserial "
-        "correlation: 1 where the model is better in every case, \N{MINUS SIGN}1 where it is worse in every case.</p>"
+        "<p>A dash (\N{EN DASH}) means that a value is not defined or was not recorded. For example, the distance "
+        "between two surfaces is not defined if one of them is missing. Means and comparisons leave out such cases, "
+        "so the numbers of cases can differ.</p>"
+        "<p>Intervals are 95 % bootstrap intervals of the mean. Models are compared with the baseline case by case. p "
+        "is the p value of the two-sided Wilcoxon signed-rank test; <q>p (Holm)</q> corrects it for the number of "
+        "comparisons, and below 0.05 a difference counts as significant. The effect size is the matched-pairs "
+        "rank-biserial correlation: 1 if the model is better in every case, \N{MINUS SIGN}1 if it is worse in every "
+        "case.</p>"
     )
 
 
 def footer(comparison: Mapping[str, Any]) -> str:
     """Return the date of the page and the versions of nnunet-conres and nnU-Net."""
-    parts = [f"Made {escape(comparison['created'])}" if comparison.get("created") else "Made"]
+    parts = [f"Created {escape(comparison['created'])}" if comparison.get("created") else "Created"]
     named = (("nnunet_conres", "nnunet-conres"), ("nnunetv2", "nnU-Net"))
     versions = [f"{name} {escape(comparison[key])}" for key, name in named if comparison.get(key)]
     return " with ".join(filter(None, [*parts, " and ".join(versions)]))

@@ -52,7 +52,7 @@ def direction(metric: Mapping[str, Any]) -> str:
     directions = {
         "higher": "higher is better",
         "lower": "lower is better",
-        "zero": "without its sign; closest to zero is best",
+        "zero": "compared by absolute value; closest to zero is best",
     }
     return directions.get(metric.get("better") or "", "neither high nor low is better")
 
