@@ -186,7 +186,7 @@ class TestConvert:
         write_case(source, "BraTS-GLI-00001-000", "2023", labelled=False)
         done = convert(source)
         assert done.test_ids == ("BraTS-GLI-00001-000",)
-        assert ["not trained on" in warning for warning in done.warnings] == [True]
+        assert ["but not for training" in warning for warning in done.warnings] == [True]
 
     def test_mixture_only_when_asked_for(self, source: Path) -> None:
         write_case(source / "old", "a", "2018")
@@ -430,7 +430,7 @@ class TestConvert:
         values[values == 4] = 1
         save(files["seg"], values)
         (warning,) = convert(source).warnings
-        assert "No label file has 4 enhancing, which BraTS 2017 to 2020 (--scheme 2018) has" in warning
+        assert "No label file has 4 enhancing, which BraTS 2017 to 2020 (--scheme 2018) defines" in warning
 
     def test_a_patient_released_twice_is_a_doubt(self, source: Path) -> None:
         write_case(source, "Brats18_TCIA01_1_1")

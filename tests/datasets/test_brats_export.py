@@ -243,7 +243,7 @@ class TestErrors:
         save(predictions / "Brats18_B_1.nii.gz", np.full(SHAPE, 4, np.uint8))
         (error,) = errors_of(predictions)
         assert "Brats18_B_1.nii.gz has labels 4 (210 voxels)" in error
-        assert "already?" in error
+        assert "already has the challenge's labels?" in error
 
     def test_names_of_another_year(self, predictions: Path) -> None:
         (error,) = errors_of(predictions, "2023")

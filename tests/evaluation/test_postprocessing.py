@@ -184,7 +184,7 @@ class TestLoadRules:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"format": 2}, "no post-processing of format 1"),
+            ({"format": 2}, "not a post-processing of format 1"),
             ({"steps": {"whole_tumor": {"smallest": 3}}}, "is damaged.*smallest"),
             ({"steps": {"liver": {}}}, "steps of liver, which its labels do not have"),
             (

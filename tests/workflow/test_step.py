@@ -269,7 +269,7 @@ class TestTrain:
     ) -> None:
         path = prepared.preprocessed / file
         path.write_text(path.read_text().replace('"b"', '"d"').replace("[8, 8, 8]", "[16, 8, 8]"))
-        with pytest.raises(StepError, match=rf"{file} was changed"):
+        with pytest.raises(StepError, match=rf"{file} changed after"):
             train(prepared)
         assert calls() == []
 

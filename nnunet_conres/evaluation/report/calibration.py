@@ -14,7 +14,7 @@ from nnunet_conres.evaluation.report.tables import (
     scroll_box,
     summary_table,
 )
-from nnunet_conres.evaluation.report.text import escape, number, readable
+from nnunet_conres.evaluation.report.text import escape, number, readable, without_folders
 
 
 def calibration(comparison: Mapping[str, Any]) -> str:
@@ -98,6 +98,6 @@ def _without(found: Mapping[str, Any]) -> str:
         f"{escape(model['name'])} ({len(model['cases'])} case{'' if len(model['cases']) == 1 else 's'})"
         for model in found["without"]
     )
-    remedies = "".join(f"<li>{escape(remedy)}</li>" for remedy in found["remedies"])
+    remedies = "".join(f"<li>{escape(without_folders(remedy))}</li>" for remedy in found["remedies"])
     commands = f"<p>To create them:</p><ul>{remedies}</ul>" if remedies else ""
     return f"<p>No probabilities of {models}.</p>{commands}"

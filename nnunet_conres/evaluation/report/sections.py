@@ -35,6 +35,7 @@ from nnunet_conres.evaluation.report.text import (
     letter,
     plain_number,
     readable,
+    short_path,
     shortened,
     without_folders,
 )
@@ -81,7 +82,7 @@ def what(comparison: Mapping[str, Any]) -> str:
     else:
         what = f"Test set: {cases}"
     reference = (
-        f", against the reference in <code>{escape(without_folders(dataset['reference']))}</code>"
+        f", against the reference in <code>{escape(short_path(dataset['reference']))}</code>"
         if dataset.get("reference")
         else ""
     )

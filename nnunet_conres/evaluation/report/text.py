@@ -99,11 +99,15 @@ def shortened(text: str, length: int) -> str:
 
 def without_folders(text: str) -> str:
     """Shorten absolute paths to their last two parts, because the page may be sent to others."""
+    word = r"""[^\s/\\,;:'"()]+"""
+    # A folder may have spaces in its name; the text after the last part may not be taken for one.
+    path = rf"(?<![\w./\\<])(?:[A-Za-z]:)?(?:[/\\]{word}(?: {word})*(?=[/\\]))+[/\\]{word}"
+    return re.sub(path, lambda match: short_path(match[0]), text)
 
-    def end(match: re.Match[str]) -> str:
-        return "/".join(["\N{HORIZONTAL ELLIPSIS}", *re.split(r"[/\\]", match[0])[-2:]])
 
-    return re.sub(r"""(?<![\w./\\<])(?:[A-Za-z]:)?(?:[/\\][^\s/\\,;:'"()]+){2,}""", end, text)
+def short_path(path: str) -> str:
+    """Shorten a path to its last two parts."""
+    return "/".join(["\N{HORIZONTAL ELLIPSIS}", *re.split(r"[/\\]", path)[-2:]])
 
 
 def readable(key: str) -> str:

@@ -178,15 +178,17 @@ class TestContent:
 
     def test_no_folder_of_this_machine(self, tmp_path: Path, make_small_comparison: Make) -> None:
         comparison = make_small_comparison()
-        comparison["dataset"]["reference"] = "/home/me/nnUNet_raw/Dataset501_BraTS/labelsTs"
+        comparison["dataset"]["reference"] = "/home/Jane Doe/nnUNet_raw/Dataset501_BraTS/labels of mine"
         comparison["warnings"] = [
             "A: /home/me/results/fold_0/checkpoint_final.pth holds no log.",
             "B: C:\\Users\\me\\fold_1 is empty, 1/2 of them.",
+            "nnUNetv2_predict -i '/home/Jane Doe/imagesTs' -o /home/me/out and /home/me/other",
         ]
         page = Page(write_report(comparison, [], tmp_path / "report.html"))
-        assert "\N{HORIZONTAL ELLIPSIS}/Dataset501_BraTS/labelsTs" in page.text
+        assert "\N{HORIZONTAL ELLIPSIS}/Dataset501_BraTS/labels of mine" in page.text
         assert "\N{HORIZONTAL ELLIPSIS}/fold_0/checkpoint_final.pth holds no log." in page.text
         assert "\N{HORIZONTAL ELLIPSIS}/me/fold_1 is empty, 1/2 of them." in page.text
+        assert "-i '\N{HORIZONTAL ELLIPSIS}/Jane Doe/imagesTs' -o \N{HORIZONTAL ELLIPSIS}/me/out and" in page.text
         assert "/home" not in page.source
         assert "Users" not in page.source
 
