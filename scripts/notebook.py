@@ -34,7 +34,15 @@ def notebook(markdown: str) -> str:
 
 def _commands(block: str) -> str:
     if block.startswith("pip install"):
-        return "# From PyPI, once released; until then upload a wheel and install that.\n%pip install nnunet-conres"
+        return "\n".join(
+            [
+                "# A wheel that you uploaded (python -m build --wheel in a checkout), or the release on PyPI.",
+                "from pathlib import Path",
+                "",
+                'package = next((str(path) for path in Path().glob("nnunet_conres-*.whl")), "nnunet-conres")',
+                "%pip install {package}",
+            ]
+        )
     if block.startswith("export"):
         # Shell variables do not outlive their cell.
         lines = ["import os", ""]

@@ -101,8 +101,8 @@ def add_compare(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--rules",
         metavar="NAME",
-        help="score by the rules of a challenge, with its regions and lesions: 2023-GLI, 2024-MET, 2026-PED ..., see "
-        "docs/reference/challenge-rules.md",
+        help="score by the rules of a challenge, with its regions and lesions: 2023-GLI, 2024-MET, 2026-PED ... (see "
+        "Challenge rules in the documentation)",
     )
     parser.add_argument(
         "--like-brats-evaluation",
@@ -128,7 +128,7 @@ def add_compare(subparsers: "Subparsers") -> None:
         "--lesion_dilation",
         metavar="VOXELS",
         type=int,
-        help="dilation that joins the parts of one lesion, see docs/reference/metrics.md (default: 3)",
+        help="dilation that joins the parts of one lesion, see Metrics in the documentation (default: 3)",
     )
     parser.add_argument(
         "--lesion_volume",
