@@ -343,3 +343,33 @@ def test_tables_of_the_document_are_those_of_the_saved_results(repository_root: 
     assert checked > 150
     for named in re.findall(r"`([a-z_]+/[a-z_]+)`", text):
         assert any(f"{row['table']}/{row['run']}" == named for row in saved), named
+
+
+def test_tables_of_the_results_are_those_of_the_saved_pairs(repository_root: Path) -> None:
+    with (repository_root / "docs" / "results_pairs.csv").open(newline="") as file:
+        saved = {
+            (row["data"], row["model"], row["against"], row["region"], row["metric"]): row
+            for row in csv.DictReader(file)
+        }
+
+    def points(row: dict[str, str]) -> str:
+        return "{:+.2f} ({:+.2f} to {:+.2f})".format(*(float(row[key]) for key in ("difference", "low", "high")))
+
+    data, checked = "", 0
+    for line in (repository_root / "docs" / "results.md").read_text().splitlines():
+        cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
+        if len(cells) != 9 or cells[0] == "data" or cells[0].startswith("---"):
+            continue
+        region = cells[0].removeprefix("..., ") if cells[0].startswith("...") else "mean"
+        data = data if region != "mean" else cells[0]
+        dice, ends, middle = (
+            saved[data, cells[1], cells[2], region, metric] for metric in ("dice", "dice_ends", "dice_middle")
+        )
+        assert cells[3] == dice["iterations"]
+        assert [cells[4], cells[7], cells[8]] == [points(dice), points(ends), points(middle)]
+        assert cells[6] == f"{dice['better']} of {dice['patients']}"
+        if dice["p_holm"]:
+            p = float(dice["p_holm"])
+            assert cells[5] == ("< 0.001" if p < 0.001 else f"{p:.3f}")
+        checked += 1
+    assert checked >= 20
