@@ -169,22 +169,32 @@ def _p(value: float | None) -> str:
 
 
 def pairs_table(rows: Sequence[Mapping[str, Any]], structures: bool) -> str:
-    """The rows of a question in Markdown."""
+    """Return the rows of a question in Markdown.
+
+    Args:
+        rows: From `pair_rows`.
+        structures: Whether to also show each class, the ends of the structures and their middle.
+    """
     by = {(*_pair(row), row["region"], row["metric"]): row for row in rows}
     regions = defaultdict(set)
     for row in rows:
         regions[row["data"]].add(row["region"])
+    lengths_differ = any(len(set(row["iterations"].split(" / "))) > 1 for row in rows)
     lines = []
     for row in rows:
         by_class = structures and len(regions[row["data"]]) > 2  # the mean of one class is that class
         if row["metric"] != "dice" or (row["region"] != "mean" and not by_class):
             continue
-        ends, middle = (by[(*_pair(row), row["region"], metric)] for metric in ("dice_ends", "dice_middle"))
-        where = row["data"] if row["region"] == "mean" else f"..., {row['region']}"
-        cells = [where, f"`{row['model']}`", f"`{row['against']}`", row["iterations"], _points(row), _p(row["p_holm"])]
-        lines.append([*cells, f"{row['better']} of {row['patients']}", _points(ends), _points(middle)])
-    header = ["data", "model", "against", "iterations", "points of Dice", "p (Holm)", "better in"]
-    return markdown_table([*header, "at the ends", "in the middle"], lines)
+        line = {"data": row["data"] if row["region"] == "mean" else f"..., {row['region']}"}
+        line |= {"model": f"`{row['model']}`", "against": f"`{row['against']}`"}
+        line |= {"iterations": row["iterations"]} if lengths_differ else {}
+        line |= {"points of Dice": _points(row), "p (Holm)": _p(row["p_holm"])}
+        line |= {"better in": f"{row['better']} of {row['patients']}"}
+        if structures:
+            parts = (by[(*_pair(row), row["region"], metric)] for metric in ("dice_ends", "dice_middle"))
+            line |= dict(zip(("at the ends", "in the middle"), map(_points, parts), strict=True))
+        lines.append(line)
+    return markdown_table(list(lines[0]), [list(line.values()) for line in lines]) if lines else ""
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[str, str, str]:

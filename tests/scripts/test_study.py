@@ -355,21 +355,30 @@ def test_tables_of_the_results_are_those_of_the_saved_pairs(repository_root: Pat
     def points(row: dict[str, str]) -> str:
         return "{:+.2f} ({:+.2f} to {:+.2f})".format(*(float(row[key]) for key in ("difference", "low", "high")))
 
-    data, checked = "", 0
+    data, checked, header = "", 0, []
     for line in (repository_root / "docs" / "results.md").read_text().splitlines():
-        cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
-        if len(cells) != 9 or cells[0] == "data" or cells[0].startswith("---"):
+        cells = [cell.strip(" `") for cell in line.strip("|").split("|")] if line.startswith("| ") else []
+        if cells[:1] == ["data"]:
+            header = cells
+        if not cells or "against" not in header or cells[0] == "data" or cells[0].startswith("---"):
             continue
-        region = cells[0].removeprefix("..., ") if cells[0].startswith("...") else "mean"
-        data = data if region != "mean" else cells[0]
+        shown = dict(zip(header, cells, strict=True))
+        region = shown["data"].removeprefix("..., ") if shown["data"].startswith("...") else "mean"
+        data = data if region != "mean" else shown["data"]
         dice, ends, middle = (
-            saved[data, cells[1], cells[2], region, metric] for metric in ("dice", "dice_ends", "dice_middle")
+            saved[data, shown["model"], shown["against"], region, metric]
+            for metric in ("dice", "dice_ends", "dice_middle")
         )
-        assert cells[3] == dice["iterations"]
-        assert [cells[4], cells[7], cells[8]] == [points(dice), points(ends), points(middle)]
-        assert cells[6] == f"{dice['better']} of {dice['patients']}"
-        if dice["p_holm"]:
-            p = float(dice["p_holm"])
-            assert cells[5] == ("< 0.001" if p < 0.001 else f"{p:.3f}")
+        p = float(dice["p_holm"] or "nan")
+        expected = {
+            "iterations": dice["iterations"],
+            "points of Dice": points(dice),
+            "p (Holm)": "" if region != "mean" else "< 0.001" if p < 0.001 else f"{p:.3f}",
+            "better in": f"{dice['better']} of {dice['patients']}",
+            "at the ends": points(ends),
+            "in the middle": points(middle),
+        }
+        for name in header[3:]:
+            assert shown[name] == expected[name], (line, name)
         checked += 1
     assert checked >= 20
