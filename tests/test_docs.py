@@ -5,16 +5,20 @@
 
 import argparse
 import importlib.util
+import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2
 
 import nnunet_conres
-from nnunet_conres.cli import build_parser
+from nnunet_conres.cli import build_parser, main
+from nnunet_conres.datasets.phantom import write_brats_phantoms
 from nnunet_conres.families import TRAINERS
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +84,65 @@ def test_the_commands_are_found() -> None:
     code = "```bash\nnnunet-conres memory -d 4 \\\n    -tr X | less  # note\nnnunet-conres -x\n```\n"
     text = code + "```json\nnnunet-conres\n```"
     assert list(commands(text)) == [["memory", "-d", "4", "-tr", "X"], ["-x"]]
+
+
+# Cheap commands as they stand in README and docs, in an order in which one prepares the next.
+RUN = (
+    "brats-convert -i /data/MICCAI_BraTS_2018_Data_Training -d 501",
+    "split -d 501",
+    "split -d 501 --seed 2 --force",
+    "sparsify -d 4 -o 604 --every 10 --slab 2",
+    "residuals -i CASE_OR_FOLDER -o OUT",
+    "overlay -i IMAGES --predictions PREDICTIONS -ref LABELS -djfile PREDICTIONS/dataset.json -o PICTURES",
+    "summary PREDICTIONS/summary.json",
+    "compare --predictions nnU-Net=PRED_A ConResNet=PRED_B --reference LABELS -djfile PRED_A/dataset.json "
+    "-i IMAGES -o REPORT",
+    "brats-export -i PREDICTIONS -o SUBMISSION --scheme 2018",
+    "workflow --example brats",
+    "info",
+)
+
+
+def test_cheap_commands_of_the_documentation_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documented = [found.values[0] for found in DOCUMENTED]
+    monkeypatch.chdir(tmp_path)
+    for name in ("raw", "preprocessed", "results"):
+        Path(name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    write_brats_phantoms(tmp_path / "cases", training_cases=5, held_out_cases=0, shape=(24, 24, 20))
+    dataset = tmp_path / "raw" / "Dataset501_BraTS"
+    replaced = {
+        "/data/MICCAI_BraTS_2018_Data_Training": str(tmp_path / "cases" / "training"),
+        "CASE_OR_FOLDER": str(dataset / "imagesTr"),
+        "IMAGES": str(dataset / "imagesTr"),
+        "LABELS": str(dataset / "labelsTr"),
+    }
+    for line in RUN:
+        words = shlex.split(line)
+        assert words in documented, f"{line} is not in the documentation"
+        assert main([replaced.get(word, word) for word in words]) == 0, capsys.readouterr().err
+        if line == RUN[0]:
+            shutil.copytree(dataset, tmp_path / "raw" / "Dataset004_Other")
+            for name in ("PREDICTIONS", "PRED_A", "PRED_B"):
+                shutil.copytree(dataset / "labelsTr", tmp_path / name)
+                shutil.copy(dataset / "dataset.json", tmp_path / name)
+            compute_metrics_on_folder2(
+                *(str(path) for path in (dataset / "labelsTr", tmp_path / "PREDICTIONS")),
+                str(tmp_path / "PREDICTIONS" / "dataset.json"),
+                _plans(tmp_path / "PREDICTIONS" / "plans.json"),
+                str(tmp_path / "PREDICTIONS" / "summary.json"),
+                num_processes=1,
+            )
+    assert (tmp_path / "REPORT" / "report.html").is_file()
+    assert len(list((tmp_path / "SUBMISSION").glob("*.nii.gz"))) == 5
+
+
+def _plans(path: Path) -> str:
+    """Write what nnU-Net's evaluation reads from plans."""
+    path.write_text(json.dumps({"image_reader_writer": "SimpleITKIO"}))
+    return str(path)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

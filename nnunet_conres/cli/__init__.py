@@ -51,7 +51,7 @@ _EXAMPLES = {
     "sparsify": "nnunet-conres sparsify -d 501 -o 601 --every 10",
     "densify": "nnunet-conres densify -d 601 -tr nnUNetTrainerConResNet -c 3d_fullres -o DENSE",
     "summary": "nnunet-conres summary PREDICTIONS/summary.json",
-    "overlay": "nnunet-conres overlay -i IMAGES -p PREDICTIONS -djfile PREDICTIONS/dataset.json -o PICTURES",
+    "overlay": "nnunet-conres overlay -i IMAGES --predictions PREDICTIONS -djfile PREDICTIONS/dataset.json -o PICTURES",
     "residuals": "nnunet-conres residuals -i IMAGES -o RESIDUALS",
     "compare": "nnunet-conres compare -d 501 -tr nnUNetTrainer nnUNetTrainerConResNet -o REPORT",
     "uncertainty": "nnunet-conres uncertainty -i PREDICTED/fold_* --images IMAGES -o OUT",

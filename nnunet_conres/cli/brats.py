@@ -62,7 +62,7 @@ def add_brats_convert(subparsers: "Subparsers") -> None:
         help="train on nested regions, or on the single tissues as labels (default: %(default)s)",
     )
     parser.add_argument(
-        "--images",
+        "--transfer",
         choices=("link", "copy"),
         default="link",
         help="make hard links to the images where possible, or copy them (default: %(default)s)",
@@ -94,7 +94,7 @@ def _brats_convert(arguments: argparse.Namespace) -> int:
         dataset_name=arguments.name,
         schemes=arguments.scheme,
         mode=arguments.mode,
-        image_mode=arguments.images,
+        image_mode=arguments.transfer,
         missing=arguments.missing,
         skip_bad=arguments.skip_bad,
         processes=number_of_processes(arguments.np),

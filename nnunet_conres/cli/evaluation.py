@@ -43,7 +43,7 @@ def add_overlay(subparsers: "Subparsers") -> None:
         "reference.",
     )
     parser.add_argument("-i", metavar="FOLDER", required=True, help="images, named as for nnU-Net")
-    parser.add_argument("-p", metavar="FOLDER", required=True, help="predictions")
+    parser.add_argument("--predictions", metavar="FOLDER", required=True, help="predictions")
     parser.add_argument("-ref", metavar="FOLDER", help="reference segmentations (default: none)")
     parser.add_argument("-djfile", metavar="FILE", required=True, help="dataset.json of the data set")
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder for the pictures")
@@ -56,7 +56,7 @@ def _overlay(arguments: argparse.Namespace) -> int:
 
     written = write_overlays(
         arguments.i,
-        arguments.p,
+        arguments.predictions,
         arguments.o,
         legend=read_legend(arguments.djfile),
         reference_folder=arguments.ref,

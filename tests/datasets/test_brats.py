@@ -856,7 +856,7 @@ class TestCommand:
         write_case(source / "in", "a")
         write_case(source / "out", "b")
         arguments = ["brats-convert", "-i", str(source / "in"), "--held-out", str(source / "out")]
-        assert cli.main([*arguments, "-d", "77", "-name", "X", "--images", "copy", "-np", "1"]) == 0
+        assert cli.main([*arguments, "-d", "77", "-name", "X", "--transfer", "copy", "-np", "1"]) == 0
         output = capsys.readouterr().out
         assert str(raw / "Dataset077_X") in output
         assert "training cases: 1" in output

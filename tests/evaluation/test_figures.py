@@ -246,7 +246,7 @@ class TestReadLegend:
 
 class TestCommand:
     def test_writes_a_picture_per_case(self, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        arguments = ["overlay", "-i", str(folders / "images"), "-p", str(folders / "predictions")]
+        arguments = ["overlay", "-i", str(folders / "images"), "--predictions", str(folders / "predictions")]
         arguments += ["-djfile", str(folders / "dataset.json"), "-o", str(folders / "out")]
         assert cli.main(arguments) == 0
         assert capsys.readouterr().out.splitlines() == [str(folders / "out" / "a.png")]
@@ -261,7 +261,7 @@ class TestCommand:
     def test_all_missing_files_are_named(self, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (folders / "images/a_0002.nii.gz").unlink()
         (folders / "references/a.nii.gz").unlink()
-        arguments = ["overlay", "-i", str(folders / "images"), "-p", str(folders / "predictions")]
+        arguments = ["overlay", "-i", str(folders / "images"), "--predictions", str(folders / "predictions")]
         arguments += ["-ref", str(folders / "references"), "-djfile", str(folders / "dataset.json")]
         assert cli.main([*arguments, "-o", str(folders / "out")]) == 2
         error = capsys.readouterr().err

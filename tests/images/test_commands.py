@@ -70,7 +70,16 @@ def arguments_of(root: Path) -> dict[str, list[str]]:
     lines = {
         "split": ["split", "-d", "7", "--folds", "2", "-np", "1"],
         "sparsify": ["sparsify", "-d", "7", "-o", "8", "--every", "5", "-np", "1"],
-        "overlay": ["overlay", "-i", dataset / "imagesTr", "-p", predictions, "-ref", dataset / "labelsTr", *djfile],
+        "overlay": [
+            "overlay",
+            "-i",
+            dataset / "imagesTr",
+            "--predictions",
+            predictions,
+            "-ref",
+            dataset / "labelsTr",
+            *djfile,
+        ],
         "residuals": ["residuals", "-i", dataset / "labelsTr"],
         "compare": ["compare", "--predictions", f"A={predictions}", f"B={dataset / 'labelsTr'}", *compared, *djfile],
         "brats-convert": ["brats-convert", "-i", root / "brats", "-d", "9", "-np", "1"],
