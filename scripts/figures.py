@@ -7,7 +7,6 @@ python scripts/figures.py --models NNUNET CONRESNET  result.png, from trained mo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -22,6 +21,7 @@ from nnunet_conres.augmentation.bspline import BSplineGrid
 from nnunet_conres.colours import COLOURS
 from nnunet_conres.datasets.phantom import make_phantom
 from nnunet_conres.evaluation.probabilities import Channels
+from nnunet_conres.evaluation.summary import read_summary
 from nnunet_conres.evaluation.uncertainty import region_numbers, uncertainty_maps
 from nnunet_conres.evaluation.uncertainty_figures import uncertainty_figure
 from nnunet_conres.residuals import inter_slice_residual, label_residual
@@ -182,16 +182,16 @@ def result_figure(baseline: Path, conresnet: Path, device: str) -> Figure:
     from nnunet_conres.evaluation.residual_predictions import ResidualPredictor, write_predicted_residuals
 
     raw = Path(os.environ["nnUNet_raw"], baseline.parent.name)
-    scores = {}
-    for folder in (baseline, conresnet):
-        summary = json.loads((folder / "fold_0" / "validation" / "summary.json").read_text())
-        scores[folder] = {
-            Path(case["prediction_file"]).name: float(np.mean([of["Dice"] for of in case["metrics"].values()]))
-            for case in summary["metric_per_case"]
+    dice = {
+        folder: {
+            case: float(np.mean([score.dice for score in scores.values()]))
+            for case, scores in read_summary(folder / "fold_0" / "validation" / "summary.json").cases.items()
         }
-    by_dice = sorted(scores[baseline], key=scores[baseline].__getitem__)
-    name = by_dice[len(by_dice) // 2]
-    case = name.removesuffix(".nii.gz")
+        for folder in (baseline, conresnet)
+    }
+    by_dice = sorted(dice[baseline], key=dice[baseline].__getitem__)
+    case = by_dice[len(by_dice) // 2]
+    name = f"{case}.nii.gz"
 
     def read(path: Path) -> np.ndarray:
         return np.asarray(nibabel.load(path).dataobj).T  # slices first
@@ -206,7 +206,7 @@ def result_figure(baseline: Path, conresnet: Path, device: str) -> Figure:
     panels = {"ground truth": truth}
     for title, folder in (("nnU-Net", baseline), ("ConResNet", conresnet)):
         labels = read(folder / "fold_0" / "validation" / name)
-        panels[f"{title}, Dice {100 * scores[folder][name]:.1f} %"] = labels
+        panels[f"{title}, Dice {100 * dice[folder][case]:.1f} %"] = labels
     k = int((truth > 0).sum((1, 2)).argmax())
 
     figure = Figure(figsize=(12, 3.7), layout="constrained")

@@ -128,21 +128,17 @@ def test_cheap_commands_of_the_documentation_run(
             for name in ("PREDICTIONS", "PRED_A", "PRED_B"):
                 shutil.copytree(dataset / "labelsTr", tmp_path / name)
                 shutil.copy(dataset / "dataset.json", tmp_path / name)
+            plans = tmp_path / "PREDICTIONS" / "plans.json"
+            plans.write_text(json.dumps({"image_reader_writer": "SimpleITKIO"}))
             compute_metrics_on_folder2(
                 *(str(path) for path in (dataset / "labelsTr", tmp_path / "PREDICTIONS")),
                 str(tmp_path / "PREDICTIONS" / "dataset.json"),
-                _plans(tmp_path / "PREDICTIONS" / "plans.json"),
+                str(plans),
                 str(tmp_path / "PREDICTIONS" / "summary.json"),
                 num_processes=1,
             )
     assert (tmp_path / "REPORT" / "report.html").is_file()
     assert len(list((tmp_path / "SUBMISSION").glob("*.nii.gz"))) == 5
-
-
-def _plans(path: Path) -> str:
-    """Write what nnU-Net's evaluation reads from plans."""
-    path.write_text(json.dumps({"image_reader_writer": "SimpleITKIO"}))
-    return str(path)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

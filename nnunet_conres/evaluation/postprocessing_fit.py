@@ -242,7 +242,7 @@ def fit_postprocessing(
 def notes_on_losses(together: Sequence[Together]) -> list[str]:
     """Return a note on the regions whose score falls when all kept steps are applied; empty if there are none.
 
-    A step is judged by the score of its own region only, but it can change other regions too.
+    Each step is chosen by the score of one region. It can change the scores of other regions too.
 
     Args:
         together: Effect of all kept steps, for every region.

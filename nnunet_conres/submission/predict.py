@@ -218,7 +218,7 @@ def _folder_errors(source: Path, output: Path) -> Iterator[str]:
 
 
 def _names(cases: Sequence[Case], source: Path) -> dict[Case, str]:
-    """Return the name of each case: that of its own folder if it follows the challenge's naming, otherwise the case id.
+    """Return the name of each case: its folder's name if the challenge names cases so, otherwise the case id.
 
     Challenges expect the folder's name, which in some years was longer than the id in the file names.
     """

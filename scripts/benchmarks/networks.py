@@ -1,4 +1,4 @@
-"""The compared networks, all from one stock configuration, each with the loss of its own trainer.
+"""The networks that the benchmark compares. All use the same nnU-Net configuration; each has its trainer's loss.
 
 No data set is needed: the plans are those that nnU-Net's planner would write for the patch, and the images are noise.
 """

@@ -101,12 +101,13 @@ def pair_rows(scores: Scores, questions: Mapping[str, Any]) -> list[dict[str, An
                 runs, others = scores.get((data, model)), scores.get((data, against))
                 if runs is None or others is None:
                     continue
-                lengths = " / ".join(str(of[0]["run"]["study"]["iterations"]) for of in (runs, others))
+                lengths = [of[0]["run"]["study"]["iterations"] for of in (runs, others)]
                 regions = next((list(case) for run in runs for case in run["cases"].values()), ["mean"])
                 for region in ["mean", *(region for region in regions if region != "mean")]:
                     for metric, unit in METRICS.items():
                         row = {"question": question, "data": data, "model": model, "against": against}
-                        row |= {"iterations": lengths, "region": region, "metric": metric}
+                        row |= dict(zip(("iterations", "against_iterations"), lengths, strict=True))
+                        row |= {"region": region, "metric": metric}
                         rows.append(row | _tested(unit * differences(runs, others, region, metric), metric))
     primary = [row for row in rows if row["region"] == "mean" and row["metric"] == "dice"]
     # A pair of two questions is one test.
@@ -179,7 +180,7 @@ def pairs_table(rows: Sequence[Mapping[str, Any]], structures: bool) -> str:
     regions = defaultdict(set)
     for row in rows:
         regions[row["data"]].add(row["region"])
-    lengths_differ = any(len(set(row["iterations"].split(" / "))) > 1 for row in rows)
+    lengths_differ = any(row["iterations"] != row["against_iterations"] for row in rows)
     lines = []
     for row in rows:
         by_class = structures and len(regions[row["data"]]) > 2  # the mean of one class is that class
@@ -187,7 +188,7 @@ def pairs_table(rows: Sequence[Mapping[str, Any]], structures: bool) -> str:
             continue
         line = {"data": row["data"] if row["region"] == "mean" else f"..., {row['region']}"}
         line |= {"model": f"`{row['model']}`", "against": f"`{row['against']}`"}
-        line |= {"iterations": row["iterations"]} if lengths_differ else {}
+        line |= {"iterations": f"{row['iterations']} / {row['against_iterations']}"} if lengths_differ else {}
         line |= {"points of Dice": _points(row), "p (Holm)": _p(row["p_holm"])}
         line |= {"better in": f"{row['better']} of {row['patients']}"}
         if structures:
